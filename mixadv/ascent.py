@@ -1,0 +1,184 @@
+"""The adversary's move: the words in which every method differs, and the step they all share.
+
+    δ ← Π( δ + η·d(∇u(δ)) + √(2·η·τ)·ξ )
+
+with u the payoff, d the normalisation of its gradient, Π the projection onto the ball (last, so
+that noise never leaves it), η `step_size` and τ `temperature`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mixadv import geometry, langevin
+from mixadv.errors import nearest
+from mixadv.geometry import Norm, Per
+
+Start = Literal["zero", "uniform", "normal"]
+Normalize = Literal["steepest", "norm", "none"]
+Projection = Literal["ball", "sphere"]
+Unit = Literal["site", "absolute"]
+Route = Literal["sequential", "vmap", "stack"]
+
+_CHOICES = {
+    "norm": get_args(Norm),
+    "per": get_args(Per),
+    "start": get_args(Start),
+    "normalize": get_args(Normalize),
+    "projection": get_args(Projection),
+    "unit": get_args(Unit),
+    "route": get_args(Route),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ascent:
+    """Hyper-parameters of the adversary, the same words for every solver.
+
+    Lengths (`radius`, `start_size`, `step_size` of a normalised step) are in units of the mean L2
+    norm of a real token's output at the site (`unit="site"`, measured at the first round), or as
+    they stand (`unit="absolute"`, as in papers). In other words: the adversary plays δ/unit.
+
+    Attributes:
+        steps: number of moves K; 0 plays the start point.
+        step_size: η, the length of a step (of its drift, for raw gradients).
+        radius: ε of the ball; None means no ball, 0 means δ = 0.
+        norm: norm of the ball and of the steps.
+        per: the ball of each sample (over its real tokens) or of each token.
+        normalize: `"steepest"` is the ascent direction of the norm (the sign in L∞), `"norm"`
+            divides the gradient by its norm (released code of FreeLB and MAT; the same in L2),
+            `"none"` takes the raw gradient of each sample's payoff (Langevin, SMART's Alg. 1).
+        projection: `"ball"` projects; `"sphere"` rescales to the radius after every step (released
+            code of SMART and ALUM).
+        start: `"zero"`, `"uniform"` or `"normal"`: noise scaled by 1/N^(1/p) for the N real
+            coordinates of a group, so that its norm is at most (uniform) or about (normal, in L2)
+            `start_size`.
+        start_size: size of the start; None means the radius, or the step size where it is None.
+        temperature: τ of the Langevin noise; 0 draws none.
+        particles: M, the number of points of a mixed strategy; pure solvers take 1.
+        unit: what lengths are measured in.
+        fresh_dropout: draw a new dropout mask in every pass, as much released code does; by default
+            all passes between two optimizer steps see the same one.
+        route: how the payoffs of many particles are computed: one after another, by
+            `torch.func.vmap`, or stacked in the batch (only without dropout).
+    """
+
+    steps: int = 1
+    step_size: float = 0.1
+    radius: float | None = 0.2
+    norm: Norm = "l2"
+    per: Per = "sample"
+    normalize: Normalize = "steepest"
+    projection: Projection = "ball"
+    start: Start = "uniform"
+    start_size: float | None = None
+    temperature: float = 0.0
+    particles: int = 1
+    unit: Unit = "site"
+    fresh_dropout: bool = False
+    route: Route = "sequential"
+
+    def __post_init__(self) -> None:
+        who = type(self).__name__
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"{who}: {name}={value!r} is not one of {', '.join(map(repr, choices))}."
+                    f"{nearest(value, choices)}"
+                )
+        check_integer(who, "steps", self.steps, 0)
+        check_integer(who, "particles", self.particles, 1)
+        check_number(who, "step_size", self.step_size)
+        check_number(who, "temperature", self.temperature)
+        if self.radius is not None:
+            check_number(who, "radius", self.radius)
+        if self.start_size is not None:
+            check_number(who, "start_size", self.start_size)
+        if self.projection == "sphere" and self.radius is None:
+            raise ValueError(f"{who}: projection='sphere' rescales to the radius, which is None.")
+
+    @property
+    def initial_size(self) -> float:
+        """Size of the start, in `unit`: `start_size`, else the radius, else the step size."""
+        if self.start_size is not None:
+            return self.start_size
+        return self.step_size if self.radius is None else self.radius
+
+    def project(self, delta: Tensor) -> Tensor:
+        """Return δ projected onto the set; without a radius the set is the whole space."""
+        if self.radius is None:
+            return delta
+        onto = geometry.project if self.projection == "ball" else geometry.onto_sphere
+        return onto(delta, self.radius, self.norm, self.per)
+
+    def begin(self, like: Tensor, mask: Tensor | None, draw: "Draw") -> Tensor:
+        """Return the start point, shaped like `like`, zero where the mask is, inside the set.
+
+        Args:
+            like: gives shape `[B, ...]`, dtype (at least fp32) and device of δ.
+            mask: broadcastable to `like`, 1 at real coordinates; None means all are real.
+            draw: `draw(kind, like)` for a draw of kind "uniform" (in ±1) or "normal".
+        """
+        if self.start == "zero":
+            return torch.zeros_like(like)
+        noise = draw(self.start, like)
+        real = torch.ones_like(like) if mask is None else mask.expand_as(like)
+        noise = noise * real
+        count = geometry.norms(real, "l1", self.per).clamp(min=1)
+        power = {"l1": 1.0, "l2": 0.5, "linf": 0.0}[self.norm]
+        start = self.initial_size * noise / count**power
+        if self.radius is None:
+            return start
+        return geometry.project(start, self.radius, self.norm, self.per)
+
+    def move(self, delta: Tensor, gradient: Tensor, mask: Tensor | None, draw: "Draw") -> Tensor:
+        """Return the next δ: step, noise, mask, projection, in this order.
+
+        Args:
+            delta: the point, `[B, ...]`.
+            gradient: of each sample's payoff, same shape.
+            mask: as in `begin`.
+            draw: as in `begin`.
+        """
+        if mask is not None:
+            gradient = gradient * mask
+        if self.normalize == "steepest":
+            gradient = geometry.steepest(gradient, self.norm, self.per)
+        elif self.normalize == "norm":
+            gradient = geometry.unit(gradient, self.norm, self.per)
+
+        def noise(like: Tensor) -> Tensor:
+            drawn = draw("normal", like)
+            return drawn if mask is None else drawn * mask
+
+        return langevin.step(
+            delta, gradient, self.step_size, self.temperature, noise, self.project
+        )
+
+
+Draw = Callable[[str, Tensor], Tensor]
+
+
+def check_integer(who: str, name: str, value: Any, least: int) -> None:
+    """Raise unless the value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{who}: {name} must be an integer, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{who}: {name} must be at least {least}, got {value}.")
+
+
+def check_number(
+    who: str, name: str, value: Any, least: float = 0.0, most: float = math.inf
+) -> None:
+    """Raise unless the value is a finite number between `least` and `most`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{who}: {name} must be a number, got {value!r}.")
+    if not math.isfinite(value) or not least <= value <= most:
+        bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        raise ValueError(f"{who}: {name} must be finite and {bounds}, got {value!r}.")
+

@@ -1,0 +1,83 @@
+"""Divergences between the predictions on the perturbed and on the clean input.
+
+Each takes two tensors of logits `[..., C]` and returns one value per prediction `[...]`, in at
+least fp32 also under autocast, from `log_softmax`: finite for logits of ±200 and beyond, where
+`softmax().log()` is `-inf` and its gradient NaN. Gradients flow through both arguments; detach the
+one that is meant as a fixed target.
+
+    kl             KL(clean ‖ perturbed)                            Miyato et al. 2017, eq. 5
+    symmetric_kl   KL(clean ‖ perturbed) + KL(perturbed ‖ clean)    Jiang et al. 2020, §3.1
+    js             ½ KL(clean ‖ m) + ½ KL(perturbed ‖ m), m their mean
+    squared_error  Σ_c (perturbed_c − clean_c)²                     for regression; no softmax
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mixadv.errors import nearest
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def kl(perturbed: Tensor, clean: Tensor) -> Tensor:
+    """Return `KL(clean ‖ perturbed)` per prediction.
+
+    Example:
+        >>> float(kl(torch.tensor([200.0, 0.0]), torch.tensor([0.0, 200.0])))
+        200.0
+    """
+    p, q = _log_probabilities(clean), _log_probabilities(perturbed)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def symmetric_kl(perturbed: Tensor, clean: Tensor) -> Tensor:
+    """Return `KL(clean ‖ perturbed) + KL(perturbed ‖ clean)` per prediction.
+
+    Written as `Σ (p − q)(log p − log q)`: value and gradient are exactly zero when the two agree.
+    """
+    p, q = _log_probabilities(clean), _log_probabilities(perturbed)
+    return ((p.exp() - q.exp()) * (p - q)).sum(-1)
+
+
+def js(perturbed: Tensor, clean: Tensor) -> Tensor:
+    """Return the Jensen–Shannon divergence per prediction (nats, at most log 2)."""
+    p, q = _log_probabilities(clean), _log_probabilities(perturbed)
+    m = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
+
+
+def squared_error(perturbed: Tensor, clean: Tensor) -> Tensor:
+    """Return the squared distance between two outputs per prediction, for regression."""
+    dtype = torch.promote_types(clean.dtype, torch.float32)
+    return (perturbed.to(dtype) - clean.to(dtype)).square().sum(-1)
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "kl": kl,
+    "symmetric_kl": symmetric_kl,
+    "js": js,
+    "squared_error": squared_error,
+}
+
+
+def divergence(name: str | Divergence) -> Divergence:
+    """Return the divergence of that name, or the callable itself.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest one.
+    """
+    if callable(name):
+        return name
+    if name in DIVERGENCES:
+        return DIVERGENCES[name]
+    raise ValueError(
+        f"Unknown divergence {name!r}.{nearest(name, DIVERGENCES)} There are {', '.join(DIVERGENCES)}, and any "
+        "callable (perturbed [B, C], clean [B, C]) -> [B]."
+    )

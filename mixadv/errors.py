@@ -1,0 +1,20 @@
+"""The library's one exception, and help with names."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class GameError(RuntimeError):
+    """A round could not be played as asked; the message says what to change.
+
+    Raised where no built-in exception fits. Weights, gradients, modes, flags, hooks and the random
+    state are as they were before the call.
+    """
+
+
+def nearest(name: object, known: Iterable[str], most: int = 1) -> str:
+    """Return " Did you mean …?" with the known names nearest to `name`, or nothing."""
+    names = [n for n in known if n]
+    near = difflib.get_close_matches(str(name), names, most, cutoff=0.5)
+    near = near or [n for n in names if n.endswith(f".{name}")][:most]
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

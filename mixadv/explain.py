@@ -1,0 +1,178 @@
+"""What a round will do, before it is played."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mixadv import validate
+from mixadv.ascent import Ascent
+from mixadv.closure import Closure
+from mixadv.site import INPUT
+from mixadv.stage import Step
+from mixadv.strategy import Strategy
+
+if TYPE_CHECKING:
+    from mixadv.game import Game
+    from mixadv.solvers.base import Solver
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes of one round.
+
+    Attributes:
+        forwards: runs of the closure.
+        delta_backwards: backwards with respect to δ alone.
+        theta_backwards: backwards that build the learner's gradients.
+        branches: forward passes that these go through (two for a divergence).
+        steps: optimizer steps.
+    """
+
+    forwards: int
+    delta_backwards: int
+    theta_backwards: int
+    branches: int
+    steps: int
+
+    @property
+    def plain_steps(self) -> float:
+        """Predicted cost in plain steps: forward, backward of activations and backward of weights
+        cost a third of one each (measured: 0.33 to 0.4)."""
+        return (self.forwards + self.delta_backwards + 2 * self.branches) / 3
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a round will do; `str()` of it is a table."""
+
+    solver: Solver
+    site: list[str]
+    unit: float | None
+    measured: bool
+    passes: Passes
+
+    @property
+    def radius(self) -> float | None:
+        """Radius at the site; None without a ball, or while the unit is unknown."""
+        if self.solver.radius is None or self.unit is None:
+            return None
+        return self.solver.radius * self.unit
+
+    def __str__(self) -> str:
+        s, p = self.solver, self.passes
+        ball = "no ball" if s.radius is None else f"{s.radius:g}"
+        if self.radius is not None and s.unit == "site":
+            ball += f" of the unit = {self.radius:.4g}"
+        if s.unit == "absolute":
+            unit = "1 (absolute)"
+        elif self.unit is None:
+            unit = "mean L2 norm of a real token's output, measured at the first round"
+        else:
+            how = "measured" if self.measured else "estimated from the embedding's rows"
+            unit = f"{self.unit:.4g} = mean L2 norm of a real token's output ({how})"
+        rows = {
+            "solver": f"{type(s).__name__} ({s.paper})",
+            "site": ", ".join("the model's own input" if n == INPUT else n for n in self.site),
+            "unit": unit,
+            "radius": f"{ball} ({s.norm} per {s.per})",
+            "passes": f"{p.forwards} forwards, {p.delta_backwards} backwards for δ, "
+            f"{p.theta_backwards} backwards, {p.steps} optimizer steps",
+            "cost": f"about {p.plain_steps:.1f} plain steps",
+        }
+        return "\n".join(f"{name:8}{text}" for name, text in rows.items())
+
+
+def explain(game: Game, closure: Closure | None) -> Explanation:
+    """Return the explanation of a game; see `Game.explain`."""
+    unit, measured = game.unit, game.unit is not None
+    if game.solver.unit == "absolute":
+        unit, measured = 1.0, True
+    elif unit is None and closure is not None:
+        unit, measured = validate.measure_unit(game, closure), True
+    elif unit is None:
+        unit = _estimated(game)
+    return Explanation(game.solver, game.site.names, unit, measured, passes(game.solver))
+
+
+def passes(solver: Solver) -> Passes:
+    """Return the passes of a round, counted by playing it without a model."""
+    stage: Any = _Rehearsal()
+    thetas = steps = 0
+    for move in solver.play(stage):
+        thetas += 1
+        if isinstance(move, Step):
+            steps += 1
+            stage.clean_known = False
+    return Passes(stage.forwards, stage.delta_backwards, thetas, stage.branches, steps)
+
+
+class _Rehearsal:
+    """Stands in for a stage and counts passes."""
+
+    def __init__(self) -> None:
+        self.forwards = self.delta_backwards = self.branches = 0
+        self.clean_known = False
+        self._used_clean = False
+
+    def start(self, ascent: Ascent) -> Strategy:
+        return Strategy([torch.zeros(ascent.particles, 1, 1)])
+
+    def clean(self) -> None:
+        self.forwards += not self.clean_known
+        self._used_clean &= self.clean_known
+        self.clean_known = True
+
+    def payoffs(self, q: Strategy, payoff: Any, ascent: Ascent) -> tuple[Tensor, list[Tensor]]:
+        if payoff != "loss":
+            self.clean()
+        self.forwards += q.size
+        self.delta_backwards += q.size
+        return torch.zeros(q.size, 1), [torch.zeros_like(p) for p in q.points]
+
+    def move(self, q: Strategy, ascent: Ascent, gradients: Any = None) -> Strategy:
+        return q
+
+    def ascend(self, payoff: Any, ascent: Ascent) -> Strategy:
+        q = self.start(ascent)
+        for _ in range(ascent.steps):
+            self.payoffs(q, payoff, ascent)
+        return q
+
+    def loss(self, q: Strategy | None = None) -> Tensor:
+        if q is None:
+            self._learn_clean()
+        else:
+            self.forwards += q.size
+            self.branches += q.size
+        return torch.zeros(())
+
+    def divergence(self, q: Strategy, kind: Any) -> Tensor:
+        self._learn_clean()
+        self.forwards += q.size
+        self.branches += q.size
+        return torch.zeros(())
+
+    def proximal(self, kind: Any) -> Tensor:
+        self._learn_clean()
+        self.forwards += 1
+        return torch.zeros(())
+
+    def _learn_clean(self) -> None:
+        self.clean()
+        self.branches += not self._used_clean
+        self._used_clean = True
+
+
+def _estimated(game: Game) -> float | None:
+    """Return the mean norm of the rows of the site, where that is an embedding."""
+    modules = [m for _, m in game.site.targets]
+    if len(modules) != 1 or not isinstance(modules[0], nn.Embedding):
+        return None
+    with torch.no_grad():
+        scale: Any = getattr(modules[0], "embed_scale", 1.0)
+        return float(modules[0].weight.float().norm(dim=1).mean() * scale)
+

@@ -1,0 +1,432 @@
+"""The game: model, site and solver, and the state of both players."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+from mixadv import validate
+from mixadv.closure import Closure, read
+from mixadv.explain import Explanation, explain
+from mixadv.replay import Noise, Slot
+from mixadv.site import Pass, Site
+from mixadv.solvers.base import Solver
+from mixadv.stage import Stage, Step
+from mixadv.strategy import Strategy
+from mixadv.errors import GameError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round returns; tensors are detached and 0-d, and nothing is read from the device.
+
+    Attributes:
+        objective: what the learner minimised, averaged over the round's optimizer steps.
+        loss: task loss of the round's first pass (clean, where the solver has a clean pass).
+        payoff: the adversary's payoff at the last points where it was evaluated.
+        radius: mean norm of the δ played, in the solver's norm and in units of the site.
+        entropy: entropy of the strategy played in nats, 0 for a pure one.
+        nonfinite: samples whose δ fell back to 0 because of a non-finite gradient.
+        forwards: runs of the closure.
+        delta_backwards: backwards with respect to δ alone.
+        theta_backwards: backwards that build the learner's gradients.
+        steps: optimizer steps the round stands for.
+        weights: "sample" or "batch": what the log-weights of a mixed strategy belong to.
+    """
+
+    objective: Tensor
+    loss: Tensor | None
+    payoff: Tensor | None
+    radius: Tensor | None
+    entropy: Tensor | None
+    nonfinite: Tensor | None
+    forwards: int
+    delta_backwards: int
+    theta_backwards: int
+    steps: int
+    weights: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name, for a logger."""
+        return asdict(self)
+
+
+class Game:
+    """Plays a solver's rounds on a model.
+
+    Args:
+        model: the module that closures call.
+        solver: how a round is played.
+        site: where δ acts; see `mixadv.site.Site`.
+        seed: of the players' draws.
+        optimizer: needed by solvers with a learner part; `mixadv.wrap` gives it.
+
+    Example:
+        >>> import mixadv
+        >>> model = nn.Linear(2, 3)
+        >>> x, y = torch.eye(2), torch.tensor([0, 2])
+        >>> game = mixadv.Game(model, mixadv.FreeLB(steps=2))
+        >>> outcome = game.backward(lambda: nn.functional.cross_entropy(model(x), y))
+        >>> outcome.forwards, model.weight.grad.shape
+        (2, torch.Size([3, 2]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        solver: Solver,
+        site: Any = None,
+        *,
+        seed: int = 0,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        validate.game_arguments(model, solver, optimizer, seed)
+        self.model = model
+        self.solver = solver
+        self.site = Site(model, site)
+        self.seed = seed
+        self.noise = Noise(seed)
+        self.optimizer = optimizer
+        self.learner = solver.learner()
+        if self.learner is not None:
+            assert optimizer is not None
+            self.learner.bind(optimizer, seed)
+        self.round = 0
+        self.unit: float | None = None
+        self.outcome: Outcome | None = None
+        self.strategy: Strategy | None = None
+        self.leaf_backward = False
+        self._calls: int | None = None
+        self._checked = False
+        self._busy = False
+        self._stateful: tuple[tuple[bool, ...], list[Slot]] | None = None
+
+    # Playing ---------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        closure: Closure,
+        backward: Callable[[Tensor], object] | None = None,
+        *,
+        check: bool = False,
+    ) -> Outcome:
+        """Play a round up to the optimizer step; gradients are in `.grad` as after `loss.backward()`.
+
+        Args:
+            closure: runs the forward pass and returns the loss, or loss and predictions.
+            backward: called with each objective in place of its `.backward()`
+                (`accelerator.backward`, `lambda loss: scaler.scale(loss).backward()`).
+            check: validate this round as the first one is.
+
+        Raises:
+            GameError: if the round cannot be played; nothing has changed then.
+        """
+        with torch.enable_grad(), self.stage(closure, check) as stage:
+            total = torch.zeros(())
+            for objective, last in self.plays(stage):
+                stage.deliver(objective, backward)
+                total = total.to(objective) + objective.detach()
+                if last:
+                    break
+            return self.finish(stage, total, 1)
+
+    def loss(self, closure: Closure, *, check: bool = False) -> Tensor:
+        """Play a round and return a loss whose backward delivers the round's whole gradient.
+
+        Its value is the round's objective. Earlier passes are differentiated here and their
+        gradients ride along, so accumulation, loss scaling and DDP act on it as on any loss. With
+        gradients disabled this is the plain loss.
+        """
+        if not torch.is_grad_enabled():
+            return read(closure()).objective
+        with self.stage(closure, check) as stage:
+            carried: dict[Tensor, Tensor] = {}
+            earlier = torch.zeros(())
+            for objective, last in self.plays(stage):
+                if last:
+                    result = _attach(objective, carried, earlier, stage, self.site)
+                    self.finish(stage, result.detach(), 1)
+                    return result
+                self._differentiate(objective, carried, stage)
+                earlier = earlier.to(objective) + objective.detach()
+        raise AssertionError("unreachable: plays() ends with a step or raises")
+
+    def _differentiate(
+        self, objective: Tensor, carried: dict[Tensor, Tensor], stage: Stage
+    ) -> None:
+        """Add the gradients of a pass to those carried, and leave δ's in its `.grad`."""
+        if self.leaf_backward:
+            raise GameError(
+                "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss needs "
+                f"for {type(self.solver).__name__}: use use_reentrant=False, or game.backward."
+            )
+        points = [] if stage.played is None else stage.played.points
+        inputs = [p for p in [*self.parameters(), *points] if p.requires_grad]
+        gradients = torch.autograd.grad(objective, inputs, allow_unused=True)
+        stage.theta_backwards += 1
+        for tensor, gradient in zip(inputs, gradients, strict=True):
+            if any(tensor is point for point in points):
+                tensor.grad = gradient
+            elif gradient is not None:
+                carried[tensor] = gradient + carried[tensor] if tensor in carried else gradient
+
+    @contextmanager
+    def stage(self, closure: Closure, check: bool = False) -> Iterator[Stage]:
+        """Open a round on a closure. After an exception everything is as it was before."""
+        if self._busy:
+            raise GameError(
+                "A closure must not play a round itself: it runs the forward pass and returns the "
+                "loss (game.loss and game.backward call it)."
+            )
+        if check or not self._checked:
+            self._busy = True
+            try:
+                validate.first_round(self, closure)
+            finally:
+                self._busy = False
+            self._checked = True
+        stage = Stage(self, closure)
+        self.noise.begin("adversary", self.round, _rank())
+        self._busy = True
+        try:
+            yield stage
+        except BaseException:
+            stage.replay.undo()
+            raise
+        else:
+            self._learn_buffers(stage)
+            stage.renew()
+            self.round += 1
+        finally:
+            stage.passes.clear()
+            self.site.detach()
+            self._busy = False
+
+    def plays(self, stage: Stage) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the objectives of a round, each with whether an optimizer step follows it."""
+        play = self.solver.play(stage)
+        stepped = False
+        try:
+            for move in play:
+                stepped = isinstance(move, Step)
+                objective = move.objective if isinstance(move, Step) else move
+                validate.objective(objective, self.solver)
+                yield objective, stepped
+        finally:
+            play.close()
+        if not stepped:
+            raise GameError(
+                f"{type(self.solver).__name__}.play ended without a Step: the last pass before an "
+                "optimizer step is yielded as Step(objective)."
+            )
+
+    def finish(self, stage: Stage, objective: Tensor, steps: int) -> Outcome:
+        """Record and return what the round came to."""
+        q = None if stage.played is None else stage.played.detach()
+        radius = entropy = weights = None
+        if q is not None and q.points:
+            lengths = q.norms(self.solver.norm, self.solver.per)
+            radius = torch.stack([x.mean() for x in lengths]).mean()
+            entropy = q.entropy().mean().detach()
+            weights = "sample" if q.log_weights.shape[1] > 1 else "batch"
+        self.strategy = q
+        self.outcome = Outcome(
+            objective=objective / steps,
+            loss=stage.first_loss,
+            payoff=stage.payoff,
+            radius=radius,
+            entropy=entropy,
+            nonfinite=stage.nonfinite,
+            forwards=stage.forwards,
+            delta_backwards=stage.delta_backwards,
+            theta_backwards=stage.theta_backwards,
+            steps=steps,
+            weights=weights,
+        )
+        return self.outcome
+
+    # Evaluation ------------------------------------------------------------------------------
+
+    def explain(self, closure: Closure | None = None) -> Explanation:
+        """Return what a round will do: site, unit, absolute radius, passes and their cost.
+
+        Args:
+            closure: measures the unit by one forward pass that leaves no trace; without it, the
+                unit is estimated from the rows of the embedding until the first round is played.
+        """
+        return explain(self, closure)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Swap in the running average of θ over closed rounds, for evaluation."""
+        average = self._kept("average", "average='uniform'")
+        if self._busy:
+            raise GameError("averaged() swaps weights: use it between rounds, not within one.")
+        assert self.learner is not None
+        live = self.learner.parameters()
+        backup = [p.detach().clone() for p in live]
+        _put(average, live)
+        try:
+            yield
+        finally:
+            _put(backup, live)
+
+    @property
+    def learner_samples(self) -> list[dict[str, Tensor]]:
+        """The last R samples of θ by parameter name, oldest first."""
+        return [self.named(sample) for sample in self._kept("samples", "samples=8")]
+
+    def mixture(self, forward: Callable[[], Any]) -> Tensor:
+        """Return the log-probabilities of the mixture of the kept learner samples, `[B, C]`.
+
+        Args:
+            forward: runs the model and returns logits or an output that holds them.
+        """
+        holder = _Forward(self.model, forward)
+        probabilities = []
+        with torch.no_grad():
+            for sample in self.learner_samples:
+                weights = {f"model.{name}": tensor for name, tensor in sample.items()}
+                logits = functional_call(holder, weights, ())
+                probabilities.append(logits.float().log_softmax(-1))
+        stacked = torch.stack(probabilities)
+        return stacked.logsumexp(0) - torch.tensor(float(len(stacked))).log()
+
+    def teacher(self) -> dict[str, Tensor]:
+        """Return the teacher's weights by parameter name."""
+        assert self.learner is not None
+        return self.named(self.learner.teacher_weights())
+
+    def named(self, weights: list[Tensor]) -> dict[str, Tensor]:
+        """Return learner weights by the names of the model's parameters."""
+        assert self.learner is not None
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        pairs = zip(self.learner.parameters(), weights, strict=True)
+        return {names[id(p)]: w.to(p.dtype) for p, w in pairs if id(p) in names}
+
+    def _kept(self, name: str, how: str) -> Any:
+        kept = None if self.learner is None else getattr(self.learner, name)
+        if not kept:
+            raise GameError(
+                f"The game keeps no {name} of θ yet: build the solver with {how} and play at least one "
+                f"whole round ({type(self.solver).__name__} so far played {self.round})."
+            )
+        return kept
+
+    # State -----------------------------------------------------------------------------------
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters of the model, and those the optimizer trains besides."""
+        own = list(self.model.parameters())
+        known = {id(p) for p in own}
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return own + [p for g in groups for p in g["params"] if id(p) not in known]
+
+    @property
+    def scale(self) -> float:
+        """Length at the site of one unit of the solver's radius."""
+        return 1.0 if self.solver.unit == "absolute" or self.unit is None else self.unit
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs: seed and round of the draws, the unit, the solver's own state."""
+        return {"seed": self.seed, "round": self.round, "unit": self.unit}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        if self._busy:
+            raise GameError("load_state_dict within a round: load between rounds.")
+        self.seed, self.round, self.unit = state["seed"], state["round"], state["unit"]
+        self.noise = Noise(self.seed)
+        if self.learner is not None:
+            self.learner.noise = Noise(self.seed)
+
+    def close(self) -> None:
+        """Remove every hook the game has placed on model and optimizer."""
+        self.site.detach(force=True)
+        for handle in [] if self.learner is None else self.learner.handles:
+            handle.remove()
+
+    def count_calls(self, calls: int) -> None:
+        """Check that each pass calls the site as often as the first one did."""
+        if self._calls is None:
+            self._calls = calls
+        if calls != self._calls:
+            raise GameError(
+                f"The site {self.site.names} was called {calls} times in this pass and {self._calls} "
+                "times before. A closure must run the same passes every time."
+            )
+
+    def stateful_buffers(self) -> list[Slot] | None:
+        """Return the buffers known to change in a forward pass; None while that is not known."""
+        modes = tuple(m.training for m in self.model.modules())
+        if self._stateful is None or self._stateful[0] != modes:
+            return None
+        return self._stateful[1]
+
+    def _learn_buffers(self, stage: Stage) -> None:
+        if self.stateful_buffers() is None:
+            modes = tuple(m.training for m in self.model.modules())
+            self._stateful = (modes, stage.replay.buffers.changed())
+
+
+class _Forward(nn.Module):
+    def __init__(self, model: nn.Module, forward: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = forward
+
+    def forward(self) -> Tensor:
+        result = self.call()
+        return result if isinstance(result, Tensor) else result.logits
+
+
+class _Carried(torch.autograd.Function):
+    """Adds the value of the earlier passes to the last objective, and in backward their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, objective: Tensor, earlier: Tensor, gradients: Any, end: Any, *inputs: Tensor
+    ) -> Tensor:
+        ctx.gradients, ctx.end = gradients, end
+        return objective + earlier
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (factor,) = upstream
+        torch.autograd.Variable._execution_engine.queue_callback(ctx.end)  # pyright: ignore
+        return factor, None, None, None, *[factor.to(g.dtype) * g for g in ctx.gradients]
+
+
+def _attach(
+    objective: Tensor, carried: dict[Tensor, Tensor], earlier: Tensor, stage: Stage, site: Site
+) -> Tensor:
+    """Return a loss that carries the earlier passes, and those that its backward recomputes."""
+    recomputable: list[Pass] = [p for p in stage.passes if p.recomputable]
+    if not carried and not recomputable:
+        return objective
+
+    def end() -> None:
+        recomputable.clear()
+        site.detach()
+
+    earlier = earlier.to(objective)
+    gradients = list(carried.values())
+    return _Carried.apply(objective, earlier, gradients, end, *carried)  # pyright: ignore
+
+
+@torch.no_grad()
+def _put(values: list[Tensor], live: list[Tensor]) -> None:
+    for parameter, value in zip(live, values, strict=True):
+        parameter.copy_(value)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,128 @@
+"""Norms, steepest ascent and projections: the geometry of the set the adversary plays in.
+
+Every function acts on a tensor `[B, ...]` and treats each *group* of coordinates by itself: all
+coordinates of a sample (`per="sample"`), or the last dimension (`per="token"`). Padding needs no
+mask here: masked coordinates are zero, and zero stays zero under every function of this file.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Norm = Literal["l1", "l2", "linf"]
+Per = Literal["sample", "token"]
+
+NORMS = ("l1", "l2", "linf")
+PERS = ("sample", "token")
+
+
+def _dims(x: Tensor, per: Per) -> tuple[int, ...]:
+    return (x.dim() - 1,) if per == "token" else tuple(range(1, x.dim()))
+
+
+def _largest(x: Tensor, per: Per) -> Tensor:
+    return x.abs().amax(_dims(x, per), keepdim=True)
+
+
+def _safe(divisor: Tensor) -> Tensor:
+    """Return the divisor with zeros replaced by one, so that 0/0 gives 0."""
+    return torch.where(divisor > 0, divisor, torch.ones_like(divisor))
+
+
+def norms(x: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
+    """Return the norm of each group, shaped to broadcast against `x`.
+
+    The tensor is divided by its largest entry first: the squares of 1e30 overflow in fp32, those
+    of 1e-30 vanish (trap: half-precision and extreme gradients turn into inf/inf).
+
+    Args:
+        x: `[B, ...]`, any float dtype.
+        norm: `"l1"`, `"l2"` or `"linf"`.
+        per: `"sample"` (all but the first dimension) or `"token"` (the last dimension).
+
+    Returns:
+        `[B, 1, ...]` for `per="sample"`, `[..., 1]` for `per="token"`.
+
+    Example:
+        >>> norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+        [[5.0], [0.0]]
+    """
+    largest = _largest(x, per)
+    if norm == "linf":
+        return largest
+    scaled = x / _safe(largest)
+    if norm == "l1":
+        return largest * scaled.abs().sum(_dims(x, per), keepdim=True)
+    return largest * scaled.square().sum(_dims(x, per), keepdim=True).sqrt()
+
+
+def unit(g: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
+    """Return `g / ||g||` per group; a group of zeros stays zero.
+
+    In L∞ this keeps the proportions of the gradient, unlike its sign: what the released code of
+    FreeLB and MAT computes.
+    """
+    scaled = g / _safe(_largest(g, per))
+    return scaled / _safe(norms(scaled, norm, per))
+
+
+def steepest(g: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
+    """Return the steepest ascent direction `argmax { <g, v> : ||v|| <= 1 }` per group.
+
+    L2: `g / ||g||`; L∞: `sign(g)`; L1: the sign at the coordinate with the largest magnitude.
+
+    Example:
+        >>> steepest(torch.tensor([[3.0, -4.0]]), "linf").tolist()
+        [[1.0, -1.0]]
+        >>> steepest(torch.tensor([[3.0, -4.0]]), "l1").tolist()
+        [[0.0, -1.0]]
+    """
+    if norm == "l2":
+        return unit(g, "l2", per)
+    if norm == "linf":
+        return g.sign()
+    flat = g if per == "token" else g.flatten(1)
+    where = flat.abs().argmax(-1, keepdim=True)
+    return torch.zeros_like(flat).scatter(-1, where, flat.gather(-1, where).sign()).view_as(g)
+
+
+def project(x: Tensor, radius: float, norm: Norm = "l2", per: Per = "sample") -> Tensor:
+    """Return the Euclidean projection of each group onto the ball of the given radius.
+
+    Idempotent and 1-Lipschitz. L2: rescaling; L∞: clamping; L1: soft thresholding with the
+    threshold found by sorting (Duchi et al. 2008, fig. 1).
+
+    Example:
+        >>> project(torch.tensor([[3.0, 4.0]]), 1.0).tolist()
+        [[0.6000000238418579, 0.800000011920929]]
+    """
+    if norm == "linf":
+        return x.clamp(-radius, radius)
+    inside = norms(x, norm, per) <= radius
+    if norm == "l2":
+        return torch.where(inside, x, radius * unit(x, "l2", per))
+    return torch.where(inside, x, _onto_l1_sphere(x, radius, per))
+
+
+def onto_sphere(x: Tensor, radius: float, norm: Norm = "l2", per: Per = "sample") -> Tensor:
+    """Return each group rescaled to norm `radius` (zero stays zero).
+
+    Not a projection onto a ball: it also enlarges. The released code of SMART and ALUM and their
+    ports do this with `norm="linf", per="token", radius=1`.
+    """
+    return radius * unit(x, norm, per)
+
+
+def _onto_l1_sphere(x: Tensor, radius: float, per: Per) -> Tensor:
+    flat = x if per == "token" else x.flatten(1)
+    scale = _safe(_largest(flat, "token"))
+    magnitudes = (flat / scale).abs()
+    radius_ = radius / scale
+    ordered = magnitudes.sort(-1, descending=True).values
+    ranks = torch.arange(1, flat.shape[-1] + 1, device=x.device, dtype=x.dtype)
+    thresholds = (ordered.cumsum(-1) - radius_) / ranks
+    # Rounding can leave no coordinate above its threshold when the radius is tiny: at least one is kept.
+    kept = (ordered > thresholds).sum(-1, keepdim=True).clamp(min=1)
+    shrunk = (magnitudes - thresholds.gather(-1, kept - 1)).clamp(min=0)
+    return (radius * unit(shrunk, "l1", "token") * flat.sign()).view_as(x)

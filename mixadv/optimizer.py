@@ -1,0 +1,236 @@
+"""The wrapped optimizer: a real `torch.optim.Optimizer` whose step plays a round."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mixadv import validate
+from mixadv.closure import Closure
+from mixadv.game import Game, Outcome
+from mixadv.solvers.base import Solver
+
+STATE_KEY = "mixadv"
+
+
+def wrap(
+    optimizer: Optimizer, model: nn.Module, solver: Solver, *, site: Any = None, seed: int = 0
+) -> GameOptimizer:
+    """Wrap an optimizer so that its steps play a game on the model.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` that does not need a closure itself.
+        model: the module that closures call; it may be wrapped in DistributedDataParallel.
+        solver: how a round is played, e.g. `mixadv.MAT()`.
+        site: where δ acts; None finds the input embedding that the encoder calls.
+        seed: of the players' draws.
+
+    Raises:
+        TypeError, ValueError: for arguments that cannot be played with, and why.
+
+    Example:
+        >>> import mixadv
+        >>> model = nn.Linear(2, 3)
+        >>> x, y = torch.eye(2), torch.tensor([0, 2])
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = mixadv.wrap(optimizer, model, mixadv.PGD(steps=2))
+        >>> loss = optimizer.step(lambda: nn.functional.cross_entropy(model(x), y))
+        >>> optimizer.outcome.forwards, optimizer.outcome.delta_backwards
+        (3, 2)
+    """
+    validate.base_optimizer(optimizer)
+    return GameOptimizer(optimizer, Game(model, solver, site, seed=seed, optimizer=optimizer))
+
+
+class GameOptimizer(Optimizer):
+    """Plays a round per step. Built by `wrap`.
+
+    `step(closure)`:
+
+    1. zeroes the gradients,
+    2. plays a round on the batch of the closure; at each of its optimizer steps
+    3. steps the base optimizer, whose hooks make the learner's moves (noise, damping, averages),
+    4. zeroes the gradients, forgets the clean pass and takes a new dropout mask,
+    5. returns the objective averaged over the round's steps, detached; `outcome` has the rest.
+
+    `step()` is the base step with the learner's moves, for loops where `game.backward` or
+    `game.loss` has made the gradients. Everything else is the base optimizer's: parameter groups,
+    state, defaults.
+    """
+
+    # Never advertised, whatever the base says: GradScaler would hand its scale to this object.
+    _step_supports_amp_scaling = False
+
+    def __init__(self, base: Optimizer, game: Game) -> None:
+        # Not Optimizer.__init__: it assigns `state` and `param_groups`, which are the base's here.
+        self.base = base
+        self.game = game
+        self.outcome: Outcome | None = None
+        self._closure_plays: bool | None = None
+        self._make_hooks()
+
+    def _make_hooks(self) -> None:
+        for when in ("step_pre", "step_post"):
+            setattr(self, f"_optimizer_{when}_hooks", OrderedDict())
+        for when in ("pre", "post"):
+            setattr(self, f"_optimizer_state_dict_{when}_hooks", OrderedDict())
+            setattr(self, f"_optimizer_load_state_dict_{when}_hooks", OrderedDict())
+        self._warned_capturable_if_run_uncaptured = True
+        self._patch_step_function()
+
+    # What belongs to the base ------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore
+        """The base's parameter groups, live also after it loads a checkpoint."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # pyright: ignore
+        """The base's state."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # pyright: ignore
+        """The base's defaults."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # Methods of particular bases, such as train() and eval() of schedule-free ones.
+        if name.startswith("_") or name in ("base", "grad_scale", "found_inf"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base, name)
+
+    def __repr__(self) -> str:
+        return f"GameOptimizer({self.game.solver!r}\n{self.base!r})"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base."""
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of the base's parameters."""
+        self.base.zero_grad(set_to_none)
+
+    # The step ----------------------------------------------------------------------------------
+
+    def step(self, closure: Closure | None = None, *, check: bool = False) -> Any:  # pyright: ignore
+        """Play a round and step; see the class.
+
+        Args:
+            closure: runs the forward pass and returns the loss, or loss and predictions; never
+                calls backward. None steps the base with the gradients there are.
+            check: validate this round as the first one is.
+
+        Returns:
+            The round's objective, 0-d and detached; None without a closure.
+        """
+        if closure is None:
+            self.base.step()
+            return None
+        with torch.enable_grad():
+            if self._closure_plays is None:
+                result = self._first_call(closure)
+                if self._closure_plays:
+                    self.base.step()
+                    return result
+            elif self._closure_plays:
+                result = closure()
+                self.base.step()
+                return result
+            return self._round(closure, check)
+
+    def _first_call(self, closure: Callable[[], Any]) -> Any:
+        """Find out whether the closure plays a round itself, as under Lightning's optimization."""
+        result, self._closure_plays = validate.plays_itself(self.game, closure)
+        return result
+
+    def _round(self, closure: Closure, check: bool) -> Tensor:
+        game = self.game
+        try:
+            with game.stage(closure, check) as stage:
+                self.base.zero_grad()
+                total, steps = torch.zeros(()), 0
+                for objective, last in game.plays(stage):
+                    stage.deliver(objective, None)
+                    total = total.to(objective) + objective.detach()
+                    if last:
+                        self.base.step()
+                        self.base.zero_grad()
+                        stage.renew()
+                        steps += 1
+                self.outcome = game.finish(stage, total, steps)
+        except BaseException:
+            if game.learner is not None:
+                game.learner.abandon()
+            raise
+        return self.outcome.objective
+
+    # State -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state and, under "mixadv", that of the game and the learner."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        learner = self.game.learner
+        state = {
+            **self.base.state_dict(),
+            STATE_KEY: {
+                "game": self.game.state_dict(),
+                "learner": None if learner is None else learner.state_dict(),
+            },
+        }
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; that of the base alone is continued with a fresh adversary."""
+        state = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state)
+            state = state if changed is None else changed
+        ours = state.pop(STATE_KEY, None)
+        learner = self.game.learner
+        if ours is not None and (ours["learner"] is None) != (learner is None):
+            raise ValueError(
+                f"The checkpoint was written {'without' if ours['learner'] is None else 'with'} a learner "
+                f"part and {type(self.game.solver).__name__} has {'none' if learner is None else 'one'}: "
+                "build the solver as it was, or drop the checkpoint's 'mixadv' entry to start afresh."
+            )
+        self.base.load_state_dict(state)
+        if ours is not None:
+            self.game.load_state_dict(ours["game"])
+            if learner is not None:
+                learner.load_state_dict(ours["learner"])
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base": self.base, "game": self.game, "_closure_plays": self._closure_plays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.outcome = None
+        self._make_hooks()
+        game = cast(Game, self.game)
+        if game.learner is not None:
+            game.learner.bind(self.base, game.seed)

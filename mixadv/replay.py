@@ -1,0 +1,175 @@
+"""Replaying a forward pass: random state and buffers.
+
+All passes between two optimizer steps see the same dropout masks, and BatchNorm statistics end as
+after one forward: otherwise a divergence between clean and adversarial predictions measures the
+noise of dropout, which is orders above the effect of a small δ.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RandomState = list[tuple[torch.device, Tensor]]
+Slot = tuple[nn.Module, str]
+
+
+def random_state(devices: list[torch.device]) -> RandomState:
+    """Return the random state of the CPU and of each accelerator given."""
+    states: RandomState = [(torch.device("cpu"), torch.get_rng_state())]
+    for device in devices:
+        backend: Any = torch.get_device_module(device)
+        state = backend.get_rng_state() if device.type == "mps" else backend.get_rng_state(device)
+        states.append((device, state))
+    return states
+
+
+def set_random_state(states: RandomState) -> None:
+    """Set what `random_state` returned."""
+    for device, state in states:
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        elif device.type == "mps":
+            torch.mps.set_rng_state(state)
+        else:
+            backend: Any = torch.get_device_module(device)
+            backend.set_rng_state(state, device)
+
+
+class Replay:
+    """Random state and buffers of one round.
+
+    Args:
+        model: whose buffers are watched.
+        fresh: draw new dropout masks in every pass.
+        slots: the buffers to watch, see `Buffers`.
+    """
+
+    def __init__(
+        self, model: nn.Module, fresh: bool = False, slots: list[Slot] | None = None
+    ) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        self.devices = sorted(
+            {t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str
+        )
+        self.fresh = fresh
+        self.buffers = Buffers(model, slots)
+        self.found = random_state(self.devices)
+        self.before: RandomState | None = None
+        self.after: RandomState | None = None
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Run one pass from the state the first pass since the last step started from."""
+        first = self.before is None
+        if self.before is None:
+            self.before = random_state(self.devices)
+        elif not self.fresh:
+            set_random_state(self.before)
+        yield
+        if first:
+            self.after = random_state(self.devices)
+            self.buffers.keep()
+        else:
+            self.buffers.restore()
+
+    def rewind(self) -> None:
+        """Set the random state that the next pass starts from, for passes run by other means."""
+        if self.before is not None:
+            set_random_state(self.before)
+
+    def renew(self) -> None:
+        """Move to where one plain forward would have left the random state: a new mask."""
+        if self.after is not None:
+            set_random_state(self.after)
+        self.before = self.after = None
+
+    def undo(self) -> None:
+        """Put the random state and the buffers back to where the round found them."""
+        set_random_state(self.found)
+        self.buffers.undo()
+
+
+class Buffers:
+    """Buffers that forward passes change (running statistics), found by their version counters.
+
+    Args:
+        model: whose buffers are watched.
+        slots: the (module, name) pairs to watch, as `changed()` of an earlier round returned them;
+            None watches all (a copy of each, so only until it is known which ones change).
+    """
+
+    def __init__(self, model: nn.Module, slots: list[Slot] | None = None) -> None:
+        if slots is None:
+            slots = [(m, n) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+        self.slots = slots
+        self.found = self._snapshot()
+        self.kept = self.found
+
+    def _snapshot(self) -> list[tuple[Tensor, int, Tensor]]:
+        live = [module._buffers[name] for module, name in self.slots]
+        return [(b, b._version, b.detach().clone()) for b in live if b is not None]
+
+    def keep(self) -> None:
+        """Remember the values as they are now, as those after one forward."""
+        self.kept = self._snapshot()
+
+    def restore(self) -> None:
+        """Put back what was kept."""
+        self._put(self.kept)
+
+    def undo(self) -> None:
+        """Put back what the round found."""
+        self._put(self.found)
+
+    def changed(self) -> list[Slot]:
+        """Return the slots whose buffer was written to, or replaced, since the round began."""
+        pairs = zip(self.slots, self.found, strict=True)
+        return [
+            (module, name)
+            for (module, name), (buffer, version, _) in pairs
+            if module._buffers[name] is not buffer or buffer._version != version
+        ]
+
+    def _put(self, snapshot: list[tuple[Tensor, int, Tensor]]) -> None:
+        for (module, name), (buffer, version, value) in zip(self.slots, snapshot, strict=True):
+            if module._buffers[name] is not buffer:
+                module._buffers[name] = buffer
+            if buffer._version != version:
+                # A graph may hold the buffer: it reads it in evaluation mode only, where it never
+                # changes, so the version counter must not invalidate that graph.
+                with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(buffer):  # pyright: ignore
+                    buffer.copy_(value)
+
+
+class Noise:
+    """The random draws of the two players, seeded anew each round from a few integers.
+
+    Saved with a game are the seed and the number of the round: nothing else is needed to resume.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._key: tuple[Any, ...] = ()
+
+    def begin(self, player: str, round: int, rank: int | None = None) -> None:
+        """Seed the draws of a player for a round; `rank` only where ranks draw differently."""
+        self._key = (self.seed, player, round, rank)
+        self._generators.clear()
+
+    def __call__(self, kind: str, like: Tensor) -> Tensor:
+        """Return a draw shaped like `like`: `"normal"`, or `"uniform"` in [−1, 1]."""
+        if like.device not in self._generators:
+            digest = hashlib.blake2b(repr(self._key).encode(), digest_size=8).digest()
+            generator = torch.Generator(like.device)
+            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+            self._generators[like.device] = generator
+        generator = self._generators[like.device]
+        options: Any = {"generator": generator, "dtype": like.dtype, "device": like.device}
+        if kind == "normal":
+            return torch.randn(like.shape, **options)
+        return 2 * torch.rand(like.shape, **options) - 1

@@ -1,0 +1,122 @@
+"""Three ways to compute the payoffs of many particles; wherever each is allowed they agree.
+
+    sequential   one pass per particle; always works
+    vmap         one vectorised pass over δ (`torch.func.vmap`); the same dropout for all
+    stack        one pass over a batch that repeats the model's inputs M times; only without dropout
+                 and batch statistics, and with one loss per sample or predictions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.closure import Reading
+from mixadv.site import Call, bound, unwrap
+from mixadv.strategy import Strategy
+
+if TYPE_CHECKING:
+    from mixadv.stage import Stage
+
+Gains = Callable[[Reading, int], Tensor]
+Payoffs = tuple[Tensor, list[Tensor]]
+RouteFunction = Callable[["Stage", Strategy, Gains], Payoffs]
+
+
+def sequential(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
+    """Evaluate the particles one after another."""
+    values, gradients = [], []
+    for particle in range(q.size):
+        leaves: list[Tensor] = []
+
+        def provide(index: int, call: Call, output: Tensor, m: int = particle) -> Tensor:
+            q.fill(index, call)
+            leaves.append(q.points[index][m].detach().requires_grad_())  # noqa: B023
+            return _scaled(leaves[-1], q.unit)  # noqa: B023
+
+        value = gains(stage.run(provide), 1)
+        gradients.append(stage.differentiate(value.sum(), leaves))
+        values.append(value.detach())
+    return torch.stack(values), [torch.stack(g) for g in zip(*gradients, strict=True)]
+
+
+def vmapped(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
+    """Evaluate the particles by `torch.func.vmap` over δ."""
+    if not q.points:  # nothing to map over before the first call at the site
+        return sequential(stage, q, gains)
+    leaves = [point.detach().requires_grad_() for point in q.points]
+
+    def one(*points: Tensor) -> Tensor:
+        # The random state is set inside the mapped function, so that chunks replay it too.
+        return gains(stage.run(lambda i, call, output: _scaled(points[i], q.unit)), 1)
+
+    before = stage.forwards
+    values = torch.func.vmap(one, randomness="same")(*leaves)
+    stage.forwards = before + q.size
+    return values.detach(), stage.differentiate(values.sum(), leaves)
+
+
+def stacked(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
+    """Evaluate the particles in one batch of M copies."""
+    if not q.points:
+        return sequential(stage, q, gains)
+    leaves = [point.detach().flatten(0, 1).requires_grad_() for point in q.points]
+    values = _stacked_pass(stage, q, leaves, gains)
+    gradients = stage.differentiate(values.sum(), leaves)
+    return values.detach(), [g.unflatten(0, (q.size, -1)) for g in gradients]
+
+
+ROUTES: dict[str, RouteFunction] = {
+    "sequential": sequential,
+    "vmap": vmapped,
+    "stack": stacked,
+}
+
+
+def readings(stage: Stage, q: Strategy, gains: Gains) -> Tensor:
+    """Return each particle's payoff `[M, B]` with gradients to θ: the learner's side.
+
+    Stacked where the solver's route says so, else one pass after another (`vmap` is not for the
+    learner's backward: checkpointing and distributed hooks would not see it).
+    """
+    if stage.game.solver.route == "stack" and q.size > 1:
+        return _stacked_pass(stage, q, [p.flatten(0, 1) for p in q.points], gains)
+    return torch.stack([gains(stage.run(stage.at(q, m)), 1) for m in range(q.size)])
+
+
+def _stacked_pass(stage: Stage, q: Strategy, points: list[Tensor], gains: Gains) -> Tensor:
+    with _repeated(stage.game.model, q.size):
+        reading = stage.run(lambda i, call, output: _scaled(points[i], q.unit), copies=q.size)
+    return gains(reading, q.size).unflatten(0, (q.size, -1))
+
+
+@contextmanager
+def _repeated(model: nn.Module, copies: int) -> Iterator[None]:
+    """Repeat every batched input of the model."""
+
+    def repeat(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        arguments = bound(module, args, kwargs)
+        main = arguments.get(getattr(module, "main_input_name", "input_ids"))
+        tensors = [v for v in arguments.values() if isinstance(v, Tensor) and v.dim()]
+        rows = len(main if isinstance(main, Tensor) else tensors[0])
+
+        def many(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() and len(value) == rows:
+                return value.repeat(copies, *[1] * (value.dim() - 1))
+            return value
+
+        return tuple(many(a) for a in args), {k: many(v) for k, v in kwargs.items()}
+
+    handle = unwrap(model).register_forward_pre_hook(repeat, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _scaled(point: Tensor, unit: float) -> Tensor:
+    return point if unit == 1 else unit * point

@@ -1,0 +1,342 @@
+"""Where the adversary acts: finding the module, adding δ to its output, the mask of real tokens.
+
+The inputs of the model are never touched (`inputs_embeds` is not `input_ids`: pooling, positions and
+decoder shifts depend on the ids). A forward hook adds δ to the output of the site while a pass
+runs, and is removed when the round ends. A call made while a backward recomputes a checkpoint gets
+the δ of the pass it recomputes: autograd numbers its nodes in the order of creation, so the number
+of the node that is running tells which pass it came from.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.errors import GameError, nearest
+
+INPUT = "input"
+
+
+class Call(NamedTuple):
+    """What a call at the site returned: enough to make a δ for it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    mask: Tensor | None
+
+    def empty(self) -> Tensor:
+        """Return an uninitialised tensor of δ's shape, in at least fp32."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return torch.empty(self.shape, dtype=dtype, device=self.device)
+
+
+Provide = Callable[[int, Call, Tensor], Tensor | None]
+
+
+class Pass:
+    """One run of the closure: the calls at the site and the δ added in each."""
+
+    def __init__(self, provide: Provide) -> None:
+        self.provide = provide
+        self.calls: list[Call] = []
+        self.deltas: list[Tensor | None] = []
+        self.modules: list[nn.Module] = []
+        self.numbers: list[int] = []
+        self.begin = torch._C._autograd._get_sequence_nr()  # pyright: ignore
+        self.grad = torch.is_grad_enabled()
+        self.recomputable = False
+        self.context: dict[str, Any] = {}
+        self._recomputed: dict[tuple[int, int], int] = {}
+
+    def next_delta(
+        self, module: nn.Module, number: int, call: Call, output: Tensor
+    ) -> Tensor | None:
+        """Record a call at the site and return its δ."""
+        delta = self.provide(len(self.calls), call, output)
+        self.calls.append(call)
+        self.deltas.append(delta)
+        self.modules.append(module)
+        self.numbers.append(number)
+        return delta
+
+    def recomputed_delta(self, module: nn.Module, number: int) -> Tensor | None:
+        """Return the δ of the call that the running node of the backward recomputes."""
+        mine = [i for i, m in enumerate(self.modules) if m is module]
+        before = [i for i in mine if self.numbers[i] <= number] or mine[:1]
+        ties = [i for i in mine if self.numbers[i] == self.numbers[before[-1]]]
+        key = (torch._C._current_graph_task_id(), number)
+        turn = self._recomputed[key] = self._recomputed.get(key, -1) + 1
+        return self.deltas[ties[turn % len(ties)]]
+
+
+class Site:
+    """The modules at whose output (or, for `"input"`, at the model's own input) δ is added.
+
+    Args:
+        model: the model that the closure calls; wrapped or not.
+        site: None for the input embedding that the encoder really calls (for a model without one,
+            its own input), the name of a submodule, a submodule, `"input"`, or several of them.
+    """
+
+    def __init__(self, model: nn.Module, site: Any = None) -> None:
+        self.model = model
+        self._inner = unwrap(model)
+        self.targets = _find(model, site)
+        self.current: Pass | None = None
+        self._alive: list[weakref.ref[Pass]] = []
+        self._handles: list[Any] = []
+        self._numbers: dict[nn.Module, int] = {}
+        self._masks: list[Tensor | None] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the submodules, `"input"` for the model's own input."""
+        return [name for name, _ in self.targets]
+
+    @contextmanager
+    def run(self, provide: Provide) -> Iterator[Pass]:
+        """Make calls at the site add what `provide(index, call, output)` returns; None adds nothing."""
+        current = Pass(provide)
+        self.prune()
+        self._alive.append(weakref.ref(current))
+        self.attach()
+        self.current, self._masks = current, []
+        try:
+            yield current
+        finally:
+            self.current, self._masks = None, []
+            self._numbers.clear()
+
+    def attach(self) -> None:
+        """Register the hooks, once."""
+        if self._handles:
+            return
+        for name, module in self.targets:
+            if name == INPUT:
+                self._pre(module, self._at_input)
+            else:
+                self._pre(module, self._note_number)
+                hook = module.register_forward_hook(self._at_output, with_kwargs=True)
+                self._handles.append(hook)
+        for module in _around(self.model, [m for _, m in self.targets]):
+            self._pre(module, self._enter)
+            hook = module.register_forward_hook(self._leave)
+            self._handles.append(hook)
+
+    def _pre(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        self._handles.append(handle)
+
+    def detach(self, force: bool = False) -> None:
+        """Remove the hooks, unless a loss with recomputed passes still waits for its backward."""
+        self.prune()
+        if force or not self._alive:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+
+    def prune(self) -> None:
+        """Forget passes that no graph can recompute any more."""
+        self._alive = [ref for ref in self._alive if ref() is not None]
+
+    # Hooks -----------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.current is None or recomputing():
+            return
+        arguments = bound(module, args, kwargs)
+        mask = arguments.get("attention_mask")
+        usable = isinstance(mask, Tensor) and mask.dim() == 2
+        inherited = self._masks[-1] if self._masks else None
+        if not self._masks or module is self._inner:
+            self.current.context = arguments
+        self._masks.append(mask if usable else inherited)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.current is not None and not recomputing() and self._masks:
+            self._masks.pop()
+
+    def _note_number(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._numbers[module] = torch._C._autograd._get_sequence_nr()  # pyright: ignore
+
+    def _at_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(first, Tensor) or not first.is_floating_point():
+            what = f"a tensor of {first.dtype}" if isinstance(first, Tensor) else type(first)
+            raise GameError(
+                f"The site returns {what}, and δ is added to a floating-point tensor (or to the "
+                "first of a tuple). Choose a module that returns one with site=."
+            )
+        delta = self._delta(module, first, args, kwargs)
+        if delta is None:
+            return None
+        total = add(first, delta)
+        return type(output)((total, *output[1:])) if isinstance(output, (tuple, list)) else total
+
+    def _at_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self.current is not None and not recomputing():
+            self._numbers[module] = torch._C._autograd._get_sequence_nr()  # pyright: ignore
+        arguments = bound(module, args, kwargs)
+        floats = [k for k, v in arguments.items() if _is_float(v)]
+        preferred = getattr(unwrap(module), "main_input_name", None)
+        name = preferred if preferred in floats else floats[0] if floats else None
+        if name is None:
+            raise GameError(
+                f"The site is the model's own input, but it is called with {list(arguments)}, none of "
+                "them a floating-point tensor. Choose a module with site=."
+            )
+        delta = self._delta(module, arguments[name], (), {})
+        if delta is None:
+            return None
+        total = add(arguments[name], delta)
+        if name in kwargs:
+            return args, {**kwargs, name: total}
+        where = list(arguments).index(name)
+        return (*args[:where], total, *args[where + 1 :]), kwargs
+
+    def _delta(self, module: nn.Module, output: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+        if recomputing():
+            number = _running_number()
+            passes = [p for ref in self._alive if (p := ref()) and p.begin <= number]
+            mine = [p for p in passes if module in p.modules]
+            return mine[-1].recomputed_delta(module, number) if mine else None
+        if self.current is None:
+            return None
+        number = self._numbers.get(module, self.current.begin)
+        reentrant = self.current.grad and not torch.is_grad_enabled()
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
+        self.current.recomputable |= reentrant or hooked
+        # A reentrant checkpoint runs its block without gradients: the node to look for is its own,
+        # the last one made before.
+        number -= reentrant
+        call = Call(output.shape, output.dtype, output.device, self._mask(output, args, kwargs))
+        delta = self.current.next_delta(module, number, call, output)
+        if delta is not None and delta.shape != output.shape:
+            raise GameError(
+                f"The site returned {list(output.shape)} in this pass but {list(delta.shape)} "
+                "before. A closure is run several times on one batch and must be repeatable."
+            )
+        return delta
+
+    def _mask(self, output: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+        mask = self._masks[-1] if self._masks else None
+        if output.dim() < 3:
+            return None
+        if mask is None or mask.shape != output.shape[:2]:
+            module_input = args[0] if args else None
+            padding = self._padding_index(module_input, output)
+            if padding is None:
+                return None
+            assert isinstance(module_input, Tensor)
+            mask = module_input != padding
+        mask = (mask > 0).to(torch.promote_types(output.dtype, torch.float32))
+        return mask.view(*mask.shape, *[1] * (output.dim() - 2))
+
+    def _padding_index(self, ids: Any, output: Tensor) -> int | None:
+        if not isinstance(ids, Tensor) or ids.shape != output.shape[:2]:
+            return None
+        for _, module in self.targets:
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                return module.padding_idx
+        return None
+
+
+def add(output: Tensor, delta: Tensor) -> Tensor:
+    """Return output + δ, summed in δ's precision and cast once (bf16 would swallow a small δ)."""
+    return (output.to(delta.dtype) + delta).to(output.dtype)
+
+
+def recomputing() -> bool:
+    """Return whether a backward is running, i.e. this forward recomputes a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _running_number() -> int:
+    node: Any = torch._C._current_autograd_node()
+    return node._sequence_nr()
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def bound(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name; surplus positional ones by their index."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = positional + [str(i) for i in range(len(positional), len(args))]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _around(model: nn.Module, inner: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the modules that contain one of `inner` (or are it), outermost first."""
+    paths = [n for n, m in model.named_modules(remove_duplicate=False) if any(m is i for i in inner)]
+    above = {path.rsplit(".", k)[0] for path in paths for k in range(path.count(".") + 1)} | {""}
+    wanted = above - set(paths) | {""}
+    return [m for n, m in model.named_modules() if n in wanted]
+
+
+def _find(model: nn.Module, site: Any) -> list[tuple[str, nn.Module]]:
+    if isinstance(site, (list, tuple)):
+        if not site:
+            raise ValueError("site=[] names no module; leave it out for the input embedding.")
+        return [target for one in site for target in _find(model, one)]
+    if site is None:
+        return [_default(model)]
+    if site == INPUT:
+        return [(INPUT, unwrap(model))]
+    inner = unwrap(model)
+    named = dict(inner.named_modules(remove_duplicate=False))
+    if isinstance(site, str):
+        if site in named and site:
+            return [(site, named[site])]
+        raise ValueError(f"The model has no module named {site!r}.{nearest(site, named, 3)}")
+    if isinstance(site, nn.Module):
+        name = next((n for n, m in named.items() if m is site), None)
+        if name is None:
+            raise ValueError(f"The {type(site).__name__} given as site is not part of the model.")
+        return [(name, site)] if name else [(INPUT, site)]
+    raise TypeError(
+        f"site must be None, a module, its name, 'input' or a list of these, got {site!r}."
+    )
+
+
+def _default(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the input embedding that the encoder really calls, else the model's own input."""
+    inner = unwrap(model)
+    embeddings = [(n, m) for n, m in inner.named_modules() if isinstance(m, nn.Embedding)]
+    ids = getattr(inner, "main_input_name", "input_ids") == "input_ids"
+    if ids and callable(getattr(inner, "get_input_embeddings", None)):
+        holder: Any = inner
+        # The tied `shared` module of an encoder–decoder is never called: its encoder has its own.
+        if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+            holder = holder.get_encoder()
+        found = holder.get_input_embeddings()
+        name = next((n for n, m in inner.named_modules() if m is found), None)
+        if name is not None:
+            return name, found
+    if not ids or not embeddings:
+        return INPUT, inner
+    if len(embeddings) == 1:
+        return embeddings[0]
+    listed = ", ".join(repr(n) for n, _ in embeddings[:8])
+    raise ValueError(
+        f"The model has {len(embeddings)} embeddings and no get_input_embeddings(): {listed}. "
+        "Name the one that δ is added to with site=."
+    )

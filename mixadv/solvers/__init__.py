@@ -1,0 +1,53 @@
+"""The registry of solvers: one file each, one line here."""
+
+from dataclasses import fields
+from typing import Any
+
+from mixadv.errors import nearest
+from mixadv.solvers.base import Solver
+from mixadv.solvers.fgm import FGM
+from mixadv.solvers.freelb import FreeLB
+from mixadv.solvers.mat import MAT
+from mixadv.solvers.noise import UniformNoise
+from mixadv.solvers.pgd import PGD
+from mixadv.solvers.smart import SMART
+
+SOLVERS: dict[str, type[Solver]] = {
+    cls.name: cls
+    for cls in (
+        UniformNoise,
+        FGM,
+        PGD,
+        FreeLB,
+        SMART,
+        MAT,
+    )
+}
+
+
+def solver(name: str, **parameters: Any) -> Solver:
+    """Build a solver by its registered name.
+
+    Args:
+        name: a key of `SOLVERS`.
+        parameters: its hyper-parameters.
+
+    Raises:
+        ValueError: for an unknown name or hyper-parameter, with the nearest one.
+
+    Example:
+        >>> solver("freelb", steps=2).steps
+        2
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"Unknown solver {name!r}.{nearest(name, SOLVERS)} There are {', '.join(SOLVERS)}.")
+    cls = SOLVERS[name]
+    known = [f.name for f in fields(cls)]
+    for parameter in parameters:
+        if parameter not in known:
+            raise ValueError(
+                f"{cls.__name__} has no hyper-parameter {parameter!r}."
+                f"{nearest(parameter, known)} It has {', '.join(known)}."
+            )
+    return cls(**parameters)
+

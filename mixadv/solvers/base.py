@@ -1,0 +1,67 @@
+"""What every solver is: an ascent's hyper-parameters, and how a round is played with them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from mixadv.ascent import Ascent
+from mixadv.divergence import DIVERGENCES, Divergence, divergence
+from mixadv.learner import Learner
+
+if TYPE_CHECKING:
+    from mixadv.stage import Stage, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(Ascent, ABC):
+    """How a round is played. Frozen: hyper-parameters only; state lives in the game.
+
+    A solver is one file: a dataclass that sets the defaults of its ascent, names its paper and
+    writes `play`, plus one line in the registry.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    mixed: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.particles != 1 and not self.mixed:
+            raise ValueError(
+                f"{type(self).__name__} plays one point, got particles={self.particles}: "
+                "a mixed strategy needs MAT."
+            )
+
+    @abstractmethod
+    def play(self, stage: Stage) -> Iterator[Tensor | Step]:
+        """Yield the objectives of a round; see `mixadv.stage`."""
+
+    def learner(self) -> Learner | None:
+        """Return what happens to θ after a step; None for the optimizer's step alone."""
+        return None
+
+    @property
+    def gain(self) -> str | Divergence:
+        """What the adversary maximises: `"loss"`, or a divergence from the clean predictions."""
+        return "loss"
+
+    @property
+    def compares(self) -> str | Divergence | None:
+        """The divergence that needs predictions, None for solvers that need the loss alone."""
+        return None if self.gain == "loss" else self.gain
+
+
+def check_divergence(solver: Solver, value: Any) -> None:
+    """Raise if the divergence is unknown, or its ascent starts where its gradient is zero."""
+    divergence(value)
+    if solver.start == "zero" and solver.steps and not solver.temperature and value in DIVERGENCES:
+        raise ValueError(
+            f"{type(solver).__name__}: start='zero' with {value!r}: a divergence has zero gradient at "
+            "δ = 0, so the ascent would never move. Start from 'uniform' or 'normal'."
+        )

@@ -1,0 +1,50 @@
+"""FGM: one step of the fast gradient method. Miyato, Dai, Goodfellow 2017, arXiv:1605.07725, eq. 4.
+
+    min_θ  ℓ(f(X), y) + ℓ(f(X + δ), y),     δ = ε·g/‖g‖₂,   g = ∇_X ℓ(f(X), y)
+
+One backward of the clean pass gives both its gradient to θ and g. The paper perturbs embeddings
+normalised to mean 0 and variance 1, so its ε = 5 does not carry over to other encoders.
+`norm="linf"` is FGSM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from mixadv.ascent import Projection, Start
+from mixadv.solvers.base import Solver
+from mixadv.stage import Step
+
+if TYPE_CHECKING:
+    from mixadv.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGM(Solver):
+    """Clean loss plus the loss at one gradient step of length `radius`, whatever `step_size`.
+
+    Passes: 2 forwards, 2 backwards.
+    """
+
+    name: ClassVar[str] = "fgm"
+    paper: ClassVar[str] = "Miyato et al. 2017, arXiv:1605.07725"
+    summary: ClassVar[str] = "clean loss plus the loss at one gradient step"
+
+    start: Start = "zero"
+    projection: Projection = "sphere"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps != 1:
+            raise ValueError(f"FGM takes one step, got steps={self.steps}: more steps are PGD.")
+
+    def play(self, stage: Stage) -> Iterator[Tensor | Step]:
+        """Play `∇θ ℓ(X) + ∇θ ℓ(X + δ)`."""
+        delta = stage.start(self)
+        yield stage.loss(delta)
+        delta = stage.move(delta, self)
+        yield Step(stage.loss(delta.detach()))

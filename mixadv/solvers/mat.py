@@ -1,0 +1,130 @@
+"""MAT: mixed-strategy adversarial training. Zhong et al. 2023, arXiv:2306.15826, Alg. 1–2; the
+entropic mirror descent of Hsieh, Liu, Cevher 2019, arXiv:1811.02002.
+
+    min_p max_q  E_{θ~p} E_{δ~q} [ ℓ(f(X;θ), y) + λ·ℓ_s(f(X+δ;θ), f(X;θ)) ]
+
+Adversary, K_δ steps on M particles δ_m with weights w on the simplex:
+    w_m ∝ w_m·exp(η_w·ℓ_s(δ_m))                                    entropic mirror descent
+    δ_m ← Π( δ_m + γ_δ·∇ℓ_s(δ_m) + √(2·γ_δ·τ_δ)·ξ )                projected Langevin
+    δ̄_m ← β·δ̄_m + (1−β)·δ_m,   δ̄_m = δ_m at the start              damping
+Learner, K_θ samples of the wrapped optimizer's step on ℓ + λ·ℓ_s, each with noise √(2·lr·τ_θ)·ξ:
+    θ̄ ← β·θ̄ + (1−β)·θ,   then   θ_{t+1} = β'·θ_t + (1−β')·θ̄
+
+The strategy is played as its damped mean Σ_m w_m δ̄_m (the paper, one pass), or as the ensemble
+Σ_m w_m ℓ_s(X + δ_m) (M passes). θ follows the Gibbs law for plain SGD only: adaptive optimizers
+precondition the drift and not the noise. Differences of the released code: its copy of θ_t is an alias
+of the live weights, its noise comes after the projection and is scaled by γ (a temperature of 4e-8
+for δ, 4e-12 for θ), its log(softmax) overflows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor
+
+from mixadv import mirror
+from mixadv.ascent import Start, check_integer, check_number
+from mixadv.divergence import Divergence
+from mixadv.learner import Damping, Learner, check_damping
+from mixadv.solvers.base import Solver, check_divergence
+from mixadv.stage import Step
+
+if TYPE_CHECKING:
+    from mixadv.stage import Stage
+    from mixadv.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAT(Solver):
+    """Both players randomise: Langevin particles against Langevin samples of the weights.
+
+    Passes of a round: K_δ + 2·K_θ forwards for one particle, K_δ backwards for δ, K_θ backwards and
+    optimizer steps; the ensemble of M: 1 + M·K_δ + M·K_θ + (K_θ − 1) forwards.
+
+    Attributes:
+        mirror_step: η_w of the log-weights, in 1/payoff; no effect for one particle.
+        damping: β of both players within a round: 0 keeps the last, `"uniform"` the plain mean.
+        play_as: `"mean"` or `"ensemble"`.
+        smoothness: λ.
+        divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
+        learner_steps: K_θ.
+        learner_temperature: τ_θ.
+        round_damping: β' of the learner between rounds.
+        average: of θ over closed rounds, for `game.averaged()`: `"uniform"`, a decay, or None.
+        samples: R, learner samples kept for `game.mixture`.
+    """
+
+    name: ClassVar[str] = "mat"
+    paper: ClassVar[str] = "Zhong et al. 2023, arXiv:2306.15826"
+    summary: ClassVar[str] = "mixed strategies for both players by mirror descent and Langevin"
+    mixed: ClassVar[bool] = True
+
+    steps: int = 3
+    start: Start = "normal"
+    start_size: float | None = 0.01
+    mirror_step: float = 1.0
+    damping: Damping = 0.3
+    play_as: Literal["mean", "ensemble"] = "mean"
+    smoothness: float = 1.0
+    divergence: str | Divergence = "symmetric_kl"
+    learner_steps: int = 2
+    learner_temperature: float = 0.0
+    round_damping: float = 0.3
+    average: Damping | None = "uniform"
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_divergence(self, self.divergence)
+        check_number("MAT", "mirror_step", self.mirror_step)
+        check_number("MAT", "smoothness", self.smoothness)
+        check_number("MAT", "learner_temperature", self.learner_temperature)
+        check_integer("MAT", "learner_steps", self.learner_steps, 1)
+        check_integer("MAT", "samples", self.samples, 0)
+        check_damping("MAT", "damping", self.damping)
+        check_damping("MAT", "average", self.average) if self.average is not None else None
+        check_number("MAT", "round_damping", self.round_damping, 0.0, 1.0)
+        if self.play_as not in ("mean", "ensemble"):
+            raise ValueError(f"MAT: play_as={self.play_as!r} is not 'mean' or 'ensemble'.")
+
+    @property
+    def gain(self) -> str | Divergence:
+        """What the adversary maximises."""
+        return self.divergence
+
+    def learner(self) -> Learner | None:
+        """Return the learner's sampling; None where it is a plain optimizer step."""
+        plain = self.learner_steps == 1 and not (
+            self.learner_temperature or self.damping or self.round_damping or self.samples
+        )
+        if plain and self.average is None:
+            return None
+        return Learner(
+            steps=self.learner_steps,
+            temperature=self.learner_temperature,
+            damping=self.damping,
+            round_damping=self.round_damping,
+            average=self.average,
+            samples=self.samples,
+        )
+
+    def play(self, stage: Stage) -> Iterator[Tensor | Step]:
+        """Play K_θ optimizer steps against one strategy."""
+        q = self.adversary(stage)
+        for _ in range(self.learner_steps):
+            yield Step(stage.loss() + self.smoothness * stage.divergence(q, self.divergence))
+
+    def adversary(self, stage: Stage) -> Strategy:
+        """Return the strategy of this round, pure where the mean is played."""
+        stage.clean()
+        q = damped = stage.start(self)
+        for k in range(self.steps):
+            payoffs, gradients = stage.payoffs(q, self.divergence, self)
+            q = q.reweight(mirror.step(q.log_weights, payoffs, self.mirror_step))
+            q = stage.move(q, self, gradients)
+            keep = k / (k + 1) if self.damping == "uniform" else self.damping
+            damped = damped.lerp(q, 1 - keep)
+        return damped.mean() if self.play_as == "mean" else q.detach()

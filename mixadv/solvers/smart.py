@@ -1,0 +1,88 @@
+"""SMART: smoothness-inducing regularisation and Bregman proximal steps.
+Jiang et al. 2020, arXiv:1911.03437, eq. 1–3, Alg. 1.
+
+    min_θ  ℓ(f(X;θ), y) + λ·max_{δ} ℓ_s(f(X+δ;θ), f(X;θ)) + μ·ℓ_s(f(X;θ), f(X;θ̃))
+    δ ← Π( δ + η·∇δ ℓ_s ),          θ̃ ← (1−m)·θ + m·θ̃   every S steps
+
+with ℓ_s the symmetric KL, or the squared error for regression. m = 0 is the proximal point at the last
+iterate θ_t (vanishing for S = 1, where θ = θ_t), m > 0 its momentum version. The released mt-dnn code
+perturbs an already embedded input, rescales δ to norm 1 whatever ε, and has no proximal term; its
+rescaling is `projection="sphere", norm="linf", per="token", normalize="none"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from mixadv.ascent import Start, check_integer, check_number
+from mixadv.divergence import Divergence
+from mixadv.learner import Learner
+from mixadv.solvers.base import Solver, check_divergence
+from mixadv.stage import Step
+
+if TYPE_CHECKING:
+    from mixadv.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class SMART(Solver):
+    """Task loss, plus how far the worst δ moves the predictions, plus how far a step does.
+
+    Passes: 2 + K forwards (one more for the teacher), K backwards for δ, 1 backward.
+
+    Attributes:
+        smoothness: λ.
+        proximal: μ; 0 keeps no teacher and needs no wrapped optimizer.
+        momentum: m of the teacher; the paper uses 0.99, and 0.999 after a tenth of the updates.
+        inner_steps: S, optimizer steps between two updates of the teacher.
+        divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
+    """
+
+    name: ClassVar[str] = "smart"
+    paper: ClassVar[str] = "Jiang et al. 2020, arXiv:1911.03437"
+    summary: ClassVar[str] = "task loss plus worst-case divergence, proximal to an EMA teacher"
+
+    start: Start = "normal"
+    start_size: float | None = 0.01
+    smoothness: float = 1.0
+    proximal: float = 1.0
+    momentum: float = 0.99
+    inner_steps: int = 1
+    divergence: str | Divergence = "symmetric_kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_divergence(self, self.divergence)
+        check_number("SMART", "smoothness", self.smoothness)
+        check_number("SMART", "proximal", self.proximal)
+        check_number("SMART", "momentum", self.momentum, 0.0, 1.0)
+        check_integer("SMART", "inner_steps", self.inner_steps, 1)
+        if self.proximal and self.momentum == 0 and self.inner_steps == 1:
+            raise ValueError(
+                "SMART: with momentum=0 and inner_steps=1 the teacher is the learner itself, so the "
+                "proximal term and its gradient are 0. Set momentum (0.99) or inner_steps > 1, or "
+                "proximal=0."
+            )
+
+    @property
+    def gain(self) -> str | Divergence:
+        """What the adversary maximises."""
+        return self.divergence
+
+    def learner(self) -> Learner | None:
+        """Return the teacher, where there is a proximal term."""
+        if self.proximal == 0:
+            return None
+        return Learner(momentum=self.momentum, teacher_every=self.inner_steps)
+
+    def play(self, stage: Stage) -> Iterator[Tensor | Step]:
+        """Play `∇θ [ ℓ + λ·ℓ_s(X+δ, X) + μ·ℓ_s(θ, θ̃) ]`."""
+        delta = stage.ascend(self.divergence, self)
+        objective = stage.loss() + self.smoothness * stage.divergence(delta, self.divergence)
+        if self.proximal:
+            objective = objective + self.proximal * stage.proximal(self.divergence)
+        yield Step(objective)

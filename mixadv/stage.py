@@ -1,0 +1,302 @@
+"""One round of the game: the object a solver plays on.
+
+A solver's `play(stage)` is a generator. It yields an objective for every pass that only accumulates
+gradients, and `Step(objective)` for the last pass before an optimizer step; between two yields the
+caller has run the backward pass, after a `Step` also the learner's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mixadv import routes
+from mixadv.ascent import Ascent
+from mixadv.closure import Closure, Reading, read
+from mixadv.divergence import Divergence, divergence
+from mixadv.replay import Replay
+from mixadv.site import Call, Pass, Provide, unwrap
+from mixadv.strategy import Strategy
+from mixadv.errors import GameError
+
+if TYPE_CHECKING:
+    from mixadv.game import Game
+
+
+class Step(NamedTuple):
+    """The objective of the last pass before an optimizer step."""
+
+    objective: Tensor
+
+
+class Stage:
+    """One play of the game on one batch.
+
+    Attributes:
+        forwards: runs of the closure so far; a pass over M stacked copies counts as M.
+        delta_backwards: backwards with respect to δ alone.
+        theta_backwards: backwards that build the learner's gradients.
+    """
+
+    def __init__(self, game: Game, closure: Closure) -> None:
+        self.game = game
+        self.closure = closure
+        self.replay = Replay(game.model, game.solver.fresh_dropout, game.stateful_buffers())
+        self.calls: list[Call] = []
+        self.passes: list[Pass] = []
+        self.played: Strategy | None = None
+        self.payoff: Tensor | None = None
+        self.first_loss: Tensor | None = None
+        self.nonfinite: Tensor | None = None
+        self.forwards = self.delta_backwards = self.theta_backwards = 0
+        self._clean: Reading | None = None
+        self._incoming: Tensor | None = None
+        self._samples = 1
+
+    # The adversary ---------------------------------------------------------------------------
+
+    def start(self, ascent: Ascent) -> Strategy:
+        """Return the adversary's start points, leaves that require grad."""
+        return Strategy.begin(ascent, self.game.noise, self.calls, self.game.scale)
+
+    def payoffs(
+        self,
+        q: Strategy,
+        payoff: str | Divergence,
+        ascent: Ascent,
+        route: routes.RouteFunction | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return each particle's payoff and its gradient with respect to δ alone.
+
+        Args:
+            q: where to evaluate, M particles.
+            payoff: `"loss"`, or a divergence from the clean predictions, by name or callable.
+            ascent: says by which route many particles are computed.
+            route: another route than the ascent's.
+
+        Returns:
+            Payoffs `[M, B]`, or `[M, 1]` where only a scalar loss is known, and per call at the
+            site the gradients `[M, B, ...]` of each sample's own payoff.
+        """
+        target = None if payoff == "loss" else self._predictions(self.clean()).detach()
+        measure = None if target is None else divergence(payoff)
+
+        def gains(reading: Reading, copies: int = 1) -> Tensor:
+            if target is None or measure is None:
+                return self._gains(reading, copies)
+            wanted = target.repeat(copies, *[1] * (target.dim() - 1))
+            return reading.diverge(wanted, measure)
+
+        with self.frozen():
+            values, gradients = (route or routes.ROUTES[ascent.route])(self, q, gains)
+        self.delta_backwards += q.size
+        scalar = target is None and values.shape[1] == 1
+        self.payoff = (q.weights * values).sum(0).mean() / (self._samples if scalar else 1)
+        return values, gradients
+
+    def move(
+        self, q: Strategy, ascent: Ascent, gradients: list[Tensor] | None = None
+    ) -> Strategy:
+        """Return the strategy after one move of the ascent.
+
+        Args:
+            q: the points to move.
+            ascent: how to move.
+            gradients: as `payoffs` returns them; None takes what the backward of the last
+                `loss(q)` left on the points, scaled back to each sample's own payoff.
+        """
+        if gradients is None:
+            gradients = [self._own_gradient(point) for point in q.points]
+        for gradient in gradients:
+            bad = ~gradient.flatten(2).isfinite().all(2)
+            count = bad.sum()
+            self.nonfinite = count if self.nonfinite is None else self.nonfinite + count
+        return q.move(gradients, ascent, self.game.noise)
+
+    def ascend(self, payoff: str | Divergence, ascent: Ascent) -> Strategy:
+        """Return where the ascent ends after its K steps, detached."""
+        q = self.start(ascent)
+        for _ in range(ascent.steps):
+            _, gradients = self.payoffs(q, payoff, ascent)
+            q = self.move(q, ascent, gradients)
+        return q.detach()
+
+    # The learner -----------------------------------------------------------------------------
+
+    def clean(self) -> Reading:
+        """Return the clean pass; run once between two optimizer steps and shared."""
+        if self._clean is None:
+            self._clean = self.run(lambda index, call, output: None)
+            self._note(self._clean)
+        return self._clean
+
+    def loss(self, q: Strategy | None = None) -> Tensor:
+        """Return the task loss, 0-d: clean, or at the strategy (its expectation, if mixed)."""
+        if q is None:
+            return self.clean().objective
+        self.played = q
+        if q.size > 1:
+            losses = routes.readings(self, q.detach(), _losses)
+            return (q.weights * losses).mean(1).sum()
+        reading = self.run(self.at(q, 0))
+        self._note(reading)
+        objective = reading.objective
+        self.payoff = objective.detach()
+        if objective.requires_grad:
+            objective.register_hook(self._remember_incoming)
+        return objective
+
+    def divergence(self, q: Strategy, kind: str | Divergence) -> Tensor:
+        """Return the expected divergence between perturbed and clean predictions, 0-d.
+
+        Gradients reach θ through both arguments; the points are constants.
+        """
+        measure, clean = divergence(kind), self._predictions(self.clean())
+
+        def gains(reading: Reading, copies: int) -> Tensor:
+            return reading.diverge(clean.repeat(copies, *[1] * (clean.dim() - 1)), measure)
+
+        self.played = q
+        return (q.weights * routes.readings(self, q.detach(), gains)).mean(1).sum()
+
+    def proximal(self, kind: str | Divergence) -> Tensor:
+        """Return the divergence of the predictions from those of the teacher, 0-d."""
+        clean = self.clean()
+        teacher = self.game.teacher()
+        holder = _Holder(self.game.model, self.closure)
+        weights = {f"model.{name}": tensor for name, tensor in teacher.items()}
+        with torch.no_grad():
+            call = lambda: functional_call(holder, weights, ())  # noqa: E731
+            target = self._predictions(self.run(lambda *_: None, call))
+        measure = divergence(kind)
+        reading = clean._replace(predictions=self._predictions(clean))
+        return reading.diverge(target.detach(), measure).mean()
+
+    # Passes ----------------------------------------------------------------------------------
+
+    def run(self, provide: Provide, closure: Closure | None = None, copies: int = 1) -> Reading:
+        """Run one pass of the closure and read its result."""
+        with self.replay.run(), self.game.site.run(provide) as current:
+            result = (closure or self.closure)()
+        self.passes.append(current)
+        self.forwards += copies
+        self.game.count_calls(len(current.calls))
+        if copies == 1:
+            self.calls = current.calls
+        config = getattr(unwrap(self.game.model), "config", None)
+        decoder = bool(getattr(config, "is_encoder_decoder", False))
+        return read(result, current.context, encoder_decoder=decoder)
+
+    def at(self, q: Strategy, particle: int) -> Provide:
+        """Return what adds one particle of the strategy at the site."""
+
+        def provide(index: int, call: Call, output: Tensor) -> Tensor:
+            q.fill(index, call)
+            point = q.points[index][particle]
+            return point if q.unit == 1 else q.unit * point
+
+        return provide
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Freeze the learner's parameters: gradients with respect to δ alone, and less memory."""
+        live = [p for p in self.game.parameters() if p.requires_grad]
+        # Low-precision copies that autocast made of the weights still carry their gradients.
+        torch.clear_autocast_cache()
+        for parameter in live:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in live:
+                parameter.requires_grad_(True)
+            torch.clear_autocast_cache()
+
+    def differentiate(self, total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        """Return the gradients of a scalar with respect to leaf perturbations."""
+        if self.game.leaf_backward:
+            total.backward()
+        else:
+            torch.autograd.backward(total, inputs=leaves)
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+
+    def deliver(self, objective: Tensor, backward: Callable[[Tensor], object] | None) -> None:
+        """Run the backward pass of an objective."""
+        (backward or torch.autograd.backward)(objective)
+        self.theta_backwards += 1
+
+    def renew(self) -> None:
+        """Forget what belongs to the weights before the learner's step."""
+        self._clean = None
+        self.passes.clear()
+        self.replay.renew()
+        torch.clear_autocast_cache()
+
+    # Helpers ---------------------------------------------------------------------------------
+
+    def _note(self, reading: Reading) -> None:
+        self._samples = self._count(reading)
+        if self.first_loss is None:
+            self.first_loss = reading.objective.detach()
+
+    def _count(self, reading: Reading) -> int:
+        """B: the number of per-sample losses, else of predictions, else of rows at the site."""
+        if reading.loss.dim():
+            return len(reading.loss)
+        if reading.predictions is not None:
+            return len(reading.predictions)
+        return self.calls[0].shape[0] if self.calls else 1
+
+    def _gains(self, reading: Reading, copies: int = 1) -> Tensor:
+        """Each sample's loss `[B]`; a scalar loss is multiplied by B and stays one number `[1]`."""
+        self._samples = self._count(reading)
+        losses = _losses(reading, copies)
+        return losses if reading.loss.dim() else losses * self._samples
+
+    def _own_gradient(self, point: Tensor) -> Tensor:
+        if point.grad is None or self._incoming is None:
+            raise GameError(
+                "The backward of the objective left no gradient on δ. A custom `backward=` must call "
+                "backward on the loss it is given, without `inputs=`."
+            )
+        return point.grad * (self._samples / self._incoming)
+
+    def _remember_incoming(self, gradient: Tensor) -> None:
+        # 1/K of FreeLB, a loss scale, 1/accumulation: whatever multiplies the loss on its way.
+        self._incoming = gradient.detach()
+
+    @staticmethod
+    def _predictions(reading: Reading) -> Tensor:
+        if reading.predictions is None:
+            raise GameError(
+                "This solver compares predictions, and the closure returned a loss alone. Return "
+                "(loss, logits), or the model's whole output, from the closure."
+            )
+        return reading.predictions
+
+
+def _losses(reading: Reading, copies: int) -> Tensor:
+    """The losses as `[B]`, or `[1]` for a scalar one."""
+    if copies > 1 and not reading.loss.dim():
+        raise GameError(
+            "route='stack' needs one loss per sample, and the closure returned a scalar: return "
+            "losses [B] (reduction='none'), or use route='sequential'."
+        )
+    return reading.loss.reshape(-1)
+
+
+class _Holder(nn.Module):
+    """Makes a closure functional: a module whose forward is the closure."""
+
+    def __init__(self, model: nn.Module, closure: Closure) -> None:
+        super().__init__()
+        self.model = model
+        self.closure = closure
+
+    def forward(self) -> object:
+        return self.closure()

@@ -1,0 +1,199 @@
+"""What the adversary plays: particles with log-weights on the simplex.
+
+    q = Σ_m w_m δ_(δ_m)
+
+a pure strategy when there is one particle, a mixed one when there are more. A particle is a list of
+tensors, one per call at the site. Weights are per sample where the payoff of each sample is known,
+else one per batch.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixadv import mirror
+from mixadv.ascent import Ascent, Draw
+from mixadv.geometry import Norm, Per, norms
+from mixadv.site import Call
+
+
+class Strategy:
+    """Particles `[M, B, ...]` per call at the site, with log-weights `[M, B]` or `[M, 1]`.
+
+    Attributes:
+        points: one tensor per call at the site, `[M, B, ...]`, in at least fp32.
+        masks: one per call, broadcastable to `[B, ...]`, None where all coordinates are real.
+        log_weights: `[M, B]` (per sample) or `[M, 1]` (per batch); they sum to 1 over M.
+        unit: what one unit of length of the points is at the site.
+        size: M, the number of particles.
+
+    Example:
+        >>> q = Strategy([torch.tensor([[[1.0]], [[3.0]]])])
+        >>> q.size, q.mean().points[0].tolist()
+        (2, [[[2.0]]])
+    """
+
+    def __init__(
+        self,
+        points: list[Tensor],
+        masks: list[Tensor | None] | None = None,
+        log_weights: Tensor | None = None,
+        unit: float = 1.0,
+    ) -> None:
+        self.points = points
+        self.masks = masks or [None] * len(points)
+        self.unit = unit
+        self.size = len(points[0]) if points else 1
+        self._log_weights = log_weights
+        self._begin: Callable[[Call], Tensor] | None = None
+        self._leaf = False
+
+    @classmethod
+    def begin(cls, ascent: Ascent, draw: Draw, calls: list[Call], unit: float) -> "Strategy":
+        """Return the adversary's start; calls not yet known are filled in as they are made."""
+
+        def start(call: Call) -> Tensor:
+            size = (ascent.particles * call.shape[0], *call.shape[1:])
+            like = call.empty().new_empty(size)
+            point = ascent.begin(like, _repeat(call.mask, ascent.particles), draw)
+            return point.unflatten(0, (ascent.particles, -1))
+
+        strategy = cls([], [], None, unit)
+        strategy._begin, strategy._leaf, strategy.size = start, True, ascent.particles
+        for index, call in enumerate(calls):
+            strategy.fill(index, call)
+        return strategy
+
+    def fill(self, index: int, call: Call) -> None:
+        """Make the points of a call that was not known when the strategy was begun."""
+        if index == len(self.points) and self._begin is not None:
+            self.points.append(self._begin(call).requires_grad_(self._leaf))
+            self.masks.append(call.mask)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Log-weights `[M, B]` or `[M, 1]`."""
+        if self._log_weights is None:
+            like = self.points[0]
+            uniform = mirror.uniform(self.size, dtype=like.dtype, device=like.device)
+            self._log_weights = uniform[:, None]
+        return self._log_weights
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights `[M, B]` or `[M, 1]`, summing to 1 over M."""
+        return self.log_weights.exp()
+
+    def detach(self) -> "Strategy":
+        """Return the strategy without gradients."""
+        strategy = self._with([p.detach() for p in self.points])
+        strategy._leaf = False
+        return strategy
+
+    def reweight(self, log_weights: Tensor) -> "Strategy":
+        """Return the same points with other log-weights."""
+        return self._with(self.points, log_weights)
+
+    def move(self, gradients: list[Tensor], ascent: Ascent, draw: Draw) -> "Strategy":
+        """Return the points after one move of the ascent, as leaves that require grad.
+
+        A sample with a non-finite gradient falls back to δ = 0, decided on the device.
+        """
+        moved = []
+        for point, gradient, mask in zip(self.points, gradients, self.masks, strict=True):
+            flat, slope = point.detach().flatten(0, 1), gradient.flatten(0, 1)
+            finite = slope.flatten(1).isfinite().all(1).view(-1, *[1] * (flat.dim() - 1))
+            new = ascent.move(flat, slope, _repeat(mask, self.size), draw)
+            new = torch.where(finite, new, torch.zeros_like(new))
+            moved.append(new.view_as(point).requires_grad_())
+        return self._with(moved)
+
+    def mean(self) -> "Strategy":
+        """Return the pure strategy at the mean Σ_m w_m δ_m, which lies in any convex set they do."""
+        means = []
+        for points in self.points:
+            weights = self.weights
+            rows, predictions = points.shape[1], weights.shape[1]
+            if rows % predictions:
+                raise ValueError(
+                    f"{predictions} predictions cannot share {rows} rows at the site; play the "
+                    "ensemble instead of the mean."
+                )
+            weights = weights.repeat_interleave(rows // predictions, 1)
+            weights = weights.view(*weights.shape, *[1] * (points.dim() - 2))
+            means.append((weights * points.detach()).sum(0, keepdim=True))
+        return Strategy(means, self.masks, None, self.unit)
+
+    def lerp(self, other: "Strategy", weight: float) -> "Strategy":
+        """Return `self + weight · (other − self)`, point by point, with the other's weights."""
+        pairs = zip(self.points, other.points, strict=True)
+        points = [p.detach().lerp(o.detach(), weight) for p, o in pairs]
+        return other._with(points)
+
+    def sample(self, generator: torch.Generator | None = None) -> "Strategy":
+        """Return a pure strategy that draws one particle for each row, by the weights."""
+        rows = self.points[0].shape[1]
+        weights = self.weights.repeat_interleave(rows // self.weights.shape[1], 1)
+        drawn = torch.multinomial(weights.T, 1, generator=generator).squeeze(1)
+        row = torch.arange(rows, device=drawn.device)
+        return Strategy([p.detach()[drawn, row][None] for p in self.points], self.masks, None, self.unit)
+
+    def norms(self, norm: Norm = "l2", per: Per = "sample") -> list[Tensor]:
+        """Return the norm of each group, in units of the site: per call `[M, B, 1, ...]`."""
+        return [
+            norms(p.detach().flatten(0, 1), norm, per).unflatten(0, (self.size, -1))
+            for p in self.points
+        ]
+
+    def entropy(self) -> Tensor:
+        """Return the entropy of the weights in nats, `[B]` or `[1]`: 0 if pure, log M if uniform."""
+        return -(self.weights * self.log_weights).nan_to_num().sum(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return points, masks, log-weights and unit, for `torch.save`."""
+        return {
+            "points": [p.detach() for p in self.points],
+            "masks": self.masks,
+            "log_weights": self.log_weights,
+            "unit": self.unit,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Strategy":
+        """Return the strategy that `state_dict` described."""
+        return cls(state["points"], state["masks"], state["log_weights"], state["unit"])
+
+    def plot(self, sample: int = 0, axes: Any = None) -> Any:
+        """Draw one sample's particles in the plane of their two main directions, sized by weight.
+
+        Needs matplotlib. Returns the axes. δ = 0 is marked: it is where plain training plays.
+        """
+        import matplotlib.pyplot as plt
+
+        axes = axes or plt.subplots(figsize=(4, 4))[1]
+        flat = torch.cat([p.detach()[:, sample].flatten(1) for p in self.points], 1).double().cpu()
+        shifted = torch.cat([flat, torch.zeros_like(flat[:1])])
+        plane = shifted @ torch.linalg.svd(shifted, full_matrices=False)[2][:2].T
+        if plane.shape[1] < 2:
+            plane = torch.nn.functional.pad(plane, (0, 1))
+        column = min(sample, self.weights.shape[1] - 1)
+        sizes = 40 + 400 * self.weights[:, column].double().cpu()
+        axes.scatter(plane[:-1, 0], plane[:-1, 1], s=sizes.numpy(), alpha=0.6, label="particles")
+        axes.scatter(*plane[-1], marker="+", s=120, color="black", label="δ = 0")
+        axes.set(xlabel="first direction", ylabel="second direction")
+        axes.set_title(f"strategy against sample {sample} ({math.exp(self.entropy()[column]):.1f} effective)")
+        axes.legend(frameon=False)
+        return axes
+
+    def _with(self, points: list[Tensor], log_weights: Tensor | None = None) -> "Strategy":
+        weights = self._log_weights if log_weights is None else log_weights
+        strategy = Strategy(points, self.masks, weights, self.unit)
+        strategy._begin, strategy._leaf, strategy.size = self._begin, self._leaf, self.size
+        return strategy
+
+
+def _repeat(mask: Tensor | None, times: int) -> Tensor | None:
+    return mask if mask is None or times == 1 else mask.repeat(times, *[1] * (mask.dim() - 1))
