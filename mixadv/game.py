@@ -350,7 +350,7 @@ class Game:
 
     def close(self) -> None:
         """Remove every hook the game has placed on model and optimizer."""
-        self.site.detach(force=True)
+        self.site.close()
         for handle in [] if self.learner is None else self.learner.handles:
             handle.remove()
 

@@ -92,6 +92,13 @@ class Site:
         self._handles: list[Any] = []
         self._numbers: dict[nn.Module, int] = {}
         self._masks: list[Tensor | None] = []
+        self.compiled = _compiled(model)
+        self._slot: Tensor | None = None
+        self._pattern: tuple[str, Call] | None = None
+        # A compiled model ignores hooks that come after its first call: this one stays, and does
+        # nothing outside a round.
+        dormant = [m for _, m in self.targets] if self.compiled else []
+        self._dormant = [m.register_forward_hook(self._at_slot) for m in dormant]
 
     @property
     def names(self) -> list[str]:
@@ -108,13 +115,18 @@ class Site:
         self.current, self._masks = current, []
         try:
             yield current
+            if self.compiled and current.calls:
+                self._learn(current)
         finally:
-            self.current, self._masks = None, []
+            self.current, self._masks, self._slot = None, [], None
             self._numbers.clear()
 
     def attach(self) -> None:
         """Register the hooks, once."""
         if self._handles:
+            return
+        if self.compiled:
+            self._pre(self.model, self._fill_slot)
             return
         for name, module in self.targets:
             if name == INPUT:
@@ -139,6 +151,12 @@ class Site:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self.detach(force=True)
+        for handle in self._dormant:
+            handle.remove()
 
     def prune(self) -> None:
         """Forget passes that no graph can recompute any more."""
@@ -198,6 +216,33 @@ class Site:
             return args, {**kwargs, name: total}
         where = list(arguments).index(name)
         return (*args[:where], total, *args[where + 1 :]), kwargs
+
+    # A compiled model: δ is an attribute that the graph reads, made before the pass --------------
+
+    def _at_slot(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.compiler.is_compiling() and self.current is not None and self._slot is None:
+            return self._at_output(module, args, {}, output)  # forced to run eagerly, to learn
+        return None if self._slot is None else add(output, self._slot)
+
+    def _learn(self, current: Pass) -> None:
+        """Note which input of the model tells the shape of a call at the site."""
+        call = current.calls[0]
+        for name, value in current.context.items():
+            if isinstance(value, Tensor) and value.shape == call.shape[: value.dim()]:
+                self._pattern = self._pattern or (name, call)
+
+    def _fill_slot(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.current is None:
+            return
+        self._enter(module, args, kwargs)
+        if self._pattern is None:
+            return
+        name, call = self._pattern
+        given = self.current.context[name]
+        shape = torch.Size([*given.shape, *call.shape[given.dim() :]])
+        like = torch.empty(shape, dtype=call.dtype, device=given.device)
+        call = Call(shape, call.dtype, given.device, self._mask(like, (given,), {}))
+        self._slot = self.current.next_delta(self.targets[0][1], 0, call, like)
 
     def _delta(self, module: nn.Module, output: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         if recomputing():
@@ -267,7 +312,7 @@ def _is_float(value: Any) -> bool:
 
 def bound(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name; surplus positional ones by their index."""
-    parameters = inspect.signature(module.forward).parameters.values()
+    parameters = inspect.signature(unwrap(module).forward).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     names = positional + [str(i) for i in range(len(positional), len(args))]
     return {**dict(zip(names, args, strict=False)), **kwargs}
@@ -340,3 +385,12 @@ def _default(model: nn.Module) -> tuple[str, nn.Module]:
         f"The model has {len(embeddings)} embeddings and no get_input_embeddings(): {listed}. "
         "Name the one that δ is added to with site=."
     )
+
+
+def _compiled(model: nn.Module) -> bool:
+    if any(m._compiled_call_impl is not None for m in model.modules()):
+        raise TypeError(
+            "The model was compiled in place by model.compile(), which hides its inputs from hooks. Give "
+            "the game torch.compile(model) instead, and call that in the closure."
+        )
+    return hasattr(model, "_orig_mod")
