@@ -156,9 +156,7 @@ class Ascent:
             drawn = draw("normal", like)
             return drawn if mask is None else drawn * mask
 
-        return langevin.step(
-            delta, gradient, self.step_size, self.temperature, noise, self.project
-        )
+        return langevin.step(delta, gradient, self.step_size, self.temperature, noise, self.project)
 
 
 Draw = Callable[[str, Tensor], Tensor]
@@ -181,4 +179,3 @@ def check_number(
     if not math.isfinite(value) or not least <= value <= most:
         bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
         raise ValueError(f"{who}: {name} must be finite and {bounds}, got {value!r}.")
-

@@ -12,8 +12,8 @@ from mixadv.errors import GameError
 Closure = Callable[[], Any]
 
 _EXPECTED = (
-    "A closure runs the forward pass and returns a scalar loss, one loss per sample [B], a tuple that "
-    "starts with the loss and then logits or an output, or an output with .loss and .logits"
+    "A closure runs the forward pass and returns a scalar loss, one loss per sample [B], a tuple "
+    "that starts with the loss and then logits or an output, or an output with .loss and .logits"
 )
 
 
@@ -82,7 +82,7 @@ def _split(result: Any) -> tuple[Any, Tensor | None]:
         return result, None
     if isinstance(result, Mapping):
         return result.get("loss"), result.get("logits")
-    if isinstance(result, (tuple, list)) and result:
+    if isinstance(result, (tuple, list)) and len(result) > 0:
         second = result[1] if len(result) > 1 else None
         if second is not None and not isinstance(second, Tensor):
             second = _split(second)[1]

@@ -78,6 +78,6 @@ def divergence(name: str | Divergence) -> Divergence:
     if name in DIVERGENCES:
         return DIVERGENCES[name]
     raise ValueError(
-        f"Unknown divergence {name!r}.{nearest(name, DIVERGENCES)} There are {', '.join(DIVERGENCES)}, and any "
-        "callable (perturbed [B, C], clean [B, C]) -> [B]."
+        f"Unknown divergence {name!r}.{nearest(name, DIVERGENCES)} There are "
+        f"{', '.join(DIVERGENCES)}, and any callable (perturbed [B, C], clean [B, C]) -> [B]."
     )

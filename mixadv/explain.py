@@ -41,7 +41,8 @@ class Passes:
     @property
     def plain_steps(self) -> float:
         """Predicted cost in plain steps: forward, backward of activations and backward of weights
-        cost a third of one each (measured: 0.33 to 0.4)."""
+        cost a third of one each (measured: 0.33 to 0.4).
+        """
         return (self.forwards + self.delta_backwards + 2 * self.branches) / 3
 
 
@@ -175,4 +176,3 @@ def _estimated(game: Game) -> float | None:
     with torch.no_grad():
         scale: Any = getattr(modules[0], "embed_scale", 1.0)
         return float(modules[0].weight.float().norm(dim=1).mean() * scale)
-

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 
 from mixadv import validate
 from mixadv.closure import Closure, read
+from mixadv.errors import GameError
 from mixadv.explain import Explanation, explain
 from mixadv.replay import Noise, Slot
 from mixadv.site import Pass, Site
 from mixadv.solvers.base import Solver
 from mixadv.stage import Stage, Step
 from mixadv.strategy import Strategy
-from mixadv.errors import GameError
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Game:
         *,
         check: bool = False,
     ) -> Outcome:
-        """Play a round up to the optimizer step; gradients are in `.grad` as after `loss.backward()`.
+        """Play a round up to the optimizer step; gradients are in `.grad` as after a backward.
 
         Args:
             closure: runs the forward pass and returns the loss, or loss and predictions.
@@ -165,8 +165,9 @@ class Game:
         """Add the gradients of a pass to those carried, and leave δ's in its `.grad`."""
         if self.leaf_backward:
             raise GameError(
-                "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss needs "
-                f"for {type(self.solver).__name__}: use use_reentrant=False, or game.backward."
+                "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss "
+                f"needs for {type(self.solver).__name__}: set use_reentrant=False, or use "
+                "game.backward."
             )
         points = [] if stage.played is None else stage.played.points
         inputs = [p for p in [*self.parameters(), *points] if p.requires_grad]
@@ -316,8 +317,8 @@ class Game:
         kept = None if self.learner is None else getattr(self.learner, name)
         if not kept:
             raise GameError(
-                f"The game keeps no {name} of θ yet: build the solver with {how} and play at least one "
-                f"whole round ({type(self.solver).__name__} so far played {self.round})."
+                f"The game keeps no {name} of θ yet: build the solver with {how} and play at least "
+                f"one whole round ({type(self.solver).__name__} so far played {self.round})."
             )
         return kept
 
@@ -325,7 +326,7 @@ class Game:
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters of the model, and those the optimizer trains besides."""
-        own = list(self.model.parameters())
+        own: list[Tensor] = list(self.model.parameters())
         known = {id(p) for p in own}
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return own + [p for g in groups for p in g["params"] if id(p) not in known]
@@ -336,7 +337,7 @@ class Game:
         return 1.0 if self.solver.unit == "absolute" or self.unit is None else self.unit
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs: seed and round of the draws, the unit, the solver's own state."""
+        """Return what resuming needs: seed and round of the draws, and the unit."""
         return {"seed": self.seed, "round": self.round, "unit": self.unit}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -360,8 +361,8 @@ class Game:
             self._calls = calls
         if calls != self._calls:
             raise GameError(
-                f"The site {self.site.names} was called {calls} times in this pass and {self._calls} "
-                "times before. A closure must run the same passes every time."
+                f"The site {self.site.names} was called {calls} times in this pass and "
+                f"{self._calls} times before. A closure must run the same forward every time."
             )
 
     def stateful_buffers(self) -> list[Slot] | None:
@@ -389,7 +390,7 @@ class _Forward(nn.Module):
 
 
 class _Carried(torch.autograd.Function):
-    """Adds the value of the earlier passes to the last objective, and in backward their gradients."""
+    """Adds the earlier passes' values to the last objective, and in backward their gradients."""
 
     @staticmethod
     def forward(

@@ -122,7 +122,7 @@ def _onto_l1_sphere(x: Tensor, radius: float, per: Per) -> Tensor:
     ordered = magnitudes.sort(-1, descending=True).values
     ranks = torch.arange(1, flat.shape[-1] + 1, device=x.device, dtype=x.dtype)
     thresholds = (ordered.cumsum(-1) - radius_) / ranks
-    # Rounding can leave no coordinate above its threshold when the radius is tiny: at least one is kept.
+    # Rounding can leave no coordinate above its threshold when the radius is tiny: keep one.
     kept = (ordered > thresholds).sum(-1, keepdim=True).clamp(min=1)
     shrunk = (magnitudes - thresholds.gather(-1, kept - 1)).clamp(min=0)
     return (radius * unit(shrunk, "l1", "token") * flat.sign()).view_as(x)

@@ -6,8 +6,8 @@ A round of the learner is K samples of θ (Langevin: the wrapped optimizer's ste
     θ̄ ← β·θ̄ + (1−β)·θ^{k+1},   θ̄ = θ_t at the start       (or the uniform mean of the samples)
     θ_{t+1} = β'·θ_t + (1−β')·θ̄                            after K samples
 
-with θ_t a true copy taken before the first step of the round, and only trainable parameters touched:
-`state_dict()` is an alias of the live weights, and averaging it corrupts integer buffers.
+with θ_t a true copy taken before the first step of the round, and only trainable parameters
+touched: `state_dict()` is an alias of the live weights, and averaging it corrupts integer buffers.
 """
 
 from __future__ import annotations
@@ -82,6 +82,10 @@ class Learner:
         groups = self.base.param_groups
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks hold functions, which do not pickle; the optimizer that loads them binds anew.
+        return {name: value for name, value in self.__dict__.items() if name != "handles"}
+
     def abandon(self) -> None:
         """Give up the open round: the next sample starts a new one at the live weights."""
         self.position = 0
@@ -116,7 +120,7 @@ class Learner:
         if self.damping == "uniform":
             _toward(self.mean, parameters, 1 / self.position, keep)
         elif self.damping:
-            _toward(self.mean, parameters, 1 - self.damping, keep)
+            _toward(self.mean, parameters, 1 - float(self.damping), keep)
         if self.samples.maxlen:
             self.samples.append(_copies(parameters))
         if self.position == self.steps:
@@ -150,7 +154,7 @@ class Learner:
         elif self.average_decay == "uniform":
             _toward(self.average, parameters, 1 / self.rounds, keep)
         else:
-            _toward(self.average, parameters, 1 - self.average_decay, keep)
+            _toward(self.average, parameters, 1 - float(self.average_decay), keep)
 
     # State -----------------------------------------------------------------------------------
 
@@ -210,7 +214,7 @@ def _copies(
 ) -> list[Tensor]:
     """Return copies, written into earlier ones where there are; `wide` in at least fp32."""
     if into and [t.shape for t in into] == [t.shape for t in tensors]:
-        torch._foreach_copy_(into, tensors)
+        torch._foreach_copy_(into, tensors)  # pyright: ignore
         return into
     dtypes = [torch.promote_types(t.dtype, torch.float32) if wide else t.dtype for t in tensors]
     return [t.detach().to(d, copy=True) for t, d in zip(tensors, dtypes, strict=True)]
@@ -220,9 +224,9 @@ def _toward(live: list[Tensor], goal: list[Tensor], weight: float, keep: Tensor 
     """Move each live tensor by `weight` of its way to the goal, in place; not where keep is 0."""
     goal = [g.to(x.dtype) for g, x in zip(goal, live, strict=True)]
     if keep is None and weight == 1.0:
-        torch._foreach_copy_(live, goal)
+        torch._foreach_copy_(live, goal)  # pyright: ignore
     elif keep is None:
-        torch._foreach_lerp_(live, goal, weight)
+        torch._foreach_lerp_(live, goal, weight)  # pyright: ignore
     else:
         for x, g in zip(live, goal, strict=True):
             x.lerp_(g, (weight * keep).to(x.dtype).reshape(()))

@@ -29,8 +29,8 @@ def step(log_weights: Tensor, payoffs: Tensor, step_size: float) -> Tensor:
         step_size: η, in 1/payoff; 0 leaves the weights as they are.
 
     Example:
-        >>> step(uniform(2), torch.tensor([0.0, math.log(3.0)]), 1.0).exp().tolist()
-        [0.25, 0.75]
+        >>> step(uniform(2), torch.tensor([0.0, math.log(3.0)]), 1.0).exp()
+        tensor([0.2500, 0.7500])
     """
     if step_size == 0:
         return log_weights

@@ -86,25 +86,25 @@ class GameOptimizer(Optimizer):
     # What belongs to the base ------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's parameter groups, live also after it loads a checkpoint."""
         return self.base.param_groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # pyright: ignore
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # pyright: ignore
+    def state(self) -> Any:
         """The base's state."""
         return self.base.state
 
     @state.setter
-    def state(self, state: Any) -> None:
+    def state(self, state: Any) -> None:  # pyright: ignore
         self.base.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # pyright: ignore
+    def defaults(self) -> dict[str, Any]:
         """The base's defaults."""
         return self.base.defaults
 
@@ -212,9 +212,9 @@ class GameOptimizer(Optimizer):
         learner = self.game.learner
         if ours is not None and (ours["learner"] is None) != (learner is None):
             raise ValueError(
-                f"The checkpoint was written {'without' if ours['learner'] is None else 'with'} a learner "
-                f"part and {type(self.game.solver).__name__} has {'none' if learner is None else 'one'}: "
-                "build the solver as it was, or drop the checkpoint's 'mixadv' entry to start afresh."
+                f"The checkpoint was written {'without' if learner else 'with'} a learner part and "
+                f"{type(self.game.solver).__name__} has {'one' if learner else 'none'}: build the "
+                "solver as it was, or drop the checkpoint's 'mixadv' entry to start afresh."
             )
         self.base.load_state_dict(state)
         if ours is not None:

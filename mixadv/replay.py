@@ -104,7 +104,8 @@ class Buffers:
 
     def __init__(self, model: nn.Module, slots: list[Slot] | None = None) -> None:
         if slots is None:
-            slots = [(m, n) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+            named = [(m, n, b) for m in model.modules() for n, b in m._buffers.items()]
+            slots = [(m, n) for m, n, b in named if b is not None]
         self.slots = slots
         self.found = self._snapshot()
         self.kept = self.found
@@ -141,7 +142,8 @@ class Buffers:
             if buffer._version != version:
                 # A graph may hold the buffer: it reads it in evaluation mode only, where it never
                 # changes, so the version counter must not invalidate that graph.
-                with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(buffer):  # pyright: ignore
+                keep_version = torch.autograd._unsafe_preserve_version_counter  # pyright: ignore
+                with torch.no_grad(), keep_version(buffer):
                     buffer.copy_(value)
 
 
@@ -155,6 +157,9 @@ class Noise:
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
         self._key: tuple[Any, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_generators": {}}  # seeded anew each round
 
     def begin(self, player: str, round: int, rank: int | None = None) -> None:
         """Seed the draws of a player for a round; `rank` only where ranks draw differently."""

@@ -1,9 +1,9 @@
 """Three ways to compute the payoffs of many particles; wherever each is allowed they agree.
 
-    sequential   one pass per particle; always works
-    vmap         one vectorised pass over δ (`torch.func.vmap`); the same dropout for all
-    stack        one pass over a batch that repeats the model's inputs M times; only without dropout
-                 and batch statistics, and with one loss per sample or predictions
+* sequential: one pass per particle; always works.
+* vmap: one vectorised pass over δ (`torch.func.vmap`), with the same dropout for all.
+* stack: one pass over a batch that repeats the model's inputs M times; only without dropout and
+  batch statistics, and with predictions or one loss per sample.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where the adversary acts: finding the module, adding δ to its output, the mask of real tokens.
 
-The inputs of the model are never touched (`inputs_embeds` is not `input_ids`: pooling, positions and
-decoder shifts depend on the ids). A forward hook adds δ to the output of the site while a pass
+The inputs of the model are never touched (`inputs_embeds` is not `input_ids`: pooling, positions
+and decoder shifts depend on the ids). A forward hook adds δ to the output of the site while a pass
 runs, and is removed when the round ends. A call made while a backward recomputes a checkpoint gets
 the δ of the pass it recomputes: autograd numbers its nodes in the order of creation, so the number
 of the node that is running tells which pass it came from.
@@ -47,7 +47,7 @@ class Pass:
         self.deltas: list[Tensor | None] = []
         self.modules: list[nn.Module] = []
         self.numbers: list[int] = []
-        self.begin = torch._C._autograd._get_sequence_nr()  # pyright: ignore
+        self.begin = _sequence_number()
         self.grad = torch.is_grad_enabled()
         self.recomputable = False
         self.context: dict[str, Any] = {}
@@ -107,7 +107,7 @@ class Site:
 
     @contextmanager
     def run(self, provide: Provide) -> Iterator[Pass]:
-        """Make calls at the site add what `provide(index, call, output)` returns; None adds nothing."""
+        """Make calls at the site add what `provide(index, call, output)` returns, unless None."""
         current = Pass(provide)
         self.prune()
         self._alive.append(weakref.ref(current))
@@ -180,7 +180,7 @@ class Site:
             self._masks.pop()
 
     def _note_number(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._numbers[module] = torch._C._autograd._get_sequence_nr()  # pyright: ignore
+        self._numbers[module] = _sequence_number()
 
     def _at_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         first = output[0] if isinstance(output, (tuple, list)) else output
@@ -198,15 +198,15 @@ class Site:
 
     def _at_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.current is not None and not recomputing():
-            self._numbers[module] = torch._C._autograd._get_sequence_nr()  # pyright: ignore
+            self._numbers[module] = _sequence_number()
         arguments = bound(module, args, kwargs)
         floats = [k for k, v in arguments.items() if _is_float(v)]
         preferred = getattr(unwrap(module), "main_input_name", None)
         name = preferred if preferred in floats else floats[0] if floats else None
         if name is None:
             raise GameError(
-                f"The site is the model's own input, but it is called with {list(arguments)}, none of "
-                "them a floating-point tensor. Choose a module with site=."
+                f"The site is the model's own input, but it is called with {list(arguments)}, none "
+                "of them a floating-point tensor. Choose a module with site=."
             )
         delta = self._delta(module, arguments[name], (), {})
         if delta is None:
@@ -254,11 +254,11 @@ class Site:
             return None
         number = self._numbers.get(module, self.current.begin)
         reentrant = self.current.grad and not torch.is_grad_enabled()
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
-        self.current.recomputable |= reentrant or hooked
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+        self.current.recomputable |= reentrant or hooks is not None
         # A reentrant checkpoint runs its block without gradients: the node to look for is its own,
         # the last one made before.
-        number -= reentrant
+        number -= int(reentrant)
         call = Call(output.shape, output.dtype, output.device, self._mask(output, args, kwargs))
         delta = self.current.next_delta(module, number, call, output)
         if delta is not None and delta.shape != output.shape:
@@ -301,7 +301,13 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _sequence_number() -> int:
+    """Return the number that autograd gives to the next node it makes."""
+    return torch._C._autograd._get_sequence_nr()  # pyright: ignore
+
+
 def _running_number() -> int:
+    """Return the number of the node whose backward is running."""
     node: Any = torch._C._current_autograd_node()
     return node._sequence_nr()
 
@@ -331,7 +337,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _around(model: nn.Module, inner: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the modules that contain one of `inner` (or are it), outermost first."""
-    paths = [n for n, m in model.named_modules(remove_duplicate=False) if any(m is i for i in inner)]
+    named = list(model.named_modules(remove_duplicate=False))
+    paths = [n for n, m in named if any(m is i for i in inner)]
     above = {path.rsplit(".", k)[0] for path in paths for k in range(path.count(".") + 1)} | {""}
     wanted = above - set(paths) | {""}
     return [m for n, m in model.named_modules() if n in wanted]
@@ -390,7 +397,7 @@ def _default(model: nn.Module) -> tuple[str, nn.Module]:
 def _compiled(model: nn.Module) -> bool:
     if any(m._compiled_call_impl is not None for m in model.modules()):
         raise TypeError(
-            "The model was compiled in place by model.compile(), which hides its inputs from hooks. Give "
-            "the game torch.compile(model) instead, and call that in the closure."
+            "The model was compiled in place by model.compile(), which hides its inputs from "
+            "hooks. Give the game torch.compile(model) instead, and call that in the closure."
         )
     return hasattr(model, "_orig_mod")

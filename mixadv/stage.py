@@ -19,10 +19,10 @@ from mixadv import routes
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
 from mixadv.divergence import Divergence, divergence
+from mixadv.errors import GameError
 from mixadv.replay import Replay
 from mixadv.site import Call, Pass, Provide, unwrap
 from mixadv.strategy import Strategy
-from mixadv.errors import GameError
 
 if TYPE_CHECKING:
     from mixadv.game import Game
@@ -99,9 +99,7 @@ class Stage:
         self.payoff = (q.weights * values).sum(0).mean() / (self._samples if scalar else 1)
         return values, gradients
 
-    def move(
-        self, q: Strategy, ascent: Ascent, gradients: list[Tensor] | None = None
-    ) -> Strategy:
+    def move(self, q: Strategy, ascent: Ascent, gradients: list[Tensor] | None = None) -> Strategy:
         """Return the strategy after one move of the ascent.
 
         Args:
@@ -261,8 +259,8 @@ class Stage:
     def _own_gradient(self, point: Tensor) -> Tensor:
         if point.grad is None or self._incoming is None:
             raise GameError(
-                "The backward of the objective left no gradient on δ. A custom `backward=` must call "
-                "backward on the loss it is given, without `inputs=`."
+                "The backward of the objective left no gradient on δ. A custom `backward=` must "
+                "call backward on the loss it is given, without `inputs=`."
             )
         return point.grad * (self._samples / self._incoming)
 

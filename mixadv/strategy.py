@@ -44,7 +44,7 @@ class Strategy:
         unit: float = 1.0,
     ) -> None:
         self.points = points
-        self.masks = masks or [None] * len(points)
+        self.masks: list[Tensor | None] = list(masks or [None] * len(points))
         self.unit = unit
         self.size = len(points[0]) if points else 1
         self._log_weights = log_weights
@@ -112,14 +112,14 @@ class Strategy:
         return self._with(moved)
 
     def mean(self) -> "Strategy":
-        """Return the pure strategy at the mean Σ_m w_m δ_m, which lies in any convex set they do."""
+        """Return the pure strategy at the mean Σ_m w_m δ_m, inside any convex set they lie in."""
         means = []
         for points in self.points:
             weights = self.weights
             rows, predictions = points.shape[1], weights.shape[1]
             if rows % predictions:
                 raise ValueError(
-                    f"{predictions} predictions cannot share {rows} rows at the site; play the "
+                    f"{predictions} predictions cannot share {rows} rows at the site: play the "
                     "ensemble instead of the mean."
                 )
             weights = weights.repeat_interleave(rows // predictions, 1)
@@ -139,7 +139,8 @@ class Strategy:
         weights = self.weights.repeat_interleave(rows // self.weights.shape[1], 1)
         drawn = torch.multinomial(weights.T, 1, generator=generator).squeeze(1)
         row = torch.arange(rows, device=drawn.device)
-        return Strategy([p.detach()[drawn, row][None] for p in self.points], self.masks, None, self.unit)
+        points = [p.detach()[drawn, row][None] for p in self.points]
+        return Strategy(points, self.masks, None, self.unit)
 
     def norms(self, norm: Norm = "l2", per: Per = "sample") -> list[Tensor]:
         """Return the norm of each group, in units of the site: per call `[M, B, 1, ...]`."""
@@ -149,7 +150,7 @@ class Strategy:
         ]
 
     def entropy(self) -> Tensor:
-        """Return the entropy of the weights in nats, `[B]` or `[1]`: 0 if pure, log M if uniform."""
+        """Return the entropy of the weights in nats, `[B]` or `[1]`: at most log M."""
         return -(self.weights * self.log_weights).nan_to_num().sum(0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,7 +185,8 @@ class Strategy:
         axes.scatter(plane[:-1, 0], plane[:-1, 1], s=sizes.numpy(), alpha=0.6, label="particles")
         axes.scatter(*plane[-1], marker="+", s=120, color="black", label="δ = 0")
         axes.set(xlabel="first direction", ylabel="second direction")
-        axes.set_title(f"strategy against sample {sample} ({math.exp(self.entropy()[column]):.1f} effective)")
+        effective = math.exp(self.entropy()[column])
+        axes.set_title(f"strategy against sample {sample} ({effective:.1f} effective particles)")
         axes.legend(frameon=False)
         return axes
 

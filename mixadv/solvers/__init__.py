@@ -40,7 +40,9 @@ def solver(name: str, **parameters: Any) -> Solver:
         2
     """
     if name not in SOLVERS:
-        raise ValueError(f"Unknown solver {name!r}.{nearest(name, SOLVERS)} There are {', '.join(SOLVERS)}.")
+        raise ValueError(
+            f"Unknown solver {name!r}.{nearest(name, SOLVERS)} There are {', '.join(SOLVERS)}."
+        )
     cls = SOLVERS[name]
     known = [f.name for f in fields(cls)]
     for parameter in parameters:
@@ -50,4 +52,3 @@ def solver(name: str, **parameters: Any) -> Solver:
                 f"{nearest(parameter, known)} It has {', '.join(known)}."
             )
     return cls(**parameters)
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,8 @@ from mixadv.learner import Learner
 
 if TYPE_CHECKING:
     from mixadv.stage import Stage, Step
+
+    Play = Generator[Tensor | Step, None, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Solver(Ascent, ABC):
             )
 
     @abstractmethod
-    def play(self, stage: Stage) -> Iterator[Tensor | Step]:
+    def play(self, stage: Stage) -> Play:
         """Yield the objectives of a round; see `mixadv.stage`."""
 
     def learner(self) -> Learner | None:
@@ -62,6 +64,6 @@ def check_divergence(solver: Solver, value: Any) -> None:
     divergence(value)
     if solver.start == "zero" and solver.steps and not solver.temperature and value in DIVERGENCES:
         raise ValueError(
-            f"{type(solver).__name__}: start='zero' with {value!r}: a divergence has zero gradient at "
-            "δ = 0, so the ascent would never move. Start from 'uniform' or 'normal'."
+            f"{type(solver).__name__}: start='zero' with {value!r}: a divergence has zero gradient "
+            "at δ = 0, so the ascent would never move. Start from 'uniform' or 'normal'."
         )

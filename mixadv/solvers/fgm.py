@@ -9,17 +9,15 @@ normalised to mean 0 and variance 1, so its ε = 5 does not carry over to other 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
-
-from torch import Tensor
 
 from mixadv.ascent import Projection, Start
 from mixadv.solvers.base import Solver
 from mixadv.stage import Step
 
 if TYPE_CHECKING:
+    from mixadv.solvers.base import Play
     from mixadv.stage import Stage
 
 
@@ -42,7 +40,7 @@ class FGM(Solver):
         if self.steps != 1:
             raise ValueError(f"FGM takes one step, got steps={self.steps}: more steps are PGD.")
 
-    def play(self, stage: Stage) -> Iterator[Tensor | Step]:
+    def play(self, stage: Stage) -> Play:
         """Play `∇θ ℓ(X) + ∇θ ℓ(X + δ)`."""
         delta = stage.start(self)
         yield stage.loss(delta)

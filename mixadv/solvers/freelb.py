@@ -8,17 +8,15 @@ same dropout mask. `steps` counts passes, as in the paper; the released fairseq 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
-
-from torch import Tensor
 
 from mixadv.ascent import check_integer
 from mixadv.solvers.base import Solver
 from mixadv.stage import Step
 
 if TYPE_CHECKING:
+    from mixadv.solvers.base import Play
     from mixadv.stage import Stage
 
 
@@ -39,7 +37,7 @@ class FreeLB(Solver):
         super().__post_init__()
         check_integer("FreeLB", "steps (the number of passes)", self.steps, 1)
 
-    def play(self, stage: Stage) -> Iterator[Tensor | Step]:
+    def play(self, stage: Stage) -> Play:
         """Play `(1/K) Σ ∇θ ℓ(X + δ_t)`."""
         delta = stage.start(self)
         for _ in range(self.steps - 1):

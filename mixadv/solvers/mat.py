@@ -12,18 +12,15 @@ Learner, K_θ samples of the wrapped optimizer's step on ℓ + λ·ℓ_s, each w
 
 The strategy is played as its damped mean Σ_m w_m δ̄_m (the paper, one pass), or as the ensemble
 Σ_m w_m ℓ_s(X + δ_m) (M passes). θ follows the Gibbs law for plain SGD only: adaptive optimizers
-precondition the drift and not the noise. Differences of the released code: its copy of θ_t is an alias
-of the live weights, its noise comes after the projection and is scaled by γ (a temperature of 4e-8
-for δ, 4e-12 for θ), its log(softmax) overflows.
+precondition the drift and not the noise. Differences of the released code: its copy of θ_t is an
+alias of the live weights, its noise comes after the projection and is scaled by γ (a temperature
+of 4e-8 for δ, 4e-12 for θ), its log(softmax) overflows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
-
-from torch import Tensor
 
 from mixadv import mirror
 from mixadv.ascent import Start, check_integer, check_number
@@ -33,6 +30,7 @@ from mixadv.solvers.base import Solver, check_divergence
 from mixadv.stage import Step
 
 if TYPE_CHECKING:
+    from mixadv.solvers.base import Play
     from mixadv.stage import Stage
     from mixadv.strategy import Strategy
 
@@ -111,7 +109,7 @@ class MAT(Solver):
             samples=self.samples,
         )
 
-    def play(self, stage: Stage) -> Iterator[Tensor | Step]:
+    def play(self, stage: Stage) -> Play:
         """Play K_θ optimizer steps against one strategy."""
         q = self.adversary(stage)
         for _ in range(self.learner_steps):

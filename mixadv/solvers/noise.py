@@ -9,16 +9,14 @@ it. `UniformNoise(radius=5.0, unit="absolute")` is NEFTune with α = 5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
-
-from torch import Tensor
 
 from mixadv.solvers.base import Solver
 from mixadv.stage import Step
 
 if TYPE_CHECKING:
+    from mixadv.solvers.base import Play
     from mixadv.stage import Stage
 
 
@@ -42,6 +40,6 @@ class UniformNoise(Solver):
                 f"UniformNoise takes no steps, got steps={self.steps}: with steps it is PGD."
             )
 
-    def play(self, stage: Stage) -> Iterator[Tensor | Step]:
+    def play(self, stage: Stage) -> Play:
         """Play `∇θ ℓ(X + δ)` with δ at its random start."""
         yield Step(stage.loss(stage.start(self).detach()))

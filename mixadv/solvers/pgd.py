@@ -8,17 +8,15 @@ Madry et al. 2018, arXiv:1706.06083, eq. 2.1; in embedding space Zhu et al. 2020
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
-
-from torch import Tensor
 
 from mixadv.divergence import Divergence
 from mixadv.solvers.base import Solver, check_divergence
 from mixadv.stage import Step
 
 if TYPE_CHECKING:
+    from mixadv.solvers.base import Play
     from mixadv.stage import Stage
 
 
@@ -51,7 +49,7 @@ class PGD(Solver):
         """What the adversary maximises."""
         return self.payoff
 
-    def play(self, stage: Stage) -> Iterator[Tensor | Step]:
+    def play(self, stage: Stage) -> Play:
         """Play `∇θ ℓ(X + δ_K)`."""
         delta = stage.ascend(self.payoff, self)
         yield Step(stage.loss(delta))

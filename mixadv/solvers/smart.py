@@ -4,19 +4,16 @@ Jiang et al. 2020, arXiv:1911.03437, eq. 1–3, Alg. 1.
     min_θ  ℓ(f(X;θ), y) + λ·max_{δ} ℓ_s(f(X+δ;θ), f(X;θ)) + μ·ℓ_s(f(X;θ), f(X;θ̃))
     δ ← Π( δ + η·∇δ ℓ_s ),          θ̃ ← (1−m)·θ + m·θ̃   every S steps
 
-with ℓ_s the symmetric KL, or the squared error for regression. m = 0 is the proximal point at the last
-iterate θ_t (vanishing for S = 1, where θ = θ_t), m > 0 its momentum version. The released mt-dnn code
-perturbs an already embedded input, rescales δ to norm 1 whatever ε, and has no proximal term; its
-rescaling is `projection="sphere", norm="linf", per="token", normalize="none"`.
+with ℓ_s the symmetric KL, or the squared error for regression. m = 0 is the proximal point at the
+last iterate θ_t (vanishing for S = 1, where θ = θ_t), m > 0 its momentum version. The released
+mt-dnn code perturbs an already embedded input, rescales δ to norm 1 whatever ε, and has no proximal
+term; its rescaling is `projection="sphere", norm="linf", per="token", normalize="none"`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
-
-from torch import Tensor
 
 from mixadv.ascent import Start, check_integer, check_number
 from mixadv.divergence import Divergence
@@ -25,6 +22,7 @@ from mixadv.solvers.base import Solver, check_divergence
 from mixadv.stage import Step
 
 if TYPE_CHECKING:
+    from mixadv.solvers.base import Play
     from mixadv.stage import Stage
 
 
@@ -63,9 +61,9 @@ class SMART(Solver):
         check_integer("SMART", "inner_steps", self.inner_steps, 1)
         if self.proximal and self.momentum == 0 and self.inner_steps == 1:
             raise ValueError(
-                "SMART: with momentum=0 and inner_steps=1 the teacher is the learner itself, so the "
-                "proximal term and its gradient are 0. Set momentum (0.99) or inner_steps > 1, or "
-                "proximal=0."
+                "SMART: with momentum=0 and inner_steps=1 the teacher is the learner itself, so "
+                "the proximal term and its gradient are 0. Set momentum (0.99) or inner_steps > 1, "
+                "or proximal=0."
             )
 
     @property
@@ -79,7 +77,7 @@ class SMART(Solver):
             return None
         return Learner(momentum=self.momentum, teacher_every=self.inner_steps)
 
-    def play(self, stage: Stage) -> Iterator[Tensor | Step]:
+    def play(self, stage: Stage) -> Play:
         """Play `∇θ [ ℓ + λ·ℓ_s(X+δ, X) + μ·ℓ_s(θ, θ̃) ]`."""
         delta = stage.ascend(self.divergence, self)
         objective = stage.loss() + self.smoothness * stage.divergence(delta, self.divergence)
