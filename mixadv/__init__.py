@@ -2,8 +2,9 @@
 
 from mixadv.ascent import Ascent
 from mixadv.errors import GameError
-from mixadv.game import Game, Outcome
+from mixadv.game import Game
 from mixadv.optimizer import GameOptimizer, wrap
+from mixadv.outcome import Outcome
 from mixadv.solvers import FGM, MAT, PGD, SMART, SOLVERS, FreeLB, UniformNoise, solver
 from mixadv.solvers.base import Solver
 from mixadv.stage import Stage, Step

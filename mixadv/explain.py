@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mixadv import validate
+from mixadv import first_round
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure
-from mixadv.site import INPUT
+from mixadv.modules import INPUT
 from mixadv.stage import Step
 from mixadv.strategy import Strategy
 
@@ -93,7 +93,7 @@ def explain(game: Game, closure: Closure | None) -> Explanation:
     if game.solver.unit == "absolute":
         unit, measured = 1.0, True
     elif unit is None and closure is not None:
-        unit, measured = validate.measure_unit(game, closure), True
+        unit, measured = first_round.measure_unit(game, closure), True
     elif unit is None:
         unit = _estimated(game)
     return Explanation(game.solver, game.site.names, unit, measured, passes(game.solver))

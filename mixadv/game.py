@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,50 +12,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from mixadv import validate
+from mixadv import first_round, validate
+from mixadv.carried import attach
 from mixadv.closure import Closure, read
 from mixadv.errors import GameError
 from mixadv.explain import Explanation, explain
+from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
-from mixadv.site import Pass, Site
+from mixadv.site import Site
 from mixadv.solvers.base import Solver
 from mixadv.stage import Stage, Step
 from mixadv.strategy import Strategy
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a round returns; tensors are detached and 0-d, and nothing is read from the device.
-
-    Attributes:
-        objective: what the learner minimised, averaged over the round's optimizer steps.
-        loss: task loss of the round's first pass (clean, where the solver has a clean pass).
-        payoff: the adversary's payoff at the last points where it was evaluated.
-        radius: mean norm of the δ played, in the solver's norm and in units of the site.
-        entropy: entropy of the strategy played in nats, 0 for a pure one.
-        nonfinite: samples whose δ fell back to 0 because of a non-finite gradient.
-        forwards: runs of the closure.
-        delta_backwards: backwards with respect to δ alone.
-        theta_backwards: backwards that build the learner's gradients.
-        steps: optimizer steps the round stands for.
-        weights: "sample" or "batch": what the log-weights of a mixed strategy belong to.
-    """
-
-    objective: Tensor
-    loss: Tensor | None
-    payoff: Tensor | None
-    radius: Tensor | None
-    entropy: Tensor | None
-    nonfinite: Tensor | None
-    forwards: int
-    delta_backwards: int
-    theta_backwards: int
-    steps: int
-    weights: str | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields by name, for a logger."""
-        return asdict(self)
 
 
 class Game:
@@ -152,7 +118,7 @@ class Game:
             earlier = torch.zeros(())
             for objective, last in self.plays(stage):
                 if last:
-                    result = _attach(objective, carried, earlier, stage, self.site)
+                    result = attach(objective, carried, earlier, stage.passes, self.site)
                     self.finish(stage, result.detach(), 1)
                     return result
                 self._differentiate(objective, carried, stage)
@@ -190,7 +156,7 @@ class Game:
         if check or not self._checked:
             self._busy = True
             try:
-                validate.first_round(self, closure)
+                first_round.check(self, closure)
             finally:
                 self._busy = False
             self._checked = True
@@ -387,40 +353,6 @@ class _Forward(nn.Module):
     def forward(self) -> Tensor:
         result = self.call()
         return result if isinstance(result, Tensor) else result.logits
-
-
-class _Carried(torch.autograd.Function):
-    """Adds the earlier passes' values to the last objective, and in backward their gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, objective: Tensor, earlier: Tensor, gradients: Any, end: Any, *inputs: Tensor
-    ) -> Tensor:
-        ctx.gradients, ctx.end = gradients, end
-        return objective + earlier
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        (factor,) = upstream
-        torch.autograd.Variable._execution_engine.queue_callback(ctx.end)  # pyright: ignore
-        return factor, None, None, None, *[factor.to(g.dtype) * g for g in ctx.gradients]
-
-
-def _attach(
-    objective: Tensor, carried: dict[Tensor, Tensor], earlier: Tensor, stage: Stage, site: Site
-) -> Tensor:
-    """Return a loss that carries the earlier passes, and those that its backward recomputes."""
-    recomputable: list[Pass] = [p for p in stage.passes if p.recomputable]
-    if not carried and not recomputable:
-        return objective
-
-    def end() -> None:
-        recomputable.clear()
-        site.detach()
-
-    earlier = earlier.to(objective)
-    gradients = list(carried.values())
-    return _Carried.apply(objective, earlier, gradients, end, *carried)  # pyright: ignore
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixadv import validate
+from mixadv import first_round, validate
 from mixadv.closure import Closure
-from mixadv.game import Game, Outcome
+from mixadv.game import Game
+from mixadv.outcome import Outcome
 from mixadv.solvers.base import Solver
 
 STATE_KEY = "mixadv"
@@ -159,7 +160,7 @@ class GameOptimizer(Optimizer):
 
     def _first_call(self, closure: Callable[[], Any]) -> Any:
         """Find out whether the closure plays a round itself, as under Lightning's optimization."""
-        result, self._closure_plays = validate.plays_itself(self.game, closure)
+        result, self._closure_plays = first_round.plays_itself(self.game, closure)
         return result
 
     def _round(self, closure: Closure, check: bool) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.closure import Reading
-from mixadv.site import Call, bound, unwrap
+from mixadv.modules import bound, unwrap
+from mixadv.site import Call
 from mixadv.strategy import Strategy
 
 if TYPE_CHECKING:

@@ -7,18 +7,16 @@ the δ of the pass it recomputes: autograd numbers its nodes in the order of cre
 of the node that is running tells which pass it came from.
 """
 
-import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mixadv.errors import GameError, nearest
-
-INPUT = "input"
+from mixadv.errors import GameError
+from mixadv.modules import INPUT, around, bound, compiled, find, unwrap
 
 
 class Call(NamedTuple):
@@ -86,13 +84,13 @@ class Site:
     def __init__(self, model: nn.Module, site: Any = None) -> None:
         self.model = model
         self._inner = unwrap(model)
-        self.targets = _find(model, site)
+        self.targets = find(model, site)
         self.current: Pass | None = None
         self._alive: list[weakref.ref[Pass]] = []
         self._handles: list[Any] = []
         self._numbers: dict[nn.Module, int] = {}
         self._masks: list[Tensor | None] = []
-        self.compiled = _compiled(model)
+        self.compiled = compiled(model)
         self._slot: Tensor | None = None
         self._pattern: tuple[str, Call] | None = None
         # A compiled model ignores hooks that come after its first call: this one stays, and does
@@ -135,7 +133,7 @@ class Site:
                 self._pre(module, self._note_number)
                 hook = module.register_forward_hook(self._at_output, with_kwargs=True)
                 self._handles.append(hook)
-        for module in _around(self.model, [m for _, m in self.targets]):
+        for module in around(self.model, [m for _, m in self.targets]):
             self._pre(module, self._enter)
             hook = module.register_forward_hook(self._leave)
             self._handles.append(hook)
@@ -314,90 +312,3 @@ def _running_number() -> int:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def bound(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name; surplus positional ones by their index."""
-    parameters = inspect.signature(unwrap(module).forward).parameters.values()
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    names = positional + [str(i) for i in range(len(positional), len(args))]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel and torch.compile."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def _around(model: nn.Module, inner: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the modules that contain one of `inner` (or are it), outermost first."""
-    named = list(model.named_modules(remove_duplicate=False))
-    paths = [n for n, m in named if any(m is i for i in inner)]
-    above = {path.rsplit(".", k)[0] for path in paths for k in range(path.count(".") + 1)} | {""}
-    wanted = above - set(paths) | {""}
-    return [m for n, m in model.named_modules() if n in wanted]
-
-
-def _find(model: nn.Module, site: Any) -> list[tuple[str, nn.Module]]:
-    if isinstance(site, (list, tuple)):
-        if not site:
-            raise ValueError("site=[] names no module; leave it out for the input embedding.")
-        return [target for one in site for target in _find(model, one)]
-    if site is None:
-        return [_default(model)]
-    if site == INPUT:
-        return [(INPUT, unwrap(model))]
-    inner = unwrap(model)
-    named = dict(inner.named_modules(remove_duplicate=False))
-    if isinstance(site, str):
-        if site in named and site:
-            return [(site, named[site])]
-        raise ValueError(f"The model has no module named {site!r}.{nearest(site, named, 3)}")
-    if isinstance(site, nn.Module):
-        name = next((n for n, m in named.items() if m is site), None)
-        if name is None:
-            raise ValueError(f"The {type(site).__name__} given as site is not part of the model.")
-        return [(name, site)] if name else [(INPUT, site)]
-    raise TypeError(
-        f"site must be None, a module, its name, 'input' or a list of these, got {site!r}."
-    )
-
-
-def _default(model: nn.Module) -> tuple[str, nn.Module]:
-    """Return the input embedding that the encoder really calls, else the model's own input."""
-    inner = unwrap(model)
-    embeddings = [(n, m) for n, m in inner.named_modules() if isinstance(m, nn.Embedding)]
-    ids = getattr(inner, "main_input_name", "input_ids") == "input_ids"
-    if ids and callable(getattr(inner, "get_input_embeddings", None)):
-        holder: Any = inner
-        # The tied `shared` module of an encoder–decoder is never called: its encoder has its own.
-        if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-            holder = holder.get_encoder()
-        found = holder.get_input_embeddings()
-        name = next((n for n, m in inner.named_modules() if m is found), None)
-        if name is not None:
-            return name, found
-    if not ids or not embeddings:
-        return INPUT, inner
-    if len(embeddings) == 1:
-        return embeddings[0]
-    listed = ", ".join(repr(n) for n, _ in embeddings[:8])
-    raise ValueError(
-        f"The model has {len(embeddings)} embeddings and no get_input_embeddings(): {listed}. "
-        "Name the one that δ is added to with site=."
-    )
-
-
-def _compiled(model: nn.Module) -> bool:
-    if any(m._compiled_call_impl is not None for m in model.modules()):
-        raise TypeError(
-            "The model was compiled in place by model.compile(), which hides its inputs from "
-            "hooks. Give the game torch.compile(model) instead, and call that in the closure."
-        )
-    return hasattr(model, "_orig_mod")

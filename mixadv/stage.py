@@ -20,8 +20,9 @@ from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
 from mixadv.divergence import Divergence, divergence
 from mixadv.errors import GameError
+from mixadv.modules import unwrap
 from mixadv.replay import Replay
-from mixadv.site import Call, Pass, Provide, unwrap
+from mixadv.site import Call, Pass, Provide
 from mixadv.strategy import Strategy
 
 if TYPE_CHECKING:

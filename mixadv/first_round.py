@@ -1,0 +1,335 @@
+"""The first round of a game: closure, site and solver checked against each other.
+
+Costs a few passes once. Later rounds are not checked, and read nothing from the device.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mixadv import routes
+from mixadv.closure import Closure, Reading, read
+from mixadv.divergence import divergence
+from mixadv.errors import GameError
+from mixadv.geometry import norms
+from mixadv.modules import unwrap
+from mixadv.replay import Noise, Replay
+from mixadv.site import Call, Provide
+from mixadv.stage import Stage
+from mixadv.strategy import Strategy
+
+if TYPE_CHECKING:
+    from mixadv.game import Game
+
+# A change of the predictions below this many units of rounding is noise (measured: README, limits).
+NOISE_FLOOR = 8.0
+
+
+def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
+    """Run a closure once and return its result, and whether it played a round itself.
+
+    If it did not, random state, buffers and gradients are put back.
+    """
+    replay = Replay(game.model)
+    before = game.round
+    with _gradients_kept(game) as gradients:
+        try:
+            result = closure()
+            played = game.round > before
+        except BaseException:
+            replay.undo()
+            raise
+        gradients.keep_new = played
+        if not played:
+            replay.undo()
+    return result, played
+
+
+def check(game: Game, closure: Closure) -> None:
+    """Check a closure, a site and a solver against each other; nothing is left changed."""
+    stage = Stage(game, closure)
+    calls = game._calls
+    try:
+        with _gradients_kept(game):
+            plain = _plain_pass(stage)
+        game._calls = None
+        if game.site.compiled:
+            with torch.compiler.set_stance("force_eager"):  # hooks learn the site's shapes eagerly
+                zero, lengths = _pass_at_zero(stage)
+            zero, _ = _pass_at_zero(stage)
+        else:
+            zero, lengths = _pass_at_zero(stage)
+        _check_replay(plain, zero)
+        _check_reading(game, zero, stage)
+        if game.unit is None:
+            game.unit = _mean_length(game, lengths)
+        _check_noise_floor(game, stage, zero)
+        _check_route(game, closure)
+    except BaseException:
+        game._calls = calls
+        raise
+    finally:
+        stage.replay.undo()
+        stage.passes.clear()
+        game.site.detach()
+
+
+def measure_unit(game: Game, closure: Closure) -> float:
+    """Return the mean L2 norm of a real token's output at the site; nothing is left changed."""
+    stage = Stage(game, closure)
+    lengths: list[Tensor] = []
+    calls = game._calls
+    try:
+        with torch.no_grad():
+            stage.run(_measuring(lengths, add=False))
+        _check_called(game, stage)
+        return _mean_length(game, lengths)
+    finally:
+        stage.replay.undo()
+        stage.passes.clear()
+        game.site.detach()
+        game._calls = calls
+
+
+def _plain_pass(stage: Stage) -> Reading:
+    """Run the closure without hooks."""
+    with stage.replay.run():
+        reading = read(stage.closure())
+    loss = reading.loss.detach()
+    if not bool(loss.isfinite().all()):
+        raise GameError(
+            f"The first loss is {float(loss.mean())}: the model, its inputs or its labels are at "
+            "fault before any adversary acts. Check labels, learning rate and number format."
+        )
+    return reading
+
+
+def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor]]:
+    """Run a pass at δ = 0 and check that the loss depends on δ."""
+    game = stage.game
+    lengths: list[Tensor] = []
+    leaves: list[Tensor] = []
+    with stage.frozen():
+        reading = stage.run(_measuring(lengths, leaves))
+        _check_called(game, stage)
+        total = reading.objective
+        if not total.requires_grad:
+            raise GameError(_no_gradient(game))
+        try:
+            gradients = stage.differentiate(total, leaves)
+        except RuntimeError as error:
+            if "heckpoint" not in str(error):
+                raise
+            game.leaf_backward = True  # reentrant checkpointing allows only a plain backward
+            reading = stage.run(_measuring(lengths, leaves := []))
+            gradients = stage.differentiate(reading.objective, leaves)
+    if not any(bool(g.any()) for g in gradients):
+        raise GameError(_no_gradient(game))
+    return reading, lengths
+
+
+def _measuring(
+    lengths: list[Tensor], leaves: list[Tensor] | None = None, add: bool = True
+) -> Provide:
+    """Return what notes the lengths of real tokens and adds a zero leaf at the site."""
+    lengths.clear()
+
+    def provide(index: int, call: Call, output: Tensor) -> Tensor | None:
+        per = "token" if output.dim() == 3 else "sample"
+        length = norms(output.detach().float(), "l2", per)
+        real = torch.ones_like(length) if call.mask is None else call.mask.expand_as(length)
+        lengths.append(torch.stack([(length * real).sum(), real.sum()]))
+        if not add:
+            return None
+        leaf = torch.zeros_like(call.empty()).requires_grad_()
+        if leaves is not None:
+            leaves.append(leaf)
+        return leaf
+
+    return provide
+
+
+def _mean_length(game: Game, lengths: list[Tensor]) -> float:
+    total = torch.stack([x.double().cpu() for x in lengths]).sum(0)
+    if dist.is_available() and dist.is_initialized():
+        device = next(game.model.parameters()).device
+        total = total.to(device=device, dtype=torch.float32)
+        dist.all_reduce(total)
+    length = float(total[0] / total[1])
+    if not math.isfinite(length) or length == 0:
+        raise GameError(
+            f"The mean norm at the site {game.site.names} is {length}, so a relative radius means "
+            "nothing there. Give lengths with unit='absolute'."
+        )
+    return length
+
+
+def _check_called(game: Game, stage: Stage) -> None:
+    if stage.calls:
+        if _packed(stage):
+            raise GameError(
+                "The batch is packed (positions restart within a row), so a row is not one sample "
+                "and per-sample norms mean nothing. Use per='token', or unpacked batches."
+            )
+        return
+    names = [n for n, m in unwrap(game.model).named_modules() if isinstance(m, nn.Embedding)]
+    raise GameError(
+        f"The site {game.site.names} was not called in the forward pass (a call that bypasses the "
+        "module, or the wrong module). Name another with site=; the model's embeddings are "
+        f"{names[:6]}."
+    )
+
+
+def _packed(stage: Stage) -> bool:
+    if stage.game.solver.per == "token":
+        return False
+    positions = stage.passes[-1].context.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return False
+    return bool(((positions == 0).sum(1) > 1).any())
+
+
+def _no_gradient(game: Game) -> str:
+    return (
+        f"The loss has no gradient with respect to δ at {game.site.names}: the path from there to "
+        "the loss is detached or runs under no_grad, a compiled model ran before the game was "
+        "made, or the site lies in a reentrant checkpoint (use_reentrant=False helps then)."
+    )
+
+
+def _check_replay(plain: Reading, zero: Reading) -> None:
+    a, b = float(plain.objective.detach()), float(zero.objective.detach())
+    tolerance = 1e-2 if torch.finfo(_compute_dtype(plain.loss)).eps > 1e-5 else 1e-4
+    if abs(a - b) > tolerance * (1 + abs(a)):
+        raise GameError(
+            f"Two passes of the closure with the same random state gave losses {a:.6g} and "
+            f"{b:.6g}. A round runs the closure several times: draw batches, augmentation and "
+            "other randomness outside of it, or with torch's generators."
+        )
+
+
+def _check_reading(game: Game, reading: Reading, stage: Stage) -> None:
+    solver = game.solver
+    if solver.compares is not None:
+        predictions = stage._predictions(reading)
+        if predictions.shape[-1] == 1 and solver.compares in ("kl", "symmetric_kl", "js"):
+            raise GameError(
+                f"The predictions have one column, of which {solver.compares!r} is always 0. "
+                "Choose divergence='squared_error' (payoff= for PGD) for regression."
+            )
+        values = reading.diverge(predictions.detach(), divergence(solver.compares))
+        if values.shape != predictions.shape[:1]:
+            raise GameError(
+                f"The divergence returned shape {list(values.shape)} for predictions of shape "
+                f"{list(predictions.shape)}; it must give one value per prediction."
+            )
+    scalar = reading.loss.dim() == 0
+    if solver.gain == "loss" and solver.normalize == "none" and solver.steps and scalar:
+        raise GameError(
+            f"{type(solver).__name__} moves by the raw gradient of each sample's loss, and the "
+            "closure returned one number for the batch. Return one loss per sample [B] "
+            "(reduction='none'), or set normalize='steepest'."
+        )
+
+
+def _check_noise_floor(game: Game, stage: Stage, zero: Reading) -> None:
+    """Warn if δ on the ball changes the predictions by little more than rounding."""
+    solver = game.solver
+    if solver.radius is None or solver.radius == 0:
+        return
+    probe = replace(solver, particles=1, start="uniform", start_size=None)
+    noise = Noise(game.seed)
+    noise.begin("probe", 0)
+    q = Strategy.begin(probe, noise, stage.calls, game.scale).detach()
+    with torch.no_grad():
+        moved = stage.run(stage.at(q, 0))
+    a, b = (r.loss if r.predictions is None else r.predictions for r in (zero, moved))
+    change = (a.detach().float() - b.detach().float()).square().mean().sqrt()
+    scale = a.detach().float().square().mean().sqrt()
+    eps = torch.finfo(_compute_dtype(a)).eps
+    if float(change) < NOISE_FLOOR * eps * float(scale):
+        warnings.warn(
+            f"radius={solver.radius:g} lies below the noise floor: random δ of that size moves the "
+            f"predictions by {float(change):.2g}, rounding in {_compute_dtype(a)} by about "
+            f"{eps * float(scale):.2g}, so ascent directions are largely noise. Enlarge the "
+            "radius, or compute in a wider format.",
+            stacklevel=6,
+        )
+
+
+def _compute_dtype(predictions: Tensor) -> torch.dtype:
+    kind = predictions.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return predictions.dtype
+
+
+def _check_route(game: Game, closure: Closure) -> None:
+    """Check that the route for many particles agrees with one pass after another."""
+    solver = game.solver
+    if solver.particles == 1 or solver.route == "sequential":
+        return
+    stage = Stage(game, closure)
+    try:
+        stage.clean()
+        q = stage.start(solver)
+        one, other = (
+            stage.payoffs(q, solver.gain, solver, route=route)
+            for route in (routes.sequential, routes.ROUTES[solver.route])
+        )
+    except GameError:
+        raise
+    except Exception as error:
+        raise GameError(
+            f"route={solver.route!r} failed on this model and closure "
+            f"({type(error).__name__}: {error}). Use route='sequential'."
+        ) from error
+    finally:
+        stage.replay.undo()
+        stage.passes.clear()
+    for a, b in zip([one[0], *one[1]], [other[0], *other[1]], strict=True):
+        if not torch.allclose(a, b, rtol=1e-2, atol=1e-3 * float(a.abs().max())):
+            raise GameError(
+                f"route={solver.route!r} disagrees with one pass after another (largest difference "
+                f"{float((a - b).abs().max()):.2g} of {float(a.abs().max()):.2g}): stacking cannot "
+                "replay dropout or batch statistics. Use route='vmap' or 'sequential'."
+            )
+
+
+class _Kept:
+    keep_new = False
+
+
+@contextmanager
+def _gradients_kept(game: Game) -> Iterator[_Kept]:
+    """Raise if the body changes a gradient, and put gradients back, unless told to keep them."""
+    live = game.parameters()
+    found = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in live]
+    versions = [None if p.grad is None else p.grad._version for p in live]
+    kept = _Kept()
+    try:
+        yield kept
+    finally:
+        now = [None if p.grad is None else p.grad._version for p in live]
+        same = all(p.grad is g for p, g, _ in found) and now == versions
+        if not same and not kept.keep_new:
+            with torch.no_grad():
+                for p, gradient, value in found:
+                    p.grad = gradient
+                    if gradient is not None and value is not None:
+                        gradient.copy_(value)
+    cleared = all(p.grad is None for p in live)
+    if not same and not kept.keep_new and not cleared:
+        raise GameError(
+            "The closure calls backward (gradients changed while it ran). A closure runs the "
+            "forward pass and returns the loss; the round calls backward itself, once per pass."
+        )

@@ -1,0 +1,41 @@
+"""What a round comes to."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round returns; tensors are detached and 0-d, and nothing is read from the device.
+
+    Attributes:
+        objective: what the learner minimised, averaged over the round's optimizer steps.
+        loss: task loss of the round's first pass (clean, where the solver has a clean pass).
+        payoff: the adversary's payoff at the last points where it was evaluated.
+        radius: mean norm of the δ played, in the solver's norm and in units of the site.
+        entropy: entropy of the strategy played in nats, 0 for a pure one.
+        nonfinite: samples whose δ fell back to 0 because of a non-finite gradient.
+        forwards: runs of the closure.
+        delta_backwards: backwards with respect to δ alone.
+        theta_backwards: backwards that build the learner's gradients.
+        steps: optimizer steps the round stands for.
+        weights: "sample" or "batch": what the log-weights of a mixed strategy belong to.
+    """
+
+    objective: Tensor
+    loss: Tensor | None
+    payoff: Tensor | None
+    radius: Tensor | None
+    entropy: Tensor | None
+    nonfinite: Tensor | None
+    forwards: int
+    delta_backwards: int
+    theta_backwards: int
+    steps: int
+    weights: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name, for a logger."""
+        return asdict(self)
