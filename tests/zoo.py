@@ -1,0 +1,230 @@
+"""Tiny models of every family, built in code, with batches to train them on."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+VOCABULARY = 99
+PAD = 1
+LABELS = 3
+
+
+class Player(NamedTuple):
+    """A model with a batch: `closure(model)` is what a game is given."""
+
+    model: nn.Module
+    batch: dict[str, Tensor]
+    forward: Callable[[nn.Module, dict[str, Tensor]], Any]
+
+    def closure(self, **changes: Tensor) -> Callable[[], Any]:
+        return lambda: self.forward(self.model, {**self.batch, **changes})
+
+
+_SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 40,
+    "pad_token_id": PAD,
+    "num_labels": LABELS,
+}
+_DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+_SEQ2SEQ = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "pad_token_id": PAD,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "num_labels": LABELS,
+}
+
+
+def _bert() -> nn.Module:
+    config = transformers.BertConfig(**_SIZE, **_DROPOUT)
+    return transformers.BertForSequenceClassification(config)
+
+
+def _roberta() -> nn.Module:
+    config = transformers.RobertaConfig(**_SIZE, **_DROPOUT)
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def _distilbert() -> nn.Module:
+    config = transformers.DistilBertConfig(
+        vocab_size=VOCABULARY,
+        dim=16,
+        n_layers=2,
+        n_heads=2,
+        hidden_dim=24,
+        max_position_embeddings=40,
+        pad_token_id=PAD,
+        num_labels=LABELS,
+    )
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+def _deberta() -> nn.Module:
+    config = transformers.DebertaV2Config(
+        **_SIZE, **_DROPOUT, relative_attention=True, position_buckets=8, pos_att_type="p2c|c2p"
+    )
+    return transformers.DebertaV2ForSequenceClassification(config)
+
+
+def _electra() -> nn.Module:
+    config = transformers.ElectraConfig(**_SIZE, **_DROPOUT, embedding_size=12)
+    return transformers.ElectraForSequenceClassification(config)
+
+
+def _albert() -> nn.Module:
+    config = transformers.AlbertConfig(**_SIZE, **_DROPOUT, embedding_size=12)
+    return transformers.AlbertForSequenceClassification(config)
+
+
+def _modernbert() -> nn.Module:
+    config = transformers.ModernBertConfig(
+        **_SIZE,
+        bos_token_id=0,
+        eos_token_id=2,
+        cls_token_id=0,
+        sep_token_id=2,
+        embedding_dropout=0.1,
+        mlp_dropout=0.1,
+        attn_implementation="sdpa",
+    )
+    return transformers.ModernBertForSequenceClassification(config)
+
+
+def _gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=40,
+        pad_token_id=PAD,
+        bos_token_id=0,
+        eos_token_id=2,
+        num_labels=LABELS,
+    )
+    return transformers.GPT2ForSequenceClassification(config)
+
+
+def _llama(causal: bool = False) -> nn.Module:
+    config = transformers.LlamaConfig(
+        **_SIZE, num_key_value_heads=2, attention_dropout=0.1, bos_token_id=0, eos_token_id=2
+    )
+    if causal:
+        return transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def _t5() -> nn.Module:
+    config = transformers.T5Config(**_SEQ2SEQ, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    return transformers.T5ForSequenceClassification(config)
+
+
+def _bart() -> nn.Module:
+    config = transformers.BartConfig(
+        **_SEQ2SEQ,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=40,
+        bos_token_id=0,
+    )
+    return transformers.BartForSequenceClassification(config)
+
+
+class Vision(nn.Module):
+    """Convolution, BatchNorm, dropout and a head; returns plain logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 8, 3, padding=1)
+        self.normalise = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(8 * 8 * 8, LABELS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.normalise(self.convolution(images)))
+        return self.head(self.dropout(x.flatten(1)))
+
+
+TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
+    "bert": _bert,
+    "roberta": _roberta,
+    "distilbert": _distilbert,
+    "deberta": _deberta,
+    "electra": _electra,
+    "albert": _albert,
+    "modernbert": _modernbert,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "t5": _t5,
+    "bart": _bart,
+}
+FAMILIES = [*TRANSFORMERS, "llama-causal", "vision"]
+
+
+def text_batch(rows: int, length: int = 9, side: str = "right", seed: int = 0) -> dict[str, Tensor]:
+    """Return ids, mask and learnable labels; half of the rows are padded on one side.
+
+    Every row ends with the end token (T5 and BART pool there), and its first token tells its label.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, LABELS, (rows,), generator=draw)
+    ids = torch.randint(10, VOCABULARY, (rows, length), generator=draw)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        real = length - (row % 2) * 3
+        part = slice(0, real) if side == "right" else slice(length - real, length)
+        kept = ids[row, part].clone()
+        kept[0], kept[-1] = 3 + labels[row], 2
+        ids[row], mask[row] = PAD, 0
+        ids[row, part], mask[row, part] = kept, 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def player(family: str, rows: int = 32, side: str = "right", seed: int = 0) -> Player:
+    """Return a freshly initialised model of a family with a batch of `rows` rows, in training mode."""
+    torch.manual_seed(seed)
+    if family == "vision":
+        draw = torch.Generator().manual_seed(seed)
+        labels = torch.randint(0, LABELS, (rows,), generator=draw)
+        images = torch.randn(rows, 1, 8, 8, generator=draw) + 0.5 * labels.view(-1, 1, 1, 1)
+        batch = {"images": images, "labels": labels}
+
+        def seen(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            logits = model(batch["images"])
+            return F.cross_entropy(logits, batch["labels"]), logits
+
+        return Player(Vision().train(), batch, seen)
+    batch = text_batch(rows, side=side, seed=seed)
+    if family == "llama-causal":
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model = _llama(causal=True)
+    else:
+        model = TRANSFORMERS[family]()
+    return Player(model.train(), batch, lambda model, batch: model(**batch))
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Set every dropout probability to zero, in training mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "dropout_prob", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+        if hasattr(module, "layerdrop"):
+            module.layerdrop = 0.0
+    return model
