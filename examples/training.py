@@ -190,6 +190,10 @@ def train(run: Run, output: Path, checkpoint_every: int = 50) -> dict[str, Any]:
     splits = load_rows(run.data)
     labels = label_ids(splits)
     rows = few_shot(splits["train"], run.shots, run.seed)
+    if "dev" not in splits and run.shots:
+        chosen = {id(row) for row in rows}
+        rest = [row for row in splits["train"] if id(row) not in chosen]
+        splits["dev"] = few_shot(rest, run.shots, run.seed)
     model, tokenizer = load_model(run.model, len(labels))
     model.to(device).train()
     encode = Encoder(tokenizer, labels, run, device)
@@ -367,3 +371,32 @@ def run_all(runs: list[Run], output: Path) -> list[dict[str, Any]]:
             append(path, train(run, output))
     known = finished(path)
     return [known[run.key] for run in runs]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of the results: one row per setting, mean ± half range over seeds."""
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        shown = {k: v for k, v in result["parameters"].items()}
+        name = result["solver"] + (f" {json.dumps(shown)}" if shown else "")
+        settings.setdefault(f"{name}|{result['data']}|{result['shots']}", []).append(result)
+    splits = [s for s in ("dev", "test", "adversarial") if any(s in r for r in results)]
+    radii = sorted({r for result in results for r in result["attacked"]}, key=float)
+    head = ["solver", *splits, *[f"PGD {r}" for r in radii], "passes", "s/step", "seeds"]
+    lines = [head, ["---"] * len(head)]
+    for name, group in settings.items():
+        cells = [name.split("|")[0]]
+        cells += [_over([100 * r[s] for r in group if s in r]) for s in splits]
+        cells += [_over([100 * r["attacked"][x] for r in group if x in r["attacked"]]) for x in radii]
+        cells += [str(group[0]["forwards_per_step"])]
+        cells += [f"{sum(r['seconds_per_step'] for r in group) / len(group):.2f}", str(len(group))]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _over(values: list[float]) -> str:
+    if not values:
+        return "–"
+    mean = sum(values) / len(values)
+    spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+    return f"{mean:.1f}{spread}"

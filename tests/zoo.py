@@ -1,5 +1,6 @@
 """Tiny models of every family, built in code, with batches to train them on."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -159,6 +160,24 @@ class Vision(nn.Module):
         return self.head(self.dropout(x.flatten(1)))
 
 
+class Small(nn.Module):
+    """Embedding, dropout, BatchNorm and a head; returns logits. One layer is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 6, padding_idx=0)
+        self.dropout = nn.Dropout(0.2)
+        self.hidden = nn.Linear(6, 5)
+        self.normalise = nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, LABELS)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        real = (ids != 0).unsqueeze(-1)
+        x = (self.dropout(self.embedding(ids)) * real).sum(1) / real.sum(1)
+        return self.head(self.normalise(torch.tanh(self.hidden(x))))
+
+
 TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
     "bert": _bert,
     "roberta": _roberta,
@@ -195,7 +214,7 @@ def text_batch(rows: int, length: int = 9, side: str = "right", seed: int = 0) -
 
 
 def player(family: str, rows: int = 32, side: str = "right", seed: int = 0) -> Player:
-    """Return a freshly initialised model of a family with a batch of `rows` rows, in training mode."""
+    """Return a fresh model of a family, in training mode, with a batch of `rows` rows."""
     torch.manual_seed(seed)
     if family == "vision":
         draw = torch.Generator().manual_seed(seed)
@@ -215,6 +234,42 @@ def player(family: str, rows: int = 32, side: str = "right", seed: int = 0) -> P
     else:
         model = TRANSFORMERS[family]()
     return Player(model.train(), batch, lambda model, batch: model(**batch))
+
+
+def small(rows: int = 6, seed: int = 0, reduction: str = "mean") -> Player:
+    """Return a `Small` model in float64 and training mode; its closure returns (loss, logits)."""
+    torch.manual_seed(seed)
+    ids, labels = torch.randint(1, 12, (rows, 5)), torch.randint(0, LABELS, (rows,))
+    ids[::2, 3:] = 0
+
+    def seen(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits = model(batch["ids"])
+        return F.cross_entropy(logits, batch["labels"], reduction=reduction), logits
+
+    return Player(Small().double().train(), {"ids": ids, "labels": labels}, seen)
+
+
+def fingerprint(model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
+    """Return copies of all that a refused or interrupted round must leave as it found it."""
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "identities": [id(t) for t in (*model.parameters(), *model.buffers())],
+        "weights": {n: p.detach().clone() for n, p in parameters.items()},
+        "gradients": {n: copy.deepcopy(p.grad) for n, p in parameters.items()},
+        "requires_grad": {n: p.requires_grad for n, p in parameters.items()},
+        "modes": {n: m.training for n, m in modules.items()},
+        "buffers": {n: b.clone() for n, b in model.named_buffers()},
+        "hooks": {n: [len(getattr(m, h)) for h in hooks] for n, m in modules.items()},
+        "random": torch.get_rng_state(),
+        "grad mode": torch.is_grad_enabled(),
+        "optimizer": None if optimizer is None else copy.deepcopy(optimizer.state_dict()),
+    }
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Assert that two nested structures of tensors and numbers agree bit for bit."""
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

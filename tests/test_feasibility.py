@@ -1,0 +1,306 @@
+"""Whatever the gradient, δ stays in its ball, off the padding, and each sample plays its own game."""
+
+from contextlib import contextmanager
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, reject
+from hypothesis import strategies as st
+from torch import nn
+
+import mixadv
+from mixadv import site
+from mixadv.ascent import Ascent
+from mixadv.replay import Noise
+from mixadv.site import Call
+from mixadv.strategy import Strategy
+
+ORDER = {"l1": 1, "l2": 2, "linf": float("inf")}
+ROWS = 6
+MASK = torch.tensor([[1] * n + [0] * (5 - n) for n in (5, 3, 4, 1, 5, 2)])
+PURE_STEP = {"learner_steps": 1, "damping": 0.0, "round_damping": 0.0, "average": None}
+NUMBERS = {"proximal": 0.0, **PURE_STEP}  # what makes SMART's and MAT's learner a plain step
+
+
+class Tokens(nn.Module):
+    """A classifier that reads padding too: a δ there would change its predictions."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.embed = nn.Embedding(11, 4)
+        self.hidden = nn.Linear(4, 5)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(5, 3)
+        self.fault = lambda x: x
+
+    def forward(self, input_ids, attention_mask):
+        x = self.fault(self.embed(input_ids))
+        return self.head(self.dropout(torch.tanh(self.hidden(x)).mean(1)))
+
+
+class GivenNoise:
+    """The same draws for a row, whatever batch it comes in and however far it is padded."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def begin(self, player, round, rank=None):
+        self.count = 0
+
+    def __call__(self, kind, like):
+        self.count += 1
+        generator = torch.Generator().manual_seed(self.count)
+        size = (3, ROWS, 9, like.shape[-1])
+        normal = torch.randn(size, generator=generator, dtype=like.dtype)
+        drawn = normal if kind == "normal" else normal.tanh()
+        particles = len(like) // len(self.rows)
+        return drawn[:particles, self.rows, : like.shape[1]].flatten(0, 1)
+
+
+def build(name, **parameters):
+    """Build a solver with those of the parameters that it has."""
+    known = {f.name for f in fields(mixadv.SOLVERS[name])}
+    return mixadv.solver(name, **{k: v for k, v in parameters.items() if k in known})
+
+
+def batch(rows=range(ROWS), length=5):
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 11, (ROWS, 5), generator=draw) * MASK
+    labels = torch.randint(0, 3, (ROWS,), generator=draw)
+    rows = list(rows)
+    ids, mask = (F.pad(x, (0, length - 5))[rows] for x in (ids, MASK))
+    return ids, mask, labels[rows]
+
+
+def forward(model, ids, mask, labels, scale=1.0, reduction="none"):
+    def closure():
+        logits = model(ids, attention_mask=mask)
+        return scale * F.cross_entropy(logits, labels, reduction=reduction), logits
+
+    return closure
+
+
+def lengths(delta, norm, per):
+    flat = delta.detach().double().flatten(0, -2 if per == "token" else 0).flatten(1)
+    return torch.linalg.vector_norm(flat, ORDER[norm], dim=1)
+
+
+@contextmanager
+def added_at_site():
+    """Collect every δ that is added to the site's output."""
+    seen, add = [], site.add
+
+    def record(output, delta):
+        seen.append(delta.detach().clone())
+        return add(output, delta)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site, "add", record)
+        yield seen
+
+
+def assert_inside(delta, mask, radius, norm, per):
+    assert delta.isfinite().all()
+    assert not delta[(mask == 0).expand(delta.shape[:-1])].any()
+    assert (lengths(delta, norm, per) <= radius * (1 + 1e-6)).all()
+
+
+words = {
+    "norm": st.sampled_from(["l1", "l2", "linf"]),
+    "per": st.sampled_from(["sample", "token"]),
+    "normalize": st.sampled_from(["steepest", "norm", "none"]),
+    "projection": st.sampled_from(["ball", "sphere"]),
+    "start": st.sampled_from(["zero", "uniform", "normal"]),
+    "start_size": st.sampled_from([None, 0.01, 5.0]),
+    "radius": st.sampled_from([0.0, 0.3, 2.0]),
+    "temperature": st.sampled_from([0.0, 0.1, 100.0]),
+    "particles": st.integers(1, 3),
+}
+sizes = st.sampled_from([0.0, 0.1, 1e10])
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
+entries = st.floats(width=32) | st.sampled_from([0.0, -1e30, 1e30, 1e-30])
+
+
+@given(st.builds(Ascent, step_size=sizes, **words), dtypes, st.data())
+def test_any_gradient_leaves_delta_in_its_ball_and_off_padding(ascent, dtype, data):
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    call = Call(torch.Size([3, 3, 2]), dtype, torch.device("cpu"), mask[..., None])
+    noise = Noise(0)
+    noise.begin("adversary", 0)
+    q = Strategy.begin(ascent, noise, [call], 1.0)
+    shape = q.points[0].shape
+    for _ in range(3):
+        assert q.points[0].dtype == torch.promote_types(dtype, torch.float32)
+        for point in q.points[0]:
+            assert_inside(point, mask, ascent.radius, ascent.norm, ascent.per)
+        values = data.draw(st.lists(entries, min_size=18, max_size=18))
+        gradient = torch.tensor(values).view(3, 3, 2).to(q.points[0].dtype)
+        q = q.move([gradient.expand(shape).clone()], ascent, noise)
+
+
+@pytest.mark.filterwarnings("ignore:radius.*noise floor")
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@given(parameters=st.fixed_dictionaries(words), dtype=dtypes)
+def test_every_pass_of_every_solver_stays_in_the_ball(name, parameters, dtype):
+    particles = parameters.pop("particles") if name == "mat" else 1
+    try:
+        solver = build(name, **parameters, particles=particles)
+    except ValueError:
+        reject()
+    torch.manual_seed(0)
+    model, (ids, mask, labels) = Tokens().to(dtype), batch()
+    token = model.embed.weight[ids].detach().float().norm(dim=-1)
+    unit = float((token * mask).sum() / mask.sum())
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+    with added_at_site() as seen:
+        for _ in range(2):
+            optimizer.step(forward(model, ids, mask, labels))
+    assert seen
+    for delta in seen:
+        assert_inside(delta, mask, solver.radius * unit, solver.norm, solver.per)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_nonfinite_gradient_costs_only_its_own_sample(name, value):
+    played, counted = [], []
+    for faulty in ([], [1, 4]):
+        torch.manual_seed(0)
+        model, (ids, mask, labels) = Tokens().double(), batch()
+
+        def spoil(x, faulty=faulty):
+            if x.requires_grad and faulty:
+                spoiled = torch.zeros_like(x)
+                spoiled[faulty, 0, 0] = value
+                x.register_hook(lambda g: g + spoiled)
+            return x
+
+        steps = {"noise": 0, "freelb": 2}.get(name, 1)  # one move
+        solver = build(name, steps=steps, **NUMBERS)
+        optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+        closure = forward(model, ids, mask, labels)
+        optimizer.game.backward(closure)
+        model.zero_grad()
+        model.fault = spoil
+        counted.append(optimizer.game.backward(closure).nonfinite)
+        played.append(optimizer.game.strategy.points[0][0])
+    whole, (clean, spoiled) = [0, 2, 3, 5], played
+    assert torch.equal(spoiled[whole], clean[whole])
+    if counted[0] is None:
+        assert name == "noise"  # makes no move
+        return
+    assert not spoiled[[1, 4]].any()
+    assert [int(count) for count in counted] == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["pgd", "smart", "mat"])
+def test_overflow_under_perturbation_does_not_reach_the_weights(name):
+    """A sample whose payoff is NaN wherever δ ≠ 0 is played at δ = 0, where its loss is finite."""
+    model, (ids, mask, labels) = Tokens().double(), batch()
+
+    def overflow(x):
+        moved = (x != model.embed.weight[ids]).flatten(1).any(1)
+        return x * torch.where(moved & (torch.arange(ROWS) == 2), torch.nan, 1.0)[:, None, None]
+
+    parameters = {"particles": 2, **NUMBERS} if name == "mat" else NUMBERS
+    solver = build(name, steps=1, **parameters)
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+    optimizer.step(forward(model, ids, mask, labels))
+    model.fault = overflow
+    assert optimizer.step(forward(model, ids, mask, labels)).isfinite()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def train(solver=None, dtype=torch.float32, times=1.0):
+    """Train a few steps with dropout; return the weights and where the random state ended."""
+    torch.manual_seed(0)
+    model, (ids, mask, labels) = Tokens(dropout=0.3).to(dtype), batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    closure = forward(model, ids, mask, labels, times)
+    if solver is not None:
+        optimizer = mixadv.wrap(optimizer, model, solver)
+    for _ in range(4):
+        if solver is not None:
+            optimizer.step(closure)
+            continue
+        optimizer.zero_grad()
+        closure()[0].mean().backward()
+        optimizer.step()
+    return [*model.state_dict().values(), torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_radius_zero_is_plain_training(name, dtype):
+    times = 2.0 if name == "fgm" else 1.0  # its clean and its adversarial loss coincide
+    plain = train(dtype=dtype, times=times)
+    played = train(build(name, radius=0.0, **NUMBERS), dtype)
+    exact = name not in ("fgm", "freelb")  # whose gradients are sums over passes
+    if exact or dtype == torch.float64:
+        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-9, "atol": 1e-11}
+        torch.testing.assert_close(played, plain, **tolerance)
+
+
+def play(solver, parts, scale=1.0, reduction="none", length=5):
+    """Play a batch in parts; return δ of each row and the gradient of the batch's mean loss."""
+    torch.manual_seed(0)
+    model = Tokens().double()
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.0), model, solver)
+    played = torch.empty(solver.particles, ROWS, length, 4, dtype=torch.float64)
+    for rows in parts:
+        ids, mask, labels = batch(rows, length)
+        optimizer.game.noise = GivenNoise(rows)
+        optimizer.game.backward(
+            forward(model, ids, mask, labels, scale, reduction),
+            backward=lambda loss, share=len(rows) / ROWS: (share * loss).backward(),
+        )
+        played[:, rows] = optimizer.game.strategy.points[0]
+    return played, [p.grad for p in model.parameters()]
+
+
+WHOLE = [list(range(ROWS))]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_normalised_ascent_ignores_the_scale_of_the_loss(name, scale, reduction):
+    solver = build(name, play_as="ensemble")
+    one, other = (play(solver, WHOLE, s, reduction)[0] for s in (1.0, scale))
+    torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+ASCENTS = {
+    "normalised": {"normalize": "steepest"},
+    "raw": {"normalize": "none", "step_size": 0.5},
+    "langevin": {"normalize": "none", "step_size": 0.5, "temperature": 0.01},
+}
+
+
+@pytest.mark.parametrize("parts", [[[0], [1, 2, 3], [4, 5]], [[5, 2, 0, 4, 1, 3]]], ids=str)
+@pytest.mark.parametrize("words", ASCENTS.values(), ids=ASCENTS)
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_play_ignores_how_the_batch_is_split_and_ordered(name, words, parts):
+    extra = {"particles": 3, "play_as": "ensemble"} if name == "mat" else {}
+    for reduction in ("none", "mean"):
+        if (
+            reduction == "mean"
+            and words["normalize"] == "none"
+            and name in ("fgm", "pgd", "freelb")
+        ):
+            continue  # refused where a gradient is read: see the closure's contract
+        solver = build(name, unit="absolute", **words, **extra)
+        whole, split = (play(solver, p, reduction=reduction) for p in (WHOLE, parts))
+        assert whole[0].any()
+        torch.testing.assert_close(split, whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("words", ASCENTS.values(), ids=ASCENTS)
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_pads_at_the_end_change_nothing(name, words):
+    solver = build(name, **words)
+    short, long = (play(solver, WHOLE, length=n) for n in (5, 8))
+    assert not long[0][:, :, 5:].any()
+    torch.testing.assert_close(long[0][:, :, :5], short[0], rtol=1e-9, atol=1e-12)

@@ -1,0 +1,388 @@
+"""The wrapped optimizer is what torch, schedulers, scalers and frameworks take it for."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW, lr_scheduler
+
+import mixadv
+from tests.zoo import Player, assert_same, fingerprint, small
+
+PLAIN = mixadv.PGD(radius=0.0)  # plays δ = 0: the very gradients of plain training
+MIXED = mixadv.MAT(particles=2, learner_temperature=1e-3, samples=9)
+
+
+def wrapped(
+    solver: mixadv.Solver = PLAIN, base: Callable[..., Any] = SGD, **settings: Any
+) -> tuple[mixadv.GameOptimizer, Player]:
+    player = small()
+    settings = {"lr": 0.1, **settings}
+    return mixadv.wrap(base(player.model.parameters(), **settings), player.model, solver), player
+
+
+def weights(player: Player) -> list[Tensor]:
+    return [p.detach().clone() for p in player.model.parameters()]
+
+
+def gradients(player: Player) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in player.model.parameters()]
+
+
+@pytest.fixture(params=list(mixadv.SOLVERS))
+def solver(request: pytest.FixtureRequest) -> mixadv.Solver:
+    return mixadv.solver(request.param)
+
+
+# A torch optimizer ---------------------------------------------------------------------------
+
+
+def test_everything_but_the_step_is_the_bases_also_after_it_loads_a_checkpoint():
+    optimizer, player = wrapped(base=AdamW)
+    optimizer.step(player.closure())
+    base = optimizer.base
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    for _ in range(2):
+        assert optimizer.param_groups is base.param_groups
+        assert optimizer.state is base.state
+        assert optimizer.state
+        assert optimizer.defaults is base.defaults
+        base.load_state_dict(copy.deepcopy(base.state_dict()))  # rebinds groups and state
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = weights(player)
+    optimizer.step(player.closure())
+    assert_same(weights(player), before)
+
+
+def test_an_added_group_is_trained():
+    optimizer, player = wrapped()
+    extra = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer.add_param_group({"params": [extra], "lr": 0.5})
+    assert len(optimizer.base.param_groups) == 2
+    forward = player.closure()
+
+    def closure() -> tuple[Tensor, Tensor]:
+        loss, logits = forward()
+        return loss + 2 * extra, logits
+
+    optimizer.step(closure)
+    assert float(extra.detach()) == 0.0  # 1 − 0.5 · 2
+
+
+def test_gradients_are_zeroed_as_by_torch():
+    optimizer, player = wrapped()
+    optimizer.game.backward(player.closure())
+    optimizer.zero_grad(set_to_none=False)
+    assert all(g is None or not g.any() for g in gradients(player))
+    assert player.model.head.weight.grad is not None
+    optimizer.zero_grad()
+    assert gradients(player) == [None] * len(gradients(player))
+
+
+def test_repr_names_solver_and_base():
+    text = repr(wrapped(mixadv.FreeLB(steps=5), AdamW)[0])
+    assert "FreeLB(steps=5" in text
+    assert "AdamW" in text
+
+
+def test_hooks_run_once_per_call_of_the_step_they_were_registered_on():
+    optimizer, player = wrapped(mixadv.MAT(learner_steps=3))
+    calls = []
+    for name, target in {"outer": optimizer, "base": optimizer.base}.items():
+        target.register_step_pre_hook(lambda *_, n=name: calls.append(f"before {n}"))
+        target.register_step_post_hook(lambda *_, n=name: calls.append(f"after {n}"))
+    optimizer.step(player.closure())
+    assert calls == ["before outer", *["before base", "after base"] * 3, "after outer"]
+
+
+def test_state_dict_hooks_see_and_change_the_state():
+    optimizer, _ = wrapped()
+    calls: list[str] = []
+
+    def add(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "note": 1}
+
+    def remove(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        calls.append(f"load {state['note']}")
+        return {key: value for key, value in state.items() if key != "note"}
+
+    optimizer.register_state_dict_pre_hook(lambda _: calls.append("save"))
+    optimizer.register_state_dict_post_hook(add)
+    optimizer.register_load_state_dict_pre_hook(remove)
+    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("loaded"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["save", "load 1", "loaded"]
+
+
+def test_methods_of_a_particular_base_are_reached():
+    class ScheduleFree(SGD):
+        mode = "train"
+
+        def eval(self) -> None:
+            self.mode = "eval"
+
+    optimizer, _ = wrapped(base=ScheduleFree)
+    optimizer.eval()
+    assert optimizer.base.mode == optimizer.mode == "eval"
+    assert not hasattr(optimizer, "no_such_method")
+
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.5, total_steps=8),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.5, 2), lr_scheduler.ExponentialLR(o, 0.5)], [2]
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+def test_schedulers_move_the_base(schedule: str):
+    """Plain training and the game at radius 0 go through the same rates and weights."""
+
+    def train(plain: bool) -> list[Any]:
+        optimizer, player = wrapped(momentum=0.5)
+        if plain:
+            optimizer = optimizer.base
+        scheduler = SCHEDULERS[schedule](optimizer)
+        path = []
+        for _ in range(5):
+            if plain:
+                optimizer.zero_grad()
+                player.closure()()[0].backward()
+                optimizer.step()
+            else:
+                optimizer.step(player.closure())
+            scheduler.step(*[1.0] * (schedule == "plateau"))
+            path += [optimizer.param_groups[0]["lr"], weights(player)]
+        return path
+
+    game = train(plain=False)
+    assert_same(game, train(plain=True))
+    assert len(set(game[::2])) > 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_train_on_by_themselves(solver: mixadv.Solver, copied: Callable[[Any], Any]):
+    optimizer, player = wrapped(solver, AdamW)
+    for _ in range(2):
+        optimizer.step(player.closure())
+    model, twin = copied((player.model, optimizer))
+    other = player._replace(model=model)
+    found = fingerprint(player.model, optimizer)
+    losses = [twin.step(other.closure()) for _ in range(3)]
+    torch.set_rng_state(found["random"])
+    assert_same(fingerprint(player.model, optimizer), found)
+    assert_same([optimizer.step(player.closure()) for _ in range(3)], losses)
+    assert_same(weights(player), weights(other))
+    assert_same(optimizer.state_dict(), twin.state_dict())
+
+
+def test_a_plain_checkpoint_continues_with_a_fresh_adversary(solver: mixadv.Solver):
+    old, player = wrapped(solver, AdamW)
+    for _ in range(2):
+        old.step(player.closure())
+    optimizer, other = wrapped(solver, AdamW)
+    optimizer.load_state_dict(copy.deepcopy(old.base.state_dict()))
+    assert_same(optimizer.base.state_dict(), old.base.state_dict())
+    assert optimizer.game.round == 0
+    optimizer.step(other.closure())
+    # and the other way round: the game's checkpoint is one of the base with one key more
+    state = optimizer.state_dict()
+    assert set(state) == {*optimizer.base.state_dict(), "mixadv"}
+    old.base.load_state_dict(state)
+    assert_same(old.base.state_dict(), optimizer.base.state_dict())
+
+
+def test_bases_that_need_a_closure_are_refused():
+    player = small()
+    with pytest.raises(TypeError, match=r"LBFGS .*closure several times.*first-order"):
+        mixadv.wrap(torch.optim.LBFGS(player.model.parameters()), player.model, PLAIN)
+
+
+def test_a_step_without_closure_is_the_bases_with_the_learners_moves():
+    """Damping β' leaves the share 1 − β' of the base's step: θ − (1 − β')·lr·g."""
+    solver = mixadv.MAT(learner_steps=1, damping=0.0, round_damping=0.25, average=None)
+    optimizer, player = wrapped(solver)
+    before = weights(player)
+    optimizer.game.backward(player.closure())
+    slopes = gradients(player)
+    assert optimizer.step() is None
+    for now, was, slope in zip(weights(player), before, slopes, strict=True):
+        step = torch.zeros_like(was) if slope is None else 0.1 * slope
+        torch.testing.assert_close(now, was - 0.75 * step)
+
+
+# Loops that own the backward -----------------------------------------------------------------
+
+
+def test_loss_scaling_changes_nothing(solver: mixadv.Solver):
+    def train(scaled: bool) -> list[Tensor]:
+        optimizer, player = wrapped(solver, AdamW)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, growth_interval=2)
+        for _ in range(4):
+            scaler.scale(optimizer.game.loss(player.closure())).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return weights(player)
+
+    torch.testing.assert_close(train(scaled=True), train(scaled=False), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", ["wrapper", "fused base"])
+def test_a_step_that_overflows_moves_nothing(target: str):
+    """A fused base is stepped on overflow too, and skips on the device."""
+    optimizer, player = wrapped(MIXED, AdamW, fused=True)
+    assert optimizer.base._step_supports_amp_scaling
+    assert not optimizer._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu")
+    stepped = optimizer if target == "wrapper" else optimizer.base
+    for bad in (False, True, True, False):
+        before = weights(player)
+        scaler.scale(optimizer.game.loss(player.closure())).backward()
+        if bad:
+            player.model.head.weight.grad.fill_(torch.inf)
+        scaler.step(stepped)
+        scaler.update()
+        optimizer.zero_grad()
+        if bad:
+            assert_same(weights(player), before)
+        else:
+            assert not torch.equal(player.model.head.weight, before[3])
+            assert all(w.isfinite().all() for w in weights(player))
+    if target == "wrapper":
+        assert len(optimizer.game.learner_samples) == 2
+
+
+def torch_step(player: Player, optimizer: Any, zero: bool = True, share: float = 1.0) -> Tensor:
+    """Step with a closure that does what torch's closures do, on the game's loss."""
+    game = optimizer.game
+
+    def closure() -> Tensor:
+        if zero:
+            optimizer.zero_grad()
+        loss = share * game.loss(player.closure())
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure)
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_a_closure_that_plays_a_round_means_what_torch_means(
+    solver: mixadv.Solver, accumulated: bool
+):
+    """Lightning's closures: zero the gradients (or keep those of earlier micro-batches), play."""
+
+    def train(by_closure: bool) -> tuple[Any, ...]:
+        optimizer, player = wrapped(solver, AdamW)
+        losses, share = [], 0.5 if accumulated else 1.0
+        for _ in range(3):
+            if accumulated:
+                optimizer.zero_grad()
+                (0.5 * optimizer.game.loss(player.closure())).backward()
+            if by_closure:
+                losses.append(torch_step(player, optimizer, not accumulated, share).detach())
+                continue
+            if not accumulated:
+                optimizer.zero_grad()
+            loss = share * optimizer.game.loss(player.closure())
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return losses, weights(player), gradients(player), torch.get_rng_state()
+
+    assert_same(train(by_closure=True), train(by_closure=False))
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Any]:
+    accelerate = pytest.importorskip("accelerate")
+    yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_accelerate_prepares_accumulates_and_skips_steps(solver: mixadv.Solver, accelerator: Any):
+    def train(accelerated: bool) -> list[Any]:
+        optimizer, player = wrapped(solver)
+        game, model, path = optimizer.game, player.model, []
+        scheduler: Any = SCHEDULERS["lambda"](optimizer)
+        if accelerated:
+            model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        for micro in range(4):
+            if accelerated:
+                with accelerator.accumulate(model):
+                    game.backward(player.closure(), backward=accelerator.backward)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+            else:
+                game.backward(player.closure(), backward=lambda loss: (loss / 2).backward())
+                if micro % 2:
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+            path += [weights(player), optimizer.param_groups[0]["lr"]]
+        base = game.optimizer
+        return [*path, base.param_groups[0]["lr"]]
+
+    assert_same(train(accelerated=True), train(accelerated=False))
+
+
+def test_a_round_is_played_by_the_step_of_a_prepared_optimizer(accelerator: Any):
+    bare, player = wrapped(MIXED, AdamW)
+    losses = [bare.step(player.closure()) for _ in range(2)]
+    optimizer, other = wrapped(MIXED, AdamW)
+    model, prepared = accelerator.prepare(other.model, optimizer)
+    assert model is other.model
+    for _ in losses:
+        prepared.step(other.closure())
+    assert_same(weights(other), weights(player))
+    assert_same(optimizer.outcome.objective, losses[-1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("micro", [1, 2])
+def test_lightning_optimizes_automatically(tmp_path: Path, micro: int):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = small().model
+
+        def configure_optimizers(self) -> Any:
+            optimizer = mixadv.wrap(SGD(self.parameters(), lr=0.1), self.model, MIXED)
+            self.game = optimizer.game
+            return {"optimizer": optimizer, "lr_scheduler": SCHEDULERS["lambda"](optimizer)}
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return self.game.loss(player._replace(model=self.model).closure())
+
+    optimizer, player = wrapped(MIXED)
+    module = Module()
+    options: Any = {"barebones": True, "accelerator": "cpu", "default_root_dir": tmp_path}
+    torch.manual_seed(1)
+    trainer = lightning.Trainer(max_epochs=2, accumulate_grad_batches=micro, **options)
+    trainer.fit(module, [0, 1])
+    torch.manual_seed(1)
+    scheduler = SCHEDULERS["lambda"](optimizer)
+    for _ in range(2):
+        for step in range(2):
+            (optimizer.game.loss(player.closure()) / micro).backward()
+            if micro == 1 or step:
+                optimizer.step()
+                optimizer.zero_grad()
+        scheduler.step()
+    assert_same(weights(player._replace(model=module.model)), weights(player))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,196 @@
+"""Training that is saved and resumed is the training that was never interrupted, bit for bit."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import AdamW
+
+import mixadv
+from tests.zoo import Player, assert_same, player, small
+
+ROUNDS = 7
+MAT = {"particles": 2, "temperature": 0.01, "learner_temperature": 1e-4, "samples": 2}
+
+SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixadv.SOLVERS} | {
+    "raw Langevin with fresh dropout": mixadv.PGD(
+        payoff="js", normalize="none", temperature=0.01, fresh_dropout=True
+    ),
+    "noise on a frozen set": mixadv.UniformNoise(radius=1.0, unit="absolute"),
+    "proximal point of the last iterate": mixadv.SMART(momentum=0.0, inner_steps=2),
+    "mixed, played as its mean": mixadv.MAT(**MAT, learner_steps=3),
+    "mixed, played as an ensemble": mixadv.MAT(
+        **MAT, learner_steps=3, play_as="ensemble", damping="uniform", average=0.9
+    ),
+    "undamped samples": mixadv.MAT(**MAT, damping=0.0, round_damping=0.0, average=None),
+}
+
+
+class Run:
+    """A training run whose batches, dropout and draws all come from torch's random state.
+
+    `seed` changes the initial weights and the seed of the game, but not the data.
+    """
+
+    def __init__(self, solver: mixadv.Solver, seed: int, build: Callable[..., Player] = small):
+        self.player = build()._replace(model=build(seed=seed).model)
+        torch.manual_seed(seed)
+        self.optimizer = mixadv.wrap(
+            AdamW(self.player.model.parameters(), lr=0.01), self.player.model, solver, seed=seed
+        )
+        self.trace: list[Any] = []
+
+    def rounds(self, count: int, how: str = "step") -> "Run":
+        for _ in range(count):
+            rows = torch.randperm(len(self.player.batch["labels"]))[:4]
+            batch = {key: value[rows] for key, value in self.player.batch.items()}
+            closure = self.player.closure(**batch)
+            if how == "step":
+                self.optimizer.step(closure)
+            elif how == "backward":
+                self.optimizer.game.backward(closure)
+            else:
+                self.optimizer.game.loss(closure).backward()
+            if how != "step":
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            fields = self.optimizer.game.outcome.as_dict().values()
+            self.trace.append([x for x in fields if not isinstance(x, str)])
+        return self
+
+    def save(self, path: Path) -> None:
+        state = {
+            "model": self.player.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        torch.save(state, path)
+
+    def load(self, path: Path) -> "Run":
+        state = torch.load(path, weights_only=True)
+        self.player.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        return self
+
+    def state(self) -> list[Any]:
+        game = self.optimizer.game
+        kept = [] if game.learner is None or not game.learner.samples else game.learner_samples
+        strategy = None if game.strategy is None else game.strategy.state_dict()
+        return [
+            self.player.model.state_dict(),
+            copy.deepcopy(self.optimizer.state_dict()),
+            kept,
+            strategy,
+            torch.get_rng_state(),
+        ]
+
+
+@pytest.mark.parametrize("how", ["step", "backward", "loss"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_resumed_is_uninterrupted(name: str, how: str, tmp_path: Path):
+    for saved_after in (3, 4):
+        whole = Run(SOLVERS[name], seed=0).rounds(saved_after, how)
+        whole.save(tmp_path / "checkpoint")
+        whole.rounds(ROUNDS - saved_after, how)
+        torch.manual_seed(99)
+        resumed = Run(SOLVERS[name], seed=5).load(tmp_path / "checkpoint")
+        resumed.rounds(ROUNDS - saved_after, how)
+        assert_same(resumed.trace, whole.trace[saved_after:])
+        assert_same(resumed.state(), whole.state())
+
+
+@pytest.mark.parametrize("how", ["backward", "loss"])
+def test_a_learner_round_is_resumed_in_its_middle(how: str, tmp_path: Path):
+    solver = SOLVERS["mixed, played as its mean"]
+    part = Run(solver, seed=0).rounds(5, how)
+    part.save(tmp_path / "checkpoint")
+    learner = part.optimizer.state_dict()["mixadv"]["learner"]
+    assert (learner["rounds"], learner["position"]) == (1, 2)
+    resumed = Run(solver, seed=1).load(tmp_path / "checkpoint").rounds(2, how)
+    assert_same(resumed.state(), Run(solver, seed=0).rounds(7, how).state())
+    forgetful = Run(solver, seed=1).load(tmp_path / "checkpoint")
+    forgetful.optimizer.game.learner.abandon()
+    forgetful.rounds(2, how)
+    weights = [run.player.model.head.weight for run in (forgetful, resumed)]
+    assert not torch.allclose(*weights)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_transformers_resume(name: str, family: str, tmp_path: Path):
+    def build(seed: int = 0) -> Player:
+        return player(family, rows=6, seed=seed)
+
+    whole = Run(SOLVERS[name], 0, build).rounds(2)
+    whole.save(tmp_path / "checkpoint")
+    whole.rounds(2)
+    resumed = Run(SOLVERS[name], 1, build).load(tmp_path / "checkpoint").rounds(2)
+    assert_same(resumed.state(), whole.state())
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_checkpoint_loaded_back_into_its_run_changes_nothing(name: str, tmp_path: Path):
+    """Frameworks load an optimizer's own live state into it while preparing it."""
+    run, untouched = Run(SOLVERS[name], seed=0).rounds(3, "loss"), None
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    run.rounds(3, "loss")
+    untouched = Run(SOLVERS[name], seed=0).rounds(6, "loss")
+    assert_same(run.state(), untouched.state())
+
+
+@pytest.mark.parametrize("name", [n for n in mixadv.SOLVERS if SOLVERS[n].learner() is None])
+def test_a_game_alone_resumes(name: str, tmp_path: Path):
+    """Any optimizer beside it: the game's own state is its share of a checkpoint."""
+
+    def rounds(game: mixadv.Game, p: Player, base: AdamW, count: int) -> None:
+        for _ in range(count):
+            base.zero_grad()
+            game.backward(p.closure())
+            base.step()
+
+    def fresh(seed: int) -> tuple[mixadv.Game, Player, AdamW]:
+        run = Run(SOLVERS[name], seed)
+        game = mixadv.Game(run.player.model, SOLVERS[name], seed=seed)
+        return game, run.player, AdamW(run.player.model.parameters())
+
+    game, p, base = fresh(0)
+    rounds(game, p, base, 2)
+    parts = [game.state_dict(), p.model.state_dict(), base.state_dict(), torch.get_rng_state()]
+    torch.save(parts, tmp_path / "checkpoint")
+    rounds(game, p, base, 2)
+    other, q, second = fresh(3)
+    parts = torch.load(tmp_path / "checkpoint", weights_only=True)
+    for target, state in zip((other, q.model, second), parts[:3], strict=True):
+        target.load_state_dict(state)
+    torch.set_rng_state(parts[3])
+    rounds(other, q, second, 2)
+    assert_same(q.model.state_dict(), p.model.state_dict())
+    assert_same(other.state_dict(), game.state_dict())
+    assert_same(other.strategy.state_dict(), game.strategy.state_dict())
+
+
+def test_the_unit_of_lengths_stays_that_of_the_first_round():
+    run = Run(mixadv.PGD(), seed=0).rounds(1)
+    unit = run.optimizer.game.unit
+    resumed = Run(mixadv.PGD(), seed=0)
+    resumed.optimizer.load_state_dict(run.optimizer.state_dict())
+    with torch.no_grad():
+        resumed.player.model.embedding.weight.mul_(10)
+    assert resumed.rounds(1).optimizer.game.unit == unit
+
+
+@pytest.mark.parametrize("why", ["another solver", "other parameters are frozen"])
+def test_a_checkpoint_that_does_not_fit_changes_nothing(why: str):
+    solver = mixadv.MAT(samples=1)
+    state = copy.deepcopy(Run(solver, seed=0).rounds(2).optimizer.state_dict())
+    run = Run(mixadv.PGD() if why == "another solver" else solver, seed=1)
+    run.player.model.embedding.requires_grad_(why == "another solver")
+    run.rounds(1)
+    before = run.state()
+    with pytest.raises(ValueError, match=f"checkpoint.*{why if 'other p' in why else 'PGD'}"):
+        run.optimizer.load_state_dict(state)
+    assert_same(run.state(), before)

@@ -1,0 +1,170 @@
+"""Every solver on every model family: it learns, δ is real, δ = 0 is plain, padding is inert."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mixadv
+from tests.zoo import FAMILIES, PAD, Player, player, without_dropout
+
+TEXT = [family for family in FAMILIES if family != "vision"]
+MIXED = {"mat": {"particles": 2, "learner_temperature": 1e-8}}
+
+
+def build(p: Player, name: str, **settings: Any) -> mixadv.GameOptimizer:
+    base = torch.optim.AdamW(p.model.parameters(), lr=1e-2)
+    return mixadv.wrap(base, p.model, mixadv.solver(name, **settings))
+
+
+def loss_of(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result.loss
+
+
+def logits_of(result: Any) -> Tensor:
+    return result[1] if isinstance(result, tuple) else result.logits
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@torch.no_grad()
+def evaluate(p: Player) -> float:
+    p.model.eval()
+    value = loss_of(p.forward(p.model, p.batch)).item()
+    p.model.train()
+    return value
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_solver_halves_the_loss_and_perturbs_every_sample(family: str, name: str) -> None:
+    p = player(family)
+    optimizer = build(p, name)
+    goal = evaluate(p) / 2
+    for _ in range(60):
+        optimizer.step(p.closure())
+        strategy = optimizer.game.strategy
+        assert all((length > 0).all() for length in strategy.norms())
+        assert optimizer.outcome.radius > 0
+        assert optimizer.outcome.nonfinite is None or optimizer.outcome.nonfinite == 0
+        if evaluate(p) <= goal:
+            return
+    pytest.fail(f"the loss is {evaluate(p):.3f}, the goal was {goal:.3f}")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_zero_perturbation_leaves_the_logits_bit_identical(
+    family: str, side: str, training: bool
+) -> None:
+    """Compared with the unhooked model, its weights frozen as they are in a δ-only pass.
+
+    Whether weights require grad chooses the attention kernel of T5, and with it the last bits.
+    """
+    p = player(family, rows=6, side=side)
+    p.model.train(training)
+    seen: list[tuple[bool, Tensor]] = []
+
+    def closure() -> Any:
+        result = p.forward(p.model, p.batch)
+        live = next(p.model.parameters()).requires_grad
+        seen.append((live, logits_of(result).detach().clone()))
+        return result
+
+    unhooked = {}
+    for live in (True, False):
+        p.model.requires_grad_(live)
+        torch.manual_seed(5)
+        unhooked[live] = logits_of(p.forward(p.model, p.batch)).detach()
+    p.model.requires_grad_(True)
+    game = mixadv.Game(p.model, mixadv.PGD(steps=1, radius=0.0))
+    torch.manual_seed(5)
+    game.backward(closure)
+    assert all(not length.any() for length in game.strategy.norms())
+    assert {live for live, _ in seen} == {True, False}
+    assert all(torch.equal(logits, unhooked[live]) for live, logits in seen)
+
+
+class GivenNoise:
+    """Draws that depend on row, position and coordinate alone, not on how long the batch is."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(3)
+        self.table = torch.randn(16, 40, 40, generator=draw, dtype=torch.float64).clamp(-1, 1)
+
+    def begin(self, *_: Any) -> None:
+        pass
+
+    def __call__(self, kind: str, like: Tensor) -> Tensor:
+        rows, length, width = like.shape
+        return self.table[:rows, :length, :width].to(like.dtype)
+
+
+def padded(batch: dict[str, Tensor], extra: int) -> dict[str, Tensor]:
+    fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
+    return {k: F.pad(v, (0, extra), value=fill[k]) if v.dim() == 2 else v for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("family", TEXT)
+def test_more_padding_on_the_right_changes_nothing(family: str, name: str) -> None:
+    rounds = []
+    for extra in (0, 4):
+        p = player(family, rows=6)
+        without_dropout(p.model).double()
+        game = build(p, name, **MIXED.get(name, {})).game
+        game.noise = GivenNoise()
+        batch = padded(p.batch, extra)
+        outcome = game.backward(lambda p=p, batch=batch: p.forward(p.model, batch))
+        length = p.batch["input_ids"].shape[1]
+        rounds.append((outcome, game.strategy.points[0], length, gradients(p.model)))
+    (short, delta, length, grad), (long, longer, _, other) = rounds
+    for value in ("objective", "loss", "payoff", "radius"):
+        a, b = getattr(short, value), getattr(long, value)
+        assert (a is None and b is None) or a.item() == pytest.approx(b.item(), rel=1e-6)
+    torch.testing.assert_close(longer[:, :, :length], delta, rtol=1e-5, atol=1e-8)
+    assert not longer[:, :, length:].any()
+    assert grad.keys() == other.keys()
+    torch.testing.assert_close(other, grad, rtol=1e-5, atol=1e-8)
+
+
+def loss_and_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    output = model(**batch)
+    return output.loss, output.logits
+
+
+RETURNS: dict[str, Callable[[nn.Module, dict[str, Tensor]], Any]] = {
+    "tuple": lambda model, batch: model(**batch, return_dict=False),
+    "dict": lambda model, batch: dict(model(**batch)),
+    "loss and logits": loss_and_logits,
+    "loss and output": lambda model, batch: ((output := model(**batch)).loss, output),
+    "loss": lambda model, batch: model(**batch).loss,
+}
+
+
+@pytest.mark.parametrize("returns", RETURNS)
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("family", ["bert", "bart", "llama-causal"])
+def test_the_form_in_which_a_model_returns_its_loss_does_not_matter(
+    family: str, name: str, returns: str
+) -> None:
+    seen = []
+    for forward in (lambda model, batch: model(**batch), RETURNS[returns]):
+        p = player(family, rows=4)._replace(forward=forward)
+        p.model.double()
+        game = build(p, name).game
+        if returns == "loss" and seen and game.solver.compares is not None:
+            with pytest.raises(mixadv.GameError, match="loss alone"):
+                game.backward(p.closure())
+            assert not gradients(p.model)
+            return
+        game.backward(p.closure())
+        seen.append(gradients(p.model))
+    assert seen[0]
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-9, atol=1e-12)
