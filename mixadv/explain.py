@@ -12,6 +12,7 @@ from mixadv import first_round
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure
 from mixadv.modules import INPUT
+from mixadv.solvers import SOLVERS
 from mixadv.stage import Step
 from mixadv.strategy import Strategy
 
@@ -176,3 +177,18 @@ def _estimated(game: Game) -> float | None:
     with torch.no_grad():
         scale: Any = getattr(modules[0], "embed_scale", 1.0)
         return float(modules[0].weight.float().norm(dim=1).mean() * scale)
+
+
+def solver_table() -> str:
+    """Return a Markdown table of the registered solvers: passes and cost at their defaults.
+
+    The cost is in plain training steps per batch, as `Passes.plain_steps` predicts it.
+    """
+    head = ["name", "class", "what it plays", "forwards", "δ-backwards", "backwards", "steps"]
+    rows = [f"| {' | '.join(head)} | cost | paper |", "|---" * (len(head) + 2) + "|"]
+    for name, cls in SOLVERS.items():
+        p = passes(cls())
+        counts = f"{p.forwards} | {p.delta_backwards} | {p.theta_backwards} | {p.steps}"
+        what = f"`{name}` | `{cls.__name__}` | {cls.summary}"
+        rows.append(f"| {what} | {counts} | {p.plain_steps:.1f} | {cls.paper} |")
+    return "\n".join(rows)

@@ -30,8 +30,8 @@ from mixadv.strategy import Strategy
 if TYPE_CHECKING:
     from mixadv.game import Game
 
-# At ten times the change that rounding makes, the gradient of the symmetric KL has a cosine of 0.7 to
-# 0.99 with the exact one, at the change itself about 0 (MiniLM, fp32 and bf16 autocast).
+# At ten times the change that rounding makes, the gradient of the symmetric KL has a cosine of 0.7
+# to 0.99 with the exact one, at that change itself about 0 (MiniLM, fp32 and bf16 autocast).
 NOISE_FLOOR = 10.0
 
 
@@ -146,7 +146,8 @@ def _measuring(
 
     def provide(index: int, call: Call, output: Tensor) -> Tensor | None:
         per = "token" if output.dim() == 3 else "sample"
-        length = norms(output.detach().float(), "l2", per)
+        wide = torch.promote_types(output.dtype, torch.float32)
+        length = norms(output.detach().to(wide), "l2", per)
         real = torch.ones_like(length) if call.mask is None else call.mask.expand_as(length)
         lengths.append(torch.stack([(length * real).sum(), real.sum()]))
         if not add:
@@ -245,8 +246,8 @@ def _check_reading(game: Game, reading: Reading, stage: Stage) -> None:
 def _check_noise_floor(game: Game, stage: Stage, zero: Reading) -> None:
     """Warn if the adversary's start moves the predictions by little more than rounding does.
 
-    The gradient of a divergence there is a difference of almost equal predictions, and noise if they
-    differ by rounding; the gradient of a loss needs no such difference.
+    The gradient of a divergence there is a difference of almost equal predictions, and noise if
+    they differ by rounding; the gradient of a loss needs no such difference.
     """
     solver = game.solver
     if solver.initial_size == 0:
@@ -268,9 +269,9 @@ def _check_noise_floor(game: Game, stage: Stage, zero: Reading) -> None:
     if change <= floor * (2.0 if solver.compares is None else NOISE_FLOOR):
         warnings.warn(
             f"{type(solver).__name__} starts below the noise floor: δ of size "
-            f"{solver.initial_size:g} (start_size, or radius={solver.radius}) moves the predictions "
-            f"by {change:.2g}, rounding alone by {floor:.2g}, so what the adversary sees is largely "
-            "noise. Enlarge them, or compute in a wider number format.",
+            f"{solver.initial_size:g} (start_size, or radius={solver.radius}) moves the "
+            f"predictions by {change:.2g}, rounding alone by {floor:.2g}, so what the adversary sees "
+            "is largely noise. Enlarge them, or compute in a wider number format.",
             stacklevel=6,
         )
 

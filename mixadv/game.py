@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -148,6 +149,8 @@ class Game:
     @contextmanager
     def stage(self, closure: Closure, check: bool = False) -> Iterator[Stage]:
         """Open a round on a closure. After an exception everything is as it was before."""
+        if self.learner is not None and self.learner.swapped:
+            raise GameError("A round within game.averaged() would be undone at its end.")
         if self._busy:
             raise GameError(
                 "A closure must not play a round itself: it runs the forward pass and returns the "
@@ -200,8 +203,7 @@ class Game:
         q = None if stage.played is None else stage.played.detach()
         radius = entropy = weights = None
         if q is not None and q.points:
-            lengths = q.norms(self.solver.norm, self.solver.per)
-            radius = torch.stack([x.mean() for x in lengths]).mean()
+            radius = q.length(self.solver.norm, self.solver.per)
             entropy = q.entropy().mean().detach()
             weights = "sample" if q.log_weights.shape[1] > 1 else "batch"
         self.strategy = q
@@ -238,13 +240,15 @@ class Game:
         if self._busy:
             raise GameError("averaged() swaps weights: use it between rounds, not within one.")
         assert self.learner is not None
-        live = self.learner.parameters()
-        backup = [p.detach().clone() for p in live]
-        _put(average, live)
+        with torch.no_grad():
+            found = {p: p.detach().clone() for p in average}
+        _put(average)
+        self.learner.swapped = True
         try:
             yield
         finally:
-            _put(backup, live)
+            _put(found)
+            self.learner.swapped = False
 
     @property
     def learner_samples(self) -> list[dict[str, Tensor]]:
@@ -263,21 +267,19 @@ class Game:
             for sample in self.learner_samples:
                 weights = {f"model.{name}": tensor for name, tensor in sample.items()}
                 logits = functional_call(holder, weights, ())
-                probabilities.append(logits.float().log_softmax(-1))
-        stacked = torch.stack(probabilities)
-        return stacked.logsumexp(0) - torch.tensor(float(len(stacked))).log()
+                wide = torch.promote_types(logits.dtype, torch.float32)
+                probabilities.append(logits.to(wide).log_softmax(-1))
+        return torch.stack(probabilities).logsumexp(0) - math.log(len(probabilities))
 
     def teacher(self) -> dict[str, Tensor]:
         """Return the teacher's weights by parameter name."""
         assert self.learner is not None
         return self.named(self.learner.teacher_weights())
 
-    def named(self, weights: list[Tensor]) -> dict[str, Tensor]:
-        """Return learner weights by the names of the model's parameters."""
-        assert self.learner is not None
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        pairs = zip(self.learner.parameters(), weights, strict=True)
-        return {names[id(p)]: w.to(p.dtype) for p, w in pairs if id(p) in names}
+    def named(self, weights: dict[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Return learner weights by the names of the model's parameters, in their number format."""
+        named = self.model.named_parameters()
+        return {name: weights[p].to(p.dtype) for name, p in named if p in weights}
 
     def _kept(self, name: str, how: str) -> Any:
         kept = None if self.learner is None else getattr(self.learner, name)
@@ -356,8 +358,8 @@ class _Forward(nn.Module):
 
 
 @torch.no_grad()
-def _put(values: list[Tensor], live: list[Tensor]) -> None:
-    for parameter, value in zip(live, values, strict=True):
+def _put(values: dict[Tensor, Tensor]) -> None:
+    for parameter, value in values.items():
         parameter.copy_(value)
 
 

@@ -20,14 +20,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixadv.ascent import check_integer, check_number
+from mixadv.errors import GameError
 from mixadv.langevin import noise_scale
 from mixadv.replay import Noise
 
 Damping = float | Literal["uniform"]
 
 
+Weights = dict[Tensor, Tensor]  # by parameter
+
+
 class Learner:
     """The learner's moves, run by hooks around the base optimizer's step, whoever calls it.
+
+    What is kept of the weights is kept by parameter, so that layers may be frozen, thawed or added
+    in training. Means are kept in at least fp32: bf16 would round a small step of an average away.
 
     Args:
         steps: K, samples of a round.
@@ -62,11 +69,12 @@ class Learner:
         self.count = 0  # samples drawn since the start of training
         self.position = 0  # samples drawn in the round that is open
         self.rounds = 0  # closed rounds
-        self.backup: list[Tensor] = []
-        self.mean: list[Tensor] = []
-        self.average: list[Tensor] = []
-        self.teacher: list[Tensor] = []
-        self.samples: deque[list[Tensor]] = deque(maxlen=samples)
+        self.backup: Weights = {}
+        self.mean: Weights = {}
+        self.average: Weights = {}
+        self.teacher: Weights = {}
+        self.samples: deque[Weights] = deque(maxlen=samples)
+        self.swapped = False
 
     def bind(self, base: Optimizer, seed: int) -> None:
         """Register the moves around the steps of the base optimizer."""
@@ -77,36 +85,44 @@ class Learner:
             base.register_step_post_hook(lambda *_: self._after()),
         ]
 
-    def parameters(self) -> list[Tensor]:
-        """Return the trainable parameters of the base optimizer, in its order."""
-        groups = self.base.param_groups
-        return [p for group in groups for p in group["params"] if p.requires_grad]
-
     def __getstate__(self) -> dict[str, Any]:
         # Hooks hold functions, which do not pickle; the optimizer that loads them binds anew.
         return {name: value for name, value in self.__dict__.items() if name != "handles"}
 
+    def parameters(self, trainable: bool = True) -> list[Tensor]:
+        """Return the parameters of the base optimizer, in its order."""
+        held = [p for group in self.base.param_groups for p in group["params"]]
+        return [p for p in held if p.requires_grad or not trainable]
+
+    @torch.no_grad()
     def abandon(self) -> None:
-        """Give up the open round: the next sample starts a new one at the live weights."""
+        """Give up the open round: back to θ_t, where a copy of it is kept."""
+        if self.position:
+            for parameter, value in self.backup.items():
+                parameter.copy_(value)
         self.position = 0
 
     @torch.no_grad()
-    def teacher_weights(self) -> list[Tensor]:
+    def teacher_weights(self) -> Weights:
         """Return the teacher's weights; at first a copy of the learner's."""
-        if not self.teacher:
-            self.teacher = [p.detach().clone() for p in self.parameters()]
+        _copy(self.parameters(), self.teacher, wide=True, renew=False)
         return self.teacher
 
     # Around a step ---------------------------------------------------------------------------
 
     @torch.no_grad()
     def _before(self) -> None:
+        if self.swapped:
+            raise GameError(
+                "An optimizer step within game.averaged() would train the averaged weights and be "
+                "undone at its end: step outside of it."
+            )
         if self.momentum is not None:
             self.teacher_weights()
         if self.position == 0 and (self.damping or self.round_damping):
-            self.backup = _copies(self.parameters(), into=self.backup)
+            _copy(self.parameters(), self.backup)
             if self.damping:
-                self.mean = _copies(self.backup, into=self.mean)
+                _copy(self.parameters(), self.mean, wide=True)
 
     @torch.no_grad()
     def _after(self) -> None:
@@ -117,16 +133,15 @@ class Learner:
         self._shake(keep)
         self.count += 1
         self.position += 1
-        if self.damping == "uniform":
-            _toward(self.mean, parameters, 1 / self.position, keep)
-        elif self.damping:
-            _toward(self.mean, parameters, 1 - float(self.damping), keep)
+        if self.damping:
+            weight = 1 / self.position if self.damping == "uniform" else 1 - float(self.damping)
+            _toward(self.mean, {p: p for p in parameters}, weight, keep)
         if self.samples.maxlen:
-            self.samples.append(_copies(parameters))
+            self.samples.append(_copy(parameters, {}))
         if self.position == self.steps:
             self._close(parameters, keep)
         if self.momentum is not None and self.count % self.teacher_every == 0:
-            _toward(self.teacher, parameters, 1 - self.momentum, keep)
+            _toward(self.teacher, {p: p for p in parameters}, 1 - self.momentum, keep)
 
     def _shake(self, keep: Tensor | None) -> None:
         """Add Langevin noise √(2·lr·τ)·ξ, with the group's learning rate at this moment."""
@@ -141,55 +156,64 @@ class Learner:
                     parameter.add_(noise if keep is None else noise * keep)
 
     def _close(self, parameters: list[Tensor], keep: Tensor | None) -> None:
+        live = {p: p for p in parameters}
         if self.damping:
-            _toward(parameters, self.mean, 1.0, keep)
-        if self.round_damping:
-            _toward(parameters, self.backup, self.round_damping, keep)
+            _toward(self.mean, self.backup, self.round_damping, keep)
+            _toward(live, self.mean, 1.0, keep)
+        elif self.round_damping:
+            _toward(live, self.backup, self.round_damping, keep)
         self.position = 0
         self.rounds += 1
         if self.average_decay is None:
             return
-        if not self.average:
-            self.average = _copies(parameters, wide=True)
-        elif self.average_decay == "uniform":
-            _toward(self.average, parameters, 1 / self.rounds, keep)
-        else:
-            _toward(self.average, parameters, 1 - float(self.average_decay), keep)
+        _copy(parameters, self.average, wide=True, renew=False)
+        uniform = self.average_decay == "uniform"
+        weight = 1 / self.rounds if uniform else 1 - float(self.average_decay)
+        _toward(self.average, live, weight, keep)
 
     # State -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return counters and weights, referring to the live tensors like any optimizer's state."""
+        """Return counters and weights, these by the number of their parameter in the optimizer.
+
+        Weights refer to the live tensors, like any optimizer's state.
+        """
+        numbers = {id(p): i for i, p in enumerate(self.parameters(trainable=False))}
+
+        def numbered(weights: Weights) -> dict[int, Tensor]:
+            return {numbers[id(p)]: w for p, w in weights.items() if id(p) in numbers}
+
         return {
             "count": self.count,
             "position": self.position,
             "rounds": self.rounds,
-            "backup": self.backup if self.position else [],
-            "mean": self.mean if self.position else [],
-            "average": self.average,
-            "teacher": self.teacher,
-            "samples": list(self.samples),
+            "backup": numbered(self.backup if self.position else {}),
+            "mean": numbered(self.mean if self.position else {}),
+            "average": numbered(self.average),
+            "teacher": numbered(self.teacher),
+            "samples": [numbered(sample) for sample in self.samples],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned, as copies on the parameters' devices."""
-        like = self.parameters()
+        held = self.parameters(trainable=False)
 
-        def copies(tensors: list[Tensor]) -> list[Tensor]:
-            if len(tensors) not in (0, len(like)):
-                raise ValueError(
-                    f"The checkpoint holds {len(tensors)} learner weights, the optimizer trains "
-                    f"{len(like)}: it belongs to another model, or other parameters are frozen."
-                )
-            pairs = zip(tensors, like, strict=False)
-            return [t.detach().to(p.device, copy=True) for t, p in pairs]
+        def mine(weights: dict[int, Tensor]) -> Weights:
+            for number, weight in weights.items():
+                if number >= len(held) or held[number].shape != weight.shape:
+                    raise ValueError(
+                        f"The checkpoint's learner part holds a weight {list(weight.shape)} for "
+                        f"parameter {number}, which the optimizer does not have: it belongs to "
+                        "another model."
+                    )
+            return {held[i]: w.detach().to(held[i].device, copy=True) for i, w in weights.items()}
 
-        loaded = {k: copies(state[k]) for k in ("backup", "mean", "average", "teacher")}
-        samples = [copies(sample) for sample in state["samples"]]
+        loaded = {k: mine(state[k]) for k in ("backup", "mean", "average", "teacher")}
+        samples = [mine(sample) for sample in state["samples"]]
         self.count, self.position = state["count"], state["position"]
         self.rounds = state["rounds"]
-        for name, tensors in loaded.items():
-            setattr(self, name, tensors)
+        for name, weights in loaded.items():
+            setattr(self, name, weights)
         self.samples = deque(samples, maxlen=self.samples.maxlen)
 
 
@@ -209,24 +233,28 @@ def check_count(who: str, name: str, value: Any) -> None:
     check_integer(who, name, value, 1)
 
 
-def _copies(
-    tensors: list[Tensor], into: list[Tensor] | None = None, wide: bool = False
-) -> list[Tensor]:
-    """Return copies, written into earlier ones where there are; `wide` in at least fp32."""
-    if into and [t.shape for t in into] == [t.shape for t in tensors]:
-        torch._foreach_copy_(into, tensors)  # pyright: ignore
-        return into
-    dtypes = [torch.promote_types(t.dtype, torch.float32) if wide else t.dtype for t in tensors]
-    return [t.detach().to(d, copy=True) for t, d in zip(tensors, dtypes, strict=True)]
+def _copy(
+    parameters: list[Tensor], into: Weights, wide: bool = False, renew: bool = True
+) -> Weights:
+    """Copy parameters, in at least fp32 if `wide`; those already copied only if `renew`."""
+    for parameter in parameters:
+        if parameter not in into:
+            dtype = torch.promote_types(parameter.dtype, torch.float32) if wide else parameter.dtype
+            into[parameter] = parameter.detach().to(dtype, copy=True)
+        elif renew:
+            into[parameter].copy_(parameter)
+    return into
 
 
-def _toward(live: list[Tensor], goal: list[Tensor], weight: float, keep: Tensor | None) -> None:
+def _toward(live: Weights, goal: Weights, weight: float, keep: Tensor | None) -> None:
     """Move each live tensor by `weight` of its way to the goal, in place; not where keep is 0."""
-    goal = [g.to(x.dtype) for g, x in zip(goal, live, strict=True)]
-    if keep is None and weight == 1.0:
-        torch._foreach_copy_(live, goal)  # pyright: ignore
-    elif keep is None:
-        torch._foreach_lerp_(live, goal, weight)  # pyright: ignore
-    else:
-        for x, g in zip(live, goal, strict=True):
+    common = [p for p in live if p in goal]
+    moving = [live[p].detach() for p in common]
+    goals = [goal[p].detach().to(live[p].dtype) for p in common]
+    if keep is not None:
+        for x, g in zip(moving, goals, strict=True):
             x.lerp_(g, (weight * keep).to(x.dtype).reshape(()))
+    elif weight == 1.0:
+        torch._foreach_copy_(moving, goals)  # pyright: ignore
+    elif weight:
+        torch._foreach_lerp_(moving, goals, weight)  # pyright: ignore

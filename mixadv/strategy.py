@@ -149,6 +149,16 @@ class Strategy:
             for p in self.points
         ]
 
+    def length(self, norm: Norm = "l2", per: Per = "sample") -> Tensor:
+        """Return the mean norm of the groups, 0-d, over real tokens and in units of the site."""
+        means = []
+        for lengths, mask in zip(self.norms(norm, per), self.masks, strict=True):
+            real = torch.ones_like(lengths)
+            if mask is not None and per == "token":
+                real = real * mask.to(real.dtype)
+            means.append((lengths * real).sum() / real.sum().clamp(min=1))
+        return torch.stack(means).mean()
+
     def entropy(self) -> Tensor:
         """Return the entropy of the weights in nats, `[B]` or `[1]`: at most log M."""
         return -(self.weights * self.log_weights).nan_to_num().sum(0)

@@ -27,11 +27,12 @@ def points(draw, count=1, dtypes=tuple(SLACK)):
     shape = draw(st.sampled_from(SHAPES))
     dtype = draw(st.sampled_from(dtypes))
     entries = st.floats(-1, 1, width=16)
+    every = {"fill": st.nothing()}  # draw each entry, rather than a few and one common rest
     scales = st.sampled_from([0.0, 1e-30, 1e-4, 1.0, 1e4, 1e30])
     drawn = []
     for _ in range(count):
-        scale = draw(arrays(np.float64, shape[0], elements=scales))
-        values = draw(arrays(np.float64, shape, elements=entries))
+        scale = draw(arrays(np.float64, shape[0], elements=scales, **every))
+        values = draw(arrays(np.float64, shape, elements=entries, **every))
         values *= scale.reshape(-1, *[1] * (len(shape) - 1))
         drawn.append(torch.tensor(values).to(dtype))
     return drawn[0] if count == 1 else drawn

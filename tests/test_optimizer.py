@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, lr_scheduler
 
 import mixadv
-from tests.zoo import Player, assert_same, fingerprint, small
+from tests.zoo import Player, assert_same, fingerprint, player, small, without_dropout
 
 PLAIN = mixadv.PGD(radius=0.0)  # plays δ = 0: the very gradients of plain training
 MIXED = mixadv.MAT(particles=2, learner_temperature=1e-3, samples=9)
@@ -72,6 +72,29 @@ def test_an_added_group_is_trained():
 
     optimizer.step(closure)
     assert float(extra.detach()) == 0.0  # 1 − 0.5 · 2
+
+
+@pytest.mark.parametrize("how", ["unfrozen", "added"])
+def test_layers_may_join_during_training(solver: mixadv.Solver, how: str):
+    """Gradual unfreezing: averages, backups and teachers know the layer from then on."""
+    player = small()
+    hidden, head = player.model.hidden, player.model.head
+    rest = [p for p in player.model.parameters() if all(p is not h for h in hidden.parameters())]
+    base = SGD(rest if how == "added" else player.model.parameters(), lr=0.1)
+    optimizer = mixadv.wrap(base, player.model, solver)
+    hidden.requires_grad_(how == "added")
+    before = hidden.weight.detach().clone()
+    optimizer.step(player.closure())
+    assert_same(hidden.weight.detach(), before)
+    if how == "added":
+        optimizer.add_param_group({"params": list(hidden.parameters())})
+    hidden.requires_grad_(True)
+    for _ in range(2):
+        moved = [hidden.weight.detach().clone(), head.weight.detach().clone()]
+        optimizer.step(player.closure())
+        assert not torch.equal(hidden.weight, moved[0])
+        assert not torch.equal(head.weight, moved[1])
+    assert all(w.isfinite().all() for w in weights(player))
 
 
 def test_gradients_are_zeroed_as_by_torch():
@@ -349,6 +372,75 @@ def test_a_round_is_played_by_the_step_of_a_prepared_optimizer(accelerator: Any)
         prepared.step(other.closure())
     assert_same(weights(other), weights(player))
     assert_same(optimizer.outcome.objective, losses[-1])
+
+
+def test_accelerate_saves_and_loads_both_players(accelerator: Any, tmp_path: Path):
+    def prepared() -> tuple[Any, Player]:
+        optimizer, player = wrapped(mixadv.MAT(learner_steps=3, samples=1), AdamW)
+        accelerator._models.clear()
+        accelerator._optimizers.clear()
+        return accelerator.prepare(player.model, optimizer)[1].optimizer, player
+
+    def train(optimizer: Any, player: Player) -> list[Any]:
+        for _ in range(4):  # one round of the learner and a third
+            optimizer.game.backward(player.closure())
+            optimizer.step()
+            optimizer.zero_grad()
+        return [weights(player), optimizer.state_dict(), torch.get_rng_state()]
+
+    run = prepared()
+    train(*run)
+    accelerator.save_state(tmp_path)
+    whole = train(*run)
+    resumed = prepared()
+    accelerator.load_state(tmp_path)
+    assert_same(train(*resumed), whole)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_accumulates_micro_batches_as_one_batch(tmp_path: Path):
+    """Its loss is not to be scaled again, and each sample plays its own game."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    def train(micro: int) -> tuple[list[Tensor], list[float]]:
+        p = player("bert", rows=8)
+        without_dropout(p.model)
+        base = SGD(p.model.parameters(), lr=0.1)
+        optimizer = mixadv.wrap(base, p.model, mixadv.PGD(start="zero", unit="absolute"))
+
+        class Playing(Trainer):
+            loss_is_scaled_for_ga = False
+
+            def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
+                self.loss_is_scaled_for_ga = False
+                return optimizer.game.loss(lambda: model(**inputs))
+
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=8 // micro,
+            gradient_accumulation_steps=micro,
+            max_steps=2,
+            logging_steps=1,
+            max_grad_norm=0,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        rows = [{k: v[i] for k, v in p.batch.items()} for i in range(8)]
+        trainer = Playing(
+            p.model,
+            arguments,
+            train_dataset=rows,
+            optimizers=(optimizer, SCHEDULERS["lambda"](optimizer)),
+        )
+        trainer.train()
+        history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return weights(p), history
+
+    one, two = train(1), train(2)
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")

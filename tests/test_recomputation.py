@@ -40,10 +40,13 @@ def batch(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
 BATCHES = [batch(0, 4, 6), batch(1, 3, 5), batch(2, 5, 4)]
 
 
-def closure(model, ids, mask, labels):
+def closure(model, solver, ids, mask, labels):
+    """One loss for the batch; raw ascents need one per sample."""
+    reduction = "none" if solver.normalize == "none" else "mean"
+
     def forward():
         logits = model(ids, attention_mask=mask)
-        return nn.functional.cross_entropy(logits, labels), logits
+        return nn.functional.cross_entropy(logits, labels, reduction=reduction), logits
 
     return forward
 
@@ -233,7 +236,9 @@ CASES = {
     "fgm": mixadv.FGM(radius=0.5),
     "pgd": mixadv.PGD(steps=3, radius=0.5, step_size=0.3),
     "pgd-linf": mixadv.PGD(steps=3, radius=0.2, step_size=0.1, norm="linf"),
+    "pgd-raw": mixadv.PGD(steps=3, radius=0.5, step_size=0.3, normalize="none"),
     "freelb": mixadv.FreeLB(steps=3, radius=0.5, step_size=0.3),
+    "freelb-raw": mixadv.FreeLB(steps=3, radius=0.5, step_size=0.3, normalize="none"),
     "smart": mixadv.SMART(**SMART, momentum=0.9),
     "smart-last": mixadv.SMART(**SMART, momentum=0.0, inner_steps=2),
     "smart-raw": mixadv.SMART(**SMART, momentum=0.9, normalize="none", norm="linf"),
@@ -260,7 +265,7 @@ def test_rounds_follow_the_formulas(solver, base):
     model, optimizer = wrapped(solver, base)
     formulas = Formulas(model, base)
     for batch in BATCHES:
-        objective = optimizer.step(closure(model, *batch))
+        objective = optimizer.step(closure(model, solver, *batch))
         formulas.play(solver, batch)
         torch.testing.assert_close(objective, formulas.objective, rtol=0, atol=1e-10)
         for parameter, expected in zip(model.parameters(), formulas.theta, strict=True):
@@ -276,14 +281,15 @@ def test_three_doors_deliver_the_same_gradients(name):
     one_step = {"learner_steps": 1} if hasattr(mixadv.SOLVERS[name], "learner_steps") else {}
 
     def gradients(play) -> list[Tensor]:
-        model, optimizer = wrapped(mixadv.solver(name, **one_step))
+        solver = mixadv.solver(name, **one_step)
+        model, optimizer = wrapped(solver)
         seen = []
         optimizer.base.register_step_pre_hook(
             lambda *_: seen.extend(p.grad.clone() for p in model.parameters())
         )
         for batch in BATCHES:
             optimizer.zero_grad()
-            play(optimizer, closure(model, *batch))
+            play(optimizer, closure(model, solver, *batch))
         return seen
 
     def backward(optimizer, forward):
@@ -321,10 +327,10 @@ def after(solver: mixadv.Solver | None) -> list[Tensor]:
     model, optimizer = wrapped(solver or mixadv.PGD())
     for batch in BATCHES:
         if solver is not None:
-            optimizer.step(closure(model, *batch))
+            optimizer.step(closure(model, solver, *batch))
             continue
         optimizer.base.zero_grad()
-        closure(model, *batch)()[0].backward()
+        closure(model, mixadv.PGD(), *batch)()[0].backward()
         optimizer.base.step()
     return list(model.parameters())
 

@@ -39,6 +39,8 @@ class FGM(Solver):
         super().__post_init__()
         if self.steps != 1:
             raise ValueError(f"FGM takes one step, got steps={self.steps}: more steps are PGD.")
+        if self.step_size == 0:
+            raise ValueError("FGM: step_size=0 never leaves δ = 0; its size is the radius.")
 
     def play(self, stage: Stage) -> Play:
         """Play `∇θ ℓ(X) + ∇θ ℓ(X + δ)`."""

@@ -1,0 +1,311 @@
+"""Gradient checkpointing: a recomputed pass meets the δ that it was played with."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import mixadv
+from tests.zoo import TRANSFORMERS, player
+
+Kind = Literal["none", "reentrant", "non-reentrant"]
+KINDS = ["reentrant", "non-reentrant"]
+WAYS = ["step", "backward", "loss"]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.linear(x).tanh())
+
+
+class Encoder(nn.Module):
+    """Two blocks, checkpointed apart, together or nested; "shared" is one block called twice."""
+
+    def __init__(self, kind: Kind, shape: str = "apart") -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(20, 8)
+        self.blocks = nn.ModuleList([Block()] * 2 if "shared" in shape else [Block(), Block()])
+        self.head = nn.Linear(8, 3)
+        self.kind, self.shape = kind, shape
+        self.double()
+
+    def run(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.kind == "none":
+            return part(x)
+        return checkpoint(part, x, use_reentrant=self.kind == "reentrant")
+
+    def stack(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.run(block, x) if "nested" in self.shape else block(x)
+        return x
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for part in self.blocks if self.shape in ("apart", "shared") else [self.stack]:
+            x = self.run(part, x)
+        return self.head(x.mean(1))
+
+
+def closure(model: nn.Module, seed: int = 0, twice: bool = False) -> Callable[[], Any]:
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 20, (4, 5), generator=draw)
+    labels = torch.randint(0, 3, (4,), generator=draw)
+
+    def call() -> tuple[Tensor, Tensor]:
+        logits = model(ids)
+        loss = F.cross_entropy(logits, labels)
+        if twice:
+            loss = loss + 0.1 * (model(ids.flip(0)) - logits).square().sum(-1).mean()
+        return loss, logits
+
+    return call
+
+
+def wrapped(model: nn.Module, name: str, site: Any = None, **settings: Any) -> mixadv.GameOptimizer:
+    torch.manual_seed(2)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    return mixadv.wrap(base, model, mixadv.solver(name, **settings), site=site)
+
+
+def play(optimizer: mixadv.GameOptimizer, call: Callable[[], Any], way: str) -> list[Tensor]:
+    """Play two rounds and return what they came to: outcomes, δ and weights."""
+    seen: list[Any] = []
+    for _ in range(2):
+        if way == "step":
+            optimizer.step(call)
+        else:
+            if way == "loss":
+                optimizer.game.loss(call).backward()
+            else:
+                optimizer.game.backward(call)
+            optimizer.step()
+            optimizer.zero_grad()
+        outcome = optimizer.game.outcome
+        seen += [outcome.objective, outcome.loss, outcome.payoff, outcome.radius]
+        seen += [points.clone() for points in optimizer.game.strategy.points]
+    seen += [p.detach().clone() for p in optimizer.game.model.parameters()]
+    return [value for value in seen if value is not None]
+
+
+def hooks(model: nn.Module) -> list[Any]:
+    """Return the hooks on a model; not the one that transformers places for checkpointing."""
+    held = [{**m._forward_hooks, **m._forward_pre_hooks}.values() for m in model.modules()]
+    return [hook for group in held for hook in group if "mixadv" in hook.__module__]
+
+
+def assert_same_rounds(one: list[Tensor], other: list[Tensor]) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_checkpointed_rounds_equal_plain_ones(name: str, kind: Kind) -> None:
+    rounds = []
+    for each in ("none", kind):
+        model = Encoder(each)
+        rounds.append(play(wrapped(model, name), closure(model), "step"))
+        assert not hooks(model)
+    assert_same_rounds(*rounds)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_checkpointed_transformers_play_the_same_rounds(family: str, name: str, kind: Kind) -> None:
+    rounds = []
+    for each in ("none", kind):
+        p = player(family, rows=4)
+        p.model.double()
+        if each != "none":
+            use = {"use_reentrant": each == "reentrant"}
+            p.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=use)
+        rounds.append(play(wrapped(p.model, name), p.closure(), "backward"))
+        assert not hooks(p.model)
+    assert_same_rounds(*rounds)
+
+
+@pytest.mark.parametrize("family", sorted(set(TRANSFORMERS) - {"albert"}))
+def test_every_family_plays_the_same_rounds_checkpointed(family: str) -> None:
+    rounds = []
+    for checkpointed in (False, True):
+        p = player(family, rows=4)
+        p.model.double()
+        if checkpointed:
+            use = {"use_reentrant": False}
+            p.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=use)
+        optimizer = wrapped(p.model, "mat", particles=2, play_as="ensemble")
+        rounds.append(play(optimizer, p.closure(), "step"))
+    assert_same_rounds(*rounds)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", ["apart", "shared", "together", "shared together", "nested"])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_a_layer_inside_a_checkpoint_is_perturbed_in_its_recompute(
+    name: str, shape: str, way: str
+) -> None:
+    rounds = []
+    for kind in ("none", "non-reentrant"):
+        model = Encoder(kind, shape)
+        optimizer = wrapped(model, name, site="blocks.1.linear")
+        rounds.append(play(optimizer, closure(model), way))
+        assert len(optimizer.game.strategy.points) == 1 + ("shared" in shape)
+        assert not hooks(model)
+    assert_same_rounds(*rounds)
+
+
+@pytest.mark.parametrize("site", ["blocks.0", "blocks.0.linear"])
+def test_a_layer_shared_by_nested_checkpoints_is_right_or_refused(site: str) -> None:
+    plain, nested = (Encoder(kind, "shared nested") for kind in ("none", "non-reentrant"))
+    expected = play(wrapped(plain, "freelb", site=site), closure(plain), "step")
+    try:
+        assert_same_rounds(
+            play(wrapped(nested, "freelb", site=site), closure(nested), "step"), expected
+        )
+    except mixadv.GameError as error:
+        assert "nested checkpoints" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_an_encoder_called_twice_gets_each_delta_back(name: str, way: str) -> None:
+    rounds = []
+    for kind in ("none", "non-reentrant"):
+        model = Encoder(kind, "shared")
+        optimizer = wrapped(model, name, site="blocks.0")
+        rounds.append(play(optimizer, closure(model, twice=True), way))
+        points = optimizer.game.strategy.points
+        assert len(points) == 4
+        assert not any(torch.equal(points[0], other) for other in points[1:])
+        assert not hooks(model)
+    assert_same_rounds(*rounds)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_shared_layers_of_albert_get_each_delta_back(way: str) -> None:
+    rounds = []
+    for checkpointed in (False, True):
+        p = player("albert", rows=4)
+        p.model.double()
+        layer = p.model.albert.encoder.albert_layer_groups[0].albert_layers[0]
+        if checkpointed:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        optimizer = wrapped(p.model, "freelb", site=layer.ffn)
+        rounds.append(play(optimizer, p.closure(), way))
+        assert len(optimizer.game.strategy.points) == p.model.config.num_hidden_layers
+        assert not hooks(p.model)
+    assert_same_rounds(*rounds)
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("order", ["together", "first first", "last first"])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_two_pending_losses_are_recomputed_each_with_its_own_delta(name: str, order: str) -> None:
+    seen = []
+    for kind in ("none", "non-reentrant"):
+        model = Encoder(kind)
+        game = wrapped(model, name, site="blocks.0.linear").game
+        losses = [game.loss(closure(model, seed)) for seed in (0, 1)]
+        if order == "together":
+            (2 * losses[0] + losses[1]).backward()
+        else:
+            for loss in losses if order == "first first" else reversed(losses):
+                loss.backward()
+        seen.append(gradients_of(model))
+        assert not hooks(model)
+    assert_same_rounds(*seen)
+
+
+def test_the_model_is_unperturbed_while_a_loss_waits_for_its_backward() -> None:
+    seen = []
+    for kind in ("none", "non-reentrant"):
+        model = Encoder(kind).eval()
+        other = closure(model, seed=1)
+        plain = other()[1]
+        loss = wrapped(model, "freelb", site="blocks.0.linear").game.loss(closure(model))
+        assert torch.equal(other()[1], plain)
+        other()[0].backward()  # recomputes a pass that no round played
+        loss.backward()
+        seen.append(gradients_of(model))
+    assert_same_rounds(*seen)
+
+
+def test_a_loss_differentiated_twice_keeps_its_delta() -> None:
+    model = Encoder("non-reentrant")
+    loss = wrapped(model, "pgd", site="blocks.0.linear").game.loss(closure(model))
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    loss.backward()
+    assert_same_rounds(gradients_of(model), list(first))
+
+
+def test_a_loss_that_is_never_differentiated_leaves_no_hooks_behind() -> None:
+    model = Encoder("non-reentrant")
+    game = wrapped(model, "pgd", site="blocks.0.linear").game
+    game.loss(closure(model))
+    game.backward(closure(model))
+    assert not hooks(model)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_a_reentrant_checkpoint_around_the_site_is_refused(name: str) -> None:
+    model = Encoder("reentrant")
+    optimizer = wrapped(model, name, site="blocks.1.linear")
+    with pytest.raises(mixadv.GameError, match="use_reentrant=False"):
+        optimizer.step(closure(model))
+    assert not hooks(model)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("site", ["bert.encoder.layer.0.intermediate", "bert.encoder.layer.1"])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_a_site_in_a_reentrant_checkpoint_is_never_silently_wrong(name: str, site: str) -> None:
+    """Transformers make the input of the checkpoint require grad, so it can be played there."""
+    rounds = []
+    for checkpointed in (False, True):
+        p = player("bert", rows=4)
+        p.model.double()
+        if checkpointed:
+            use = {"use_reentrant": True}
+            p.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=use)
+        try:
+            rounds.append(play(wrapped(p.model, name, site=site), p.closure(), "backward"))
+        except mixadv.GameError as error:
+            assert "use_reentrant=False" in str(error)  # noqa: PT017
+            return
+    assert_same_rounds(*rounds)
+
+
+# With the weights frozen, a checkpoint before the head has no input that requires grad.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("site", [None, "head"])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_reentrant_checkpoints_and_a_loss_to_differentiate_work_or_say_so(
+    name: str, site: str | None
+) -> None:
+    expected = Encoder("none")
+    wrapped(expected, name, site).game.backward(closure(expected))
+    model = Encoder("reentrant")
+    game = wrapped(model, name, site).game
+    passes = game.explain().passes
+    if passes.theta_backwards > passes.steps:  # differentiated pass by pass
+        with pytest.raises(mixadv.GameError, match=r"use_reentrant=False, or use game\.backward"):
+            game.loss(closure(model))
+        assert not hooks(model)
+    else:
+        game.loss(closure(model)).backward()
+        assert_same_rounds(gradients_of(model), gradients_of(expected))

@@ -1,0 +1,230 @@
+"""Divergences between predictions against the textbook formulas, and their small-noise limit."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import nn
+from torch.func import jacrev
+
+import mixadv
+from mixadv.closure import Reading, read
+from mixadv.divergence import DIVERGENCES, js, kl, symmetric_kl
+
+SOFTMAX = [name for name in DIVERGENCES if name != "squared_error"]
+SYMMETRIC = [name for name in DIVERGENCES if name != "kl"]
+# What δᵀHδ is multiplied by, with H the Fisher matrix of the logits (for squared error, JᵀJ).
+CURVATURE = {"kl": 1 / 2, "symmetric_kl": 1.0, "js": 1 / 8, "squared_error": 1.0}
+
+divergences = pytest.mark.parametrize("name", DIVERGENCES)
+entries = {"elements": st.floats(-20, 20), "fill": st.nothing()}
+logits = st.sampled_from([(1, 2), (3, 2), (2, 3, 4), (2, 5)]).flatmap(
+    lambda shape: st.tuples(*2 * [arrays(np.float64, shape, **entries)])
+)
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def relative_entropy(log_p, log_q):
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def formula(name, perturbed, clean):
+    if name == "squared_error":
+        return ((perturbed - clean) ** 2).sum(-1)
+    q, p = log_softmax(perturbed), log_softmax(clean)
+    if name == "js":
+        middle = np.logaddexp(p, q) - np.log(2)
+        return 0.5 * relative_entropy(p, middle) + 0.5 * relative_entropy(q, middle)
+    forward = relative_entropy(p, q)
+    return forward if name == "kl" else forward + relative_entropy(q, p)
+
+
+@divergences
+@given(pair=logits)
+def test_values_are_those_of_the_formula(name, pair):
+    perturbed, clean = pair
+    result = DIVERGENCES[name](*map(torch.tensor, pair))
+    np.testing.assert_allclose(result, formula(name, perturbed, clean), rtol=1e-9, atol=1e-12)
+
+
+@divergences
+@given(pair=logits)
+def test_never_negative_and_zero_only_where_predictions_agree(name, pair):
+    perturbed, clean = map(torch.tensor, pair)
+    values = DIVERGENCES[name](perturbed, clean)
+    assert (values > -1e-12).all()
+    read = (lambda x: x) if name == "squared_error" else (lambda x: x.softmax(-1))
+    apart = (read(perturbed) - read(clean)).abs().sum(-1)
+    assert (values[apart > 1e-4] > 1e-10).all()
+    assert DIVERGENCES[name](clean, clean.clone()).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
+@given(pair=logits)
+def test_symmetric_in_its_arguments(name, pair):
+    one, other = map(torch.tensor, pair)
+    measure = DIVERGENCES[name]
+    torch.testing.assert_close(measure(one, other), measure(other, one), rtol=1e-12, atol=1e-14)
+
+
+@given(pair=logits)
+def test_js_is_at_most_log_two(pair):
+    assert (js(*map(torch.tensor, pair)) <= math.log(2) + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+@given(pair=logits, shifts=st.tuples(st.floats(-50, 50), st.floats(-50, 50)))
+def test_adding_a_constant_to_logits_changes_nothing(name, pair, shifts):
+    one, other = map(torch.tensor, pair)
+    measure = DIVERGENCES[name]
+    shifted = measure(one + shifts[0], other + shifts[1])
+    torch.testing.assert_close(shifted, measure(one, other), rtol=1e-9, atol=1e-12)
+
+
+@divergences
+@pytest.mark.parametrize("size", [200.0, 1e4])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_confident_logits_have_finite_value_and_gradient(name, size, autocast):
+    signs = torch.tensor(list(itertools.product([-size, 0.0, size], repeat=3)))
+    pairs = list(itertools.product(signs, repeat=2))
+    one, other = (torch.stack(side).requires_grad_() for side in zip(*pairs, strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        dtype = torch.bfloat16 if autocast else torch.float32
+        values = DIVERGENCES[name](one.to(dtype), other.to(dtype))
+    assert values.dtype == torch.float32
+    expected = formula(name, *(x.detach().to(dtype).double().numpy() for x in (one, other)))
+    np.testing.assert_allclose(values.detach(), expected, rtol=1e-5, atol=1e-6)
+    values.sum().backward()
+    assert one.grad.isfinite().all()
+    assert other.grad.isfinite().all()
+
+
+@divergences
+def test_gradients_of_both_arguments(name):
+    pair = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(DIVERGENCES[name], pair)
+
+
+def test_gradient_against_a_fixed_target_is_the_difference_of_probabilities():
+    one, other = torch.randn(2, 5, 3, dtype=torch.float64)
+    one.requires_grad_()
+    kl(one, other.detach()).mean().backward()
+    expected = (one.detach().softmax(-1) - other.softmax(-1)) / 5
+    torch.testing.assert_close(one.grad, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_equal_predictions_have_exactly_no_smoothness_loss_and_no_gradient():
+    one = torch.randn(5, 3, requires_grad=True)
+    other = one.detach().clone().requires_grad_()
+    value = symmetric_kl(one, other)
+    value.sum().backward()
+    assert not value.any()
+    assert not one.grad.any()
+    assert not other.grad.any()
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.fixture
+def fisher():
+    """A network, an input, and the matrix H of the quadratic form of each divergence."""
+    f, x = Network().requires_grad_(False), torch.randn(3, dtype=torch.float64)
+    jacobian, p = jacrev(f)(x), f(x).softmax(-1)
+    fisher = jacobian.T @ (p.diag() - torch.outer(p, p)) @ jacobian
+    forms = {**dict.fromkeys(SOFTMAX, fisher), "squared_error": jacobian.T @ jacobian}
+    return f, x, forms
+
+
+@divergences
+def test_small_perturbations_see_the_fisher_matrix(name, fisher):
+    f, x, forms = fisher
+    clean, expected = f(x), CURVATURE[name] * forms[name]
+
+    def value(delta):
+        return DIVERGENCES[name](f(x + delta), clean)
+
+    curvature = jacrev(jacrev(value))(torch.zeros_like(x))
+    torch.testing.assert_close(curvature / 2, expected, rtol=1e-9, atol=1e-12)
+    direction = torch.randn_like(x)
+    errors = [
+        float(value(h * direction) - h**2 * direction @ expected @ direction) for h in (1e-2, 5e-3)
+    ]
+    assert abs(errors[1]) < 0.2 * abs(errors[0])  # third order: an eighth
+
+
+@divergences
+def test_mean_under_small_uniform_noise_is_the_trace(name, fisher):
+    f, x, forms = fisher
+    clean, sigma = f(x), 1e-3
+    nodes, weights = np.polynomial.legendre.leggauss(3)
+    mean = 0.0
+    for where in itertools.product(range(3), repeat=3):
+        delta = sigma * torch.tensor(nodes[list(where)])
+        share = float((weights[list(where)] / 2).prod())
+        mean += share * float(DIVERGENCES[name](f(x + delta), clean))
+    expected = CURVATURE[name] * sigma**2 / 3 * float(forms[name].trace())
+    assert mean == pytest.approx(expected, rel=1e-4)
+
+
+@divergences
+def test_predictions_per_token_are_averaged_over_real_tokens(name):
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    perturbed, clean = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    perturbed[mask == 0] = torch.tensor([200.0, -200.0, 1e4, 0.0, 0.0], dtype=torch.float64)
+    perturbed.requires_grad_()
+    values = Reading(torch.zeros(()), perturbed, mask > 0).diverge(clean, DIVERGENCES[name])
+    each = formula(name, perturbed.detach().numpy(), clean.numpy())
+    expected = [each[0, :3].mean(), each[1, 0], 0.0]
+    np.testing.assert_allclose(values.detach(), expected, rtol=1e-9)
+    values.sum().backward()
+    assert not perturbed.grad[mask == 0].any()
+
+
+@divergences
+def test_predictions_per_token_in_low_precision_give_single_precision(name):
+    perturbed, clean = torch.randn(2, 3, 4, 5).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = Reading(torch.zeros(()), perturbed).diverge(clean, DIVERGENCES[name])
+    assert values.dtype == torch.float32
+    expected = formula(name, perturbed.double().numpy(), clean.double().numpy()).mean(-1)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
+def test_real_tokens_are_those_of_the_side_that_predicts():
+    mask, other = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 0]])
+    result = torch.zeros(()), torch.zeros(1, 3, 4)
+    context = {"attention_mask": mask, "decoder_attention_mask": other}
+    assert read(result, context).mask.tolist() == [[True, True, False]]
+    assert read(result, context, encoder_decoder=True).mask.tolist() == [[True, False, False]]
+    labels = {"attention_mask": mask, "labels": torch.tensor([[5, 0, -100]])}
+    assert read(result, labels, encoder_decoder=True).mask.tolist() == [[True, True, False]]
+    assert read(result, {}).mask is None
+
+
+def test_own_function_serves_as_payoff():
+    def own(perturbed, clean):
+        return (perturbed - clean).square().sum(-1)
+
+    x, y = torch.randn(4, 3).double(), torch.tensor([0, 1, 2, 3])
+    model, played = Network(), []
+    for payoff in (own, "squared_error"):
+        game = mixadv.Game(model, mixadv.PGD(payoff=payoff, steps=2))
+        game.backward(lambda: (nn.functional.cross_entropy(model(x), y), model(x)))
+        played.append(game.strategy.points[0])
+    assert torch.equal(*played)

@@ -1,0 +1,478 @@
+"""What a user meets who asks for what cannot be played: what, why, what to change; no harm done."""
+
+import contextlib
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import mixadv
+from mixadv import FGM, MAT, PGD, SMART, FreeLB, Game, GameError, UniformNoise, solver, wrap
+from tests.zoo import Player, assert_same, fingerprint, small
+
+NAN, INF = float("nan"), float("inf")
+
+
+def words(*expected: str) -> str:
+    """Return a pattern that finds all the words, in any order."""
+    return "(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in expected)
+
+
+# At construction -----------------------------------------------------------------------------
+
+VALUES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+    "negative radius": (lambda: PGD(radius=-0.5), ValueError, ("PGD", "radius", "-0.5")),
+    "NaN radius": (lambda: PGD(radius=NAN), ValueError, ("radius", "nan", "finite")),
+    "infinite radius": (lambda: FGM(radius=INF), ValueError, ("FGM", "radius", "inf")),
+    "text radius": (lambda: PGD(radius="0.1"), TypeError, ("radius", "'0.1'", "number")),
+    "tensor radius": (lambda: PGD(radius=torch.ones(())), TypeError, ("radius", "number")),
+    "huge radius": (lambda: PGD(radius=10**400), ValueError, ("radius", "finite")),
+    "negative steps": (lambda: SMART(steps=-1), ValueError, ("SMART", "steps", "-1")),
+    "half a step": (lambda: PGD(steps=1.5), TypeError, ("steps", "1.5", "integer")),
+    "steps as a flag": (lambda: PGD(steps=True), TypeError, ("steps", "True")),
+    "no pass": (lambda: FreeLB(steps=0), ValueError, ("FreeLB", "steps", "passes", "0")),
+    "two FGM steps": (lambda: FGM(steps=2), ValueError, ("steps=2", "PGD")),
+    "noise with steps": (lambda: UniformNoise(steps=1), ValueError, ("steps=1", "PGD")),
+    "step size": (lambda: MAT(step_size=-1.0), ValueError, ("step_size", "-1.0")),
+    "start size": (lambda: MAT(start_size=INF), ValueError, ("start_size", "inf")),
+    "temperature": (lambda: MAT(temperature=-1e-3), ValueError, ("temperature", "-0.001")),
+    "no particles": (lambda: MAT(particles=0), ValueError, ("particles", "0")),
+    "pure particles": (lambda: PGD(particles=2), ValueError, ("PGD", "particles=2", "MAT")),
+    "norm": (lambda: PGD(norm="l_2"), ValueError, ("norm='l_2'", "'l2'", "'linf'", "mean")),
+    "norm as a number": (lambda: PGD(norm=2), ValueError, ("norm=2", "'l2'")),
+    "group": (lambda: PGD(per="tokens"), ValueError, ("per='tokens'", "Did you mean 'token'?")),
+    "start": (lambda: PGD(start="zeros"), ValueError, ("start='zeros'", "Did you mean 'zero'?")),
+    "route": (lambda: MAT(route="vmaps"), ValueError, ("route='vmaps'", "'vmap'?")),
+    "sphere": (lambda: PGD(radius=None, projection="sphere"), ValueError, ("sphere", "None")),
+    "divergence": (
+        lambda: SMART(divergence="symetric_kl"),
+        ValueError,
+        ("divergence", "'symetric_kl'", "Did you mean 'symmetric_kl'?", "callable"),
+    ),
+    "payoff": (lambda: PGD(payoff="Loss"), ValueError, ("payoff", "'Loss'", "'loss'", "'kl'")),
+    "a list as divergence": (lambda: MAT(divergence=["kl"]), ValueError, ("['kl']", "'kl'")),
+    "zero start": (
+        lambda: SMART(start="zero"),
+        ValueError,
+        ("start='zero'", "zero gradient", "'uniform' or 'normal'"),
+    ),
+    "vanishing proximal term": (
+        lambda: SMART(momentum=0.0, inner_steps=1),
+        ValueError,
+        ("momentum=0", "inner_steps=1", "proximal=0"),
+    ),
+    "momentum": (lambda: SMART(momentum=1.5), ValueError, ("momentum", "between 0 and 1", "1.5")),
+    "inner steps": (lambda: SMART(inner_steps=0), ValueError, ("inner_steps", "0")),
+    "smoothness": (lambda: MAT(smoothness=-1.0), ValueError, ("smoothness", "-1.0")),
+    "mirror step": (lambda: MAT(mirror_step=NAN), ValueError, ("mirror_step", "nan")),
+    "damping": (lambda: MAT(damping=1.0), ValueError, ("damping", "1")),
+    "damping by name": (lambda: MAT(damping="unifrom"), ValueError, ("'unifrom'", "'uniform'")),
+    "between rounds": (lambda: MAT(round_damping=2), ValueError, ("round_damping", "2")),
+    "average": (lambda: MAT(average=-0.1), ValueError, ("average", "-0.1")),
+    "learner steps": (lambda: MAT(learner_steps=0), ValueError, ("learner_steps", "0")),
+    "samples": (lambda: MAT(samples=-1), ValueError, ("samples", "-1")),
+    "play": (lambda: MAT(play_as="means"), ValueError, ("play_as='means'", "'mean'", "'ensemble'")),
+    "solver": (lambda: solver("freelp"), ValueError, ("'freelp'", "Did you mean 'freelb'?", "mat")),
+    "solver as a class": (lambda: solver(PGD), ValueError, ("PGD", "pgd")),
+    "parameter": (
+        lambda: solver("pgd", raduis=1),
+        ValueError,
+        ("PGD", "'raduis'", "Did you mean 'radius'?", "step_size"),
+    ),
+}
+
+
+@pytest.mark.parametrize("why", VALUES)
+def test_a_value_that_cannot_be_meant_is_refused_at_once(why: str):
+    build, error, expected = VALUES[why]
+    with pytest.raises(error, match=words(*expected)):
+        build()
+
+
+JUNK = [None, True, -1, 0, 2, 10**400, 0.5, -0.5, NAN, INF, 1j, "", "kl", b"l2", [], ["kl"], {}]
+JUNK += [set(), object(), torch.ones(2), print]
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_any_value_is_taken_or_refused_by_name(name: str):
+    for parameter, value in itertools.product(fields(mixadv.SOLVERS[name]), JUNK):
+        try:
+            built = solver(name, **{parameter.name: value})
+        except (TypeError, ValueError) as error:
+            assert re.search(f"{parameter.name}|payoff|divergence", str(error))  # noqa: PT017
+        else:
+            assert getattr(built, parameter.name) is value
+            repr(built)
+
+
+@given(st.sampled_from(sorted(mixadv.SOLVERS)), st.data())
+def test_any_combination_is_taken_or_refused(name: str, data: st.DataObject):
+    numbers = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3))
+    names = st.sampled_from([f.name for f in fields(mixadv.SOLVERS[name])])
+    chosen = data.draw(st.dictionaries(names, st.one_of(numbers, st.sampled_from(JUNK))))
+    with contextlib.suppress(TypeError, ValueError):
+        solver(name, **chosen)
+
+
+@given(*[st.one_of(st.integers(), st.text(), st.sampled_from(JUNK))] * 4)
+def test_any_argument_is_taken_or_refused(first: Any, rule: Any, site: Any, seed: Any):
+    model = small().model
+    base = SGD(model.parameters(), lr=0.1)
+    for build in (
+        lambda: wrap(first, model, PGD()),
+        lambda: wrap(base, first, PGD()),
+        lambda: wrap(base, model, rule),
+        lambda: wrap(base, model, PGD(), site=site),
+        lambda: wrap(base, model, PGD(), seed=seed),
+        lambda: Game(model, PGD(), site, seed=seed, optimizer=rule),
+        lambda: solver(site),
+    ):
+        with contextlib.suppress(TypeError, ValueError):
+            build()
+
+
+class TwoEmbeddings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(3, 2), nn.Embedding(3, 2)
+
+
+def refused_arguments() -> dict[str, tuple[Callable[[nn.Module, SGD], Any], Any, tuple[str, ...]]]:
+    other, two = nn.Linear(2, 2), TwoEmbeddings()
+    return {
+        "another model's optimizer": (
+            lambda m, o: wrap(SGD(other.parameters()), m, PGD()),
+            ValueError,
+            ("2 parameters", "none of the", "Small", "build it from"),
+        ),
+        "DataParallel": (
+            lambda m, o: wrap(o, nn.DataParallel(m), PGD()),
+            TypeError,
+            ("DataParallel", "replicas", "DistributedDataParallel"),
+        ),
+        "not a model": (lambda m, o: wrap(o, m.forward, PGD()), TypeError, ("model", "method")),
+        "not an optimizer": (lambda m, o: wrap(m, o, PGD()), TypeError, ("optimizer", "Small")),
+        "a solver's class": (lambda m, o: wrap(o, m, MAT), TypeError, ("mixadv.MAT()",)),
+        "a solver's name": (lambda m, o: wrap(o, m, "mat"), TypeError, ("solver", "'mat'")),
+        "wrapped twice": (lambda m, o: wrap(wrap(o, m, PGD()), m, PGD()), TypeError, (".base",)),
+        "seed": (lambda m, o: wrap(o, m, PGD(), seed=0.5), TypeError, ("seed", "0.5")),
+        "bare game for MAT": (
+            lambda m, o: Game(m, MAT()),
+            ValueError,
+            ("MAT", "mixadv.wrap(optimizer, model, solver)"),
+        ),
+        "bare game for SMART": (lambda m, o: Game(m, SMART()), ValueError, ("SMART", "wrap")),
+        "site's name": (
+            lambda m, o: Game(m, PGD(), "embeding"),
+            ValueError,
+            ("'embeding'", "Did you mean 'embedding'"),
+        ),
+        "no site": (lambda m, o: Game(m, PGD(), []), ValueError, ("site=[]",)),
+        "site's type": (lambda m, o: Game(m, PGD(), 3), TypeError, ("site", "3")),
+        "foreign site": (lambda m, o: Game(m, PGD(), other), ValueError, ("Linear", "not part")),
+        "two embeddings": (
+            lambda m, o: Game(two, PGD()),
+            ValueError,
+            ("2 embeddings", "'words'", "'places'", "site="),
+        ),
+    }
+
+
+@pytest.mark.parametrize("why", refused_arguments())
+def test_what_cannot_be_wrapped_is_refused_at_once(why: str):
+    model = small().model
+    base = SGD(model.parameters(), lr=0.1)
+    build, error, expected = refused_arguments()[why]
+    found = fingerprint(model, base)
+    with pytest.raises(error, match=words(*expected)):
+        build(model, base)
+    assert_same(fingerprint(model, base), found)
+
+
+# In the first round --------------------------------------------------------------------------
+
+
+class Setting:
+    """A model, a batch, and what of them a case changes."""
+
+    def __init__(self) -> None:
+        self.player: Player = small()
+        self.model: Any = self.player.model
+        self.good = self.player.closure()
+        self.labels = self.player.batch["labels"]
+        self.calls = itertools.count(1)
+        self.game: Any = None
+
+    def returns(self, change: Callable[[Tensor, Tensor], Any]) -> Callable[[], Any]:
+        return lambda: change(*self.good())
+
+
+def play(optimizer: mixadv.GameOptimizer, how: str) -> Callable[[Any], Any]:
+    return optimizer.step if how == "step" else getattr(optimizer.game, how)
+
+
+def calls_backward(s: Setting) -> Callable[[], Any]:
+    def closure() -> Any:
+        loss, logits = s.good()
+        loss.backward(retain_graph=True)
+        return loss, logits
+
+    return closure
+
+
+def grows(s: Setting) -> Callable[[], Any]:
+    def closure() -> Any:
+        rows = slice(0, 6 - next(s.calls) % 2)
+        return s.player.closure(ids=s.player.batch["ids"][rows], labels=s.labels[rows])()
+
+    return closure
+
+
+def frozen(s: Setting) -> Callable[[], Any]:
+    s.model.requires_grad_(False)
+    return s.good
+
+
+def plays(s: Setting) -> Callable[[], Any]:
+    return lambda: s.game.loss(s.good)
+
+
+def skips_the_site(s: Setting) -> Callable[[], Any]:
+    weight = s.model.embedding.weight
+
+    def closure() -> Tensor:
+        x = F.embedding(s.player.batch["ids"], weight).sum(1)
+        return F.cross_entropy(s.model.head(torch.tanh(s.model.hidden(x))), s.labels)
+
+    return closure
+
+
+Case = tuple[Callable[[], mixadv.Solver], Callable[[Setting], Callable[[], Any]], tuple[str, ...]]
+UNIFORM = "reduction='none'"
+CLOSURES: dict[str, Case] = {
+    "nothing": (PGD, lambda s: lambda: s.good() and None, ("nothing", "None", "scalar loss")),
+    "a number": (PGD, lambda s: s.returns(lambda a, b: float(a.detach())), ("float", "loss")),
+    "an empty tuple": (PGD, lambda s: s.returns(lambda a, b: ()), ("tuple", "loss")),
+    "no loss": (PGD, lambda s: s.returns(lambda a, b: {"logits": b}), ("dict", "'logits'")),
+    "logits for a loss": (PGD, lambda s: s.returns(lambda a, b: b), ("[6, 3]", "scalar loss")),
+    "labels for a loss": (PGD, lambda s: s.returns(lambda a, b: s.labels), ("torch.int64", "[6]")),
+    "no predictions": (
+        SMART,
+        lambda s: s.returns(lambda a, b: a),
+        ("compares predictions", "(loss, logits)"),
+    ),
+    "predictions of four dimensions": (
+        SMART,
+        lambda s: s.returns(lambda a, b: (a, b[:, None, None])),
+        ("[B, C]", "[6, 1, 1, 3]"),
+    ),
+    "one column": (
+        SMART,
+        lambda s: s.returns(lambda a, b: (a, b[:, :1])),
+        ("one column", "'symmetric_kl'", "divergence='squared_error'"),
+    ),
+    "one value per prediction": (
+        lambda: PGD(payoff=lambda perturbed, clean: (perturbed - clean).square().sum()),
+        lambda s: s.good,
+        ("divergence", "[]", "[6, 3]", "one value per prediction"),
+    ),
+    "backward": (PGD, calls_backward, ("closure", "calls backward", "returns the loss")),
+    "backward once": (
+        PGD,
+        lambda s: s.returns(lambda a, b: (a.backward(), a)[1]),
+        ("closure", "calls backward", "returns the loss"),
+    ),
+    "not repeatable": (
+        PGD,
+        lambda s: s.returns(lambda a, b: a * next(s.calls)),
+        ("same random state", "several times"),
+    ),
+    "another batch each time": (PGD, grows, ("several times",)),
+    "a loss that is not finite": (
+        PGD,
+        lambda s: s.returns(lambda a, b: a / 0),
+        ("inf", "before any adversary", "labels"),
+    ),
+    "no_grad": (PGD, lambda s: torch.no_grad()(s.good), ("does not depend", "no_grad")),
+    "detached": (PGD, lambda s: s.returns(lambda a, b: a.detach()), ("does not depend", "detach")),
+    "frozen parameters": (PGD, frozen, ("does not depend", "parameters are frozen")),
+    "a loss of its own": (
+        PGD,
+        lambda s: s.returns(lambda a, b: s.model.head.bias.sum()),
+        ("no gradient with respect to δ", "embedding"),
+    ),
+    "the site is never called": (PGD, skips_the_site, ("'embedding'", "not called", "site=")),
+    "a game within the game": (PGD, plays, ("must not play a round itself", "forward pass")),
+    "raw gradients of one number": (
+        lambda: PGD(normalize="none"),
+        lambda s: s.good,
+        ("PGD", "raw gradient", "[B]", UNIFORM, "normalize='steepest'"),
+    ),
+    "raw gradients along the ascent": (
+        lambda: FreeLB(normalize="none"),
+        lambda s: s.good,
+        ("FreeLB", "raw gradient", UNIFORM),
+    ),
+}
+
+
+CALLS = [(why, how) for why in CLOSURES for how in ("step", "backward", "loss")]
+# There a closure that plays means what torch means by closures.
+CALLS.remove(("a game within the game", "step"))
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["no gradients", "earlier gradients"])
+@pytest.mark.parametrize(("why", "how"), CALLS)
+def test_a_closure_that_cannot_be_played_is_refused_in_the_first_round(
+    why: str, how: str, earlier: bool
+):
+    build, change, expected = CLOSURES[why]
+    setting = Setting()
+    if earlier:
+        setting.good()[0].backward()
+    optimizer = wrap(SGD(setting.model.parameters(), lr=0.1), setting.model, build())
+    setting.game = optimizer.game
+    closure = change(setting)
+    found = fingerprint(setting.model, optimizer)
+    with pytest.raises(GameError, match=words(*expected)):
+        play(optimizer, how)(closure)
+    assert_same(fingerprint(setting.model, optimizer), found)
+
+
+class Unnamed(mixadv.Solver):
+    """Plays what it is told; a subclass that adds no hyper-parameter needs no decorator."""
+
+    name: ClassVar[str] = "unnamed"
+    moves: ClassVar[Callable[[mixadv.Stage], Any]]
+
+    def play(self, stage: mixadv.Stage) -> Any:
+        yield from type(self).moves(stage)
+
+
+MOVES: dict[str, tuple[Callable[[mixadv.Stage], Any], tuple[str, ...]]] = {
+    "nothing": (lambda stage: (), ("Unnamed.play", "without a Step", "Step(objective)")),
+    "no step": (lambda stage: (stage.loss(),), ("without a Step", "Step(objective)")),
+    "a number": (lambda stage: (mixadv.Step(1.0),), ("Unnamed.play", "1.0", "0-d tensor")),
+    "losses": (
+        lambda stage: (mixadv.Step(stage.clean().predictions),),
+        ("Unnamed.play", "[6, 3]", "0-d tensor"),
+    ),
+    "a constant": (
+        lambda stage: (mixadv.Step(stage.loss().detach()),),
+        ("does not depend on any parameter",),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["step", "backward", "loss"])
+@pytest.mark.parametrize("why", MOVES)
+def test_a_solver_that_does_not_play_by_the_rules_is_told_so(
+    why: str, how: str, monkeypatch: pytest.MonkeyPatch
+):
+    moves, expected = MOVES[why]
+    monkeypatch.setattr(Unnamed, "moves", staticmethod(moves), raising=False)
+    player = small()
+    optimizer = wrap(SGD(player.model.parameters(), lr=0.1), player.model, Unnamed())
+    found = fingerprint(player.model)
+    with pytest.raises(GameError, match=words(*expected)):
+        play(optimizer, how)(player.closure())
+    left = fingerprint(player.model)
+    if (why, how) == ("no step", "backward"):  # whose pass has delivered its gradient by then
+        del left["gradients"], found["gradients"]
+    if (why, how) == ("no step", "step"):
+        optimizer.zero_grad()
+        left["gradients"] = fingerprint(player.model)["gradients"]
+    assert_same(left, found)
+    assert optimizer.game.round == 0
+
+
+SITES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "never called": ("unused", ("'unused'", "not called", "site=", "'embedding'")),
+    "the model's own input of ids": ("input", ("own input", "'ids'", "site=")),
+    "no floating-point output": (lambda m: m.count, ("torch.int64", "floating-point", "site=")),
+}
+
+
+class Counting(nn.Module):
+    def forward(self, ids: Tensor) -> Tensor:
+        return ids.sum(1)
+
+
+@pytest.mark.parametrize("why", SITES)
+def test_a_site_where_nothing_can_be_added_is_refused_in_the_first_round(why: str):
+    player = small()
+    model = player.model
+    model.count = Counting()
+    site, expected = SITES[why]
+    game = Game(model, PGD(), site(model) if callable(site) else site)
+    found = fingerprint(model)
+
+    def closure() -> Any:
+        model.count(player.batch["ids"])
+        return player.closure()()
+
+    with pytest.raises(GameError, match=words(*expected)):
+        game.backward(closure)
+    assert_same(fingerprint(model), found)
+
+
+@pytest.mark.parametrize("how", ["step", "backward", "loss"])
+def test_a_later_closure_whose_batch_changes_within_the_round_is_refused(how: str):
+    setting = Setting()
+    optimizer = wrap(SGD(setting.model.parameters(), lr=0.1), setting.model, PGD())
+    play(optimizer, how)(setting.good)
+    optimizer.zero_grad()
+    found = fingerprint(setting.model, optimizer)
+    with pytest.raises(GameError, match=words("[6, 5, 6]", "[5, 5, 6]", "repeatable")):
+        play(optimizer, how)(grows(setting))
+    assert_same(fingerprint(setting.model, optimizer), found)
+    with pytest.raises(GameError, match=words("0 times", "1 times", "same forward")):
+        play(optimizer, how)(skips_the_site(setting))
+    assert_same(fingerprint(setting.model, optimizer), found)
+
+
+def test_any_round_can_be_checked_as_the_first_one_is():
+    setting = Setting()
+    game = Game(setting.model, PGD())
+    game.backward(setting.good)
+    game.backward(setting.returns(lambda a, b: a * next(setting.calls)))
+    with pytest.raises(GameError, match="several times"):
+        game.backward(setting.returns(lambda a, b: a * next(setting.calls)), check=True)
+
+
+def test_a_radius_below_the_noise_floor_is_warned_of():
+    player = small()
+    player.model.float()
+    optimizer = wrap(SGD(player.model.parameters(), lr=0.1), player.model, PGD(radius=1e-9))
+    with pytest.warns(UserWarning, match=words("noise floor", "1e-09", "rounding", "Enlarge")):
+        optimizer.step(player.closure())
+    optimizer.step(player.closure())  # once
+
+
+def test_evaluation_asks_for_what_it_needs():
+    player = small()
+    optimizer = wrap(SGD(player.model.parameters(), lr=0.1), player.model, MAT(learner_steps=2))
+    game = optimizer.game
+    with pytest.raises(GameError, match=words("average", "average='uniform'", "MAT")):
+        game.averaged().__enter__()
+    with pytest.raises(GameError, match=words("samples", "samples=8")):
+        _ = game.learner_samples
+    optimizer.step(player.closure())
+    for use in (lambda: game.averaged().__enter__(), lambda: game.load_state_dict({})):
+        with pytest.raises(GameError, match=words("between rounds")):
+            game.backward(lambda use=use: (use(), player.closure()())[1])
+
+
+def test_a_mean_is_not_taken_of_particles_that_share_no_rows():
+    strategy = mixadv.Strategy([torch.zeros(2, 5, 1)], log_weights=torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=words("3 predictions", "5 rows", "ensemble")):
+        strategy.mean()

@@ -1,0 +1,279 @@
+"""Number formats, and what a round must put back: random state, dropout masks, running statistics."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import mixadv
+from tests.zoo import player
+
+
+def bf16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def wrapped(model: nn.Module, name: str, **settings: Any) -> mixadv.GameOptimizer:
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    return mixadv.wrap(base, model, mixadv.solver(name, **settings))
+
+
+class Bag(nn.Module):
+    """Remembers what its first layer read, and the dropout mask of each pass."""
+
+    def __init__(self, spread: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.words = nn.Embedding(20, 8)
+        self.layer = nn.Linear(8, 8)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 3)
+        nn.init.normal_(self.words.weight, std=spread)
+        self.read: list[Tensor] = []
+        self.masks: list[Tensor] = []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        self.read.append(x.detach())
+        mask = self.dropout(torch.ones_like(x))
+        self.masks.append(mask.detach())
+        return self.head((self.layer(x) * mask).tanh().mean(1))
+
+
+def classify(model: nn.Module, scale: float = 1.0) -> Callable[[], tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 20, (4, 5), generator=draw)
+    labels = torch.arange(4) % 3
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logits = model(ids)
+        return scale * F.cross_entropy(logits, labels), logits
+
+    return closure
+
+
+# Autocast ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("family", ["bert", "vision"])
+def test_autocast_around_the_rounds_keeps_no_stale_weights(family: str, name: str) -> None:
+    """Autocast caches low-precision copies of the weights until its outermost context ends."""
+    weights = []
+    for around in (True, False):
+        p = player(family, rows=4)
+        optimizer = wrapped(p.model, name)
+        with bf16() if around else nullcontext():
+            for _ in range(3):
+
+                def closure(p: Any = p, inner: bool = not around) -> Any:
+                    with bf16() if inner else nullcontext():
+                        return p.forward(p.model, p.batch)
+
+                optimizer.step(closure)
+                assert all(q.grad is None for q in p.model.parameters())
+        weights.append([q.detach().clone() for q in p.model.parameters()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("leaf_backward", [False, True])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_an_ascent_under_autocast_reaches_no_weight(name: str, leaf_backward: bool) -> None:
+    p = player("bert", rows=4)
+    game = wrapped(p.model, name).game
+    reached: list[int] = []
+    with bf16():
+        game.backward(p.closure())
+        game.leaf_backward = leaf_backward
+        p.model.bert.encoder.layer[0].intermediate.dense.weight.register_hook(
+            lambda _: reached.append(torch._C._current_graph_task_id())
+        )
+        outcome = game.backward(p.closure())
+    assert len(set(reached)) == outcome.theta_backwards
+
+
+@pytest.mark.parametrize("name", ["pgd", "smart", "mat"])
+def test_gradients_under_autocast_are_those_of_full_precision_within_rounding(name: str) -> None:
+    seen = []
+    for low in (False, True):
+        model = Bag()
+        game = wrapped(model, name).game
+        with bf16() if low else nullcontext():
+            game.backward(classify(model))
+        seen.append(torch.cat([q.grad.flatten() for q in model.parameters()]))
+        assert all(q.grad.dtype == q.dtype == torch.float32 for q in model.parameters())
+    assert F.cosine_similarity(*seen, dim=0) > 0.99
+
+
+# Low-precision models ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_delta_and_its_sum_with_the_embedding_are_at_least_fp32(
+    name: str, dtype: torch.dtype
+) -> None:
+    model = Bag().to(dtype)
+    model.dropout.p = 0.0
+    optimizer = wrapped(model, name, radius=0.03, **({"learner_steps": 1} if name == "mat" else {}))
+    game, wide = optimizer.game, torch.promote_types(dtype, torch.float32)
+    closure = classify(model)
+    game.backward(closure)
+    model.read.clear()
+    game.backward(closure)
+    points, table = game.strategy.points[0], model.words.weight.detach()
+    assert points.dtype == game.strategy.log_weights.dtype == wide
+    clean = table[torch.randint(0, 20, (4, 5), generator=torch.Generator().manual_seed(0))]
+    expected = (clean.to(wide) + game.unit * points[0]).to(dtype)
+    assert any(torch.equal(read, expected) for read in model.read)
+    if dtype == torch.bfloat16:  # the test tells the two sums apart
+        assert not torch.equal(expected, clean + (game.unit * points[0]).to(dtype))
+    if game.solver.compares is not None:
+        assert game.outcome.payoff.dtype == wide
+
+
+@given(exponent=st.integers(-8, 12))
+def test_gradients_of_half_precision_models_are_normalised_without_overflow(exponent: int) -> None:
+    """Their L2 norm overflows in fp16 long before an entry does, and 1e-8 is 0 there."""
+    directions = []
+    for scale in (1.0, 2.0**exponent):
+        model = Bag().half().eval()
+        game = mixadv.Game(model, mixadv.FGM())
+        game.backward(classify(model, scale), backward=lambda loss: loss.backward())
+        assert game.outcome.nonfinite == 0
+        assert game.outcome.radius == pytest.approx(game.solver.radius, rel=1e-4)
+        directions.append(game.strategy.points[0].flatten(2)[0])
+    cosines = F.cosine_similarity(*directions, dim=1)
+    assert (cosines > 0.99).all()
+
+
+# The noise floor ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["autocast", "model"])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_a_radius_that_bf16_swallows_is_warned_of(name: str, how: str) -> None:
+    p = player("bert", rows=8)
+    if how == "model":
+        p.model.bfloat16()
+    optimizer = wrapped(p.model, name, radius=1e-5, unit="absolute")
+    with (
+        bf16() if how == "autocast" else nullcontext(),
+        pytest.warns(UserWarning, match="noise floor"),
+    ):
+        optimizer.step(p.closure())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "vision"])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_default_radii_are_above_the_noise_floor_in_fp32(
+    name: str, family: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    p = player(family, rows=8)
+    wrapped(p.model, name).step(p.closure())
+    assert not recwarn.list
+
+
+# What a round puts back --------------------------------------------------------------------------
+
+
+def buffers(model: nn.Module) -> list[Tensor]:
+    return [b.clone() for b in model.buffers()]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_running_statistics_end_as_after_one_forward_per_step(name: str, fresh: bool) -> None:
+    p = player("vision", rows=8)
+    p.model.dropout.p = 0.0
+    optimizer = wrapped(p.model, name, fresh_dropout=fresh)
+    after: list[list[Tensor]] = []  # of the first forward since the last step
+    waiting = [True]
+
+    def closure() -> Any:
+        result = p.forward(p.model, p.batch)
+        if waiting[0]:
+            after.append(buffers(p.model))
+        waiting[0] = False
+        return result
+
+    optimizer.step(closure)
+    optimizer.base.register_step_post_hook(lambda *_: waiting.__setitem__(0, True))
+    for _ in range(2):
+        waiting[0], steps = True, p.model.normalise.num_batches_tracked.item()
+        optimizer.step(closure)
+        torch.testing.assert_close(buffers(p.model), after[-1], rtol=0, atol=0)
+        assert p.model.normalise.num_batches_tracked == steps + optimizer.outcome.steps
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_without_an_adversary_running_statistics_are_those_of_plain_training(name: str) -> None:
+    p = player("vision", rows=8)
+    optimizer = wrapped(p.model, name, radius=0.0)
+    optimizer.game.backward(p.closure())
+    other = player("vision", rows=8)
+    other.closure()()
+    torch.testing.assert_close(buffers(p.model), buffers(other.model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_the_random_state_ends_where_one_forward_per_step_leaves_it(name: str, fresh: bool) -> None:
+    p = player("bert", rows=4)
+    optimizer = wrapped(p.model, name, fresh_dropout=fresh)
+    for round_ in range(2):
+        torch.manual_seed(round_)
+        optimizer.step(p.closure())
+        state = torch.get_rng_state()
+        torch.manual_seed(round_)
+        for _ in range(optimizer.outcome.steps):
+            p.closure()()
+        assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_passes_between_two_steps_share_a_dropout_mask(name: str, fresh: bool) -> None:
+    model = Bag()
+    optimizer = wrapped(model, name, fresh_dropout=fresh)
+    optimizer.step(classify(model))
+    between: list[list[Tensor]] = []
+
+    def close(*_: Any) -> None:
+        between.append([*model.masks])
+        model.masks.clear()
+
+    optimizer.base.register_step_post_hook(close)
+    for _ in range(2):
+        model.masks.clear()
+        optimizer.step(classify(model))
+    for group in between:
+        same = [torch.equal(mask, group[0]) for mask in group[1:]]
+        assert not any(same) if fresh else all(same)
+    firsts = [group[0] for group in between]
+    assert not any(torch.equal(a, b) for a, b in zip(firsts, firsts[1:], strict=False))
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@given(training=st.lists(st.booleans(), min_size=2, max_size=2))
+def test_training_and_evaluation_modes_are_left_alone(name: str, training: list[bool]) -> None:
+    """Also a mixture of them, such as a frozen BatchNorm in a model that trains."""
+    p = player("vision", rows=8)
+    p.model.normalise.train(training[0])
+    p.model.dropout.train(training[1])
+    found = [m.training for m in p.model.modules()]
+    seen: list[list[bool]] = []
+
+    def closure() -> Any:
+        seen.append([m.training for m in p.model.modules()])
+        return p.forward(p.model, p.batch)
+
+    wrapped(p.model, name).step(closure)
+    assert [m.training for m in p.model.modules()] == found
+    assert all(modes == found for modes in seen)

@@ -1,0 +1,259 @@
+"""Routes to the payoffs of many particles agree wherever each is allowed, and weights are right."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import mixadv
+from mixadv import MAT, GameError, mirror
+from mixadv.routes import ROUTES
+from tests.zoo import Player, assert_same, fingerprint, player, small, without_dropout
+
+FAMILIES = ["bert", "distilbert", "gpt2", "t5", "bart"]
+# torch has no batching rule for this kernel yet, and goes through it one by one.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def double(family: str, dropout: bool = True) -> Player:
+    p = player(family, rows=4)
+    p.model.double().train()
+    if family == "vision":
+        p.batch["images"] = p.batch["images"].double()
+    return p if dropout else p._replace(model=without_dropout(p.model))
+
+
+def per_sample(p: Player) -> Callable[[], Any]:
+    """Return a closure that computes one loss per sample itself."""
+    batch = {key: value for key, value in p.batch.items() if key != "labels"}
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logits = p.model(**batch).logits
+        return F.cross_entropy(logits, p.batch["labels"], reduction="none"), logits
+
+    return closure
+
+
+def sharpness(p: Player) -> Callable[[], Any]:
+    """Return a closure whose loss needs no labels, so that any number of rows will do."""
+    batch = {key: value for key, value in p.batch.items() if key != "labels"}
+
+    def closure() -> tuple[Tensor, Tensor]:
+        output = p.model(*batch.values()) if len(batch) == 1 else p.model(**batch)
+        logits = getattr(output, "logits", output)
+        return -logits.logsumexp(-1), logits
+
+    return closure
+
+
+def wrapped(p: Player, solver: mixadv.Solver) -> mixadv.GameOptimizer:
+    return mixadv.wrap(SGD(p.model.parameters(), lr=0.1), p.model, solver)
+
+
+def evaluate(p: Player, closure: Any, payoff: str, route: str) -> tuple[Tensor, list[Tensor]]:
+    """Return payoffs and δ-gradients of three particles in the round after the first."""
+    torch.manual_seed(1)
+    solver = MAT(particles=3, start="uniform", start_size=None)
+    game = wrapped(p, solver).game
+    with game.stage(closure) as stage:
+        stage.clean()
+        q = stage.start(solver)
+        return stage.payoffs(q, payoff, solver, route=ROUTES[route])
+
+
+def trained(p: Player, closure: Any, **settings: Any) -> list[Any]:
+    torch.manual_seed(1)
+    solver = MAT(particles=3, steps=2, temperature=0.01, start_size=0.1, **settings)
+    optimizer = wrapped(p, solver)
+    losses = [optimizer.step(closure) for _ in range(2)]
+    strategy = optimizer.game.strategy
+    return [losses, list(p.model.parameters()), strategy.log_weights, strategy.points]
+
+
+@pytest.mark.parametrize("payoff", ["loss", "symmetric_kl", "js"])
+@pytest.mark.parametrize("losses", ["by the model", "by the closure"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vmap_is_one_after_another_under_dropout(family: str, losses: str, payoff: str):
+    p = double(family)
+    closure = p.closure() if losses == "by the model" else per_sample(p)
+    one = evaluate(p, closure, payoff, "sequential")
+    torch.testing.assert_close(evaluate(p, closure, payoff, "vmap"), one, **CLOSE)
+    samples = 1 if payoff == "loss" and losses == "by the model" else 4
+    assert one[0].shape == (3, samples)
+    assert len(set(one[0].flatten().tolist())) == 3 * samples
+
+
+@pytest.mark.parametrize("payoff", ["loss", "kl"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stack_is_one_after_another_without_dropout(family: str, payoff: str):
+    """Stacked, the model's own mean over the batch is no sample's loss: one per sample, or none."""
+    p = double(family, dropout=False)
+    if payoff == "loss":
+        with pytest.raises(GameError, match=r"stack.*one loss per sample"):
+            evaluate(p, p.closure(), payoff, "stack")
+        return
+    one = evaluate(p, p.closure(), payoff, "sequential")
+    torch.testing.assert_close(evaluate(p, p.closure(), payoff, "stack"), one, **CLOSE)
+
+
+@pytest.mark.parametrize("play_as", ["mean", "ensemble"])
+@pytest.mark.parametrize(("route", "dropout"), [("vmap", True), ("vmap", False), ("stack", False)])
+@pytest.mark.parametrize("family", ["bert", "t5", "vision"])
+def test_whole_rounds_agree(family: str, route: str, dropout: bool, play_as: str):
+    def run(route: str) -> list[Any]:
+        p = double(family, dropout)
+        if family == "vision":
+            p.model.normalise.eval()  # statistics of a batch know nothing of particles
+        if family == "vision":
+            return trained(p, sharpness(p), route=route, play_as=play_as)
+        return trained(p, p.closure(), route=route, play_as=play_as)
+
+    torch.testing.assert_close(run(route), run("sequential"), **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "vision"])
+def test_stack_refuses_what_it_cannot_replay(family: str):
+    """Dropout differs between the copies, and BatchNorm mixes them."""
+    p = double(family)
+    optimizer, found = wrapped(p, MAT(particles=2, route="stack")), fingerprint(p.model)
+    with pytest.raises(GameError, match=r"route='stack' disagrees.*dropout or batch statistics"):
+        optimizer.step(sharpness(p))
+    assert_same(fingerprint(p.model), found)
+
+
+def test_stack_refuses_a_loss_that_the_closure_computes_for_the_batch():
+    p = small()
+    p.model.eval()
+    with pytest.raises(GameError, match=r"route='stack' failed.*route='sequential'"):
+        wrapped(p, MAT(particles=2, route="stack")).step(p.closure())
+
+
+# By hand -------------------------------------------------------------------------------------
+
+
+class Choice(nn.Module):
+    """Scores the rows of a batch and chooses among three of them: rows = 3·predictions."""
+
+    def __init__(self, rows: nn.Module) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows(ids)[:, 0].view(-1, 3)
+
+
+def still(choice: bool) -> Player:
+    """Return a small model that maps rows independently, without randomness."""
+    p = small(rows=6)
+    p.model.eval()
+    if choice:
+        batch = {"ids": p.batch["ids"], "labels": p.batch["labels"][:2]}
+        p = p._replace(model=Choice(p.model), batch=batch)
+    return p
+
+
+def perturbed(p: Player, delta: Tensor) -> Tensor:
+    """Return the logits with δ added to the embeddings."""
+    embedding = next(m for m in p.model.modules() if isinstance(m, nn.Embedding))
+    handle = embedding.register_forward_hook(lambda module, args, output: output + delta)
+    with torch.no_grad():
+        logits = p.model(p.batch["ids"])
+    handle.remove()
+    return logits
+
+
+def symmetric_kl(p: Player, delta: Tensor) -> Tensor:
+    a, b = (perturbed(p, d).softmax(-1) for d in (delta, torch.zeros_like(delta)))
+    return (a * (a / b).log()).sum(-1) + (b * (b / a).log()).sum(-1)
+
+
+ETA = 2e4
+RULE = {"particles": 3, "mirror_step": ETA, "damping": 0.0, "learner_steps": 1}
+
+
+@pytest.mark.parametrize("route", ["sequential", "vmap"])
+@pytest.mark.parametrize("choice", [False, True], ids=["one row each", "three rows each"])
+def test_each_sample_has_weights_of_its_own(choice: bool, route: str):
+    """w ∝ exp(η·u) over the particles of each sample; played as their mean, or in expectation."""
+    settings = {**RULE, "start_size": 0.1, "route": route}
+
+    def played(**changes: Any) -> mixadv.Game:
+        p = still(choice)
+        game = wrapped(p, MAT(**{**settings, **changes})).game
+        game.backward(p.closure())
+        return game
+
+    p = still(choice)
+    start, mixed = played(steps=0, play_as="ensemble"), played(steps=1, play_as="ensemble")
+    unit, samples = start.unit, len(p.batch["labels"])
+    gains = torch.stack([symmetric_kl(p, unit * d) for d in start.strategy.points[0].detach()])
+    weights = (ETA * gains).softmax(0)
+    assert weights.shape == (3, samples)
+    assert (weights.max(0).values > 0.4).any()
+    torch.testing.assert_close(mixed.strategy.weights, weights)
+    assert mixed.outcome.weights == "sample"
+
+    points = mixed.strategy.points[0]
+    gains = torch.stack([symmetric_kl(p, unit * d) for d in points])
+    loss = F.cross_entropy(perturbed(p, torch.zeros(1)), p.batch["labels"])
+    torch.testing.assert_close(
+        mixed.outcome.objective, loss + (weights * gains).sum(0).mean(), check_dtype=False
+    )
+    entropy = -(weights * weights.log()).sum(0).mean()
+    torch.testing.assert_close(mixed.outcome.entropy, entropy)
+
+    rows = weights.repeat_interleave(6 // samples, 1)
+    mean = torch.einsum("mb,mbtd->btd", rows, points)
+    torch.testing.assert_close(played(steps=1).strategy.points[0][0], mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hedge(mixadv.Solver):
+    """Weighs random particles by the task loss."""
+
+    name: ClassVar[str] = "hedge"
+    mixed: ClassVar[bool] = True
+    particles: int = 3
+
+    def play(self, stage: mixadv.Stage) -> Any:
+        q = stage.start(self)
+        values, _ = stage.payoffs(q, "loss", self)
+        q = q.reweight(mirror.step(q.log_weights, values, 20.0))
+        yield mixadv.Step(stage.loss(q.detach()))
+
+
+@pytest.mark.parametrize("route", ["sequential", "vmap"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_scalar_loss_gives_one_weight_per_batch(reduction: str, route: str):
+    """The loss of a batch counts B times, as the sum of its samples' payoffs."""
+    p = small(reduction=reduction)
+    p.model.eval()
+    game = mixadv.Game(p.model, Hedge(route=route))
+    game.backward(p.closure())
+    labels = p.batch["labels"]
+    points = [game.unit * d for d in game.strategy.points[0]]
+    losses = [F.cross_entropy(perturbed(p, d), labels, reduction="none") for d in points]
+    losses = torch.stack(losses)
+    gains = losses if reduction == "none" else losses.sum(1, keepdim=True)
+    weights = (20.0 * gains).softmax(0)
+    torch.testing.assert_close(game.strategy.weights, weights)
+    assert game.outcome.weights == {"none": "sample", "mean": "batch"}[reduction]
+    torch.testing.assert_close(game.outcome.objective, (weights * losses).sum(0).mean())
+
+
+def test_routes_agree_where_a_prediction_has_several_rows():
+    def run(route: str) -> list[Any]:
+        p = still(choice=True)
+        return trained(p, sharpness(p), route=route, play_as="ensemble")
+
+    one = run("sequential")
+    for route in ("vmap", "stack"):
+        torch.testing.assert_close(run(route), one, **CLOSE)
+    assert one[2].shape == (3, 2)

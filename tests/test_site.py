@@ -1,0 +1,379 @@
+"""Where δ acts: the module that is found, the tokens that are real, the length of one unit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import mixadv
+from tests.zoo import PAD, TRANSFORMERS, VOCABULARY, Player, player, text_batch, without_dropout
+
+PLAY = mixadv.PGD(steps=1)
+
+
+def game_of(p: Player, site: Any = None, solver: mixadv.Solver = PLAY) -> mixadv.Game:
+    return mixadv.Game(p.model, solver, site=site)
+
+
+def hooks(model: nn.Module) -> list[Any]:
+    held = [{**m._forward_hooks, **m._forward_pre_hooks}.values() for m in model.modules()]
+    return [hook for group in held for hook in group]
+
+
+def assert_real_tokens_only(points: Tensor, mask: Tensor) -> None:
+    """Points `[1, B, n, D]` are zero at padding, and at no real token."""
+    lengths = points[0].norm(dim=-1)
+    assert torch.equal(lengths > 0, mask > 0)
+
+
+class Bag(nn.Module):
+    """A model of one's own: named embeddings, a mean, a head."""
+
+    def __init__(self, *embeddings: str, padding: int | None = None) -> None:
+        super().__init__()
+        for name in embeddings:
+            self.add_module(name, nn.Embedding(VOCABULARY, 6, padding_idx=padding))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(sum(m(ids).mean(1) for m in self.children() if m is not self.head))
+
+
+def classify(model: nn.Module, inputs: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    labels = torch.arange(len(inputs)) % 3
+    return lambda: (F.cross_entropy(logits := model(inputs), labels), logits)
+
+
+# Finding the module ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*TRANSFORMERS, "llama-causal"])
+def test_the_site_is_the_embedding_that_the_encoder_reads_its_ids_with(family: str) -> None:
+    p = player(family, rows=4)
+    readers = []
+
+    def note(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if args[0].shape == p.batch["input_ids"].shape and (args[0] == p.batch["input_ids"]).all():
+            readers.append(module)
+
+    tables = [m for m in p.model.modules() if isinstance(m, nn.Embedding)]
+    handles = [m.register_forward_hook(note) for m in tables]
+    p.closure()()
+    for handle in handles:
+        handle.remove()
+    assert [module for _, module in game_of(p).site.targets] == readers
+    assert len(readers) == 1
+
+
+def test_models_of_images_and_tables_are_perturbed_at_their_input() -> None:
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, num_labels=3,
+    )  # fmt: skip
+    vit = transformers.ViTForImageClassification(config)
+    table = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    images, rows = torch.randn(4, 3, 8, 8), torch.randn(4, 5)
+    closures = {
+        vit: lambda: vit(pixel_values=images, labels=torch.arange(4) % 3),
+        table: classify(table, rows),
+    }
+    for model, shape in ((vit, images.shape), (table, rows.shape)):
+        game = mixadv.Game(model, PLAY)
+        game.backward(closures[model])
+        assert game.site.names == ["input"]
+        assert game.strategy.points[0].shape == (1, *shape)
+        assert (game.strategy.points[0].flatten(2).norm(dim=-1) > 0).all()
+
+
+def test_a_model_of_ones_own_is_perturbed_at_its_only_embedding() -> None:
+    assert mixadv.Game(Bag("words"), PLAY).site.names == ["words"]
+    with pytest.raises(ValueError, match=r"2 embeddings.*'words', 'places'.*site="):
+        mixadv.Game(Bag("words", "places"), PLAY)
+
+
+def test_a_site_is_named_given_or_listed() -> None:
+    p = player("bert", rows=4)
+    layer = p.model.bert.encoder.layer[0]
+    by_name, by_object = (game_of(p, site) for site in ("bert.encoder.layer.0", layer))
+    assert by_name.site.targets == by_object.site.targets == [("bert.encoder.layer.0", layer)]
+    both = game_of(p, ["bert.embeddings.word_embeddings", layer])
+    both.backward(p.closure())
+    assert len(both.strategy.points) == 2
+    assert all((length > 0).all() for length in both.strategy.norms())
+    assert mixadv.Game(Bag("words", "places"), PLAY, site="input").site.names == ["input"]
+
+
+@pytest.mark.parametrize(
+    ("site", "error", "message"),
+    [
+        ("bert.encoder.layers.0", ValueError, r"no module named.*Did you mean 'bert.encoder.layer"),
+        ("", ValueError, "no module named"),
+        (nn.Linear(2, 2), ValueError, "not part of the model"),
+        ([], ValueError, "names no module"),
+        (3, TypeError, "got 3"),
+    ],
+)
+def test_a_site_that_is_not_there_is_refused(site: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        game_of(player("bert", rows=2), site)
+
+
+def test_a_site_that_is_never_called_or_returns_no_numbers_is_refused() -> None:
+    p = player("bart", rows=4)
+    with pytest.raises(mixadv.GameError, match="not called"):
+        game_of(p, "model.shared").backward(p.closure())
+    with pytest.raises(mixadv.GameError, match="floating-point tensor"):
+        game_of(p, "model").backward(p.closure())
+    assert not hooks(p.model)
+
+
+# What δ does -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama-causal"])
+def test_delta_is_added_to_the_embedding_and_to_nothing_else(family: str) -> None:
+    """Also where the output layer is tied to the embedding: only what is read is perturbed."""
+    p = player(family, rows=4)
+    without_dropout(p.model).double()
+    seen: list[Tensor] = []
+    if family == "gpt2":
+        p = p._replace(model=transformers.GPT2LMHeadModel(p.model.config).double())
+        assert p.model.lm_head.weight is p.model.transformer.wte.weight
+        without_dropout(p.model)
+
+    def closure() -> Any:
+        output = p.model(**inputs)
+        seen.append(output.logits.detach())
+        return output
+
+    inputs = {**p.batch, "labels": p.batch["input_ids"] if family == "gpt2" else p.batch["labels"]}
+    game = game_of(p)
+    game.backward(closure)
+    table = p.model.get_input_embeddings()
+    delta = game.unit * game.strategy.points[0][0]
+    assert delta.any()
+    inputs["inputs_embeds"] = table(inputs.pop("input_ids")) + delta
+    expected = p.model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+    torch.testing.assert_close(seen[-1], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_a_frozen_embedding_is_perturbed_and_stays_frozen(name: str) -> None:
+    p = player("bert", rows=4)
+    p.model.bert.requires_grad_(False)
+    base = torch.optim.SGD(p.model.classifier.parameters(), lr=0.1)
+    game = mixadv.wrap(base, p.model, mixadv.solver(name)).game
+    game.backward(p.closure())
+    assert all((length > 0).all() for length in game.strategy.norms())
+    assert not any(q.requires_grad or q.grad is not None for q in p.model.bert.parameters())
+    assert p.model.classifier.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_a_call_at_the_site_that_the_loss_ignores_is_no_obstacle(name: str) -> None:
+    """A second branch without gradients: a momentum target, features for a metric."""
+    model = Bag("words")
+    ids = torch.randint(0, VOCABULARY, (4, 5))
+    loss = classify(model, ids)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        model(ids.flip(0)).detach()
+        return loss()
+
+    game = mixadv.wrap(torch.optim.SGD(model.parameters()), model, mixadv.solver(name)).game
+    game.backward(closure)
+    assert len(game.strategy.points) == 2
+    assert model.head.weight.grad.any()
+
+
+# The mask ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_padding_is_never_perturbed(family: str, side: str) -> None:
+    p = player(family, rows=6, side=side)
+    game = game_of(p)
+    game.backward(p.closure())
+    assert_real_tokens_only(game.strategy.points[0], p.batch["attention_mask"])
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_no_solver_perturbs_padding_of_a_hidden_layer(name: str, norm: str) -> None:
+    p = player("bert", rows=6, side="left")
+    settings = {"temperature": 0.01, "particles": 2} if name == "mat" else {}
+    solver = mixadv.solver(name, norm=norm, **settings)
+    base = torch.optim.SGD(p.model.parameters())
+    game = mixadv.wrap(base, p.model, solver, site="bert.encoder.layer.0").game
+    game.backward(p.closure())
+    outside = p.batch["attention_mask"] == 0
+    assert not game.strategy.points[0][:, outside].any()
+    assert all((length > 0).all() for length in game.strategy.norms())
+
+
+def inner_encoder(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    hidden = model.bert(batch["input_ids"], attention_mask=batch["attention_mask"])
+    logits = model.classifier(hidden.pooler_output)
+    return F.cross_entropy(logits, batch["labels"]), logits
+
+
+def positional(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits
+    return F.cross_entropy(logits, batch["labels"]), logits
+
+
+@pytest.mark.parametrize("forward", [inner_encoder, positional])
+def test_the_mask_is_found_however_the_encoder_is_called(forward: Callable[..., Any]) -> None:
+    p = player("bert", rows=6)._replace(forward=forward)
+    # Not what the padding index would give: the mask goes first.
+    p.batch["attention_mask"][:, 1] = 0
+    game = game_of(p)
+    game.backward(p.closure())
+    assert_real_tokens_only(game.strategy.points[0], p.batch["attention_mask"])
+
+
+def test_without_a_mask_the_padding_index_tells_the_real_tokens() -> None:
+    ids = text_batch(6)["input_ids"]
+    for padding in (PAD, None):
+        model = Bag("words", padding=padding)
+        game = mixadv.Game(model, PLAY)
+        game.backward(classify(model, ids))
+        real = torch.ones_like(ids) if padding is None else ids != PAD
+        assert_real_tokens_only(game.strategy.points[0], real)
+
+
+# The unit ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("family", ["bert", "t5", "bart", "llama"])
+def test_the_unit_is_the_mean_length_of_a_real_tokens_output(
+    family: str, scaled: bool, side: str
+) -> None:
+    p = player(family, rows=6, side=side)
+    ids, mask = p.batch["input_ids"], p.batch["attention_mask"]
+    holder = p.model.get_encoder() if family in ("t5", "bart") else p.model
+    table = holder.get_input_embeddings()
+    if scaled:  # as BART with scale_embedding, and Gemma, do
+        table.register_forward_hook(lambda module, args, output: 4.0 * output)
+    by_hand = table(ids).detach().norm(dim=-1)[mask > 0].mean().item()
+    game = game_of(p)
+    assert game.explain(p.closure()).unit == pytest.approx(by_hand, rel=1e-6)
+    assert game.unit is None
+    game.backward(p.closure())
+    assert game.unit == pytest.approx(by_hand, rel=1e-6)
+    assert game.explain().radius == pytest.approx(PLAY.radius * by_hand, rel=1e-6)
+
+
+def test_a_scaled_embedding_is_measured_with_its_scale() -> None:
+    units = {}
+    for scaled in (False, True):
+        config = player("bart", rows=2).model.config
+        config.scale_embedding = scaled
+        torch.manual_seed(0)
+        model = transformers.BartForSequenceClassification(config)
+        batch = text_batch(4)
+        game = mixadv.Game(model, PLAY)
+        estimate = game.explain().unit
+        game.backward(lambda model=model, batch=batch: model(**batch))
+        units[scaled] = game.unit
+        assert estimate == pytest.approx(game.unit, rel=0.2)
+    assert units[True] == pytest.approx(4.0 * units[False], rel=1e-5)  # √16
+
+
+def test_the_unit_is_measured_once_and_saved() -> None:
+    p = player("bert", rows=4)
+    game = game_of(p)
+    game.backward(p.closure())
+    state = game.state_dict()
+    assert state["unit"] == game.unit
+    with torch.no_grad():
+        p.model.get_input_embeddings().weight.mul_(10)
+    other = game_of(p)
+    other.load_state_dict(state)
+    for each in (game, other):
+        each.backward(p.closure())
+        assert each.unit == state["unit"]
+    assert game_of(p, solver=mixadv.PGD(unit="absolute")).scale == 1.0
+
+
+# Packed batches ----------------------------------------------------------------------------------
+
+
+def packed(solver: mixadv.Solver) -> None:
+    p = player("llama-causal", rows=2)
+    ids = torch.randint(10, VOCABULARY, (1, 8))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    mixadv.Game(p.model, solver).backward(
+        lambda: p.model(input_ids=ids, position_ids=positions, labels=ids)
+    )
+
+
+def test_packed_batches_are_refused_where_a_row_is_taken_for_a_sample() -> None:
+    with pytest.raises(mixadv.GameError, match=r"packed.*per='token'"):
+        packed(mixadv.FreeLB())
+    packed(mixadv.FreeLB(per="token"))
+
+
+@pytest.mark.parametrize("fill", [0, 1])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_positions_counted_over_real_tokens_are_not_taken_for_packing(side: str, fill: int) -> None:
+    p = player("llama-causal", rows=4, side=side)
+    mask = p.batch["attention_mask"]
+    p.batch["position_ids"] = (mask.cumsum(-1) - 1).masked_fill(mask == 0, fill)
+    assert game_of(p).backward(p.closure()).radius > 0
+
+
+# Hooks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", [None, "input", "bert.encoder.layer.0"])
+def test_no_hook_outlives_a_round(site: str | None) -> None:
+    p = player("vision" if site == "input" else "bert", rows=4)
+    game = game_of(p, site)
+    during: list[int] = []
+
+    def closure() -> Any:
+        during.append(len(hooks(p.model)))
+        return p.forward(p.model, p.batch)
+
+    game.explain(closure)
+    assert not hooks(p.model)
+    game.backward(closure)
+    assert max(during) > 0
+    assert not hooks(p.model)
+    raised = len(during) + 1
+
+    def failing() -> Any:
+        if len(during) >= raised:
+            raise RuntimeError("in the middle of a round")
+        return closure()
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        game.backward(failing)
+    assert not hooks(p.model)
+
+
+def test_evaluation_and_generation_do_not_see_the_adversary() -> None:
+    p = player("llama-causal", rows=4, side="left")
+    p.model.eval()
+    prompt = {k: p.batch[k] for k in ("input_ids", "attention_mask")}
+
+    def outputs() -> list[Tensor]:
+        with torch.no_grad():
+            made = p.model.generate(**prompt, max_new_tokens=4, do_sample=False, pad_token_id=PAD)
+            return [made, p.model(**prompt).logits]
+
+    before = outputs()
+    game = game_of(p)
+    game.backward(p.closure())
+    torch.testing.assert_close(outputs(), before, rtol=0, atol=0)
+    with torch.no_grad():
+        plain = p.closure()().loss
+        assert torch.equal(game.loss(p.closure()), plain)
