@@ -167,7 +167,7 @@ def _mean_length(game: Game, lengths: list[Tensor]) -> float:
         total = total.to(device=device, dtype=torch.float32)
         dist.all_reduce(total)
     length = float(total[0] / total[1])
-    if not math.isfinite(length) or length == 0:
+    if (not math.isfinite(length) or length == 0) and game.solver.unit == "site":
         raise GameError(
             f"The mean norm at the site {game.site.names} is {length}, so a relative radius means "
             "nothing there. Give lengths with unit='absolute'."
@@ -250,7 +250,7 @@ def _check_noise_floor(game: Game, stage: Stage, zero: Reading) -> None:
     they differ by rounding; the gradient of a loss needs no such difference.
     """
     solver = game.solver
-    if solver.initial_size == 0:
+    if solver.initial_size == 0 or solver.radius == 0:
         return
     noise = Noise(game.seed)
     noise.begin("noise floor", 0)
@@ -270,7 +270,7 @@ def _check_noise_floor(game: Game, stage: Stage, zero: Reading) -> None:
         warnings.warn(
             f"{type(solver).__name__} starts below the noise floor: δ of size "
             f"{solver.initial_size:g} (start_size, or radius={solver.radius}) moves the "
-            f"predictions by {change:.2g}, rounding alone by {floor:.2g}, so what the adversary sees "
+            f"predictions by {change:.2g}, rounding alone by {floor:.2g}: what the adversary sees "
             "is largely noise. Enlarge them, or compute in a wider number format.",
             stacklevel=6,
         )

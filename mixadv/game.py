@@ -213,7 +213,7 @@ class Game:
             payoff=stage.payoff,
             radius=radius,
             entropy=entropy,
-            nonfinite=stage.nonfinite,
+            nonfinite=torch.stack([x.sum() for x in stage.fallen]).sum() if stage.fallen else None,
             forwards=stage.forwards,
             delta_backwards=stage.delta_backwards,
             theta_backwards=stage.theta_backwards,

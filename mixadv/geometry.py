@@ -30,6 +30,10 @@ def _safe(divisor: Tensor) -> Tensor:
     return torch.where(divisor > 0, divisor, torch.ones_like(divisor))
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def norms(x: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
     """Return the norm of each group, shaped to broadcast against `x`.
 
@@ -48,13 +52,13 @@ def norms(x: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
         >>> norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
         [[5.0], [0.0]]
     """
-    largest = _largest(x, per)
+    largest = _largest(_wide(x), per)
     if norm == "linf":
-        return largest
+        return largest.to(x.dtype)
     scaled = x / _safe(largest)
     if norm == "l1":
-        return largest * scaled.abs().sum(_dims(x, per), keepdim=True)
-    return largest * scaled.square().sum(_dims(x, per), keepdim=True).sqrt()
+        return (largest * scaled.abs().sum(_dims(x, per), keepdim=True)).to(x.dtype)
+    return (largest * scaled.square().sum(_dims(x, per), keepdim=True).sqrt()).to(x.dtype)
 
 
 def unit(g: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
@@ -63,8 +67,8 @@ def unit(g: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
     In L∞ this keeps the proportions of the gradient, unlike its sign: what the released code of
     FreeLB and MAT computes.
     """
-    scaled = g / _safe(_largest(g, per))
-    return scaled / _safe(norms(scaled, norm, per))
+    scaled = _wide(g) / _safe(_largest(_wide(g), per))
+    return (scaled / _safe(norms(scaled, norm, per))).to(g.dtype)
 
 
 def steepest(g: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
@@ -115,14 +119,14 @@ def onto_sphere(x: Tensor, radius: float, norm: Norm = "l2", per: Per = "sample"
 
 
 def _onto_l1_sphere(x: Tensor, radius: float, per: Per) -> Tensor:
-    flat = x if per == "token" else x.flatten(1)
-    scale = _safe(_largest(flat, "token"))
-    magnitudes = (flat / scale).abs()
-    radius_ = radius / scale
-    ordered = magnitudes.sort(-1, descending=True).values
-    ranks = torch.arange(1, flat.shape[-1] + 1, device=x.device, dtype=x.dtype)
-    thresholds = (ordered.cumsum(-1) - radius_) / ranks
-    # Rounding can leave no coordinate above its threshold when the radius is tiny: keep one.
-    kept = (ordered > thresholds).sum(-1, keepdim=True).clamp(min=1)
-    shrunk = (magnitudes - thresholds.gather(-1, kept - 1)).clamp(min=0)
-    return (radius * unit(shrunk, "l1", "token") * flat.sign()).view_as(x)
+    flat = _wide(x if per == "token" else x.flatten(1))
+    magnitudes = flat.abs()
+    # Distances below the largest entry, in radii: no cancellation at any scale, and what lies
+    # more than one radius below is never kept.
+    below = ((_largest(flat, "token") - magnitudes) / (radius or 1.0)).clamp(max=1)
+    ordered = below.sort(-1).values
+    ranks = torch.arange(1, flat.shape[-1] + 1, device=x.device, dtype=flat.dtype)
+    depths = (1 + ordered.cumsum(-1)) / ranks
+    kept = (ordered < depths).sum(-1, keepdim=True).clamp(min=1)  # a row of NaN keeps none
+    shrunk = (depths.gather(-1, kept - 1) - below).clamp(min=0)
+    return (radius * unit(shrunk, "l1", "token") * flat.sign()).view_as(x).to(x.dtype)

@@ -16,7 +16,7 @@ class Outcome:
         payoff: the adversary's payoff at the last points where it was evaluated.
         radius: mean norm of the δ played, in the solver's norm and in units of the site.
         entropy: entropy of the strategy played in nats, 0 for a pure one.
-        nonfinite: samples whose δ fell back to 0 because of a non-finite gradient.
+        nonfinite: samples whose δ fell back to 0 at some step, for a gradient that is not finite.
         forwards: runs of the closure.
         delta_backwards: backwards with respect to δ alone.
         theta_backwards: backwards that build the learner's gradients.

@@ -53,7 +53,7 @@ class Stage:
         self.played: Strategy | None = None
         self.payoff: Tensor | None = None
         self.first_loss: Tensor | None = None
-        self.nonfinite: Tensor | None = None
+        self.fallen: list[Tensor] = []
         self.forwards = self.delta_backwards = self.theta_backwards = 0
         self._clean: Reading | None = None
         self._incoming: Tensor | None = None
@@ -96,6 +96,8 @@ class Stage:
         with self.frozen():
             values, gradients = (route or routes.ROUTES[ascent.route])(self, q, gains)
         self.delta_backwards += q.size
+        # A payoff that is not finite belongs to a δ that falls back to 0, where a divergence is 0.
+        values = torch.where(values.isfinite(), values, torch.zeros_like(values))
         scalar = target is None and values.shape[1] == 1
         self.payoff = (q.weights * values).sum(0).mean() / (self._samples if scalar else 1)
         return values, gradients
@@ -111,11 +113,10 @@ class Stage:
         """
         if gradients is None:
             gradients = [self._own_gradient(point) for point in q.points]
-        for gradient in gradients:
-            bad = ~gradient.flatten(2).isfinite().all(2)
-            count = bad.sum()
-            self.nonfinite = count if self.nonfinite is None else self.nonfinite + count
-        return q.move(gradients, ascent, self.game.noise)
+        q, fallen = q.move(gradients, ascent, self.game.noise)
+        before = self.fallen or fallen
+        self.fallen = [old | new for old, new in zip(before, fallen, strict=True)]
+        return q
 
     def ascend(self, payoff: str | Divergence, ascent: Ascent) -> Strategy:
         """Return where the ascent ends after its K steps, detached."""

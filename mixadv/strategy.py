@@ -97,19 +97,24 @@ class Strategy:
         """Return the same points with other log-weights."""
         return self._with(self.points, log_weights)
 
-    def move(self, gradients: list[Tensor], ascent: Ascent, draw: Draw) -> "Strategy":
+    def move(
+        self, gradients: list[Tensor], ascent: Ascent, draw: Draw
+    ) -> tuple["Strategy", list[Tensor]]:
         """Return the points after one move of the ascent, as leaves that require grad.
 
-        A sample with a non-finite gradient falls back to δ = 0, decided on the device.
+        A sample whose gradient or step is not finite falls back to δ = 0, decided on the device;
+        which ones did is returned too, per call at the site as `[B]`.
         """
-        moved = []
+        moved, fallen = [], []
         for point, gradient, mask in zip(self.points, gradients, self.masks, strict=True):
             flat, slope = point.detach().flatten(0, 1), gradient.flatten(0, 1)
-            finite = slope.flatten(1).isfinite().all(1).view(-1, *[1] * (flat.dim() - 1))
             new = ascent.move(flat, slope, _repeat(mask, self.size), draw)
+            finite = (slope.isfinite() & new.isfinite()).flatten(1).all(1)
+            fallen.append(~finite.view(self.size, -1).all(0))
+            finite = finite.view(-1, *[1] * (flat.dim() - 1))
             new = torch.where(finite, new, torch.zeros_like(new))
             moved.append(new.view_as(point).requires_grad_())
-        return self._with(moved)
+        return self._with(moved), fallen
 
     def mean(self) -> "Strategy":
         """Return the pure strategy at the mean Σ_m w_m δ_m, inside any convex set they lie in."""

@@ -290,6 +290,25 @@ def test_a_site_in_a_reentrant_checkpoint_is_never_silently_wrong(name: str, sit
     assert_same_rounds(*rounds)
 
 
+def test_a_round_that_fails_leaves_no_hooks_behind() -> None:
+    model = Encoder("non-reentrant")
+    game = wrapped(model, "freelb", site="blocks.0.linear").game
+    game.backward(call := closure(model))
+    runs: list[int] = []
+
+    def failing() -> Any:
+        runs.append(1)
+        if len(runs) == 2:
+            raise RuntimeError("in the second pass")
+        return call()
+
+    for play_round in (game.backward, game.loss):
+        runs.clear()
+        with pytest.raises(RuntimeError, match="in the second pass") as caught:
+            play_round(failing)
+        assert not hooks(model), caught
+
+
 # With the weights frozen, a checkpoint before the head has no input that requires grad.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("site", [None, "head"])

@@ -143,7 +143,7 @@ def test_any_gradient_leaves_delta_in_its_ball_and_off_padding(ascent, dtype, gr
     for scale in (None, *gradients):
         if scale is not None:
             gradient = torch.randn_like(q.points[0]) * torch.tensor(scale).view(3, 1, 1)
-            q = q.move([gradient], ascent, noise)
+            q, _ = q.move([gradient], ascent, noise)
         assert q.points[0].dtype == torch.promote_types(dtype, torch.float32)
         for point in q.points[0]:
             assert_inside(point, mask, ascent.radius, ascent.norm, ascent.per)

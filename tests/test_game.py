@@ -63,6 +63,8 @@ def test_step_backward_and_loss_deliver_the_same_gradient(name: str, reduction: 
             loss.backward()
             objectives.append(loss.detach())
         else:
+            for parameter in player.model.parameters():
+                parameter.grad = torch.ones_like(parameter)  # of an earlier batch: not this step's
             objectives.append(optimizer.step(player.closure()))
         results[how] = caught or gradients(player)
         states.append([fingerprint(player.model)["buffers"], torch.get_rng_state(), game.round])
@@ -70,6 +72,7 @@ def test_step_backward_and_loss_deliver_the_same_gradient(name: str, reduction: 
         torch.testing.assert_close(results[how], results["backward"], **CLOSE)
     torch.testing.assert_close(objectives, [objectives[0]] * 3, **CLOSE)
     assert_same(states, [states[0]] * 3)
+    assert states[0][-1] == 1
     assert results["loss"]["unused.weight"] is results["backward"]["unused.weight"] is None
     assert all(results["loss"][f"{layer}.weight"].any() for layer in ("embedding", "head"))
 
@@ -165,21 +168,23 @@ def test_without_gradients_the_loss_is_plain_and_nobody_plays(name: str):
     assert_same(fingerprint(player.model, optimizer), found)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
 @each_solver
-def test_a_round_leaves_what_one_forward_leaves(name: str):
+def test_a_round_leaves_what_one_forward_leaves(name: str, fresh: bool):
     """Random state and BatchNorm statistics move as by one plain forward per optimizer step."""
-    for rounds in range(1, 4):
-        optimizer, player = start(replace(SOLVERS[name], radius=0.0))  # every pass a plain one
+    solver = replace(SOLVERS[name], radius=0.0, fresh_dropout=fresh)  # every pass a plain one
+    for rounds in (1, 2, 4):
+        optimizer, player = start(solver)
         optimizer.base.param_groups[0]["lr"] = 0.0
         plain = player._replace(model=copy.deepcopy(player.model))
         found = torch.get_rng_state()
         for r in range(rounds):
-            player.model.train(r != 1)  # evaluation mode in the second
+            player.model.train(r != 2)  # evaluation mode in the third
             optimizer.step(player.closure())
         left = torch.get_rng_state()
         torch.set_rng_state(found)
         for r in range(rounds):
-            plain.model.train(r != 1)
+            plain.model.train(r != 2)
             plain.closure()()
         assert_same(left, torch.get_rng_state())
         assert_same(dict(player.model.named_buffers()), dict(plain.model.named_buffers()))

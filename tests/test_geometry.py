@@ -93,13 +93,25 @@ def test_steepest_direction_attains_the_dual_norm(g, norm, per):
     np.testing.assert_allclose(ascent, lengths(g, DUAL[norm], per), rtol=2e-6)
 
 
-@given(points(), radii, norms, pers)
-def test_projection_is_the_nearest_point_of_the_ball(x, radius, norm, per):
+def assert_nearest(x, radius, norm, per):
     result = geometry.project(x, radius, norm, per)
     assert result.shape == x.shape
     expected = np.stack([nearest_in_ball(row, radius, norm) for row in groups(x, per)])
     scale = min(radius, float(x.abs().max()))
     np.testing.assert_allclose(groups(result, per), expected, rtol=2e-6, atol=2e-6 * scale)
+
+
+@given(points(), radii, norms, pers)
+def test_projection_is_the_nearest_point_of_the_ball(x, radius, norm, per):
+    assert_nearest(x, radius, norm, per)
+
+
+@pytest.mark.parametrize("per", PERS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_projection_of_many_points_inside_and_outside_the_ball(norm, per):
+    x = torch.randn(40, 3, 5) * torch.linspace(0.1, 2, 40).view(-1, 1, 1)
+    for radius in (0.2, 1.0, 3.0):
+        assert_nearest(x, radius, norm, per)
 
 
 @given(points(dtypes=[torch.float64]), st.sampled_from([1e-3, 0.3, 1.0, 1e4]), norms, pers)

@@ -1,6 +1,5 @@
 """A round that breaks, wherever it breaks, leaves nothing behind, and the next one plays."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -168,17 +167,20 @@ def test_an_interrupted_round_leaves_no_trace(
         assert all(t.isfinite().all() for t in (*model.parameters(), *gradients))
         if how != "step" and not run.delivered:
             assert_same(left["gradients"], found["gradients"])
-        if run.steps:  # the learner has moved: the next round is another one, and plays
+        if run.steps:  # the learner has moved: back to its copy of θ_t, and a round from there
+            assert_same(run.state()[0], state[0])
             assert run.train()[0].isfinite()
+            learner = run.optimizer.state_dict()["mixadv"]["learner"]
+            assert learner is None or learner["position"] == 0
         else:
             assert_same(run.state(), state)
             assert_same([run.train(), run.state()], undisturbed(name, how, rounds))
 
 
 @pytest.mark.parametrize("how", ["step", "backward", "loss"])
-@pytest.mark.parametrize("after", [0, 1])
-def test_a_solvers_play_is_closed_wherever_it_or_its_round_ends(how: str, after: int):
-    """The `finally` of a play runs: it fails, the caller fails, or the round ends at a step."""
+@pytest.mark.parametrize("broken", ["play", "backward", "nothing"])
+def test_a_solvers_play_is_closed_wherever_its_round_ends(how: str, broken: str):
+    """Its `finally` runs when it fails, when the loop around it fails, and at the step."""
     ended = []
 
     @dataclass(frozen=True, kw_only=True)
@@ -187,8 +189,10 @@ def test_a_solvers_play_is_closed_wherever_it_or_its_round_ends(how: str, after:
 
         def play(self, stage: mixadv.Stage) -> Any:
             try:
-                yield stage.loss()
-                fault()
+                loss = stage.loss()
+                loss.register_hook(Fault(1 if broken == "backward" else None))
+                yield loss
+                Fault(1 if broken == "play" else None)()
                 yield mixadv.Step(stage.loss(stage.start(self)))
                 yield mixadv.Step(stage.loss())
             finally:
@@ -196,15 +200,17 @@ def test_a_solvers_play_is_closed_wherever_it_or_its_round_ends(how: str, after:
 
     player = small()
     optimizer = mixadv.wrap(SGD(player.model.parameters(), lr=0.1), player.model, Own())
-    play = {"step": optimizer.step} | {h: getattr(optimizer.game, h) for h in ("backward", "loss")}
-    fault = Fault(after)
+    play = optimizer.step if how == "step" else getattr(optimizer.game, how)
     found = fingerprint(player.model)
-    with pytest.raises(BrokenError) if after else contextlib.nullcontext():
-        play[how](player.closure())
-    assert ended == [True]
-    if after:
-        left = fingerprint(player.model)
-        assert_same([left[key] for key in RESTORED], [found[key] for key in RESTORED])
+    if broken == "nothing":
+        play(player.closure())
+        assert ended == [True]
+        return
+    with pytest.raises(BrokenError) as caught:
+        play(player.closure())
+    assert ended == [True], caught.tb  # which holds on to the frames
+    left = fingerprint(player.model)
+    assert_same([left[key] for key in RESTORED], [found[key] for key in RESTORED])
 
 
 class Checkpointed(nn.Module):

@@ -90,7 +90,7 @@ class Counter:
         self.clear()
 
     def clear(self) -> None:
-        self.forwards, self.passes = 0.0, 0
+        self.forwards, self.passes, self.frozen = 0.0, 0, 0
         self.seen: set[tuple[int, int]] = set()
         self.theta: set[int] = set()
 
@@ -99,6 +99,7 @@ class Counter:
         self.rows = self.rows or len(logits)
         self.forwards += len(logits) / self.rows
         self.passes += 1
+        self.frozen += not any(p.requires_grad for p in model.parameters())
         if logits.requires_grad:
             number = self.passes
             logits.register_hook(lambda _: self.seen.add((task(), number)))
@@ -151,6 +152,7 @@ def test_passes_of_a_step_are_those_of_the_table(name: str, data: st.DataObject)
         assert counter.cost(len(steps)) == TABLE[name](solver)
         assert reported(optimizer.outcome) == reported(explained) == TABLE[name](solver)
         assert counter.branches == explained.branches
+        assert counter.frozen == explained.delta_backwards, "activations for θ are kept in vain"
 
 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)

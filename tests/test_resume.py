@@ -77,16 +77,8 @@ class Run:
         return self
 
     def state(self) -> list[Any]:
-        game = self.optimizer.game
-        kept = [] if game.learner is None or not game.learner.samples else game.learner_samples
-        strategy = None if game.strategy is None else game.strategy.state_dict()
-        return [
-            self.player.model.state_dict(),
-            copy.deepcopy(self.optimizer.state_dict()),
-            kept,
-            strategy,
-            torch.get_rng_state(),
-        ]
+        state = [self.player.model.state_dict(), self.optimizer.state_dict()]
+        return [*copy.deepcopy(state), torch.get_rng_state()]
 
 
 @pytest.mark.parametrize("how", ["step", "backward", "loss"])
@@ -95,9 +87,10 @@ def test_resumed_is_uninterrupted(name: str, how: str, tmp_path: Path):
     for saved_after in (3, 4):
         whole = Run(SOLVERS[name], seed=0).rounds(saved_after, how)
         whole.save(tmp_path / "checkpoint")
+        saved = whole.state()
         whole.rounds(ROUNDS - saved_after, how)
-        torch.manual_seed(99)
         resumed = Run(SOLVERS[name], seed=5).load(tmp_path / "checkpoint")
+        assert_same(resumed.state(), saved)
         resumed.rounds(ROUNDS - saved_after, how)
         assert_same(resumed.trace, whole.trace[saved_after:])
         assert_same(resumed.state(), whole.state())
@@ -119,11 +112,10 @@ def test_a_learner_round_is_resumed_in_its_middle(how: str, tmp_path: Path):
     assert not torch.allclose(*weights)
 
 
-@pytest.mark.parametrize("family", ["bert", "t5"])
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
-def test_transformers_resume(name: str, family: str, tmp_path: Path):
+def test_transformers_resume(name: str, tmp_path: Path):
     def build(seed: int = 0) -> Player:
-        return player(family, rows=6, seed=seed)
+        return player("t5", rows=6, seed=seed)
 
     whole = Run(SOLVERS[name], 0, build).rounds(2)
     whole.save(tmp_path / "checkpoint")
@@ -133,9 +125,9 @@ def test_transformers_resume(name: str, family: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_checkpoint_loaded_back_into_its_run_changes_nothing(name: str, tmp_path: Path):
+def test_a_checkpoint_loaded_back_into_its_run_changes_nothing(name: str):
     """Frameworks load an optimizer's own live state into it while preparing it."""
-    run, untouched = Run(SOLVERS[name], seed=0).rounds(3, "loss"), None
+    run = Run(SOLVERS[name], seed=0).rounds(3, "loss")
     run.optimizer.load_state_dict(run.optimizer.state_dict())
     run.rounds(3, "loss")
     untouched = Run(SOLVERS[name], seed=0).rounds(6, "loss")
@@ -183,12 +175,12 @@ def test_the_unit_of_lengths_stays_that_of_the_first_round():
     assert resumed.rounds(1).optimizer.game.unit == unit
 
 
-@pytest.mark.parametrize(("why", "words"), [("another solver", "PGD"), ("a weight less", "holds")])
+@pytest.mark.parametrize(("why", "words"), [("another solver", "PGD"), ("another model", "holds")])
 def test_a_checkpoint_that_does_not_fit_changes_nothing(why: str, words: str):
     solver = mixadv.MAT(samples=1)
     state = copy.deepcopy(Run(solver, seed=0).rounds(2).optimizer.state_dict())
-    if why == "a weight less":
-        del state["mixadv"]["learner"]["average"][0]
+    if why == "another model":
+        state["mixadv"]["learner"]["average"][0] = torch.zeros(3)
     run = Run(mixadv.PGD() if why == "another solver" else solver, seed=1).rounds(1)
     before = run.state()
     with pytest.raises(ValueError, match=f"checkpoint.*{words}"):

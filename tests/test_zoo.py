@@ -168,3 +168,34 @@ def test_the_form_in_which_a_model_returns_its_loss_does_not_matter(
         seen.append(gradients(p.model))
     assert seen[0]
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-9, atol=1e-12)
+
+
+class Twice(nn.Module):
+    """One layer registered under two names, as shared encoders and stacks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8)] * 2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_a_layer_registered_twice_keeps_its_weights_and_learns(name: str) -> None:
+    model, ids, labels = Twice(), torch.randint(0, 20, (4, 5)), torch.arange(4) % 3
+    settings = {"samples": 2} if name == "mat" else {}
+    optimizer = build(Player(model, {}, lambda *_: None), name, **settings)
+    held, before = model.layers[0].weight, model.layers[0].weight.clone()
+    for _ in range(2):
+        optimizer.step(lambda: (F.cross_entropy(logits := model(ids), labels), logits))
+    if name == "mat":
+        optimizer.game.mixture(lambda: model(ids))
+    assert model.layers[0].weight is model.layers[1].weight is held
+    assert held.requires_grad
+    assert not torch.equal(held, before)
