@@ -101,8 +101,8 @@ def test_one_particle_without_noise_and_damping_is_smart_bit_for_bit(steps, play
         objectives = [optimizer.step(bert.closure()) for _ in range(3)]
         return [*objectives, *bert.model.parameters()]
 
-    smart = trained(mixadv.SMART(steps=steps, proximal=0.0))
-    mat = trained(mixadv.MAT(**PLAIN, steps=steps, play_as=play_as))
+    smart = trained(mixadv.SMART(steps=steps, step_size=0.1, proximal=0.0))
+    mat = trained(mixadv.MAT(**PLAIN, steps=steps, step_size=0.1, play_as=play_as))
     assert all(torch.equal(a, b) for a, b in zip(smart, mat, strict=True))
 
 

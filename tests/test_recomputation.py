@@ -342,4 +342,5 @@ def test_without_an_adversary_it_is_plain_training(solver):
 
 @pytest.mark.parametrize("solver", NOISE.values(), ids=NOISE)
 def test_without_ascent_it_is_training_at_the_random_start(solver):
-    torch.testing.assert_close(after(solver), after(mixadv.UniformNoise()), rtol=0, atol=1e-13)
+    noise = mixadv.UniformNoise(radius=solver.radius)
+    torch.testing.assert_close(after(solver), after(noise), rtol=0, atol=1e-13)

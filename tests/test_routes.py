@@ -73,8 +73,9 @@ def trained(p: Player, closure: Any, **settings: Any) -> list[Any]:
     solver = MAT(particles=3, steps=2, temperature=0.01, start_size=0.1, **settings)
     optimizer = wrapped(p, solver)
     losses = [optimizer.step(closure) for _ in range(2)]
-    strategy = optimizer.game.strategy
-    return [losses, list(p.model.parameters()), strategy.log_weights, strategy.points]
+    strategy, outcome = optimizer.game.strategy, optimizer.outcome
+    counts = [outcome.forwards, outcome.delta_backwards, outcome.theta_backwards]
+    return [counts, losses, list(p.model.parameters()), strategy.log_weights, strategy.points]
 
 
 @pytest.mark.parametrize("payoff", ["loss", "symmetric_kl", "js"])
@@ -257,4 +258,4 @@ def test_routes_agree_where_a_prediction_has_several_rows():
     one = run("sequential")
     for route in ("vmap", "stack"):
         torch.testing.assert_close(run(route), one, **CLOSE)
-    assert one[2].shape == (3, 2)
+    assert one[3].shape == (3, 2)

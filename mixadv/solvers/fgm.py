@@ -32,6 +32,7 @@ class FGM(Solver):
     paper: ClassVar[str] = "Miyato et al. 2017, arXiv:1605.07725"
     summary: ClassVar[str] = "clean loss plus the loss at one gradient step"
 
+    radius: float | None = 0.1
     start: Start = "zero"
     projection: Projection = "sphere"
 

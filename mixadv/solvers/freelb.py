@@ -32,6 +32,8 @@ class FreeLB(Solver):
     summary: ClassVar[str] = "the loss averaged along the ascent, δ's gradient for free"
 
     steps: int = 3
+    step_size: float = 0.05
+    radius: float | None = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -60,7 +60,7 @@ class MAT(Solver):
     summary: ClassVar[str] = "mixed strategies for both players by mirror descent and Langevin"
     mixed: ClassVar[bool] = True
 
-    steps: int = 3
+    steps: int = 2
     start: Start = "normal"
     start_size: float | None = 0.01
     mirror_step: float = 1.0

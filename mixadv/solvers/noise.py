@@ -32,6 +32,7 @@ class UniformNoise(Solver):
     summary: ClassVar[str] = "the loss at uniform noise: the random adversary"
 
     steps: int = 0
+    radius: float | None = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

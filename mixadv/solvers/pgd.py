@@ -37,6 +37,8 @@ class PGD(Solver):
     summary: ClassVar[str] = "the loss at the end of K projected gradient steps"
 
     steps: int = 3
+    step_size: float = 0.05
+    radius: float | None = 0.1
     payoff: str | Divergence = "loss"
 
     def __post_init__(self) -> None:

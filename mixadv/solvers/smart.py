@@ -44,6 +44,7 @@ class SMART(Solver):
     paper: ClassVar[str] = "Jiang et al. 2020, arXiv:1911.03437"
     summary: ClassVar[str] = "task loss plus worst-case divergence, proximal to an EMA teacher"
 
+    step_size: float = 0.2
     start: Start = "normal"
     start_size: float | None = 0.01
     smoothness: float = 1.0
