@@ -297,10 +297,11 @@ def test_a_round_that_fails_leaves_no_hooks_behind() -> None:
     runs: list[int] = []
 
     def failing() -> Any:
+        result = call()
         runs.append(1)
         if len(runs) == 2:
             raise RuntimeError("in the second pass")
-        return call()
+        return result
 
     for play_round in (game.backward, game.loss):
         runs.clear()

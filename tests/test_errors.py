@@ -302,8 +302,8 @@ CLOSURES: dict[str, Case] = {
         lambda s: s.returns(lambda a, b: a / 0),
         ("inf", "before any adversary", "labels"),
     ),
-    "no_grad": (PGD, lambda s: torch.no_grad()(s.good), ("does not depend", "no_grad")),
-    "detached": (PGD, lambda s: s.returns(lambda a, b: a.detach()), ("does not depend", "detach")),
+    "no_grad": (PGD, lambda s: torch.no_grad()(s.good), ("loss", "no_grad")),
+    "detached": (PGD, lambda s: s.returns(lambda a, b: a.detach()), ("loss", "detached")),
     "frozen parameters": (PGD, frozen, ("does not depend", "parameters are frozen")),
     "a loss of its own": (
         PGD,

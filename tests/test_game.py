@@ -305,7 +305,7 @@ def test_a_gradient_that_is_not_finite_falls_back_to_no_perturbation():
     x = torch.rand(4, 3).add(0.5)
     x[2] = 0.0
     model, labels = Root(), torch.tensor([0, 1, 0, 1])
-    game = Game(model, PGD(start="zero", steps=1, radius=0.1, unit="absolute"))
+    game = Game(model, PGD(start="zero", steps=1, step_size=0.1, radius=0.1, unit="absolute"))
     outcome = game.backward(lambda: F.cross_entropy(model(x), labels))
     lengths = game.strategy.norms()[0].flatten()
     torch.testing.assert_close(lengths, torch.tensor([0.1, 0.1, 0.0, 0.1]))

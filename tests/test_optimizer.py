@@ -407,7 +407,9 @@ def test_the_trainer_accumulates_micro_batches_as_one_batch(tmp_path: Path):
         p = player("bert", rows=8)
         without_dropout(p.model)
         base = SGD(p.model.parameters(), lr=0.1)
-        optimizer = mixadv.wrap(base, p.model, mixadv.PGD(start="zero", unit="absolute"))
+        optimizer = mixadv.wrap(
+            base, p.model, mixadv.PGD(start="zero", radius=0.2, unit="absolute")
+        )
 
         class Playing(Trainer):
             loss_is_scaled_for_ga = False

@@ -111,6 +111,22 @@ def test_gradients_under_autocast_are_those_of_full_precision_within_rounding(na
     assert F.cosine_similarity(*seen, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("name", ["pgd", "smart", "mat"])
+def test_a_divergence_of_ones_own_is_computed_in_fp32(name: str) -> None:
+    modes: list[bool] = []
+
+    def distance(perturbed: Tensor, clean: Tensor) -> Tensor:
+        modes.append(torch.is_autocast_enabled("cpu"))
+        return ((perturbed - clean) @ torch.eye(3, dtype=clean.dtype)).square().sum(-1)
+
+    model = Bag()
+    key = "payoff" if name == "pgd" else "divergence"
+    with bf16():
+        outcome = wrapped(model, name, **{key: distance}).game.backward(classify(model))
+    assert not any(modes)
+    assert outcome.payoff.dtype == torch.float32
+
+
 # Low-precision models ----------------------------------------------------------------------------
 
 

@@ -216,25 +216,28 @@ def test_no_solver_perturbs_padding_of_a_hidden_layer(name: str, norm: str) -> N
     assert all((length > 0).all() for length in game.strategy.norms())
 
 
-def inner_encoder(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    hidden = model.bert(batch["input_ids"], attention_mask=batch["attention_mask"])
-    logits = model.classifier(hidden.pooler_output)
-    return F.cross_entropy(logits, batch["labels"]), logits
+class Masked(Bag):
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head((self.words(ids) * attention_mask[..., None]).mean(1))
 
 
-def positional(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    logits = model(batch["input_ids"], batch["attention_mask"]).logits
-    return F.cross_entropy(logits, batch["labels"]), logits
+@pytest.mark.parametrize("how", ["inner encoder", "by position"])
+def test_the_mask_is_found_however_the_encoder_is_called(how: str) -> None:
+    p = player("bert", rows=6)
+    ids, mask, labels = (p.batch[k] for k in ("input_ids", "attention_mask", "labels"))
+    mask[:, 1] = 0  # not what a padding index would give: the mask goes first
+    model = p.model if how == "inner encoder" else Masked("words", padding=PAD)
 
+    def closure() -> tuple[Tensor, Tensor]:
+        if how == "by position":
+            logits = model(ids, mask)
+        else:
+            logits = model.classifier(model.bert(ids, attention_mask=mask).pooler_output)
+        return F.cross_entropy(logits, labels), logits
 
-@pytest.mark.parametrize("forward", [inner_encoder, positional])
-def test_the_mask_is_found_however_the_encoder_is_called(forward: Callable[..., Any]) -> None:
-    p = player("bert", rows=6)._replace(forward=forward)
-    # Not what the padding index would give: the mask goes first.
-    p.batch["attention_mask"][:, 1] = 0
-    game = game_of(p)
-    game.backward(p.closure())
-    assert_real_tokens_only(game.strategy.points[0], p.batch["attention_mask"])
+    game = mixadv.Game(model, PLAY)
+    game.backward(closure)
+    assert_real_tokens_only(game.strategy.points[0], mask)
 
 
 def test_without_a_mask_the_padding_index_tells_the_real_tokens() -> None:
