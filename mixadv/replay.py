@@ -94,25 +94,28 @@ class Replay:
 
 
 class Buffers:
-    """Buffers that forward passes change (running statistics), found by their version counters.
+    """Buffers that forward passes change, such as running statistics.
+
+    They are found by value: batch normalisation does not touch the version counters of its own.
 
     Args:
         model: whose buffers are watched.
         slots: the (module, name) pairs to watch, as `changed()` of an earlier round returned them;
-            None watches all (a copy of each, so only until it is known which ones change).
+            None watches and compares all (so only until it is known which ones change).
     """
 
     def __init__(self, model: nn.Module, slots: list[Slot] | None = None) -> None:
+        self.known = slots is not None
         if slots is None:
             named = [(m, n, b) for m in model.modules() for n, b in m._buffers.items()]
-            slots = [(m, n) for m, n, b in named if b is not None]
+            slots = [(m, n) for m, n, b in named if b is not None and not b.is_meta]
         self.slots = slots
         self.found = self._snapshot()
         self.kept = self.found
 
-    def _snapshot(self) -> list[tuple[Tensor, int, Tensor]]:
+    def _snapshot(self) -> list[tuple[Tensor, Tensor]]:
         live = [module._buffers[name] for module, name in self.slots]
-        return [(b, b._version, b.detach().clone()) for b in live if b is not None]
+        return [(b, b.detach().clone()) for b in live if b is not None]
 
     def keep(self) -> None:
         """Remember the values as they are now, as those after one forward."""
@@ -131,15 +134,15 @@ class Buffers:
         pairs = zip(self.slots, self.found, strict=True)
         return [
             (module, name)
-            for (module, name), (buffer, version, _) in pairs
-            if module._buffers[name] is not buffer or buffer._version != version
+            for (module, name), (buffer, value) in pairs
+            if module._buffers[name] is not buffer or not torch.equal(buffer, value)
         ]
 
-    def _put(self, snapshot: list[tuple[Tensor, int, Tensor]]) -> None:
-        for (module, name), (buffer, version, value) in zip(self.slots, snapshot, strict=True):
+    def _put(self, snapshot: list[tuple[Tensor, Tensor]]) -> None:
+        for (module, name), (buffer, value) in zip(self.slots, snapshot, strict=True):
             if module._buffers[name] is not buffer:
                 module._buffers[name] = buffer
-            if buffer._version != version:
+            if self.known or not torch.equal(buffer, value):
                 # A graph may hold the buffer: it reads it in evaluation mode only, where it never
                 # changes, so the version counter must not invalidate that graph.
                 keep_version = torch.autograd._unsafe_preserve_version_counter  # pyright: ignore
