@@ -80,6 +80,7 @@ def check(game: Game, closure: Closure) -> None:
         raise
     finally:
         stage.replay.undo()
+        game.site.forget(stage.passes)
         stage.passes.clear()
         game.site.detach()
 
@@ -96,6 +97,7 @@ def measure_unit(game: Game, closure: Closure) -> float:
         return _mean_length(game, lengths)
     finally:
         stage.replay.undo()
+        game.site.forget(stage.passes)
         stage.passes.clear()
         game.site.detach()
         game._calls = calls

@@ -170,6 +170,7 @@ class Game:
             yield stage
         except BaseException:
             stage.replay.undo()
+            self.site.forget(stage.passes)
             raise
         else:
             self._learn_buffers(stage)

@@ -115,6 +115,9 @@ class Site:
             yield current
             if self.compiled and current.calls:
                 self._learn(current)
+        except BaseException:
+            self.forget([current])
+            raise
         finally:
             self.current, self._masks, self._slot = None, [], None
             self._numbers.clear()
@@ -155,6 +158,11 @@ class Site:
         self.detach(force=True)
         for handle in self._dormant:
             handle.remove()
+
+    def forget(self, passes: list[Pass]) -> None:
+        """Give up passes whose round is over: a traceback may keep them alive."""
+        over = {id(current) for current in passes}
+        self._alive = [ref for ref in self._alive if id(ref()) not in over]
 
     def prune(self) -> None:
         """Forget passes that no graph can recompute any more."""
