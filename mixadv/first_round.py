@@ -58,7 +58,8 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
 def check(game: Game, closure: Closure) -> None:
     """Check a closure, a site and a solver against each other; nothing is left changed."""
     stage = Stage(game, closure)
-    calls = game._calls
+    stage.replay.fresh = False  # passes are compared
+    found = game._calls, game.unit, game.leaf_backward
     try:
         with _gradients_kept(game):
             plain = _plain_pass(stage)
@@ -76,7 +77,7 @@ def check(game: Game, closure: Closure) -> None:
         _check_noise_floor(game, stage, zero)
         _check_route(game, closure)
     except BaseException:
-        game._calls = calls
+        game._calls, game.unit, game.leaf_backward = found
         raise
     finally:
         stage.replay.undo()

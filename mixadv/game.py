@@ -120,6 +120,7 @@ class Game:
             for objective, last in self.plays(stage):
                 if last:
                     result = attach(objective, carried, earlier, stage.passes, self.site)
+                    stage.theta_backwards += 1  # the caller's
                     self.finish(stage, result.detach(), 1)
                     return result
                 self._differentiate(objective, carried, stage)

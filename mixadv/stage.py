@@ -161,8 +161,9 @@ class Stage:
         def gains(reading: Reading, copies: int) -> Tensor:
             return reading.diverge(clean.repeat(copies, *[1] * (clean.dim() - 1)), measure)
 
-        self.played = q
-        return (q.weights * routes.readings(self, q.detach(), gains)).mean(1).sum()
+        self.played = q = q.detach()
+        gained = routes.readings(self, q, gains)  # fills q where no ascent came before
+        return (q.weights * gained).mean(1).sum()
 
     def proximal(self, kind: str | Divergence) -> Tensor:
         """Return the divergence of the predictions from those of the teacher, 0-d."""

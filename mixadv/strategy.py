@@ -67,6 +67,9 @@ class Strategy:
             strategy.fill(index, call)
         return strategy
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_begin": None}  # a function, which does not pickle
+
     def fill(self, index: int, call: Call) -> None:
         """Make the points of a call that was not known when the strategy was begun."""
         if index == len(self.points) and self._begin is not None:

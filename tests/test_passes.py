@@ -99,7 +99,8 @@ class Counter:
         self.rows = self.rows or len(logits)
         self.forwards += len(logits) / self.rows
         self.passes += 1
-        self.frozen += not any(p.requires_grad for p in model.parameters())
+        frozen = not any(p.requires_grad for p in model.parameters())
+        self.frozen += frozen and logits.requires_grad  # a teacher records nothing at all
         if logits.requires_grad:
             number = self.passes
             logits.register_hook(lambda _: self.seen.add((task(), number)))
