@@ -7,6 +7,7 @@ that noise never leaves it), η `step_size` and τ `temperature`.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -176,6 +177,6 @@ def check_number(
     """Raise unless the value is a finite number between `least` and `most`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{who}: {name} must be a number, got {value!r}.")
-    if not math.isfinite(value) or not least <= value <= most:
+    if not abs(value) <= sys.float_info.max or not least <= value <= most:
         bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
         raise ValueError(f"{who}: {name} must be finite and {bounds}, got {value!r}.")

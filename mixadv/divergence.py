@@ -75,9 +75,9 @@ def divergence(name: str | Divergence) -> Divergence:
     """
     if callable(name):
         return name
-    if name in DIVERGENCES:
+    if isinstance(name, str) and name in DIVERGENCES:
         return DIVERGENCES[name]
     raise ValueError(
         f"Unknown divergence {name!r}.{nearest(name, DIVERGENCES)} There are "
-        f"{', '.join(DIVERGENCES)}, and any callable (perturbed [B, C], clean [B, C]) -> [B]."
+        f"{', '.join(map(repr, DIVERGENCES))}, and any callable (perturbed [B, C], clean [B, C]) -> [B]."
     )

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixadv import routes
+from mixadv import routes, validate
 from mixadv.closure import Closure, Reading, read
 from mixadv.divergence import divergence
 from mixadv.errors import GameError
@@ -114,6 +114,7 @@ def _plain_pass(stage: Stage) -> Reading:
             f"The first loss is {float(loss.mean())}: the model, its inputs or its labels are at "
             "fault before any adversary acts. Check labels, learning rate and number format."
         )
+    validate.depends(reading.loss)
     return reading
 
 
@@ -340,13 +341,13 @@ def _gradients_kept(game: Game) -> Iterator[_Kept]:
     finally:
         now = [None if p.grad is None else p.grad._version for p in live]
         same = all(p.grad is g for p, g, _ in found) and now == versions
+        cleared = all(p.grad is None for p in live)
         if not same and not kept.keep_new:
             with torch.no_grad():
                 for p, gradient, value in found:
                     p.grad = gradient
                     if gradient is not None and value is not None:
                         gradient.copy_(value)
-    cleared = all(p.grad is None for p in live)
     if not same and not kept.keep_new and not cleared:
         raise GameError(
             "The closure calls backward (gradients changed while it ran). A closure runs the "

@@ -164,6 +164,8 @@ class Game:
             finally:
                 self._busy = False
             self._checked = True
+        if self.learner is not None:
+            self.learner.depth = 0  # a step that failed did not leave
         stage = Stage(self, closure)
         self.noise.begin("adversary", self.round, _rank())
         self._busy = True

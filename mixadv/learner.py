@@ -75,14 +75,15 @@ class Learner:
         self.teacher: Weights = {}
         self.samples: deque[Weights] = deque(maxlen=samples)
         self.swapped = False
+        self.depth = 0  # of steps within steps
 
     def bind(self, base: Optimizer, seed: int) -> None:
         """Register the moves around the steps of the base optimizer."""
         self.base = base
         self.noise = Noise(seed)
         self.handles = [
-            base.register_step_pre_hook(lambda *_: self._before()),
-            base.register_step_post_hook(lambda *_: self._after()),
+            base.register_step_pre_hook(lambda *_: self._enter()),
+            base.register_step_post_hook(lambda *_: self._leave()),
         ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class Learner:
         if self.position:
             for parameter, value in self.backup.items():
                 parameter.copy_(value)
-        self.position = 0
+        self.position = self.depth = 0
 
     @torch.no_grad()
     def teacher_weights(self) -> Weights:
@@ -109,6 +110,18 @@ class Learner:
         return self.teacher
 
     # Around a step ---------------------------------------------------------------------------
+
+    # An optimizer whose step calls that of its parent class runs its hooks twice.
+
+    def _enter(self) -> None:
+        if self.depth == 0:
+            self._before()
+        self.depth += 1
+
+    def _leave(self) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self._after()
 
     @torch.no_grad()
     def _before(self) -> None:

@@ -33,6 +33,7 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
                 "mixadv.wrap(optimizer, model, solver) and its .game."
             )
         return
+    base_optimizer(optimizer)
     own = {id(p) for p in model.parameters()}
     held = [p for g in optimizer.param_groups for p in g["params"]]
     if not any(id(p) in own for p in held):
@@ -61,8 +62,14 @@ def base_optimizer(optimizer: Any) -> None:
 def objective(value: Any, solver: Solver) -> None:
     """Check what a solver's play yields."""
     if not isinstance(value, Tensor) or value.dim():
-        raise GameError(f"{type(solver).__name__}.play yielded {value!r}, not a 0-d tensor.")
-    if not value.requires_grad:
+        what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise GameError(f"{type(solver).__name__}.play yielded {what}, not a 0-d tensor.")
+    depends(value)
+
+
+def depends(loss: Tensor) -> None:
+    """Check that a loss can be differentiated."""
+    if not loss.requires_grad:
         raise GameError(
             "The loss does not depend on any parameter that requires grad: the closure ran under "
             "no_grad, detached its loss, or all parameters are frozen."

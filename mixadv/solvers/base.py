@@ -59,9 +59,14 @@ class Solver(Ascent, ABC):
         return None if self.gain == "loss" else self.gain
 
 
-def check_divergence(solver: Solver, value: Any) -> None:
+def check_divergence(solver: Solver, field: str) -> None:
     """Raise if the divergence is unknown, or its ascent starts where its gradient is zero."""
-    divergence(value)
+    value = getattr(solver, field)
+    try:
+        divergence(value)
+    except ValueError as error:
+        loss = " A payoff may also be 'loss'." if field == "payoff" else ""
+        raise ValueError(f"{type(solver).__name__}: {field}={value!r}. {error}{loss}") from None
     if solver.start == "zero" and solver.steps and not solver.temperature and value in DIVERGENCES:
         raise ValueError(
             f"{type(solver).__name__}: start='zero' with {value!r}: a divergence has zero gradient "

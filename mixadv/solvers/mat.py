@@ -76,7 +76,7 @@ class MAT(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_divergence(self, self.divergence)
+        check_divergence(self, "divergence")
         check_number("MAT", "mirror_step", self.mirror_step)
         check_number("MAT", "smoothness", self.smoothness)
         check_number("MAT", "learner_temperature", self.learner_temperature)

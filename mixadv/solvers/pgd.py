@@ -44,7 +44,7 @@ class PGD(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.payoff != "loss":
-            check_divergence(self, self.payoff)
+            check_divergence(self, "payoff")
 
     @property
     def gain(self) -> str | Divergence:

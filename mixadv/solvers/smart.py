@@ -55,7 +55,7 @@ class SMART(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_divergence(self, self.divergence)
+        check_divergence(self, "divergence")
         check_number("SMART", "smoothness", self.smoothness)
         check_number("SMART", "proximal", self.proximal)
         check_number("SMART", "momentum", self.momentum, 0.0, 1.0)
