@@ -77,7 +77,8 @@ def divergence(name: str | Divergence) -> Divergence:
         return name
     if isinstance(name, str) and name in DIVERGENCES:
         return DIVERGENCES[name]
+    known = ", ".join(map(repr, DIVERGENCES))
     raise ValueError(
-        f"Unknown divergence {name!r}.{nearest(name, DIVERGENCES)} There are "
-        f"{', '.join(map(repr, DIVERGENCES))}, and any callable (perturbed [B, C], clean [B, C]) -> [B]."
+        f"Unknown divergence {name!r}.{nearest(name, DIVERGENCES)} There are {known}, and any "
+        "callable (perturbed [B, C], clean [B, C]) -> [B]."
     )

@@ -198,10 +198,14 @@ def _check_called(game: Game, stage: Stage) -> None:
 def _packed(stage: Stage) -> bool:
     if stage.game.solver.per == "token":
         return False
-    positions = stage.passes[-1].context.get("position_ids")
+    context = stage.passes[-1].context
+    positions, mask = context.get("position_ids"), context.get("attention_mask")
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         return False
-    return bool(((positions == 0).sum(1) > 1).any())
+    restarts = positions[:, 1:] <= positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.shape == positions.shape:
+        restarts &= (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
+    return bool(restarts.any())
 
 
 def _no_gradient(game: Game) -> str:

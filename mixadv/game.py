@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 
 from mixadv import first_round, validate
@@ -18,6 +17,7 @@ from mixadv.carried import attach
 from mixadv.closure import Closure, read
 from mixadv.errors import GameError
 from mixadv.explain import Explanation, explain
+from mixadv.modules import functional
 from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
 from mixadv.site import Site
@@ -265,12 +265,11 @@ class Game:
         Args:
             forward: runs the model and returns logits or an output that holds them.
         """
-        holder = _Forward(self.model, forward)
         probabilities = []
         with torch.no_grad():
-            for sample in self.learner_samples:
-                weights = {f"model.{name}": tensor for name, tensor in sample.items()}
-                logits = functional_call(holder, weights, ())
+            for sample in self._kept("samples", "samples=8"):
+                result = functional(self.model, sample, forward)()
+                logits = result if isinstance(result, Tensor) else result.logits
                 wide = torch.promote_types(logits.dtype, torch.float32)
                 probabilities.append(logits.to(wide).log_softmax(-1))
         return torch.stack(probabilities).logsumexp(0) - math.log(len(probabilities))
@@ -348,17 +347,6 @@ class Game:
         if self.stateful_buffers() is None:
             modes = tuple(m.training for m in self.model.modules())
             self._stateful = (modes, stage.replay.buffers.changed())
-
-
-class _Forward(nn.Module):
-    def __init__(self, model: nn.Module, forward: Callable[[], Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.call = forward
-
-    def forward(self) -> Tensor:
-        result = self.call()
-        return result if isinstance(result, Tensor) else result.logits
 
 
 @torch.no_grad()

@@ -207,8 +207,12 @@ class Learner:
             "samples": [numbered(sample) for sample in self.samples],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, as copies on the parameters' devices."""
+    def read_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return what `state_dict` returned as attributes, copied to the parameters' devices.
+
+        Raises:
+            ValueError: if it belongs to another model.
+        """
         held = self.parameters(trainable=False)
 
         def mine(weights: dict[int, Tensor]) -> Weights:
@@ -223,11 +227,12 @@ class Learner:
 
         loaded = {k: mine(state[k]) for k in ("backup", "mean", "average", "teacher")}
         samples = [mine(sample) for sample in state["samples"]]
-        self.count, self.position = state["count"], state["position"]
-        self.rounds = state["rounds"]
-        for name, weights in loaded.items():
-            setattr(self, name, weights)
-        self.samples = deque(samples, maxlen=self.samples.maxlen)
+        counters = {name: state[name] for name in ("count", "position", "rounds")}
+        return {**counters, **loaded, "samples": deque(samples, maxlen=self.samples.maxlen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        vars(self).update(self.read_state(state))
 
 
 def check_damping(who: str, name: str, value: Any) -> None:

@@ -1,14 +1,47 @@
 """Finding modules in a model, and reading how they are called."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from mixadv.errors import nearest
 
 INPUT = "input"
+
+
+def functional(
+    model: nn.Module, weights: dict[Tensor, Tensor], call: Callable[[], Any]
+) -> Callable[[], Any]:
+    """Return the call with other values for parameters, which it reads in the model as it runs.
+
+    Args:
+        model: whose parameters are replaced, at each place where it holds them.
+        weights: the values, by parameter; computed with in the parameter's number format.
+        call: runs the model.
+    """
+    values = {
+        f"model.{path}.{name}".replace("..", "."): weights[p].to(p.dtype)
+        for path, module in model.named_modules()
+        for name, p in module._parameters.items()
+        if p is not None and p in weights
+    }
+    # Ties are spelled out above: torch would swap a module that is registered twice only once back.
+    return lambda: functional_call(_Holder(model, call), values, (), tie_weights=False)
+
+
+class _Holder(nn.Module):
+    """A module whose forward is a call."""
+
+    def __init__(self, model: nn.Module, call: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self) -> object:
+        return self.call()
 
 
 def bound(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -217,11 +217,11 @@ class GameOptimizer(Optimizer):
                 f"{type(self.game.solver).__name__} has {'one' if learner else 'none'}: build the "
                 "solver as it was, or drop the checkpoint's 'mixadv' entry to start afresh."
             )
+        part = {} if ours is None or learner is None else learner.read_state(ours["learner"])
         self.base.load_state_dict(state)
         if ours is not None:
             self.game.load_state_dict(ours["game"])
-            if learner is not None:
-                learner.load_state_dict(ours["learner"])
+            vars(learner).update(part) if learner is not None else None
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

@@ -12,15 +12,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from mixadv import routes
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
 from mixadv.divergence import Divergence, divergence
 from mixadv.errors import GameError
-from mixadv.modules import unwrap
+from mixadv.modules import functional, unwrap
 from mixadv.replay import Replay
 from mixadv.site import Call, Pass, Provide
 from mixadv.strategy import Strategy
@@ -112,7 +111,7 @@ class Stage:
                 `loss(q)` left on the points, scaled back to each sample's own payoff.
         """
         if gradients is None:
-            gradients = [self._own_gradient(point) for point in q.points]
+            gradients = self._own_gradients(q)
         q, fallen = q.move(gradients, ascent, self.game.noise)
         before = self.fallen or fallen
         self.fallen = [old | new for old, new in zip(before, fallen, strict=True)]
@@ -168,12 +167,10 @@ class Stage:
     def proximal(self, kind: str | Divergence) -> Tensor:
         """Return the divergence of the predictions from those of the teacher, 0-d."""
         clean = self.clean()
-        teacher = self.game.teacher()
-        holder = _Holder(self.game.model, self.closure)
-        weights = {f"model.{name}": tensor for name, tensor in teacher.items()}
+        assert self.game.learner is not None
+        teacher = functional(self.game.model, self.game.learner.teacher_weights(), self.closure)
         with torch.no_grad():
-            call = lambda: functional_call(holder, weights, ())  # noqa: E731
-            target = self._predictions(self.run(lambda *_: None, call))
+            target = self._predictions(self.run(lambda *_: None, teacher))
         measure = divergence(kind)
         reading = clean._replace(predictions=self._predictions(clean))
         return reading.diverge(target.detach(), measure).mean()
@@ -259,13 +256,14 @@ class Stage:
         losses = _losses(reading, copies)
         return losses if reading.loss.dim() else losses * self._samples
 
-    def _own_gradient(self, point: Tensor) -> Tensor:
-        if point.grad is None or self._incoming is None:
+    def _own_gradients(self, q: Strategy) -> list[Tensor]:
+        if self._incoming is None or all(point.grad is None for point in q.points):
             raise GameError(
                 "The backward of the objective left no gradient on δ. A custom `backward=` must "
                 "call backward on the loss it is given, without `inputs=`."
             )
-        return point.grad * (self._samples / self._incoming)
+        scale = self._samples / self._incoming
+        return [torch.zeros_like(x) if x.grad is None else x.grad * scale for x in q.points]
 
     def _remember_incoming(self, gradient: Tensor) -> None:
         # 1/K of FreeLB, a loss scale, 1/accumulation: whatever multiplies the loss on its way.
@@ -289,15 +287,3 @@ def _losses(reading: Reading, copies: int) -> Tensor:
             "losses [B] (reduction='none'), or use route='sequential'."
         )
     return reading.loss.reshape(-1)
-
-
-class _Holder(nn.Module):
-    """Makes a closure functional: a module whose forward is the closure."""
-
-    def __init__(self, model: nn.Module, closure: Closure) -> None:
-        super().__init__()
-        self.model = model
-        self.closure = closure
-
-    def forward(self) -> object:
-        return self.closure()
