@@ -62,9 +62,8 @@ def base_optimizer(optimizer: Any) -> None:
 def objective(value: Any, solver: Solver) -> None:
     """Check what a solver's play yields."""
     if not isinstance(value, Tensor) or value.dim():
-        what = (
-            f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        )
+        tensor = isinstance(value, Tensor)
+        what = f"a tensor of shape {list(value.shape)}" if tensor else repr(value)
         raise GameError(f"{type(solver).__name__}.play yielded {what}, not a 0-d tensor.")
     depends(value)
 

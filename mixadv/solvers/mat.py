@@ -62,7 +62,7 @@ class MAT(Solver):
 
     steps: int = 2
     start: Start = "normal"
-    start_size: float | None = 0.01
+    start_size: float | None = 0.05
     mirror_step: float = 1.0
     damping: Damping = 0.3
     play_as: Literal["mean", "ensemble"] = "mean"

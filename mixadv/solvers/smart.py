@@ -46,7 +46,7 @@ class SMART(Solver):
 
     step_size: float = 0.2
     start: Start = "normal"
-    start_size: float | None = 0.01
+    start_size: float | None = 0.05
     smoothness: float = 1.0
     proximal: float = 1.0
     momentum: float = 0.99
