@@ -16,13 +16,23 @@ class _Carried(torch.autograd.Function):
         ctx: Any, objective: Tensor, earlier: Tensor, gradients: Any, end: Any, *inputs: Tensor
     ) -> Tensor:
         ctx.gradients, ctx.end = gradients, end
+        ctx.save_for_backward(earlier)
         return objective + earlier
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         (factor,) = upstream
-        torch.autograd.Variable._execution_engine.queue_callback(ctx.end)  # pyright: ignore
+        engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
+        engine.queue_callback(lambda: None if _retained(ctx) else ctx.end())
         return factor, None, None, None, *[factor.to(g.dtype) * g for g in ctx.gradients]
+
+
+def _retained(ctx: Any) -> bool:
+    """Return whether the backward that has run kept the graph, for another one."""
+    try:
+        return bool(ctx.saved_tensors)
+    except RuntimeError:
+        return False
 
 
 def attach(

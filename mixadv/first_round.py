@@ -24,7 +24,7 @@ from mixadv.geometry import norms
 from mixadv.modules import unwrap
 from mixadv.replay import Noise, Replay
 from mixadv.site import Call, Provide
-from mixadv.stage import Stage
+from mixadv.stage import Stage, no_grad
 from mixadv.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def measure_unit(game: Game, closure: Closure) -> float:
     lengths: list[Tensor] = []
     calls = game._calls
     try:
-        with torch.no_grad():
+        with no_grad():
             stage.run(_measuring(lengths, add=False))
         _check_called(game, stage)
         return _mean_length(game, lengths)
@@ -273,7 +273,7 @@ def _check_noise_floor(game: Game, stage: Stage, zero: Reading) -> None:
         length = eps * (game.unit or 1.0) / math.sqrt(size)
         return length * noise("uniform", like).sign()
 
-    with torch.no_grad():
+    with no_grad():
         moved, rounded = stage.run(stage.at(q.detach(), 0)), stage.run(rounding)
     change, floor = _distance(moved, zero), _distance(rounded, zero)
     if change <= NOISE_FLOOR * floor:

@@ -22,8 +22,13 @@ from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
 from mixadv.site import Site
 from mixadv.solvers.base import Solver
-from mixadv.stage import Stage, Step
+from mixadv.stage import Stage, Step, no_grad
 from mixadv.strategy import Strategy
+
+_NOT_PASS_BY_PASS = (
+    "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss needs for {}: "
+    "set use_reentrant=False, or use game.backward."
+)
 
 
 class Game:
@@ -132,14 +137,15 @@ class Game:
     ) -> None:
         """Add the gradients of a pass to those carried, and leave δ's in its `.grad`."""
         if self.leaf_backward:
-            raise GameError(
-                "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss "
-                f"needs for {type(self.solver).__name__}: set use_reentrant=False, or use "
-                "game.backward."
-            )
+            raise GameError(_NOT_PASS_BY_PASS.format(type(self.solver).__name__))
         points = [] if stage.played is None else stage.played.points
         inputs = [p for p in [*self.parameters(), *points] if p.requires_grad]
-        gradients = torch.autograd.grad(objective, inputs, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(objective, inputs, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise GameError(_NOT_PASS_BY_PASS.format(type(self.solver).__name__)) from error
         stage.theta_backwards += 1
         for tensor, gradient in zip(inputs, gradients, strict=True):
             if any(tensor is point for point in points):
@@ -266,7 +272,7 @@ class Game:
             forward: runs the model and returns logits or an output that holds them.
         """
         probabilities = []
-        with torch.no_grad():
+        with no_grad():
             for sample in self._kept("samples", "samples=8"):
                 result = functional(self.model, sample, forward)()
                 logits = result if isinstance(result, Tensor) else result.logits

@@ -45,31 +45,43 @@ class Pass:
         self.deltas: list[Tensor | None] = []
         self.modules: list[nn.Module] = []
         self.numbers: list[int] = []
+        self.frames: list[Any] = []
         self.begin = _sequence_number()
+        self.end = self.begin
         self.grad = torch.is_grad_enabled()
         self.recomputable = False
         self.context: dict[str, Any] = {}
         self._recomputed: dict[tuple[int, int], int] = {}
 
     def next_delta(
-        self, module: nn.Module, number: int, call: Call, output: Tensor
+        self, module: nn.Module, number: int, frame: Any, call: Call, output: Tensor
     ) -> Tensor | None:
-        """Record a call at the site and return its δ."""
+        """Record a call at the site and return its δ.
+
+        `number` is that of the node which autograd makes next; `frame` is the same for calls that
+        are recomputed together, in their order.
+        """
         delta = self.provide(len(self.calls), call, output)
         self.calls.append(call)
         self.deltas.append(delta)
         self.modules.append(module)
         self.numbers.append(number)
+        self.frames.append(frame)
         return delta
 
     def recomputed_delta(self, module: nn.Module, number: int) -> Tensor | None:
         """Return the δ of the call that the running node of the backward recomputes."""
         mine = [i for i, m in enumerate(self.modules) if m is module]
-        before = [i for i in mine if self.numbers[i] <= number] or mine[:1]
-        ties = [i for i in mine if self.numbers[i] == self.numbers[before[-1]]]
+        if len(mine) > 1 and _nested(self.frames):
+            raise GameError(
+                "The site lies in nested checkpoints and is called several times in a pass: which "
+                "call is recomputed cannot be told. Checkpoint one level, or choose another site."
+            )
+        last = max((i for i in mine if self.numbers[i] <= number), default=mine[0])
+        together = [i for i in mine if self.frames[i] == self.frames[last]]
         key = (torch._C._current_graph_task_id(), number)
         turn = self._recomputed[key] = self._recomputed.get(key, -1) + 1
-        return self.deltas[ties[turn % len(ties)]]
+        return self.deltas[together[turn % len(together)]]
 
 
 class Site:
@@ -113,6 +125,7 @@ class Site:
         self.current, self._masks = current, []
         try:
             yield current
+            current.end = _sequence_number()
             if self.compiled and current.calls:
                 self._learn(current)
         except BaseException:
@@ -248,25 +261,26 @@ class Site:
         shape = torch.Size([*given.shape, *call.shape[given.dim() :]])
         like = torch.empty(shape, dtype=call.dtype, device=given.device)
         call = Call(shape, call.dtype, given.device, self._mask(like, (given,), {}))
-        self._slot = self.current.next_delta(self.targets[0][1], 0, call, like)
+        self._slot = self.current.next_delta(self.targets[0][1], 0, None, call, like)
 
     def _delta(self, module: nn.Module, output: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         if recomputing():
             number = _running_number()
-            passes = [p for ref in self._alive if (p := ref()) and p.begin <= number]
+            alive = [p for ref in self._alive if (p := ref())]
+            passes = [p for p in alive if p.begin <= number < p.end]
             mine = [p for p in passes if module in p.modules]
             return mine[-1].recomputed_delta(module, number) if mine else None
         if self.current is None:
             return None
         number = self._numbers.get(module, self.current.begin)
         reentrant = self.current.grad and not torch.is_grad_enabled()
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
-        self.current.recomputable |= reentrant or hooks is not None
+        pack = _pack()
+        self.current.recomputable |= reentrant or pack is not None
         # A reentrant checkpoint runs its block without gradients: the node to look for is its own,
         # the last one made before.
         number -= int(reentrant)
         call = Call(output.shape, output.dtype, output.device, self._mask(output, args, kwargs))
-        delta = self.current.next_delta(module, number, call, output)
+        delta = self.current.next_delta(module, number, pack or number, call, output)
         if delta is not None and delta.shape != output.shape:
             raise GameError(
                 f"The site returned {list(output.shape)} in this pass but {list(delta.shape)} "
@@ -316,6 +330,19 @@ def _running_number() -> int:
     """Return the number of the node whose backward is running."""
     node: Any = torch._C._current_autograd_node()
     return node._sequence_nr()
+
+
+def _pack() -> Any:
+    """Return the innermost hook on saved tensors: a checkpoint that is not reentrant places one."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    return None if hooks is None else hooks[0]
+
+
+def _nested(frames: list[Any]) -> bool:
+    """Return whether the recompute that is running has come to a checkpoint within a checkpoint."""
+    code = getattr(_pack(), "__code__", None)
+    inner = code is not None and any(getattr(f, "__code__", None) is code for f in frames)
+    return inner or not torch.is_grad_enabled()
 
 
 def _is_float(value: Any) -> bool:

@@ -7,6 +7,7 @@ caller has run the backward pass, after a `Step` also the learner's step.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -169,7 +170,7 @@ class Stage:
         clean = self.clean()
         assert self.game.learner is not None
         teacher = functional(self.game.model, self.game.learner.teacher_weights(), self.closure)
-        with torch.no_grad():
+        with no_grad():
             target = self._predictions(self.run(lambda *_: None, teacher))
         measure = divergence(kind)
         reading = clean._replace(predictions=self._predictions(clean))
@@ -277,6 +278,14 @@ class Stage:
                 "(loss, logits), or the model's whole output, from the closure."
             )
         return reading.predictions
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Disable gradients, and the warning of reentrant checkpoints that they are missing."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+        yield
 
 
 def _losses(reading: Reading, copies: int) -> Tensor:
