@@ -1,13 +1,14 @@
 """The main job on real data: fine-tune the embedded encoder plainly, with FreeLB and with MAT.
 
-Prints one table (accuracy on test, on the adversarial twins, under PGD in embedding space; passes and
-seconds per step) and saves a picture of accuracy against radius. About six minutes on two cores;
-a second call prints what the first one measured.
+Prints one table (accuracy on test, on the adversarial twins, under PGD in embedding space; passes
+and seconds per step) and saves a picture of accuracy against radius. About six minutes on two
+cores; a second call prints what the first one measured.
 
     python examples/demo.py [--updates 80] [--output runs/demo]
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,17 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Train, evaluate, print and draw."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=80)
     parser.add_argument("--attack-rows", type=int, default=144)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def work(options: argparse.Namespace) -> str:
+    """Train, evaluate and draw; return what to print."""
     runs = [
         training.Run(
             solver=name,
@@ -59,9 +64,14 @@ def main() -> None:
     results = training.run_all(runs, options.output)
     path = options.output / "accuracy_against_radius.png"
     picture(results, path)
-    print(training.table(results))
-    print(f"\npicture: {path}")
+    return f"{training.table(results)}\n\npicture: {path}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 2 for what it cannot run."""
+    options = arguments(argv)
+    return training.answer("demo", lambda: work(options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,13 +1,13 @@
-"""Fine-tune an encoder on text classification, plainly or against an adversary.
+r"""Fine-tune an encoder on text classification, plainly or against an adversary.
 
     python examples/finetune.py --solver plain freelb mat --seeds 0 1
     python examples/finetune.py --data ../data/banking77 --shots 10 --updates 300 --solver mat
-    python examples/finetune.py --model roberta-base --data rotten_tomatoes --solver smart \\
+    python examples/finetune.py --model roberta-base --data rotten_tomatoes --solver smart \
         --set radius=0.1 smart.smoothness=3
     python examples/finetune.py --report
 
-Every run adds one line to OUTPUT/results.jsonl. A run that has a line is not repeated, and a run that
-was killed goes on from its last checkpoint to the same result. --report prints the table of all.
+Every run adds one line to OUTPUT/results.jsonl. A run that has a line is not repeated, and a run
+that was killed goes on from its last checkpoint to the same result. --report prints the table.
 """
 
 import argparse
@@ -18,6 +18,9 @@ from typing import Any
 
 import mixadv
 import training
+from mixadv.errors import nearest
+
+SOLVERS = ["plain", *mixadv.SOLVERS]
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,20 +29,28 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     run = training.Run()
-    solvers = ["plain", *mixadv.SOLVERS]
     add = parser.add_argument
-    add("--solver", nargs="+", default=["plain"], metavar="NAME", help=", ".join(solvers))
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="hyper-parameters of the solvers; SOLVER.NAME=VALUE for one of several")
-    add("--data", default=run.data, help="a hub data set or a folder of JSON lines (default: the embedded intents)")
-    add("--model", default=run.model, help="a hub model or a folder (default: the embedded MiniLM)")
+    add("--solver", nargs="+", default=["plain"], metavar="NAME", help=", ".join(SOLVERS))
+    text = "hyper-parameters of the solvers, read as JSON; SOLVER.NAME=VALUE for one of several"
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help=text)
+    text = "a hub data set or a folder of JSON lines (default: the embedded intents)"
+    add("--data", default=run.data, help=text)
+    text = "a hub model or a folder (default: the embedded MiniLM)"
+    add("--model", default=run.model, help=text)
     add("--seeds", nargs="+", type=int, default=[0])
     add("--shots", type=int, default=run.shots, help="training rows per class; 0 takes all")
-    add("--updates", type=int, default=run.updates, help="batches to train on (default: %(default)s)")
+    text = "batches to train on (default: %(default)s)"
+    add("--updates", type=int, default=run.updates, help=text)
     add("--batch-size", type=int, default=run.batch_size)
-    add("--lr", type=float, default=run.learning_rate, help="peak learning rate (default: %(default)s)")
+    text = "peak learning rate (default: %(default)s)"
+    add("--lr", type=float, default=run.learning_rate, help=text)
     add("--max-length", type=int, default=run.max_length, help="tokens per row at most")
-    add("--radii", nargs="*", type=float, default=[], help="measure accuracy under PGD at these radii, in token norms")
-    add("--attack-rows", type=int, default=run.attack_rows, help="rows to attack; 0 takes the test split")
+    text = "measure accuracy under PGD at these radii, in token norms"
+    add("--radii", nargs="*", type=float, default=[], help=text)
+    text = "rows to attack; 0 takes the test split"
+    add("--attack-rows", type=int, default=run.attack_rows, help=text)
+    text = "updates between checkpoints (default: %(default)s)"
+    add("--checkpoint-every", type=int, default=50, metavar="UPDATES", help=text)
     add("--output", type=Path, default=Path("runs/finetune"))
     add("--report", action="store_true", help="print the table of OUTPUT/results.jsonl and stop")
     return parser.parse_args(argv)
@@ -53,8 +64,11 @@ def parameters(settings: list[str], solver: str) -> dict[str, Any]:
         owner, dot, rest = name.rpartition(".")
         if not equals:
             raise ValueError(f"--set {setting}: write NAME=VALUE or SOLVER.NAME=VALUE.")
-        if dot and owner not in ("plain", *mixadv.SOLVERS):
-            raise ValueError(f"--set {setting}: there is no solver {owner!r}.")
+        if dot and owner not in mixadv.SOLVERS:
+            raise ValueError(
+                f"--set {setting}: {owner!r} is no solver with hyper-parameters."
+                f"{nearest(owner, mixadv.SOLVERS)} There are {', '.join(mixadv.SOLVERS)}."
+            )
         if solver == "plain" or (dot and owner != solver):
             continue
         try:
@@ -64,13 +78,32 @@ def parameters(settings: list[str], solver: str) -> dict[str, Any]:
     return chosen
 
 
+def check(solver: str, chosen: dict[str, Any]) -> None:
+    """Raise unless there is a solver of this name that takes these hyper-parameters."""
+    if solver not in SOLVERS:
+        raise ValueError(
+            f"--solver {solver}: there is none of this name.{nearest(solver, SOLVERS)} "
+            f"There are {', '.join(SOLVERS)}."
+        )
+    if solver == "plain":
+        return
+    try:
+        mixadv.solver(solver, **chosen)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--set: {error}") from error
+
+
 def runs(options: argparse.Namespace) -> list[training.Run]:
     """Return the runs that the command line asks for, all checked before the first starts."""
     made = []
+    if options.checkpoint_every < 1:
+        raise ValueError(f"--checkpoint-every must be at least 1, got {options.checkpoint_every}.")
+    for setting in options.set:
+        if "." not in setting.partition("=")[0] and set(options.solver) == {"plain"}:
+            raise ValueError(f"--set {setting}: plain has no hyper-parameters. Choose a --solver.")
     for name in options.solver:
         chosen = parameters(options.set, name)
-        if name != "plain":
-            mixadv.solver(name, **chosen)
+        check(name, chosen)
         for seed in options.seeds:
             run = training.Run(
                 solver=name,
@@ -90,19 +123,22 @@ def runs(options: argparse.Namespace) -> list[training.Run]:
     return made
 
 
+def work(options: argparse.Namespace) -> str:
+    """Run what the command line asks for; return the table."""
+    if not options.report:
+        results = training.run_all(runs(options), options.output, options.checkpoint_every)
+        return training.table(results)
+    path = options.output / "results.jsonl"
+    results = training.finished(path)
+    if not results:
+        raise ValueError(f"{path} has no results yet: run without --report, or name --output.")
+    return training.table(list(results.values()))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 2 for what it cannot run."""
     options = arguments(argv)
-    try:
-        if options.report:
-            results = list(training.finished(options.output / "results.jsonl").values())
-        else:
-            results = training.run_all(runs(options), options.output)
-    except (ValueError, OSError) as error:
-        print(f"finetune: {error}", file=sys.stderr)
-        return 2
-    print(training.table(results))
-    return 0
+    return training.answer("finetune", lambda: work(options))
 
 
 if __name__ == "__main__":

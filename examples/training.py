@@ -1,12 +1,17 @@
 """What the example scripts share: data, the training loop, evaluation, checkpoints and results."""
 
+import gzip
 import hashlib
 import json
+import math
 import os
 import random
+import sys
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +20,12 @@ from tqdm.auto import tqdm
 
 import mixadv
 from mixadv.equilibrium import best_response
+from mixadv.explain import passes
 
 EMBEDDED_DATA = Path(__file__).parent / "data" / "intents"
 EMBEDDED_MODEL = "minilm"
+REFUSALS = (ValueError, OSError, mixadv.GameError)
+"""What a script answers with one line: the user asked for what cannot be run."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,17 @@ class Run:
     attack_rows: int = 0
     evaluate_on: tuple[str, ...] = ("dev", "test", "adversarial")
 
+    def __post_init__(self) -> None:
+        least = {"updates": 1, "batch_size": 1, "max_length": 3, "shots": 0, "attack_rows": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
+        for radius in self.radii:
+            if not 0 <= radius < math.inf:
+                raise ValueError(f"radii must be at least 0 and finite, got {radius}.")
+
     @property
     def key(self) -> str:
         """A name that is the same for the same run."""
@@ -65,42 +84,92 @@ def load_rows(source: str) -> dict[str, list[dict[str, Any]]]:
     A folder holds `train`, `dev` (or `validation`), `test`, ... as `.jsonl` or `.jsonl.gz`. Rows
     have a text (`text` or `sentence`) and a `label`.
     """
+    folder = Path(source)
+    if folder.is_dir():
+        splits = {}
+        for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
+            split = _split(path.name.split(".")[0])
+            if split in splits:
+                raise DataError(f"{folder} holds two files for {split}: remove {path.name}.")
+            splits[split] = [_row(row, where) for where, row in _lines(path)]
+    else:
+        splits = {
+            _split(name): [_row(row, f"{source}, {name}, row {i}") for i, row in enumerate(rows)]
+            for name, rows in _hub(source).items()
+        }
+    if "train" not in splits:
+        held = ", ".join(splits) or "no JSON lines"
+        raise DataError(f"{source} needs train.jsonl or train.jsonl.gz, it holds {held}.")
+    for split, rows in splits.items():
+        if not rows:
+            raise DataError(f"{source}: {split} holds no rows.")
+    return splits
+
+
+def _split(name: str) -> str:
+    return "dev" if name == "validation" else name
+
+
+def _hub(source: str) -> dict[str, Any]:
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise DataError(f"There is no folder {source}.")
     import datasets
 
     datasets.disable_progress_bars()
-    folder = Path(source)
-    if folder.exists():
-        files = {p.name.split(".")[0]: str(p) for p in sorted(folder.glob("*.jsonl*"))}
-        if "train" not in files:
-            raise DataError(f"{folder} holds no train.jsonl or train.jsonl.gz: {sorted(files)}.")
-        splits = {
-            name: datasets.load_dataset("json", data_files=file, split="train")
-            for name, file in files.items()
-        }
-    else:
-        splits = dict(datasets.load_dataset(source))
-    names = {"validation": "dev"}
-    return {names.get(k, k): [_row(r, source, k) for r in rows] for k, rows in splits.items()}
-
-
-def _row(row: dict[str, Any], source: str, split: str) -> dict[str, Any]:
-    text = row.get("text", row.get("sentence"))
-    if text is None or row.get("label") is None:
+    try:
+        return dict(datasets.load_dataset(source))
+    except OSError as error:
         raise DataError(
-            f"{source} ({split}): a row needs a text ('text' or 'sentence') and a 'label', "
-            f"this one has {sorted(row)}."
+            f"{source} is no folder, and no data set that the hub gives: {error}"
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield where each line is, and what it holds."""
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    for number, line in enumerate(text.split("\n"), 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} is not JSON ({error.msg}): {line[:60]}") from error
+
+
+def _row(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a row is an object with a text and a label, this is {row!r}.")
+    text, label = row.get("text", row.get("sentence")), row.get("label")
+    if text is None or label is None:
+        raise DataError(
+            f"{where}: a row needs a text ('text' or 'sentence') and a 'label', "
+            f"this one has {sorted(k for k, v in row.items() if v is not None)}."
         )
+    if not isinstance(text, str):
+        raise DataError(f"{where}: the text is {text!r}, not a string.")
+    if not isinstance(label, (str, int, float)):
+        raise DataError(f"{where}: the label is {label!r}, not a string or a number.")
     return {**row, "text": text}
 
 
 def label_ids(splits: dict[str, list[dict[str, Any]]]) -> dict[Any, int]:
     """Return the labels of the training rows, numbered; other splits may hold no others."""
-    labels = sorted({row["label"] for row in splits["train"]})
+    labels = {row["label"] for row in splits["train"]}
     for name, rows in splits.items():
-        unknown = {row["label"] for row in rows} - set(labels)
+        unknown = {row["label"] for row in rows} - labels
         if unknown:
-            raise DataError(f"{name} has labels that train lacks: {sorted(unknown)[:5]}.")
-    return {label: i for i, label in enumerate(labels)}
+            some = sorted(unknown, key=str)[:5]
+            raise DataError(f"{name} has labels that train lacks: {some}.")
+    if len(labels) < 2:
+        raise DataError(f"train has one label alone, {labels}: there is nothing to classify.")
+    if len({isinstance(label, str) for label in labels}) > 1:
+        raise DataError(f"train mixes strings and numbers as labels: {sorted(labels, key=str)}.")
+    return {label: i for i, label in enumerate(sorted(labels))}
 
 
 def few_shot(rows: list[dict[str, Any]], shots: int, seed: int) -> list[dict[str, Any]]:
@@ -117,8 +186,32 @@ def few_shot(rows: list[dict[str, Any]], shots: int, seed: int) -> list[dict[str
     return chosen
 
 
+def selected(
+    splits: dict[str, list[dict[str, Any]]], run: Run
+) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """Return the rows to train on, and the splits.
+
+    Where few shots are asked for and there is no `dev`, as many of the other training rows are it.
+    """
+    rows = few_shot(splits["train"], run.shots, run.seed)
+    count = Counter(row["label"] for row in rows)
+    for label, rows_of_label in count.items():
+        if rows_of_label < run.shots:
+            raise DataError(
+                f"{run.shots} shots are more than train has of {label!r}: {rows_of_label}."
+            )
+    if "dev" not in splits and run.shots:
+        chosen = {row["text"] for row in rows}
+        rest = [row for row in splits["train"] if row["text"] not in chosen]
+        if rest:
+            splits = {**splits, "dev": few_shot(rest, run.shots, run.seed)}
+    if not {"dev", "test"} & set(splits):
+        raise DataError(f"{run.data} has nothing to evaluate on: add test.jsonl or dev.jsonl.")
+    return rows, splits
+
+
 def batches(rows: list[Any], size: int, seed: int) -> Iterator[list[Any]]:
-    """Yield batches without end; rows of similar length together, the order drawn anew each epoch."""
+    """Yield batches without end: rows of similar length together, each epoch in another order."""
     epoch = 0
     while True:
         draw = random.Random(f"{seed}/{epoch}")
@@ -156,10 +249,21 @@ def load_model(name: str, labels: int) -> tuple[Any, Any]:
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # a new head is what is wanted
     path = model_path(name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels)
-    transformers.utils.logging.set_verbosity(level)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=labels
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The model {name} cannot be loaded: {error}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(level)
     return model, tokenizer
+
+
+def positions(model: Any) -> float:
+    """Return how many positions a model has; infinity where it does not say."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
 class Encoder:
@@ -172,6 +276,7 @@ class Encoder:
         self.device = device
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return ids, mask, ... and labels; shorter rows are padded to the longest."""
         texts = [row["text"] for row in rows]
         batch = self.tokenizer(
             texts, return_tensors="pt", padding=True, truncation=True, max_length=self.max_length
@@ -189,12 +294,11 @@ def train(run: Run, output: Path, checkpoint_every: int = 50) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     splits = load_rows(run.data)
     labels = label_ids(splits)
-    rows = few_shot(splits["train"], run.shots, run.seed)
-    if "dev" not in splits and run.shots:
-        chosen = {id(row) for row in rows}
-        rest = [row for row in splits["train"] if id(row) not in chosen]
-        splits["dev"] = few_shot(rest, run.shots, run.seed)
+    rows, splits = selected(splits, run)
     model, tokenizer = load_model(run.model, len(labels))
+    longest = min(tokenizer.model_max_length, positions(model))
+    if run.max_length > longest:
+        raise ValueError(f"max_length is {run.max_length}, and {run.model} reads {longest} tokens.")
     model.to(device).train()
     encode = Encoder(tokenizer, labels, run, device)
     optimizer = torch.optim.AdamW(
@@ -213,26 +317,24 @@ def train(run: Run, output: Path, checkpoint_every: int = 50) -> dict[str, Any]:
     checkpoint = output / f"{run.key}.pt"
     done, seconds = restore(checkpoint, live)
 
-    bar = tqdm(total=run.updates, initial=done, desc=f"{run.solver} seed {run.seed}", leave=False)
     source = batches(rows, run.batch_size, run.seed)
     for _ in range(done):
         next(source)
-    for update in range(done, run.updates):
-        batch = encode(next(source))
-        started = time.perf_counter()
-        loss = step(optimizer, lambda: model(**batch))  # noqa: B023
-        scheduler.step()
-        seconds += time.perf_counter() - started
-        bar.set_postfix(numbers(optimizer, loss))
-        bar.update()
-        if (update + 1) % checkpoint_every == 0:
-            save(checkpoint, live, update + 1, seconds)
-    bar.close()
+    name = f"{run.solver} seed {run.seed}"
+    with tqdm(total=run.updates, initial=done, desc=name, leave=False) as bar:
+        for update in range(done, run.updates):
+            batch = encode(next(source))
+            started = time.perf_counter()
+            loss = step(optimizer, lambda: model(**batch))  # noqa: B023
+            scheduler.step()
+            seconds += time.perf_counter() - started
+            bar.set_postfix(numbers(optimizer, loss))
+            bar.update()
+            if (update + 1) % checkpoint_every == 0:
+                save(checkpoint, live, update + 1, seconds)
 
     result = {**asdict(run), "key": run.key, "seconds_per_step": seconds / run.updates}
-    outcome = getattr(optimizer, "outcome", None)
-    result["forwards_per_step"] = 1 if outcome is None else outcome.forwards
-    result["steps_per_batch"] = 1 if outcome is None else outcome.steps
+    result["forwards_per_step"], result["steps_per_batch"] = cost(optimizer)
     result |= evaluate(model, splits, encode, run, unit)
     checkpoint.unlink(missing_ok=True)
     return result
@@ -247,6 +349,14 @@ def step(optimizer: Any, closure: Callable[[], Any]) -> torch.Tensor:
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def cost(optimizer: Any) -> tuple[int, int]:
+    """Return forward passes and optimizer steps per batch."""
+    if not isinstance(optimizer, mixadv.GameOptimizer):
+        return 1, 1
+    counted = optimizer.outcome or passes(optimizer.game.solver)  # none yet after a late resume
+    return counted.forwards, counted.steps
 
 
 def numbers(optimizer: Any, loss: torch.Tensor) -> dict[str, str]:
@@ -322,12 +432,10 @@ def accuracy(model: Any, rows: list[dict[str, Any]], encode: Encoder) -> float:
 def accuracy_under_attack(
     model: Any, rows: list[dict[str, Any]], encode: Encoder, radius: float, steps: int = 5
 ) -> float:
-    """Return the share of rows still right at the end of PGD in an L2 ball around the embeddings."""
+    """Return the share of rows still right at the end of PGD in an L2 ball of embeddings."""
     if radius == 0:
         return accuracy(model, rows, encode)
-    attack = mixadv.PGD(
-        steps=steps, radius=radius, step_size=2.5 * radius / steps, unit="absolute"
-    )
+    attack = mixadv.PGD(steps=steps, radius=radius, step_size=2.5 * radius / steps, unit="absolute")
     game = mixadv.Game(model, attack)
     right = 0
     for chunk in _chunks(rows, 32):
@@ -359,36 +467,50 @@ def finished(path: Path) -> dict[str, dict[str, Any]]:
     """Return the results written so far by the key of their run."""
     if not path.exists():
         return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return {line["key"]: line for line in lines}
+    results = {}
+    for where, result in _lines(path):
+        if not isinstance(result, dict) or "key" not in result:
+            raise DataError(f"{where} is not a result of these scripts: remove the line.")
+        results[result["key"]] = result
+    return results
 
 
-def run_all(runs: list[Run], output: Path) -> list[dict[str, Any]]:
+def run_all(runs: list[Run], output: Path, checkpoint_every: int = 50) -> list[dict[str, Any]]:
     """Train the runs that have no result yet; return the results of all."""
     path = output / "results.jsonl"
     for run in runs:
         if run.key not in finished(path):
-            append(path, train(run, output))
+            append(path, train(run, output, checkpoint_every))
     known = finished(path)
-    return [known[run.key] for run in runs]
+    return [known[key] for key in dict.fromkeys(run.key for run in runs)]
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return a Markdown table of the results: one row per setting, mean ± half range over seeds."""
-    settings: dict[str, list[dict[str, Any]]] = {}
+    """Return a Markdown table of the results: one row per setting, mean ± half range over seeds.
+
+    Settings that are not the same in all results have a column.
+    """
+    names = [f.name for f in fields(Run) if f.name not in ("solver", "parameters", "seed")]
+    kept = ("solver", "parameters", *names)
+    groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        shown = {k: v for k, v in result["parameters"].items()}
-        name = result["solver"] + (f" {json.dumps(shown)}" if shown else "")
-        settings.setdefault(f"{name}|{result['data']}|{result['shots']}", []).append(result)
+        groups.setdefault(json.dumps([result[name] for name in kept]), []).append(result)
+    shown = [n for n in names if n not in ("radii", "evaluate_on", "attack_rows")]
+    varied = [n for n in shown if len({result[n] for result in results}) > 1]
     splits = [s for s in ("dev", "test", "adversarial") if any(s in r for r in results)]
     radii = sorted({r for result in results for r in result["attacked"]}, key=float)
-    head = ["solver", *splits, *[f"PGD {r}" for r in radii], "passes", "s/step", "seeds"]
+    head = ["solver", *varied, *splits, *[f"PGD {r}" for r in radii], "passes", "s/step", "seeds"]
     lines = [head, ["---"] * len(head)]
-    for name, group in settings.items():
-        cells = [name.split("|")[0]]
+    for group in groups.values():
+        first = group[0]
+        parameters = f" {json.dumps(first['parameters'])}" if first["parameters"] else ""
+        cells = [first["solver"] + parameters]
+        cells += [str(first[n]) for n in varied]
         cells += [_over([100 * r[s] for r in group if s in r]) for s in splits]
-        cells += [_over([100 * r["attacked"][x] for r in group if x in r["attacked"]]) for x in radii]
-        cells += [str(group[0]["forwards_per_step"])]
+        for radius in radii:
+            attacked = [r["attacked"] for r in group]
+            cells += [_over([100 * a[radius] for a in attacked if radius in a])]
+        cells += [str(first["forwards_per_step"])]
         cells += [f"{sum(r['seconds_per_step'] for r in group) / len(group):.2f}", str(len(group))]
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -400,3 +522,13 @@ def _over(values: list[float]) -> str:
     mean = sum(values) / len(values)
     spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
     return f"{mean:.1f}{spread}"
+
+
+def answer(name: str, job: Callable[[], str]) -> int:
+    """Print what a job returns; for what it refuses, one line instead, and return 2."""
+    try:
+        print(job())
+    except REFUSALS as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

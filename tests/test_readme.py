@@ -1,0 +1,122 @@
+"""README is true: code runs, commands exist, the table is the registry, links lead somewhere."""
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import mixadv
+from mixadv.explain import solver_table
+from tests.zoo import player
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def blocks(*languages: str) -> Iterator[tuple[int, str]]:
+    """Yield the line before each fenced block in one of the languages, and the block."""
+    for found in FENCE.finditer(README):
+        if found[1] in languages:
+            yield README[: found.start(2)].count("\n"), found[2]
+
+
+def prelude() -> dict[str, Any]:
+    """Return what the text of README takes for granted: a model, its data, a training loop."""
+    model, batch, _ = player("bert", rows=8)
+    return {
+        "torch": torch,
+        "nn": nn,
+        "F": F,
+        "transformers": transformers,
+        "mixadv": mixadv,
+        "model": model,
+        "batch": batch,
+        "loader": [batch, batch],
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=2e-5),
+        "scheduler": SimpleNamespace(step=lambda: None),
+        "accelerator": SimpleNamespace(backward=lambda loss: loss.backward()),
+    }
+
+
+def commands(program: str) -> list[list[str]]:
+    """Return the arguments of each call of a program, in shell blocks and code spans."""
+    shell = [block for _, block in blocks("bash", "sh", "shell", "console")]
+    spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", README))
+    lines = "\n".join([*shell, *spans]).replace("\\\n", " ").splitlines()
+    called = [shlex.split(line, comments=True) for line in lines if f"{program} " in line]
+    return [
+        words[i + 1 :]
+        for words in called
+        for i, word in enumerate(words)
+        if Path(word).name == program
+    ]
+
+
+def test_every_python_block_runs_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    variables = prelude()
+    found = list(blocks("python"))
+    assert found
+    for line, block in found:
+        exec(compile("\n" * line + block, "README.md", "exec"), variables)
+    assert isinstance(variables["optimizer"], mixadv.GameOptimizer)
+    assert all(p.isfinite().all() for p in variables["model"].parameters())
+
+
+def test_every_make_command_is_a_target():
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+    named = commands("make")
+    assert named
+    words = {word for words in named for word in words}
+    assert {word for word in words if "=" not in word and not word.startswith("-")} <= targets
+
+
+def test_every_script_called_exists_and_takes_its_arguments():
+    called = [words for words in commands("python") if words[0].startswith("examples/")]
+    called += [line.split() for line in re.findall(r"python (examples/.*)", MAKEFILE)]
+    assert called
+    for script, *arguments in called:
+        assert (ROOT / script).is_file(), script
+        if not arguments:
+            continue
+        module = importlib.import_module(Path(script).stem)
+        options = module.arguments(arguments)
+        if hasattr(module, "runs"):
+            assert module.runs(options)
+
+
+def test_the_table_of_solvers_is_that_of_the_registry():
+    found = re.findall(r"<!-- solvers -->\n(.*?)<!-- /solvers -->", README, re.DOTALL)
+    assert len(found) == 1, "README needs the table between <!-- solvers --> and <!-- /solvers -->"
+    assert found[0].strip() == solver_table()
+
+
+def anchor(heading: str) -> str:
+    """Return the anchor that a heading gets: lower case, no punctuation, hyphens for spaces."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_every_relative_link_and_picture_exists():
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", README))
+    targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", text)
+    targets += re.findall(r"""(?:src|srcset|href)=["']([^"']+)["']""", text)
+    targets += re.findall(r"^\[[^\]]+\]:\s*(\S+)", text, re.MULTILINE)
+    anchors = {anchor(h) for h in re.findall(r"^#+ (.*)$", FENCE.sub("", README), re.MULTILINE)}
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        assert (ROOT / path).exists(), target
+        if not path:
+            assert fragment in anchors, target
