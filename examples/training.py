@@ -22,7 +22,7 @@ import mixadv
 from mixadv.equilibrium import best_response
 from mixadv.explain import passes
 
-EMBEDDED_DATA = Path(__file__).parent / "data" / "intents"
+EMBEDDED_DATA = "intents"
 EMBEDDED_MODEL = "minilm"
 REFUSALS = (ValueError, OSError, mixadv.GameError)
 """What a script answers with one line: the user asked for what cannot be run."""
@@ -41,7 +41,7 @@ class Run:
 
     solver: str = "plain"
     parameters: dict[str, Any] = field(default_factory=dict)
-    data: str = str(EMBEDDED_DATA)
+    data: str = EMBEDDED_DATA
     model: str = EMBEDDED_MODEL
     seed: int = 0
     updates: int = 100
@@ -81,10 +81,11 @@ class DataError(ValueError):
 def load_rows(source: str) -> dict[str, list[dict[str, Any]]]:
     """Return the splits of a hub data set, or of a folder of JSON lines, as lists of rows.
 
-    A folder holds `train`, `dev` (or `validation`), `test`, ... as `.jsonl` or `.jsonl.gz`. Rows
+    "intents" is the embedded set. A folder holds `train`, `dev` (or `validation`), `test`, ... as `.jsonl` or `.jsonl.gz`. Rows
     have a text (`text` or `sentence`) and a `label`.
     """
-    folder = Path(source)
+    embedded = Path(__file__).parent / "data" / EMBEDDED_DATA
+    folder = embedded if source == EMBEDDED_DATA else Path(source)
     if folder.is_dir():
         splits = {}
         for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):

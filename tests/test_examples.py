@@ -136,7 +136,7 @@ def test_demo_prints_the_table_and_saves_the_picture(
 
 
 def test_the_embedded_encoder_learns_a_few_sentences_of_the_embedded_data(tmp_path: Path):
-    rows = training.load_rows(str(training.EMBEDDED_DATA))
+    rows = training.load_rows(training.EMBEDDED_DATA)
     labels = {"set_alarm", "find_recipe"}
     for split in ("train", "dev"):
         chosen = [r for r in rows[split] if r["label"] in labels]
