@@ -81,8 +81,8 @@ class DataError(ValueError):
 def load_rows(source: str) -> dict[str, list[dict[str, Any]]]:
     """Return the splits of a hub data set, or of a folder of JSON lines, as lists of rows.
 
-    "intents" is the embedded set. A folder holds `train`, `dev` (or `validation`), `test`, ... as `.jsonl` or `.jsonl.gz`. Rows
-    have a text (`text` or `sentence`) and a `label`.
+    "intents" is the embedded set. A folder holds `train`, `dev` (or `validation`), `test`, ... as
+    `.jsonl` or `.jsonl.gz`. Rows have a text (`text` or `sentence`) and a `label`.
     """
     embedded = Path(__file__).parent / "data" / EMBEDDED_DATA
     folder = embedded if source == EMBEDDED_DATA else Path(source)
