@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mixadv import routes, validate
 from mixadv.closure import Closure, Reading, read
+from mixadv.compiled_site import CompiledSite
 from mixadv.divergence import divergence
 from mixadv.errors import GameError
 from mixadv.geometry import norms
@@ -65,12 +66,11 @@ def check(game: Game, closure: Closure) -> None:
         with _gradients_kept(game):
             plain = _plain_pass(stage)
         game._calls = None
-        if game.site.compiled:
-            with torch.compiler.set_stance("force_eager"):  # hooks learn the site's shapes eagerly
-                zero, lengths = _pass_at_zero(stage)
-            zero, _ = _pass_at_zero(stage)
-        else:
+        with game.site.learning():
             zero, lengths = _pass_at_zero(stage)
+        if isinstance(game.site, CompiledSite):
+            zero, _ = _pass_at_zero(stage)
+            stage.run(_measuring([]))  # the learner's passes take another graph
         _check_replay(plain, zero)
         _check_reading(game, zero, stage)
         if game.unit is None:
@@ -93,7 +93,7 @@ def measure_unit(game: Game, closure: Closure) -> float:
     lengths: list[Tensor] = []
     calls = game._calls
     try:
-        with no_grad():
+        with no_grad(), game.site.learning():
             stage.run(_measuring(lengths, add=False))
         _check_called(game, stage)
         return _mean_length(game, lengths)
@@ -212,8 +212,8 @@ def _packed(stage: Stage) -> bool:
 def _no_gradient(game: Game) -> str:
     return (
         f"The loss has no gradient with respect to δ at {game.site.names}: the path from there to "
-        "the loss is detached or runs under no_grad, a compiled model ran before the game was "
-        "made, or the site lies in a reentrant checkpoint (use_reentrant=False helps then)."
+        "the loss is detached or runs under no_grad, or the site "
+        "lies in a reentrant checkpoint (use_reentrant=False helps then)."
     )
 
 
@@ -273,9 +273,10 @@ def _check_noise_floor(game: Game, stage: Stage, zero: Reading) -> None:
         length = eps * (game.unit or 1.0) / math.sqrt(size)
         return length * noise("uniform", like).sign()
 
-    with no_grad():
-        moved, rounded = stage.run(stage.at(q.detach(), 0)), stage.run(rounding)
-    change, floor = _distance(moved, zero), _distance(rounded, zero)
+    # A compiled model would have to make a graph for passes without gradients.
+    with stage.frozen() if isinstance(game.site, CompiledSite) else no_grad():
+        change = _distance(stage.run(stage.at(q.detach(), 0)), zero)
+        floor = _distance(stage.run(rounding), zero)
     if change <= NOISE_FLOOR * floor:
         warnings.warn(
             f"{type(solver).__name__} starts below the noise floor: δ of size "

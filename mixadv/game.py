@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from mixadv import first_round, validate
 from mixadv.carried import attach
 from mixadv.closure import Closure, read
+from mixadv.compiled_site import place
 from mixadv.errors import GameError
 from mixadv.explain import Explanation, explain
 from mixadv.modules import functional
 from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
-from mixadv.site import Site
 from mixadv.solvers.base import Solver
 from mixadv.stage import Stage, Step, no_grad
 from mixadv.strategy import Strategy
@@ -63,7 +63,7 @@ class Game:
         validate.game_arguments(model, solver, optimizer, seed)
         self.model = model
         self.solver = solver
-        self.site = Site(model, site)
+        self.site = place(model, site)
         self.seed = seed
         self.noise = Noise(seed)
         self.optimizer = optimizer

@@ -123,11 +123,15 @@ def _default(model: nn.Module) -> tuple[str, nn.Module]:
     )
 
 
-def compiled(model: nn.Module) -> bool:
-    """Return whether the model is a `torch.compile`d one; refuse one compiled in place."""
-    if any(m._compiled_call_impl is not None for m in model.modules()):
+def compiled(model: nn.Module, targets: Sequence[tuple[str, nn.Module]]) -> bool:
+    """Return whether a target lies in what `torch.compile` made; refuse compilation in place."""
+
+    def holds(module: nn.Module) -> bool:
+        return any(inner is target for inner in module.modules() for _, target in targets)
+
+    if any(m._compiled_call_impl is not None and holds(m) for m in model.modules()):
         raise TypeError(
             "The model was compiled in place by model.compile(), which hides its inputs from "
             "hooks. Give the game torch.compile(model) instead, and call that in the closure."
         )
-    return hasattr(model, "_orig_mod")
+    return any("_orig_mod" in m._modules and holds(m) for m in model.modules())

@@ -9,14 +9,14 @@ of the node that is running tells which pass it came from.
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.modules import INPUT, around, bound, compiled, find, unwrap
+from mixadv.modules import INPUT, around, bound, find, unwrap
 
 
 class Call(NamedTuple):
@@ -102,18 +102,15 @@ class Site:
         self._handles: list[Any] = []
         self._numbers: dict[nn.Module, int] = {}
         self._masks: list[Tensor | None] = []
-        self.compiled = compiled(model)
-        self._slot: Tensor | None = None
-        self._pattern: tuple[str, Call] | None = None
-        # A compiled model ignores hooks that come after its first call: this one stays, and does
-        # nothing outside a round.
-        dormant = [m for _, m in self.targets] if self.compiled else []
-        self._dormant = [m.register_forward_hook(self._at_slot) for m in dormant]
 
     @property
     def names(self) -> list[str]:
         """Names of the submodules, `"input"` for the model's own input."""
         return [name for name, _ in self.targets]
+
+    def learning(self) -> AbstractContextManager[None]:
+        """Return what to run the passes in that see what the site returns; see `CompiledSite`."""
+        return nullcontext()
 
     @contextmanager
     def run(self, provide: Provide) -> Iterator[Pass]:
@@ -126,21 +123,16 @@ class Site:
         try:
             yield current
             current.end = _sequence_number()
-            if self.compiled and current.calls:
-                self._learn(current)
         except BaseException:
             self.forget([current])
             raise
         finally:
-            self.current, self._masks, self._slot = None, [], None
+            self.current, self._masks = None, []
             self._numbers.clear()
 
     def attach(self) -> None:
         """Register the hooks, once."""
         if self._handles:
-            return
-        if self.compiled:
-            self._pre(self.model, self._fill_slot)
             return
         for name, module in self.targets:
             if name == INPUT:
@@ -169,8 +161,6 @@ class Site:
     def close(self) -> None:
         """Remove every hook."""
         self.detach(force=True)
-        for handle in self._dormant:
-            handle.remove()
 
     def forget(self, passes: list[Pass]) -> None:
         """Give up passes whose round is over: a traceback may keep them alive."""
@@ -202,7 +192,7 @@ class Site:
         self._numbers[module] = _sequence_number()
 
     def _at_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        first = output[0] if isinstance(output, (tuple, list)) else output
+        first = first_of(output)
         if not isinstance(first, Tensor) or not first.is_floating_point():
             what = f"a tensor of {first.dtype}" if isinstance(first, Tensor) else type(first)
             raise GameError(
@@ -210,10 +200,7 @@ class Site:
                 "first of a tuple). Choose a module that returns one with site=."
             )
         delta = self._delta(module, first, args, kwargs)
-        if delta is None:
-            return None
-        total = add(first, delta)
-        return type(output)((total, *output[1:])) if isinstance(output, (tuple, list)) else total
+        return None if delta is None else with_first(output, add(first, delta))
 
     def _at_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.current is not None and not recomputing():
@@ -235,33 +222,6 @@ class Site:
             return args, {**kwargs, name: total}
         where = list(arguments).index(name)
         return (*args[:where], total, *args[where + 1 :]), kwargs
-
-    # A compiled model: δ is an attribute that the graph reads, made before the pass --------------
-
-    def _at_slot(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not torch.compiler.is_compiling() and self.current is not None and self._slot is None:
-            return self._at_output(module, args, {}, output)  # forced to run eagerly, to learn
-        return None if self._slot is None else add(output, self._slot)
-
-    def _learn(self, current: Pass) -> None:
-        """Note which input of the model tells the shape of a call at the site."""
-        call = current.calls[0]
-        for name, value in current.context.items():
-            if isinstance(value, Tensor) and value.shape == call.shape[: value.dim()]:
-                self._pattern = self._pattern or (name, call)
-
-    def _fill_slot(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.current is None:
-            return
-        self._enter(module, args, kwargs)
-        if self._pattern is None:
-            return
-        name, call = self._pattern
-        given = self.current.context[name]
-        shape = torch.Size([*given.shape, *call.shape[given.dim() :]])
-        like = torch.empty(shape, dtype=call.dtype, device=given.device)
-        call = Call(shape, call.dtype, given.device, self._mask(like, (given,), {}))
-        self._slot = self.current.next_delta(self.targets[0][1], 0, None, call, like)
 
     def _delta(self, module: nn.Module, output: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         if recomputing():
@@ -309,6 +269,16 @@ class Site:
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 return module.padding_idx
         return None
+
+
+def first_of(output: Any) -> Any:
+    """Return what δ is added to: the output of a module, or the first of a tuple."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def with_first(output: Any, first: Tensor) -> Any:
+    """Return the output of a module with another `first_of` it."""
+    return type(output)((first, *output[1:])) if isinstance(output, (tuple, list)) else first
 
 
 def add(output: Tensor, delta: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import mixadv
 from tests.zoo import Vision, player
@@ -237,3 +238,124 @@ def test_other_sites_of_a_compiled_model_are_right_or_refused(case: str) -> None
             assert "compile" in str(error)  # noqa: PT017
             return
     same(*seen)
+
+
+def right_or_refused(make: Callable[[], nn.Module], wrap: Callable[[nn.Module], Any]) -> bool:
+    """Return whether FreeLB plays what it plays on the plain model; else it must be refused."""
+    plain = make()
+    expected = rounds(wrapped(plain, "freelb"), [classify(plain, ids())] * 2)
+    model = wrap(make())
+    try:
+        seen = rounds(wrapped(model, "freelb"), [classify(model, ids())] * 2)
+    except mixadv.GameError as error:
+        assert "compiled" in str(error)  # noqa: PT017
+        return False
+    same(seen, expected)
+    return True
+
+
+def part(name: str, in_place: bool) -> Callable[[nn.Module], nn.Module]:
+    def wrap(model: nn.Module) -> nn.Module:
+        if in_place:
+            model.get_submodule(name).compile(backend="eager")
+        else:
+            setattr(model, name, compiled(model.get_submodule(name)))
+        return model
+
+    return wrap
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, without a game too
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_part_that_does_not_hold_the_site_changes_nothing(in_place: bool) -> None:
+    assert right_or_refused(Tiny, part("layer", in_place))
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Tiny()
+        self.tail = nn.Linear(3, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.tail(self.body(ids))
+
+
+def test_a_compiled_part_that_holds_the_site_gets_its_delta() -> None:
+    assert right_or_refused(Holder, part("body", in_place=False))
+
+
+class Checkpointed(Tiny):
+    def forward(self, ids: Tensor) -> Tensor:
+        embed = lambda ids: self.dropout(self.layer(self.words(ids)).tanh())  # noqa: E731
+        return self.head(checkpoint(embed, ids, use_reentrant=False).mean(1))
+
+
+def test_a_site_that_a_compiled_model_recomputes_is_refused() -> None:
+    assert not right_or_refused(Checkpointed, compiled)
+
+
+class Flipped(Tiny):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids.flip(1))
+
+
+def test_padding_that_no_input_of_a_compiled_model_tells_is_refused() -> None:
+    assert not right_or_refused(Flipped, compiled)
+
+
+class Typed(Tiny):
+    def forward(self, types: Tensor, ids: Tensor) -> Tensor:
+        return super().forward(ids) + 0 * types.sum()
+
+
+def test_padding_is_that_of_the_input_the_embedding_is_called_with() -> None:
+    seen = []
+    for wrap in (lambda model: model, compiled):
+        model = wrap(Typed())
+        closure = classify(model, torch.zeros_like(ids()), ids())
+        seen.append(rounds(wrapped(model, "freelb"), [closure] * 2))
+    same(*seen)
+
+
+def test_a_model_called_twice_in_a_closure_gets_both_deltas() -> None:
+    seen = []
+    for wrap in (lambda model: model, compiled):
+        plain = Tiny()
+        plain.dropout.p = 0.0
+        model = wrap(plain)
+
+        def closure(model: Any = model) -> Tensor:
+            return F.cross_entropy(model(ids()) + model(ids(length=3)), torch.arange(4) % 3)
+
+        seen.append(rounds(wrapped(model, "freelb"), [closure] * 2))
+    same(*seen)
+
+
+def test_a_shape_that_ran_before_the_game_is_right_or_refused_when_it_comes_again() -> None:
+    plain = Tiny()
+    batches = [ids(4), ids(6)]
+    expected = rounds(wrapped(plain, "freelb"), [classify(plain, batch) for batch in batches])
+    model = compiled(Tiny())
+    classify(model, batches[1])()[0].backward()
+    model.zero_grad()
+    optimizer = wrapped(model, "freelb")
+    try:
+        seen = rounds(optimizer, [classify(model, batch) for batch in batches])
+    except mixadv.GameError as error:
+        assert "compiled" in str(error)  # noqa: PT017
+    else:
+        same(seen, expected)
+
+
+def test_resetting_the_compiler_lets_a_model_that_ran_before_play() -> None:
+    plain = Tiny()
+    expected = rounds(wrapped(plain, "freelb"), [classify(plain, ids())] * 2)
+    model = compiled(Tiny())
+    classify(model, ids())()[0].backward()
+    model.zero_grad()
+    optimizer = wrapped(model, "freelb")
+    with pytest.raises(mixadv.GameError, match=r"torch\.compiler\.reset\(\)"):
+        optimizer.step(classify(model, ids()))
+    torch.compiler.reset()
+    same(rounds(optimizer, [classify(model, ids())] * 2), expected)

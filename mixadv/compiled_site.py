@@ -1,0 +1,236 @@
+"""Where the adversary acts on a compiled model: its graph reads δ from a slot.
+
+Compiled code ignores hooks that come after it was made, so one hook stays on each module of the
+site and does nothing while the slots are empty. δ must be there before the model runs: one eager
+pass learns how the shape and the padding at the site follow from the inputs of the model. A graph
+that is older than the hook would leave δ out; the hook counts the slots that it takes, so that no
+such pass goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.errors import GameError
+from mixadv.modules import INPUT, compiled, find
+from mixadv.site import Call, Pass, Provide, Site, add, first_of, recomputing, with_first
+
+
+def place(model: nn.Module, site: Any = None) -> Site:
+    """Return the site of a model, compiled or not; the arguments are those of `Site`."""
+    kind = CompiledSite if compiled(model, find(model, site)) else Site
+    return kind(model, site)
+
+
+class Pattern(NamedTuple):
+    """How one call at the site follows from the inputs of the model.
+
+    Attributes:
+        module: the module that is called.
+        name: the input whose leading sizes are those of the output.
+        sizes: how many they are.
+        ids: the input that the module itself is called with, None if there is none.
+        call: the call that was learned from.
+    """
+
+    module: nn.Module
+    name: str
+    sizes: int
+    ids: str | None
+    call: Call
+
+
+class CompiledSite(Site):
+    """The site of a model that is compiled; see `Site`."""
+
+    def __init__(self, model: nn.Module, site: Any = None) -> None:
+        super().__init__(model, site)
+        self._inside = [m for name, m in self.targets if name != INPUT]
+        self._patterns: list[Pattern] = []
+        self._entered: list[Any] = []
+        self._learning = False
+        self._slots: list[Tensor] = []
+        self._taken = 0
+        self._dormant = [m.register_forward_hook(self._at_slot) for m in self._inside]
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Run passes eagerly, to see what the site returns."""
+        self.detach(force=True)
+        self._patterns, self._learning = [], True
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self._learning = False
+            self._entered.clear()
+            self.detach(force=True)
+
+    @contextmanager
+    def run(self, provide: Provide) -> Iterator[Pass]:
+        """Make calls at the site add what `provide(index, call, output)` returns, unless None.
+
+        Of the output, `provide` gets shape, dtype and device alone.
+        """
+        config: Any = torch._dynamo.config
+        # Each shape has up to four graphs: clean, for δ, for the learner, the teacher's.
+        more = config.patch(recompile_limit=4 * config.recompile_limit)
+        with super().run(provide) as current, _quiet(), more:
+            try:
+                yield current
+            finally:
+                self._slots = []
+
+    def attach(self) -> None:
+        """Register the hooks, once."""
+        if self._handles:
+            return
+        if self._learning:
+            super().attach()
+            self._handles.append(self.model.register_forward_hook(self._learn, prepend=True))
+            return
+        self._pre(self.model, self._fill)
+        if len(self._inside) < len(self.targets):
+            # Hooks of the compiled model itself run outside of the graph.
+            self._pre(self.model, self._at_input)
+        self._handles.append(self.model.register_forward_hook(self._verify))
+
+    def close(self) -> None:
+        """Remove every hook."""
+        super().close()
+        for handle in self._dormant:
+            handle.remove()
+
+    # Hooks -----------------------------------------------------------------------------------
+
+    def _at_slot(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            if self._learning and self.current is not None:
+                self._entered.append(args[0] if args else None)
+            self._refuse_recomputation()
+        if not self._slots:
+            return None
+        first = first_of(output)
+        if self._taken >= len(self._slots) or self._slots[self._taken].shape != first.shape:
+            self._taken = len(self._slots) + 1  # said after the pass, outside of the graph
+            return None
+        delta = self._slots[self._taken]
+        self._taken += 1
+        return with_first(output, add(first, delta))
+
+    def _learn(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Note how the calls at the site follow from the inputs of the model."""
+        if self.current is None or self._patterns or recomputing():
+            return
+        given = self._given()
+        pairs = zip(self.current.modules, self.current.calls, strict=True)
+        seen = [(m, call) for m, call in pairs if any(m is x for x in self._inside)]
+        for (target, call), entered in zip(seen, self._entered, strict=True):
+            shared = {name: _shared(value.shape, call.shape) for name, value in given.items()}
+            name = max(shared, key=lambda name: shared[name], default="")
+            ids = next((name for name, value in given.items() if _same(value, entered)), None)
+            pattern = Pattern(target, name, shared.get(name, 0), ids, call)
+            if not pattern.sizes or not _same(self._call(pattern).mask, call.mask):
+                self._refuse_inputs()
+            self._patterns.append(pattern)
+
+    def _fill(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Make the δ of every call at the site, before the model runs."""
+        self._refuse_recomputation()
+        if self.current is None:
+            return
+        self._enter(module, args, kwargs)
+        deltas = []
+        for pattern in self._patterns:
+            call = self._call(pattern)
+            deltas.append(self.current.next_delta(pattern.module, 0, 0, call, _stand_in(call)))
+        # Empty for a clean pass: it takes the same graph as a call outside of a round.
+        self._slots, self._taken = [_leaf(d) for d in deltas if d is not None], 0
+
+    def _verify(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Refuse a pass whose graph did not take every δ."""
+        self._leave(module, args, output)
+        slots, self._slots = self._slots, []
+        if slots and self._taken != len(slots):
+            raise GameError(
+                f"The compiled model did not take δ at the site {self.names}. It ran before this "
+                "game was made, and compiled code ignores hooks that come later: make the game "
+                "before the model's first call, or call torch.compiler.reset() once after making "
+                "it. Otherwise what the site returns changes its shape independently of the "
+                "model's inputs: choose another site."
+            )
+
+    # Helpers ---------------------------------------------------------------------------------
+
+    def _given(self) -> dict[str, Tensor]:
+        assert self.current is not None
+        return {k: v for k, v in self.current.context.items() if isinstance(v, Tensor)}
+
+    def _call(self, pattern: Pattern) -> Call:
+        """Return the call that a pattern foretells for the inputs the model is called with."""
+        given = self._given()
+        if pattern.name not in given or pattern.ids not in {None, *given}:
+            self._refuse_inputs()
+        sizes, device = given[pattern.name].shape[: pattern.sizes], given[pattern.name].device
+        shape = torch.Size([*sizes, *pattern.call.shape[pattern.sizes :]])
+        call = Call(shape, pattern.call.dtype, device, None)
+        args = () if pattern.ids is None else (given[pattern.ids],)
+        return call._replace(mask=self._mask(_stand_in(call), args, {}))
+
+    def _refuse_inputs(self) -> None:
+        raise GameError(
+            f"The model is compiled, and what its site {self.names} returns (the shape, or which "
+            f"tokens are padding) cannot be told from its inputs {list(self._given())}: choose "
+            "another site, or do not compile the model."
+        )
+
+    def _refuse_recomputation(self) -> None:
+        if recomputing() and any(ref() is not None for ref in self._alive):
+            raise GameError(
+                f"The site {self.names} of the compiled model is recomputed in backward, where it "
+                "would lack δ: choose a site outside of the checkpoint, or do not compile."
+            )
+
+
+def _stand_in(call: Call) -> Tensor:
+    return torch.zeros((), dtype=call.dtype, device=call.device).expand(call.shape)
+
+
+def _leaf(delta: Tensor) -> Tensor:
+    # A constant δ would take another graph than one that is differentiated. Within vmap, a tensor
+    # does not tell whether it requires grad: there every δ does.
+    mapped = torch._C._functorch.is_batchedtensor(delta)  # pyright: ignore
+    return delta if mapped or delta.requires_grad else delta.detach().requires_grad_()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Where warnings are errors, ignore the one of reading `.grad` of δ, which is no leaf.
+
+    torch.compile reads it of whatever it is given, and itself only keeps the warning from being
+    shown. Elsewhere filters stay as they are: a change makes warnings shown once appear again.
+    """
+    if all(action != "error" for action, *_ in warnings.filters):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+        yield
+
+
+def _shared(one: torch.Size, other: torch.Size) -> int:
+    """Return how many leading sizes are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one is other
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
