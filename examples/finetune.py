@@ -1,7 +1,7 @@
 r"""Fine-tune an encoder on text classification, plainly or against an adversary.
 
     python examples/finetune.py --solver plain freelb mat --seeds 0 1
-    python examples/finetune.py --data ../data/banking77 --shots 10 --updates 300 --solver mat
+    python examples/finetune.py --data path/to/banking77 --shots 10 --updates 300 --solver mat
     python examples/finetune.py --model roberta-base --data rotten_tomatoes --solver smart \
         --set radius=0.1 smart.smoothness=3
     python examples/finetune.py --report

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixadv.closure import Closure
 from mixadv.game import Game
+from mixadv.stage import no_grad
 from mixadv.strategy import Strategy
 
 
@@ -30,11 +31,16 @@ def best_response(game: Game, closure: Closure) -> BestResponse:
     """Return where the ascent of the game's solver ends, and the model's predictions there.
 
     An approximate best response: what it reaches is a lower bound of what an adversary could. The
-    learner is left alone: no gradients, no step. Put the model in evaluation mode first.
+    learner is left alone: no gradients, no step, and the draws of later rounds are what they would
+    have been. Called again it gives the same answer; another start needs a game with another
+    `seed`. Put the model in evaluation mode first.
 
     Args:
         game: on the model to attack, with the solver whose ascent is played.
         closure: as for training; its labels are those the adversary wants missed.
+
+    Raises:
+        ValueError: if the solver plays several particles.
 
     Example:
         >>> import mixadv
@@ -47,8 +53,17 @@ def best_response(game: Game, closure: Closure) -> BestResponse:
         >>> best_response(game, closure).predictions.shape
         torch.Size([2, 2])
     """
-    with torch.enable_grad(), game.stage(closure) as stage:
-        strategy = stage.ascend(game.solver.gain, game.solver)
-        with torch.no_grad():
-            reading = stage.run(stage.at(strategy, 0))
+    if game.solver.particles > 1:
+        raise ValueError(
+            f"A best response is one point, and {type(game.solver).__name__} plays "
+            f"particles={game.solver.particles}. Use particles=1, and other seeds for other starts."
+        )
+    found = game.round, game.outcome, game.strategy
+    try:
+        with torch.enable_grad(), game.stage(closure) as stage:
+            strategy = stage.ascend(game.solver.gain, game.solver)
+            with no_grad():
+                reading = stage.run(stage.at(strategy, 0))
+    finally:
+        game.round, game.outcome, game.strategy = found
     return BestResponse(strategy, reading.loss, reading.predictions)

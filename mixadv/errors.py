@@ -7,8 +7,8 @@ from collections.abc import Iterable
 class GameError(RuntimeError):
     """A round could not be played as asked; the message says what to change.
 
-    Raised where no built-in exception fits. Weights, gradients, modes, flags, hooks and the random
-    state are as they were before the call.
+    Raised where no built-in exception fits. Weights, buffers, modes, flags, hooks and the random
+    state are as they were before the call; gradients too, unless a pass had delivered them already.
     """
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadv import routes, validate
 from mixadv.closure import Closure, Reading, read
@@ -22,7 +22,6 @@ from mixadv.compiled_site import CompiledSite
 from mixadv.divergence import divergence
 from mixadv.errors import GameError
 from mixadv.geometry import norms
-from mixadv.modules import unwrap
 from mixadv.replay import Noise, Replay
 from mixadv.site import Call, Provide
 from mixadv.stage import Stage, no_grad
@@ -61,11 +60,10 @@ def check(game: Game, closure: Closure) -> None:
     """Check a closure, a site and a solver against each other; nothing is left changed."""
     stage = Stage(game, closure)
     stage.replay.fresh = False  # passes are compared
-    found = game._calls, game.unit, game.leaf_backward
+    found = game.unit, game.leaf_backward
     try:
         with _gradients_kept(game):
             plain = _plain_pass(stage)
-        game._calls = None
         with game.site.learning():
             zero, lengths = _pass_at_zero(stage)
         if isinstance(game.site, CompiledSite):
@@ -78,7 +76,7 @@ def check(game: Game, closure: Closure) -> None:
         _check_noise_floor(game, stage, zero)
         _check_route(game, closure)
     except BaseException:
-        game._calls, game.unit, game.leaf_backward = found
+        game.unit, game.leaf_backward = found
         raise
     finally:
         stage.replay.undo()
@@ -91,18 +89,15 @@ def measure_unit(game: Game, closure: Closure) -> float:
     """Return the mean L2 norm of a real token's output at the site; nothing is left changed."""
     stage = Stage(game, closure)
     lengths: list[Tensor] = []
-    calls = game._calls
     try:
         with no_grad(), game.site.learning():
             stage.run(_measuring(lengths, add=False))
-        _check_called(game, stage)
         return _mean_length(game, lengths)
     finally:
         stage.replay.undo()
         game.site.forget(stage.passes)
         stage.passes.clear()
         game.site.detach()
-        game._calls = calls
 
 
 def _plain_pass(stage: Stage) -> Reading:
@@ -126,7 +121,7 @@ def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor]]:
     leaves: list[Tensor] = []
     with stage.frozen():
         reading = stage.run(_measuring(lengths, leaves))
-        _check_called(game, stage)
+        _check_unpacked(stage)
         total = reading.objective
         if not total.requires_grad:
             raise GameError(_no_gradient(game))
@@ -180,20 +175,12 @@ def _mean_length(game: Game, lengths: list[Tensor]) -> float:
     return length
 
 
-def _check_called(game: Game, stage: Stage) -> None:
-    if stage.calls:
-        if _packed(stage):
-            raise GameError(
-                "The batch is packed (positions restart within a row), so a row is not one sample "
-                "and per-sample norms mean nothing. Use per='token', or unpacked batches."
-            )
-        return
-    names = [n for n, m in unwrap(game.model).named_modules() if isinstance(m, nn.Embedding)]
-    raise GameError(
-        f"The site {game.site.names} was not called in the forward pass (a call that bypasses the "
-        "module, or the wrong module). Name another with site=; the model's embeddings are "
-        f"{names[:6]}."
-    )
+def _check_unpacked(stage: Stage) -> None:
+    if _packed(stage):
+        raise GameError(
+            "The batch is packed (positions restart within a row), so a row is not one sample "
+            "and per-sample norms mean nothing. Use per='token', or unpacked batches."
+        )
 
 
 def _packed(stage: Stage) -> bool:
@@ -230,8 +217,19 @@ def _check_replay(plain: Reading, zero: Reading) -> None:
 
 def _check_reading(game: Game, reading: Reading, stage: Stage) -> None:
     solver = game.solver
+    kind = reading.loss.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        warnings.warn(
+            "In fp16 gradients with respect to δ underflow: no loss scale reaches them. Use bf16.",
+            stacklevel=6,
+        )
     if solver.compares is not None:
         predictions = stage._predictions(reading)
+        if not predictions.requires_grad:
+            raise GameError(
+                f"The predictions do not depend on δ at {game.site.names}: return the logits that "
+                "the loss was computed from, not detached."
+            )
         if predictions.shape[-1] == 1 and solver.compares in ("kl", "symmetric_kl", "js"):
             raise GameError(
                 f"The predictions have one column, of which {solver.compares!r} is always 0. "
@@ -348,15 +346,11 @@ def _gradients_kept(game: Game) -> Iterator[_Kept]:
     finally:
         now = [None if p.grad is None else p.grad._version for p in live]
         same = all(p.grad is g for p, g, _ in found) and now == versions
-        cleared = all(p.grad is None for p in live)
         if not same and not kept.keep_new:
             with torch.no_grad():
                 for p, gradient, value in found:
                     p.grad = gradient
                     if gradient is not None and value is not None:
                         gradient.copy_(value)
-    if not same and not kept.keep_new and not cleared:
-        raise GameError(
-            "The closure calls backward (gradients changed while it ran). A closure runs the "
-            "forward pass and returns the loss; the round calls backward itself, once per pass."
-        )
+    if not same and not kept.keep_new:
+        raise GameError(validate.CHANGES_GRADIENTS)

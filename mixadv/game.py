@@ -76,7 +76,6 @@ class Game:
         self.outcome: Outcome | None = None
         self.strategy: Strategy | None = None
         self.leaf_backward = False
-        self._calls: int | None = None
         self._checked = False
         self._busy = False
         self._stateful: tuple[tuple[bool, ...], list[Slot]] | None = None
@@ -98,8 +97,12 @@ class Game:
                 (`accelerator.backward`, `lambda loss: scaler.scale(loss).backward()`).
             check: validate this round as the first one is.
 
+        A loss that the closure divides itself leaves a divergence undivided: where micro-batches
+        are accumulated, divide in `backward`, `lambda loss: (loss / 4).backward()`.
+
         Raises:
-            GameError: if the round cannot be played; nothing has changed then.
+            GameError: if the round cannot be played. Weights are as before; gradients that were
+                delivered before it broke stay added.
         """
         with torch.enable_grad(), self.stage(closure, check) as stage:
             total = torch.zeros(())
@@ -155,7 +158,10 @@ class Game:
 
     @contextmanager
     def stage(self, closure: Closure, check: bool = False) -> Iterator[Stage]:
-        """Open a round on a closure. After an exception everything is as it was before."""
+        """Open a round on a closure.
+
+        After an exception buffers, random state, hooks and flags are as they were before.
+        """
         if self.learner is not None and self.learner.swapped:
             raise GameError("A round within game.averaged() would be undone at its end.")
         if self._busy:
@@ -171,7 +177,7 @@ class Game:
                 self._busy = False
             self._checked = True
         if self.learner is not None:
-            self.learner.depth = 0  # a step that failed did not leave
+            self.learner.opened = True
         stage = Stage(self, closure)
         self.noise.begin("adversary", self.round, _rank())
         self._busy = True
@@ -322,6 +328,8 @@ class Game:
         if self._busy:
             raise GameError("load_state_dict within a round: load between rounds.")
         self.seed, self.round, self.unit = state["seed"], state["round"], state["unit"]
+        self.outcome = self.strategy = None
+        self._checked = self._checked and self.unit is not None  # else it is measured anew
         self.noise = Noise(self.seed)
         if self.learner is not None:
             self.learner.noise = Noise(self.seed)
@@ -331,16 +339,6 @@ class Game:
         self.site.close()
         for handle in [] if self.learner is None else self.learner.handles:
             handle.remove()
-
-    def count_calls(self, calls: int) -> None:
-        """Check that each pass calls the site as often as the first one did."""
-        if self._calls is None:
-            self._calls = calls
-        if calls != self._calls:
-            raise GameError(
-                f"The site {self.site.names} was called {calls} times in this pass and "
-                f"{self._calls} times before. A closure must run the same forward every time."
-            )
 
     def stateful_buffers(self) -> list[Slot] | None:
         """Return the buffers known to change in a forward pass; None while that is not known."""

@@ -38,7 +38,7 @@ def norms(x: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
     """Return the norm of each group, shaped to broadcast against `x`.
 
     The tensor is divided by its largest entry first: the squares of 1e30 overflow in fp32, those
-    of 1e-30 vanish (trap: half-precision and extreme gradients turn into inf/inf).
+    of 1e-30 vanish, and a gradient over its norm would be 0/0.
 
     Args:
         x: `[B, ...]`, any float dtype.

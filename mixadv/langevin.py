@@ -3,7 +3,7 @@
     x ← Π( x + η·drift + √(2·η·τ)·ξ ),   ξ ~ N(0, I)
 
 With drift = ∇u(x), fixed, and no set, the law of x tends to the Gibbs measure ∝ exp(u(x)/τ) as
-η → 0; for a quadratic the law at finite η is known exactly (theory: G2). The projection comes last:
+η → 0; for a quadratic the law at finite η is known exactly. The projection comes last:
 noise added after it would leave the set. The learner takes the same step with its optimizer as
 drift, so there the step consists of the noise alone, and the Gibbs law holds for plain SGD only.
 """

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mixadv.ascent import check_integer, check_number
+from mixadv.ascent import check_number
 from mixadv.errors import GameError
 from mixadv.langevin import noise_scale
 from mixadv.replay import Noise
@@ -66,6 +66,14 @@ class Learner:
         self.average_decay = average
         self.momentum = momentum
         self.teacher_every = teacher_every
+        self.samples: deque[Weights] = deque(maxlen=samples)
+        self.swapped = False
+        self.depth = 0  # of steps within steps
+        self.opened = False  # a round since the last step
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the past: no copies, no samples."""
         self.count = 0  # samples drawn since the start of training
         self.position = 0  # samples drawn in the round that is open
         self.rounds = 0  # closed rounds
@@ -73,9 +81,7 @@ class Learner:
         self.mean: Weights = {}
         self.average: Weights = {}
         self.teacher: Weights = {}
-        self.samples: deque[Weights] = deque(maxlen=samples)
-        self.swapped = False
-        self.depth = 0  # of steps within steps
+        self.samples.clear()
 
     def bind(self, base: Optimizer, seed: int) -> None:
         """Register the moves around the steps of the base optimizer."""
@@ -101,6 +107,9 @@ class Learner:
         if self.position:
             for parameter, value in self.backup.items():
                 parameter.copy_(value)
+        for _ in range(min(self.position, len(self.samples))):
+            self.samples.pop()
+        self.count -= self.position
         self.position = self.depth = 0
 
     @torch.no_grad()
@@ -111,14 +120,19 @@ class Learner:
 
     # Around a step ---------------------------------------------------------------------------
 
-    # An optimizer whose step calls that of its parent class runs its hooks twice.
+    # An optimizer whose step calls that of its parent class runs its hooks twice, and one whose
+    # step fails does not leave; after a round has been opened, a step that enters is a new one.
 
     def _enter(self) -> None:
+        if self.opened:
+            self.depth, self.opened = 0, False
         if self.depth == 0:
             self._before()
         self.depth += 1
 
     def _leave(self) -> None:
+        if self.depth == 0:
+            return
         self.depth -= 1
         if self.depth == 0:
             self._after()
@@ -132,7 +146,7 @@ class Learner:
             )
         if self.momentum is not None:
             self.teacher_weights()
-        if self.position == 0 and (self.damping or self.round_damping):
+        if self.position == 0 and (self.damping or self.round_damping or self.steps > 1):
             _copy(self.parameters(), self.backup)
             if self.damping:
                 _copy(self.parameters(), self.mean, wide=True)
@@ -244,11 +258,6 @@ def check_damping(who: str, name: str, value: Any) -> None:
     check_number(who, name, value, 0.0, 1.0)
     if value == 1:
         raise ValueError(f"{who}: {name}=1 never moves; it must be below 1.")
-
-
-def check_count(who: str, name: str, value: Any) -> None:
-    """Raise unless the value is a whole number of at least 1."""
-    check_integer(who, name, value, 1)
 
 
 def _copy(

@@ -59,6 +59,8 @@ class GameOptimizer(Optimizer):
     4. zeroes the gradients, forgets the clean pass and takes a new dropout mask,
     5. returns the objective averaged over the round's steps, detached; `outcome` has the rest.
 
+    Clip gradients in `optimizer.base.register_step_pre_hook`, which runs before each such step.
+
     `step()` is the base step with the learner's moves, for loops where `game.backward` or
     `game.loss` has made the gradients. Everything else is the base optimizer's: parameter groups,
     state, defaults.
@@ -71,7 +73,6 @@ class GameOptimizer(Optimizer):
         # Not Optimizer.__init__: it assigns `state` and `param_groups`, which are the base's here.
         self.base = base
         self.game = game
-        self.outcome: Outcome | None = None
         self._closure_plays: bool | None = None
         self._make_hooks()
 
@@ -83,6 +84,11 @@ class GameOptimizer(Optimizer):
             setattr(self, f"_optimizer_load_state_dict_{when}_hooks", OrderedDict())
         self._warned_capturable_if_run_uncaptured = True
         self._patch_step_function()
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What the last round came to; None before the first."""
+        return self.game.outcome
 
     # What belongs to the base ------------------------------------------------------------------
 
@@ -177,12 +183,12 @@ class GameOptimizer(Optimizer):
                         self.base.zero_grad()
                         stage.renew()
                         steps += 1
-                self.outcome = game.finish(stage, total, steps)
+                outcome = game.finish(stage, total, steps)
         except BaseException:
             if game.learner is not None:
                 game.learner.abandon()
             raise
-        return self.outcome.objective
+        return outcome.objective
 
     # State -------------------------------------------------------------------------------------
 
@@ -219,9 +225,11 @@ class GameOptimizer(Optimizer):
             )
         part = {} if ours is None or learner is None else learner.read_state(ours["learner"])
         self.base.load_state_dict(state)
-        if ours is not None:
-            self.game.load_state_dict(ours["game"])
-            vars(learner).update(part) if learner is not None else None
+        fresh = {"seed": self.game.seed, "round": 0, "unit": None}
+        self.game.load_state_dict(fresh if ours is None else ours["game"])
+        if learner is not None:
+            learner.reset()
+            vars(learner).update(part)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -230,7 +238,6 @@ class GameOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.outcome = None
         self._make_hooks()
         game = cast(Game, self.game)
         if game.learner is not None:

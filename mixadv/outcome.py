@@ -12,7 +12,7 @@ class Outcome:
 
     Attributes:
         objective: what the learner minimised, averaged over the round's optimizer steps.
-        loss: task loss of the round's first pass (clean, where the solver has a clean pass).
+        loss: task loss of the learner's first pass: clean, where the solver has a clean pass.
         payoff: the adversary's payoff at the last points where it was evaluated.
         radius: mean norm of the δ played, in the solver's norm and in units of the site.
         entropy: entropy of the strategy played in nats, 0 for a pure one.

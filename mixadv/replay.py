@@ -76,11 +76,6 @@ class Replay:
         else:
             self.buffers.restore()
 
-    def rewind(self) -> None:
-        """Set the random state that the next pass starts from, for passes run by other means."""
-        if self.before is not None:
-            set_random_state(self.before)
-
     def renew(self) -> None:
         """Move to where one plain forward would have left the random state: a new mask."""
         if self.after is not None:
@@ -96,7 +91,8 @@ class Replay:
 class Buffers:
     """Buffers that forward passes change, such as running statistics.
 
-    They are found by value: batch normalisation does not touch the version counters of its own.
+    They are found by value, in the first round: batch normalisation does not touch the version
+    counters of its own.
 
     Args:
         model: whose buffers are watched.

@@ -50,8 +50,15 @@ class Pass:
         self.end = self.begin
         self.grad = torch.is_grad_enabled()
         self.recomputable = False
-        self.context: dict[str, Any] = {}
+        self.context: dict[str, Any] = {}  # arguments of the model's call
         self._recomputed: dict[tuple[int, int], int] = {}
+
+    def tokens(self) -> dict[str, Any]:
+        """Return the context with the site's own mask, where the call came without one."""
+        mask = self.calls[0].mask if self.calls else None
+        if mask is None or self.context.get("attention_mask") is not None:
+            return self.context
+        return {**self.context, "attention_mask": mask.flatten(2)[..., 0]}
 
     def next_delta(
         self, module: nn.Module, number: int, frame: Any, call: Call, output: Tensor
@@ -170,6 +177,16 @@ class Site:
     def prune(self) -> None:
         """Forget passes that no graph can recompute any more."""
         self._alive = [ref for ref in self._alive if ref() is not None]
+
+    def not_called(self) -> str:
+        """Say that a pass did not call the site."""
+        modules = self._inner.named_modules()
+        names = [name for name, m in modules if isinstance(m, nn.Embedding)]
+        return (
+            f"The site {self.names} was not called in the forward pass (a call that bypasses the "
+            "module, or the wrong module). Name another with site=; the model's embeddings are "
+            f"{names[:6]}."
+        )
 
     # Hooks -----------------------------------------------------------------------------------
 

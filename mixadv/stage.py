@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from mixadv import routes
+from mixadv import routes, validate
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
 from mixadv.divergence import Divergence, divergence
@@ -49,6 +49,7 @@ class Stage:
         self.closure = closure
         self.replay = Replay(game.model, game.solver.fresh_dropout, game.stateful_buffers())
         self.calls: list[Call] = []
+        self.calls_per_pass: int | None = None
         self.passes: list[Pass] = []
         self.played: Strategy | None = None
         self.payoff: Tensor | None = None
@@ -180,16 +181,35 @@ class Stage:
 
     def run(self, provide: Provide, closure: Closure | None = None, copies: int = 1) -> Reading:
         """Run one pass of the closure and read its result."""
-        with self.replay.run(), self.game.site.run(provide) as current:
+        with (
+            self.replay.run(),
+            self.game.site.run(provide) as current,
+            validate.gradients_untouched(self.game.parameters()),
+        ):
             result = (closure or self.closure)()
         self.passes.append(current)
         self.forwards += copies
-        self.game.count_calls(len(current.calls))
+        self._count_calls(len(current.calls))
         if copies == 1:
             self.calls = current.calls
         config = getattr(unwrap(self.game.model), "config", None)
         decoder = bool(getattr(config, "is_encoder_decoder", False))
-        return read(result, current.context, encoder_decoder=decoder)
+        reading = read(result, current.tokens(), encoder_decoder=decoder)
+        if reading.loss.shape == (1,) and current.calls and current.calls[0].shape[0] > 1:
+            return reading._replace(loss=reading.loss[0])
+        return reading
+
+    def _count_calls(self, calls: int) -> None:
+        """Check that each pass of the round calls the site as often as its first one."""
+        if calls == 0:
+            raise GameError(self.game.site.not_called())
+        self.calls_per_pass = self.calls_per_pass or calls
+        if calls != self.calls_per_pass:
+            raise GameError(
+                f"The site {self.game.site.names} was called {calls} times in this pass and "
+                f"{self.calls_per_pass} times before. A closure must run the same forward in "
+                "every pass of a round."
+            )
 
     def at(self, q: Strategy, particle: int) -> Provide:
         """Return what adds one particle of the strategy at the site."""

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from mixadv.errors import GameError
 from mixadv.solvers.base import Solver
+
+CHANGES_GRADIENTS = (
+    "The closure changes gradients: it calls backward or zero_grad. A closure runs the forward "
+    "pass and returns the loss; the round does the rest."
+)
+
+
+@contextmanager
+def gradients_untouched(parameters: list[Tensor]) -> Iterator[None]:
+    """Raise if the body replaces or changes a gradient."""
+
+    def versions() -> list[tuple[Tensor | None, int]]:
+        return [(p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
+
+    before = versions()
+    yield
+    pairs = zip(before, versions(), strict=True)
+    if not all(a is b and old == new for (a, old), (b, new) in pairs):
+        raise GameError(CHANGES_GRADIENTS)
 
 
 def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
@@ -26,11 +48,18 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
             "The model is wrapped in torch.nn.DataParallel, whose replicas would not receive δ. "
             "Use DistributedDataParallel (one process per device), or the bare model."
         )
+    parallel = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    if any(m.static_graph for m in parallel):
+        raise ValueError(
+            "The model is in DistributedDataParallel(static_graph=True), which expects one forward "
+            "and backward per step; under a round its replicas drift apart. Leave it out."
+        )
+    learner = solver.learner()
     if optimizer is None:
-        if solver.learner() is not None:
+        if learner is not None:
             raise ValueError(
-                f"{solver!r} moves the weights after a step, which needs the optimizer: use "
-                "mixadv.wrap(optimizer, model, solver) and its .game."
+                f"{type(solver).__name__} moves the weights after a step, which needs the "
+                "optimizer: use mixadv.wrap(optimizer, model, solver) and its .game."
             )
         return
     base_optimizer(optimizer)
@@ -40,6 +69,13 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
         raise ValueError(
             f"The optimizer holds {len(held)} parameters and none of the {len(own)} of this "
             f"{type(model).__name__}: build it from the parameters of the model that is trained."
+        )
+    outside = [p for p in held if id(p) not in own and p.requires_grad]
+    if outside and learner is not None and (learner.momentum is not None or learner.samples.maxlen):
+        raise ValueError(
+            f"The optimizer trains {len(outside)} parameters that are not part of the model, and "
+            f"{type(solver).__name__} runs the model with other weights (a teacher, or samples), "
+            "which would leave them out. Give the game a module that holds them all."
         )
 
 

@@ -382,6 +382,26 @@ def test_a_best_response_raises_the_loss_and_leaves_the_learner_alone():
     handle.remove()
 
 
+def test_a_best_response_changes_no_later_round():
+    paths = []
+    for attacked in (False, True):
+        optimizer, player = start(PGD())
+        optimizer.step(player.closure())
+        outcome = optimizer.outcome
+        if attacked:
+            player.model.eval()
+            first, again = (best_response(optimizer.game, player.closure()) for _ in range(2))
+            assert_same(first.loss, again.loss)
+            assert optimizer.outcome is outcome
+            player.model.train()
+        optimizer.step(player.closure())
+        paths.append(gradients(player) | dict(player.model.named_parameters()))
+    assert_same(*paths)
+    several = mixadv.wrap(SGD(player.model.parameters(), lr=0.1), player.model, MAT(particles=2))
+    with pytest.raises(ValueError, match="particles=2"):
+        best_response(several.game, player.closure())
+
+
 def test_a_closed_game_leaves_model_and_optimizer_alone():
     optimizer, player = start(MAT(average=None, round_damping=0.5))
     found = fingerprint(player.model)["hooks"]

@@ -480,3 +480,108 @@ def test_lightning_optimizes_automatically(tmp_path: Path, micro: int):
         scheduler.step()
     assert_same(weights(player._replace(model=module.model)), weights(player))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("learner_steps", [1, 3])
+def test_a_plain_checkpoint_makes_a_used_optimizer_a_fresh_one(learner_steps: int):
+    solver = mixadv.MAT(learner_steps=learner_steps, damping=0.5, round_damping=0.5, samples=3)
+    paths = []
+    for used in (False, True):
+        optimizer, p = wrapped(solver, AdamW)
+        saved = copy.deepcopy([p.model.state_dict(), optimizer.base.state_dict()])
+        random = torch.get_rng_state()
+        if used:
+            optimizer.game.backward(p.closure())
+            optimizer.step()
+            p.model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+            optimizer.zero_grad()
+            assert optimizer.game.round == 0
+            assert optimizer.game.unit is None
+        torch.set_rng_state(random)
+        for _ in range(3):
+            optimizer.step(p.closure())
+        paths.append([weights(p), optimizer.state_dict()["mixadv"]])
+    assert_same(*paths)
+
+
+# The learner's moves around other optimizers ---------------------------------------------------
+
+
+class Within(SGD):
+    """Steps by its parent's step, as many published optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class ClosureFirst(SGD):
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("base", [SGD, Within, ClosureFirst])
+def test_the_learner_moves_once_per_step_of_any_base(base: type[SGD]):
+    SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)  # torch hooks a class at its first instance
+    for by_hand in (False, True):
+        p = small()
+        optimizer = mixadv.wrap(base(p.model.parameters(), lr=0.1), p.model, MIXED)
+        for _ in range(3):
+            if by_hand:  # frameworks step with a closure that plays
+                optimizer.base.step(lambda o=optimizer, p=p: o.game.loss(p.closure()).backward())
+            else:
+                optimizer.game.backward(p.closure())
+                optimizer.step()
+        assert optimizer.game.learner.count == 3
+
+
+def test_the_learner_moves_on_after_a_step_that_failed():
+    class Failing(SGD):
+        broken = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.broken:
+                raise OSError("no more memory")
+            return super().step(closure)
+
+    p = small()
+    optimizer = mixadv.wrap(Failing(p.model.parameters(), lr=0.1), p.model, MIXED)
+    optimizer.step(p.closure())
+    count = optimizer.game.learner.count
+    optimizer.base.broken = True
+    optimizer.game.backward(p.closure())
+    with pytest.raises(OSError, match="memory"):
+        optimizer.step()
+    optimizer.base.broken = False
+    optimizer.game.backward(p.closure())
+    optimizer.step()
+    assert optimizer.game.learner.count == count + 1
+
+
+@pytest.mark.parametrize("solver", [mixadv.SMART(), mixadv.MAT(samples=2)])
+def test_a_teacher_of_half_the_trained_weights_is_refused(solver: mixadv.Solver):
+    model, head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 3)
+    base = SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match="trains 2 parameters that are not part of the model"):
+        mixadv.wrap(base, model, solver)
+    head.requires_grad_(False)
+    mixadv.wrap(base, model, solver)
+
+
+def test_clipping_runs_before_each_of_the_learners_steps():
+    optimizer, p = wrapped(mixadv.MAT(learner_steps=2))
+    seen: list[float] = []
+
+    def clip(*_: Any) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(p.model.parameters(), 1e-3)
+        seen.append(float(norm))
+
+    before = weights(p)
+    optimizer.base.register_step_pre_hook(clip)
+    optimizer.step(p.closure())
+    moved = torch.cat([(a - b).flatten() for a, b in zip(weights(p), before, strict=True)]).norm()
+    assert len(seen) == 2
+    assert min(seen) > 1e-3
+    assert 0 < float(moved) <= 2 * 0.1 * 1e-3

@@ -67,8 +67,11 @@ def check_divergence(solver: Solver, field: str) -> None:
     except ValueError as error:
         loss = " A payoff may also be 'loss'." if field == "payoff" else ""
         raise ValueError(f"{type(solver).__name__}: {field}={value!r}. {error}{loss}") from None
-    if solver.start == "zero" and solver.steps and not solver.temperature and value in DIVERGENCES:
+    known = value in [*DIVERGENCES, *DIVERGENCES.values()]
+    at_zero = solver.start == "zero" or solver.start_size == 0
+    if known and at_zero and solver.steps and solver.radius != 0 and not solver.temperature:
+        where = "start='zero'" if solver.start == "zero" else f"start_size={solver.start_size}"
         raise ValueError(
-            f"{type(solver).__name__}: start='zero' with {value!r}: a divergence has zero gradient "
+            f"{type(solver).__name__}: {where} with {value!r}: a divergence has zero gradient "
             "at δ = 0, so the ascent would never move. Start from 'uniform' or 'normal'."
         )

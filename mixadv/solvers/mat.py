@@ -11,10 +11,12 @@ Learner, K_θ samples of the wrapped optimizer's step on ℓ + λ·ℓ_s, each w
     θ̄ ← β·θ̄ + (1−β)·θ,   then   θ_{t+1} = β'·θ_t + (1−β')·θ̄
 
 The strategy is played as its damped mean Σ_m w_m δ̄_m (the paper, one pass), or as the ensemble
-Σ_m w_m ℓ_s(X + δ_m) (M passes). θ follows the Gibbs law for plain SGD only: adaptive optimizers
-precondition the drift and not the noise. Differences of the released code: its copy of θ_t is an
-alias of the live weights, its noise comes after the projection and is scaled by γ (a temperature
-of 4e-8 for δ, 4e-12 for θ), its log(softmax) overflows.
+Σ_m w_m ℓ_s(X + δ_m) (M passes). By default ∇ℓ_s is taken as a direction, of length 1 per sample, as
+the released code does; `normalize="none"` is the raw drift of Langevin dynamics. θ follows the
+Gibbs law for plain SGD only: adaptive optimizers precondition the drift and not the noise.
+Differences of the released code: its copy of θ_t is an alias of the live weights, its noise comes
+after the projection and is scaled by γ (a temperature of 4e-8 for δ, 4e-12 for θ), its log(softmax)
+overflows.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ if TYPE_CHECKING:
 class MAT(Solver):
     """Both players randomise: Langevin particles against Langevin samples of the weights.
 
-    Passes of a round: K_δ + 2·K_θ forwards for one particle, K_δ backwards for δ, K_θ backwards and
-    optimizer steps; the ensemble of M: 1 + M·K_δ + M·K_θ + (K_θ − 1) forwards.
+    Passes of a round: M·K_δ + 2·K_θ forwards where the mean is played, M·K_δ + (M + 1)·K_θ for the
+    ensemble; M·K_δ backwards for δ, K_θ backwards and optimizer steps. Damping and averaging keep
+    three copies of the trainable weights: at the round's start, the damped mean, the average.
 
     Attributes:
         mirror_step: η_w of the log-weights, in 1/payoff; no effect for one particle.

@@ -5,7 +5,9 @@ Jiang et al. 2020, arXiv:1911.03437, eq. 1–3, Alg. 1.
     δ ← Π( δ + η·∇δ ℓ_s ),          θ̃ ← (1−m)·θ + m·θ̃   every S steps
 
 with ℓ_s the symmetric KL, or the squared error for regression. m = 0 is the proximal point at the
-last iterate θ_t (vanishing for S = 1, where θ = θ_t), m > 0 its momentum version. The released
+last iterate θ_t (vanishing for S = 1, where θ = θ_t), m > 0 its momentum version. By default the
+step is the steepest of an L2 ball, scaled like every other solver's; the paper's, raw gradients in
+an L∞ ball, is `normalize="none", norm="linf"`. The released
 mt-dnn code perturbs an already embedded input, rescales δ to norm 1 whatever ε, and has no proximal
 term; its rescaling is `projection="sphere", norm="linf", per="token", normalize="none"`.
 """
