@@ -242,10 +242,10 @@ def model_path(name: str) -> str:
 
 def load_model(name: str, labels: int) -> tuple[Any, Any]:
     """Return a classifier with a new head, and its tokenizer."""
-    import transformers
-
     if name == EMBEDDED_MODEL:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # a new head is what is wanted
