@@ -17,7 +17,7 @@ slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
