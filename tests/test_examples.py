@@ -123,8 +123,9 @@ def test_demo_prints_the_table_and_saves_the_picture(
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     names = ["test", "adversarial", *[f"PGD {radius:g}" for radius in demo.RADII]]
-    assert [cell.strip() for cell in lines[0].split("|")][2:-4] == names
-    assert [line.split("|")[1].strip() for line in lines[2:5]] == list(demo.METHODS)
+    assert [cell.strip() for cell in lines[0].split("|")][3:-4] == names
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[2:6]]
+    assert rows == [[name, str(2 * factor)] for name, factor in demo.METHODS]
     picture = tmp_path / "accuracy_against_radius.png"
     assert lines[-1] == f"picture: {picture}"
     assert picture.read_bytes().startswith(b"\x89PNG")
