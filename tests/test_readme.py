@@ -1,6 +1,7 @@
 """README is true: code runs, commands exist, the table is the registry, links lead somewhere."""
 
 import importlib
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import transformers
 from torch import nn
 
 import mixadv
+import training
 from mixadv.explain import solver_table
 from tests.zoo import player
 
@@ -100,6 +102,12 @@ def test_the_table_of_solvers_is_that_of_the_registry():
     found = re.findall(r"<!-- solvers -->\n(.*?)<!-- /solvers -->", README, re.DOTALL)
     assert len(found) == 1, "README needs the table between <!-- solvers --> and <!-- /solvers -->"
     assert found[0].strip() == solver_table()
+
+
+@pytest.mark.parametrize("name", ["demo", "banking77"])
+def test_measured_tables_are_those_of_the_results(name: str):
+    lines = (ROOT / "examples" / "results" / f"{name}.jsonl").read_text().splitlines()
+    assert training.table([json.loads(line) for line in lines]) in README
 
 
 def anchor(heading: str) -> str:
