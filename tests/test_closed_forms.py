@@ -197,6 +197,7 @@ def test_power_iteration_finds_the_top_eigenvector_of_the_fisher_matrix(kind):
 # Special cases that coincide ---------------------------------------------------------------------
 
 PLAIN_STEP = {"learner_steps": 1, "damping": 0.0, "round_damping": 0.0, "average": None}
+PLAIN_STEP |= {"learner_temperature": 0.0}
 PLAIN = {
     "FreeLB that never moves": mixadv.FreeLB(start="zero", step_size=0.0, steps=3),
     "PGD without steps": mixadv.PGD(start="zero", steps=0),

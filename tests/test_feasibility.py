@@ -24,6 +24,7 @@ MASK = torch.tensor([[1] * n + [0] * (5 - n) for n in (5, 3, 4, 1, 5, 2)])
 PLAIN = {
     "proximal": 0.0,
     "learner_steps": 1,
+    "learner_temperature": 0.0,
     "damping": 0.0,
     "round_damping": 0.0,
     "average": None,

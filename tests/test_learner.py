@@ -10,7 +10,8 @@ from torch.nn.utils import parameters_to_vector
 import mixadv
 
 OUTER = 0.4
-PULLED = {"learner_steps": 1, "damping": 0.0, "round_damping": OUTER}
+COLD = {"learner_temperature": 0.0}
+PULLED = {**COLD, "learner_steps": 1, "damping": 0.0, "round_damping": OUTER}
 FREE = {"learner_steps": 1, "damping": 0.0, "round_damping": 0.0}
 
 
@@ -64,7 +65,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def test_a_round_of_samples_closes_over_successive_batches():
-    training = Training(mixadv.MAT(learner_steps=3, damping=0.3, round_damping=OUTER))
+    training = Training(mixadv.MAT(**COLD, learner_steps=3, damping=0.3, round_damping=OUTER))
     for _ in range(2):
         start = mean = training.weights
         for _ in range(3):
@@ -76,7 +77,7 @@ def test_a_round_of_samples_closes_over_successive_batches():
 
 
 def test_step_with_a_closure_plays_a_whole_round_on_one_batch():
-    training = Training(mixadv.MAT(learner_steps=3, damping=0.3, round_damping=OUTER))
+    training = Training(mixadv.MAT(**COLD, learner_steps=3, damping=0.3, round_damping=OUTER))
     start = training.weights
     training.optimizer.step(training.closure())
     a, b, c = training.samples
@@ -162,7 +163,7 @@ def test_steps_that_loss_scaling_skips_move_nothing(solver, fused):
     assert not torch.equal(training.weights, before[0])
 
 
-MOVING = {"mat": mixadv.MAT(learner_steps=2), "smart": mixadv.SMART()}
+MOVING = {"mat": mixadv.MAT(**COLD, learner_steps=2), "smart": mixadv.SMART()}
 
 
 @pytest.mark.parametrize("solver", MOVING.values(), ids=MOVING)
@@ -210,7 +211,7 @@ def test_average_is_over_closed_rounds(average):
 
 
 def test_live_weights_return_bit_for_bit_after_an_exception():
-    training = Training(mixadv.MAT())
+    training = Training(mixadv.MAT(**COLD))
     for _ in range(3):
         training.optimizer.step(training.closure())
     live = training.weights
@@ -228,7 +229,7 @@ def test_live_weights_return_bit_for_bit_after_an_exception():
 
 
 def test_averaged_weights_are_refused_within_a_round_and_where_there_are_none():
-    training = Training(mixadv.MAT())
+    training = Training(mixadv.MAT(**COLD))
     with (
         pytest.raises(mixadv.GameError, match="at least one whole round"),
         training.game.averaged(),
@@ -247,7 +248,7 @@ def test_averaged_weights_are_refused_within_a_round_and_where_there_are_none():
 
 
 def test_last_samples_are_kept_oldest_first():
-    training = Training(mixadv.MAT(learner_steps=2, samples=3))
+    training = Training(mixadv.MAT(**COLD, learner_steps=2, samples=3))
     for _ in range(5):
         training.step()
     kept = [vector(sample) for sample in training.game.learner_samples]

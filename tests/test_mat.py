@@ -14,6 +14,7 @@ from mixadv.learner import Learner
 from tests.zoo import player
 
 PLAIN = {"learner_steps": 1, "damping": 0.0, "round_damping": 0.0, "average": None}
+COLD = {"learner_temperature": 0.0}
 STILL = {"steps": 0, "smoothness": 0.0, "divergence": "squared_error"}
 X = torch.ones(2, 3, dtype=torch.float64)
 
@@ -63,7 +64,7 @@ def wrap(model: nn.Module, solver: mixadv.Solver, lr: float = 0.1) -> mixadv.Gam
 def test_damping_pulls_to_a_true_copy_of_the_weights(damping, mean, round_damping):
     model = Potential(torch.sum)  # θ goes 0, −0.1, −0.2, −0.3
     damped = {"learner_steps": 3, "damping": damping, "round_damping": round_damping}
-    wrap(model, mixadv.MAT(**STILL, **damped)).step(lambda: model(X))
+    wrap(model, mixadv.MAT(**STILL, **COLD, **damped)).step(lambda: model(X))
     assert model.theta.item() == pytest.approx((1 - round_damping) * mean, abs=1e-14)
 
 
@@ -102,7 +103,7 @@ def test_one_particle_without_noise_and_damping_is_smart_bit_for_bit(steps, play
         return [*objectives, *bert.model.parameters()]
 
     smart = trained(mixadv.SMART(steps=steps, step_size=0.1, proximal=0.0))
-    mat = trained(mixadv.MAT(**PLAIN, steps=steps, step_size=0.1, play_as=play_as))
+    mat = trained(mixadv.MAT(**PLAIN, **COLD, steps=steps, step_size=0.1, play_as=play_as))
     assert all(torch.equal(a, b) for a, b in zip(smart, mat, strict=True))
 
 
@@ -273,7 +274,7 @@ def test_buffers_and_frozen_parameters_are_untouched_and_ties_hold():
 
 def test_a_failed_round_leaves_the_weights_where_it_began():
     model, _, closure = linear()
-    optimizer = wrap(model, mixadv.MAT(**STILL))
+    optimizer = wrap(model, mixadv.MAT(**STILL, **COLD))
     optimizer.step(closure)
     calls = 0
 
@@ -290,6 +291,6 @@ def test_a_failed_round_leaves_the_weights_where_it_began():
     assert torch.equal(model.weight, before)
     fresh, _, closure_of_fresh = linear()
     fresh.load_state_dict(model.state_dict())
-    wrap(fresh, mixadv.MAT(**STILL)).step(closure_of_fresh)
+    wrap(fresh, mixadv.MAT(**STILL, **COLD)).step(closure_of_fresh)
     optimizer.step(closure)
     assert torch.equal(model.weight, fresh.weight)

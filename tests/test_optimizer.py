@@ -231,7 +231,9 @@ def test_bases_that_need_a_closure_are_refused():
 
 def test_a_step_without_closure_is_the_bases_with_the_learners_moves():
     """Damping β' leaves the share 1 − β' of the base's step: θ − (1 − β')·lr·g."""
-    solver = mixadv.MAT(learner_steps=1, damping=0.0, round_damping=0.25, average=None)
+    solver = mixadv.MAT(
+        learner_steps=1, learner_temperature=0.0, damping=0.0, round_damping=0.25, average=None
+    )
     optimizer, player = wrapped(solver)
     before = weights(player)
     optimizer.game.backward(player.closure())
@@ -571,7 +573,7 @@ def test_a_teacher_of_half_the_trained_weights_is_refused(solver: mixadv.Solver)
 
 
 def test_clipping_runs_before_each_of_the_learners_steps():
-    optimizer, p = wrapped(mixadv.MAT(learner_steps=2))
+    optimizer, p = wrapped(mixadv.MAT(learner_steps=2, learner_temperature=0.0))
     seen: list[float] = []
 
     def clip(*_: Any) -> None:

@@ -308,7 +308,7 @@ def test_three_doors_deliver_the_same_gradients(name):
 
 # Reductions ------------------------------------------------------------------------------------
 
-NO_MAT = {"learner_steps": 1, "damping": 0.0, "round_damping": 0.0}
+NO_MAT = {"learner_steps": 1, "learner_temperature": 0.0, "damping": 0.0, "round_damping": 0.0}
 PLAIN = {
     "freelb-still": mixadv.FreeLB(start="zero", step_size=0.0),
     "pgd-zero": mixadv.PGD(start="zero", steps=0),

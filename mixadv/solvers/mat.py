@@ -72,7 +72,7 @@ class MAT(Solver):
     smoothness: float = 1.0
     divergence: str | Divergence = "symmetric_kl"
     learner_steps: int = 2
-    learner_temperature: float = 0.0
+    learner_temperature: float = 1e-5
     round_damping: float = 0.3
     average: Damping | None = "uniform"
     samples: int = 0
