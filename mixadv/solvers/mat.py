@@ -52,7 +52,7 @@ class MAT(Solver):
         smoothness: λ.
         divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
         learner_steps: K_θ.
-        learner_temperature: τ_θ.
+        learner_temperature: τ_θ; 1 destroys an encoder, up to 1e-4 costs MiniLM nothing (README).
         round_damping: β' of the learner between rounds.
         average: of θ over closed rounds, for `game.averaged()`: `"uniform"`, a decay, or None.
         samples: R, learner samples kept for `game.mixture`.
