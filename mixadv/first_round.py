@@ -58,46 +58,47 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
 
 def check(game: Game, closure: Closure) -> None:
     """Check a closure, a site and a solver against each other; nothing is left changed."""
-    stage = Stage(game, closure)
-    stage.replay.fresh = False  # passes are compared
     found = game.unit, game.leaf_backward
     try:
-        with _gradients_kept(game):
-            plain = _plain_pass(stage)
-        with game.site.learning():
-            zero, lengths = _pass_at_zero(stage)
-        if isinstance(game.site, CompiledSite):
-            zero, _ = _pass_at_zero(stage)
-            stage.run(_measuring([]))  # the learner's passes take another graph
-        _check_replay(plain, zero)
-        _check_reading(game, zero, stage)
-        if game.unit is None:
-            game.unit = _mean_length(game, lengths)
-        _check_noise_floor(game, stage, zero)
-        _check_route(game, closure)
+        with _no_trace(Stage(game, closure)) as stage:
+            stage.replay.fresh = False  # passes are compared
+            with _gradients_kept(game):
+                plain = _plain_pass(stage)
+            with game.site.learning():
+                zero, lengths = _pass_at_zero(stage)
+            if isinstance(game.site, CompiledSite):
+                zero, _ = _pass_at_zero(stage)
+                stage.run(_measuring([]))  # the learner's passes take another graph
+            _check_replay(plain, zero)
+            _check_reading(game, zero, stage)
+            _check_number_format(zero)
+            if game.unit is None:
+                game.unit = _mean_length(game, lengths)
+            _check_noise_floor(game, stage, zero)
+            _check_route(game, closure)
     except BaseException:
         game.unit, game.leaf_backward = found
         raise
+
+
+@contextmanager
+def _no_trace(stage: Stage) -> Iterator[Stage]:
+    """Put back at the end what passes change, and take the hooks away."""
+    try:
+        yield stage
     finally:
         stage.replay.undo()
-        game.site.forget(stage.passes)
+        stage.game.site.forget(stage.passes)
         stage.passes.clear()
-        game.site.detach()
+        stage.game.site.detach()
 
 
 def measure_unit(game: Game, closure: Closure) -> float:
     """Return the mean L2 norm of a real token's output at the site; nothing is left changed."""
-    stage = Stage(game, closure)
     lengths: list[Tensor] = []
-    try:
-        with no_grad(), game.site.learning():
-            stage.run(_measuring(lengths, add=False))
-        return _mean_length(game, lengths)
-    finally:
-        stage.replay.undo()
-        game.site.forget(stage.passes)
-        stage.passes.clear()
-        game.site.detach()
+    with _no_trace(Stage(game, closure)) as stage, no_grad(), game.site.learning():
+        stage.run(_measuring(lengths, add=False))
+    return _mean_length(game, lengths)
 
 
 def _plain_pass(stage: Stage) -> Reading:
@@ -217,12 +218,6 @@ def _check_replay(plain: Reading, zero: Reading) -> None:
 
 def _check_reading(game: Game, reading: Reading, stage: Stage) -> None:
     solver = game.solver
-    kind = reading.loss.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-        warnings.warn(
-            "In fp16 gradients with respect to δ underflow: no loss scale reaches them. Use bf16.",
-            stacklevel=6,
-        )
     if solver.compares is not None:
         predictions = stage._predictions(reading)
         if not predictions.requires_grad:
@@ -247,6 +242,15 @@ def _check_reading(game: Game, reading: Reading, stage: Stage) -> None:
             f"{type(solver).__name__} moves by the raw gradient of each sample's loss, and the "
             "closure returned one number for the batch. Return one loss per sample [B] "
             "(reduction='none'), or set normalize='steepest'."
+        )
+
+
+def _check_number_format(reading: Reading) -> None:
+    kind = reading.loss.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        warnings.warn(
+            "In fp16 gradients with respect to δ underflow: no loss scale reaches them. Use bf16.",
+            stacklevel=6,
         )
 
 
@@ -303,14 +307,14 @@ def _check_route(game: Game, closure: Closure) -> None:
     solver = game.solver
     if solver.particles == 1 or solver.route == "sequential":
         return
-    stage = Stage(game, closure)
     try:
-        stage.clean()
-        q = stage.start(solver)
-        one, other = (
-            stage.payoffs(q, solver.gain, solver, route=route)
-            for route in (routes.sequential, routes.ROUTES[solver.route])
-        )
+        with _no_trace(Stage(game, closure)) as stage:
+            stage.clean()
+            q = stage.start(solver)
+            one, other = (
+                stage.payoffs(q, solver.gain, solver, route=route)
+                for route in (routes.sequential, routes.ROUTES[solver.route])
+            )
     except GameError:
         raise
     except Exception as error:
@@ -318,9 +322,6 @@ def _check_route(game: Game, closure: Closure) -> None:
             f"route={solver.route!r} failed on this model and closure "
             f"({type(error).__name__}: {error}). Use route='sequential'."
         ) from error
-    finally:
-        stage.replay.undo()
-        stage.passes.clear()
     for a, b in zip([one[0], *one[1]], [other[0], *other[1]], strict=True):
         if not torch.allclose(a, b, rtol=1e-2, atol=1e-3 * float(a.abs().max())):
             raise GameError(
@@ -338,17 +339,16 @@ class _Kept:
 def _gradients_kept(game: Game) -> Iterator[_Kept]:
     """Raise if the body changes a gradient, and put gradients back, unless told to keep them."""
     live = game.parameters()
-    found = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in live]
-    versions = [None if p.grad is None else p.grad._version for p in live]
+    found = validate.gradients(live)
+    values = [None if gradient is None else gradient.clone() for gradient, _ in found]
     kept = _Kept()
     try:
         yield kept
     finally:
-        now = [None if p.grad is None else p.grad._version for p in live]
-        same = all(p.grad is g for p, g, _ in found) and now == versions
+        same = validate.unchanged(found, live)
         if not same and not kept.keep_new:
             with torch.no_grad():
-                for p, gradient, value in found:
+                for p, (gradient, _), value in zip(live, found, values, strict=True):
                     p.grad = gradient
                     if gradient is not None and value is not None:
                         gradient.copy_(value)

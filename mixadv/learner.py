@@ -13,6 +13,7 @@ touched: `state_dict()` is an alias of the live weights, and averaging it corrup
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -156,19 +157,19 @@ class Learner:
         # A fused optimizer under loss scaling is called on overflow too, and skips on the device.
         skipped = getattr(self.base, "found_inf", None)
         keep = None if skipped is None else 1 - skipped
-        parameters = self.parameters()
+        live = {p: p for p in self.parameters()}
         self._shake(keep)
         self.count += 1
         self.position += 1
         if self.damping:
             weight = 1 / self.position if self.damping == "uniform" else 1 - float(self.damping)
-            _toward(self.mean, {p: p for p in parameters}, weight, keep)
+            _toward(self.mean, live, weight, keep)
         if self.samples.maxlen:
-            self.samples.append(_copy(parameters, {}))
+            self.samples.append(_copy(live, {}))
         if self.position == self.steps:
-            self._close(parameters, keep)
+            self._close(live, keep)
         if self.momentum is not None and self.count % self.teacher_every == 0:
-            _toward(self.teacher, {p: p for p in parameters}, 1 - self.momentum, keep)
+            _toward(self.teacher, live, 1 - self.momentum, keep)
 
     def _shake(self, keep: Tensor | None) -> None:
         """Add Langevin noise √(2·lr·τ)·ξ, with the group's learning rate at this moment."""
@@ -182,8 +183,7 @@ class Learner:
                     noise = self.noise("normal", parameter).mul_(scale)
                     parameter.add_(noise if keep is None else noise * keep)
 
-    def _close(self, parameters: list[Tensor], keep: Tensor | None) -> None:
-        live = {p: p for p in parameters}
+    def _close(self, live: Weights, keep: Tensor | None) -> None:
         if self.damping:
             _toward(self.mean, self.backup, self.round_damping, keep)
             _toward(live, self.mean, 1.0, keep)
@@ -193,7 +193,7 @@ class Learner:
         self.rounds += 1
         if self.average_decay is None:
             return
-        _copy(parameters, self.average, wide=True, renew=False)
+        _copy(live, self.average, wide=True, renew=False)
         uniform = self.average_decay == "uniform"
         weight = 1 / self.rounds if uniform else 1 - float(self.average_decay)
         _toward(self.average, live, weight, keep)
@@ -244,10 +244,6 @@ class Learner:
         counters = {name: state[name] for name in ("count", "position", "rounds")}
         return {**counters, **loaded, "samples": deque(samples, maxlen=self.samples.maxlen)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned."""
-        vars(self).update(self.read_state(state))
-
 
 def check_damping(who: str, name: str, value: Any) -> None:
     """Raise unless the value is `"uniform"` or a number in [0, 1)."""
@@ -261,7 +257,7 @@ def check_damping(who: str, name: str, value: Any) -> None:
 
 
 def _copy(
-    parameters: list[Tensor], into: Weights, wide: bool = False, renew: bool = True
+    parameters: Iterable[Tensor], into: Weights, wide: bool = False, renew: bool = True
 ) -> Weights:
     """Copy parameters, in at least fp32 if `wide`; those already copied only if `renew`."""
     for parameter in parameters:

@@ -48,6 +48,7 @@ class Stage:
         self.game = game
         self.closure = closure
         self.replay = Replay(game.model, game.solver.fresh_dropout, game.stateful_buffers())
+        self.parameters = game.parameters()  # listed once: passes are many
         self.calls: list[Call] = []
         self.calls_per_pass: int | None = None
         self.passes: list[Pass] = []
@@ -184,7 +185,7 @@ class Stage:
         with (
             self.replay.run(),
             self.game.site.run(provide) as current,
-            validate.gradients_untouched(self.game.parameters()),
+            validate.gradients_untouched(self.parameters),
         ):
             result = (closure or self.closure)()
         self.passes.append(current)
@@ -224,7 +225,7 @@ class Stage:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Freeze the learner's parameters: gradients with respect to δ alone, and less memory."""
-        live = [p for p in self.game.parameters() if p.requires_grad]
+        live = [p for p in self.parameters if p.requires_grad]
         # Low-precision copies that autocast made of the weights still carry their gradients.
         torch.clear_autocast_cache()
         for parameter in live:

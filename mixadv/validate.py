@@ -20,17 +20,26 @@ CHANGES_GRADIENTS = (
 )
 
 
+Gradients = list[tuple[Tensor | None, int]]
+
+
+def gradients(parameters: list[Tensor]) -> Gradients:
+    """Return the gradients with their version counters, which tell of changes in place."""
+    return [(p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
+
+
+def unchanged(before: Gradients, parameters: list[Tensor]) -> bool:
+    """Return whether each gradient is the one it was, with the values it had."""
+    pairs = zip(before, gradients(parameters), strict=True)
+    return all(a is b and old == new for (a, old), (b, new) in pairs)
+
+
 @contextmanager
 def gradients_untouched(parameters: list[Tensor]) -> Iterator[None]:
     """Raise if the body replaces or changes a gradient."""
-
-    def versions() -> list[tuple[Tensor | None, int]]:
-        return [(p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
-
-    before = versions()
+    before = gradients(parameters)
     yield
-    pairs = zip(before, versions(), strict=True)
-    if not all(a is b and old == new for (a, old), (b, new) in pairs):
+    if not unchanged(before, parameters):
         raise GameError(CHANGES_GRADIENTS)
 
 
