@@ -5,7 +5,23 @@ from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.optimizer import GameOptimizer, wrap
 from mixadv.outcome import Outcome
-from mixadv.solvers import FGM, MAT, PGD, SMART, SOLVERS, FreeLB, UniformNoise, solver
+from mixadv.solvers import (
+    ALUM,
+    CAT,
+    FGM,
+    MAT,
+    PGD,
+    R3F,
+    SMART,
+    SOLVERS,
+    VAT,
+    CreAT,
+    FreeAT,
+    FreeLB,
+    TextAT,
+    UniformNoise,
+    solver,
+)
 from mixadv.solvers.base import Solver
 from mixadv.stage import Stage, Step
 from mixadv.strategy import Strategy
@@ -13,12 +29,18 @@ from mixadv.strategy import Strategy
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALUM",
+    "CAT",
     "FGM",
     "MAT",
     "PGD",
+    "R3F",
     "SMART",
     "SOLVERS",
+    "VAT",
     "Ascent",
+    "CreAT",
+    "FreeAT",
     "FreeLB",
     "Game",
     "GameError",
@@ -28,6 +50,7 @@ __all__ = [
     "Stage",
     "Step",
     "Strategy",
+    "TextAT",
     "UniformNoise",
     "solver",
     "wrap",

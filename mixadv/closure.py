@@ -24,16 +24,24 @@ class Reading(NamedTuple):
         loss: 0-d, or one per sample `[B]`.
         predictions: `[B, C]` or `[B, n, C]`, None where the closure returned a loss alone.
         mask: `[B, n]`, 1 at real tokens, where predictions are per token and a mask is known.
+        hidden: the representation `[B, d]`, where the solver reads one from the model.
     """
 
     loss: Tensor
     predictions: Tensor | None
     mask: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def objective(self) -> Tensor:
         """The loss as a scalar: its mean, where there is one per sample."""
         return self.loss.mean()
+
+    @property
+    def representation(self) -> Tensor:
+        """The representation `[B, d]`, of a solver that reads one."""
+        assert self.hidden is not None
+        return self.hidden
 
     def diverge(self, clean: Tensor, divergence: Divergence) -> Tensor:
         """Return the divergence of these predictions from clean ones, one value per sample `[B]`.

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from mixadv.errors import GameError
 from mixadv.modules import INPUT, compiled, find
-from mixadv.site import Call, Pass, Provide, Site, add, first_of, recomputing, with_first
+from mixadv.site import (
+    Call,
+    Pass,
+    Provide,
+    Site,
+    add,
+    first_of,
+    recomputing,
+    tokens_of,
+    with_first,
+)
 
 
 def place(model: nn.Module, site: Any = None) -> Site:
@@ -179,8 +189,9 @@ class CompiledSite(Site):
             self._refuse_inputs()
         sizes, device = given[pattern.name].shape[: pattern.sizes], given[pattern.name].device
         shape = torch.Size([*sizes, *pattern.call.shape[pattern.sizes :]])
-        call = Call(shape, pattern.call.dtype, device, None)
         args = () if pattern.ids is None else (given[pattern.ids],)
+        tokens = tokens_of(pattern.module, args[0] if args else None)
+        call = Call(shape, pattern.call.dtype, device, None, *tokens)
         return call._replace(mask=self._mask(_stand_in(call), args, {}))
 
     def _refuse_inputs(self) -> None:

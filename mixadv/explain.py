@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixadv import first_round
 from mixadv.ascent import Ascent
-from mixadv.closure import Closure
+from mixadv.closure import Closure, Reading
 from mixadv.modules import INPUT
 from mixadv.solvers import SOLVERS
 from mixadv.stage import Step
@@ -112,37 +112,58 @@ def passes(solver: Solver) -> Passes:
     return Passes(stage.forwards, stage.delta_backwards, thetas, stage.branches, steps)
 
 
+_REHEARSED = Reading(torch.zeros(()), None, None, torch.zeros(2, 1))
+
+
 class _Rehearsal:
     """Stands in for a stage and counts passes."""
 
     def __init__(self) -> None:
         self.forwards = self.delta_backwards = self.branches = 0
         self.clean_known = False
+        self.memory: dict[str, Any] = {}
+        self.calls: list[Any] = []
         self._used_clean = False
 
-    def start(self, ascent: Ascent) -> Strategy:
+    def start(self, ascent: Ascent, begin: Any = None) -> Strategy:
         return Strategy([torch.zeros(ascent.particles, 1, 1)])
 
-    def clean(self) -> None:
+    def origin(self, ascent: Ascent) -> Strategy:
+        return self.start(ascent)
+
+    def clean(self) -> Reading:
         self.forwards += not self.clean_known
         self._used_clean &= self.clean_known
         self.clean_known = True
+        return _REHEARSED
 
-    def payoffs(self, q: Strategy, payoff: Any, ascent: Ascent) -> tuple[Tensor, list[Tensor]]:
-        if payoff != "loss":
+    def clean_gradients(self, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
+        self.clean()
+        self.delta_backwards += 1
+        q = self.start(ascent)
+        return q, q.points
+
+    def payoffs(
+        self, q: Strategy, payoff: Any, ascent: Ascent, deviation: float = 0.0
+    ) -> tuple[Tensor, list[Tensor]]:
+        if payoff != "loss" or deviation:
             self.clean()
         self.forwards += q.size
         self.delta_backwards += q.size
         return torch.zeros(q.size, 1), [torch.zeros_like(p) for p in q.points]
 
-    def move(self, q: Strategy, ascent: Ascent, gradients: Any = None) -> Strategy:
+    def move(self, q: Strategy, how: Any, gradients: Any = None) -> Strategy:
         return q
 
-    def ascend(self, payoff: Any, ascent: Ascent) -> Strategy:
+    def ascend(self, payoff: Any, ascent: Ascent, deviation: float = 0.0) -> Strategy:
         q = self.start(ascent)
         for _ in range(ascent.steps):
-            self.payoffs(q, payoff, ascent)
+            self.payoffs(q, payoff, ascent, deviation)
         return q
+
+    def read(self, q: Strategy) -> Reading:
+        self.loss(q)
+        return _REHEARSED
 
     def loss(self, q: Strategy | None = None) -> Tensor:
         if q is None:
@@ -152,8 +173,8 @@ class _Rehearsal:
             self.branches += q.size
         return torch.zeros(())
 
-    def divergence(self, q: Strategy, kind: Any) -> Tensor:
-        self._learn_clean()
+    def divergence(self, q: Strategy, kind: Any, fixed: bool = False) -> Tensor:
+        self.clean() if fixed else self._learn_clean()
         self.forwards += q.size
         self.branches += q.size
         return torch.zeros(())

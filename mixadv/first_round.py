@@ -236,6 +236,11 @@ def _check_reading(game: Game, reading: Reading, stage: Stage) -> None:
                 f"The divergence returned shape {list(values.shape)} for predictions of shape "
                 f"{list(predictions.shape)}; it must give one value per prediction."
             )
+    if reading.hidden is not None and not reading.hidden.requires_grad:
+        raise GameError(
+            f"The representation read from the model does not depend on δ at {game.site.names}: "
+            "name another module with source=, or another representation=."
+        )
     scalar = reading.loss.dim() == 0
     if solver.gain == "loss" and solver.normalize == "none" and solver.steps and scalar:
         raise GameError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from mixadv.explain import Explanation, explain
 from mixadv.modules import functional
 from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
+from mixadv.representation import Representation
 from mixadv.solvers.base import Solver
 from mixadv.stage import Stage, Step, no_grad
 from mixadv.strategy import Strategy
@@ -68,6 +70,11 @@ class Game:
         self.noise = Noise(seed)
         self.optimizer = optimizer
         self.learner = solver.learner()
+        self.representation = Representation(model, reads) if (reads := solver.reads) else None
+        self.memory: dict[str, Any] = {}
+        for module in solver.modules().values():
+            assert optimizer is not None
+            _train(optimizer, module)
         if self.learner is not None:
             assert optimizer is not None
             self.learner.bind(optimizer, seed)
@@ -104,6 +111,7 @@ class Game:
             GameError: if the round cannot be played. Weights are as before; gradients that were
                 delivered before it broke stay added.
         """
+        self._refuse_replays()
         with torch.enable_grad(), self.stage(closure, check) as stage:
             total = torch.zeros(())
             for objective, last in self.plays(stage):
@@ -122,6 +130,7 @@ class Game:
         """
         if not torch.is_grad_enabled():
             return read(closure()).objective
+        self._refuse_replays()
         with self.stage(closure, check) as stage:
             carried: dict[Tensor, Tensor] = {}
             earlier = torch.zeros(())
@@ -134,6 +143,14 @@ class Game:
                 self._differentiate(objective, carried, stage)
                 earlier = earlier.to(objective) + objective.detach()
         raise AssertionError("unreachable: plays() ends with a step or raises")
+
+    def _refuse_replays(self) -> None:
+        if self.solver.replays_batch:
+            raise GameError(
+                f"{type(self.solver).__name__} takes an optimizer step after each of its passes "
+                "over one batch, which a loop that owns the step cannot: call "
+                "optimizer.step(closure) of the wrapped optimizer."
+            )
 
     def _differentiate(
         self, objective: Tensor, carried: dict[Tensor, Tensor], stage: Stage
@@ -189,6 +206,7 @@ class Game:
             raise
         else:
             self._learn_buffers(stage)
+            self.memory = stage.memory
             stage.renew()
             self.round += 1
         finally:
@@ -320,14 +338,27 @@ class Game:
         return 1.0 if self.solver.unit == "absolute" or self.unit is None else self.unit
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs: seed and round of the draws, and the unit."""
-        return {"seed": self.seed, "round": self.round, "unit": self.unit}
+        """Return what resuming needs: seed and round of the draws, the unit, what the solver keeps.
+
+        Tensors refer to the live ones, like those of any state dict.
+        """
+        return {
+            "seed": self.seed,
+            "round": self.round,
+            "unit": self.unit,
+            "memory": self.memory,
+            "modules": {name: m.state_dict() for name, m in self.solver.modules().items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
         if self._busy:
             raise GameError("load_state_dict within a round: load between rounds.")
+        for name, module in self.solver.modules().items():
+            if name in state.get("modules", {}):
+                module.load_state_dict(state["modules"][name])
         self.seed, self.round, self.unit = state["seed"], state["round"], state["unit"]
+        self.memory = copy.deepcopy(state.get("memory", {}))
         self.outcome = self.strategy = None
         self._checked = self._checked and self.unit is not None  # else it is measured anew
         self.noise = Noise(self.seed)
@@ -337,6 +368,8 @@ class Game:
     def close(self) -> None:
         """Remove every hook the game has placed on model and optimizer."""
         self.site.close()
+        if self.representation is not None:
+            self.representation.close()
         for handle in [] if self.learner is None else self.learner.handles:
             handle.remove()
 
@@ -351,6 +384,14 @@ class Game:
         if self.stateful_buffers() is None:
             modes = tuple(m.training for m in self.model.modules())
             self._stateful = (modes, stage.replay.buffers.changed())
+
+
+def _train(optimizer: Optimizer, module: nn.Module) -> None:
+    """Add the parameters of a module that the optimizer does not hold yet."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    new = [p for p in module.parameters() if id(p) not in held]
+    if new:
+        optimizer.add_param_group({"params": new})
 
 
 @torch.no_grad()

@@ -20,12 +20,21 @@ from mixadv.modules import INPUT, around, bound, find, unwrap
 
 
 class Call(NamedTuple):
-    """What a call at the site returned: enough to make a δ for it."""
+    """What a call at the site returned: enough to make a δ for it.
+
+    Attributes:
+        shape, dtype, device: of the output.
+        mask: 1 at real tokens, broadcastable to the output; None where all are real.
+        ids: the token ids `[B, n]` that an embedding was called with, None at other sites.
+        vocabulary: how many rows that embedding has.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
     mask: Tensor | None
+    ids: Tensor | None = None
+    vocabulary: int = 0
 
     def empty(self) -> Tensor:
         """Return an uninitialised tensor of δ's shape, in at least fp32."""
@@ -256,7 +265,8 @@ class Site:
         # A reentrant checkpoint runs its block without gradients: the node to look for is its own,
         # the last one made before.
         number -= int(reentrant)
-        call = Call(output.shape, output.dtype, output.device, self._mask(output, args, kwargs))
+        mask, entered = self._mask(output, args, kwargs), args[0] if args else kwargs.get("input")
+        call = Call(output.shape, output.dtype, output.device, mask, *tokens_of(module, entered))
         delta = self.current.next_delta(module, number, pack or number, call, output)
         if delta is not None and delta.shape != output.shape:
             raise GameError(
@@ -286,6 +296,12 @@ class Site:
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 return module.padding_idx
         return None
+
+
+def tokens_of(module: nn.Module, entered: Any) -> tuple[Tensor | None, int]:
+    """Return the token ids that an embedding was called with, and its number of rows."""
+    rows = getattr(module, "num_embeddings", 0)
+    return (entered, rows) if rows and isinstance(entered, Tensor) else (None, 0)
 
 
 def first_of(output: Any) -> Any:

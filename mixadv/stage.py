@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixadv import routes, validate
@@ -23,10 +24,16 @@ from mixadv.errors import GameError
 from mixadv.modules import functional, unwrap
 from mixadv.replay import Replay
 from mixadv.site import Call, Pass, Provide
-from mixadv.strategy import Strategy
+from mixadv.strategy import Begin, Rule, Strategy
 
 if TYPE_CHECKING:
     from mixadv.game import Game
+
+
+_DIFFERENTIATED_TWICE = (
+    "{} differentiates the clean pass twice, which reentrant checkpointing does not allow: set "
+    "use_reentrant=False."
+)
 
 
 class Step(NamedTuple):
@@ -39,6 +46,7 @@ class Stage:
     """One play of the game on one batch.
 
     Attributes:
+        memory: what the solver keeps from round to round, by name: tensors, or lists of them.
         forwards: runs of the closure so far; a pass over M stacked copies counts as M.
         delta_backwards: backwards with respect to δ alone.
         theta_backwards: backwards that build the learner's gradients.
@@ -49,6 +57,7 @@ class Stage:
         self.closure = closure
         self.replay = Replay(game.model, game.solver.fresh_dropout, game.stateful_buffers())
         self.parameters = game.parameters()  # listed once: passes are many
+        self.memory = dict(game.memory)  # becomes the game's when the round ends well
         self.calls: list[Call] = []
         self.calls_per_pass: int | None = None
         self.passes: list[Pass] = []
@@ -63,9 +72,22 @@ class Stage:
 
     # The adversary ---------------------------------------------------------------------------
 
-    def start(self, ascent: Ascent) -> Strategy:
-        """Return the adversary's start points, leaves that require grad."""
-        return Strategy.begin(ascent, self.game.noise, self.calls, self.game.scale)
+    def start(self, ascent: Ascent, begin: Begin | None = None) -> Strategy:
+        """Return the adversary's start points, leaves that require grad.
+
+        Args:
+            ascent: how to start.
+            begin: `begin(index, call)` gives the one point `[B, ...]` of each call instead.
+        """
+        return Strategy.begin(ascent, self.game.noise, self.calls, self.game.scale, begin)
+
+    def origin(self, ascent: Ascent) -> Strategy:
+        """Return δ = 0, as a point that requires grad."""
+        return self.start(ascent, lambda index, call: torch.zeros_like(call.empty()))
+
+    def draw(self, ascent: Ascent, call: Call) -> Tensor:
+        """Return the ascent's own start at a call, `[B, ...]`."""
+        return ascent.begin(call.empty(), call.mask, self.game.noise)
 
     def payoffs(
         self,
@@ -73,6 +95,7 @@ class Stage:
         payoff: str | Divergence,
         ascent: Ascent,
         route: routes.RouteFunction | None = None,
+        deviation: float = 0.0,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return each particle's payoff and its gradient with respect to δ alone.
 
@@ -81,6 +104,8 @@ class Stage:
             payoff: `"loss"`, or a divergence from the clean predictions, by name or callable.
             ascent: says by which route many particles are computed.
             route: another route than the ascent's.
+            deviation: weight of the cosine distance between the perturbed and the clean
+                representation, added to the payoff.
 
         Returns:
             Payoffs `[M, B]`, or `[M, 1]` where only a scalar loss is known, and per call at the
@@ -89,11 +114,17 @@ class Stage:
         target = None if payoff == "loss" else self._predictions(self.clean()).detach()
         measure = None if target is None else divergence(payoff)
 
+        clean = self.clean().representation.detach() if deviation else None
+
         def gains(reading: Reading, copies: int = 1) -> Tensor:
             if target is None or measure is None:
-                return self._gains(reading, copies)
-            wanted = target.repeat(copies, *[1] * (target.dim() - 1))
-            return reading.diverge(wanted, measure)
+                gained = self._gains(reading, copies)
+            else:
+                gained = reading.diverge(_copies(target, copies), measure)
+            if clean is None:
+                return gained
+            away = 1 - F.cosine_similarity(reading.representation, _copies(clean, copies))
+            return gained + deviation * away.to(gained.dtype).unflatten(0, (len(gained), -1)).sum(1)
 
         with self.frozen():
             values, gradients = (route or routes.ROUTES[ascent.route])(self, q, gains)
@@ -104,27 +135,46 @@ class Stage:
         self.payoff = (q.weights * values).sum(0).mean() / (self._samples if scalar else 1)
         return values, gradients
 
-    def move(self, q: Strategy, ascent: Ascent, gradients: list[Tensor] | None = None) -> Strategy:
+    def clean_gradients(self, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
+        """Return δ = 0 and each sample's own gradient there, from the clean pass itself.
+
+        The clean pass keeps its graph for the learner: one backward for δ and no pass more.
+        """
+        if self.game.leaf_backward:
+            raise GameError(_DIFFERENTIATED_TWICE.format(type(self.game.solver).__name__))
+        zero = self.origin(ascent)
+        self._clean = self.run(self.at(zero, 0))
+        self._note(self._clean)
+        gained = self._gains(self._clean)
+        gradients = torch.autograd.grad(gained.sum(), zero.points, retain_graph=True)
+        self.payoff = gained.detach().mean() / (1 if self._clean.loss.dim() else self._samples)
+        self.delta_backwards += 1
+        return zero, list(gradients)
+
+    def move(
+        self, q: Strategy, how: Ascent | Rule, gradients: list[Tensor] | None = None
+    ) -> Strategy:
         """Return the strategy after one move of the ascent.
 
         Args:
             q: the points to move.
-            ascent: how to move.
+            how: the ascent to move by, or a rule for each call at the site.
             gradients: as `payoffs` returns them; None takes what the backward of the last
                 `loss(q)` left on the points, scaled back to each sample's own payoff.
         """
         if gradients is None:
             gradients = self._own_gradients(q)
-        q, fallen = q.move(gradients, ascent, self.game.noise)
+        rule = _by(how) if isinstance(how, Ascent) else how
+        q, fallen = q.move(gradients, rule, self.game.noise)
         before = self.fallen or fallen
         self.fallen = [old | new for old, new in zip(before, fallen, strict=True)]
         return q
 
-    def ascend(self, payoff: str | Divergence, ascent: Ascent) -> Strategy:
+    def ascend(self, payoff: str | Divergence, ascent: Ascent, deviation: float = 0.0) -> Strategy:
         """Return where the ascent ends after its K steps, detached."""
         q = self.start(ascent)
         for _ in range(ascent.steps):
-            _, gradients = self.payoffs(q, payoff, ascent)
+            _, gradients = self.payoffs(q, payoff, ascent, deviation=deviation)
             q = self.move(q, ascent, gradients)
         return q.detach()
 
@@ -145,23 +195,30 @@ class Stage:
         if q.size > 1:
             losses = routes.readings(self, q.detach(), _losses)
             return (q.weights * losses).mean(1).sum()
+        return self.read(q).objective
+
+    def read(self, q: Strategy) -> Reading:
+        """Return the pass at a point: loss, predictions, and the representation if one is read."""
+        self.played = q
         reading = self.run(self.at(q, 0))
         self._note(reading)
         objective = reading.objective
         self.payoff = objective.detach()
         if objective.requires_grad:
             objective.register_hook(self._remember_incoming)
-        return objective
+        return reading._replace(loss=objective)
 
-    def divergence(self, q: Strategy, kind: str | Divergence) -> Tensor:
+    def divergence(self, q: Strategy, kind: str | Divergence, fixed: bool = False) -> Tensor:
         """Return the expected divergence between perturbed and clean predictions, 0-d.
 
-        Gradients reach θ through both arguments; the points are constants.
+        Gradients reach θ through both arguments, or, where the clean predictions are `fixed`,
+        through the perturbed ones alone; the points are constants.
         """
         measure, clean = divergence(kind), self._predictions(self.clean())
+        clean = clean.detach() if fixed else clean
 
         def gains(reading: Reading, copies: int) -> Tensor:
-            return reading.diverge(clean.repeat(copies, *[1] * (clean.dim() - 1)), measure)
+            return reading.diverge(_copies(clean, copies), measure)
 
         self.played = q = q.detach()
         gained = routes.readings(self, q, gains)  # fills q where no ascent came before
@@ -182,10 +239,12 @@ class Stage:
 
     def run(self, provide: Provide, closure: Closure | None = None, copies: int = 1) -> Reading:
         """Run one pass of the closure and read its result."""
+        represents = self.game.representation
         with (
             self.replay.run(),
             self.game.site.run(provide) as current,
             validate.gradients_untouched(self.parameters),
+            represents.run() if represents else nullcontext(),
         ):
             result = (closure or self.closure)()
         self.passes.append(current)
@@ -196,6 +255,8 @@ class Stage:
         config = getattr(unwrap(self.game.model), "config", None)
         decoder = bool(getattr(config, "is_encoder_decoder", False))
         reading = read(result, current.tokens(), encoder_decoder=decoder)
+        if represents is not None:
+            reading = reading._replace(hidden=represents.take())
         if reading.loss.shape == (1,) and current.calls and current.calls[0].shape[0] > 1:
             return reading._replace(loss=reading.loss[0])
         return reading
@@ -299,6 +360,14 @@ class Stage:
                 "(loss, logits), or the model's whole output, from the closure."
             )
         return reading.predictions
+
+
+def _by(ascent: Ascent) -> Rule:
+    return lambda index, *move: ascent.move(*move)
+
+
+def _copies(x: Tensor, copies: int) -> Tensor:
+    return x.repeat(copies, *[1] * (x.dim() - 1))
 
 
 @contextmanager

@@ -19,6 +19,12 @@ from mixadv.ascent import Ascent, Draw
 from mixadv.geometry import Norm, Per, norms
 from mixadv.site import Call
 
+Begin = Callable[[int, Call], Tensor]
+"""`begin(index, call)`: the start `[B, ...]` at a call of the site."""
+
+Rule = Callable[[int, Tensor, Tensor, Tensor | None, Draw], Tensor]
+"""`rule(index, δ, gradient, mask, draw)`: where δ `[B, ...]` of a call of the site moves."""
+
 
 class Strategy:
     """Particles `[M, B, ...]` per call at the site, with log-weights `[M, B]` or `[M, 1]`.
@@ -48,14 +54,26 @@ class Strategy:
         self.unit = unit
         self.size = len(points[0]) if points else 1
         self._log_weights = log_weights
-        self._begin: Callable[[Call], Tensor] | None = None
+        self._begin: Callable[[int, Call], Tensor] | None = None
         self._leaf = False
 
     @classmethod
-    def begin(cls, ascent: Ascent, draw: Draw, calls: list[Call], unit: float) -> "Strategy":
-        """Return the adversary's start; calls not yet known are filled in as they are made."""
+    def begin(
+        cls,
+        ascent: Ascent,
+        draw: Draw,
+        calls: list[Call],
+        unit: float,
+        begin: Begin | None = None,
+    ) -> "Strategy":
+        """Return the adversary's start; calls not yet known are filled in as they are made.
 
-        def start(call: Call) -> Tensor:
+        `begin` gives the point of each call, where it is not the ascent's own start.
+        """
+
+        def start(index: int, call: Call) -> Tensor:
+            if begin is not None:
+                return begin(index, call)[None]
             size = (ascent.particles * call.shape[0], *call.shape[1:])
             like = call.empty().new_empty(size)
             point = ascent.begin(like, _repeat(call.mask, ascent.particles), draw)
@@ -73,7 +91,7 @@ class Strategy:
     def fill(self, index: int, call: Call) -> None:
         """Make the points of a call that was not known when the strategy was begun."""
         if index == len(self.points) and self._begin is not None:
-            self.points.append(self._begin(call).requires_grad_(self._leaf))
+            self.points.append(self._begin(index, call).requires_grad_(self._leaf))
             self.masks.append(call.mask)
 
     @property
@@ -101,17 +119,18 @@ class Strategy:
         return self._with(self.points, log_weights)
 
     def move(
-        self, gradients: list[Tensor], ascent: Ascent, draw: Draw
+        self, gradients: list[Tensor], rule: Rule, draw: Draw
     ) -> tuple["Strategy", list[Tensor]]:
-        """Return the points after one move of the ascent, as leaves that require grad.
+        """Return the points after one move by the rule, as leaves that require grad.
 
         A sample whose gradient or step is not finite falls back to δ = 0, decided on the device;
         which ones did is returned too, per call at the site as `[B]`.
         """
         moved, fallen = [], []
-        for point, gradient, mask in zip(self.points, gradients, self.masks, strict=True):
+        calls = zip(self.points, gradients, self.masks, strict=True)
+        for index, (point, gradient, mask) in enumerate(calls):
             flat, slope = point.detach().flatten(0, 1), gradient.flatten(0, 1)
-            new = ascent.move(flat, slope, _repeat(mask, self.size), draw)
+            new = rule(index, flat, slope, _repeat(mask, self.size), draw)
             finite = (slope.isfinite() & new.isfinite()).flatten(1).all(1)
             fallen.append(~finite.view(self.size, -1).all(0))
             finite = finite.view(-1, *[1] * (flat.dim() - 1))

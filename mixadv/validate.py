@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -63,12 +64,18 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
             "The model is in DistributedDataParallel(static_graph=True), which expects one forward "
             "and backward per step; under a round its replicas drift apart. Leave it out."
         )
-    learner = solver.learner()
+    learner, besides = solver.learner(), solver.modules()
+    if besides and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"{type(solver).__name__}: gradients of {', '.join(besides)}= would not be averaged "
+            "over the processes. Leave it out where several train."
+        )
     if optimizer is None:
-        if learner is not None:
+        if learner is not None or besides:
+            why = "moves the weights after a step" if learner else f"trains {', '.join(besides)}="
             raise ValueError(
-                f"{type(solver).__name__} moves the weights after a step, which needs the "
-                "optimizer: use mixadv.wrap(optimizer, model, solver) and its .game."
+                f"{type(solver).__name__} {why}, which needs the optimizer: use "
+                "mixadv.wrap(optimizer, model, solver) and its .game."
             )
         return
     base_optimizer(optimizer)

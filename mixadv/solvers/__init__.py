@@ -4,13 +4,20 @@ from dataclasses import fields
 from typing import Any
 
 from mixadv.errors import nearest
+from mixadv.solvers.alum import ALUM
 from mixadv.solvers.base import Solver
+from mixadv.solvers.cat import CAT
+from mixadv.solvers.creat import CreAT
 from mixadv.solvers.fgm import FGM
+from mixadv.solvers.freeat import FreeAT
 from mixadv.solvers.freelb import FreeLB
 from mixadv.solvers.mat import MAT
 from mixadv.solvers.noise import UniformNoise
 from mixadv.solvers.pgd import PGD
+from mixadv.solvers.r3f import R3F
 from mixadv.solvers.smart import SMART
+from mixadv.solvers.textat import TextAT
+from mixadv.solvers.vat import VAT
 
 SOLVERS: dict[str, type[Solver]] = {
     cls.name: cls
@@ -18,7 +25,14 @@ SOLVERS: dict[str, type[Solver]] = {
         UniformNoise,
         FGM,
         PGD,
+        FreeAT,
         FreeLB,
+        TextAT,
+        CreAT,
+        CAT,
+        VAT,
+        R3F,
+        ALUM,
         SMART,
         MAT,
     )

@@ -5,18 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixadv.ascent import Ascent
 from mixadv.divergence import DIVERGENCES, Divergence, divergence
+from mixadv.errors import nearest
 from mixadv.learner import Learner
+from mixadv.representation import Source
 
 if TYPE_CHECKING:
     from mixadv.stage import Stage, Step
 
     Play = Generator[Tensor | Step, None, None]
+
+
+Presets = dict[str, dict[str, dict[str, Any]]]
+"""Published hyper-parameters, by model and task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,8 @@ class Solver(Ascent, ABC):
     paper: ClassVar[str]
     summary: ClassVar[str]
     mixed: ClassVar[bool] = False
+    replays_batch: ClassVar[bool] = False  # an optimizer step per pass: no loop can split a round
+    presets: ClassVar[Presets] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +55,35 @@ class Solver(Ascent, ABC):
     def learner(self) -> Learner | None:
         """Return what happens to θ after a step; None for the optimizer's step alone."""
         return None
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return modules that are trained with the model and saved with the game, by name."""
+        return {}
+
+    @property
+    def reads(self) -> Source | None:
+        """Where a representation of each sample is read from the model; None reads none."""
+        return None
+
+    @classmethod
+    def published(cls, task: str, *, model: str) -> Self:
+        """Return the solver with the hyper-parameters published for a task and a model.
+
+        Those of the adversary alone; the source, and learning rates with it, is named where
+        `presets` is defined.
+
+        Raises:
+            ValueError: for an unknown pair, with those there are.
+        """
+        tasks = cls.presets.get(model, {})
+        if task not in tasks:
+            there = "; ".join(f"{m}: {', '.join(tasks)}" for m, tasks in cls.presets.items())
+            near = nearest(task, tasks) if tasks else nearest(model, cls.presets)
+            raise ValueError(
+                f"{cls.__name__} has no published hyper-parameters for {task!r} with {model!r}."
+                f"{near} There are {there or 'none'}."
+            )
+        return cls(**tasks[task])
 
     @property
     def gain(self) -> str | Divergence:

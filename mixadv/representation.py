@@ -1,0 +1,120 @@
+"""Reading a representation of each sample out of the model, while a pass runs.
+
+    h = read(output of the source),   by default the first token of the encoder's last hidden state
+
+by a hook on the source: the model is not asked for hidden states it does not return. On a compiled
+model the hook has to be there before the model's first call, and stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from mixadv.errors import GameError, nearest
+from mixadv.modules import compiled, unwrap
+from mixadv.site import first_of, recomputing
+
+
+def first_token(output: Any) -> Tensor:
+    """Return the first token of an encoder's last hidden state, `[B, d]`.
+
+    Args:
+        output: what the encoder returned: a tensor `[B, n, d]`, or an output or tuple that starts
+            with one. A tensor `[B, d]` is returned as it is.
+
+    Example:
+        >>> import torch
+        >>> first_token(torch.zeros(2, 5, 3)).shape
+        torch.Size([2, 3])
+    """
+    hidden = getattr(output, "last_hidden_state", None)
+    hidden = first_of(output) if hidden is None else hidden
+    return hidden[:, 0] if isinstance(hidden, Tensor) and hidden.dim() == 3 else hidden
+
+
+def check_source(solver: Any) -> None:
+    """Raise unless a solver's `source` is a name and its `representation` a function."""
+    who = type(solver).__name__
+    if not isinstance(solver.source, str | None):
+        raise TypeError(f"{who}: source must be a submodule's name, got {solver.source!r}.")
+    if not callable(solver.representation):
+        raise TypeError(f"{who}: representation must be callable, got {solver.representation!r}.")
+
+
+class Source(NamedTuple):
+    """Where a representation comes from.
+
+    Attributes:
+        module: name of the submodule whose output is read; None for the base model of a Hugging
+            Face model, and for other models what they return themselves.
+        read: called with that output, returns `[B, d]`.
+    """
+
+    module: str | None = None
+    read: Callable[[Any], Tensor] = first_token
+
+
+class Representation:
+    """Reads a representation from the passes of a model."""
+
+    def __init__(self, model: nn.Module, source: Source) -> None:
+        self.source = source
+        self.name, self.module = _find(unwrap(model), source.module)
+        self.kept: Tensor | None = None
+        self.active = False
+        self._dormant = []
+        if compiled(model, [(self.name, self.module)]):
+            self._dormant = [self.module.register_forward_hook(self._read)]
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Keep what the body's pass returns at the source in `kept`."""
+        self.kept, self.active = None, True
+        hooks = [] if self._dormant else [self.module.register_forward_hook(self._read)]
+        try:
+            yield
+            if self.kept is None:
+                raise GameError(
+                    f"The module {self.name!r}, whose output is the representation, was not called "
+                    "in the forward pass (or ran in a graph that was compiled before this game was "
+                    "made). Name another with source=."
+                )
+        finally:
+            self.active = False
+            for hook in hooks:
+                hook.remove()
+
+    def take(self) -> Tensor:
+        """Return what was kept, checked, and keep it no longer."""
+        kept, self.kept = self.kept, None
+        if not isinstance(kept, Tensor) or kept.dim() != 2 or not kept.is_floating_point():
+            what = list(kept.shape) if isinstance(kept, Tensor) else type(kept).__name__
+            raise GameError(
+                f"The representation read at {self.name!r} must be [B, d] in floating point, got "
+                f"{what}. Give representation=, a function of what that module returns."
+            )
+        return kept
+
+    def close(self) -> None:
+        """Remove the hook that stays on a compiled model."""
+        for hook in self._dormant:
+            hook.remove()
+
+    def _read(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.active and not recomputing():
+            self.kept = self.source.read(output)
+
+
+def _find(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
+    if name is None:
+        base = getattr(model, "base_model", model)
+        found = next((n for n, m in model.named_modules() if m is base), "")
+        return found or type(model).__name__, base if isinstance(base, nn.Module) else model
+    modules = dict(model.named_modules())
+    if name not in modules:
+        raise ValueError(f"source: the model has no module {name!r}.{nearest(name, modules, 3)}")
+    return name, modules[name]

@@ -1,0 +1,63 @@
+"""ALUM: adversarial training of large language models with virtual labels.
+Liu et al. 2020, arXiv:2004.08994, eq. 4, Alg. 1.
+
+    min_θ  ℓ(f(X;θ), y) + α·max_{δ} ℓ_s(f(X+δ;θ), f(X;θ))
+    δ ← Π( δ + η·∇δ ℓ_s(f(X+δ), f(X)) )
+
+the same in pre-training, where f are the predictions at masked positions, and in fine-tuning. By
+default the step is the steepest of an L2 ball, scaled like every other solver's; the paper's, raw
+gradients in an L∞ ball, is `normalize="none", norm="linf"`. The released code detaches the
+embedding in the adversarial branch, rescales δ to norm 1 whatever ε, and as shipped leaves the
+adversarial term off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from mixadv.ascent import Start, check_number
+from mixadv.divergence import Divergence
+from mixadv.solvers.base import Solver, check_divergence
+from mixadv.stage import Step
+
+if TYPE_CHECKING:
+    from mixadv.solvers.base import Play
+    from mixadv.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class ALUM(Solver):
+    """Task loss, plus how far the worst δ moves the predictions: SMART without its teacher.
+
+    Passes: 2 + K forwards, K backwards for δ, 1 backward. Needs no wrapped optimizer.
+
+    Attributes:
+        smoothness: α.
+        divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
+    """
+
+    name: ClassVar[str] = "alum"
+    paper: ClassVar[str] = "Liu et al. 2020, arXiv:2004.08994"
+    summary: ClassVar[str] = "task loss plus worst-case divergence, in pre-training too"
+
+    step_size: float = 0.2
+    start: Start = "normal"
+    start_size: float | None = 0.05
+    smoothness: float = 1.0
+    divergence: str | Divergence = "symmetric_kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_divergence(self, "divergence")
+        check_number("ALUM", "smoothness", self.smoothness)
+
+    @property
+    def gain(self) -> str | Divergence:
+        """What the adversary maximises."""
+        return self.divergence
+
+    def play(self, stage: Stage) -> Play:
+        """Play `∇θ [ ℓ(X) + α·ℓ_s(X+δ, X) ]`."""
+        delta = stage.ascend(self.divergence, self)
+        yield Step(stage.loss() + self.smoothness * stage.divergence(delta, self.divergence))

@@ -1,0 +1,122 @@
+"""CAT: contrastive adversarial training. Pan et al. 2022, arXiv:2107.10137, §3.
+
+    r = ε·sign( ∂ℓ(f(X), y)/∂V ),     V the word embedding matrix: one r_v for all occurrences of v
+    min_θ  (1−λ)/2·[ ℓ(f(X), y) + ℓ(f(X + r), y) ] + λ·NT-Xent( z(X), z(X + r) )
+
+with z the first token of the last hidden state, after a projection (`head`) if one is given. The
+clean pass gives the gradient for r too. The contrastive loss compares the samples of a batch with
+each other: unlike other solvers' it depends on how a batch is split, over processes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.ascent import Projection, Start, check_number
+from mixadv.contrastive import Negatives, check_nt_xent, nt_xent
+from mixadv.geometry import Norm
+from mixadv.representation import Source, check_source, first_token
+from mixadv.solvers.base import Solver
+from mixadv.stage import Step
+
+if TYPE_CHECKING:
+    from mixadv.site import Call
+    from mixadv.solvers.base import Play
+    from mixadv.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class CAT(Solver):
+    """Clean and adversarial loss, and a contrastive loss that draws the two views together.
+
+    r has size `radius`, whatever `step_size`. Passes: 2 forwards, 1 backward for δ, 1 backward.
+
+    Attributes:
+        contrast: λ, the weight of the contrastive loss.
+        contrast_temperature: τ of its similarities.
+        negatives: `"all"` other 2N − 2 views of the batch, or those of the other kind, `"cross"`.
+        shared: one perturbation for all occurrences of a token in the batch (the paper), at sites
+            that are embeddings; False perturbs each occurrence by itself.
+        source: name of the submodule whose output is read; None for the model's `base_model`.
+        representation: called with that output, returns `[B, d]`.
+        head: a module `[B, d] -> [B, d']` trained with the model and dropped after training; its
+            parameters are added to the optimizer as a group, its weights saved with the game.
+    """
+
+    name: ClassVar[str] = "cat"
+    paper: ClassVar[str] = "Pan et al. 2022, arXiv:2107.10137"
+    summary: ClassVar[str] = "clean, adversarial and contrastive loss, δ shared by a token's places"
+
+    radius: float | None = 0.01
+    norm: Norm = "linf"
+    start: Start = "zero"
+    projection: Projection = "sphere"
+    contrast: float = 0.2
+    contrast_temperature: float = 0.1
+    negatives: Negatives = "all"
+    shared: bool = True
+    source: str | None = None
+    representation: Callable[[Any], Tensor] = first_token
+    head: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps != 1:
+            raise ValueError(f"CAT takes one step, got steps={self.steps}.")
+        if self.step_size == 0:
+            raise ValueError("CAT: step_size=0 never leaves δ = 0; its size is the radius.")
+        if self.shared and self.norm != "linf" and self.per == "sample":
+            raise ValueError(
+                f"CAT: norm={self.norm!r} per sample would give a token another δ in every sample. "
+                "Set per='token', norm='linf', or shared=False."
+            )
+        check_number("CAT", "contrast", self.contrast, 0.0, 1.0)
+        check_nt_xent(self.contrast_temperature, self.negatives)
+        check_source(self)
+        if self.head is not None and not isinstance(self.head, nn.Module):
+            raise TypeError(f"CAT: head must be a torch.nn.Module or None, got {self.head!r}.")
+
+    @property
+    def reads(self) -> Source | None:
+        """Where the representation is read."""
+        return Source(self.source, self.representation)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the projection head, if there is one."""
+        return {} if self.head is None else {"head": self.head}
+
+    def play(self, stage: Stage) -> Play:
+        """Play `∇θ [ (1−λ)/2·(ℓ(X) + ℓ(X+r)) + λ·NT-Xent ]`."""
+        zero, gradients = stage.clean_gradients(self)
+        if self.shared:
+            gradients = [share(g, c) for g, c in zip(gradients, stage.calls, strict=False)]
+        perturbed = stage.read(stage.move(zero, self, gradients).detach())
+        z, z_adversarial = (
+            h if self.head is None else self.head(h)
+            for h in (stage.clean().representation, perturbed.representation)
+        )
+        contrast = nt_xent(z, z_adversarial, self.contrast_temperature, self.negatives)
+        losses = (stage.loss() + perturbed.objective) / 2
+        yield Step((1 - self.contrast) * losses + self.contrast * contrast)
+
+
+def share(gradient: Tensor, call: Call) -> Tensor:
+    """Return at each place the sum of the gradient over all places of its token.
+
+    Args:
+        gradient: `[1, B, n, D]`.
+        call: the call at the site; where it is no embedding's the gradient stays as it is.
+    """
+    if call.ids is None:
+        return gradient
+    finite = gradient.isfinite().flatten(2).all(2)[..., None, None]  # others fall back alone
+    real = torch.where(finite, gradient, torch.zeros_like(gradient))
+    real = real if call.mask is None else real * call.mask
+    rows = gradient.new_zeros(call.vocabulary, gradient.shape[-1])
+    rows.index_add_(0, call.ids.flatten(), real.flatten(0, 2))
+    return torch.where(finite, rows[call.ids], gradient)

@@ -1,0 +1,66 @@
+"""CreAT: adversarial training on the contextualized representation.
+Wu et al. 2023, arXiv:2305.04557.
+
+    max_{δ}  ℓ(f(X + δ), y) + τ·( 1 − cos(h(X + δ), h(X)) )
+    min_θ    ½·ℓ(f(X), y) + ½·ℓ(f(X + δ), y)
+
+with h the encoder's representation of the sample: an attack on the loss alone may fool the head and
+leave the encoder as it is. By default h is the first token of the last hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from mixadv.ascent import Start, check_number
+from mixadv.representation import Source, check_source, first_token
+from mixadv.solvers.base import Solver
+from mixadv.stage import Step
+
+if TYPE_CHECKING:
+    from mixadv.solvers.base import Play
+    from mixadv.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreAT(Solver):
+    """Half the clean loss, half the loss where loss and representation are driven away.
+
+    Passes: 2 + K forwards, K backwards for δ, 1 backward.
+
+    Attributes:
+        deviation: τ of the cosine distance in the adversary's payoff; 0 attacks the loss alone.
+        source: name of the submodule whose output is read; None for the model's `base_model`.
+        representation: called with that output, returns `[B, d]`.
+    """
+
+    name: ClassVar[str] = "creat"
+    paper: ClassVar[str] = "Wu et al. 2023, arXiv:2305.04557"
+    summary: ClassVar[str] = "half the loss where loss and encoder are driven away, half the clean"
+
+    step_size: float = 0.1
+    radius: float | None = 0.1
+    start: Start = "normal"
+    start_size: float | None = 0.05
+    deviation: float = 1.0
+    source: str | None = None
+    representation: Callable[[Any], Tensor] = first_token
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("CreAT", "deviation", self.deviation)
+        check_source(self)
+
+    @property
+    def reads(self) -> Source | None:
+        """Where the representation is read."""
+        return Source(self.source, self.representation)
+
+    def play(self, stage: Stage) -> Play:
+        """Play `∇θ ½·[ ℓ(X) + ℓ(X + δ) ]`."""
+        delta = stage.ascend("loss", self, self.deviation)
+        yield Step((stage.loss() + stage.loss(delta)) / 2)

@@ -1,0 +1,75 @@
+"""FreeAT: adversarial training for free. Shafahi et al. 2019, arXiv:1904.12843, Alg. 1.
+
+    for t in 1..m:   g_θ, g_δ from one backward of ℓ(f(X + δ;θ), y)
+                     δ ← Π( δ + α·g_δ/‖g_δ‖ ),   θ ← θ − τ·g_θ   at the old δ
+
+Each batch is replayed m times, with an optimizer step in each: train a fraction 1/m of the epochs.
+δ is carried to the next batch, as in the paper, at each call of the site where the shapes match,
+which variable lengths seldom do; FreeLB's code starts anew each batch (`carry=False`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from mixadv.ascent import check_integer
+from mixadv.learner import Learner
+from mixadv.solvers.base import Presets, Solver
+from mixadv.stage import Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixadv.site import Call
+    from mixadv.solvers.base import Play
+    from mixadv.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeAT(Solver):
+    """The losses at the points of an ascent, an optimizer step at each.
+
+    Passes: m forwards, m backwards, m optimizer steps; m is `steps`. Played by
+    `optimizer.step(closure)` alone, since the steps fall within one batch.
+
+    Attributes:
+        carry: start a round from the δ that the last one ended with.
+    """
+
+    name: ClassVar[str] = "freeat"
+    paper: ClassVar[str] = "Shafahi et al. 2019, arXiv:1904.12843"
+    summary: ClassVar[str] = "an optimizer step at every point of the ascent, δ carried on"
+    replays_batch: ClassVar[bool] = True
+    presets: ClassVar[Presets] = {}
+
+    steps: int = 3
+    step_size: float = 0.05
+    radius: float | None = 0.1
+    carry: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("FreeAT", "steps (the number of replays)", self.steps, 1)
+
+    def learner(self) -> Learner | None:
+        """Return the learner whose round is m optimizer steps."""
+        return Learner(steps=self.steps)
+
+    def play(self, stage: Stage) -> Play:
+        """Play m times `∇θ ℓ(X + δ)` and a step."""
+
+        def begin(index: int, call: Call) -> Tensor:
+            carried = stage.memory.get("delta", [])
+            if index >= len(carried) or carried[index].shape != call.shape:
+                return stage.draw(self, call)
+            like = call.empty()
+            delta = carried[index].to(like)
+            return self.project(delta if call.mask is None else delta * call.mask)
+
+        delta = stage.start(self, begin)
+        for _ in range(self.steps):
+            yield Step(stage.loss(delta))
+            delta = stage.move(delta, self)
+        if self.carry:
+            stage.memory["delta"] = [points[0].detach() for points in delta.points]

@@ -1,0 +1,95 @@
+"""R3F and R4F: better fine-tuning by reducing representational collapse.
+Aghajanyan et al. 2021, arXiv:2008.03156, eq. 4–6.
+
+    min_θ  ℓ(f(X;θ), y) + λ·E_z KL_S( f(X;θ) ‖ f(X+z;θ) ),     z ~ U(−σ, σ) or N(0, σ²)
+
+Nature plays noise, no adversary: the baseline of every smoothness game. R4F also makes the head
+1-Lipschitz: call `spectral_normalize` on it. The released code detaches the embedding in the noisy
+branch and draws noise on padding too; its σ = 1e-5 per coordinate, below the noise floor of an
+encoder in fp32, is `norm="linf", radius=1e-5, unit="absolute"`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from mixadv.ascent import check_number
+from mixadv.divergence import Divergence
+from mixadv.solvers.base import Presets, Solver, check_divergence
+from mixadv.stage import Step
+
+if TYPE_CHECKING:
+    from mixadv.solvers.base import Play
+    from mixadv.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class R3F(Solver):
+    """Task loss, plus how far noise of size `radius` moves the predictions.
+
+    Passes: 2 forwards, 1 backward.
+
+    Attributes:
+        smoothness: λ.
+        divergence: by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
+    """
+
+    name: ClassVar[str] = "r3f"
+    paper: ClassVar[str] = "Aghajanyan et al. 2021, arXiv:2008.03156"
+    summary: ClassVar[str] = "task loss plus divergence under noise"
+    presets: ClassVar[Presets] = {}
+
+    steps: int = 0
+    radius: float | None = 1.0
+    smoothness: float = 1.0
+    divergence: str | Divergence = "symmetric_kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps != 0:
+            raise ValueError(f"R3F takes no steps, got steps={self.steps}: with steps it is ALUM.")
+        check_divergence(self, "divergence")
+        check_number("R3F", "smoothness", self.smoothness)
+
+    @property
+    def gain(self) -> str | Divergence:
+        """What the learner is compared by."""
+        return self.divergence
+
+    def play(self, stage: Stage) -> Play:
+        """Play `∇θ [ ℓ(X) + λ·KL_S(X, X+z) ]`."""
+        noise = stage.start(self).detach()
+        yield Step(stage.loss() + self.smoothness * stage.divergence(noise, self.divergence))
+
+
+def spectral_normalize(head: nn.Module) -> nn.Module:
+    """Divide the weight of each linear layer of a head by its largest singular value (R4F).
+
+    In place, by torch's parametrization: one power iteration per forward in training mode. Call it
+    before the optimizer is built. A layer that is normalised already stays as it is.
+
+    Args:
+        head: a module with at least one `nn.Linear` (`model.classifier`), or one itself.
+
+    Raises:
+        ValueError: if there is none.
+
+    Example:
+        >>> head = spectral_normalize(nn.Linear(4, 3))
+        >>> round(float(head.weight.detach().svd().S.max()), 2)
+        1.0
+    """
+    layers = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        raise ValueError(
+            f"spectral_normalize: this {type(head).__name__} holds no nn.Linear. Give it the "
+            "classification head, such as model.classifier."
+        )
+    for layer in layers:
+        if not parametrize.is_parametrized(layer, "weight"):
+            parametrizations.spectral_norm(layer)
+    return head

@@ -1,0 +1,71 @@
+"""VAT: virtual adversarial training. Miyato et al. 2018, arXiv:1704.03976, eq. 5–8, Alg. 1.
+
+    min_θ  ℓ(f(X;θ), y) + α·KL( p ‖ f(X + r) ),     p = f(X) held fixed
+    d ← g/‖g‖,   g = ∇_r KL( p ‖ f(X + r) ) at r = ξ·d,   K times;     r = ε·d
+
+The divergence is flat at r = 0, so its gradient there is zero: at r = ξ·d it is ξ·H·d, a power
+iteration on the Hessian by finite differences, which needs no second derivative of the model. ξ is
+`start_size`; the paper's 1e-6 lies below the noise floor of an encoder in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from mixadv.ascent import Projection, Start, check_integer, check_number
+from mixadv.divergence import Divergence
+from mixadv.solvers.base import Solver, check_divergence
+from mixadv.stage import Step
+
+if TYPE_CHECKING:
+    from mixadv.solvers.base import Play
+    from mixadv.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAT(Solver):
+    """Task loss, plus the divergence along the direction that changes the predictions most.
+
+    r has length `radius`, whatever `step_size`. Passes: 2 + K forwards, K backwards for δ, 1
+    backward.
+
+    Attributes:
+        smoothness: α.
+        divergence: by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
+    """
+
+    name: ClassVar[str] = "vat"
+    paper: ClassVar[str] = "Miyato et al. 2018, arXiv:1704.03976"
+    summary: ClassVar[str] = "task loss plus divergence along the Hessian's top eigenvector"
+
+    radius: float | None = 0.2
+    projection: Projection = "sphere"
+    start: Start = "normal"
+    start_size: float | None = 0.05
+    smoothness: float = 1.0
+    divergence: str | Divergence = "kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("VAT", "steps (of the power iteration)", self.steps, 1)
+        check_number("VAT", "smoothness", self.smoothness)
+        check_divergence(self, "divergence")
+        if self.step_size == 0:
+            raise ValueError("VAT: step_size=0 never leaves δ = 0; its size is the radius.")
+
+    @property
+    def gain(self) -> str | Divergence:
+        """What the adversary maximises."""
+        return self.divergence
+
+    def play(self, stage: Stage) -> Play:
+        """Play `∇θ [ ℓ(X) + α·KL(p ‖ X + r) ]`."""
+        stage.clean()
+        zero, d = stage.origin(self), stage.start(self)
+        probe = replace(self, radius=self.initial_size)
+        for k in range(self.steps):
+            _, gradients = stage.payoffs(d, self.divergence, self)
+            d = stage.move(zero, probe if k < self.steps - 1 else self, gradients)
+        smoothness = stage.divergence(d, self.divergence, fixed=True)
+        yield Step(stage.loss() + self.smoothness * smoothness)
