@@ -39,7 +39,7 @@ def nt_xent(
     Example:
         >>> views = torch.eye(4)
         >>> round(float(nt_xent(views, views, temperature=1.0)), 4)  # log(1 + 6/e)
-        1.1651
+        1.1654
     """
     check_nt_xent(temperature, negatives)
     if clean.shape != adversarial.shape or clean.dim() != 2:
