@@ -52,11 +52,11 @@ class CAT(Solver):
     paper: ClassVar[str] = "Pan et al. 2022, arXiv:2107.10137"
     summary: ClassVar[str] = "clean, adversarial and contrastive loss, δ shared by a token's places"
 
-    radius: float | None = 0.01
+    radius: float | None = 0.003
     norm: Norm = "linf"
     start: Start = "zero"
     projection: Projection = "sphere"
-    contrast: float = 0.2
+    contrast: float = 0.1
     contrast_temperature: float = 0.1
     negatives: Negatives = "all"
     shared: bool = True
