@@ -146,7 +146,9 @@ class Stage:
         self._clean = self.run(self.at(zero, 0))
         self._note(self._clean)
         gained = self._gains(self._clean)
-        gradients = torch.autograd.grad(gained.sum(), zero.points, retain_graph=True)
+        gradients = torch.autograd.grad(
+            gained.sum(), zero.points, retain_graph=True, materialize_grads=True
+        )
         self.payoff = gained.detach().mean() / (1 if self._clean.loss.dim() else self._samples)
         self.delta_backwards += 1
         return zero, list(gradients)
