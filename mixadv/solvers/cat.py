@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mixadv.ascent import Projection, Start, check_number
+from mixadv.ascent import Projection, Start, check_flag, check_number
 from mixadv.contrastive import Negatives, check_nt_xent, nt_xent
 from mixadv.geometry import Norm
 from mixadv.representation import Source, check_source, first_token
@@ -70,13 +70,16 @@ class CAT(Solver):
             raise ValueError(f"CAT takes one step, got steps={self.steps}.")
         if self.step_size == 0:
             raise ValueError("CAT: step_size=0 never leaves δ = 0; its size is the radius.")
+        check_flag("CAT", "shared", self.shared)
         if self.shared and self.norm != "linf" and self.per == "sample":
             raise ValueError(
                 f"CAT: norm={self.norm!r} per sample would give a token another δ in every sample. "
                 "Set per='token', norm='linf', or shared=False."
             )
         check_number("CAT", "contrast", self.contrast, 0.0, 1.0)
-        check_nt_xent(self.contrast_temperature, self.negatives)
+        check_nt_xent(
+            self.contrast_temperature, self.negatives, "CAT", name="contrast_temperature"
+        )
         check_source(self)
         if self.head is not None and not isinstance(self.head, nn.Module):
             raise TypeError(f"CAT: head must be a torch.nn.Module or None, got {self.head!r}.")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mixadv.ascent import check_integer
+from mixadv.ascent import check_flag, check_integer
 from mixadv.learner import Learner
 from mixadv.solvers.base import Presets, Solver
 from mixadv.stage import Step
@@ -51,6 +51,7 @@ class FreeAT(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("FreeAT", "steps (the number of replays)", self.steps, 1)
+        check_flag("FreeAT", "carry", self.carry)
 
     def learner(self) -> Learner | None:
         """Return the learner whose round is m optimizer steps."""
