@@ -41,7 +41,7 @@ def check_source(solver: Any) -> None:
     who = type(solver).__name__
     if not isinstance(solver.source, str | None):
         raise TypeError(f"{who}: source must be a submodule's name, got {solver.source!r}.")
-    if not callable(solver.representation):
+    if not (solver.representation is None or callable(solver.representation)):
         raise TypeError(f"{who}: representation must be callable, got {solver.representation!r}.")
 
 

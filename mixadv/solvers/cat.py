@@ -43,7 +43,7 @@ class CAT(Solver):
         shared: one perturbation for all occurrences of a token in the batch (the paper), at sites
             that are embeddings; False perturbs each occurrence by itself.
         source: name of the submodule whose output is read; None for the model's `base_model`.
-        representation: called with that output, returns `[B, d]`.
+        representation: called with that output, returns `[B, d]`; None is `first_token`.
         head: a module `[B, d] -> [B, d']` trained with the model and dropped after training; its
             parameters are added to the optimizer as a group, its weights saved with the game.
     """
@@ -61,7 +61,7 @@ class CAT(Solver):
     negatives: Negatives = "all"
     shared: bool = True
     source: str | None = None
-    representation: Callable[[Any], Tensor] = first_token
+    representation: Callable[[Any], Tensor] | None = None
     head: nn.Module | None = None
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class CAT(Solver):
     @property
     def reads(self) -> Source | None:
         """Where the representation is read."""
-        return Source(self.source, self.representation)
+        return Source(self.source, self.representation or first_token)
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the projection head, if there is one."""
