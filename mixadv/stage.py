@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from mixadv import routes, validate
 from mixadv.ascent import Ascent
@@ -246,6 +247,7 @@ class Stage:
             self.replay.run(),
             self.game.site.run(provide) as current,
             validate.gradients_untouched(self.parameters),
+            _reusable(self.game.solver.differentiates_twice),
             represents.run() if represents else nullcontext(),
         ):
             result = (closure or self.closure)()
@@ -370,6 +372,11 @@ def _by(ascent: Ascent) -> Rule:
 
 def _copies(x: Tensor, copies: int) -> Tensor:
     return x.repeat(copies, *[1] * (x.dim() - 1))
+
+
+def _reusable(wanted: bool) -> AbstractContextManager[Any]:
+    """Return what to run a pass in whose graph is differentiated twice, where it is compiled."""
+    return functorch.patch(donated_buffer=False) if wanted else nullcontext()
 
 
 @contextmanager

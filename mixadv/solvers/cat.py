@@ -51,6 +51,7 @@ class CAT(Solver):
     name: ClassVar[str] = "cat"
     paper: ClassVar[str] = "Pan et al. 2022, arXiv:2107.10137"
     summary: ClassVar[str] = "clean, adversarial and contrastive loss, δ shared by a token's places"
+    differentiates_twice: ClassVar[bool] = True
 
     radius: float | None = 0.01
     norm: Norm = "linf"
