@@ -2,7 +2,8 @@
 
 A solver's `play(stage)` is a generator. It yields an objective for every pass that only accumulates
 gradients, and `Step(objective)` for the last pass before an optimizer step; between two yields the
-caller has run the backward pass, after a `Step` also the learner's step.
+caller has run the backward pass, after a `Step` also the learner's step. A solver that moves δ by
+the last pass's gradients before the step yields that pass's objective, moves, and yields `Step()`.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ _DIFFERENTIATED_TWICE = (
 
 
 class Step(NamedTuple):
-    """The objective of the last pass before an optimizer step."""
+    """The objective of the last pass before an optimizer step; without one, the step alone."""
 
-    objective: Tensor
+    objective: Tensor | None = None
 
 
 class Stage:
