@@ -268,16 +268,18 @@ CANNOT: dict[tuple[str, str], str] = {
 
 
 def or_refused(*words: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a test of a solver `name`: what it cannot play is refused instead, with the reason.
+    """Decorate a test of a solver: what it cannot play is refused instead, with the reason.
 
-    `words` say what the test plays, as do its own arguments; see `CANNOT`.
+    The test takes a `solver`, or its `name`. What it plays is said by its other arguments, and by
+    `words`, as `CANNOT` has them.
     """
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def run(**arguments: Any) -> None:
+            name = arguments.get("name") or arguments["solver"].name
             said = [*words, *(v for v in arguments.values() if isinstance(v, str))]
-            reasons = [CANNOT[key] for word in said if (key := (arguments["name"], word)) in CANNOT]
+            reasons = [CANNOT[name, word] for word in said if (name, word) in CANNOT]
             if not reasons:
                 test(**arguments)
                 return
