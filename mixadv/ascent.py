@@ -95,6 +95,7 @@ class Ascent:
                 )
         check_integer(who, "steps", self.steps, 0)
         check_integer(who, "particles", self.particles, 1)
+        check_flag(who, "fresh_dropout", self.fresh_dropout)
         check_number(who, "step_size", self.step_size)
         check_number(who, "temperature", self.temperature)
         if self.radius is not None:
@@ -162,6 +163,12 @@ class Ascent:
 
 
 Draw = Callable[[str, Tensor], Tensor]
+
+
+def check_flag(who: str, name: str, value: Any) -> None:
+    """Raise unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{who}: {name} must be True or False, got {value!r}.")
 
 
 def check_integer(who: str, name: str, value: Any, least: int) -> None:

@@ -9,12 +9,13 @@ the N views of the other kind, as between two modalities.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixadv.ascent import check_number
 from mixadv.errors import nearest
 
 Negatives = Literal["all", "cross"]
@@ -60,12 +61,15 @@ def nt_xent(
         return F.cross_entropy(similarity, torch.cat([partner + len(one), partner]))
 
 
-def check_nt_xent(temperature: float, negatives: str) -> None:
+def check_nt_xent(
+    temperature: Any, negatives: Any, who: str = "NT-Xent", name: str = "temperature"
+) -> None:
     """Raise unless the parameters are in range."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"NT-Xent: temperature must be positive and finite, got {temperature}.")
+    check_number(who, name, temperature)
+    if temperature == 0:
+        raise ValueError(f"{who}: {name} must be positive, got {temperature}.")
     if negatives not in get_args(Negatives):
         raise ValueError(
-            f"NT-Xent: negatives={negatives!r} is not 'all' or 'cross'."
+            f"{who}: negatives={negatives!r} is not 'all' or 'cross'."
             f"{nearest(negatives, get_args(Negatives))}"
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError, nearest
@@ -41,7 +42,7 @@ def check_source(solver: Any) -> None:
     who = type(solver).__name__
     if not isinstance(solver.source, str | None):
         raise TypeError(f"{who}: source must be a submodule's name, got {solver.source!r}.")
-    if not callable(solver.representation):
+    if not (solver.representation is None or callable(solver.representation)):
         raise TypeError(f"{who}: representation must be callable, got {solver.representation!r}.")
 
 
@@ -67,7 +68,9 @@ class Representation:
         self.kept: Tensor | None = None
         self.active = False
         self._dormant = []
-        if compiled(model, [(self.name, self.module)]):
+        if self.module is unwrap(model):
+            self.module = model  # whose hooks run outside of what is compiled
+        elif compiled(model, [(self.name, self.module)]):
             self._dormant = [self.module.register_forward_hook(self._read)]
 
     @contextmanager
@@ -105,7 +108,7 @@ class Representation:
             hook.remove()
 
     def _read(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.active and not recomputing():
+        if self.active and (torch.compiler.is_compiling() or not recomputing()):
             self.kept = self.source.read(output)
 
 

@@ -2,19 +2,21 @@
 
 A solver's `play(stage)` is a generator. It yields an objective for every pass that only accumulates
 gradients, and `Step(objective)` for the last pass before an optimizer step; between two yields the
-caller has run the backward pass, after a `Step` also the learner's step.
+caller has run the backward pass, after a `Step` also the learner's step. A solver that moves δ by
+the last pass's gradients before the step yields that pass's objective, moves, and yields `Step()`.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from mixadv import routes, validate
 from mixadv.ascent import Ascent
@@ -37,9 +39,9 @@ _DIFFERENTIATED_TWICE = (
 
 
 class Step(NamedTuple):
-    """The objective of the last pass before an optimizer step."""
+    """The objective of the last pass before an optimizer step; without one, the step alone."""
 
-    objective: Tensor
+    objective: Tensor | None = None
 
 
 class Stage:
@@ -146,7 +148,9 @@ class Stage:
         self._clean = self.run(self.at(zero, 0))
         self._note(self._clean)
         gained = self._gains(self._clean)
-        gradients = torch.autograd.grad(gained.sum(), zero.points, retain_graph=True)
+        gradients = torch.autograd.grad(
+            gained.sum(), zero.points, retain_graph=True, materialize_grads=True
+        )
         self.payoff = gained.detach().mean() / (1 if self._clean.loss.dim() else self._samples)
         self.delta_backwards += 1
         return zero, list(gradients)
@@ -244,6 +248,7 @@ class Stage:
             self.replay.run(),
             self.game.site.run(provide) as current,
             validate.gradients_untouched(self.parameters),
+            _reusable(self.game.solver.differentiates_twice),
             represents.run() if represents else nullcontext(),
         ):
             result = (closure or self.closure)()
@@ -368,6 +373,11 @@ def _by(ascent: Ascent) -> Rule:
 
 def _copies(x: Tensor, copies: int) -> Tensor:
     return x.repeat(copies, *[1] * (x.dim() - 1))
+
+
+def _reusable(wanted: bool) -> AbstractContextManager[Any]:
+    """Return what to run a pass in whose graph is differentiated twice, where it is compiled."""
+    return functorch.patch(donated_buffer=False) if wanted else nullcontext()
 
 
 @contextmanager

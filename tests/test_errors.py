@@ -1,6 +1,7 @@
 """What a user meets who asks for what cannot be played: what, why, what to change; no harm done."""
 
 import contextlib
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -14,10 +15,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 
 import mixadv
-from mixadv import FGM, MAT, PGD, SMART, FreeLB, Game, GameError, UniformNoise, solver, wrap
-from tests.zoo import Player, assert_same, fingerprint, small
+from mixadv import (
+    ALUM,
+    CAT,
+    FGM,
+    MAT,
+    PGD,
+    R3F,
+    SMART,
+    VAT,
+    CreAT,
+    FreeAT,
+    FreeLB,
+    Game,
+    GameError,
+    TextAT,
+    UniformNoise,
+    solver,
+    wrap,
+)
+from tests.zoo import CANNOT, Player, assert_same, fingerprint, player, small
 
 NAN, INF = float("nan"), float("inf")
 
@@ -81,6 +101,37 @@ VALUES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "learner steps": (lambda: MAT(learner_steps=0), ValueError, ("learner_steps", "0")),
     "samples": (lambda: MAT(samples=-1), ValueError, ("samples", "-1")),
     "play": (lambda: MAT(play_as="means"), ValueError, ("play_as='means'", "'mean'", "'ensemble'")),
+    "fresh dropout": (lambda: PGD(fresh_dropout="no"), TypeError, ("fresh_dropout", "'no'")),
+    "carrying": (lambda: FreeAT(carry=1), TypeError, ("FreeAT", "carry", "True or False", "1")),
+    "sharing": (lambda: CAT(shared=None), TypeError, ("CAT", "shared", "True or False", "None")),
+    "no replay": (lambda: FreeAT(steps=0), ValueError, ("FreeAT", "steps", "replays", "0")),
+    "no pass over tokens": (lambda: TextAT(steps=0), ValueError, ("TextAT", "steps", "0")),
+    "writing": (lambda: TextAT(write="sum"), ValueError, ("write='sum'", "'mean'", "'accumulate'")),
+    "excluded tokens": (lambda: TextAT(exclude=[0]), TypeError, ("exclude", "tuple", "[0]")),
+    "deviation": (lambda: CreAT(deviation=-1), ValueError, ("CreAT", "deviation", "-1")),
+    "source": (lambda: CreAT(source=3), TypeError, ("CreAT", "source", "name", "3")),
+    "representation": (lambda: CAT(representation=3), TypeError, ("CAT", "representation", "3")),
+    "two CAT steps": (lambda: CAT(steps=2), ValueError, ("CAT", "steps=2")),
+    "CAT standing still": (lambda: CAT(step_size=0), ValueError, ("step_size=0", "radius")),
+    "a token's δ per sample": (
+        lambda: CAT(norm="l2"),
+        ValueError,
+        ("norm='l2' per sample", "per='token'", "shared=False"),
+    ),
+    "contrast": (lambda: CAT(contrast=1.5), ValueError, ("contrast", "between 0 and 1", "1.5")),
+    "contrast temperature": (
+        lambda: CAT(contrast_temperature=0),
+        ValueError,
+        ("CAT", "contrast_temperature", "positive"),
+    ),
+    "negatives": (lambda: CAT(negatives="al"), ValueError, ("'al'", "'all'", "'cross'")),
+    "head": (lambda: CAT(head=len), TypeError, ("CAT", "head", "torch.nn.Module")),
+    "no power iteration": (lambda: VAT(steps=0), ValueError, ("VAT", "steps", "power", "0")),
+    "VAT standing still": (lambda: VAT(step_size=0), ValueError, ("step_size=0", "radius")),
+    "VAT from zero": (lambda: VAT(start="zero"), ValueError, ("zero gradient", "'normal'")),
+    "R3F with steps": (lambda: R3F(steps=1), ValueError, ("steps=1", "ALUM")),
+    "smoothness of noise": (lambda: R3F(smoothness=-1), ValueError, ("R3F", "smoothness", "-1")),
+    "ALUM's divergence": (lambda: ALUM(divergence="k1"), ValueError, ("'k1'", "'kl'")),
     "solver": (lambda: solver("freelp"), ValueError, ("'freelp'", "Did you mean 'freelb'?", "mat")),
     "solver as a class": (lambda: solver(PGD), ValueError, ("PGD", "pgd")),
     "parameter": (
@@ -169,6 +220,21 @@ def refused_arguments() -> dict[str, tuple[Callable[[nn.Module, SGD], Any], Any,
             lambda m, o: Game(m, MAT()),
             ValueError,
             ("MAT", "mixadv.wrap(optimizer, model, solver)"),
+        ),
+        "bare game for FreeAT": (
+            lambda m, o: Game(m, FreeAT()),
+            ValueError,
+            ("FreeAT", "mixadv.wrap(optimizer, model, solver)"),
+        ),
+        "bare game for a head": (
+            lambda m, o: Game(m, CAT(head=other)),
+            ValueError,
+            ("CAT trains head=", "mixadv.wrap(optimizer, model, solver)"),
+        ),
+        "source's name": (
+            lambda m, o: wrap(o, m, CreAT(source="hiden")),
+            ValueError,
+            ("source", "'hiden'", "Did you mean 'hidden'"),
         ),
         "bare game for SMART": (lambda m, o: Game(m, SMART()), ValueError, ("SMART", "wrap")),
         "site's name": (
@@ -317,6 +383,31 @@ CLOSURES: dict[str, Case] = {
         lambda s: s.good,
         ("PGD", "raw gradient", "[B]", UNIFORM, "normalize='steepest'"),
     ),
+    "no predictions to smooth": (
+        R3F,
+        lambda s: s.returns(lambda a, b: a),
+        ("compares predictions", "(loss, logits)"),
+    ),
+    "one column to smooth": (
+        VAT,
+        lambda s: s.returns(lambda a, b: (a, b[:, :1])),
+        ("one column", "'kl'", "divergence='squared_error'"),
+    ),
+    "no representation": (
+        lambda: CAT(representation=lambda output: output[:, 0]),
+        lambda s: s.good,
+        ("representation", "'Small'", "[B, d]", "[6]", "representation="),
+    ),
+    "a representation that is never computed": (
+        lambda: CreAT(source="unused"),
+        lambda s: s.good,
+        ("'unused'", "not called", "source="),
+    ),
+    "a detached representation": (
+        lambda: CreAT(representation=lambda output: output.detach()),
+        lambda s: s.good,
+        ("representation", "does not depend on δ", "source="),
+    ),
     "raw gradients along the ascent": (
         lambda: FreeLB(normalize="none"),
         lambda s: s.good,
@@ -346,6 +437,24 @@ def test_a_closure_that_cannot_be_played_is_refused_in_the_first_round(
     with pytest.raises(GameError, match=words(*expected)):
         play(optimizer, how)(closure)
     assert_same(fingerprint(setting.model, optimizer), found)
+
+
+@pytest.mark.parametrize(("name", "word"), CANNOT)
+def test_what_a_solver_cannot_play_leaves_no_trace(name: str, word: str):
+    p, site, how = small(), None, word if word in ("backward", "loss") else "step"
+    if word == "hidden layer":
+        site = "dropout"
+    elif word == "vision":
+        p = player("vision", rows=4)
+    elif word == "reentrant":
+        hidden = p.model.hidden
+        hidden.forward = functools.partial(checkpoint, hidden.forward, use_reentrant=True)
+    optimizer = wrap(SGD(p.model.parameters(), lr=0.1), p.model, solver(name), site=site)
+    found = fingerprint(p.model)
+    with pytest.raises(GameError, match=CANNOT[name, word]):
+        play(optimizer, how)(p.closure())
+    assert_same(fingerprint(p.model), found)
+    assert (optimizer.game.round, optimizer.game.memory) == (0, {})
 
 
 class Unnamed(mixadv.Solver):
@@ -509,14 +618,14 @@ def test_a_closure_that_zeroes_gradients_is_refused(name: str, whose: str, to_no
 
 @pytest.mark.parametrize("kind", ["symmetric_kl", mixadv.divergence.symmetric_kl])
 @pytest.mark.parametrize("start", [{"start": "zero"}, {"start_size": 0.0}])
-@pytest.mark.parametrize("build", [SMART, MAT])
+@pytest.mark.parametrize("build", [SMART, MAT, ALUM, VAT])
 def test_an_ascent_that_could_never_leave_zero_is_refused(build: Any, start: Any, kind: Any):
     with pytest.raises(ValueError, match="zero gradient"):
         build(divergence=kind, **start)
     build(divergence=kind, **start, temperature=0.1)
 
 
-@pytest.mark.parametrize("build", [SMART, MAT])
+@pytest.mark.parametrize("build", [SMART, MAT, ALUM, VAT, R3F])
 def test_detached_predictions_are_refused_where_they_are_compared(build: Any):
     setting = Setting()
     optimizer = wrap(SGD(setting.model.parameters(), lr=0.1), setting.model, build())

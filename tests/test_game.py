@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mixadv
 from mixadv import MAT, PGD, Game, Step, Strategy
 from mixadv.equilibrium import best_response
-from tests.zoo import Player, assert_same, fingerprint, small
+from tests.zoo import Player, assert_same, fingerprint, or_refused, small, stepwise
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 # One optimizer step per round, so that a step and a backward play the same.
@@ -45,6 +45,7 @@ def gradients(player: Player) -> dict[str, Tensor | None]:
 
 @each_solver
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@or_refused("backward")
 def test_step_backward_and_loss_deliver_the_same_gradient(name: str, reduction: str):
     """A step of SGD at rate 1 shows its gradient as θ_t − θ_{t+1}."""
     results: dict[str, dict[str, Tensor | None]] = {}
@@ -92,8 +93,9 @@ def test_a_closure_may_return_what_models_return(name: str):
     results = []
     for form in (FORMS | alone).values():
         optimizer, player = start(SOLVERS[name])
-        optimizer.game.backward(lambda f=form, p=player: f(*p.closure()()))
-        results.append([gradients(player), optimizer.game.outcome.objective])
+        taken = stepwise(optimizer)
+        objective = optimizer.step(lambda f=form, p=player: f(*p.closure()()))
+        results.append([taken, objective])
     assert_same(results, results[:1] * len(results))
 
 
@@ -119,6 +121,7 @@ def test_passes_between_two_steps_see_the_same_dropout(name: str, fresh: bool):
 
 
 @each_solver
+@or_refused("loss")
 def test_micro_batches_accumulate(name: str):
     """Earlier gradients stay; each micro-batch adds its own, scaled as the loop scales its loss."""
     parts = []
@@ -185,7 +188,8 @@ def test_a_round_leaves_what_one_forward_leaves(name: str, fresh: bool):
         torch.set_rng_state(found)
         for r in range(rounds):
             plain.model.train(r != 2)
-            plain.closure()()
+            for _ in range(optimizer.outcome.steps):
+                plain.closure()()
         assert_same(left, torch.get_rng_state())
         assert_same(dict(player.model.named_buffers()), dict(plain.model.named_buffers()))
 
@@ -200,6 +204,7 @@ def processes(tmp_path: Path) -> Iterator[None]:
 
 
 @each_solver
+@or_refused("loss")
 def test_a_loss_costs_one_all_reduce(name: str, processes: None):
     """Under DistributedDataParallel, however many passes a round has."""
     player, reduced = small(), []
@@ -230,10 +235,11 @@ def test_a_loss_costs_one_all_reduce(name: str, processes: None):
 
 
 @each_solver
-@pytest.mark.parametrize("how", ["backward", "loss"])
+@pytest.mark.parametrize("how", ["step", "backward", "loss"])
+@or_refused()
 def test_outcomes_hold_detached_numbers_and_counts(name: str, how: str):
     optimizer, player = start(SOLVERS[name])
-    getattr(optimizer.game, how)(player.closure())
+    getattr(optimizer if how == "step" else optimizer.game, how)(player.closure())
     outcome = optimizer.game.outcome
     passes = optimizer.game.explain().passes
     for field in ("forwards", "delta_backwards", "theta_backwards", "steps"):
@@ -264,6 +270,7 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("how", ["step", "loss"])
 @each_solver
+@or_refused()
 def test_later_rounds_read_nothing_from_the_device(
     name: str, how: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -537,14 +544,32 @@ class Halfway(mixadv.Solver):
         yield Step(self.share * stage.loss(delta))
 
 
-@pytest.mark.parametrize("how", ["backward", "loss"])
-def test_a_new_solver_is_one_dataclass(how: str):
+@dataclass(frozen=True, kw_only=True)
+class Apart(Halfway):
+    """The same, with the step by itself: after its gradients one may still move."""
+
+    def play(self, stage: mixadv.Stage) -> Any:
+        for move in super().play(stage):
+            yield move.objective if isinstance(move, Step) else move
+        yield Step()
+
+
+@pytest.mark.parametrize("how", ["backward", "loss", "step"])
+@pytest.mark.parametrize("method", [Halfway, Apart])
+def test_a_new_solver_is_one_dataclass(how: str, method: type[Halfway]):
     """Its gradient is that of the two losses, by hand."""
     player = small()
-    game, twin = Game(player.model, Halfway(share=0.25)), copy.deepcopy(player.model)
-    found = torch.get_rng_state()
-    objective = getattr(game, how)(player.closure())
-    objective = objective.objective if how == "backward" else (objective.backward(), objective)[1]
+    base, solver = SGD(player.model.parameters(), lr=0.0), method(share=0.25)
+    game, twin = Game(player.model, solver, optimizer=base), copy.deepcopy(player.model)
+    found, optimizer = torch.get_rng_state(), mixadv.GameOptimizer(base, game)
+    taken = stepwise(optimizer)
+    if how == "loss":
+        objective = game.loss(player.closure())
+        objective.backward()
+    elif how == "backward":
+        objective = game.backward(player.closure()).objective
+    else:
+        objective = optimizer.step(player.closure())
     total = torch.zeros((), dtype=torch.float64)
     for share, delta in ((0.75, 0.0), (0.25, game.unit * game.strategy.points[0][0])):
         hook = twin.embedding.register_forward_hook(lambda m, args, out, d=delta: out + d)
@@ -553,7 +578,9 @@ def test_a_new_solver_is_one_dataclass(how: str):
         hook.remove()
     total.backward()
     torch.testing.assert_close(objective, total, check_dtype=False, rtol=1e-9, atol=0)
-    other = player._replace(model=twin)
-    torch.testing.assert_close(gradients(player), gradients(other), **CLOSE)
+    expected = {n: g for n, g in gradients(player._replace(model=twin)).items() if g is not None}
+    seen = taken[0] if how == "step" else gradients(player)
+    torch.testing.assert_close({n: seen[n] for n in expected}, expected, **CLOSE)
+    assert len(taken) == (how == "step")
     assert "this file" in str(game.explain())
-    assert game.outcome.theta_backwards == 2
+    assert game.explain().passes.theta_backwards == game.outcome.theta_backwards == 2

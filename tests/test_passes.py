@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
-from tests.zoo import player
+from tests.zoo import or_refused, player
 
 
 class Cost(NamedTuple):
@@ -21,6 +21,10 @@ class Cost(NamedTuple):
     delta: int
     theta: int
     steps: int
+
+
+def comparison(s: mixadv.ALUM | mixadv.VAT) -> Cost:
+    return Cost(2 + s.steps, s.steps, 1, 1)
 
 
 def pgd(s: mixadv.PGD) -> Cost:
@@ -44,16 +48,31 @@ TABLE: dict[str, Callable[..., Cost]] = {
     "noise": lambda s: Cost(1, 0, 1, 1),
     "fgm": lambda s: Cost(2, 0, 2, 1),
     "pgd": pgd,
+    "freeat": lambda s: Cost(s.steps, 0, s.steps, s.steps),
     "freelb": lambda s: Cost(s.steps, 0, s.steps, 1),
+    "textat": lambda s: Cost(s.steps, 0, s.steps, 1),
+    "creat": lambda s: Cost(2 + s.steps, s.steps, 1, 1),
+    "cat": lambda s: Cost(2, 1, 1, 1),
+    "vat": comparison,
+    "r3f": lambda s: Cost(2, 0, 1, 1),
+    "alum": comparison,
     "smart": smart,
     "mat": mat,
 }
 FEW = st.integers(0, 3)
+SHARE = st.sampled_from([0.0, 0.5, 1.0])
 SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "noise": {"radius": st.sampled_from([0.1, None])},
     "fgm": {"norm": st.sampled_from(["l1", "l2", "linf"])},
     "pgd": {"steps": FEW, "payoff": st.sampled_from(["loss", "kl", "js"])},
+    "freeat": {"steps": st.integers(1, 4), "carry": st.booleans()},
     "freelb": {"steps": st.integers(1, 4)},
+    "textat": {"steps": st.integers(1, 4), "write": st.sampled_from(["mean", "accumulate"])},
+    "creat": {"steps": FEW, "deviation": SHARE, "representation": st.just(lambda out: out[1])},
+    "cat": {"contrast": SHARE, "representation": st.just(lambda out: out[1])},
+    "vat": {"steps": st.integers(1, 3)},
+    "r3f": {"start": st.sampled_from(["uniform", "normal"])},
+    "alum": {"steps": FEW},
     "smart": {"steps": FEW, "proximal": st.sampled_from([0.0, 1.0])},
     "mat": {
         "steps": FEW,
@@ -153,11 +172,13 @@ def test_passes_of_a_step_are_those_of_the_table(name: str, data: st.DataObject)
         assert counter.cost(len(steps)) == TABLE[name](solver)
         assert reported(optimizer.outcome) == reported(explained) == TABLE[name](solver)
         assert counter.branches == explained.branches
-        assert counter.frozen == explained.delta_backwards, "activations for θ are kept in vain"
+        shared = int(name == "cat")  # whose clean pass serves δ and θ
+        assert counter.frozen == explained.delta_backwards - shared, "activations kept in vain"
 
 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 @given(data=st.data())
+@or_refused("backward")
 def test_a_loop_that_owns_the_step_pays_for_one_learner_sample(
     name: str, data: st.DataObject
 ) -> None:
@@ -175,8 +196,13 @@ def test_a_loop_that_owns_the_step_pays_for_one_learner_sample(
 
 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
-def test_a_loss_to_differentiate_reports_the_cost_with_its_backward(name: str) -> None:
-    optimizer, _, closure = tiny(mixadv.solver(name))
+@given(data=st.data())
+@or_refused("loss")
+def test_a_loss_to_differentiate_reports_the_cost_with_its_backward(
+    name: str, data: st.DataObject
+) -> None:
+    settings = {k: data.draw(v, k) for k, v in SETTINGS[name].items()}
+    optimizer, _, closure = tiny(mixadv.solver(name, **settings))
     expected = reported(optimizer.game.backward(closure))
     optimizer.game.loss(closure).backward()
     assert reported(optimizer.game.outcome) == expected

@@ -10,7 +10,7 @@ import torch
 from torch.optim import AdamW
 
 import mixadv
-from tests.zoo import Player, assert_same, player, small
+from tests.zoo import CANNOT, Player, assert_same, or_refused, player, small
 
 ROUNDS = 7
 MAT = {"particles": 2, "temperature": 0.01, "learner_temperature": 1e-4, "samples": 2}
@@ -25,6 +25,8 @@ SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixad
     "mixed, played as an ensemble": mixadv.MAT(
         **MAT, learner_steps=3, play_as="ensemble", damping="uniform", average=0.9
     ),
+    "tokens that add up": mixadv.TextAT(write="accumulate", exclude=(3,)),
+    "with a projection head": mixadv.CAT(head=torch.nn.Linear(3, 2).double()),
     "undamped samples": mixadv.MAT(**MAT, damping=0.0, round_damping=0.0, average=None),
 }
 
@@ -38,6 +40,9 @@ class Run:
     def __init__(self, solver: mixadv.Solver, seed: int, build: Callable[..., Player] = small):
         self.player = build()._replace(model=build(seed=seed).model)
         torch.manual_seed(seed)
+        solver = copy.deepcopy(solver)
+        for head in solver.modules().values():
+            head.reset_parameters()
         self.optimizer = mixadv.wrap(
             AdamW(self.player.model.parameters(), lr=0.01), self.player.model, solver, seed=seed
         )
@@ -83,6 +88,7 @@ class Run:
 
 @pytest.mark.parametrize("how", ["step", "backward", "loss"])
 @pytest.mark.parametrize("name", SOLVERS)
+@or_refused()
 def test_resumed_is_uninterrupted(name: str, how: str, tmp_path: Path):
     for saved_after in (3, 4):
         whole = Run(SOLVERS[name], seed=0).rounds(saved_after, how)
@@ -127,10 +133,11 @@ def test_transformers_resume(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_checkpoint_loaded_back_into_its_run_changes_nothing(name: str):
     """Frameworks load an optimizer's own live state into it while preparing it."""
-    run = Run(SOLVERS[name], seed=0).rounds(3, "loss")
+    how = "step" if (name, "loss") in CANNOT else "loss"
+    run = Run(SOLVERS[name], seed=0).rounds(3, how)
     run.optimizer.load_state_dict(run.optimizer.state_dict())
-    run.rounds(3, "loss")
-    untouched = Run(SOLVERS[name], seed=0).rounds(6, "loss")
+    run.rounds(3, how)
+    untouched = Run(SOLVERS[name], seed=0).rounds(6, how)
     assert_same(run.state(), untouched.state())
 
 

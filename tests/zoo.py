@@ -1,13 +1,17 @@
 """Tiny models of every family, built in code, with batches to train them on."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+
+import mixadv
 
 VOCABULARY = 99
 PAD = 1
@@ -247,6 +251,56 @@ def small(rows: int = 6, seed: int = 0, reduction: str = "mean") -> Player:
         return F.cross_entropy(logits, batch["labels"], reduction=reduction), logits
 
     return Player(Small().double().train(), {"ids": ids, "labels": labels}, seen)
+
+
+_STEPS = r"FreeAT takes an optimizer step after each of its passes.*: call optimizer\.step\(closure\)"
+_TOKENS = r"TextAT keeps a perturbation for each token, and the site .* is not an embedding"
+_TWICE = r"CAT differentiates the clean pass twice.*checkpointing.*: set use_reentrant=False"
+# What a solver cannot play, by its name and a word for the way, the site or the model, and what it
+# says instead.
+CANNOT: dict[tuple[str, str], str] = {
+    ("freeat", "backward"): _STEPS,
+    ("freeat", "loss"): _STEPS,
+    ("textat", "hidden layer"): _TOKENS,
+    ("textat", "vision"): _TOKENS,
+    ("cat", "reentrant"): _TWICE,
+}
+
+
+def or_refused(*words: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a test of a solver: what it cannot play is refused instead, with the reason.
+
+    The test takes a `solver`, or its `name`. What it plays is said by its other arguments, and by
+    `words`, as `CANNOT` has them.
+    """
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(**arguments: Any) -> None:
+            name = arguments.get("name") or arguments["solver"].name
+            said = [*words, *(v for v in arguments.values() if isinstance(v, str))]
+            reasons = [CANNOT[name, word] for word in said if (name, word) in CANNOT]
+            if not reasons:
+                test(**arguments)
+                return
+            with pytest.raises(mixadv.GameError, match=reasons[0]):
+                test(**arguments)
+
+        return run
+
+    return decorate
+
+
+def stepwise(optimizer: mixadv.GameOptimizer) -> list[dict[str, Tensor]]:
+    """Return a list that fills with the gradients of each optimizer step, by parameter name."""
+    seen: list[dict[str, Tensor]] = []
+
+    def note(*_: Any) -> None:
+        named = optimizer.game.model.named_parameters()
+        seen.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    optimizer.base.register_step_pre_hook(note)
+    return seen
 
 
 def fingerprint(model: nn.Module, optimizer: Any = None) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Solver(Ascent, ABC):
     summary: ClassVar[str]
     mixed: ClassVar[bool] = False
     replays_batch: ClassVar[bool] = False  # an optimizer step per pass: no loop can split a round
+    differentiates_twice: ClassVar[bool] = False  # a pass of its own: once for δ, once for θ
     presets: ClassVar[Presets] = {}
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mixadv.ascent import Projection, Start, check_number
+from mixadv.ascent import Projection, Start, check_flag, check_number
 from mixadv.contrastive import Negatives, check_nt_xent, nt_xent
 from mixadv.geometry import Norm
 from mixadv.representation import Source, check_source, first_token
@@ -43,7 +43,7 @@ class CAT(Solver):
         shared: one perturbation for all occurrences of a token in the batch (the paper), at sites
             that are embeddings; False perturbs each occurrence by itself.
         source: name of the submodule whose output is read; None for the model's `base_model`.
-        representation: called with that output, returns `[B, d]`.
+        representation: called with that output, returns `[B, d]`; None is `first_token`.
         head: a module `[B, d] -> [B, d']` trained with the model and dropped after training; its
             parameters are added to the optimizer as a group, its weights saved with the game.
     """
@@ -51,6 +51,7 @@ class CAT(Solver):
     name: ClassVar[str] = "cat"
     paper: ClassVar[str] = "Pan et al. 2022, arXiv:2107.10137"
     summary: ClassVar[str] = "clean, adversarial and contrastive loss, δ shared by a token's places"
+    differentiates_twice: ClassVar[bool] = True
 
     radius: float | None = 0.003
     norm: Norm = "linf"
@@ -61,7 +62,7 @@ class CAT(Solver):
     negatives: Negatives = "all"
     shared: bool = True
     source: str | None = None
-    representation: Callable[[Any], Tensor] = first_token
+    representation: Callable[[Any], Tensor] | None = None
     head: nn.Module | None = None
 
     def __post_init__(self) -> None:
@@ -70,13 +71,16 @@ class CAT(Solver):
             raise ValueError(f"CAT takes one step, got steps={self.steps}.")
         if self.step_size == 0:
             raise ValueError("CAT: step_size=0 never leaves δ = 0; its size is the radius.")
+        check_flag("CAT", "shared", self.shared)
         if self.shared and self.norm != "linf" and self.per == "sample":
             raise ValueError(
                 f"CAT: norm={self.norm!r} per sample would give a token another δ in every sample. "
                 "Set per='token', norm='linf', or shared=False."
             )
         check_number("CAT", "contrast", self.contrast, 0.0, 1.0)
-        check_nt_xent(self.contrast_temperature, self.negatives)
+        check_nt_xent(
+            self.contrast_temperature, self.negatives, "CAT", name="contrast_temperature"
+        )
         check_source(self)
         if self.head is not None and not isinstance(self.head, nn.Module):
             raise TypeError(f"CAT: head must be a torch.nn.Module or None, got {self.head!r}.")
@@ -84,7 +88,7 @@ class CAT(Solver):
     @property
     def reads(self) -> Source | None:
         """Where the representation is read."""
-        return Source(self.source, self.representation)
+        return Source(self.source, self.representation or first_token)
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the projection head, if there is one."""

@@ -35,7 +35,7 @@ class CreAT(Solver):
     Attributes:
         deviation: τ of the cosine distance in the adversary's payoff; 0 attacks the loss alone.
         source: name of the submodule whose output is read; None for the model's `base_model`.
-        representation: called with that output, returns `[B, d]`.
+        representation: called with that output, returns `[B, d]`; None is `first_token`.
     """
 
     name: ClassVar[str] = "creat"
@@ -48,7 +48,7 @@ class CreAT(Solver):
     start_size: float | None = 0.05
     deviation: float = 1.0
     source: str | None = None
-    representation: Callable[[Any], Tensor] = first_token
+    representation: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +58,7 @@ class CreAT(Solver):
     @property
     def reads(self) -> Source | None:
         """Where the representation is read."""
-        return Source(self.source, self.representation)
+        return Source(self.source, self.representation or first_token)
 
     def play(self, stage: Stage) -> Play:
         """Play `∇θ ½·[ ℓ(X) + ℓ(X + δ) ]`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mixadv.ascent import check_integer
+from mixadv.ascent import check_flag, check_integer
 from mixadv.learner import Learner
 from mixadv.solvers.base import Presets, Solver
 from mixadv.stage import Step
@@ -51,13 +51,14 @@ class FreeAT(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("FreeAT", "steps (the number of replays)", self.steps, 1)
+        check_flag("FreeAT", "carry", self.carry)
 
     def learner(self) -> Learner | None:
         """Return the learner whose round is m optimizer steps."""
         return Learner(steps=self.steps)
 
     def play(self, stage: Stage) -> Play:
-        """Play m times `∇θ ℓ(X + δ)` and a step."""
+        """Play m times `∇θ ℓ(X + δ)`, a move of δ and a step of θ."""
 
         def begin(index: int, call: Call) -> Tensor:
             carried = stage.memory.get("delta", [])
@@ -69,7 +70,8 @@ class FreeAT(Solver):
 
         delta = stage.start(self, begin)
         for _ in range(self.steps):
-            yield Step(stage.loss(delta))
+            yield stage.loss(delta)
             delta = stage.move(delta, self)
+            yield Step()
         if self.carry:
             stage.memory["delta"] = [points[0].detach() for points in delta.points]
