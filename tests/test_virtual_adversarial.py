@@ -1,4 +1,4 @@
-"""VAT, ALUM and R3F to leading order: quadratic forms of the Fisher matrix H = Jᵀ(diag p − ppᵀ)J."""
+"""VAT, ALUM and R3F to leading order: quadratic forms of the Fisher matrix Jᵀ(diag p − ppᵀ)J."""
 
 import math
 
@@ -59,7 +59,8 @@ def form(fisher: Tensor, delta: Tensor) -> Tensor:
 
 
 def vat(steps, **words) -> mixadv.VAT:
-    options = {"radius": 0.7, "start_size": 1e-4, "unit": "absolute"} | words
+    """Its step size has no say: a step from the start would hardly leave it."""
+    options = {"radius": 0.7, "start_size": 1e-4, "step_size": 1e-5, "unit": "absolute"} | words
     return mixadv.VAT(steps=steps, **options)
 
 
