@@ -58,7 +58,7 @@ class FreeAT(Solver):
         return Learner(steps=self.steps)
 
     def play(self, stage: Stage) -> Play:
-        """Play m times `∇θ ℓ(X + δ)`, a move of δ and a step of θ."""
+        """Play m times `∇θ ℓ(X + δ)` and a step."""
 
         def begin(index: int, call: Call) -> Tensor:
             carried = stage.memory.get("delta", [])
@@ -70,8 +70,7 @@ class FreeAT(Solver):
 
         delta = stage.start(self, begin)
         for _ in range(self.steps):
-            yield stage.loss(delta)
+            yield Step(stage.loss(delta))
             delta = stage.move(delta, self)
-            yield Step()
         if self.carry:
             stage.memory["delta"] = [points[0].detach() for points in delta.points]
