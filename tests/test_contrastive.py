@@ -162,7 +162,7 @@ def test_half_precision_views_lose_nothing_but_their_own_rounding(
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
 def test_a_temperature_out_of_range_is_refused(temperature):
-    with pytest.raises(ValueError, match=f"positive and finite, got {temperature}"):
+    with pytest.raises(ValueError, match=f"temperature must be .*got {temperature}"):
         nt_xent(*views(2, 3, 0), temperature)
 
 
