@@ -78,9 +78,7 @@ class CAT(Solver):
                 "Set per='token', norm='linf', or shared=False."
             )
         check_number("CAT", "contrast", self.contrast, 0.0, 1.0)
-        check_nt_xent(
-            self.contrast_temperature, self.negatives, "CAT", name="contrast_temperature"
-        )
+        check_nt_xent(self.contrast_temperature, self.negatives, "CAT", name="contrast_temperature")
         check_source(self)
         if self.head is not None and not isinstance(self.head, nn.Module):
             raise TypeError(f"CAT: head must be a torch.nn.Module or None, got {self.head!r}.")
