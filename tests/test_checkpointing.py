@@ -290,6 +290,23 @@ def test_a_site_in_a_reentrant_checkpoint_is_never_silently_wrong(name: str, sit
     assert_same_rounds(*rounds)
 
 
+@pytest.mark.parametrize("source", ["blocks.0", "blocks.0.dropout"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["creat", "cat"])
+def test_a_representation_read_at_or_in_a_checkpoint_has_its_gradient(
+    name: str, kind: Kind, source: str
+) -> None:
+    """Or is refused: a reentrant checkpoint runs without gradients what lies in it."""
+    plain, model = Encoder("none"), Encoder(kind)
+    expected = play(wrapped(plain, name, source=source), closure(plain), "step")
+    optimizer = wrapped(model, name, source=source)
+    if kind == "reentrant" and (name == "cat" or "dropout" in source):
+        with pytest.raises(mixadv.GameError, match=r"use_reentrant=False|not depend on δ.*source="):
+            optimizer.step(closure(model))
+    else:
+        assert_same_rounds(play(optimizer, closure(model), "step"), expected)
+
+
 def test_a_round_that_fails_leaves_no_hooks_behind() -> None:
     model = Encoder("non-reentrant")
     game = wrapped(model, "freelb", site="blocks.0.linear").game
