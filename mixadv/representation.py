@@ -65,7 +65,7 @@ class Representation:
     def __init__(self, model: nn.Module, source: Source) -> None:
         self.source = source
         self.name, self.module = _find(unwrap(model), source.module)
-        self.kept: Tensor | None = None
+        self._kept: Any = None
         self.active = False
         self._dormant = []
         if self.module is unwrap(model):
@@ -75,12 +75,12 @@ class Representation:
 
     @contextmanager
     def run(self) -> Iterator[None]:
-        """Keep what the body's pass returns at the source in `kept`."""
-        self.kept, self.active = None, True
+        """Keep what the body's pass returns at the source, for `take`."""
+        self._kept, self.active = None, True
         hooks = [] if self._dormant else [self.module.register_forward_hook(self._read)]
         try:
             yield
-            if self.kept is None:
+            if self._kept is None:
                 raise GameError(
                     f"The module {self.name!r}, whose output is the representation, was not called "
                     "in the forward pass (or ran in a graph that was compiled before this game was "
@@ -92,8 +92,9 @@ class Representation:
                 hook.remove()
 
     def take(self) -> Tensor:
-        """Return what was kept, checked, and keep it no longer."""
-        kept, self.kept = self.kept, None
+        """Return the representation of what was kept, checked, and keep it no longer."""
+        # Read after the pass: within a reentrant checkpoint it would have no gradient.
+        kept, self._kept = self.source.read(self._kept), None
         if not isinstance(kept, Tensor) or kept.dim() != 2 or not kept.is_floating_point():
             what = list(kept.shape) if isinstance(kept, Tensor) else type(kept).__name__
             raise GameError(
@@ -109,7 +110,7 @@ class Representation:
 
     def _read(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.active and (torch.compiler.is_compiling() or not recomputing()):
-            self.kept = self.source.read(output)
+            self._kept = output
 
 
 def _find(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:

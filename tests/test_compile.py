@@ -53,10 +53,12 @@ def compiled(model: nn.Module, backend: str = "eager") -> Any:
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
-def wrapped(model: nn.Module, name: str, **more: Any) -> mixadv.GameOptimizer:
+def wrapped(
+    model: nn.Module, name: str, site: Any = None, **settings: Any
+) -> mixadv.GameOptimizer:
     torch.manual_seed(2)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    return mixadv.wrap(base, model, mixadv.solver(name), **more)
+    return mixadv.wrap(base, model, mixadv.solver(name, **settings), site=site)
 
 
 def rounds(optimizer: mixadv.GameOptimizer, closures: list[Callable[[], Any]]) -> list[Tensor]:
@@ -79,10 +81,20 @@ def hooks(model: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_compiled_rounds_equal_plain_ones_and_compile_no_more(name: str) -> None:
+    plays_as_compiled(name)
+
+
+@pytest.mark.parametrize("source", ["dropout", "head"])
+@pytest.mark.parametrize("name", ["creat", "cat"])
+def test_a_representation_leaves_the_graph_it_is_computed_in(name: str, source: str) -> None:
+    plays_as_compiled(name, source=source)
+
+
+def plays_as_compiled(name: str, **settings: Any) -> None:
     plain = Tiny()
-    expected = rounds(wrapped(plain, name), [classify(plain, ids())] * 3)
+    expected = rounds(wrapped(plain, name, **settings), [classify(plain, ids())] * 3)
     model = compiled(Tiny())
-    optimizer = wrapped(model, name)
+    optimizer = wrapped(model, name, **settings)
     seen = [optimizer.step(classify(model, ids()))]
     seen += optimizer.game.strategy.points
     graphs = counters["stats"]["unique_graphs"]
@@ -95,7 +107,8 @@ def test_compiled_rounds_equal_plain_ones_and_compile_no_more(name: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "name"), [("bert", "mat"), ("llama", "freelb"), ("vision", "smart")]
+    ("family", "name"),
+    [("bert", "mat"), ("llama", "freelb"), ("vision", "smart"), ("bert", "cat"), ("llama", "creat")],
 )
 def test_compiled_models_of_a_family_play_the_same_rounds(family: str, name: str) -> None:
     seen = []

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mixadv
+from tests.zoo import CANNOT
 
 SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixadv.SOLVERS} | {
     "ensemble": mixadv.MAT(particles=2, play_as="ensemble", learner_temperature=1e-6, samples=2)
@@ -59,6 +61,8 @@ def played(solver: mixadv.Solver, way: str, rank: int) -> list[Any]:
         optimizer.step()
         optimizer.zero_grad()
     kept = [] if game.learner is None else [*game.learner.average.values()]
+    if solver.name == "textat":
+        kept.append(game.memory["table"])
     return [*model.state_dict().values(), *kept, torch.tensor(game.unit)], game.strategy.points
 
 
@@ -67,6 +71,11 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for solver in SOLVERS.values():
         for way in WAYS:
+            cannot = CANNOT.get((solver.name, "loss" if way == "accumulated" else way))
+            if cannot:
+                with pytest.raises(mixadv.GameError, match=cannot):
+                    played(solver, way, rank)
+                continue
             shared, points = played(solver, way, rank)
             for mine in shared:
                 others = mine.clone()
@@ -75,6 +84,8 @@ def work(rank: int, folder: str) -> None:
             others = points[0].clone()
             dist.broadcast(others, 0)
             assert rank == 0 or not torch.equal(others, points[0]), "adversaries share their draws"
+    with pytest.raises(ValueError, match=r"gradients of head= would not be averaged"):
+        played(mixadv.CAT(head=nn.Linear(3, 2)), "step", rank)
     dist.destroy_process_group()
 
 

@@ -16,12 +16,21 @@ from mixadv.ascent import Ascent
 from mixadv.replay import Noise
 from mixadv.site import Call
 from mixadv.strategy import Strategy
+from tests.zoo import stepwise
 
 ORDER = {"l1": 1, "l2": 2, "linf": float("inf")}
 ROWS = 6
 MASK = torch.tensor([[1] * n + [0] * (5 - n) for n in (5, 3, 4, 1, 5, 2)])
-# What makes the learner of SMART and MAT take a plain step.
+# What makes each sample's game its own: by default samples share FreeAT's weights and tokens' δ.
+APART = {
+    "carry": False,
+    "shared": False,
+    "contrast": 0.0,
+    "deviation": 0.0,  # a distance that the loss is weighed against
+}
+# What makes the learner take a plain step.
 PLAIN = {
+    **APART,
     "proximal": 0.0,
     "learner_steps": 1,
     "learner_temperature": 0.0,
@@ -29,6 +38,9 @@ PLAIN = {
     "round_damping": 0.0,
     "average": None,
 }
+# Solvers whose `steps` count passes, the first of which is no move.
+PASSES = ("freeat", "freelb", "textat")
+STILL = ("noise", "r3f")  # make no move
 
 
 class Tokens(nn.Module):
@@ -144,7 +156,7 @@ def test_any_gradient_leaves_delta_in_its_ball_and_off_padding(ascent, dtype, gr
     for scale in (None, *gradients):
         if scale is not None:
             gradient = torch.randn_like(q.points[0]) * torch.tensor(scale).view(3, 1, 1)
-            q, _ = q.move([gradient], ascent, noise)
+            q, _ = q.move([gradient], lambda index, *move: ascent.move(*move), noise)
         assert q.points[0].dtype == torch.promote_types(dtype, torch.float32)
         for point in q.points[0]:
             assert_inside(point, mask, ascent.radius, ascent.norm, ascent.per)
@@ -156,6 +168,8 @@ def test_any_gradient_leaves_delta_in_its_ball_and_off_padding(ascent, dtype, gr
 def test_every_pass_of_every_solver_stays_in_the_ball(name, parameters, dtype):
     if not mixadv.SOLVERS[name].mixed:
         parameters = {**parameters, "particles": 1}
+    if name == "vat":  # whose power iteration probes in between
+        parameters = {**parameters, "steps": 2}
     try:
         solver = build(name, **parameters)
     except ValueError:
@@ -166,7 +180,7 @@ def test_every_pass_of_every_solver_stays_in_the_ball(name, parameters, dtype):
     unit = float((token * mask).sum() / mask.sum())
     optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
     closure = forward(model, ids, mask, labels)
-    optimizer.game.backward(closure)  # the first round adds probes besides
+    optimizer.step(closure)  # the first round adds probes besides
     with added_at_site() as seen:
         optimizer.step(closure)
     assert seen
@@ -174,40 +188,50 @@ def test_every_pass_of_every_solver_stays_in_the_ball(name, parameters, dtype):
         assert_inside(delta, mask, solver.radius * unit, solver.norm, solver.per)
 
 
-@pytest.mark.parametrize("value", [nan, inf])
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
-def test_nonfinite_gradient_costs_only_its_own_sample(name, value):
-    played, counted = [], []
-    for faulty in ([], [1, 4]):
-        torch.manual_seed(0)
-        model, (ids, mask, labels) = Tokens().double(), batch()
+ONE_MOVE = {name: {"steps": 1} for name in mixadv.SOLVERS}
+ONE_MOVE |= {name: {"steps": 0} for name in STILL} | {name: {"steps": 2} for name in PASSES}
+ONE_MOVE |= {"freeat": {"steps": 1, "carry": True}}  # carries on what it moved to
+ONE_MOVE |= {"cat, δ shared by the places of a token": {"steps": 1, "shared": True}}
 
-        def spoil(x, faulty=faulty):
+
+@pytest.mark.parametrize("value", [nan, inf])
+@pytest.mark.parametrize("case", ONE_MOVE)
+def test_nonfinite_gradient_costs_only_its_own_sample(case, value):
+    """The others play what they play in a batch without it; it plays δ = 0, and is counted."""
+    name, _, _ = case.partition(",")
+    solver = build(name, **{**PLAIN, "unit": "absolute", **ONE_MOVE[case]})
+
+    def play(rows, faulty=()):
+        torch.manual_seed(0)
+        model, (ids, mask, labels) = Tokens().double(), batch(rows)
+
+        def spoil(x):
             if x.requires_grad and faulty:
                 spoiled = torch.zeros_like(x)
                 spoiled[faulty, 0, 0] = value
                 x.register_hook(lambda g: g + spoiled)
             return x
 
-        steps = {"noise": 0, "freelb": 2}.get(name, 1)  # one move
-        solver = build(name, steps=steps, **PLAIN)
-        optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
-        closure = forward(model, ids, mask, labels)
-        optimizer.game.backward(closure)
-        model.zero_grad()
         model.fault = spoil
-        counted.append(optimizer.game.backward(closure).nonfinite)
-        played.append(optimizer.game.strategy.points[0][0])
-    whole, (clean, spoiled) = [0, 2, 3, 5], played
-    assert torch.equal(spoiled[whole], clean[whole])
-    if counted[0] is None:
-        assert solver.steps == 0  # makes no move
+        optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+        optimizer.game.noise = GivenNoise(rows)
+        optimizer.step(forward(model, ids, mask, labels))
+        kept = optimizer.game.memory.get("delta")  # FreeAT's next point
+        moved = kept[0] if kept else optimizer.game.strategy.points[0][0]
+        return moved, optimizer.outcome.nonfinite
+
+    whole = [0, 2, 3, 5]
+    (clean, none), (spoiled, counted) = play(whole), play(list(range(ROWS)), [1, 4])
+    assert clean.any()
+    torch.testing.assert_close(spoiled[whole], clean, rtol=1e-9, atol=1e-12)
+    if name in STILL:
+        assert counted is None
         return
     assert not spoiled[[1, 4]].any()
-    assert [int(count) for count in counted] == [0, 2]
+    assert (int(none), int(counted)) == (0, 2)
 
 
-@pytest.mark.parametrize("name", ["pgd", "smart", "mat"])
+@pytest.mark.parametrize("name", ["pgd", "creat", "vat", "alum", "smart", "mat"])
 def test_overflow_under_perturbation_does_not_reach_the_weights(name):
     """A sample whose payoff is NaN wherever δ ≠ 0 is played at δ = 0, where its loss is finite."""
     model, (ids, mask, labels) = Tokens().double(), batch()
@@ -247,8 +271,10 @@ def train(solver=None, dtype=torch.float32, times=1.0):
 def test_radius_zero_is_plain_training(name, dtype):
     times = 2.0 if name == "fgm" else 1.0  # its clean and its adversarial loss coincide
     plain = train(dtype=dtype, times=times)
-    played = train(build(name, radius=0.0, **PLAIN), dtype)
-    exact = name not in ("fgm", "freelb")  # whose gradients are sums over passes
+    steps = {"steps": 1} if name == "freeat" else {}  # as many updates
+    played = train(build(name, radius=0.0, **PLAIN, **steps), dtype)
+    # Else gradients are sums over passes, or of two that cancel up to rounding.
+    exact = name not in ("fgm", "freelb", "textat", "creat", "cat", "vat")
     if exact or dtype == torch.float64:
         tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-9, "atol": 1e-11}
         torch.testing.assert_close(played, plain, **tolerance)
@@ -263,16 +289,24 @@ def play(solver, parts, scale=1.0, reduction="none", length=5, boost=1.0):
     model = Tokens().double()
     optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.0), model, solver)
     played = torch.empty(solver.particles, ROWS, length, 4, dtype=torch.float64)
+    total = [torch.zeros_like(p) for p in model.parameters()]
     for rows in parts:
         ids, mask, labels = batch(rows, length)
         share = boost * len(rows) / ROWS
-        optimizer.game.noise = GivenNoise(rows)
-        optimizer.game.backward(
-            forward(model, ids, mask, labels, scale, reduction),
-            backward=lambda loss, share=share: (share * loss).backward(),
-        )
+        optimizer.game.noise, optimizer.game.memory = GivenNoise(rows), {}
+        closure = forward(model, ids, mask, labels, scale, reduction)
+        if solver.replays_batch:  # a loop can neither split its round nor scale its loss
+            taken = stepwise(optimizer)
+            optimizer.step(closure)
+            gradients = [sum(step[n] for step in taken) for n, _ in model.named_parameters()]
+            weight = len(rows) / ROWS
+        else:
+            optimizer.game.backward(closure, lambda loss, by=share: (by * loss).backward())
+            gradients, weight = [p.grad.clone() for p in model.parameters()], 1 / boost
+            optimizer.zero_grad()
+        total = [t + weight * g for t, g in zip(total, gradients, strict=True)]
         played[:, rows] = optimizer.game.strategy.points[0]
-    return played, [p.grad / boost for p in model.parameters()]
+    return played, total
 
 
 WHOLE = [list(range(ROWS))]
@@ -282,7 +316,7 @@ WHOLE = [list(range(ROWS))]
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_normalised_ascent_ignores_the_scale_of_the_loss(name, scale, reduction):
-    solver = build(name, play_as="ensemble")
+    solver = build(name, play_as="ensemble", deviation=0.0)
     one, other = (play(solver, WHOLE, s, reduction)[0] for s in (1.0, scale))
     torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
 
@@ -301,7 +335,7 @@ ascents = pytest.mark.parametrize("words", ASCENTS.values(), ids=ASCENTS)
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_play_ignores_how_the_batch_is_split_and_ordered(name, words, parts):
     extra = {"particles": 3, "play_as": "ensemble"} if mixadv.SOLVERS[name].mixed else {}
-    solver = build(name, unit="absolute", **words, **extra)
+    solver = build(name, unit="absolute", **words, **extra, **APART)
     reduction = words.get("reduction", "none")
     whole = play(solver, WHOLE, reduction=reduction)
     split = play(solver, parts, reduction=reduction, boost=1024.0)

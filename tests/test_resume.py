@@ -182,6 +182,15 @@ def test_the_unit_of_lengths_stays_that_of_the_first_round():
     assert resumed.rounds(1).optimizer.game.unit == unit
 
 
+def test_a_table_of_another_vocabulary_is_refused():
+    run = Run(mixadv.TextAT(), seed=0).rounds(1)
+    state = copy.deepcopy(run.optimizer.state_dict())
+    state["mixadv"]["game"]["memory"]["table"] = torch.zeros(3, 6)
+    run.optimizer.load_state_dict(state)
+    with pytest.raises(mixadv.GameError, match=r"table is \[3, 6\].*\[12, 6\].*same model"):
+        run.rounds(1)
+
+
 @pytest.mark.parametrize(("why", "words"), [("another solver", "PGD"), ("another model", "holds")])
 def test_a_checkpoint_that_does_not_fit_changes_nothing(why: str, words: str):
     solver = mixadv.MAT(samples=1)

@@ -38,7 +38,8 @@ class FreeAT(Solver):
     `optimizer.step(closure)` alone, since the steps fall within one batch.
 
     Attributes:
-        carry: start a round from the δ that the last one ended with.
+        carry: start a round from the δ that the last one ended with. Of several processes each
+            carries its own: exact resuming takes a checkpoint of each.
     """
 
     name: ClassVar[str] = "freeat"

@@ -63,7 +63,8 @@ class VAT(Solver):
         """Play `∇θ [ ℓ(X) + α·KL(p ‖ X + r) ]`."""
         stage.clean()
         zero, d = stage.origin(self), stage.start(self)
-        probe = replace(self, radius=self.initial_size)
+        size = self.initial_size
+        probe = replace(self, radius=size if self.radius is None else min(size, self.radius))
         for k in range(self.steps):
             _, gradients = stage.payoffs(d, self.divergence, self)
             d = stage.move(zero, probe if k < self.steps - 1 else self, gradients)
