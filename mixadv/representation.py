@@ -87,6 +87,9 @@ class Representation:
                     "in the forward pass (or ran in a graph that was compiled before this game was "
                     "made). Name another with source=."
                 )
+        except BaseException:
+            self.kept = None  # and the graph it belongs to
+            raise
         finally:
             self.active = False
             for hook in hooks:

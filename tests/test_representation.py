@@ -1,5 +1,8 @@
 """The representation that a solver reads from a pass, and what reading leaves behind: nothing."""
 
+import contextlib
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,6 +165,35 @@ def test_no_hook_outlives_a_round(reader, way):
     for _ in range(2):
         way(optimizer, one.closure())
         assert fingerprint(one.model)["hooks"] == hooks
+
+
+@each_reader
+@pytest.mark.parametrize("broken", [1, 2, 3])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_broken_round_leaves_neither_hook_nor_graph(reader, way, broken):
+    """Broken in its n-th pass, after the representation has been read."""
+    one, passes, kept = player("bert", rows=4), [], []
+
+    def note(out):
+        kept.append(weakref.ref(out.last_hidden_state))
+        return first_token(out)
+
+    def closure():
+        passes.append(1)
+        out = one.closure()()
+        if len(passes) == broken:
+            raise MemoryError
+        return out
+
+    hooks = fingerprint(one.model)["hooks"]
+    solver = reader(representation=note)
+    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, solver)
+    with contextlib.suppress(MemoryError):
+        way(optimizer, closure)
+        pytest.fail("the round was not broken")
+    assert fingerprint(one.model)["hooks"] == hooks
+    assert all(ref() is None for ref in kept)
+    way(optimizer, one.closure())  # and the next round plays
 
 
 @each_reader
