@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.optim import SGD, AdamW
 
 import mixadv
@@ -89,6 +90,17 @@ def test_normalising_twice_is_normalising_once():
     spectral_normalize(head)
     assert_same(head.state_dict(), state)
     assert [id(p) for p in head.parameters()] == [id(p) for p in parameters]
+
+
+def test_a_layer_parametrized_otherwise_is_normalised_too():
+    torch.manual_seed(0)
+    layer = parametrizations.weight_norm(nn.Linear(4, 3))
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(9)
+    spectral_normalize(layer)
+    for _ in range(100):
+        layer(torch.zeros(1, 4))
+    assert largest(layer) == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("head", [nn.Embedding(3, 2), nn.Sequential(nn.Conv2d(1, 1, 1))])
