@@ -133,14 +133,21 @@ def test_a_step_moves_the_power_iteration_as_one_forward_does(solver):
     assert len(steps) == 3 * optimizer.outcome.steps
 
 
-def test_passes_of_a_round_see_the_same_weights_while_the_norm_is_being_found():
-    """A divergence at δ = 0 would be that of two power iterations."""
-    one = normalised()
-    solver = mixadv.R3F(radius=0.0, smoothness=1e3)
-    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=2.0), one.model, solver)
-    for _ in range(4):
-        loss = optimizer.step(one.closure())
-        assert loss == optimizer.outcome.loss
+@pytest.mark.parametrize(
+    ("solver", "words"),
+    [(mixadv.R3F, {}), (mixadv.ALUM, {}), (mixadv.MAT, {"learner_steps": 3, "average": None})],
+)
+def test_passes_of_a_step_see_the_same_weights_while_the_norm_is_being_found(solver, words):
+    """A divergence at δ = 0 would be that of two power iterations, and whatever weight it has."""
+    weights = []
+    for smoothness in (0.0, 1e3):
+        one = normalised()
+        played = solver(radius=0.0, smoothness=smoothness, **words)
+        optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=2.0), one.model, played)
+        for _ in range(4):
+            optimizer.step(one.closure())
+        weights.append(one.model.state_dict())
+    assert_same(*weights)
 
 
 @each_solver
