@@ -108,6 +108,13 @@ def spectral_normalize(head: nn.Module) -> nn.Module:
             "classification head, such as model.classifier."
         )
     for layer in layers:
-        if not parametrize.is_parametrized(layer, "weight"):
+        if not _normalised(layer):
             parametrizations.spectral_norm(layer)
     return head
+
+
+def _normalised(layer: nn.Linear) -> bool:
+    if not parametrize.is_parametrized(layer, "weight"):
+        return False
+    kinds = [type(p) for p in layer.parametrizations["weight"]]  # pyright: ignore
+    return parametrizations._SpectralNorm in kinds
