@@ -211,6 +211,7 @@ class Game:
             self.round += 1
         finally:
             stage.passes.clear()
+            stage.played = None  # its start may refer to the stage: a cycle that would hold δ
             self.site.detach()
             self._busy = False
 
@@ -234,7 +235,7 @@ class Game:
 
     def finish(self, stage: Stage, objective: Tensor, steps: int) -> Outcome:
         """Record and return what the round came to."""
-        q = None if stage.played is None else stage.played.detach()
+        q = None if stage.played is None else stage.played.settled()
         radius = entropy = weights = None
         if q is not None and q.points:
             radius = q.length(self.solver.norm, self.solver.per)
