@@ -302,7 +302,7 @@ def test_weights_return_when_an_evaluation_of_their_average_fails():
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_a_model_and_its_rounds_are_freed_without_the_garbage_collector(name: str):
     player = small()
-    optimizer = mixadv.wrap(SGD(player.model.parameters(), lr=0.1), player.model, mixadv.solver(name))
+    optimizer = mixadv.wrap(SGD(player.model.parameters()), player.model, mixadv.solver(name))
     gc.disable()
     try:
         optimizer.step(player.closure())
