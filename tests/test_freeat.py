@@ -89,7 +89,7 @@ def test_padding_of_the_next_batch_carries_nothing():
 
 def test_what_is_carried_is_projected_into_the_ball_of_this_game():
     one = small()
-    optimizer = wrapped(one, mixadv.FreeAT(**STILL))
+    optimizer = wrapped(one, mixadv.FreeAT(steps=1, **STILL))
     optimizer.step(one.closure())
     long = 100 * optimizer.game.memory["delta"][0]
     optimizer.game.memory = {"delta": [long]}
