@@ -129,6 +129,34 @@ def test_ids_of_any_shape_are_shared(shape):
     assert_played_by_hand(model, closure, "2", "0.weight")
 
 
+def test_padding_has_no_say_in_the_perturbation_of_a_real_token_with_its_id():
+    """Models that pad with their end token; this one even reads padding, with a weight."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(4, 5), nn.Linear(5, 3)
+
+        def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.head((self.words(ids) * (9 - 8 * attention_mask)[..., None]).sum(1))
+
+    torch.manual_seed(0)
+    model, ids = Reader().double(), torch.tensor([[1, 0, 2], [3, 2, 2], [1, 3, 2]])
+    mask, labels = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 0]]), torch.arange(3)
+    words = {"radius": RADIUS, "unit": "absolute", "source": "head"}
+    game = mixadv.Game(model, mixadv.CAT(**words))
+    game.backward(lambda: F.cross_entropy(model(ids, mask), labels))
+    embedded = model.words(ids).detach().requires_grad_()
+    logits = model.head((embedded * (9 - 8 * mask)[..., None]).sum(1))
+    (slope,) = torch.autograd.grad(F.cross_entropy(logits, labels), embedded)
+    places = (ids == 2) & (mask > 0)
+    expected = RADIUS * slope[places].sum(0).sign()
+    assert not torch.equal(expected, RADIUS * slope[ids == 2].sum(0).sign())
+    found = game.strategy.points[0][0]
+    torch.testing.assert_close(found[places], expected.expand(2, -1))
+    assert not found[mask == 0].any()
+
+
 def test_two_embeddings_of_one_size_have_perturbations_of_their_own():
     """The rows of one say nothing about the rows of the other."""
     torch.manual_seed(0)

@@ -114,6 +114,7 @@ class Tokens:
         self.calls: list[Call] = []
         self.deltas: list[Tensor] = []
         self.etas: list[Tensor] = []
+        self.standing: list[Tensor] = []  # 0 for samples that fell back to δ = 0
 
     def begin(self, index: int, call: Call) -> Tensor:
         """Return δ_0 + Z[w] at a call of the site."""
@@ -126,6 +127,7 @@ class Tokens:
         self.calls.append(call)
         self.deltas.append(self.stage.draw(self.solver, call))
         self.etas.append(self.table(call)[call.ids] * self.real(call))
+        self.standing.append(torch.ones_like(self.deltas[index][:, :1, :1]))
         return self.bound(index)
 
     def move(self, index: int, q: Tensor, g: Tensor, mask: Tensor | None, draw: Draw) -> Tensor:
@@ -141,6 +143,7 @@ class Tokens:
         finite = (self.deltas[index] + self.etas[index]).isfinite().flatten(1).all(1)[:, None, None]
         for part in (self.deltas, self.etas):
             part[index] = torch.where(finite, part[index], 0.0)
+        self.standing[index] = self.standing[index] * finite
         return torch.where(finite, self.bound(index), torch.nan)  # δ = 0, and counted
 
     def bound(self, index: int) -> Tensor:
@@ -181,16 +184,16 @@ class Tokens:
         return table.to(like)
 
     def write(self) -> None:
-        """Write η of this round into the table."""
+        """Write η of this round into the table, that of samples whose gradients were finite."""
         if not self.calls:
             return
         table = self.table(self.calls[0])
         change, count = torch.zeros_like(table), table.new_zeros(len(table), 1)
-        for call, eta in zip(self.calls, self.etas, strict=True):
+        for call, eta, standing in zip(self.calls, self.etas, self.standing, strict=True):
             assert call.ids is not None
-            ids, real = call.ids.flatten(), self.real(call)
-            new = eta if self.solver.write == "accumulate" else eta - table[call.ids] * real
-            change.index_add_(0, ids, new.flatten(0, 1))
+            ids, real = call.ids.flatten(), self.real(call) * standing
+            new = eta if self.solver.write == "accumulate" else eta - table[call.ids]
+            change.index_add_(0, ids, (new * real).flatten(0, 1))
             count.index_add_(0, ids, real.flatten(0, 1))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(change)
