@@ -48,9 +48,8 @@ def nt_xent(
             "NT-Xent compares two views [N, d] of the same N samples, got "
             f"{list(clean.shape)} and {list(adversarial.shape)}."
         )
-    wide = torch.promote_types(clean.dtype, torch.float32)
     with torch.autocast(clean.device.type, enabled=False):
-        one, other = (F.normalize(z.to(wide), dim=-1) for z in (clean, adversarial))
+        one, other = _directions(clean), _directions(adversarial)
         partner = torch.arange(len(one), device=one.device)
         if negatives == "cross":
             similarity = one @ other.T / temperature
@@ -59,6 +58,15 @@ def nt_xent(
         views = torch.cat([one, other])
         similarity = (views @ views.T / temperature).fill_diagonal_(-math.inf)
         return F.cross_entropy(similarity, torch.cat([partner + len(one), partner]))
+
+
+def _directions(views: Tensor) -> Tensor:
+    """Return the rows at length 1, zero where a row is zero."""
+    wide = views.to(torch.promote_types(views.dtype, torch.float32))
+    # Squares of 1e30 overflow in fp32 and those of 1e-30 vanish. With 1 as the largest entry a row
+    # is at least 1 long, so that eps is for rows of zeros alone: their gradient stays finite.
+    largest = wide.detach().abs().amax(-1, keepdim=True)
+    return F.normalize(wide / torch.where(largest > 0, largest, 1.0), dim=-1, eps=1.0)
 
 
 def check_nt_xent(

@@ -115,9 +115,8 @@ class Game:
         with torch.enable_grad(), self.stage(closure, check) as stage:
             total = torch.zeros(())
             for objective, last in self.plays(stage):
-                if objective is not None:
-                    stage.deliver(objective, backward)
-                    total = total.to(objective) + objective.detach()
+                stage.deliver(objective, backward)
+                total = total.to(objective) + objective.detach()
                 if last:
                     break
             return self.finish(stage, total, 1)
@@ -137,13 +136,10 @@ class Game:
             earlier = torch.zeros(())
             for objective, last in self.plays(stage):
                 if last:
-                    stage.theta_backwards += objective is not None  # the caller's
-                    if objective is None:
-                        objective = torch.zeros_like(earlier, requires_grad=True)
                     result = attach(objective, carried, earlier, stage.passes, self.site)
+                    stage.theta_backwards += 1  # the caller's
                     self.finish(stage, result.detach(), 1)
                     return result
-                assert objective is not None
                 self._differentiate(objective, carried, stage)
                 earlier = earlier.to(objective) + objective.detach()
         raise AssertionError("unreachable: plays() ends with a step or raises")
@@ -215,22 +211,19 @@ class Game:
             self.round += 1
         finally:
             stage.passes.clear()
+            stage.played = None  # its start may refer to the stage: a cycle that would hold δ
             self.site.detach()
             self._busy = False
 
-    def plays(self, stage: Stage) -> Iterator[tuple[Tensor | None, bool]]:
-        """Yield the objectives of a round, each with whether an optimizer step follows it.
-
-        None is a step with the gradients that earlier objectives have left.
-        """
+    def plays(self, stage: Stage) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the objectives of a round, each with whether an optimizer step follows it."""
         play = self.solver.play(stage)
         stepped = False
         try:
             for move in play:
                 stepped = isinstance(move, Step)
                 objective = move.objective if isinstance(move, Step) else move
-                if objective is not None or not stage.theta_backwards:
-                    validate.objective(objective, self.solver)
+                validate.objective(objective, self.solver)
                 yield objective, stepped
         finally:
             play.close()
@@ -242,7 +235,7 @@ class Game:
 
     def finish(self, stage: Stage, objective: Tensor, steps: int) -> Outcome:
         """Record and return what the round came to."""
-        q = None if stage.played is None else stage.played.detach()
+        q = None if stage.played is None else stage.played.settled()
         radius = entropy = weights = None
         if q is not None and q.points:
             radius = q.length(self.solver.norm, self.solver.per)

@@ -176,9 +176,8 @@ class GameOptimizer(Optimizer):
                 self.base.zero_grad()
                 total, steps = torch.zeros(()), 0
                 for objective, last in game.plays(stage):
-                    if objective is not None:
-                        stage.deliver(objective, None)
-                        total = total.to(objective) + objective.detach()
+                    stage.deliver(objective, None)
+                    total = total.to(objective) + objective.detach()
                     if last:
                         self.base.step()
                         self.base.zero_grad()

@@ -1,8 +1,9 @@
 """Replaying a forward pass: random state and buffers.
 
-All passes between two optimizer steps see the same dropout masks, and BatchNorm statistics end as
-after one forward: otherwise a divergence between clean and adversarial predictions measures the
-noise of dropout, which is orders above the effect of a small δ.
+All passes between two optimizer steps see the same dropout masks and the same buffers, and these
+end as after one forward: otherwise a divergence between clean and adversarial predictions measures
+the noise of dropout, which is orders above the effect of a small δ, or one more power iteration of
+a spectral norm.
 """
 
 import hashlib
@@ -67,8 +68,10 @@ class Replay:
         first = self.before is None
         if self.before is None:
             self.before = random_state(self.devices)
-        elif not self.fresh:
-            set_random_state(self.before)
+        else:
+            self.buffers.rewind()
+            if not self.fresh:
+                set_random_state(self.before)
         yield
         if first:
             self.after = random_state(self.devices)
@@ -81,6 +84,7 @@ class Replay:
         if self.after is not None:
             set_random_state(self.after)
         self.before = self.after = None
+        self.buffers.renew()
 
     def undo(self) -> None:
         """Put the random state and the buffers back to where the round found them."""
@@ -107,7 +111,7 @@ class Buffers:
             slots = [(m, n) for m, n, b in named if b is not None and not b.is_meta]
         self.slots = slots
         self.found = self._snapshot()
-        self.kept = self.found
+        self.begin = self.kept = self.found
 
     def _snapshot(self) -> list[tuple[Tensor, Tensor]]:
         live = [module._buffers[name] for module, name in self.slots]
@@ -120,6 +124,14 @@ class Buffers:
     def restore(self) -> None:
         """Put back what was kept."""
         self._put(self.kept)
+
+    def rewind(self) -> None:
+        """Put back what the first forward since the last step began with."""
+        self._put(self.begin)
+
+    def renew(self) -> None:
+        """Go on from what was kept."""
+        self.begin = self.kept
 
     def undo(self) -> None:
         """Put back what the round found."""

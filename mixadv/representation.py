@@ -23,6 +23,9 @@ from mixadv.site import first_of, recomputing
 def first_token(output: Any) -> Tensor:
     """Return the first token of an encoder's last hidden state, `[B, d]`.
 
+    The first token of a causal model has seen no other, and under left padding it is none: read
+    another there.
+
     Args:
         output: what the encoder returned: a tensor `[B, n, d]`, or an output or tuple that starts
             with one. A tensor `[B, d]` is returned as it is.
@@ -32,7 +35,8 @@ def first_token(output: Any) -> Tensor:
         >>> first_token(torch.zeros(2, 5, 3)).shape
         torch.Size([2, 3])
     """
-    hidden = getattr(output, "last_hidden_state", None)
+    names = ("encoder_last_hidden_state", "last_hidden_state")
+    hidden = next((h for name in names if (h := getattr(output, name, None)) is not None), None)
     hidden = first_of(output) if hidden is None else hidden
     return hidden[:, 0] if isinstance(hidden, Tensor) and hidden.dim() == 3 else hidden
 
@@ -86,6 +90,9 @@ class Representation:
                     "in the forward pass (or ran in a graph that was compiled before this game was "
                     "made). Name another with source=."
                 )
+        except BaseException:
+            self.kept = None  # and the graph it belongs to
+            raise
         finally:
             self.active = False
             for hook in hooks:

@@ -25,8 +25,8 @@ class Call(NamedTuple):
     Attributes:
         shape, dtype, device: of the output.
         mask: 1 at real tokens, broadcastable to the output; None where all are real.
-        ids: the token ids `[B, n]` that an embedding was called with, None at other sites.
-        vocabulary: how many rows that embedding has.
+        ids: the token ids that an embedding was called with, None at other sites.
+        embedding: that embedding.
     """
 
     shape: torch.Size
@@ -34,7 +34,12 @@ class Call(NamedTuple):
     device: torch.device
     mask: Tensor | None
     ids: Tensor | None = None
-    vocabulary: int = 0
+    embedding: nn.Module | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many rows the embedding has."""
+        return getattr(self.embedding, "num_embeddings", 0)
 
     def empty(self) -> Tensor:
         """Return an uninitialised tensor of δ's shape, in at least fp32."""
@@ -298,10 +303,10 @@ class Site:
         return None
 
 
-def tokens_of(module: nn.Module, entered: Any) -> tuple[Tensor | None, int]:
-    """Return the token ids that an embedding was called with, and its number of rows."""
-    rows = getattr(module, "num_embeddings", 0)
-    return (entered, rows) if rows and isinstance(entered, Tensor) else (None, 0)
+def tokens_of(module: nn.Module, entered: Any) -> tuple[Tensor | None, nn.Module | None]:
+    """Return the token ids that an embedding was called with, and the embedding."""
+    known = hasattr(module, "num_embeddings") and isinstance(entered, Tensor)
+    return (entered, module) if known else (None, None)
 
 
 def first_of(output: Any) -> Any:

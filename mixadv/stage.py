@@ -2,8 +2,7 @@
 
 A solver's `play(stage)` is a generator. It yields an objective for every pass that only accumulates
 gradients, and `Step(objective)` for the last pass before an optimizer step; between two yields the
-caller has run the backward pass, after a `Step` also the learner's step. A solver that moves δ by
-the last pass's gradients before the step yields that pass's objective, moves, and yields `Step()`.
+caller has run the backward pass, after a `Step` also the learner's step.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ _DIFFERENTIATED_TWICE = (
 
 
 class Step(NamedTuple):
-    """The objective of the last pass before an optimizer step; without one, the step alone."""
+    """The objective of the last pass before an optimizer step."""
 
-    objective: Tensor | None = None
+    objective: Tensor
 
 
 class Stage:

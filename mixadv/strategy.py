@@ -114,6 +114,10 @@ class Strategy:
         strategy._leaf = False
         return strategy
 
+    def settled(self) -> "Strategy":
+        """Return the strategy without gradients, and without the round that made its start."""
+        return Strategy([p.detach() for p in self.points], self.masks, self._log_weights, self.unit)
+
     def reweight(self, log_weights: Tensor) -> "Strategy":
         """Return the same points with other log-weights."""
         return self._with(self.points, log_weights)

@@ -53,9 +53,7 @@ def compiled(model: nn.Module, backend: str = "eager") -> Any:
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
-def wrapped(
-    model: nn.Module, name: str, site: Any = None, **settings: Any
-) -> mixadv.GameOptimizer:
+def wrapped(model: nn.Module, name: str, site: Any = None, **settings: Any) -> mixadv.GameOptimizer:
     torch.manual_seed(2)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     return mixadv.wrap(base, model, mixadv.solver(name, **settings), site=site)
@@ -108,7 +106,13 @@ def plays_as_compiled(name: str, **settings: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("bert", "mat"), ("llama", "freelb"), ("vision", "smart"), ("bert", "cat"), ("llama", "creat")],
+    [
+        ("bert", "mat"),
+        ("llama", "freelb"),
+        ("vision", "smart"),
+        ("bert", "cat"),
+        ("llama", "creat"),
+    ],
 )
 def test_compiled_models_of_a_family_play_the_same_rounds(family: str, name: str) -> None:
     seen = []

@@ -1,6 +1,8 @@
 """A round that breaks, wherever it breaks, leaves nothing behind, and the next one plays."""
 
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -295,3 +297,17 @@ def test_weights_return_when_an_evaluation_of_their_average_fails():
         fault(average := player.model.head.weight.clone())
     assert not torch.equal(average, found["weights"]["head.weight"])
     assert_same(fingerprint(player.model, optimizer), found)
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_a_model_and_its_rounds_are_freed_without_the_garbage_collector(name: str):
+    player = small()
+    optimizer = mixadv.wrap(SGD(player.model.parameters()), player.model, mixadv.solver(name))
+    gc.disable()
+    try:
+        optimizer.step(player.closure())
+        alive = weakref.ref(player.model)
+        del player, optimizer
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def batch(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids, mask, torch.randint(0, 3, (rows,), generator=draw)
 
 
-BATCHES = [batch(0, 4, 6), batch(1, 3, 5), batch(2, 5, 4)]
+BATCHES = [batch(0, 4, 6), batch(3, 4, 6), batch(1, 3, 5), batch(2, 5, 4)]
+TABLE = 0.2 * torch.randn(11, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
 def closure(model, solver, ids, mask, labels):
@@ -74,6 +76,26 @@ def symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
     return (p * (p.log() - q.log())).sum(-1) + (q * (q.log() - p.log())).sum(-1)
 
 
+def kl(perturbed: Tensor, clean: Tensor) -> Tensor:
+    p = clean.softmax(-1)
+    return (p * (p.log() - perturbed.softmax(-1).log())).sum(-1)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+
+
+def contrast(one: Tensor, other: Tensor, a) -> Tensor:
+    """−log of the partner's share in the similarities of each view to those it is told from."""
+    views, n, losses = torch.cat([one, other]), len(one), []
+    for i in range(2 * n):
+        pull = (cosine(views[i], views) / a.contrast_temperature).exp()
+        kind = range(n, 2 * n) if i < n else range(n)
+        told_from = kind if a.negatives == "cross" else [k for k in range(2 * n) if k != i]
+        losses.append(-(pull[(i + n) % (2 * n)] / sum(pull[k] for k in told_from)).log())
+    return sum(losses) / (2 * n)
+
+
 def l2(x: Tensor) -> Tensor:
     """The norm of each sample, of `[M, B, n, D]`."""
     return x.square().sum((-2, -1), True).sqrt()
@@ -97,6 +119,7 @@ class Formulas:
     def __init__(self, model: Reader, optimizer: type) -> None:
         self.theta = [p.detach().clone() for p in model.parameters()]
         self.teacher, self.draw, self.round, self.count = self.theta, Given(), 0, 0
+        self.memory: dict[str, Any] = {}
         self.adam, self.moments = optimizer is torch.optim.AdamW, [(0.0, 0.0)] * len(self.theta)
         ids, mask, _ = BATCHES[0]
         self.unit = self.theta[0][ids].norm(dim=-1)[mask > 0].mean()
@@ -113,6 +136,11 @@ class Formulas:
         E, W, b, V, c = self.theta if theta is None else theta
         hidden = torch.tanh((E[self.ids] + self.unit * delta) @ W.T + b)
         return (hidden * self.mask).sum(-2) / self.mask.sum(-2) @ V.T + c
+
+    def represent(self, delta: Tensor | float = 0.0) -> Tensor:
+        """What the layer returns at the first token."""
+        E, W, b, *_ = self.theta
+        return ((E[self.ids] + self.unit * delta) @ W.T + b)[..., 0, :]
 
     def loss(self, delta: Tensor | float = 0.0) -> Tensor:
         return cross_entropy(self.predict(delta), self.labels)
@@ -177,6 +205,87 @@ class Formulas:
             delta = self.move(delta, loss, a)
         self.descend(total)
 
+    def freeat(self, a) -> None:
+        carried, total = self.memory.get("delta", [torch.empty(0)])[0], 0.0
+        if carried.shape == (*self.ids.shape, 4):
+            delta = self.project((carried * self.mask)[None], a).requires_grad_()
+        else:
+            delta = self.start(a)
+        for _ in range(a.steps):
+            loss = self.loss(delta)
+            delta = self.move(delta, loss, a)
+            self.descend(loss.mean())
+            total = total + self.objective / a.steps
+        self.objective = total
+        if a.carry:
+            self.memory["delta"] = [delta[0].detach()]
+
+    def textat(self, a) -> None:
+        table = self.memory.setdefault("table", TABLE.clone())
+        own = torch.tensor([[i not in a.exclude for i in row] for row in self.ids.tolist()])
+        own = own[..., None] * self.mask
+        delta, eta, total = self.start(a).detach(), (table[self.ids] * own)[None], 0.0
+        for t in range(a.steps):
+            shrink = (a.radius / l2(delta + eta)).clamp(max=1)
+            delta, eta = shrink * delta, shrink * eta
+            point = (delta + eta).requires_grad_()
+            loss = self.loss(point)
+            total = total + loss.mean() / a.steps
+            if t < a.steps - 1:
+                (g,) = torch.autograd.grad(loss.sum(), point, retain_graph=True)
+                delta = delta + a.step_size * g / l2(g)
+                steps = g / g.norm(dim=-1, keepdim=True).where(own > 0, 1.0)
+                eta = eta + a.step_size * own * steps
+                lengths = eta.norm(dim=-1, keepdim=True)
+                eta = eta * lengths / lengths.amax(-2, keepdim=True)
+        self.descend(total)
+        changed = table.clone()
+        for token in range(len(table)):
+            here = eta[0][(self.ids == token) & (own[..., 0] > 0)]
+            if a.write == "accumulate":
+                changed[token] += here.sum(0)
+            elif len(here):
+                changed[token] = here.mean(0)
+        self.memory["table"] = changed
+
+    def creat(self, a) -> None:
+        delta, clean = self.start(a), self.represent().detach()
+        for _ in range(a.steps):
+            away = 1 - cosine(self.represent(delta), clean)
+            delta = self.move(delta, self.loss(delta) + a.deviation * away, a)
+        self.descend((self.loss().mean() + self.loss(delta.detach()).mean()) / 2)
+
+    def cat(self, a) -> None:
+        if a.shared:
+            (g,) = torch.autograd.grad(self.loss().sum(), self.theta[0])
+            r = a.radius * g.sign()[self.ids] * self.mask
+        else:
+            zero = torch.zeros(*self.ids.shape, 4, dtype=torch.float64, requires_grad=True)
+            (g,) = torch.autograd.grad(self.loss(zero).sum(), zero)
+            r = a.radius * g.sign()
+        losses = self.loss().mean() + self.loss(r).mean()
+        views = contrast(self.represent(), self.represent(r), a)
+        self.descend((1 - a.contrast) / 2 * losses + a.contrast * views)
+
+    def vat(self, a) -> None:
+        d, clean = self.start(a), self.predict().detach()
+        for _ in range(a.steps):
+            (g,) = torch.autograd.grad(kl(self.predict(d), clean).sum(), d)
+            d = (a.start_size * g / l2(g)).requires_grad_()
+        r = a.radius * (g / l2(g))
+        self.descend(self.loss().mean() + a.smoothness * kl(self.predict(r), clean).mean())
+
+    def r3f(self, a) -> None:
+        smooth = symmetric_kl(self.predict(self.start(a).detach()), self.predict()).mean()
+        self.descend(self.loss().mean() + a.smoothness * smooth)
+
+    def alum(self, a) -> None:
+        delta, clean = self.start(a), self.predict()
+        for _ in range(a.steps):
+            delta = self.move(delta, symmetric_kl(self.predict(delta), clean.detach()), a)
+        smooth = symmetric_kl(self.predict(delta.detach()), clean).mean()
+        self.descend(self.loss().mean() + a.smoothness * smooth)
+
     def smart(self, a) -> None:
         delta, clean = self.start(a), self.predict()
         for _ in range(a.steps):
@@ -231,6 +340,10 @@ MAT = {
     "smoothness": 1.5,
 }
 SMART = {"steps": 2, "start_size": 0.2, "smoothness": 1.5, "proximal": 2.0}
+LAYER = {"source": "layer"}
+CAT = {"radius": 0.3, "contrast": 0.4, **LAYER}
+TEXTAT = {"steps": 3, "radius": 0.5, "step_size": 0.3}
+FREEAT = {"steps": 2, "radius": 0.5, "step_size": 0.3}
 CASES = {
     "noise": mixadv.UniformNoise(radius=0.5),
     "fgm": mixadv.FGM(radius=0.5),
@@ -239,6 +352,22 @@ CASES = {
     "pgd-raw": mixadv.PGD(steps=3, radius=0.5, step_size=0.3, normalize="none"),
     "freelb": mixadv.FreeLB(steps=3, radius=0.5, step_size=0.3),
     "freelb-raw": mixadv.FreeLB(steps=3, radius=0.5, step_size=0.3, normalize="none"),
+    "freeat": mixadv.FreeAT(**FREEAT),
+    "freeat-anew": mixadv.FreeAT(**FREEAT, carry=False),
+    "freeat-raw": mixadv.FreeAT(**FREEAT, normalize="none"),
+    "textat": mixadv.TextAT(**TEXTAT),
+    "textat-tight": mixadv.TextAT(steps=3, radius=0.1, step_size=0.3, exclude=(4, 10)),
+    "textat-accumulate": mixadv.TextAT(**TEXTAT, write="accumulate", exclude=(4,)),
+    "creat": mixadv.CreAT(steps=2, radius=0.5, step_size=0.3, deviation=3.0, **LAYER),
+    "creat-loss": mixadv.CreAT(steps=2, radius=0.5, step_size=0.3, deviation=0.0, **LAYER),
+    "cat": mixadv.CAT(**CAT),
+    "cat-places": mixadv.CAT(**CAT, shared=False),
+    "cat-cross": mixadv.CAT(**CAT, negatives="cross", contrast_temperature=0.5),
+    "vat": mixadv.VAT(steps=3, start_size=0.1, radius=0.5, smoothness=1.5),
+    "r3f": mixadv.R3F(radius=0.5, smoothness=1.5),
+    "r3f-normal": mixadv.R3F(radius=0.5, start_size=0.2, start="normal"),
+    "alum": mixadv.ALUM(steps=2, start_size=0.2, smoothness=1.5),
+    "alum-raw": mixadv.ALUM(normalize="none", norm="linf", start_size=0.1, radius=0.3),
     "smart": mixadv.SMART(**SMART, momentum=0.9),
     "smart-last": mixadv.SMART(**SMART, momentum=0.0, inner_steps=2),
     "smart-raw": mixadv.SMART(**SMART, momentum=0.9, normalize="none", norm="linf"),
@@ -254,6 +383,8 @@ def wrapped(solver: mixadv.Solver, base: type = torch.optim.SGD):
     options = {"weight_decay": DECAY} if base is torch.optim.AdamW else {}
     optimizer = mixadv.wrap(base(model.parameters(), lr=LR, **options), model, solver)
     optimizer.game.noise = Given()
+    if isinstance(solver, mixadv.TextAT):
+        optimizer.game.memory = {"table": TABLE.clone()}
     if optimizer.game.learner is not None:
         optimizer.game.learner.noise = Given()
     return model, optimizer
@@ -270,6 +401,7 @@ def test_rounds_follow_the_formulas(solver, base):
         torch.testing.assert_close(objective, formulas.objective, rtol=0, atol=1e-10)
         for parameter, expected in zip(model.parameters(), formulas.theta, strict=True):
             torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(optimizer.game.memory, formulas.memory, rtol=0, atol=1e-10)
 
 
 def test_every_solver_is_recomputed():

@@ -253,7 +253,7 @@ def small(rows: int = 6, seed: int = 0, reduction: str = "mean") -> Player:
     return Player(Small().double().train(), {"ids": ids, "labels": labels}, seen)
 
 
-_STEPS = r"FreeAT takes an optimizer step after each of its passes.*: call optimizer\.step\(closure\)"
+_STEPS = r"FreeAT takes an optimizer step after each of its passes.*call optimizer\.step\(closure\)"
 _TOKENS = r"TextAT keeps a perturbation for each token, and the site .* is not an embedding"
 _TWICE = r"CAT differentiates the clean pass twice.*checkpointing.*: set use_reentrant=False"
 # What a solver cannot play, by its name and a word for the way, the site or the model, and what it

@@ -70,8 +70,13 @@ class Solver(Ascent, ABC):
     def published(cls, task: str, *, model: str) -> Self:
         """Return the solver with the hyper-parameters published for a task and a model.
 
-        Those of the adversary alone; the source, and learning rates with it, is named where
-        `presets` is defined.
+        Those of the adversary. The docstring of the solver's file (`help(mixadv.solvers.freelb)`)
+        names the source, says where its algorithm differs from ours, and lists the learning rates,
+        batch sizes and schedules that belong to the rows.
+
+        Args:
+            task: as on the Hugging Face hub: `"cola"`, `"sst2"`, …
+            model: likewise: `"roberta-large"`, …
 
         Raises:
             ValueError: for an unknown pair, with those there are.
@@ -95,6 +100,14 @@ class Solver(Ascent, ABC):
     def compares(self) -> str | Divergence | None:
         """The divergence that needs predictions, None for solvers that need the loss alone."""
         return None if self.gain == "loss" else self.gain
+
+
+def row(
+    step_size: float, steps: int, start_size: float, radius: float | None, **more: Any
+) -> dict[str, Any]:
+    """Return a row of a published table in our words; its lengths are absolute."""
+    ascent = {"step_size": step_size, "steps": steps, "start_size": start_size, "radius": radius}
+    return {**ascent, "unit": "absolute", **more}
 
 
 def check_divergence(solver: Solver, field: str) -> None:

@@ -53,11 +53,11 @@ class CAT(Solver):
     summary: ClassVar[str] = "clean, adversarial and contrastive loss, δ shared by a token's places"
     differentiates_twice: ClassVar[bool] = True
 
-    radius: float | None = 0.01
+    radius: float | None = 0.003
     norm: Norm = "linf"
     start: Start = "zero"
     projection: Projection = "sphere"
-    contrast: float = 0.2
+    contrast: float = 0.1
     contrast_temperature: float = 0.1
     negatives: Negatives = "all"
     shared: bool = True
@@ -78,9 +78,7 @@ class CAT(Solver):
                 "Set per='token', norm='linf', or shared=False."
             )
         check_number("CAT", "contrast", self.contrast, 0.0, 1.0)
-        check_nt_xent(
-            self.contrast_temperature, self.negatives, "CAT", name="contrast_temperature"
-        )
+        check_nt_xent(self.contrast_temperature, self.negatives, "CAT", name="contrast_temperature")
         check_source(self)
         if self.head is not None and not isinstance(self.head, nn.Module):
             raise TypeError(f"CAT: head must be a torch.nn.Module or None, got {self.head!r}.")
@@ -98,7 +96,7 @@ class CAT(Solver):
         """Play `∇θ [ (1−λ)/2·(ℓ(X) + ℓ(X+r)) + λ·NT-Xent ]`."""
         zero, gradients = stage.clean_gradients(self)
         if self.shared:
-            gradients = [share(g, c) for g, c in zip(gradients, stage.calls, strict=False)]
+            gradients = share(gradients, stage.calls)
         perturbed = stage.read(stage.move(zero, self, gradients).detach())
         z, z_adversarial = (
             h if self.head is None else self.head(h)
@@ -109,18 +107,27 @@ class CAT(Solver):
         yield Step((1 - self.contrast) * losses + self.contrast * contrast)
 
 
-def share(gradient: Tensor, call: Call) -> Tensor:
+def share(gradients: list[Tensor], calls: list[Call]) -> list[Tensor]:
     """Return at each place the sum of the gradient over all places of its token.
 
     Args:
-        gradient: `[1, B, n, D]`.
-        call: the call at the site; where it is no embedding's the gradient stays as it is.
+        gradients: per call at the site `[1, B, ..., D]`.
+        calls: the calls; where one is no embedding's, its gradient stays as it is.
     """
-    if call.ids is None:
-        return gradient
-    finite = gradient.isfinite().flatten(2).all(2)[..., None, None]  # others fall back alone
-    real = torch.where(finite, gradient, torch.zeros_like(gradient))
-    real = real if call.mask is None else real * call.mask
-    rows = gradient.new_zeros(call.vocabulary, gradient.shape[-1])
-    rows.index_add_(0, call.ids.flatten(), real.flatten(0, 2))
-    return torch.where(finite, rows[call.ids], gradient)
+    shapes = [(1, g.shape[1], *[1] * (g.dim() - 2)) for g in gradients]
+    finite = [
+        g.isfinite().flatten(2).all(2).view(s) for g, s in zip(gradients, shapes, strict=True)
+    ]
+    rows: dict[nn.Module, Tensor] = {}
+    for g, call, kept in zip(gradients, calls, finite, strict=True):
+        if call.ids is None or call.embedding is None:
+            continue
+        if call.embedding not in rows:
+            rows[call.embedding] = g.new_zeros(call.vocabulary, g.shape[-1])
+        real = torch.where(kept, g, torch.zeros_like(g))  # others fall back alone
+        real = real if call.mask is None else real * call.mask
+        rows[call.embedding].index_add_(0, call.ids.flatten(), real.flatten(0, -2))
+    return [
+        g if call.embedding is None else torch.where(kept, rows[call.embedding][call.ids], g)
+        for g, call, kept in zip(gradients, calls, finite, strict=True)
+    ]

@@ -6,6 +6,10 @@
 Each batch is replayed m times, with an optimizer step in each: train a fraction 1/m of the epochs.
 δ is carried to the next batch, as in the paper, at each call of the site where the shapes match,
 which variable lengths seldom do; FreeLB's code starts anew each batch (`carry=False`).
+
+Published: github.com/zhuchen03/FreeLB, fairseq-RoBERTa/launch/FreeAT/*.sh. That code does not
+project δ_0 (which matters for CoLA alone), divides the loss by 1 + m, and shortens no training: it
+is that of FreeLB (`help(mixadv.solvers.freelb)`), where updates count batches, not steps.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mixadv.ascent import check_flag, check_integer
 from mixadv.learner import Learner
-from mixadv.solvers.base import Presets, Solver
+from mixadv.solvers.base import Presets, Solver, row
 from mixadv.stage import Step
 
 if TYPE_CHECKING:
@@ -42,7 +46,17 @@ class FreeAT(Solver):
     paper: ClassVar[str] = "Shafahi et al. 2019, arXiv:1904.12843"
     summary: ClassVar[str] = "an optimizer step at every point of the ascent, δ carried on"
     replays_batch: ClassVar[bool] = True
-    presets: ClassVar[Presets] = {}
+    presets: ClassVar[Presets] = {
+        "roberta-large": {  # step size, replays, start, radius
+            "mnli": row(1e-1, 2, 1e-2, 2e-1, carry=False),
+            "qnli-fp16": row(1e-1, 2, 1.5e-1, 1.5e-1, carry=False),
+            "qqp-fp16": row(1.5e-1, 2, 3.2e-1, 6.2e-1, carry=False),
+            "sst2": row(1e-1, 2, 1.0, 6e-1, carry=False),
+            "cola": row(5e-2, 3, 4e-1, 2e-1, carry=False),
+            "mrpc": row(4e-2, 3, 6.4e-1, 4e-1, carry=False),
+            "stsb": row(1e-1, 3, 1.6e-1, 2.8e-1, carry=False),
+        }
+    }
 
     steps: int = 3
     step_size: float = 0.05
@@ -59,7 +73,7 @@ class FreeAT(Solver):
         return Learner(steps=self.steps)
 
     def play(self, stage: Stage) -> Play:
-        """Play m times `∇θ ℓ(X + δ)`, a move of δ and a step of θ."""
+        """Play m times `∇θ ℓ(X + δ)` and a step."""
 
         def begin(index: int, call: Call) -> Tensor:
             carried = stage.memory.get("delta", [])
@@ -71,8 +85,7 @@ class FreeAT(Solver):
 
         delta = stage.start(self, begin)
         for _ in range(self.steps):
-            yield stage.loss(delta)
+            yield Step(stage.loss(delta))
             delta = stage.move(delta, self)
-            yield Step()
         if self.carry:
             stage.memory["delta"] = [points[0].detach() for points in delta.points]

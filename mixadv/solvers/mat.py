@@ -17,24 +17,62 @@ Gibbs law for plain SGD only: adaptive optimizers precondition the drift and not
 Differences of the released code: its copy of θ_t is an alias of the live weights, its noise comes
 after the projection and is scaled by γ (a temperature of 4e-8 for δ, 4e-12 for θ), its log(softmax)
 overflows.
+
+Published: github.com/Charles-Zhong/MAT, BEST_LOGs ("cola-run" is its run.sh). Steps of δ, of 1e-3,
+end far outside the L∞ ball of 1e-5 and are rescaled to it: here that is `projection="sphere"`. The
+noise added after it is there about as large as δ; ours, added before, is a hundredth of δ. Dropout
+is drawn anew in each pass, and moves the predictions far more than δ does. Trained with AdamW
+(weight decay 0.01) and linear decay, K_θ steps per batch; warm-up is a part of the run:
+
+    model              task        lr   batch   epochs  warm-up
+    bert-base-uncased  qnli      1e-5       8        3      0.1
+    bert-base-uncased  qqp       1e-5      32        3      0.1
+    bert-base-uncased  sst2      1e-5      32        5      0.1
+    bert-base-uncased  cola      1e-5      64       20      0.1
+    bert-base-uncased  cola-run  1e-5      64       10      0.1
+    roberta-large      qqp       1e-5       8        3      0.1
+    roberta-large      sst2      1e-5      32        5      0.1
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mixadv import mirror
 from mixadv.ascent import Start, check_integer, check_number
 from mixadv.divergence import Divergence
 from mixadv.learner import Damping, Learner, check_damping
-from mixadv.solvers.base import Solver, check_divergence
+from mixadv.solvers.base import Presets, Solver, check_divergence, row
 from mixadv.stage import Step
 
 if TYPE_CHECKING:
     from mixadv.solvers.base import Play
     from mixadv.stage import Stage
     from mixadv.strategy import Strategy
+
+
+def _logged(
+    learner_steps: int, steps: int, ratio: float, smoothness: float, damping: float
+) -> dict[str, Any]:
+    """Return a row of the logs, whose noise √(2γ)·γ·ratio is that of temperature (γ·ratio)²."""
+    return row(
+        1e-3,
+        steps,
+        1e-5,
+        1e-5,
+        norm="linf",
+        normalize="norm",
+        projection="sphere",
+        temperature=(1e-3 * ratio) ** 2,
+        fresh_dropout=True,
+        smoothness=smoothness,
+        learner_steps=learner_steps,
+        learner_temperature=(1e-5 * ratio) ** 2,
+        damping=damping,
+        round_damping=damping,
+        average=None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +100,19 @@ class MAT(Solver):
     paper: ClassVar[str] = "Zhong et al. 2023, arXiv:2306.15826"
     summary: ClassVar[str] = "mixed strategies for both players by mirror descent and Langevin"
     mixed: ClassVar[bool] = True
+    presets: ClassVar[Presets] = {  # K_θ, K_δ, noise ratio, λ, β = β'
+        "bert-base-uncased": {
+            "qnli": _logged(10, 5, 0.2, 1.0, 0.3),
+            "qqp": _logged(10, 5, 0.1, 1.0, 0.3),
+            "sst2": _logged(10, 5, 0.1, 3.0, 0.3),
+            "cola": _logged(10, 5, 0.2, 3.0, 0.3),
+            "cola-run": _logged(10, 10, 0.2, 3.0, 0.3),
+        },
+        "roberta-large": {
+            "qqp": _logged(5, 5, 0.1, 1.0, 0.3),
+            "sst2": _logged(5, 5, 0.2, 1.0, 0.5),
+        },
+    }
 
     steps: int = 2
     start: Start = "normal"

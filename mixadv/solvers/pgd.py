@@ -4,6 +4,10 @@ Madry et al. 2018, arXiv:1706.06083, eq. 2.1; in embedding space Zhu et al. 2020
     min_θ  ℓ(f(X + δ_K), y),     δ_{t+1} = Π( δ_t + α·g_t/‖g_t‖ ),   g_t = ∇_δ ℓ(f(X + δ_t), y)
 
 θ receives the gradient at the last δ only; the clean example is not used.
+
+Published: the baseline of FreeLB's paper, github.com/zhuchen03/FreeLB,
+fairseq-RoBERTa/launch/VanillaPGD/*.sh (that for QNLI ships no row). That code does not project δ_0,
+which matters for CoLA alone. Trained as FreeLB is (`help(mixadv.solvers.freelb)`).
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mixadv.divergence import Divergence
-from mixadv.solvers.base import Solver, check_divergence
+from mixadv.solvers.base import Presets, Solver, check_divergence, row
 from mixadv.stage import Step
 
 if TYPE_CHECKING:
@@ -35,6 +39,16 @@ class PGD(Solver):
     name: ClassVar[str] = "pgd"
     paper: ClassVar[str] = "Madry et al. 2018, arXiv:1706.06083"
     summary: ClassVar[str] = "the loss at the end of K projected gradient steps"
+    presets: ClassVar[Presets] = {
+        "roberta-large": {  # step size, steps, start, radius
+            "mnli": row(1e-1, 2, 2e-1, 2e-1),
+            "qqp-fp16": row(1.5e-1, 2, 3.2e-1, 6.2e-1),
+            "sst2": row(1e-1, 2, 1.0, 6e-1),
+            "cola": row(5e-2, 3, 4e-1, 2e-1),
+            "mrpc": row(4e-2, 3, 6.4e-1, 4e-1),
+            "stsb": row(1e-1, 3, 1.6e-1, 2.8e-1),
+        }
+    }
 
     steps: int = 3
     step_size: float = 0.05

@@ -9,7 +9,22 @@ Li, Qiu 2020, arXiv:2004.14543, eq. 3–4, Alg. 1.
 n^i is that of the moved η, so that a token of the table at zero is not stuck there. A token that
 occurs several times is written as the mean over its places (`write="mean"`), or each is added to
 the row (`"accumulate"`). The released code adds, never bounds Z, writes padding and special tokens
-too, sums the K gradients, and divides η_0 by one norm for the whole batch.
+too, sums the K gradients, does not bound δ_0 + η_0, divides η_0 by one norm for the whole batch,
+and draws dropout anew in each pass.
+
+Published: the readme of github.com/LinyangLee/Token-Aware-VAT. That code adds to Z since it divides
+η_0; without the division the rows keep the paper's `write="mean"`. Trained with AdamW (no weight
+decay, clipping at 1) and linear decay, on 4 GPUs:
+
+    model              task        lr   batch   epochs  warm-up
+    bert-base-uncased  mnli      3e-5     128        9     5000
+    bert-base-uncased  qnli      1e-5      32        9     2000
+    bert-base-uncased  qqp       2e-5      32        9     5000
+    bert-base-uncased  sst2      1e-5      64        9      500
+    bert-base-uncased  cola      3e-5      64       12       30
+    bert-base-uncased  mrpc      2e-5      32        9       30
+    bert-base-uncased  stsb      2e-5      32        9       30
+    bert-base-uncased  rte       2e-5      32        9       30
 """
 
 from __future__ import annotations
@@ -25,7 +40,7 @@ from mixadv import geometry
 from mixadv.ascent import check_integer
 from mixadv.errors import GameError
 from mixadv.replay import Noise
-from mixadv.solvers.base import Presets, Solver
+from mixadv.solvers.base import Presets, Solver, row
 from mixadv.stage import Step
 
 if TYPE_CHECKING:
@@ -51,7 +66,18 @@ class TextAT(Solver):
     name: ClassVar[str] = "textat"
     paper: ClassVar[str] = "Li and Qiu 2020, arXiv:2004.14543"
     summary: ClassVar[str] = "FreeLB with a perturbation kept for each token of the vocabulary"
-    presets: ClassVar[Presets] = {}
+    presets: ClassVar[Presets] = {
+        "bert-base-uncased": {  # step size, passes, start, radius
+            "mnli": row(1e-1, 2, 3e-1, 4e-1, fresh_dropout=True),
+            "qnli": row(2e-2, 2, 1e-1, 3e-1, fresh_dropout=True),
+            "qqp": row(2e-1, 2, 3.2e-1, 7e-1, fresh_dropout=True),
+            "sst2": row(5e-2, 2, 2e-1, 5e-1, fresh_dropout=True),
+            "cola": row(2e-2, 3, 1e-1, 2e-1, fresh_dropout=True),
+            "mrpc": row(5e-2, 2, 1e-1, 2e-1, fresh_dropout=True),
+            "stsb": row(1e-1, 2, 1e-1, 2.8e-1, fresh_dropout=True),
+            "rte": row(2e-2, 2, 1.6e-1, 1.4e-1, fresh_dropout=True),
+        }
+    }
 
     steps: int = 3
     step_size: float = 0.05

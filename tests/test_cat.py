@@ -1,0 +1,272 @@
+"""CAT: one perturbation of the word embedding matrix, a contrastive loss, and its projection."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import SGD, AdamW
+
+import mixadv
+from mixadv.contrastive import nt_xent
+from tests.zoo import assert_same, player, small, without_dropout
+
+ENCODERS = ["bert", "roberta", "distilbert", "deberta", "electra", "albert", "modernbert"]
+DECODERS = ["gpt2", "llama"]
+RADIUS = 0.02
+
+
+class Pairs(nn.Module):
+    """Reads two texts with one embedding, as a bi-encoder does; returns logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(8, 4)
+        self.join = nn.Linear(8, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        both = torch.cat([self.words(one).mean(1), self.words(other).mean(1).tanh()], 1)
+        return self.head(torch.tanh(self.join(both)))
+
+
+def pairs():
+    torch.manual_seed(0)
+    model, draw = Pairs().double(), torch.Generator().manual_seed(1)
+    one, other = (torch.randint(0, 8, (6, n), generator=draw) for n in (3, 5))
+    labels = torch.arange(6) % 3
+
+    def closure():
+        logits = model(one, other)
+        return F.cross_entropy(logits, labels), logits
+
+    return model, closure
+
+
+def gradients(model: nn.Module) -> list[Tensor | None]:
+    found = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+def by_hand(model, closure, source: nn.Module, name: str, solver) -> tuple[Tensor, list]:
+    """Objective and gradients, with V + ε·sign(∂ℓ/∂V) for the embedding matrix V."""
+    V = dict(model.named_parameters())[name]
+    kept = []
+
+    def views(module, args, output):
+        first = output if isinstance(output, Tensor) else output[0]
+        kept.append(first[:, 0] if first.dim() == 3 else first)
+
+    def loss(matrix):
+        torch.manual_seed(3)
+        holder = nn.Module()
+        holder.model, holder.forward = model, closure
+        result = functional_call(holder, {f"model.{name}": matrix}, ())
+        return result[0] if isinstance(result, tuple) else getattr(result, "loss", result)
+
+    hook = source.register_forward_hook(views)
+    clean = loss(V)
+    (slope,) = torch.autograd.grad(clean, V, retain_graph=True)
+    perturbed = loss(V + solver.radius * slope.sign())
+    hook.remove()
+    contrast = nt_xent(*kept, solver.contrast_temperature, solver.negatives)
+    objective = (1 - solver.contrast) / 2 * (clean + perturbed) + solver.contrast * contrast
+    objective.backward()
+    return objective.detach(), gradients(model)
+
+
+def assert_played_by_hand(model, closure, source: str, name: str, **words) -> None:
+    solver = mixadv.CAT(radius=RADIUS, unit="absolute", source=source, **words)
+    torch.manual_seed(3)
+    outcome = mixadv.Game(model, solver).backward(closure)
+    found = gradients(model)
+    objective, expected = by_hand(model, closure, model.get_submodule(source), name, solver)
+    torch.testing.assert_close(outcome.objective, objective, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+# The perturbation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
+def test_the_embedding_matrix_itself_is_perturbed(family):
+    """With dropout on, tokens repeated within and across samples, and padding."""
+    one = player(family, rows=5)
+    one.model.double()
+    one.batch["input_ids"].clamp_(max=15)
+    embedding = one.model.get_input_embeddings().weight
+    name = next(n for n, p in one.model.named_parameters() if p is embedding)
+    assert_played_by_hand(one.model, one.closure(), one.model.base_model_prefix, name)
+
+
+@pytest.mark.parametrize("negatives", ["all", "cross"])
+@pytest.mark.parametrize("contrast", [0.0, 0.3, 1.0])
+def test_weights_and_negatives_are_those_asked_for(contrast, negatives):
+    one = small()
+    words = {"contrast": contrast, "negatives": negatives, "contrast_temperature": 0.5}
+    assert_played_by_hand(one.model, one.closure(), "hidden", "embedding.weight", **words)
+
+
+def test_a_token_read_in_two_calls_of_the_embedding_has_one_perturbation():
+    model, closure = pairs()
+    assert_played_by_hand(model, closure, "join", "words.weight")
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 2, 3)])
+def test_ids_of_any_shape_are_shared(shape):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(2)).double()
+    ids, labels = torch.randint(0, 4, shape), torch.arange(6) % 2
+    model(ids)
+
+    def closure():
+        return F.cross_entropy(model(ids), labels)
+
+    assert_played_by_hand(model, closure, "2", "0.weight")
+
+
+def test_two_embeddings_of_one_size_have_perturbations_of_their_own():
+    """The rows of one say nothing about the rows of the other."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"one": nn.Embedding(5, 4), "other": nn.Embedding(5, 4)}).double()
+    ids, labels = torch.randint(0, 5, (2, 6, 3)), torch.arange(6) % 4
+
+    def closure():
+        logits = model["one"](ids[0]).mean(1) - model["other"](ids[1]).mean(1).square()
+        return F.cross_entropy(logits, labels)
+
+    slopes = torch.autograd.grad(closure(), list(model.parameters()))
+    words = {"radius": RADIUS, "unit": "absolute", "contrast": 0.0, "source": "one"}
+    game = mixadv.Game(model, mixadv.CAT(**words), site=["one", "other"])
+    game.backward(closure)
+    for call, slope in enumerate(slopes):
+        torch.testing.assert_close(game.strategy.points[call][0], RADIUS * slope.sign()[ids[call]])
+
+
+def test_without_sharing_each_place_has_a_perturbation_of_its_own():
+    one = small()
+    without_dropout(one.model)
+    ids, places = one.batch["ids"], []
+    for shared in (True, False):
+        words = {"radius": RADIUS, "unit": "absolute", "source": "hidden", "shared": shared}
+        game = mixadv.Game(one.model, mixadv.CAT(**words))
+        game.backward(one.closure())
+        delta = game.strategy.points[0][0]
+        assert not delta[ids == 0].any()
+        assert (delta[ids != 0].abs() == RADIUS).all()
+        places.append({i: delta[ids == i].unique(dim=0) for i in range(1, 12) if (ids == i).any()})
+    assert all(len(rows) == 1 for rows in places[0].values())
+    assert any(len(rows) > 1 for rows in places[1].values())
+
+
+# The head -----------------------------------------------------------------------------------------
+
+
+def projected(seed=0, base=SGD, **words):
+    """A model, a head and their wrapped optimizer."""
+    one = small(seed=seed)
+    head = nn.Linear(5, 4).double()
+    solver = mixadv.CAT(source="hidden", head=head, **words)
+    optimizer = mixadv.wrap(base(one.model.parameters(), lr=0.05), one.model, solver)
+    return one, head, optimizer
+
+
+def test_the_loss_is_that_of_the_projected_views():
+    one, head, optimizer = projected(contrast=1.0)
+    torch.manual_seed(3)
+    outcome = optimizer.game.backward(one.closure())
+    found = [head.weight.grad.clone(), one.model.hidden.weight.grad.clone()]
+    one.model.zero_grad()
+    head.zero_grad()
+    kept, delta = [], optimizer.game.unit * optimizer.game.strategy.points[0][0]
+    hook = one.model.hidden.register_forward_hook(lambda *call: kept.append(call[2]))
+    for added in (0, delta):
+        torch.manual_seed(3)
+        shift = one.model.embedding.register_forward_hook(lambda *call, d=added: call[2] + d)
+        one.closure()()
+        shift.remove()
+    hook.remove()
+    loss = nt_xent(head(kept[0]), head(kept[1]))
+    loss.backward()
+    torch.testing.assert_close(outcome.objective, loss.detach())
+    torch.testing.assert_close(found, [head.weight.grad, one.model.hidden.weight.grad])
+
+
+def test_a_head_is_one_group_of_the_optimizer_and_trained():
+    one, head, optimizer = projected()
+    groups = optimizer.param_groups
+    assert [len(g["params"]) for g in groups] == [len(list(one.model.parameters())), 2]
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in head.parameters()}
+    assert groups[1]["lr"] == groups[0]["lr"]
+    before = head.weight.detach().clone()
+    optimizer.step(one.closure())
+    assert not torch.equal(head.weight, before)
+    assert all(p.grad is None for p in head.parameters())
+
+
+def test_a_head_that_the_optimizer_holds_already_is_not_added_again():
+    one, head = small(), nn.Linear(5, 4).double()
+    base = SGD([*one.model.parameters(), *head.parameters()], lr=0.05)
+    mixadv.wrap(base, one.model, mixadv.CAT(head=head))
+    assert len(base.param_groups) == 1
+
+
+def test_without_a_head_nothing_is_added():
+    assert mixadv.CAT().head is None
+    one = small()
+    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, mixadv.CAT())
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.game.state_dict()["modules"] == {}
+
+
+def test_a_head_without_an_optimizer_is_refused():
+    solver = mixadv.CAT(head=nn.Linear(5, 4))
+    with pytest.raises(
+        ValueError, match=r"CAT trains head=, which needs the optimizer: use mixadv"
+    ):
+        mixadv.Game(small().model, solver)
+
+
+def test_a_head_that_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"head must be a torch\.nn\.Module or None, got 5"):
+        mixadv.CAT(head=5)
+
+
+def test_a_head_is_saved_and_restored_with_its_game(tmp_path):
+    """A run that is resumed with another head at first is the run that was not interrupted."""
+    one, head, optimizer = projected(base=AdamW)
+    for _ in range(2):
+        optimizer.step(one.closure())
+    state = [one.model.state_dict(), optimizer.state_dict(), torch.get_rng_state()]
+    torch.save(state, tmp_path / "checkpoint")
+    optimizer.step(one.closure())
+
+    other, new, resumed = projected(seed=5, base=AdamW)
+    other = other._replace(batch=one.batch)
+    assert not torch.equal(new.weight, head.weight)
+    model, game, random = torch.load(tmp_path / "checkpoint", weights_only=True)
+    other.model.load_state_dict(model)
+    resumed.load_state_dict(game)
+    torch.set_rng_state(random)
+    assert_same(new.state_dict(), game["mixadv"]["game"]["modules"]["head"])
+    resumed.step(other.closure())
+    assert_same(new.state_dict(), head.state_dict())
+    assert_same(other.model.state_dict(), one.model.state_dict())
+    assert_same(resumed.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_has_a_head_of_its_own(copied):
+    one, head, optimizer = projected()
+    optimizer.step(one.closure())
+    twin = copied(optimizer)
+    before = head.weight.detach().clone()
+    twin.step(one._replace(model=twin.game.model).closure())
+    assert torch.equal(head.weight, before)
+    moved = twin.game.solver.head.weight
+    assert not torch.equal(moved, before)
+    assert any(p is moved for p in twin.param_groups[1]["params"])
