@@ -127,8 +127,9 @@ class Stage:
             away = 1 - F.cosine_similarity(reading.representation, _copies(clean, copies))
             return gained + deviation * away.to(gained.dtype).unflatten(0, (len(gained), -1)).sum(1)
 
+        chosen = route or routes.ROUTES[ascent.route if q.size > 1 else "sequential"]
         with self.frozen():
-            values, gradients = (route or routes.ROUTES[ascent.route])(self, q, gains)
+            values, gradients = chosen(self, q, gains)
         self.delta_backwards += q.size
         # A payoff that is not finite belongs to a δ that falls back to 0, where a divergence is 0.
         values = torch.where(values.isfinite(), values, torch.zeros_like(values))

@@ -119,6 +119,46 @@ def test_whole_rounds_agree(family: str, route: str, dropout: bool, play_as: str
     torch.testing.assert_close(run(route), run("sequential"), **CLOSE)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Away(mixadv.CreAT):
+    """Drives many particles away from the representation."""
+
+    mixed: ClassVar[bool] = True
+    particles: int = 3
+
+
+@pytest.mark.parametrize("route", ["vmap", "stack"])
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_routes_agree_on_the_way_of_a_representation(family: str, route: str):
+    p = double(family, dropout=False)
+
+    def payoffs(deviation: float, route: str) -> tuple[Tensor, list[Tensor]]:
+        with wrapped(p, Away()).game.stage(sharpness(p)) as stage:
+            stage.clean()
+            q = stage.start(stage.game.solver)
+            return stage.payoffs(q, "loss", Away(), route=ROUTES[route], deviation=deviation)
+
+    one = payoffs(2.0, "sequential")
+    torch.testing.assert_close(payoffs(2.0, route), one, **CLOSE)
+    away = one[0] - payoffs(0.0, "sequential")[0]
+    assert away.shape == (3, 4)
+    assert (away > 0).all()
+
+
+@pytest.mark.parametrize("route", ["vmap", "stack"])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_one_particle_is_played_alike_by_every_route(name: str, route: str):
+    """Also under dropout, and where the closure gives one loss for the batch."""
+
+    def rounds(route: str) -> list[Any]:
+        p = small()
+        optimizer = wrapped(p, mixadv.solver(name, route=route))
+        losses = [optimizer.step(p.closure()) for _ in range(2)]
+        return [losses, optimizer.game.strategy.points, list(p.model.parameters())]
+
+    assert_same(rounds(route), rounds("sequential"))
+
+
 @pytest.mark.parametrize("family", ["bert", "t5", "vision"])
 def test_stack_refuses_what_it_cannot_replay(family: str):
     """Dropout differs between the copies, and BatchNorm mixes them."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixadv
-from tests.zoo import FAMILIES, PAD, Player, player, without_dropout
+from tests.zoo import FAMILIES, PAD, Player, or_refused, player, stepwise, without_dropout
 
 TEXT = [family for family in FAMILIES if family != "vision"]
 MIXED = {"mat": {"particles": 2, "learner_temperature": 1e-8}}
@@ -28,10 +28,6 @@ def logits_of(result: Any) -> Tensor:
     return result[1] if isinstance(result, tuple) else result.logits
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 @torch.no_grad()
 def evaluate(p: Player) -> float:
     p.model.eval()
@@ -42,9 +38,11 @@ def evaluate(p: Player) -> float:
 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 @pytest.mark.parametrize("family", FAMILIES)
+@or_refused()
 def test_every_solver_halves_the_loss_and_perturbs_every_sample(family: str, name: str) -> None:
     p = player(family)
-    optimizer = build(p, name)
+    # VAT's δ is 0 where its probe moves no prediction, as some of a tiny BART are not by 0.05.
+    optimizer = build(p, name, **({"start_size": 0.2} if name == "vat" else {}))
     goal = evaluate(p) / 2
     for _ in range(60):
         optimizer.step(p.closure())
@@ -118,19 +116,21 @@ def test_more_padding_on_the_right_changes_nothing(family: str, name: str) -> No
     for extra in (0, 4):
         p = player(family, rows=6)
         without_dropout(p.model).double()
-        game = build(p, name, **MIXED.get(name, {})).game
+        optimizer = build(p, name, **MIXED.get(name, {}))
+        optimizer.param_groups[0]["lr"] = 0.0
+        game, taken = optimizer.game, stepwise(optimizer)
         game.noise = GivenNoise()
         batch = padded(p.batch, extra)
-        outcome = game.backward(lambda p=p, batch=batch: p.forward(p.model, batch))
+        optimizer.step(lambda p=p, batch=batch: p.forward(p.model, batch))
         length = p.batch["input_ids"].shape[1]
-        rounds.append((outcome, game.strategy.points[0], length, gradients(p.model)))
+        rounds.append((game.outcome, game.strategy.points[0], length, taken))
     (short, delta, length, grad), (long, longer, _, other) = rounds
     for value in ("objective", "loss", "payoff", "radius"):
         a, b = getattr(short, value), getattr(long, value)
         assert (a is None and b is None) or a.item() == pytest.approx(b.item(), rel=1e-6)
     torch.testing.assert_close(longer[:, :, :length], delta, rtol=1e-5, atol=1e-8)
     assert not longer[:, :, length:].any()
-    assert grad.keys() == other.keys()
+    assert [step.keys() for step in grad] == [step.keys() for step in other]
     torch.testing.assert_close(other, grad, rtol=1e-5, atol=1e-8)
 
 
@@ -158,14 +158,16 @@ def test_the_form_in_which_a_model_returns_its_loss_does_not_matter(
     for forward in (lambda model, batch: model(**batch), RETURNS[returns]):
         p = player(family, rows=4)._replace(forward=forward)
         p.model.double()
-        game = build(p, name).game
-        if returns == "loss" and seen and game.solver.compares is not None:
+        optimizer = build(p, name)
+        optimizer.param_groups[0]["lr"] = 0.0
+        taken = stepwise(optimizer)
+        if returns == "loss" and seen and optimizer.game.solver.compares is not None:
             with pytest.raises(mixadv.GameError, match="loss alone"):
-                game.backward(p.closure())
-            assert not gradients(p.model)
+                optimizer.step(p.closure())
+            assert not taken
             return
-        game.backward(p.closure())
-        seen.append(gradients(p.model))
+        optimizer.step(p.closure())
+        seen.append(taken)
     assert seen[0]
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-9, atol=1e-12)
 
