@@ -26,7 +26,7 @@ def nt_xent(
 ) -> Tensor:
     """Return the loss, 0-d, in at least fp32 and outside autocast.
 
-    Symmetric in its two views. A batch of one sample has no negatives to `"cross"` and loss 0.
+    Symmetric in its two views. A batch of one sample has no negatives, and loss 0.
 
     Args:
         clean: `[N, d]`, any float dtype; rows need not be normalised.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,6 +104,7 @@ def explain(game: Game, closure: Closure | None) -> Explanation:
 def passes(solver: Solver) -> Passes:
     """Return the passes of a round, counted by playing it without a model."""
     stage: Any = _Rehearsal()
+    solver = replace(solver, **dict.fromkeys(solver.modules()))  # a head would see its sizes
     thetas = steps = 0
     for move in solver.play(stage):
         thetas += 1

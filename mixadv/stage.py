@@ -125,7 +125,7 @@ class Stage:
             if clean is None:
                 return gained
             away = 1 - F.cosine_similarity(reading.representation, _copies(clean, copies))
-            return gained + deviation * away.to(gained.dtype).unflatten(0, (len(gained), -1)).sum(1)
+            return gained + deviation * _spread(away.to(gained.dtype), len(gained))
 
         chosen = route or routes.ROUTES[ascent.route if q.size > 1 else "sequential"]
         with self.frozen():
@@ -226,7 +226,9 @@ class Stage:
 
         self.played = q = q.detach()
         gained = routes.readings(self, q, gains)  # fills q where no ascent came before
-        return (q.weights * gained).mean(1).sum()
+        expected = (q.weights * gained).mean(1).sum()
+        self.payoff = expected.detach()
+        return expected
 
     def proximal(self, kind: str | Divergence) -> Tensor:
         """Return the divergence of the predictions from those of the teacher, 0-d."""
@@ -369,6 +371,19 @@ class Stage:
 
 def _by(ascent: Ascent) -> Rule:
     return lambda index, *move: ascent.move(*move)
+
+
+def _spread(values: Tensor, rows: int) -> Tensor:
+    """Return values of samples for `rows` payoffs: several of a sample, or one of several."""
+    if rows % len(values) == 0:
+        each = rows // len(values)
+        return (values / each).repeat_interleave(each)
+    if len(values) % rows == 0:
+        return values.unflatten(0, (rows, -1)).sum(1)
+    raise GameError(
+        f"The representation has {len(values)} rows and the closure returned {rows} losses, which "
+        "do not belong to each other: return one loss per sample, or name another source=."
+    )
 
 
 def _copies(x: Tensor, copies: int) -> Tensor:

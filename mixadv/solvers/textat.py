@@ -92,6 +92,13 @@ class TextAT(Solver):
             raise ValueError(f"TextAT: write={self.write!r} is not 'mean' or 'accumulate'.")
         if not isinstance(self.exclude, tuple) or not all(type(i) is int for i in self.exclude):
             raise TypeError(f"TextAT: exclude must be a tuple of token ids, got {self.exclude!r}.")
+        if any(i < 0 for i in self.exclude):
+            raise ValueError(f"TextAT: exclude holds a negative token id, {self.exclude!r}.")
+        if self.projection != "ball":
+            raise ValueError(
+                f"TextAT scales its two perturbations into a ball, got projection="
+                f"{self.projection!r}: leave it at 'ball'."
+            )
 
     def play(self, stage: Stage) -> Play:
         """Play `(1/K) Σ ∇θ ℓ(X + δ_t + η_t)`."""
@@ -133,7 +140,7 @@ class Tokens:
     def move(self, index: int, q: Tensor, g: Tensor, mask: Tensor | None, draw: Draw) -> Tensor:
         """Return δ + η after one move of both."""
         call, solver = self.calls[index], self.solver
-        unbounded = replace(solver, radius=None, projection="ball", start_size=solver.initial_size)
+        unbounded = replace(solver, radius=None, start_size=solver.initial_size)
         self.deltas[index] = unbounded.move(self.deltas[index], g, mask, draw)
         step = geometry.steepest(g * self.real(call), solver.norm, "token")
         eta = self.etas[index] + solver.step_size * step
@@ -173,8 +180,9 @@ class Tokens:
         if "table" not in self.stage.memory:
             draw = Noise(self.stage.game.seed)
             draw.begin("table", 0)
+            longest = 0.0 if self.solver.start == "zero" else self.solver.initial_size
             rows = draw("uniform", like.new_empty(size))
-            self.stage.memory["table"] = self.solver.initial_size * rows / size[1] ** 0.5
+            self.stage.memory["table"] = longest * rows / size[1] ** 0.5
         table = self.stage.memory["table"]
         if table.shape != size:
             raise GameError(
