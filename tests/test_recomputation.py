@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mixadv
+from tests.zoo import or_refused
 
 LR, DECAY = 0.1, 0.01
 
@@ -409,6 +410,7 @@ def test_every_solver_is_recomputed():
 
 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
+@or_refused("backward")
 def test_three_doors_deliver_the_same_gradients(name):
     one_step = {"learner_steps": 1} if hasattr(mixadv.SOLVERS[name], "learner_steps") else {}
 
@@ -433,7 +435,8 @@ def test_three_doors_deliver_the_same_gradients(name):
         optimizer.step()
 
     step = gradients(lambda optimizer, forward: optimizer.step(forward))
-    assert len(step) == 5 * len(BATCHES)
+    updates = mixadv.FreeAT().steps if name == "freeat" else 1
+    assert len(step) == 5 * len(BATCHES) * updates
     torch.testing.assert_close(gradients(backward), step, rtol=0, atol=1e-14)
     torch.testing.assert_close(gradients(loss), step, rtol=0, atol=1e-14)
 
