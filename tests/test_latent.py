@@ -146,7 +146,7 @@ SOLVERS = {
     "freeat": mixadv.FreeAT(steps=1),
     "freelb": mixadv.FreeLB(steps=1),
     "creat": mixadv.CreAT(steps=2),
-    "cat": mixadv.CAT(),
+    "cat": mixadv.CAT(contrast=0.2),
     "vat": mixadv.VAT(),
     "r3f": mixadv.R3F(),
     "alum": mixadv.ALUM(steps=2),

@@ -343,9 +343,14 @@ def test_a_closure_that_plays_a_round_means_what_torch_means(
 @pytest.fixture
 def accelerator() -> Iterator[Any]:
     accelerate = pytest.importorskip("accelerate")
+
+    def reset() -> None:  # state that all accelerators of a process share
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+
+    reset()  # what a Trainer of another test has left
     yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    reset()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
