@@ -13,13 +13,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import config as functorch
 
 from mixadv import routes, validate
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
+from mixadv.contrastive import directions
 from mixadv.divergence import Divergence, divergence
 from mixadv.errors import GameError
 from mixadv.modules import functional, unwrap
@@ -115,7 +115,7 @@ class Stage:
         target = None if payoff == "loss" else self._predictions(self.clean()).detach()
         measure = None if target is None else divergence(payoff)
 
-        clean = self.clean().representation.detach() if deviation else None
+        clean = directions(self.clean().representation.detach()) if deviation else None
 
         def gains(reading: Reading, copies: int = 1) -> Tensor:
             if target is None or measure is None:
@@ -124,7 +124,7 @@ class Stage:
                 gained = reading.diverge(_copies(target, copies), measure)
             if clean is None:
                 return gained
-            away = 1 - F.cosine_similarity(reading.representation, _copies(clean, copies))
+            away = 1 - (directions(reading.representation) * _copies(clean, copies)).sum(-1)
             return gained + deviation * _spread(away.to(gained.dtype), len(gained))
 
         chosen = route or routes.ROUTES[ascent.route if q.size > 1 else "sequential"]
