@@ -10,11 +10,13 @@ cores; a second call prints what the first one measured.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import intent
 from training import command, loop, results
+from training.loop import Keeping
 from training.results import Run
 
 RADII = (0.0, 0.05, 0.1, 0.2)
@@ -58,6 +60,7 @@ def work(options: argparse.Namespace) -> str:
         Run(
             task="intents",
             solver=name,
+            epochs=0.0,
             updates=factor * options.updates,
             max_length=64,
             radii=RADII,
@@ -66,7 +69,8 @@ def work(options: argparse.Namespace) -> str:
         for name, factor in METHODS
     ]
     task = intent.load(intent.arguments([]))
-    found = loop.run_all(runs, task, options.output)
+    task = replace(task, splits={name: task.splits[name] for name in ("test", "adversarial")})
+    found = loop.run_all(runs, task, Keeping(options.output))
     path = options.output / "accuracy_against_radius.png"
     picture(found, path)
     return f"{results.table(found)}\n\npicture: {path}"

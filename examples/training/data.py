@@ -1,6 +1,5 @@
 """Rows to train and evaluate on: from the hub or a folder of JSON lines, checked before use."""
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what cannot be read
 Measure = Callable[[np.ndarray, Dataset], dict[str, float]]
 """Takes the predictions of rows and the rows; returns the metrics, the one to choose by first."""
 
-NAMES = {"validation": "dev", "validation_matched": "dev", "dev_matched": "dev", "test": "test"}
+NAMES = {"validation": "dev", "validation_matched": "dev", "dev_matched": "dev"}
 NAMES |= {"validation_mismatched": "mismatched", "dev_mismatched": "mismatched"}
 UNLABELLED = -1  # how public sets mark rows without a gold label
 
@@ -57,10 +56,11 @@ def from_hub(*name: str) -> dict[str, Dataset]:
     """Return the splits of a hub data set, given as for `datasets.load_dataset`."""
     try:
         try:
-            return dict(datasets.load_dataset(*name))
+            found = datasets.load_dataset(*name)
         except RuntimeError:  # published as a script; the hub keeps a converted copy
-            return dict(datasets.load_dataset(*name, revision="refs/convert/parquet"))
-    except (OSError, RuntimeError, ValueError) as error:
+            found = datasets.load_dataset(*name, revision="refs/convert/parquet")
+        return {NAMES.get(split, split): rows for split, rows in found.items()}
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"The hub does not give {' '.join(name)}: {error}") from error
 
 
@@ -76,7 +76,7 @@ def from_folder(folder: Path) -> dict[str, Dataset]:
             splits[split] = datasets.load_dataset("json", data_files=str(path), split="train")
         except StopIteration:
             raise DataError(f"{path} holds no rows.") from None
-        except (datasets.exceptions.DatasetsError, ValueError, OSError, EOFError) as error:
+        except Exception as error:  # of many kinds, by where in the file it breaks
             raise DataError(f"{path} cannot be read: {error.__cause__ or error}.") from error
     return splits
 
@@ -106,62 +106,62 @@ def check(rows: Dataset, where: str, texts: Sequence[str], labels: Sequence[str]
     """
     for column in (*texts, "label"):
         if column not in rows.column_names:
-            raise DataError(f"{where} has no column {column!r}, it has {_listed(rows)}.")
-    columns = dict(zip(("text", "pair"), (rows[name][:] for name in texts), strict=False))
-    columns["label"] = rows["label"][:]
-    for name, column in zip(texts, columns.values(), strict=False):
-        for i, text in enumerate(column):
-            if not isinstance(text, str):
-                raise DataError(f"{where}, row {i + 1}: {name} is {text!r}, not a string.")
-    most = 5 if labels is None else len(labels) - 1
-    for i, value in enumerate(columns["label"]):
-        number = isinstance(value, (int, float)) and math.isfinite(value)
-        whole = labels is None or value == int(value) if number else False
-        if not number or not whole or not (value == UNLABELLED or 0 <= value <= most):
-            kind = "a number" if labels is None else "a whole number"
             raise DataError(
-                f"{where}, row {i + 1}: label is {value!r}, not {kind} from 0 to {most}"
+                f"{where} has no column {column!r}, it has {', '.join(rows.column_names)}."
+            )
+    columns = {}
+    for name, column in zip(("text", "pair"), texts, strict=False):
+        columns[name] = rows[column][:]
+        for i, text in enumerate(columns[name], 1):
+            if not isinstance(text, str):
+                raise DataError(f"{where}, row {i}: {column} is {text!r}, not a string.")
+    columns["label"] = rows["label"][:]
+    kind, most = ((int, float), 5) if labels is None else (int, len(labels) - 1)
+    for i, label in enumerate(columns["label"], 1):
+        known = isinstance(label, kind) and (label == UNLABELLED or 0 <= label <= most)
+        if not known:
+            what = "a number" if labels is None else "a whole number"
+            raise DataError(
+                f"{where}, row {i}: label is {label!r}, not {what} from 0 to {most}"
                 f" (or {UNLABELLED} for none)."
             )
-    checked = Dataset.from_dict(columns)
-    kept = [i for i, value in enumerate(columns["label"]) if value != UNLABELLED]
-    return checked if len(kept) == len(checked) else checked.select(kept)
-
-
-def _listed(rows: Dataset) -> str:
-    return ", ".join(rows.column_names) or "none"
+    gold = [i for i, label in enumerate(columns["label"]) if label != UNLABELLED]
+    return Dataset.from_dict(columns).select(gold)
 
 
 def task(
     name: str,
     splits: Mapping[str, Dataset],
-    where: str,
     texts: Sequence[str],
     labels: Sequence[str] | None,
     measure: Measure,
 ) -> Task:
-    """Return the task of a data set; a split without gold labels, such as a public test, is left out."""
+    """Return the task of a data set.
+
+    A split without gold labels, such as the test rows of a public contest, is left out.
+    """
     checked = {
-        split: check(rows, f"{where}, {split}", texts, labels) for split, rows in splits.items()
+        split: check(rows, f"{name}, {split}", texts, labels) for split, rows in splits.items()
     }
     dropped = {split: len(rows) - len(checked[split]) for split, rows in splits.items()}
-    held = {split: rows for split, rows in checked.items() if len(rows)}
+    held = {split: checked[split] for split in sorted(checked, key=_rank) if len(checked[split])}
     train = held.pop("train", None)
     if train is None:
-        raise DataError(
-            f"{where} has no labelled train rows, it holds {', '.join(held) or 'none'}."
-        )
+        raise DataError(f"{name} has no labelled train rows, it holds {', '.join(held) or 'none'}.")
     if not held:
-        raise DataError(f"{where} has nothing to evaluate on: add dev.jsonl or test.jsonl.")
+        raise DataError(f"{name} has nothing to evaluate on: add dev.jsonl or test.jsonl.")
     return Task(
         name=name,
         train=train,
         splits=held,
         labels=labels,
         measure=measure,
-        choose_on="dev" if "dev" in held else "",
         dropped={split: rows for split, rows in dropped.items() if rows},
     )
+
+
+def _rank(split: str) -> tuple[int, str]:
+    return ("dev", "mismatched", "test", split).index(split), split  # others last
 
 
 # Choosing --------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def choose(
     Args:
         task: with all its rows.
         seed: of the draw.
-        hold_out: training rows that become the split `held-out`; no text is on both sides.
+        hold_out: training rows that become the split `held-out`; none is on both sides.
         shots: training rows of each label; 0 takes all.
         limit: training rows; 0 takes all.
     """
@@ -186,12 +186,11 @@ def choose(
         if hold_out >= len(order):
             raise DataError(f"{hold_out} held-out rows leave nothing of {len(order)} to train on.")
         splits["held-out"] = task.train.select(order[:hold_out])
-        held = set(splits["held-out"]["text"])
-        texts = task.train["text"][:]
-        order = [i for i in order[hold_out:] if texts[i] not in held]
+        read = _texts(task.train)
+        held = {read[i] for i in order[:hold_out]}
+        order = [i for i in order[hold_out:] if read[i] not in held]
     if shots:
-        labels = task.train["label"][:]
-        order = _few(order, labels, shots)
+        order = _few(order, task.train["label"][:], shots)
     if limit:
         order = order[:limit]
     if not order:
@@ -215,10 +214,15 @@ def _few(order: list[int], labels: list[Any], shots: int) -> list[int]:
 # Batching --------------------------------------------------------------------------------------
 
 
+def _texts(rows: Dataset) -> list[tuple[str, ...]]:
+    """Return the one or two texts of each row."""
+    columns = [rows[name][:] for name in ("text", "pair") if name in rows.column_names]
+    return list(zip(*columns, strict=True))
+
+
 def lengths(rows: Dataset) -> list[int]:
     """Return how many characters each row has."""
-    texts = [rows[name][:] for name in ("text", "pair") if name in rows.column_names]
-    return [sum(map(len, row)) for row in zip(*texts, strict=True)]
+    return [sum(map(len, texts)) for texts in _texts(rows)]
 
 
 def batches(lengths: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:

@@ -4,6 +4,8 @@ A model that answers the same for every row has no correlation with anything. Li
 and warn; a table of results needs a number, and 0 is what guessing is worth.
 """
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +46,10 @@ def spearman(predictions: Any, labels: Any) -> float:
 def _correlation(measure: Callable[..., Any], predictions: Any, labels: Any) -> float:
     if _constant(predictions) or _constant(labels):
         return 0.0
-    return float(measure(predictions, labels).statistic)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that hardly vary, or are not finite
+        value = float(measure(predictions, labels).statistic)
+    return value if math.isfinite(value) else 0.0
 
 
 def _constant(values: Any) -> bool:

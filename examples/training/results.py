@@ -24,7 +24,8 @@ class Run:
         model: a hub model or a folder; "minilm" for the embedded encoder.
         solver: a name in `mixadv.SOLVERS`, or "plain" for the optimizer alone.
         parameters: hyper-parameters of the solver that are not the defaults.
-        updates: of the weights; 0 for as many as `epochs` need.
+        epochs: passes over the training rows; 0 where `updates` says how long.
+        updates: 0 for as many as the epochs need.
         batch_size: rows of a micro-batch in one process.
         accumulate: micro-batches of an update.
         learning_rate: at the end of the warm-up, before its linear decay.
@@ -70,20 +71,27 @@ class Run:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}.")
-        for name in ("learning_rate", "epochs"):
+        for name in ("learning_rate", *(() if self.updates else ("epochs",))):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a share in [0, 1), got {self.warmup}.")
         for radius in self.radii:
             if not 0 <= radius < math.inf:
                 raise ValueError(f"radii must be at least 0 and finite, got {radius}.")
+        if self.radii and self.evaluate == "mixture":
+            raise ValueError(
+                "radii are of an attack on one model: evaluate last or mean, not mixture."
+            )
 
     @property
     def key(self) -> str:
         """A name that is the same for the same run."""
         text = json.dumps(asdict(self), sort_keys=True)
-        return f"{self.task}-{self.solver}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        return f"{self.task}-{self.solver}-{self.seed}-{digest}"
 
 
 def append(path: Path, result: dict[str, Any]) -> None:
@@ -134,8 +142,13 @@ def table(results: Iterable[dict[str, Any]]) -> str:
         for moment in moments:
             chosen = [r for r in group if moment in r]
             if chosen:
-                lines.append(_row(chosen, moment, varied, [moment] if at else [], metrics))
+                at = [_at(moment, chosen[0])] if len(moments) > 1 else []
+                lines.append(_row(chosen, moment, varied, at, metrics))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _at(moment: str, result: dict[str, Any]) -> str:
+    return f"best on {result['chosen_on']}" if moment == "best" else moment
 
 
 def _metrics(measured: Iterable[dict[str, dict[str, float]]]) -> dict[str, tuple[str, str]]:
