@@ -251,6 +251,20 @@ def test_without_a_head_nothing_is_added():
     assert optimizer.game.state_dict()["modules"] == {}
 
 
+def test_a_round_with_a_head_is_explained_and_the_head_left_alone():
+    one, head = small(), nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).double()
+    solver = mixadv.CAT(source="hidden", head=head)
+    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, solver)
+    before = copy.deepcopy(head.state_dict())
+    told = optimizer.game.explain(one.closure()).passes
+    assert told == mixadv.Game(one.model, mixadv.CAT(source="hidden")).explain().passes
+    assert_same(head.state_dict(), before)
+    optimizer.step(one.closure())
+    outcome = optimizer.outcome
+    counted = (outcome.forwards, outcome.delta_backwards, outcome.theta_backwards)
+    assert counted == (told.forwards, told.delta_backwards, told.theta_backwards)
+
+
 def test_a_head_without_an_optimizer_is_refused():
     solver = mixadv.CAT(head=nn.Linear(5, 4))
     with pytest.raises(

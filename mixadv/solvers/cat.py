@@ -45,7 +45,8 @@ class CAT(Solver):
         source: name of the submodule whose output is read; None for the model's `base_model`.
         representation: called with that output, returns `[B, d]`.
         head: a module `[B, d] -> [B, d']` trained with the model and dropped after training; its
-            parameters are added to the optimizer as a group, its weights saved with the game.
+            parameters are added to the optimizer as a group (make schedulers after wrapping), its
+            weights saved with the game.
     """
 
     name: ClassVar[str] = "cat"
@@ -110,14 +111,14 @@ def share(gradients: list[Tensor], calls: list[Call]) -> list[Tensor]:
 
     Args:
         gradients: per call at the site `[1, B, ..., D]`.
-        calls: the calls; where one is no embedding's, its gradient stays as it is.
+        calls: the calls, none in a rehearsal; a gradient at no embedding stays as it is.
     """
     shapes = [(1, g.shape[1], *[1] * (g.dim() - 2)) for g in gradients]
     finite = [
         g.isfinite().flatten(2).all(2).view(s) for g, s in zip(gradients, shapes, strict=True)
     ]
     rows: dict[nn.Module, Tensor] = {}
-    for g, call, kept in zip(gradients, calls, finite, strict=True):
+    for g, call, kept in zip(gradients, calls, finite, strict=False):
         if call.ids is None or call.embedding is None:
             continue
         if call.embedding not in rows:
@@ -127,5 +128,5 @@ def share(gradients: list[Tensor], calls: list[Call]) -> list[Tensor]:
         rows[call.embedding].index_add_(0, call.ids.flatten(), real.flatten(0, -2))
     return [
         g if call.embedding is None else torch.where(kept, rows[call.embedding][call.ids], g)
-        for g, call, kept in zip(gradients, calls, finite, strict=True)
+        for g, call, kept in zip(gradients, calls, finite, strict=False)
     ]
