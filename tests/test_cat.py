@@ -191,6 +191,33 @@ def test_without_sharing_each_place_has_a_perturbation_of_its_own():
     assert any(len(rows) > 1 for rows in places[1].values())
 
 
+SHARED = {"shared": True, "source": "hidden"}
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+@pytest.mark.parametrize("per", ["sample", "token"])
+@pytest.mark.parametrize("normalize", ["steepest", "norm", "none"])
+def test_a_shared_perturbation_is_shared_or_refused(norm, per, normalize):
+    one, words = small(), {"norm": norm, "per": per, "normalize": normalize, **SHARED}
+    if per == "sample" and (norm, normalize) != ("linf", "steepest"):
+        with pytest.raises(ValueError, match=f"'{norm}' with normalize='{normalize}' per sample"):
+            mixadv.CAT(**words)
+        return
+    without_dropout(one.model)
+    game = mixadv.Game(one.model, mixadv.CAT(**words))
+
+    def closure():
+        logits = one.model(one.batch["ids"])
+        return F.cross_entropy(logits, one.batch["labels"], reduction="none"), logits
+
+    game.backward(closure)
+    ids, delta = one.batch["ids"], game.strategy.points[0][0]
+    for token in range(1, 12):
+        places = delta[ids == token]
+        torch.testing.assert_close(places, places[:1].expand_as(places))
+    assert delta[ids != 0].any(1).all()
+
+
 # The head -----------------------------------------------------------------------------------------
 
 

@@ -71,10 +71,12 @@ class CAT(Solver):
             raise ValueError(f"CAT takes one step, got steps={self.steps}.")
         if self.step_size == 0:
             raise ValueError("CAT: step_size=0 never leaves δ = 0; its size is the radius.")
-        if self.shared and self.norm != "linf" and self.per == "sample":
+        signs = self.norm == "linf" and self.normalize == "steepest"
+        if self.shared and self.per == "sample" and not signs:
             raise ValueError(
-                f"CAT: norm={self.norm!r} per sample would give a token another δ in every sample. "
-                "Set per='token', norm='linf', or shared=False."
+                f"CAT: norm={self.norm!r} with normalize={self.normalize!r} per sample would give "
+                "a token another δ in every sample. Set per='token' or shared=False, or keep "
+                "norm='linf' and normalize='steepest'."
             )
         check_number("CAT", "contrast", self.contrast, 0.0, 1.0)
         check_nt_xent(self.contrast_temperature, self.negatives)
