@@ -104,9 +104,9 @@ def explain(game: Game, closure: Closure | None) -> Explanation:
 def passes(solver: Solver) -> Passes:
     """Return the passes of a round, counted by playing it without a model."""
     stage: Any = _Rehearsal()
-    solver = replace(solver, **dict.fromkeys(solver.modules()))  # a head would see its sizes
     thetas = steps = 0
-    for move in solver.play(stage):
+    alone = replace(solver, **dict.fromkeys(solver.modules()))  # they have nothing to act on
+    for move in alone.play(stage):
         thetas += 1
         if isinstance(move, Step):
             steps += 1

@@ -191,6 +191,33 @@ def test_without_sharing_each_place_has_a_perturbation_of_its_own():
     assert any(len(rows) > 1 for rows in places[1].values())
 
 
+SHARED = {"shared": True, "source": "hidden"}
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+@pytest.mark.parametrize("per", ["sample", "token"])
+@pytest.mark.parametrize("normalize", ["steepest", "norm", "none"])
+def test_a_shared_perturbation_is_shared_or_refused(norm, per, normalize):
+    one, words = small(), {"norm": norm, "per": per, "normalize": normalize, **SHARED}
+    if per == "sample" and (norm, normalize) != ("linf", "steepest"):
+        with pytest.raises(ValueError, match=f"'{norm}'.*normalize='{normalize}'.*shared=False"):
+            mixadv.CAT(**words)
+        return
+    without_dropout(one.model)
+    game = mixadv.Game(one.model, mixadv.CAT(**words))
+
+    def closure():
+        logits = one.model(one.batch["ids"])
+        return F.cross_entropy(logits, one.batch["labels"], reduction="none"), logits
+
+    game.backward(closure)
+    ids, delta = one.batch["ids"], game.strategy.points[0][0]
+    for token in range(1, 12):
+        places = delta[ids == token]
+        torch.testing.assert_close(places, places[:1].expand_as(places))
+    assert delta[ids != 0].any(1).all()
+
+
 # The head -----------------------------------------------------------------------------------------
 
 
@@ -249,6 +276,20 @@ def test_without_a_head_nothing_is_added():
     optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, mixadv.CAT())
     assert len(optimizer.param_groups) == 1
     assert optimizer.game.state_dict()["modules"] == {}
+
+
+def test_a_round_with_a_head_is_explained_and_the_head_left_alone():
+    one, head = small(), nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).double()
+    solver = mixadv.CAT(source="hidden", head=head)
+    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, solver)
+    before = copy.deepcopy(head.state_dict())
+    told = optimizer.game.explain(one.closure()).passes
+    assert told == mixadv.Game(one.model, mixadv.CAT(source="hidden")).explain().passes
+    assert_same(head.state_dict(), before)
+    optimizer.step(one.closure())
+    outcome = optimizer.outcome
+    counted = (outcome.forwards, outcome.delta_backwards, outcome.theta_backwards)
+    assert counted == (told.forwards, told.delta_backwards, told.theta_backwards)
 
 
 def test_a_head_without_an_optimizer_is_refused():
