@@ -114,7 +114,7 @@ def _numbering(name: str, labels: Mapping[str, list[Any]]) -> dict[Any, int]:
 
 
 def _values(rows: Dataset, names: tuple[str, ...], where: str) -> list[Any]:
-    """Return the first column of these names that the rows have; labels by name if they have one."""
+    """Return the first of these columns that the rows have; labels by name if they have one."""
     for name in names:
         if name in rows.column_names:
             feature, values = rows.features[name], rows[name][:]
