@@ -838,8 +838,14 @@ def test_a_killed_process_is_continued(folder: Path, encoder: str, tmp_path: Pat
 def test_two_processes_train_evaluate_and_write_as_one(folder: Path, encoder: str, tmp_path: Path):
     more = ["--solver", "plain", "mat", "--evaluate-every", "2", "--hold-out", "9"]
     argv = command(folder, encoder, tmp_path / "out", *more)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run(
         [*launch, str(EXAMPLES / "intent.py"), *argv],
         env=environment(tmp_path),

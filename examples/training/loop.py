@@ -58,6 +58,7 @@ class Training:
         self.task = task
         self.keeping = keeping
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else processes without one stay alone
             mixed_precision="bf16" if run.bf16 else "no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=run.accumulate),
         )

@@ -24,8 +24,8 @@ results:
   Each run adds one JSON line to OUTPUT/results.jsonl: its settings, the metrics of each split for
   the last weights and for the best ones, seconds and forward passes per update, optimizer steps.
   A run that has a line is not repeated. A killed run goes on from its last checkpoint when the
-  same command is given again, to the same numbers. Several processes: accelerate launch, before
-  the name of this script; --batch-size is then that of each process.
+  same command is given again, to the same numbers. Several processes: torchrun or accelerate
+  launch, before the name of this script; --batch-size is then that of each process.
 """
 
 
