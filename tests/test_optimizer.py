@@ -343,9 +343,14 @@ def test_a_closure_that_plays_a_round_means_what_torch_means(
 @pytest.fixture
 def accelerator() -> Iterator[Any]:
     accelerate = pytest.importorskip("accelerate")
+
+    def reset() -> None:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+
+    reset()  # a Trainer that ran before, in any test, leaves its dataloader there
     yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    reset()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
