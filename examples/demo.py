@@ -10,16 +10,20 @@ cores; a second call prints what the first one measured.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import training
+import intent
+from training import command, loop, results
+from training.loop import Keeping
+from training.results import Run
 
 RADII = (0.0, 0.05, 0.1, 0.2)
 METHODS = (("plain", 1), ("plain", 2), ("freelb", 1), ("mat", 1))  # and how many times the updates
 
 
-def picture(results: list[dict[str, Any]], path: Path) -> None:
+def picture(found: list[dict[str, Any]], path: Path) -> None:
     """Save accuracy against the radius of the attack, one line per method."""
     import matplotlib as mpl
 
@@ -27,11 +31,11 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for result, marker in zip(results, "osD^v", strict=False):
-        radii = [float(radius) for radius in result["attacked"]]
-        accuracies = [100 * value for value in result["attacked"].values()]
+    for result, marker in zip(found, "osD^v", strict=False):
+        names = [f"PGD {radius:g}" for radius in RADII]
+        accuracies = [100 * result["last"][name]["accuracy"] for name in names]
         label = f"{result['solver']}, {result['updates']} updates"
-        axes.plot(radii, accuracies, marker=marker, label=label)
+        axes.plot(RADII, accuracies, marker=marker, label=label)
     axes.set(xlabel="radius of the attack (token norms, L2 per sentence)", ylabel="accuracy, %")
     axes.set_title("PGD in embedding space")
     axes.set_ylim(0, 100)
@@ -53,25 +57,29 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def work(options: argparse.Namespace) -> str:
     """Train, evaluate and draw; return what to print."""
     runs = [
-        training.Run(
+        Run(
+            task="intents",
             solver=name,
+            epochs=0.0,
             updates=factor * options.updates,
+            max_length=64,
             radii=RADII,
             attack_rows=options.attack_rows,
-            evaluate_on=("test", "adversarial"),
         )
         for name, factor in METHODS
     ]
-    results = training.run_all(runs, options.output)
+    task = intent.load(intent.arguments([]))
+    task = replace(task, splits={name: task.splits[name] for name in ("test", "adversarial")})
+    found = loop.run_all(runs, task, Keeping(options.output))
     path = options.output / "accuracy_against_radius.png"
-    picture(results, path)
-    return f"{training.table(results)}\n\npicture: {path}"
+    picture(found, path)
+    return f"{results.table(found)}\n\npicture: {path}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 2 for what it cannot run."""
     options = arguments(argv)
-    return training.answer("demo", lambda: work(options))
+    return command.answer("demo", lambda: work(options))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def nt_xent(
 ) -> Tensor:
     """Return the loss, 0-d, in at least fp32 and outside autocast.
 
-    Symmetric in its two views. A batch of one sample has no negatives to `"cross"` and loss 0.
+    Symmetric in its two views. A batch of one sample has no negatives, and loss 0.
 
     Args:
         clean: `[N, d]`, any float dtype; rows need not be normalised.
@@ -49,7 +49,7 @@ def nt_xent(
             f"{list(clean.shape)} and {list(adversarial.shape)}."
         )
     with torch.autocast(clean.device.type, enabled=False):
-        one, other = _directions(clean), _directions(adversarial)
+        one, other = directions(clean), directions(adversarial)
         partner = torch.arange(len(one), device=one.device)
         if negatives == "cross":
             similarity = one @ other.T / temperature
@@ -60,8 +60,8 @@ def nt_xent(
         return F.cross_entropy(similarity, torch.cat([partner + len(one), partner]))
 
 
-def _directions(views: Tensor) -> Tensor:
-    """Return the rows at length 1, zero where a row is zero."""
+def directions(views: Tensor) -> Tensor:
+    """Return the rows at length 1, zero where a row is zero, in at least fp32."""
     wide = views.to(torch.promote_types(views.dtype, torch.float32))
     # Squares of 1e30 overflow in fp32 and those of 1e-30 vanish. With 1 as the largest entry a row
     # is at least 1 long, so that eps is for rows of zeros alone: their gradient stays finite.

@@ -28,7 +28,10 @@ class BestResponse(NamedTuple):
 
 
 def best_response(game: Game, closure: Closure) -> BestResponse:
-    """Return where the ascent of the game's solver ends, and the model's predictions there.
+    """Return where projected ascent ends, and the model's predictions there.
+
+    It is played in the words of the game's solver: its payoff, steps, ball and start. What a solver
+    does besides (a perturbation of tokens, of representations) is for training alone.
 
     An approximate best response: what it reaches is a lower bound of what an adversary could. The
     learner is left alone: no gradients, no step, and the draws of later rounds are what they would

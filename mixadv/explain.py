@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,7 +105,8 @@ def passes(solver: Solver) -> Passes:
     """Return the passes of a round, counted by playing it without a model."""
     stage: Any = _Rehearsal()
     thetas = steps = 0
-    for move in solver.play(stage):
+    alone = replace(solver, **dict.fromkeys(solver.modules()))  # they have nothing to act on
+    for move in alone.play(stage):
         thetas += 1
         if isinstance(move, Step):
             steps += 1

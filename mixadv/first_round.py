@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixadv import routes, validate
+from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
 from mixadv.compiled_site import CompiledSite
 from mixadv.divergence import divergence
@@ -271,7 +272,9 @@ def _check_noise_floor(game: Game, stage: Stage, zero: Reading) -> None:
     noise = Noise(game.seed)
     noise.begin("noise floor", 0)
     start = "uniform" if solver.start == "zero" else solver.start
-    q = Strategy.begin(replace(solver, particles=1, start=start), noise, stage.calls, game.scale)
+    words = {f.name: getattr(solver, f.name) for f in fields(Ascent)}
+    ascent = Ascent(**{**words, "particles": 1, "start": start})
+    q = Strategy.begin(ascent, noise, stage.calls, game.scale)
 
     def rounding(index: int, call: Call, output: Tensor) -> Tensor:
         like = call.empty()

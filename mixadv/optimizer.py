@@ -223,6 +223,10 @@ class GameOptimizer(Optimizer):
                 f"{type(self.game.solver).__name__} has {'one' if learner else 'none'}: build the "
                 "solver as it was, or drop the checkpoint's 'mixadv' entry to start afresh."
             )
+        if ours is None and self.game.solver.modules():  # which a plain optimizer did not train
+            own = self.base.state_dict()["param_groups"]
+            groups = state["param_groups"]
+            state["param_groups"] = [*groups, *own[len(groups) :]]
         part = {} if ours is None or learner is None else learner.read_state(ours["learner"])
         self.base.load_state_dict(state)
         fresh = {"seed": self.game.seed, "round": 0, "unit": None}

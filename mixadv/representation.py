@@ -2,8 +2,9 @@
 
     h = read(output of the source),   by default the first token of the encoder's last hidden state
 
-by a hook on the source: the model is not asked for hidden states it does not return. On a compiled
-model the hook has to be there before the model's first call, and stays.
+side by side where the source is called several times in a pass, as by a model that compares two
+texts. A hook on the source reads it: the model is not asked for hidden states it does not return.
+On a compiled model the hook has to be there before the model's first call, and stays.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Source(NamedTuple):
 
     Attributes:
         module: name of the submodule whose output is read; None for the base model of a Hugging
-            Face model, and for other models what they return themselves.
+            Face model or of one it holds, and without one for what the model itself returns.
         read: called with that output, returns `[B, d]`.
     """
 
@@ -69,7 +70,7 @@ class Representation:
     def __init__(self, model: nn.Module, source: Source) -> None:
         self.source = source
         self.name, self.module = _find(unwrap(model), source.module)
-        self._kept: Any = None
+        self._kept: list[Any] = []
         self.active = False
         self._dormant = []
         if self.module is unwrap(model):
@@ -80,18 +81,18 @@ class Representation:
     @contextmanager
     def run(self) -> Iterator[None]:
         """Keep what the body's pass returns at the source, for `take`."""
-        self._kept, self.active = None, True
+        self._kept, self.active = [], True
         hooks = [] if self._dormant else [self.module.register_forward_hook(self._read)]
         try:
             yield
-            if self._kept is None:
+            if not self._kept:
                 raise GameError(
                     f"The module {self.name!r}, whose output is the representation, was not called "
                     "in the forward pass (or ran in a graph that was compiled before this game was "
                     "made). Name another with source=."
                 )
         except BaseException:
-            self.kept = None  # and the graph it belongs to
+            self._kept = []  # and the graphs they belong to
             raise
         finally:
             self.active = False
@@ -99,16 +100,28 @@ class Representation:
                 hook.remove()
 
     def take(self) -> Tensor:
-        """Return the representation of what was kept, checked, and keep it no longer."""
+        """Return the representation of what was kept, in at least fp32, and keep it no longer."""
         # Read after the pass: within a reentrant checkpoint it would have no gradient.
-        kept, self._kept = self.source.read(self._kept), None
+        outputs, self._kept = self._kept, []
+        try:
+            kept = [self.source.read(output) for output in outputs]
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise GameError(
+                f"representation= failed on what {self.name!r} returned, "
+                f"{type(outputs[0]).__name__}: {error}. Give a function of that, or name another "
+                "module with source=."
+            ) from error
+        return torch.cat([self._checked(h) for h in kept], 1)
+
+    def _checked(self, kept: Any) -> Tensor:
         if not isinstance(kept, Tensor) or kept.dim() != 2 or not kept.is_floating_point():
             what = list(kept.shape) if isinstance(kept, Tensor) else type(kept).__name__
             raise GameError(
                 f"The representation read at {self.name!r} must be [B, d] in floating point, got "
-                f"{what}. Give representation=, a function of what that module returns."
+                f"{what}. Give representation=, a function of what that module returns, or name "
+                "another module with source=."
             )
-        return kept
+        return kept.to(torch.promote_types(kept.dtype, torch.float32))
 
     def close(self) -> None:
         """Remove the hook that stays on a compiled model."""
@@ -117,12 +130,15 @@ class Representation:
 
     def _read(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.active and (torch.compiler.is_compiling() or not recomputing()):
-            self._kept = output
+            self._kept.append(output)
 
 
 def _find(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
     if name is None:
-        base = getattr(model, "base_model", model)
+        # The model's own, or that of the encoder it holds; adapters wrap one in another.
+        base = next((m for m in model.modules() if hasattr(m, "base_model")), model)
+        while (inner := getattr(base, "base_model", base)) is not base:
+            base = inner
         found = next((n for n, m in model.named_modules() if m is base), "")
         return found or type(model).__name__, base if isinstance(base, nn.Module) else model
     modules = dict(model.named_modules())

@@ -305,6 +305,7 @@ class Site:
 
 def tokens_of(module: nn.Module, entered: Any) -> tuple[Tensor | None, nn.Module | None]:
     """Return the token ids that an embedding was called with, and the embedding."""
+    module = getattr(module, "base_layer", module)  # of an adapter around it
     known = hasattr(module, "num_embeddings") and isinstance(entered, Tensor)
     return (entered, module) if known else (None, None)
 

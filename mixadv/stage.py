@@ -13,13 +13,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import config as functorch
 
 from mixadv import routes, validate
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
+from mixadv.contrastive import directions
 from mixadv.divergence import Divergence, divergence
 from mixadv.errors import GameError
 from mixadv.modules import functional, unwrap
@@ -115,7 +115,7 @@ class Stage:
         target = None if payoff == "loss" else self._predictions(self.clean()).detach()
         measure = None if target is None else divergence(payoff)
 
-        clean = self.clean().representation.detach() if deviation else None
+        clean = directions(self.clean().representation.detach()) if deviation else None
 
         def gains(reading: Reading, copies: int = 1) -> Tensor:
             if target is None or measure is None:
@@ -124,8 +124,8 @@ class Stage:
                 gained = reading.diverge(_copies(target, copies), measure)
             if clean is None:
                 return gained
-            away = 1 - F.cosine_similarity(reading.representation, _copies(clean, copies))
-            return gained + deviation * away.to(gained.dtype).unflatten(0, (len(gained), -1)).sum(1)
+            away = 1 - (directions(reading.representation) * _copies(clean, copies)).sum(-1)
+            return gained + deviation * _spread(away.to(gained.dtype), len(gained))
 
         chosen = route or routes.ROUTES[ascent.route if q.size > 1 else "sequential"]
         with self.frozen():
@@ -226,7 +226,9 @@ class Stage:
 
         self.played = q = q.detach()
         gained = routes.readings(self, q, gains)  # fills q where no ascent came before
-        return (q.weights * gained).mean(1).sum()
+        expected = (q.weights * gained).mean(1).sum()
+        self.payoff = expected.detach()
+        return expected
 
     def proximal(self, kind: str | Divergence) -> Tensor:
         """Return the divergence of the predictions from those of the teacher, 0-d."""
@@ -369,6 +371,19 @@ class Stage:
 
 def _by(ascent: Ascent) -> Rule:
     return lambda index, *move: ascent.move(*move)
+
+
+def _spread(values: Tensor, rows: int) -> Tensor:
+    """Return values of samples for `rows` payoffs: several of a sample, or one of several."""
+    if rows % len(values) == 0:
+        each = rows // len(values)
+        return (values / each).repeat_interleave(each)
+    if len(values) % rows == 0:
+        return values.unflatten(0, (rows, -1)).sum(1)
+    raise GameError(
+        f"The representation has {len(values)} rows and the closure returned {rows} losses, which "
+        "do not belong to each other: return one loss per sample, or name another source=."
+    )
 
 
 def _copies(x: Tensor, copies: int) -> Tensor:

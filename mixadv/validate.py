@@ -73,11 +73,18 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
     if optimizer is None:
         if learner is not None or besides:
             why = "moves the weights after a step" if learner else f"trains {', '.join(besides)}="
+            why = "steps within a batch" if solver.replays_batch else why
+            then = "step(closure)" if solver.replays_batch else "game"
             raise ValueError(
                 f"{type(solver).__name__} {why}, which needs the optimizer: use "
-                "mixadv.wrap(optimizer, model, solver) and its .game."
+                f"mixadv.wrap(optimizer, model, solver) and its .{then}."
             )
         return
+    if besides and any("initial_lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(solver).__name__} adds {', '.join(besides)}= to the optimizer, whose learning "
+            "rate is scheduled already: wrap the optimizer before the scheduler is made."
+        )
     base_optimizer(optimizer)
     own = {id(p) for p in model.parameters()}
     held = [p for g in optimizer.param_groups for p in g["params"]]

@@ -129,6 +129,34 @@ def test_ids_of_any_shape_are_shared(shape):
     assert_played_by_hand(model, closure, "2", "0.weight")
 
 
+def test_padding_has_no_say_in_the_perturbation_of_a_real_token_with_its_id():
+    """Models that pad with their end token; this one even reads padding, with a weight."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(4, 5), nn.Linear(5, 3)
+
+        def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.head((self.words(ids) * (9 - 8 * attention_mask)[..., None]).sum(1))
+
+    torch.manual_seed(0)
+    model, ids = Reader().double(), torch.tensor([[1, 0, 2], [3, 2, 2], [1, 3, 2]])
+    mask, labels = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 0]]), torch.arange(3)
+    words = {"radius": RADIUS, "unit": "absolute", "source": "head"}
+    game = mixadv.Game(model, mixadv.CAT(**words))
+    game.backward(lambda: F.cross_entropy(model(ids, mask), labels))
+    embedded = model.words(ids).detach().requires_grad_()
+    logits = model.head((embedded * (9 - 8 * mask)[..., None]).sum(1))
+    (slope,) = torch.autograd.grad(F.cross_entropy(logits, labels), embedded)
+    places = (ids == 2) & (mask > 0)
+    expected = RADIUS * slope[places].sum(0).sign()
+    assert not torch.equal(expected, RADIUS * slope[ids == 2].sum(0).sign())
+    found = game.strategy.points[0][0]
+    torch.testing.assert_close(found[places], expected.expand(2, -1))
+    assert not found[mask == 0].any()
+
+
 def test_two_embeddings_of_one_size_have_perturbations_of_their_own():
     """The rows of one say nothing about the rows of the other."""
     torch.manual_seed(0)
@@ -161,6 +189,33 @@ def test_without_sharing_each_place_has_a_perturbation_of_its_own():
         places.append({i: delta[ids == i].unique(dim=0) for i in range(1, 12) if (ids == i).any()})
     assert all(len(rows) == 1 for rows in places[0].values())
     assert any(len(rows) > 1 for rows in places[1].values())
+
+
+SHARED = {"shared": True, "source": "hidden"}
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+@pytest.mark.parametrize("per", ["sample", "token"])
+@pytest.mark.parametrize("normalize", ["steepest", "norm", "none"])
+def test_a_shared_perturbation_is_shared_or_refused(norm, per, normalize):
+    one, words = small(), {"norm": norm, "per": per, "normalize": normalize, **SHARED}
+    if per == "sample" and (norm, normalize) != ("linf", "steepest"):
+        with pytest.raises(ValueError, match=f"'{norm}'.*normalize='{normalize}'.*shared=False"):
+            mixadv.CAT(**words)
+        return
+    without_dropout(one.model)
+    game = mixadv.Game(one.model, mixadv.CAT(**words))
+
+    def closure():
+        logits = one.model(one.batch["ids"])
+        return F.cross_entropy(logits, one.batch["labels"], reduction="none"), logits
+
+    game.backward(closure)
+    ids, delta = one.batch["ids"], game.strategy.points[0][0]
+    for token in range(1, 12):
+        places = delta[ids == token]
+        torch.testing.assert_close(places, places[:1].expand_as(places))
+    assert delta[ids != 0].any(1).all()
 
 
 # The head -----------------------------------------------------------------------------------------
@@ -221,6 +276,20 @@ def test_without_a_head_nothing_is_added():
     optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, mixadv.CAT())
     assert len(optimizer.param_groups) == 1
     assert optimizer.game.state_dict()["modules"] == {}
+
+
+def test_a_round_with_a_head_is_explained_and_the_head_left_alone():
+    one, head = small(), nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).double()
+    solver = mixadv.CAT(source="hidden", head=head)
+    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, solver)
+    before = copy.deepcopy(head.state_dict())
+    told = optimizer.game.explain(one.closure()).passes
+    assert told == mixadv.Game(one.model, mixadv.CAT(source="hidden")).explain().passes
+    assert_same(head.state_dict(), before)
+    optimizer.step(one.closure())
+    outcome = optimizer.outcome
+    counted = (outcome.forwards, outcome.delta_backwards, outcome.theta_backwards)
+    assert counted == (told.forwards, told.delta_backwards, told.theta_backwards)
 
 
 def test_a_head_without_an_optimizer_is_refused():

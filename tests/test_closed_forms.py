@@ -93,6 +93,44 @@ def test_fast_gradient_adds_the_robust_loss_to_the_clean_one(norm):
     assert_same(outcome.objective, (clean + game.robust(0.3, norm)).mean().detach())
 
 
+HALVES = {
+    "CreAT": lambda **words: mixadv.CreAT(
+        deviation=0.0, start="zero", step_size=0.3, projection="sphere", **words
+    ),
+    "CAT": lambda **words: mixadv.CAT(contrast=0.0, shared=False, **words),
+}
+
+
+@norms
+@pytest.mark.parametrize("build", HALVES.values(), ids=HALVES)
+def test_half_the_robust_loss_is_added_to_half_the_clean_one(build, norm):
+    game = Affine("logistic")
+    outcome = mixadv.Game(game.model, build(norm=norm, radius=0.3, unit="absolute")).backward(
+        game.closure
+    )
+    delivered = gradients(game.model)
+    objective = (game.loss(game.model(game.x)) + game.robust(0.3, norm)).mean() / 2
+    objective.backward()
+    assert_same(outcome.objective, objective.detach())
+    assert_same(delivered, gradients(game.model))
+
+
+@norms
+def test_replays_train_on_the_clean_loss_and_then_on_the_robust_one(norm):
+    """From zero, one move against an affine model is the exact best response to its new weights.
+
+    In logistic regression every step is along −y·w, whatever the weights' length.
+    """
+    game = Affine("logistic")
+    words = {"norm": norm, "radius": 0.3, "step_size": 0.3, "start": "zero", "unit": "absolute"}
+    base = torch.optim.SGD(game.model.parameters(), lr=0.0)
+    optimizer = mixadv.wrap(base, game.model, mixadv.FreeAT(steps=2, **words))
+    clean = game.loss(game.model(game.x))
+    expected = (clean + game.robust(0.3, norm)).mean() / 2
+    assert_same(optimizer.step(game.closure), expected.detach())
+    assert_same(optimizer.step(game.closure), game.robust(0.3, norm).mean().detach())
+
+
 @given(st.floats(0.05, 1.0), st.integers(0, 100))
 def test_sign_steps_reach_the_corner_from_any_start_in_the_box(step_size, seed):
     game, radius = Affine("logistic"), 0.4
@@ -124,16 +162,22 @@ def test_normalised_steps_turn_towards_the_worst_direction_at_the_known_rate(ste
     assert_same((ends[1] - found[:, None] * worst).norm(dim=1), across)
 
 
+SMOOTH = {
+    "SMART": lambda **words: mixadv.SMART(proximal=0.0, **words),
+    "ALUM": mixadv.ALUM,
+}
+
+
 @norms
-def test_smoothness_of_an_affine_model_is_its_squared_dual_norm(norm):
+@pytest.mark.parametrize("build", SMOOTH.values(), ids=SMOOTH)
+def test_smoothness_of_an_affine_model_is_its_squared_dual_norm(build, norm):
     game = Affine("squared")
-    solver = mixadv.SMART(
+    solver = build(
         norm=norm,
         radius=0.3,
         steps=8,
         step_size=30.0,
         smoothness=2.0,
-        proximal=0.0,
         divergence="squared_error",
         unit="absolute",
     )

@@ -116,7 +116,7 @@ VALUES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "a token's δ per sample": (
         lambda: CAT(norm="l2"),
         ValueError,
-        ("norm='l2' per sample", "per='token'", "shared=False"),
+        ("norm='l2', per='sample'", "per='token'", "shared=False"),
     ),
     "contrast": (lambda: CAT(contrast=1.5), ValueError, ("contrast", "between 0 and 1", "1.5")),
     "contrast temperature": (

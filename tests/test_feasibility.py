@@ -83,6 +83,7 @@ class GivenNoise:
 def build(name, **parameters):
     """Build a solver with those of the parameters that it has."""
     known = {f.name for f in fields(mixadv.SOLVERS[name])}
+    parameters = {"shared": False, **parameters}  # which few sets of the adversary allow
     return mixadv.solver(name, **{k: v for k, v in parameters.items() if k in known})
 
 

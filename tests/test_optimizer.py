@@ -344,11 +344,11 @@ def test_a_closure_that_plays_a_round_means_what_torch_means(
 def accelerator() -> Iterator[Any]:
     accelerate = pytest.importorskip("accelerate")
 
-    def reset() -> None:
+    def reset() -> None:  # state that all accelerators of a process share
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         accelerate.state.GradientState._reset_state()
 
-    reset()  # a Trainer that ran before, in any test, leaves its dataloader there
+    reset()  # what a Trainer of another test has left
     yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     reset()
 

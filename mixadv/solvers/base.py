@@ -58,7 +58,7 @@ class Solver(Ascent, ABC):
         return None
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return modules that are trained with the model and saved with the game, by name."""
+        """Return modules that are trained with the model and saved with the game, by field."""
         return {}
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mixadv.ascent import Projection, Start, check_flag, check_number
 from mixadv.contrastive import Negatives, check_nt_xent, nt_xent
+from mixadv.errors import GameError
 from mixadv.geometry import Norm
 from mixadv.representation import Source, check_source, first_token
 from mixadv.solvers.base import Solver
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 class CAT(Solver):
     """Clean and adversarial loss, and a contrastive loss that draws the two views together.
 
-    r has size `radius`, whatever `step_size`. Passes: 2 forwards, 1 backward for δ, 1 backward.
+    r has size `radius`, whatever `step_size`, unless projected onto the ball. Passes: 2 forwards,
+    1 backward for δ, 1 backward.
 
     Attributes:
         contrast: λ, the weight of the contrastive loss.
@@ -72,10 +74,15 @@ class CAT(Solver):
         if self.step_size == 0:
             raise ValueError("CAT: step_size=0 never leaves δ = 0; its size is the radius.")
         check_flag("CAT", "shared", self.shared)
-        if self.shared and self.norm != "linf" and self.per == "sample":
+        if self.start != "zero":
+            raise ValueError(f"CAT starts from δ = 0, got start={self.start!r}.")
+        alike = self.per == "token" or (self.norm == "linf" and self.normalize == "steepest")
+        if self.shared and (self.temperature or not alike):
             raise ValueError(
-                f"CAT: norm={self.norm!r} per sample would give a token another δ in every sample. "
-                "Set per='token', norm='linf', or shared=False."
+                f"CAT: norm={self.norm!r}, per={self.per!r}, normalize={self.normalize!r}, "
+                f"temperature={self.temperature} would give a token another δ in every sample. Set "
+                "per='token', or norm='linf' with normalize='steepest', at temperature 0; or "
+                "shared=False."
             )
         check_number("CAT", "contrast", self.contrast, 0.0, 1.0)
         check_nt_xent(self.contrast_temperature, self.negatives, "CAT", name="contrast_temperature")
@@ -98,13 +105,25 @@ class CAT(Solver):
         if self.shared:
             gradients = share(gradients, stage.calls)
         perturbed = stage.read(stage.move(zero, self, gradients).detach())
-        z, z_adversarial = (
-            h if self.head is None else self.head(h)
-            for h in (stage.clean().representation, perturbed.representation)
-        )
-        contrast = nt_xent(z, z_adversarial, self.contrast_temperature, self.negatives)
+        views = self.project_views(stage.clean().representation, perturbed.representation)
+        contrast = nt_xent(*views, self.contrast_temperature, self.negatives)
         losses = (stage.loss() + perturbed.objective) / 2
         yield Step((1 - self.contrast) * losses + self.contrast * contrast)
+
+    def project_views(self, clean: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both representations after the head, in one call of it."""
+        if self.head is None:
+            return clean, perturbed
+        views = torch.cat([clean, perturbed])
+        dtypes = [p.dtype for p in self.head.parameters()]
+        try:
+            projected = self.head(views.to(dtypes[0]) if dtypes else views)
+        except RuntimeError as error:
+            raise GameError(
+                f"CAT: head= cannot take the representations, {list(clean.shape)} on "
+                f"{clean.device}: {error}. Give it as many inputs, on the model's device."
+            ) from error
+        return projected[: len(clean)], projected[len(clean) :]
 
 
 def share(gradients: list[Tensor], calls: list[Call]) -> list[Tensor]:

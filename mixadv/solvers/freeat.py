@@ -35,7 +35,8 @@ class FreeAT(Solver):
     """The losses at the points of an ascent, an optimizer step at each.
 
     Passes: m forwards, m backwards, m optimizer steps; m is `steps`. Played by
-    `optimizer.step(closure)` alone, since the steps fall within one batch.
+    `optimizer.step(closure)` alone, since the steps fall within one batch. Keeps a copy of the
+    trainable weights, to go back to where a round breaks.
 
     Attributes:
         carry: start a round from the δ that the last one ended with. Of several processes each

@@ -69,6 +69,8 @@ class R3F(Solver):
         super().__post_init__()
         if self.steps != 0:
             raise ValueError(f"R3F takes no steps, got steps={self.steps}: with steps it is ALUM.")
+        if self.start == "zero":
+            raise ValueError("R3F: start='zero' draws no noise. Choose 'uniform' or 'normal'.")
         check_divergence(self, "divergence")
         check_number("R3F", "smoothness", self.smoothness)
 

@@ -92,6 +92,13 @@ class TextAT(Solver):
             raise ValueError(f"TextAT: write={self.write!r} is not 'mean' or 'accumulate'.")
         if not isinstance(self.exclude, tuple) or not all(type(i) is int for i in self.exclude):
             raise TypeError(f"TextAT: exclude must be a tuple of token ids, got {self.exclude!r}.")
+        if any(i < 0 for i in self.exclude):
+            raise ValueError(f"TextAT: exclude holds a negative token id, {self.exclude!r}.")
+        if self.projection != "ball":
+            raise ValueError(
+                f"TextAT scales its two perturbations into a ball, got projection="
+                f"{self.projection!r}: leave it at 'ball'."
+            )
 
     def play(self, stage: Stage) -> Play:
         """Play `(1/K) Σ ∇θ ℓ(X + δ_t + η_t)`."""
@@ -114,6 +121,7 @@ class Tokens:
         self.calls: list[Call] = []
         self.deltas: list[Tensor] = []
         self.etas: list[Tensor] = []
+        self.standing: list[Tensor] = []  # 0 for samples that fell back to δ = 0
 
     def begin(self, index: int, call: Call) -> Tensor:
         """Return δ_0 + Z[w] at a call of the site."""
@@ -126,12 +134,13 @@ class Tokens:
         self.calls.append(call)
         self.deltas.append(self.stage.draw(self.solver, call))
         self.etas.append(self.table(call)[call.ids] * self.real(call))
+        self.standing.append(torch.ones_like(self.deltas[index][:, :1, :1]))
         return self.bound(index)
 
     def move(self, index: int, q: Tensor, g: Tensor, mask: Tensor | None, draw: Draw) -> Tensor:
         """Return δ + η after one move of both."""
         call, solver = self.calls[index], self.solver
-        unbounded = replace(solver, radius=None, projection="ball", start_size=solver.initial_size)
+        unbounded = replace(solver, radius=None, start_size=solver.initial_size)
         self.deltas[index] = unbounded.move(self.deltas[index], g, mask, draw)
         step = geometry.steepest(g * self.real(call), solver.norm, "token")
         eta = self.etas[index] + solver.step_size * step
@@ -141,6 +150,7 @@ class Tokens:
         finite = (self.deltas[index] + self.etas[index]).isfinite().flatten(1).all(1)[:, None, None]
         for part in (self.deltas, self.etas):
             part[index] = torch.where(finite, part[index], 0.0)
+        self.standing[index] = self.standing[index] * finite
         return torch.where(finite, self.bound(index), torch.nan)  # δ = 0, and counted
 
     def bound(self, index: int) -> Tensor:
@@ -170,8 +180,9 @@ class Tokens:
         if "table" not in self.stage.memory:
             draw = Noise(self.stage.game.seed)
             draw.begin("table", 0)
+            longest = 0.0 if self.solver.start == "zero" else self.solver.initial_size
             rows = draw("uniform", like.new_empty(size))
-            self.stage.memory["table"] = self.solver.initial_size * rows / size[1] ** 0.5
+            self.stage.memory["table"] = longest * rows / size[1] ** 0.5
         table = self.stage.memory["table"]
         if table.shape != size:
             raise GameError(
@@ -181,16 +192,16 @@ class Tokens:
         return table.to(like)
 
     def write(self) -> None:
-        """Write η of this round into the table."""
+        """Write η of this round into the table, that of samples whose gradients were finite."""
         if not self.calls:
             return
         table = self.table(self.calls[0])
         change, count = torch.zeros_like(table), table.new_zeros(len(table), 1)
-        for call, eta in zip(self.calls, self.etas, strict=True):
+        for call, eta, standing in zip(self.calls, self.etas, self.standing, strict=True):
             assert call.ids is not None
-            ids, real = call.ids.flatten(), self.real(call)
-            new = eta if self.solver.write == "accumulate" else eta - table[call.ids] * real
-            change.index_add_(0, ids, new.flatten(0, 1))
+            ids, real = call.ids.flatten(), self.real(call) * standing
+            new = eta if self.solver.write == "accumulate" else eta - table[call.ids]
+            change.index_add_(0, ids, (new * real).flatten(0, 1))
             count.index_add_(0, ids, real.flatten(0, 1))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(change)

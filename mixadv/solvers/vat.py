@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class VAT(Solver):
     """Task loss, plus the divergence along the direction that changes the predictions most.
 
-    r has length `radius`, whatever `step_size`. Passes: 2 + K forwards, K backwards for δ, 1
-    backward.
+    r has length `radius`, whatever `step_size`, unless projected onto the ball. Passes: 2 + K
+    forwards, K backwards for δ, 1 backward.
 
     Attributes:
         smoothness: α.

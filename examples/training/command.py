@@ -1,0 +1,93 @@
+"""What the scripts do with a command line: runs, results, and one line for a mistake."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from accelerate import PartialState
+
+import mixadv
+from training import loop, results
+from training.data import Task
+from training.options import parser
+from training.parameters import check_evaluation, parameters
+from training.results import Run
+
+REFUSALS = (ValueError, OSError, ImportError, mixadv.GameError)
+"""What a script answers with one line: the user asked for what cannot be run."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script: its manual, its own options, and what it trains on.
+
+    Attributes:
+        name: of the script.
+        manual: what it does, and examples.
+        options: adds the script's own options to a group of the parser.
+        settings: returns the settings of a run that follow from the options, checked.
+        load: returns the task.
+        defaults: of settings, where they are not those of `Run`.
+    """
+
+    name: str
+    manual: str
+    options: Callable[[Any], None]
+    settings: Callable[[argparse.Namespace], dict[str, Any]]
+    load: Callable[[argparse.Namespace], Task]
+    defaults: dict[str, Any]
+
+    def arguments(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Parse the command line."""
+        return parser(self.name, self.manual, self.options, self.defaults).parse_args(argv)
+
+    def runs(self, options: argparse.Namespace) -> list[Run]:
+        """Return the runs that the command line asks for, checked as far as no data are needed."""
+        names = {f.name for f in fields(Run)}
+        given = {name: value for name, value in vars(options).items() if name in names}
+        given |= {"radii": tuple(options.radii), **self.settings(options)}
+        if options.updates:
+            given["epochs"] = 0.0
+        found = []
+        for solver, chosen in parameters(options.solver, options.set, options.config).items():
+            check_evaluation(solver, chosen, options.evaluate)
+            given |= {"solver": solver, "parameters": chosen}
+            found += [Run(**given, seed=seed) for seed in options.seeds]
+        return found
+
+    def work(self, options: argparse.Namespace) -> str:
+        """Run what the command line asks for; return the table."""
+        if options.report:
+            path = options.output / "results.jsonl"
+            found = list(results.finished(path).values())
+            if not found:
+                raise ValueError(f"{path} has no results yet: run without --report, or --output.")
+            return results.table(found)
+        runs = self.runs(options)
+        if options.save and options.evaluate == "mixture":
+            raise ValueError(
+                "--save saves one model, and a mixture is several: evaluate last or mean."
+            )
+        keeping = loop.Keeping(
+            options.output, options.checkpoint_every, options.save, options.tensorboard
+        )
+        return results.table(loop.run_all(runs, self.load(options), keeping))
+
+    def main(self, argv: list[str] | None = None) -> int:
+        """Run the command line; return 2 for what it cannot run."""
+        options = self.arguments(argv)
+        return answer(self.name, lambda: self.work(options))
+
+
+def answer(name: str, job: Callable[[], str]) -> int:
+    """Print what a job returns; for what it refuses, one line instead, and return 2."""
+    try:
+        text = job()
+    except REFUSALS as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if PartialState().is_main_process:
+        print(text)
+    return 0

