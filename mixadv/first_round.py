@@ -264,7 +264,7 @@ def _check_number_format(reading: Reading) -> None:
 def _check_slopes(game: Game, gradients: list[Tensor]) -> bool:
     """Warn if no gradient moves δ; return whether one does.
 
-    Not an error: a head that starts at zero, as heads and adapters often do, moves in a step or two.
+    Not an error: heads and adapters often start at zero, and move in a step or two.
     """
     if any(bool(g.any()) for g in gradients):
         return True
