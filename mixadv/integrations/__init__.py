@@ -1,0 +1,1 @@
+"""Adapters to frameworks, each of which imports its framework only here."""
