@@ -5,6 +5,7 @@ from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.optimizer import GameOptimizer, wrap
 from mixadv.outcome import Outcome
+from mixadv.schedule import Schedule
 from mixadv.solvers import (
     ALUM,
     CAT,
@@ -46,6 +47,7 @@ __all__ = [
     "GameError",
     "GameOptimizer",
     "Outcome",
+    "Schedule",
     "Solver",
     "Stage",
     "Step",

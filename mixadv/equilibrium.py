@@ -61,12 +61,12 @@ def best_response(game: Game, closure: Closure) -> BestResponse:
             f"A best response is one point, and {type(game.solver).__name__} plays "
             f"particles={game.solver.particles}. Use particles=1, and other seeds for other starts."
         )
-    found = game.round, game.outcome, game.strategy
+    found = game.round, game.outcome, game.strategy, game.updates, game._stepped
     try:
         with torch.enable_grad(), game.stage(closure) as stage:
             strategy = stage.ascend(game.solver.gain, game.solver)
             with no_grad():
                 reading = stage.run(stage.at(strategy, 0))
     finally:
-        game.round, game.outcome, game.strategy = found
+        game.round, game.outcome, game.strategy, game.updates, game._stepped = found
     return BestResponse(strategy, reading.loss, reading.predictions)

@@ -23,6 +23,7 @@ from mixadv.modules import functional
 from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
 from mixadv.representation import Representation
+from mixadv.schedule import Schedule
 from mixadv.solvers.base import Solver
 from mixadv.stage import Stage, Step, no_grad
 from mixadv.strategy import Strategy
@@ -41,6 +42,7 @@ class Game:
         solver: how a round is played.
         site: where δ acts; see `mixadv.site.Site`.
         seed: of the players' draws.
+        schedule: when the adversary plays; None is always.
         optimizer: needed by solvers with a learner part; `mixadv.wrap` gives it.
 
     Example:
@@ -60,6 +62,7 @@ class Game:
         site: Any = None,
         *,
         seed: int = 0,
+        schedule: Schedule | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
         validate.game_arguments(model, solver, optimizer, seed)
@@ -78,7 +81,11 @@ class Game:
         if self.learner is not None:
             assert optimizer is not None
             self.learner.bind(optimizer, seed)
+        self.schedule = schedule or Schedule()
         self.round = 0
+        self.updates = 0  # rounds, those of micro-batches of one optimizer step as one
+        self._stepped = True  # since the last round
+        self.watch(optimizer)
         self.unit: float | None = None
         self.outcome: Outcome | None = None
         self.strategy: Strategy | None = None
@@ -198,11 +205,14 @@ class Game:
         stage = Stage(self, closure)
         self.noise.begin("adversary", self.round, _rank())
         self._busy = True
+        found = self.updates, self._stepped
+        self.updates, self._stepped = self.updates + self._stepped, self.optimizer is None
         try:
             yield stage
         except BaseException:
             stage.replay.undo()
             self.site.forget(stage.passes)
+            self.updates, self._stepped = found
             raise
         else:
             self._learn_buffers(stage)
@@ -217,7 +227,7 @@ class Game:
 
     def plays(self, stage: Stage) -> Iterator[tuple[Tensor, bool]]:
         """Yield the objectives of a round, each with whether an optimizer step follows it."""
-        play = self.solver.play(stage)
+        play = self.schedule.moves(self.solver, stage, self.updates - 1)
         stepped = False
         try:
             for move in play:
@@ -346,6 +356,7 @@ class Game:
         return {
             "seed": self.seed,
             "round": self.round,
+            "updates": self.updates,
             "unit": self.unit,
             "memory": self.memory,
             "modules": {name: m.state_dict() for name, m in self.solver.modules().items()},
@@ -359,6 +370,7 @@ class Game:
             if name in state.get("modules", {}):
                 module.load_state_dict(state["modules"][name])
         self.seed, self.round, self.unit = state["seed"], state["round"], state["unit"]
+        self.updates, self._stepped = state.get("updates", self.round), True
         self.memory = copy.deepcopy(state.get("memory", {}))
         self.outcome = self.strategy = None
         self._checked = self._checked and self.unit is not None  # else it is measured anew
@@ -366,12 +378,23 @@ class Game:
         if self.learner is not None:
             self.learner.noise = Noise(self.seed)
 
+    def watch(self, optimizer: Optimizer | None) -> None:
+        """Notice the steps of an optimizer, which end an update."""
+
+        def stepped(*_: Any) -> None:
+            self._stepped = True
+
+        self._watching = [] if optimizer is None else [optimizer.register_step_post_hook(stepped)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watching": []}  # hooks do not pickle
+
     def close(self) -> None:
         """Remove every hook the game has placed on model and optimizer."""
         self.site.close()
         if self.representation is not None:
             self.representation.close()
-        for handle in [] if self.learner is None else self.learner.handles:
+        for handle in [*self._watching, *([] if self.learner is None else self.learner.handles)]:
             handle.remove()
 
     def stateful_buffers(self) -> list[Slot] | None:

@@ -14,13 +14,20 @@ from mixadv import first_round, validate
 from mixadv.closure import Closure
 from mixadv.game import Game
 from mixadv.outcome import Outcome
+from mixadv.schedule import Schedule
 from mixadv.solvers.base import Solver
 
 STATE_KEY = "mixadv"
 
 
 def wrap(
-    optimizer: Optimizer, model: nn.Module, solver: Solver, *, site: Any = None, seed: int = 0
+    optimizer: Optimizer,
+    model: nn.Module,
+    solver: Solver,
+    *,
+    site: Any = None,
+    seed: int = 0,
+    schedule: Schedule | None = None,
 ) -> GameOptimizer:
     """Wrap an optimizer so that its steps play a game on the model.
 
@@ -30,6 +37,7 @@ def wrap(
         solver: how a round is played, e.g. `mixadv.MAT()`.
         site: where δ acts; None finds the input embedding that the encoder calls.
         seed: of the players' draws.
+        schedule: when the adversary plays; None is always.
 
     Raises:
         TypeError, ValueError: for arguments that cannot be played with, and why.
@@ -45,7 +53,8 @@ def wrap(
         (3, 2)
     """
     validate.base_optimizer(optimizer)
-    return GameOptimizer(optimizer, Game(model, solver, site, seed=seed, optimizer=optimizer))
+    game = Game(model, solver, site, seed=seed, schedule=schedule, optimizer=optimizer)
+    return GameOptimizer(optimizer, game)
 
 
 class GameOptimizer(Optimizer):
@@ -244,5 +253,6 @@ class GameOptimizer(Optimizer):
         self.__dict__.update(state)
         self._make_hooks()
         game = cast(Game, self.game)
+        game.watch(self.base)
         if game.learner is not None:
             game.learner.bind(self.base, game.seed)

@@ -1,0 +1,66 @@
+"""When the adversary plays, and in how large a ball: plain training elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mixadv.ascent import check_integer
+from mixadv.solvers.base import Solver
+from mixadv.stage import Step
+
+if TYPE_CHECKING:
+    from mixadv.solvers.base import Play
+    from mixadv.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Rounds of plain training among those that are played.
+
+    Counted in updates: rounds, those of micro-batches that share an optimizer step as one (a game
+    beside an optimizer it does not know counts every round). A round that is not played takes as
+    many optimizer steps as the solver's rounds do, on the clean loss.
+
+    Attributes:
+        start: updates of plain training before the adversary's first one.
+        every: it plays each n-th update from there.
+        radius: the solver's radius as a function of the updates since `start`; None leaves it.
+
+    Example:
+        >>> warm_up = Schedule(start=2, every=3, radius=lambda update: min(0.2, 0.1 * update))
+        >>> [update for update in range(10) if warm_up.plays(update)]
+        [2, 5, 8]
+    """
+
+    start: int = 0
+    every: int = 1
+    radius: Callable[[int], float] | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("Schedule", "start", self.start, 0)
+        check_integer("Schedule", "every", self.every, 1)
+        if self.radius is not None and not callable(self.radius):
+            raise TypeError(
+                f"Schedule: radius must be a function of the update, got {self.radius!r}: a "
+                "constant one is the solver's radius="
+            )
+
+    def plays(self, update: int) -> bool:
+        """Return whether the adversary plays in an update."""
+        return update >= self.start and (update - self.start) % self.every == 0
+
+    def moves(self, solver: Solver, stage: Stage, update: int) -> Play:
+        """Return the moves of a round."""
+        if not self.plays(update):
+            learner = solver.learner()
+            return _plain(stage, 1 if learner is None else learner.steps)
+        if self.radius is not None:
+            solver = replace(solver, radius=self.radius(update - self.start))
+        return solver.play(stage)
+
+
+def _plain(stage: Stage, steps: int) -> Play:
+    for _ in range(steps):
+        yield Step(stage.loss())
