@@ -61,7 +61,10 @@ def test_the_radius_follows_the_schedule():
     player = small()
     schedule = Schedule(start=1, radius=lambda update: radii[update])
     optimizer = wrap(
-        SGD(player.model.parameters(), lr=0.1), player.model, PGD(steps=3), schedule=schedule
+        SGD(player.model.parameters(), lr=0.1),
+        player.model,
+        PGD(projection="sphere"),
+        schedule=schedule,
     )
     optimizer.step(player.closure())
     for radius in radii:
