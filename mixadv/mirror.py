@@ -4,7 +4,8 @@
 
 the exponential-weights (Hedge) step of the player who maximises; the minimiser uses −payoff.
 Hsieh, Liu, Cevher 2019, eq. 6 for measures, Freund & Schapire 1999 for finite games. Everything
-stays in the log domain, so payoffs of any size neither overflow nor lose the small weights.
+stays in the log domain, so payoffs of any size neither overflow nor lose the small weights. The
+same two functions move the weights of MAT's particles and solve the games of `mixadv.games`.
 """
 
 import math
@@ -20,18 +21,52 @@ def uniform(
     return torch.full((size,), -math.log(size), dtype=dtype, device=device)
 
 
-def step(log_weights: Tensor, payoffs: Tensor, step_size: float) -> Tensor:
-    """Return the log-weights after one mirror ascent step, normalised along dimension 0.
+def step(log_weights: Tensor, payoffs: Tensor, step_size: float | Tensor, dim: int = 0) -> Tensor:
+    """Return the log-weights after one mirror ascent step, normalised along `dim`.
 
     Args:
         log_weights: `[M]` or `[M, B]`: one strategy, or one per sample.
         payoffs: gain of each point, broadcastable to the weights; negate for the minimiser.
-        step_size: η, in 1/payoff; 0 leaves the weights as they are.
+        step_size: η, in 1/payoff; the number 0 leaves the weights as they are.
+        dim: the dimension of the points.
 
     Example:
         >>> step(uniform(2), torch.tensor([0.0, math.log(3.0)]), 1.0).exp()
         tensor([0.2500, 0.7500])
     """
-    if step_size == 0:
+    if isinstance(step_size, (int, float)) and step_size == 0:
         return log_weights
-    return (log_weights + step_size * payoffs).log_softmax(0)
+    return (log_weights + step_size * payoffs).log_softmax(dim)
+
+
+def magnetic_step(
+    log_weights: Tensor,
+    payoffs: Tensor,
+    step_size: float | Tensor,
+    temperature: float | Tensor,
+    magnet: Tensor,
+    dim: int = 0,
+) -> Tensor:
+    """Return the log-weights after one step drawn towards a magnet: entropy of temperature τ.
+
+        w ∝ ( w · magnet^(ητ) · exp(η·payoff) )^(1/(1+ητ))
+
+    ascends the payoff minus τ·KL(w‖magnet). Sokota et al. 2023, arXiv:2206.05825, eq. 9; at τ = 0
+    it is `step`.
+
+    Args:
+        log_weights: as in `step`.
+        payoffs: as in `step`.
+        step_size: η, in 1/payoff.
+        temperature: τ, in units of the payoff.
+        magnet: log-weights the strategy is drawn to, of the strategy's shape.
+        dim: the dimension of the points.
+
+    Example:
+        >>> magnet = uniform(2)
+        >>> far = torch.tensor([0.9, 0.1]).log()
+        >>> magnetic_step(far, torch.zeros(2), 1.0, 1.0, magnet).exp()
+        tensor([0.7500, 0.2500])
+    """
+    drawn = log_weights + step_size * (payoffs + temperature * magnet)
+    return (drawn / (1 + step_size * temperature)).log_softmax(dim)

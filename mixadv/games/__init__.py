@@ -1,0 +1,62 @@
+"""Zero-sum games with known answers, played by the very steps that train models.
+
+    solve(MatrixGame([[0, 1, -1], [-1, 0, 1], [1, -1, 0]]), "mirror_prox").gap
+
+`mixadv.mirror` moves the weights of strategies and `mixadv.langevin` their points, as in `MAT`;
+`theory/statements.md` says what must be true of them, and the tests confront the two.
+"""
+
+from mixadv.games.certificate import Gap, duality_gap
+from mixadv.games.continuous import ContinuousGame, Particles
+from mixadv.games.matrix import MatrixGame
+from mixadv.games.methods import (
+    METHODS,
+    AnytimeHedge,
+    BestResponse,
+    Hedge,
+    Magnetic,
+    Method,
+    MirrorProx,
+    OptimisticHedge,
+    Restarted,
+)
+from mixadv.games.particles import (
+    PARTICLE_METHODS,
+    GradientDescentAscent,
+    Langevin,
+    ParticleMethod,
+    WassersteinFisherRao,
+)
+from mixadv.games.solution import Pair, Solution
+from mixadv.games.solve import solve
+from mixadv.games.spaces import Ball, Box, Gaussian, Space, Torus
+
+__all__ = [
+    "METHODS",
+    "PARTICLE_METHODS",
+    "AnytimeHedge",
+    "Ball",
+    "BestResponse",
+    "Box",
+    "ContinuousGame",
+    "Gap",
+    "Gaussian",
+    "GradientDescentAscent",
+    "Hedge",
+    "Langevin",
+    "Magnetic",
+    "MatrixGame",
+    "Method",
+    "MirrorProx",
+    "OptimisticHedge",
+    "Pair",
+    "ParticleMethod",
+    "Particles",
+    "Restarted",
+    "Solution",
+    "Space",
+    "Torus",
+    "WassersteinFisherRao",
+    "duality_gap",
+    "solve",
+]

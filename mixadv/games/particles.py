@@ -1,0 +1,232 @@
+"""How both players of a continuous game move particles: Langevin, Wasserstein–Fisher–Rao, pure.
+
+Coroutines, as in `methods`: a method yields both strategies and is sent their payoffs and slopes.
+Positions move by `mixadv.langevin.step`, weights by `mixadv.mirror.step`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixadv import langevin, mirror
+from mixadv.ascent import check_integer, check_number
+from mixadv.games.continuous import ContinuousGame, Particles, Slopes
+from mixadv.games.methods import Output
+from mixadv.games.spaces import Space
+
+KEPT = 4096
+"""Particles kept of the clouds along the way, whose union is the average strategy."""
+
+
+class Clouds(NamedTuple):
+    """What both players play.
+
+    Attributes:
+        x: the learner's particles.
+        y: the adversary's.
+        counts: always, here: every cloud is a step.
+    """
+
+    x: Particles
+    y: Particles
+    counts: bool = True
+
+
+Moves = Generator[Clouds, Slopes, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParticleMethod:
+    """A way to move particles; hyper-parameters only.
+
+    Attributes:
+        step_size: γ of the positions, for both players or a pair. `"auto"` is a tenth of
+            1/smoothness, measured at draws of the references (a Langevin step is stable below
+            2/smoothness); for payoffs of no curvature, diameter/(slope·√T).
+        particles: N of each player.
+    """
+
+    step_size: float | tuple[float, float] | Literal["auto"] = "auto"
+    particles: int = 64
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    output: ClassVar[Output] = "average"
+
+    def __post_init__(self) -> None:
+        who = type(self).__name__
+        check_integer(who, "particles", self.particles, 1)
+        if isinstance(self.step_size, str) and self.step_size != "auto":
+            raise ValueError(f"{who}: step_size must be 'auto' or a number: {self.step_size!r}.")
+        if not isinstance(self.step_size, str):
+            for size in self.step_size if isinstance(self.step_size, tuple) else [self.step_size]:
+                check_number(who, "step_size", size)
+
+    def play(
+        self, x: Particles, y: Particles, game: ContinuousGame, steps: int, draw: torch.Generator
+    ) -> Moves:
+        """Play from the particles x and y; `draw` is where noise comes from."""
+        raise NotImplementedError
+
+    def step_sizes(self, game: ContinuousGame, steps: int) -> tuple[float, float]:
+        """Return γ of both players."""
+        if isinstance(self.step_size, tuple):
+            return self.step_size
+        if not isinstance(self.step_size, str):
+            return self.step_size, self.step_size
+        smoothness = game.smoothness()
+        if smoothness > 0:
+            return 0.1 / smoothness, 0.1 / smoothness
+        drawn = [
+            s.sample(64, game.generator(0), game.dtype) for s in (game.learner, game.adversary)
+        ]
+        found = game.slopes(*map(game.particles, drawn))
+
+        def best(space: Space, uphill: Tensor) -> float:
+            return space.diameter / math.sqrt(steps) / (uphill.norm(dim=1).max().item() or 1.0)
+
+        return best(game.learner, found.uphill_x), best(game.adversary, found.uphill_y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Langevin(ParticleMethod):
+    """Langevin descent–ascent: noisy gradient steps, which sample the equilibrium with entropy.
+
+    Where it settles, its law is that of the game payoff + τ·KL(μ‖π) − τ·KL(ν‖π), up to the bias
+    of finite steps and the noise of finitely many particles.
+
+    Attributes:
+        temperature: τ, in units of the payoff.
+    """
+
+    temperature: float = 0.01
+
+    name: ClassVar[str] = "langevin"
+    paper: ClassVar[str] = "Domingo-Enrich et al. 2020, arXiv:2002.06277"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(type(self).__name__, "temperature", self.temperature)
+
+    def play(
+        self, x: Particles, y: Particles, game: ContinuousGame, steps: int, draw: torch.Generator
+    ) -> Moves:
+        """Move by x ← Π( x − γ·∇h(x) + γτ·∇log π(x) + √(2γτ)·ξ ), h the mean payoff against y."""
+        step_x, step_y = self.step_sizes(game, steps)
+
+        def move(cloud: Particles, uphill: Tensor, size: float, space: Space) -> Particles:
+            drift = uphill + self.temperature * space.score(cloud.points)
+            moved = langevin.step(
+                cloud.points, drift, size, self.temperature, _noise(draw), space.project
+            )
+            return cloud._replace(points=moved)
+
+        while True:
+            found = yield Clouds(x, y)
+            x = move(x, -found.uphill_x, step_x, game.learner)
+            y = move(y, found.uphill_y, step_y, game.adversary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WassersteinFisherRao(ParticleMethod):
+    """Particles that move along the gradient and change weight by mirror steps.
+
+    Attributes:
+        mirror_step: η of the log-weights, in 1/payoff. `"auto"` is Hedge's best, √(8·log N/T)/r
+            with the range r of payoffs between the particles at the start.
+    """
+
+    mirror_step: float | Literal["auto"] = "auto"
+
+    name: ClassVar[str] = "wasserstein_fisher_rao"
+    paper: ClassVar[str] = "Domingo-Enrich et al. 2020, arXiv:2002.06277"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mirror_step != "auto":
+            check_number("WassersteinFisherRao", "mirror_step", self.mirror_step)
+
+    def play(
+        self, x: Particles, y: Particles, game: ContinuousGame, steps: int, draw: torch.Generator
+    ) -> Moves:
+        """Move by x ← Π( x − γ·∇h(x) ), w ∝ w·exp(−η·h(x)), h the mean payoff against y."""
+        step_x, step_y = self.step_sizes(game, steps)
+        eta = self.mirror_step
+        if isinstance(eta, str):
+            pairs = game.payoffs(x.points, y.points)
+            spread = (pairs.max() - pairs.min()).item()
+            eta = math.sqrt(8 * math.log(max(2, self.particles)) / steps) / (spread or 1.0)
+        while True:
+            found = yield Clouds(x, y)
+            x = Particles(
+                langevin.step(x.points, -found.uphill_x, step_x, project=game.learner.project),
+                mirror.step(x.log_weights, -found.losses, eta),
+            )
+            y = Particles(
+                langevin.step(y.points, found.uphill_y, step_y, project=game.adversary.project),
+                mirror.step(y.log_weights, found.gains, eta),
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientDescentAscent(Langevin):
+    """Pure play: one point each, no noise. It cycles wherever the equilibrium is mixed."""
+
+    particles: int = 1
+    temperature: float = 0.0
+
+    name: ClassVar[str] = "gradient_descent_ascent"
+    paper: ClassVar[str] = "Arrow, Hurwicz and Uzawa 1958"
+    output: ClassVar[Output] = "last"
+
+
+def _noise(draw: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=draw, dtype=like.dtype, device=like.device)
+
+    return noise
+
+
+class Snapshots:
+    """The clouds that were played: the last one, and the union of those evenly spaced in time."""
+
+    def __init__(
+        self, game: ContinuousGame, method: ParticleMethod, steps: int, grid: int | None
+    ) -> None:
+        self.game, self.output, self.grid, self.count = game, method.output, grid, 0
+        self.every = math.ceil(steps * method.particles / KEPT)
+        self.kept: list[Clouds] = []
+
+    def add(self, play: Clouds, answer: Slopes) -> None:
+        """Take in a step."""
+        self.last = play
+        if self.count % self.every == 0:
+            self.kept.append(play)
+        self.count += 1
+
+    @property
+    def average(self) -> tuple[Particles, Particles]:
+        """The mean strategies: all kept particles, each cloud with the same mass."""
+        share = math.log(len(self.kept))
+
+        def union(clouds: list[Particles]) -> Particles:
+            points = torch.cat([cloud.points for cloud in clouds])
+            return Particles(points, torch.cat([c.log_weights for c in clouds]) - share)
+
+        return union([k.x for k in self.kept]), union([k.y for k in self.kept])
+
+    def gap(self) -> Tensor:
+        """Return the gap of the method's output."""
+        played = self.average if self.output == "average" else (self.last.x, self.last.y)
+        return self.game.duality_gap(*played, grid=self.grid).value
+
+
+PARTICLE_METHODS: dict[str, type[ParticleMethod]] = {
+    method.name: method for method in (Langevin, WassersteinFisherRao, GradientDescentAscent)
+}

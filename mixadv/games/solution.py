@@ -1,0 +1,93 @@
+"""What a solve returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from mixadv.games.certificate import Gap
+
+if TYPE_CHECKING:
+    from mixadv.games.continuous import ContinuousGame, Particles
+    from mixadv.games.matrix import MatrixGame
+    from mixadv.games.methods import Method
+    from mixadv.games.particles import ParticleMethod
+
+
+class Pair(NamedTuple):
+    """Both players' strategies: weights `[..., m]` and `[..., n]`, or particles."""
+
+    learner: Any
+    adversary: Any
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Both strategies of a game, with the gap that certifies them.
+
+    Attributes:
+        game: what was played.
+        method: how.
+        learner: the learner's strategy: weights `[..., m]`, or particles.
+        adversary: the adversary's.
+        average: both strategies, averaged over the steps.
+        last: both strategies of the last step.
+        value: mean payoff of `learner` against `adversary`, 0-d or `[g]`; the value of the game
+            lies within the gap of it.
+        gap: the duality gap of `learner` and `adversary`.
+        gaps: its history, `[records]` or `[records, g]`.
+        steps: the step of each record.
+    """
+
+    game: MatrixGame | ContinuousGame
+    method: Method | ParticleMethod
+    learner: Tensor | Particles
+    adversary: Tensor | Particles
+    average: Pair = field(repr=False)
+    last: Pair = field(repr=False)
+    value: Tensor
+    gap: Gap
+    gaps: Tensor = field(repr=False)
+    steps: list[int] = field(repr=False)
+
+    def plot(self, game: int = 0, axes: Any = None) -> Any:
+        """Draw the gap against the steps and both strategies, side by side.
+
+        Needs matplotlib.
+
+        Args:
+            game: which of a batch.
+            axes: three matplotlib axes; None makes them.
+
+        Returns:
+            The axes: gap, learner, adversary.
+        """
+        import matplotlib.pyplot as plt
+
+        if axes is None:
+            axes = plt.subplots(1, 3, figsize=(12, 3.5))[1]
+        history = self.gaps.cpu()
+        axes[0].loglog(self.steps, history[:, game] if history.dim() == 2 else history)
+        axes[0].set(xlabel="step", ylabel="duality gap", title=self.method.name)
+        for place, who in zip(axes[1:], ("learner", "adversary"), strict=True):
+            _draw(place, getattr(self, who), game)
+            place.set(title=who)
+        axes[0].figure.tight_layout()
+        return axes
+
+
+def _draw(axes: Any, strategy: Tensor | Particles, game: int) -> None:
+    if isinstance(strategy, Tensor):
+        weights = (strategy[game] if strategy.dim() == 2 else strategy).cpu()
+        axes.bar(range(len(weights)), weights)
+        axes.set(xlabel="action", ylabel="weight")
+        return
+    points, weights = strategy.points.cpu(), strategy.weights.cpu()
+    if points.shape[1] == 1:
+        axes.hist(points[:, 0].numpy(), bins=60, weights=weights.numpy())
+        axes.set(xlabel="point", ylabel="weight")
+        return
+    axes.scatter(points[:, 0], points[:, 1], s=4 + 400 * weights, alpha=0.5)
+    axes.set(xlabel="first coordinate", ylabel="second coordinate")

@@ -1,0 +1,268 @@
+"""The sets the players of a continuous game choose from, each with its reference measure.
+
+    Box     a product of intervals, uniform
+    Torus   [0, 1)^d with ends joined, uniform
+    Ball    ‖x‖₂ ≤ radius, uniform
+    Gaussian  all of R^d with N(0, scale²·I): entropy needs a reference of mass 1
+
+The reference is where strategies start, and what entropy is measured against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mixadv import geometry
+from mixadv.ascent import check_integer, check_number
+
+REACH = 6.0
+"""A grid on R^d covers this many standard deviations of the reference to either side."""
+
+
+class Space:
+    """A set with a reference measure; points are rows of `[N, dim]`."""
+
+    dim: int
+    bounded: ClassVar[bool] = True
+
+    @property
+    def diameter(self) -> float:
+        """Largest distance of two points; of R^d, of two typical draws of its reference."""
+        raise NotImplementedError
+
+    def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """Draw `[count, dim]` points from the reference, on the generator's device."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the nearest points of the set, `[N, dim]`."""
+        raise NotImplementedError
+
+    def score(self, x: Tensor) -> Tensor:
+        """Return the gradient of the reference's log-density, `[N, dim]`."""
+        return torch.zeros_like(x)
+
+    def grid(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return nodes `[G, dim]` and the reference's log-weights there, `[G]`, in float64."""
+        raise NotImplementedError
+
+    def covering(self, size: int) -> float:
+        """Return how far a point of the set can be from the nearest node of the grid."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Box(Space):
+    """A product of intervals.
+
+    Args:
+        low: left ends, a number or one per dimension.
+        high: right ends.
+        dim: number of dimensions where both ends are numbers.
+
+    Example:
+        >>> Box(-1.0, 1.0).grid(5)[0].flatten().tolist()
+        [-1.0, -0.5, 0.0, 0.5, 1.0]
+    """
+
+    low: float | Sequence[float] = -1.0
+    high: float | Sequence[float] = 1.0
+    dim: int = 1
+
+    def __post_init__(self) -> None:
+        check_integer("Box", "dim", self.dim, 1)
+        ends = [
+            tuple(end) if isinstance(end, Sequence) else (end,) * self.dim
+            for end in (self.low, self.high)
+        ]
+        if len(ends[0]) != len(ends[1]):
+            raise ValueError(f"Box: low has {len(ends[0])} dimensions and high {len(ends[1])}.")
+        for low, high in zip(*ends, strict=True):
+            if math.isinf(low) or math.isinf(high):
+                raise ValueError(
+                    f"Box: the interval [{low}, {high}] is unbounded. A game on R^d needs a "
+                    "reference measure of mass 1, from which to start: use Gaussian(dim, scale)."
+                )
+            check_number("Box", "low", low, -math.inf)
+            check_number("Box", "high", high, -math.inf)
+            if low >= high:
+                raise ValueError(f"Box: low must be below high, got [{low}, {high}].")
+        object.__setattr__(self, "low", ends[0])
+        object.__setattr__(self, "high", ends[1])
+        object.__setattr__(self, "dim", len(ends[0]))
+
+    def _ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return like.new_tensor(self.low), like.new_tensor(self.high)
+
+    @property
+    def diameter(self) -> float:
+        """Length of the diagonal."""
+        return math.dist(self.low, self.high)  # pyright: ignore
+
+    def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """Draw uniform points."""
+        x = _uniform(count, self.dim, generator, dtype)
+        low, high = self._ends(x)
+        return low + (high - low) * x
+
+    def project(self, x: Tensor) -> Tensor:
+        """Clamp each coordinate."""
+        return torch.clamp(x, *self._ends(x))
+
+    def grid(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return evenly spaced nodes, the ends among them, of equal weight."""
+        axes = [
+            torch.linspace(low, high, size, dtype=torch.float64)
+            for low, high in zip(self.low, self.high, strict=True)  # pyright: ignore
+        ]
+        return _even(torch.cartesian_prod(*axes).view(-1, self.dim))
+
+    def covering(self, size: int) -> float:
+        """Half the diagonal of a cell."""
+        return self.diameter / (size - 1) / 2
+
+
+@dataclass(frozen=True)
+class Torus(Space):
+    """[0, 1)^dim with ends joined; a payoff on it has period 1 in each coordinate.
+
+    Example:
+        >>> Torus().project(torch.tensor([[1.25], [-0.25]])).flatten().tolist()
+        [0.25, 0.75]
+    """
+
+    dim: int = 1
+
+    def __post_init__(self) -> None:
+        check_integer("Torus", "dim", self.dim, 1)
+
+    @property
+    def diameter(self) -> float:
+        """Distance to the opposite point."""
+        return math.sqrt(self.dim) / 2
+
+    def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """Draw uniform points."""
+        return _uniform(count, self.dim, generator, dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the coordinates modulo 1."""
+        return x % 1.0
+
+    def grid(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return the multiples of 1/size, of equal weight."""
+        axis = torch.arange(size, dtype=torch.float64) / size
+        return _even(torch.cartesian_prod(*[axis] * self.dim).view(-1, self.dim))
+
+    def covering(self, size: int) -> float:
+        """Half the diagonal of a cell."""
+        return math.sqrt(self.dim) / size / 2
+
+
+@dataclass(frozen=True)
+class Ball(Space):
+    """The points of Euclidean norm up to `radius`.
+
+    Example:
+        >>> Ball(2, 1.0).project(torch.tensor([[3.0, 4.0]])).shape
+        torch.Size([1, 2])
+    """
+
+    dim: int
+    radius: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_integer("Ball", "dim", self.dim, 1)
+        check_number("Ball", "radius", self.radius)
+        if self.radius == 0:
+            raise ValueError("Ball: radius must be above 0, got 0.")
+
+    @property
+    def diameter(self) -> float:
+        """Twice the radius."""
+        return 2 * self.radius
+
+    def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """Draw uniform points: a direction, and the dim-th root of a uniform number as length."""
+        x = _normal(count, self.dim, generator, dtype)
+        length = _uniform(count, 1, generator, dtype) ** (1 / self.dim)
+        return self.radius * length * geometry.unit(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Shorten the points outside."""
+        return geometry.project(x, self.radius)
+
+    def grid(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return the nodes of the cube around the ball, those outside projected onto it."""
+        nodes = Box(-self.radius, self.radius, self.dim).grid(size)[0]
+        near = nodes.norm(dim=1) <= self.radius + 2 * self.covering(size)
+        return _even(torch.unique(self.project(nodes[near]), dim=0))
+
+    def covering(self, size: int) -> float:
+        """As in the cube: projection brings no point farther from one of the ball."""
+        return Box(-self.radius, self.radius, self.dim).covering(size)
+
+
+@dataclass(frozen=True)
+class Gaussian(Space):
+    """R^dim with the reference N(0, scale²·I).
+
+    Example:
+        >>> Gaussian(2, scale=3.0).score(torch.ones(1, 2)).tolist()
+        [[-0.1111111119389534, -0.1111111119389534]]
+    """
+
+    dim: int = 1
+    scale: float = 1.0
+
+    bounded: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_integer("Gaussian", "dim", self.dim, 1)
+        check_number("Gaussian", "scale", self.scale)
+        if self.scale == 0:
+            raise ValueError("Gaussian: scale must be above 0, got 0.")
+
+    @property
+    def diameter(self) -> float:
+        """Root mean square distance of two draws."""
+        return self.scale * math.sqrt(2 * self.dim)
+
+    def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """Draw from the reference."""
+        return self.scale * _normal(count, self.dim, generator, dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the points: all of R^d is in the set."""
+        return x
+
+    def score(self, x: Tensor) -> Tensor:
+        """Return −x/scale²."""
+        return -x / self.scale**2
+
+    def grid(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return nodes within six standard deviations, with the density's weights."""
+        nodes = Box(-REACH * self.scale, REACH * self.scale, self.dim).grid(size)[0]
+        return nodes, (-(nodes / self.scale).square().sum(1) / 2).log_softmax(0)
+
+    def covering(self, size: int) -> float:
+        """No grid covers R^d."""
+        return math.inf
+
+
+def _uniform(count: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.rand(count, dim, generator=generator, dtype=dtype, device=generator.device)
+
+
+def _normal(count: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.randn(count, dim, generator=generator, dtype=dtype, device=generator.device)
+
+
+def _even(nodes: Tensor) -> tuple[Tensor, Tensor]:
+    return nodes, torch.full((len(nodes),), -math.log(len(nodes)), dtype=nodes.dtype)
