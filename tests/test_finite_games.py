@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixadv import mirror
 from mixadv.games import METHODS, MatrixGame, duality_gap, solve
 from mixadv.games.methods import Answer, Scene
 from theory import bounds, oracles
@@ -23,8 +24,11 @@ def trajectory(payoff, name, steps, start=None, **parameters):
     """Every strategy that counts, as log-weights `[steps, .., m]` and `[steps, .., n]`."""
     game = MatrixGame(payoff)
     games = game.payoff.shape[:-2]
-    uniform = [torch.full((*games, k), 1 / k, dtype=torch.float64) for k in game.shape]
-    x, y = (z.log() for z in (start or uniform))
+    if start is None:
+        uniform = [mirror.uniform(k, dtype=torch.float64) for k in game.shape]
+        x, y = (z.expand(*games, len(z)) for z in uniform)
+    else:
+        x, y = (z.log() for z in start)
     players = METHODS[name](**parameters).play(x, y, Scene(game.spread[..., None], steps))
     play, played = next(players), []
     while len(played) < steps:
