@@ -83,11 +83,14 @@ def _draw(axes: Any, strategy: Tensor | Particles, game: int) -> None:
         weights = (strategy[game] if strategy.dim() == 2 else strategy).cpu()
         axes.bar(range(len(weights)), weights)
         axes.set(xlabel="action", ylabel="weight")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         return
     points, weights = strategy.points.cpu(), strategy.weights.cpu()
     if points.shape[1] == 1:
-        axes.hist(points[:, 0].numpy(), bins=60, weights=weights.numpy())
+        bins = len(points) if len(points) < 500 else 60  # as many as nodes, or they beat
+        axes.hist(points[:, 0].numpy(), bins=bins, weights=weights.numpy())
         axes.set(xlabel="point", ylabel="weight")
         return
     axes.scatter(points[:, 0], points[:, 1], s=4 + 400 * weights, alpha=0.5)
     axes.set(xlabel="first coordinate", ylabel="second coordinate")
+    axes.set_aspect("equal", "datalim")
