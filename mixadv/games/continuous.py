@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, hessian, vmap
+from torch.func import grad_and_value, jacrev, vmap
 
 from mixadv.ascent import check_integer
 from mixadv.games.certificate import Gap
@@ -216,7 +216,7 @@ class ContinuousGame:
         draw, split = self.generator(seed), self.learner.dim
         xs = self.learner.sample(draws, draw, self.dtype)
         ys = self.adversary.sample(draws, draw, self.dtype)
-        second = vmap(hessian(lambda z: self._number(z[:split], z[split:])))
+        second = vmap(jacrev(jacrev(lambda z: self._number(z[:split], z[split:]))))
         return torch.linalg.matrix_norm(second(torch.cat([xs, ys], 1)), 2).max().item()
 
     def generator(self, seed: int) -> torch.Generator:

@@ -48,7 +48,8 @@ class ParticleMethod:
     Attributes:
         step_size: γ of the positions, for both players or a pair. `"auto"` is a tenth of
             1/smoothness, measured at draws of the references (a Langevin step is stable below
-            2/smoothness); for payoffs of no curvature, diameter/(slope·√T).
+            2/smoothness, to which a Gaussian reference adds τ/scale²); for payoffs of no curvature,
+            diameter/(slope·√T).
         particles: N of each player.
     """
 
@@ -70,15 +71,18 @@ class ParticleMethod:
         """Play from the particles x and y; `draw` is where noise comes from."""
         raise NotImplementedError
 
-    def step_sizes(self, game: ContinuousGame, steps: int) -> tuple[float, float]:
-        """Return γ of both players."""
+    def step_sizes(
+        self, game: ContinuousGame, steps: int, temperature: float = 0.0
+    ) -> tuple[float, float]:
+        """Return γ of both players, at temperature τ."""
         if isinstance(self.step_size, tuple):
             return self.step_size
         if not isinstance(self.step_size, str):
             return self.step_size, self.step_size
         smoothness = game.smoothness()
-        if smoothness > 0:
-            return 0.1 / smoothness, 0.1 / smoothness
+        pulls = [temperature * space.curvature for space in (game.learner, game.adversary)]
+        if smoothness + min(pulls) > 0:
+            return 0.1 / (smoothness + pulls[0]), 0.1 / (smoothness + pulls[1])
         drawn = [
             s.sample(64, game.generator(0), game.dtype) for s in (game.learner, game.adversary)
         ]
@@ -114,7 +118,7 @@ class Langevin(ParticleMethod):
         self, x: Particles, y: Particles, game: ContinuousGame, steps: int, draw: torch.Generator
     ) -> Moves:
         """Move by x ← Π( x − γ·∇h(x) + γτ·∇log π(x) + √(2γτ)·ξ ), h the mean payoff against y."""
-        step_x, step_y = self.step_sizes(game, steps)
+        step_x, step_y = self.step_sizes(game, steps, self.temperature)
 
         def move(cloud: Particles, uphill: Tensor, size: float, space: Space) -> Particles:
             drift = uphill + self.temperature * space.score(cloud.points)

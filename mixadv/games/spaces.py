@@ -48,6 +48,11 @@ class Space:
         """Return the gradient of the reference's log-density, `[N, dim]`."""
         return torch.zeros_like(x)
 
+    @property
+    def curvature(self) -> float:
+        """How fast the score changes: its Lipschitz constant."""
+        return 0.0
+
     def grid(self, size: int) -> tuple[Tensor, Tensor]:
         """Return nodes `[G, dim]` and the reference's log-weights there, `[G]`, in float64."""
         raise NotImplementedError
@@ -245,6 +250,11 @@ class Gaussian(Space):
     def score(self, x: Tensor) -> Tensor:
         """Return −x/scale²."""
         return -x / self.scale**2
+
+    @property
+    def curvature(self) -> float:
+        """1/scale²."""
+        return 1 / self.scale**2
 
     def grid(self, size: int) -> tuple[Tensor, Tensor]:
         """Return nodes within six standard deviations, with the density's weights."""
