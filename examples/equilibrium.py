@@ -1,7 +1,7 @@
 """Three games with known answers, solved by every method that plays them.
 
 Prints one table (value and duality gap against the proved bound and the exact value) and saves a
-picture of what the methods do. Under a minute on one core.
+picture of what the methods do. Half a minute on one core.
 
     python examples/equilibrium.py [--quick] [--output runs/equilibrium]
 """
