@@ -149,7 +149,7 @@ class AnytimeHedge(Hedge):
 
     name: ClassVar[str] = "anytime_hedge"
     paper: ClassVar[str] = "Cesa-Bianchi and Lugosi 2006, Prediction, Learning, and Games, thm 2.3"
-    bound: ClassVar[str] = "r/T·Σ_k (2·√(T·log k / 2) + √(log k / 8)), k = m, n"
+    bound: ClassVar[str] = "3r·(√log m + √log n)/√(8T)"
 
     def play(self, x: Tensor, y: Tensor, scene: Scene) -> Players:
         """Move by x_t ∝ x_1·exp(−η_t·Σ_(s<t) Ay_s), and so y: the leader, regularised."""
@@ -225,7 +225,7 @@ class Magnetic(Method):
 
     name: ClassVar[str] = "magnetic"
     paper: ClassVar[str] = "Sokota et al. 2023, arXiv:2206.05825"
-    bound: ClassVar[str] = "τ·L + r·√(L/(1+ητ)^T), for η = 4τ/r²"
+    bound: ClassVar[str] = "τ·L + r·√(L/(1+ητ)^(T−1)), for η = 4τ/r²"
     output: ClassVar[Output] = "last"
 
     def __post_init__(self) -> None:

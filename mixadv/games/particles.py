@@ -17,11 +17,16 @@ from torch import Tensor
 from mixadv import langevin, mirror
 from mixadv.ascent import check_integer, check_number
 from mixadv.games.continuous import ContinuousGame, Particles, Slopes
+from mixadv.games.deviations import grid_size
+from mixadv.games.matrix import gap
 from mixadv.games.methods import Output, StepSize, check_step_size
 from mixadv.games.spaces import Space
 
 KEPT = 4096
 """Particles kept of the clouds along the way, whose union is the average strategy."""
+
+CLOUDS = 16
+"""Clouds kept at least, however large they are."""
 
 
 class Clouds(NamedTuple):
@@ -48,7 +53,8 @@ class ParticleMethod:
     Attributes:
         step_size: γ of the positions, for both players or a pair. `"auto"` is a tenth of
             1/smoothness, measured at draws of the references (a Langevin step is stable below
-            2/smoothness); for payoffs of no curvature, diameter/(slope·√T).
+            2/smoothness, to which a Gaussian reference adds τ/scale²); for payoffs of no curvature,
+            diameter/(slope·√T).
         particles: N of each player.
     """
 
@@ -70,15 +76,18 @@ class ParticleMethod:
         """Play from the particles x and y; `draw` is where noise comes from."""
         raise NotImplementedError
 
-    def step_sizes(self, game: ContinuousGame, steps: int) -> tuple[float, float]:
-        """Return γ of both players."""
+    def step_sizes(
+        self, game: ContinuousGame, steps: int, temperature: float = 0.0
+    ) -> tuple[float, float]:
+        """Return γ of both players, at temperature τ."""
         if isinstance(self.step_size, tuple):
             return self.step_size
         if not isinstance(self.step_size, str):
             return self.step_size, self.step_size
         smoothness = game.smoothness()
-        if smoothness > 0:
-            return 0.1 / smoothness, 0.1 / smoothness
+        pulls = [temperature * space.curvature for space in (game.learner, game.adversary)]
+        if smoothness + min(pulls) > 0:
+            return 0.1 / (smoothness + pulls[0]), 0.1 / (smoothness + pulls[1])
         drawn = [
             s.sample(64, game.generator(0), game.dtype) for s in (game.learner, game.adversary)
         ]
@@ -114,7 +123,7 @@ class Langevin(ParticleMethod):
         self, x: Particles, y: Particles, game: ContinuousGame, steps: int, draw: torch.Generator
     ) -> Moves:
         """Move by x ← Π( x − γ·∇h(x) + γτ·∇log π(x) + √(2γτ)·ξ ), h the mean payoff against y."""
-        step_x, step_y = self.step_sizes(game, steps)
+        step_x, step_y = self.step_sizes(game, steps, self.temperature)
 
         def move(cloud: Particles, uphill: Tensor, size: float, space: Space) -> Particles:
             drift = uphill + self.temperature * space.score(cloud.points)
@@ -190,37 +199,69 @@ def _noise(draw: torch.Generator) -> Callable[[Tensor], Tensor]:
 
 
 class Snapshots:
-    """The clouds that were played: the last one, and the union of those evenly spaced in time."""
+    """The clouds that were played: the last one, and the union of those evenly spaced in time.
+
+    Payoffs are linear in a strategy. So the gap of the average on a grid needs what its nodes pay
+    and earn against the clouds that are new since the last record, and the whole history costs what
+    one gap does. Without a grid each record is a search of its own, and there are few.
+    """
 
     def __init__(
         self, game: ContinuousGame, method: ParticleMethod, steps: int, grid: int | None
     ) -> None:
-        self.game, self.output, self.grid, self.count = game, method.output, grid, 0
-        self.every = math.ceil(steps * method.particles / KEPT)
+        self.game, self.output, self.grid = game, method.output, grid
+        self.every = math.ceil(steps / max(KEPT // method.particles, CLOUDS))
+        size = grid_size(game, grid)
+        self.nodes = None if size is None else game.grid(size)
+        self.record_every = math.ceil(steps / (5 if self.nodes is None else 50))
         self.kept: list[Clouds] = []
+        self.count, self.judged = 0, 0
+        self.paid = self.earned = torch.zeros((), dtype=game.dtype, device=game.device)
 
     def add(self, play: Clouds, answer: Slopes) -> None:
-        """Take in a step."""
-        self.last = play
+        """Take in a step; of each stretch the end is kept, so that the start alone never is."""
+        self.last, self.count = play, self.count + 1
         if self.count % self.every == 0:
             self.kept.append(play)
-        self.count += 1
 
     @property
     def average(self) -> tuple[Particles, Particles]:
         """The mean strategies: all kept particles, each cloud with the same mass."""
-        share = math.log(len(self.kept))
-
-        def union(clouds: list[Particles]) -> Particles:
-            points = torch.cat([cloud.points for cloud in clouds])
-            return Particles(points, torch.cat([c.log_weights for c in clouds]) - share)
-
-        return union([k.x for k in self.kept]), union([k.y for k in self.kept])
+        return _union(self.kept or [self.last])
 
     def gap(self) -> Tensor:
-        """Return the gap of the method's output."""
-        played = self.average if self.output == "average" else (self.last.x, self.last.y)
-        return self.game.duality_gap(*played, grid=self.grid).value
+        """Return the gap of the method's output.
+
+        Raises:
+            FloatingPointError: if the particles have left for infinity.
+        """
+        if not all(cloud.points.isfinite().all() for cloud in (self.last.x, self.last.y)):
+            raise FloatingPointError(
+                f"The particles left for infinity within {self.count} steps: give a step_size "
+                "below 2/smoothness of the payoff, or sets that are bounded."
+            )
+        if self.output == "last" or not self.kept or self.nodes is None:
+            played = self.average if self.output == "average" else (self.last.x, self.last.y)
+            return self.game.duality_gap(*played, grid=self.grid).value
+        new = self.kept[self.judged :]
+        if new:
+            mu, nu = _union(new)
+            paid = self.game.losses(self.nodes[0].points, nu)
+            earned = self.game.gains(self.nodes[1].points, mu)
+            self.paid = self.paid + len(new) * paid
+            self.earned = self.earned + len(new) * earned
+            self.judged = len(self.kept)
+        return gap(self.paid / self.judged, self.earned / self.judged)
+
+
+def _union(clouds: list[Clouds]) -> tuple[Particles, Particles]:
+    share = math.log(len(clouds))
+
+    def joined(sides: list[Particles]) -> Particles:
+        points = torch.cat([side.points for side in sides])
+        return Particles(points, torch.cat([side.log_weights for side in sides]) - share)
+
+    return joined([cloud.x for cloud in clouds]), joined([cloud.y for cloud in clouds])
 
 
 PARTICLE_METHODS: dict[str, type[ParticleMethod]] = {

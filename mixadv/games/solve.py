@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from mixadv.games.matrix import MatrixGame, gap
 from mixadv.games.methods import METHODS, Answer, Method, Play, Scene
 from mixadv.games.particles import PARTICLE_METHODS, ParticleMethod, Snapshots
 from mixadv.games.solution import Pair, Solution
+from mixadv.games.spaces import check_points
 
 RECORDS = 1000
 """Gaps kept of a long solve, evenly spaced."""
@@ -70,6 +72,10 @@ def solve(
         raise TypeError(
             f"game must be a MatrixGame or a ContinuousGame, got {type(game).__name__}: wrap a "
             "matrix of payoffs as MatrixGame(payoff)."
+        )
+    if start is not None and not (isinstance(start, (tuple, list)) and len(start) == 2):
+        raise TypeError(
+            f"start must be a pair (learner's, adversary's), got {reprlib.repr(start)}."
         )
     check_integer("solve", "steps", steps, 1)
     check_integer("solve", "seed", seed, 0)
@@ -193,8 +199,9 @@ def _on_grid(
     grid: int | None,
     advance: Advance,
 ) -> Solution:
-    size = grid or {1: 201, 2: 21}.get(max(game.learner.dim, game.adversary.dim), 0)
-    if not size:
+    coarse = {1: 201, 2: 21}.get(max(game.learner.dim, game.adversary.dim))
+    size = coarse if grid is None else grid
+    if size is None:
         raise ValueError(
             f"{method.name} plays a continuous game on a grid, which in {game.learner.dim} and "
             f"{game.adversary.dim} dimensions has to be asked for: grid=nodes per dimension, or "
@@ -246,12 +253,11 @@ def _with_particles(
     x, y = (_cloud(game, i, begun[i], method.particles) for i in (0, 1))
     ledger = Snapshots(game, method, steps, grid)
     players = method.play(x, y, game, steps, draw)
-    every = math.ceil(steps / 50)  # a gap costs more than a step
 
     def answer(play: Any) -> Any:
         return game.slopes(play.x, play.y)
 
-    recorded, gaps = _drive(players, answer, ledger, steps, every, tolerance, advance)
+    recorded, gaps = _drive(players, answer, ledger, steps, ledger.record_every, tolerance, advance)
     average, last = Pair(*ledger.average), Pair(ledger.last.x, ledger.last.y)
     played = average if method.output == "average" else last
     return Solution(
@@ -278,6 +284,8 @@ def _method(method: Any, parameters: dict[str, Any]) -> Method | ParticleMethod:
         return method
     if isinstance(method, type):
         raise TypeError(f"method must be a name or an object, such as {method.__name__}().")
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name or an object, such as Hedge(), got {method!r}.")
     return build("method", {**METHODS, **PARTICLE_METHODS}, method, parameters)
 
 
@@ -293,13 +301,13 @@ def _start(game: MatrixGame, side: int, start: tuple[Any, Any] | None) -> Tensor
 
 
 def _cloud(game: ContinuousGame, side: int, points: Any, particles: int) -> Particles:
-    cloud = game.particles(points)
-    space = (game.learner, game.adversary)[side]
-    if cloud.points.shape != (particles, space.dim):
+    cloud, space = game.particles(points), (game.learner, game.adversary)[side]
+    if len(cloud.points) != particles:
         raise ValueError(
             f"start[{side}] must be points [{particles}, {space.dim}], one row per particle, got "
             f"{list(cloud.points.shape)}."
         )
+    check_points(f"start[{side}]", cloud.points, space)
     return cloud._replace(points=space.project(cloud.points))
 
 
