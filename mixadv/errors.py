@@ -1,7 +1,9 @@
 """The library's one exception, and help with names."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
 
 
 class GameError(RuntimeError):
@@ -18,3 +20,26 @@ def nearest(name: object, known: Iterable[str], most: int = 1) -> str:
     near = difflib.get_close_matches(str(name), names, most, cutoff=0.5)
     near = near or [n for n in names if n.endswith(f".{name}")][:most]
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def build(
+    what: str, registry: Mapping[str, type[Any]], name: Any, parameters: dict[str, Any]
+) -> Any:
+    """Return what the registry has under a name, a dataclass, made with the parameters.
+
+    Raises:
+        ValueError: for an unknown name or hyper-parameter, with the nearest one.
+    """
+    if name not in registry:
+        raise ValueError(
+            f"Unknown {what} {name!r}.{nearest(name, registry)} There are {', '.join(registry)}."
+        )
+    cls = registry[name]
+    known = [f.name for f in fields(cls)]
+    for parameter in parameters:
+        if parameter not in known:
+            raise ValueError(
+                f"{cls.__name__} has no hyper-parameter {parameter!r}."
+                f"{nearest(parameter, known)} It has {', '.join(known)}."
+            )
+    return cls(**parameters)

@@ -66,16 +66,17 @@ def check(game: Game, closure: Closure) -> None:
             with _gradients_kept(game):
                 plain = _plain_pass(stage)
             with game.site.learning():
-                zero, lengths = _pass_at_zero(stage)
+                zero, lengths, slopes = _pass_at_zero(stage)
             if isinstance(game.site, CompiledSite):
-                zero, _ = _pass_at_zero(stage)
+                zero, *_ = _pass_at_zero(stage)
                 stage.run(_measuring([]))  # the learner's passes take another graph
             _check_replay(plain, zero)
             _check_reading(game, zero, stage)
             _check_number_format(zero)
             if game.unit is None:
                 game.unit = _mean_length(game, lengths)
-            _check_noise_floor(game, stage, zero)
+            if _check_slopes(game, slopes):
+                _check_noise_floor(game, stage, zero)
             _check_route(game, closure)
     except BaseException:
         game.unit, game.leaf_backward = found
@@ -116,8 +117,8 @@ def _plain_pass(stage: Stage) -> Reading:
     return reading
 
 
-def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor]]:
-    """Run a pass at δ = 0 and check that the loss depends on δ."""
+def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor], list[Tensor]]:
+    """Run a pass at δ = 0, check that δ is on the way to the loss, and return the gradients."""
     game = stage.game
     lengths: list[Tensor] = []
     leaves: list[Tensor] = []
@@ -135,9 +136,9 @@ def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor]]:
             game.leaf_backward = True  # reentrant checkpointing allows only a plain backward
             reading = stage.run(_measuring(lengths, leaves := []))
             gradients = stage.differentiate(reading.objective, leaves)
-    if not any(bool(g.any()) for g in gradients):
+    if all(leaf.grad is None for leaf in leaves):
         raise GameError(_no_gradient(game))
-    return reading, lengths
+    return reading, lengths, gradients
 
 
 def _measuring(
@@ -258,6 +259,22 @@ def _check_number_format(reading: Reading) -> None:
             "In fp16 gradients with respect to δ underflow: no loss scale reaches them. Use bf16.",
             stacklevel=6,
         )
+
+
+def _check_slopes(game: Game, gradients: list[Tensor]) -> bool:
+    """Warn if no gradient moves δ; return whether one does.
+
+    Not an error: heads and adapters often start at zero, and move in a step or two.
+    """
+    if any(bool(g.any()) for g in gradients):
+        return True
+    warnings.warn(
+        f"The gradient with respect to δ at {game.site.names} is exactly zero in the first round: "
+        "weights on the way to the loss that start at zero, or a function such as round(). No "
+        "ascent moves until that changes.",
+        stacklevel=6,
+    )
+    return False
 
 
 def _check_noise_floor(game: Game, stage: Stage, zero: Reading) -> None:

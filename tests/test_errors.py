@@ -567,6 +567,18 @@ def test_a_radius_below_the_noise_floor_is_warned_of():
     optimizer.step(player.closure())  # once
 
 
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_a_head_that_starts_at_zero_is_warned_of_and_trained(name: str):
+    player = small()
+    nn.init.zeros_(player.model.head.weight)
+    optimizer = wrap(SGD(player.model.parameters(), lr=0.1), player.model, mixadv.solver(name))
+    with pytest.warns(UserWarning, match=words("gradient", "exactly zero", "start at zero")):
+        optimizer.step(player.closure())
+    assert player.model.head.weight.any()
+    optimizer.step(player.closure())  # once, and of nothing else
+    assert optimizer.outcome.payoff != 0 or name in ("noise", "r3f")
+
+
 def test_evaluation_asks_for_what_it_needs():
     player = small()
     optimizer = wrap(SGD(player.model.parameters(), lr=0.1), player.model, MAT(learner_steps=2))

@@ -66,19 +66,22 @@ def duality_gap(
         0 (exact) 0.5 (exact)
     """
     if isinstance(game, MatrixGame):
-        for who, weights, size in zip(
-            ("learner", "adversary"), (learner, adversary), game.shape, strict=True
-        ):
+        x, y = (
+            torch.as_tensor(weights, dtype=game.payoff.dtype, device=game.payoff.device)
+            for weights in (learner, adversary)
+        )
+        for who, weights, size in zip(("learner", "adversary"), (x, y), game.shape, strict=True):
             check_weights(who, weights, size)
-        return Gap(game.duality_gap(learner, adversary, **how))  # pyright: ignore
+        return Gap(game.duality_gap(x, y, **how))
     return game.duality_gap(learner, adversary, **how)  # pyright: ignore
 
 
-def check_weights(who: str, weights: Any, size: int) -> None:
+def check_weights(who: str, weights: Tensor, size: int) -> None:
     """Raise unless the weights `[..., size]` lie on the simplex."""
-    if not isinstance(weights, Tensor) or weights.shape[-1:] != (size,):
-        shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"{who} must be weights of shape [..., {size}], got {shape}.")
+    if weights.shape[-1:] != (size,):
+        raise ValueError(
+            f"{who} must be weights of shape [..., {size}], got {list(weights.shape)}."
+        )
     total = weights.sum(-1)
     if not (weights >= 0).all() or not torch.allclose(total, torch.ones_like(total), atol=1e-4):
         raise ValueError(

@@ -108,9 +108,14 @@ class ContinuousGame:
                     f"{who} must be a set such as Box(-1, 1), Torus(1), Ball(2) or Gaussian(1), "
                     f"got {space!r}."
                 )
+        if not callable(payoff):
+            raise TypeError(f"payoff must be a function of two points, got {payoff!r}.")
         self.payoff, self.learner, self.adversary = payoff, learner, adversary
         self.lipschitz, self.dtype, self.device = lipschitz, dtype, torch.device(device or "cpu")
         self._check()
+
+    def __repr__(self) -> str:
+        return f"ContinuousGame({self.learner}, {self.adversary}, {self.dtype})"
 
     # Payoffs -----------------------------------------------------------------------------------
 
@@ -282,7 +287,13 @@ class ContinuousGame:
                 f"got shape {list(found.shape)}: sum over the coordinates."
             )
         xs, ys = (s.sample(64, draw, self.dtype) for s in (self.learner, self.adversary))
-        drawn = vmap(self._number)(xs, ys)
+        try:
+            drawn = vmap(self._number)(xs, ys)
+        except RuntimeError as error:
+            raise TypeError(
+                "payoff must be plain torch, which torch.func.vmap can run on many pairs of points "
+                f"at once: no `if` on a tensor (use torch.where), no .item(). {error}"
+            ) from error
         if not drawn.isfinite().all():
             i = int((~drawn.isfinite()).nonzero()[0])
             raise ValueError(

@@ -14,9 +14,9 @@ class MatrixGame:
     The learner minimises, the adversary maximises. A batch of games of one shape is solved at once.
 
     Args:
-        payoff: `[m, n]`, or `[g, m, n]` for g games: a tensor, an array or nested lists. Integers
-            and booleans become float64; float16 and bfloat16 become float32, in which mirror steps
-            keep the small weights; float32 and float64 and the device stay.
+        payoff: `[m, n]`, or `[g, m, n]` for g games: a tensor, an array or nested lists. Lists,
+            integers and booleans become float64; float16 and bfloat16 become float32, in which
+            mirror steps keep the small weights; float32, float64 and the device stay.
 
     Raises:
         TypeError: if the payoffs are no real numbers.
@@ -85,6 +85,8 @@ def gap(losses: Tensor, gains: Tensor) -> Tensor:
 def _checked(payoff: Any) -> Tensor:
     try:
         matrix = payoff.detach() if isinstance(payoff, Tensor) else torch.as_tensor(payoff)
+        if isinstance(payoff, (list, tuple)) and not matrix.is_complex():
+            matrix = torch.as_tensor(payoff, dtype=torch.float64)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
             "payoff must be a matrix [m, n] or a batch [g, m, n] of numbers, with rows of one "

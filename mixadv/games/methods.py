@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,19 @@ class Scene(NamedTuple):
         return torch.where(varies, number / torch.where(varies, self.spread, 1.0), 0.0)
 
 
+def check_step_size(who: str, step_size: Any) -> None:
+    """Raise unless a step size is "auto", a number, or one for each player."""
+    if step_size == "auto":
+        return
+    if isinstance(step_size, str) or (isinstance(step_size, tuple) and len(step_size) != 2):
+        raise ValueError(
+            f"{who}: step_size must be 'auto', a number, or a pair (learner, adversary), got "
+            f"{step_size!r}."
+        )
+    for size in step_size if isinstance(step_size, tuple) else (step_size,):
+        check_number(who, "step_size", size)
+
+
 Players = Generator[Play, Answer, None]
 Pair = tuple[float | Tensor, float | Tensor]
 
@@ -84,13 +97,7 @@ class Method:
     output: ClassVar[Output] = "average"
 
     def __post_init__(self) -> None:
-        who, sizes = type(self).__name__, self.step_size
-        if sizes == "auto":
-            return
-        if isinstance(sizes, str):
-            raise ValueError(f"{who}: step_size must be 'auto' or a number, got {sizes!r}.")
-        for size in sizes if isinstance(sizes, tuple) else (sizes,):
-            check_number(who, "step_size", size)
+        check_step_size(type(self).__name__, self.step_size)
 
     def play(self, x: Tensor, y: Tensor, scene: Scene) -> Players:
         """Play from the log-weights x and y."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from mixadv import langevin, mirror
 from mixadv.ascent import check_integer, check_number
 from mixadv.games.continuous import ContinuousGame, Particles, Slopes
-from mixadv.games.methods import Output
+from mixadv.games.methods import Output, StepSize, check_step_size
 from mixadv.games.spaces import Space
 
 KEPT = 4096
@@ -52,7 +52,7 @@ class ParticleMethod:
         particles: N of each player.
     """
 
-    step_size: float | tuple[float, float] | Literal["auto"] = "auto"
+    step_size: StepSize = "auto"
     particles: int = 64
 
     name: ClassVar[str]
@@ -62,11 +62,7 @@ class ParticleMethod:
     def __post_init__(self) -> None:
         who = type(self).__name__
         check_integer(who, "particles", self.particles, 1)
-        if isinstance(self.step_size, str) and self.step_size != "auto":
-            raise ValueError(f"{who}: step_size must be 'auto' or a number: {self.step_size!r}.")
-        if not isinstance(self.step_size, str):
-            for size in self.step_size if isinstance(self.step_size, tuple) else [self.step_size]:
-                check_number(who, "step_size", size)
+        check_step_size(who, self.step_size)
 
     def play(
         self, x: Particles, y: Particles, game: ContinuousGame, steps: int, draw: torch.Generator

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixadv import mirror
 from mixadv.ascent import check_integer, check_number
-from mixadv.errors import nearest
+from mixadv.errors import build
 from mixadv.games.certificate import check_weights, duality_gap
 from mixadv.games.continuous import ContinuousGame, Particles
 from mixadv.games.matrix import MatrixGame, gap
@@ -280,12 +280,9 @@ def _method(method: Any, parameters: dict[str, Any]) -> Method | ParticleMethod:
                 f"{type(method).__name__}(...), or give the method by name."
             )
         return method
-    known = {**METHODS, **PARTICLE_METHODS}
-    if method not in known:
-        raise ValueError(
-            f"method={method!r} is not one of {', '.join(known)}.{nearest(method, known)}"
-        )
-    return known[method](**parameters)
+    if isinstance(method, type):
+        raise TypeError(f"method must be a name or an object, such as {method.__name__}().")
+    return build("method", {**METHODS, **PARTICLE_METHODS}, method, parameters)
 
 
 def _start(game: MatrixGame, side: int, start: tuple[Any, Any] | None) -> Tensor:

@@ -1,9 +1,8 @@
 """The registry of solvers: one file each, one line here."""
 
-from dataclasses import fields
 from typing import Any
 
-from mixadv.errors import nearest
+from mixadv.errors import build
 from mixadv.solvers.alum import ALUM
 from mixadv.solvers.base import Solver
 from mixadv.solvers.cat import CAT
@@ -53,16 +52,4 @@ def solver(name: str, **parameters: Any) -> Solver:
         >>> solver("freelb", steps=2).steps
         2
     """
-    if name not in SOLVERS:
-        raise ValueError(
-            f"Unknown solver {name!r}.{nearest(name, SOLVERS)} There are {', '.join(SOLVERS)}."
-        )
-    cls = SOLVERS[name]
-    known = [f.name for f in fields(cls)]
-    for parameter in parameters:
-        if parameter not in known:
-            raise ValueError(
-                f"{cls.__name__} has no hyper-parameter {parameter!r}."
-                f"{nearest(parameter, known)} It has {', '.join(known)}."
-            )
-    return cls(**parameters)
+    return build("solver", SOLVERS, name, parameters)
