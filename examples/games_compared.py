@@ -1,12 +1,13 @@
 """Time and gap of mixadv, nashpy, open_spiel and HiGHS on the same random zero-sum games.
 
-    python examples/games_compared.py   # 20 minutes; --quick for half a minute
+    python examples/games_compared.py   # half an hour; --quick takes half a minute
 
 Each solves in a process of its own with one thread, and is stopped after a minute; they take turns,
 each three times, and the median counts. Seconds are those of the processor, so that other programs
 count little; imports and a first small game are not timed. Payoffs are uniform and scaled to
 [0, 1]; the gap is computed here, from the strategies that were returned. What takes one game at a
-time solves the games of a batch one after another.
+time solves the games of a batch one after another. Of several attempts the last one's seconds count,
+but all are within the minute.
 """
 
 import argparse
@@ -133,23 +134,23 @@ def compare(sizes: Iterable[Size], limit: float, repeats: int) -> Iterator[dict]
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:
-    """Return a Markdown table, the fastest of each size first."""
-    lines = ["| games | solver | stops at | seconds | gap ÷ range |", "|---|---|---|---|---|"]
-
-    def rank(result: dict[str, Any]) -> tuple[Any, ...]:
-        return sizes.index(result["size"]), statistics.median(result.get("seconds", [math.inf]))
-
-    results = list(results)
-    sizes = [result["size"] for result in results]
-    for result in sorted(results, key=rank):
+    """Return a Markdown table: median seconds, and largest gap ÷ range, by solver and size."""
+    sizes: dict[str, None] = {}
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for result in results:
         games, rows, columns = result["size"]
         size = f"{games} of {rows}×{columns}" if games > 1 else f"{rows}×{columns}"
         aim = f"{result['aim']:g}" if result["aim"] else "its end"
-        cells = [result.get("failed", ""), "–"]
-        if "failed" not in result:
-            cells = [f"{statistics.median(result['seconds']):.2g}", f"{result['gap']:.0e}"]
-        lines.append("| " + " | ".join([size, result["solver"], aim, *cells]) + " |")
-    return "\n".join(lines)
+        cell = result.get("failed")
+        if cell is None:
+            cell = f"{statistics.median(result['seconds']):.2g} s, {result['gap']:.0e}"
+        sizes[size] = None
+        found.setdefault((result["solver"], aim), {})[size] = cell
+    lines = [["solver", "stops at", *sizes], ["---"] * (2 + len(sizes))]
+    lines += [
+        [*solver, *[cells.get(size, "") for size in sizes]] for solver, cells in found.items()
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

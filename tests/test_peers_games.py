@@ -284,19 +284,26 @@ def test_a_solver_that_takes_too_long_is_stopped():
     assert found == {"failed": "not in 0.1 s"}
 
 
-def test_the_table_has_the_fastest_first_and_losers_too():
+def test_the_table_has_medians_by_solver_and_size_and_losers_too():
     results = [
         {"size": [1, 4, 5], "solver": "a", "aim": None, "seconds": [3.0, 1.0, 2.0], "gap": 2e-16},
         {"size": [1, 4, 5], "solver": "b", "aim": 1e-3, "failed": "not in 60 s"},
-        {"size": [1, 4, 5], "solver": "c", "aim": 1e-8, "seconds": [0.5], "gap": 1e-9},
+        {"size": [3, 4, 5], "solver": "b", "aim": 1e-3, "seconds": [0.5], "gap": 9e-4},
         {"size": [3, 4, 5], "solver": "a", "aim": None, "seconds": [0.1], "gap": 0.0},
     ]
-    assert games_compared.table(results).splitlines()[2:] == [
-        "| 4×5 | c | 1e-08 | 0.5 | 1e-09 |",
-        "| 4×5 | a | its end | 2 | 2e-16 |",
-        "| 4×5 | b | 0.001 | not in 60 s | – |",
-        "| 3 of 4×5 | a | its end | 0.1 | 0e+00 |",
+    assert games_compared.table(results).splitlines() == [
+        "| solver | stops at | 4×5 | 3 of 4×5 |",
+        "| --- | --- | --- | --- |",
+        "| a | its end | 2 s, 2e-16 | 0.1 s, 0e+00 |",
+        "| b | 0.001 | not in 60 s | 0.5 s, 9e-04 |",
     ]
+
+
+def test_results_are_of_every_solver_at_every_size():
+    lines = games_compared.RESULTS.read_text().splitlines()
+    found = [(tuple(r["size"]), r["solver"], r["aim"]) for r in map(json.loads, lines)]
+    solvers = [(c.name, c.aim) for c in CONTENDERS]
+    assert found == [(size, *solver) for size in games_compared.SIZES for solver in solvers]
 
 
 @pytest.mark.slow
