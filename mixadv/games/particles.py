@@ -22,11 +22,8 @@ from mixadv.games.matrix import gap
 from mixadv.games.methods import Output, StepSize, check_step_size
 from mixadv.games.spaces import Space
 
-KEPT = 4096
+KEPT = 8192
 """Particles kept of the clouds along the way, whose union is the average strategy."""
-
-CLOUDS = 16
-"""Clouds kept at least, however large they are."""
 
 
 class Clouds(NamedTuple):
@@ -199,35 +196,53 @@ def _noise(draw: torch.Generator) -> Callable[[Tensor], Tensor]:
 
 
 class Snapshots:
-    """The clouds that were played: the last one, and the union of those evenly spaced in time.
+    """The clouds that were played: the last one, and a sample of all of them.
+
+    Play goes in cycles, and a few whole clouds could be but a few phases of a cycle: so a few
+    particles of every cloud are kept instead, unless there is room for all.
 
     Payoffs are linear in a strategy. So the gap of the average on a grid needs what its nodes pay
-    and earn against the clouds that are new since the last record, and the whole history costs what
-    one gap does. Without a grid each record is a search of its own, and there are few.
+    and earn against the particles that are new since the last record, and the whole history costs
+    what one gap does. Without a grid each record is a search of its own, and there are few.
     """
 
     def __init__(
         self, game: ContinuousGame, method: ParticleMethod, steps: int, grid: int | None
     ) -> None:
         self.game, self.output, self.grid = game, method.output, grid
-        self.every = math.ceil(steps / max(KEPT // method.particles, CLOUDS))
+        self.every, self.share = math.ceil(steps / KEPT), max(1, KEPT // steps)
         size = grid_size(game, grid)
         self.nodes = None if size is None else game.grid(size)
         self.record_every = math.ceil(steps / (5 if self.nodes is None else 50))
         self.kept: list[Clouds] = []
-        self.count, self.judged = 0, 0
+        self.count, self.judged, self.draw = 0, 0, game.generator(0)
         self.paid = self.earned = torch.zeros((), dtype=game.dtype, device=game.device)
 
     def add(self, play: Clouds, answer: Slopes) -> None:
-        """Take in a step; of each stretch the end is kept, so that the start alone never is."""
-        self.last, self.count = play, self.count + 1
+        """Take in a step."""
+        self.last = play
         if self.count % self.every == 0:
-            self.kept.append(play)
+            self.kept.append(Clouds(self._some(play.x), self._some(play.y)))
+        self.count += 1
+
+    def _some(self, cloud: Particles) -> Particles:
+        """Return `share` particles drawn by weight, at even distances of cumulated weight.
+
+        It is cumulated along the first coordinate, where neighbours stand for one another.
+        """
+        if len(cloud.points) <= self.share:
+            return cloud
+        order = cloud.points[:, 0].argsort()
+        cumulated = cloud.weights[order].cumsum(0)
+        begin = torch.rand(1, generator=self.draw, dtype=cumulated.dtype, device=cumulated.device)
+        marks = (torch.arange(self.share, device=begin.device) + begin) / self.share
+        drawn = torch.searchsorted(cumulated, marks * cumulated[-1]).clamp(max=len(order) - 1)
+        return self.game.particles(cloud.points[order[drawn]])
 
     @property
     def average(self) -> tuple[Particles, Particles]:
-        """The mean strategies: all kept particles, each cloud with the same mass."""
-        return _union(self.kept or [self.last])
+        """The mean strategies: all kept particles, those of each cloud with the same mass."""
+        return _union(self.kept)
 
     def gap(self) -> Tensor:
         """Return the gap of the method's output.
@@ -240,7 +255,7 @@ class Snapshots:
                 f"The particles left for infinity within {self.count} steps: give a step_size "
                 "below 2/smoothness of the payoff, or sets that are bounded."
             )
-        if self.output == "last" or not self.kept or self.nodes is None:
+        if self.output == "last" or self.nodes is None:
             played = self.average if self.output == "average" else (self.last.x, self.last.y)
             return self.game.duality_gap(*played, grid=self.grid).value
         new = self.kept[self.judged :]

@@ -32,7 +32,7 @@ class Solution:
         method: how.
         learner: the learner's strategy: weights `[..., m]`, or particles.
         adversary: the adversary's.
-        average: both strategies, averaged over the steps.
+        average: both strategies, averaged over the steps; of particles a sample of that.
         last: both strategies of the last step.
         value: mean payoff of `learner` against `adversary`, 0-d or `[g]`; the value of the game
             lies within the gap of it.
