@@ -80,13 +80,13 @@ class Solution:
 
 def _draw(axes: Any, strategy: Tensor | Particles, game: int) -> None:
     if isinstance(strategy, Tensor):
-        weights = (strategy[game] if strategy.dim() == 2 else strategy).cpu()
+        weights = (strategy[game] if strategy.dim() == 2 else strategy).cpu().numpy()
         axes.bar(range(len(weights)), weights)
         axes.set(xlabel="action", ylabel="weight")
         return
-    points, weights = strategy.points.cpu(), strategy.weights.cpu()
+    points, weights = strategy.points.cpu().numpy(), strategy.weights.cpu().numpy()
     if points.shape[1] == 1:
-        axes.hist(points[:, 0].numpy(), bins=60, weights=weights.numpy())
+        axes.hist(points[:, 0], bins=60, weights=weights)
         axes.set(xlabel="point", ylabel="weight")
         return
     axes.scatter(points[:, 0], points[:, 1], s=4 + 400 * weights, alpha=0.5)
