@@ -54,7 +54,8 @@ def test_projection_brings_every_point_to_the_nearest_of_the_set(space, seed, sp
 
 @given(dims, seeds, st.sampled_from([1e-18, 1.0, 1e6]))
 def test_circle_closes(dim, seed, spread):
-    x = draws(Torus(dim), 20, seed, spread) - spread
+    noise = torch.Generator().manual_seed(seed)
+    x = spread * torch.randn(20, dim, generator=noise, dtype=torch.float64)
     wrapped = Torus(dim).project(x)
     assert (wrapped >= 0).all()
     assert (wrapped < 1).all()
