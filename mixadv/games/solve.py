@@ -99,17 +99,24 @@ class Means:
         self.game, self.output = game, method.output
         self.count = 0
 
+    def answer(self, play: Play) -> Answer:
+        """Return what rows pay and columns earn against a play."""
+        self.last = Pair(play.x.exp(), play.y.exp())
+        self.answered = Answer(
+            self.game.losses(self.last.adversary), self.game.gains(self.last.learner)
+        )
+        return self.answered
+
     def add(self, play: Play, answer: Answer) -> None:
-        """Take in a step: means in the linear domain, where a mean of strategies is one."""
-        x, y = play.x.exp(), play.y.exp()
+        """Take in a step just answered; a mean of strategies, not of their logarithms, is one."""
+        (x, y), seen = self.last, [*self.last, *answer]
         self.count += 1
         if self.count == 1:
-            self.mean = [v.clone() for v in (x, y, *answer)]
-            self.least, self.best = gap(*answer), Pair(x, y)
+            self.mean = [v.clone() for v in seen]
+            self.least, self.best = gap(*answer), self.last
         else:
-            for mean, new in zip(self.mean, (x, y, *answer), strict=True):
-                mean += (new - mean) / self.count
-        self.last, self.answer = Pair(x, y), answer
+            for mean, new in zip(self.mean, seen, strict=True):
+                mean.lerp_(new, 1 / self.count)
         if self.output == "best":
             found = gap(*answer)
             better = (found < self.least)[..., None]
@@ -127,7 +134,7 @@ class Means:
         """Return the gap of the method's output; the game is linear, so its answers average."""
         if self.output == "average":
             return gap(self.mean[2], self.mean[3])
-        return self.least if self.output == "best" else gap(*self.answer)
+        return self.least if self.output == "best" else gap(*self.answered)
 
 
 def _drive(
@@ -168,13 +175,10 @@ def _finite(
 ) -> Solution:
     x, y = (_start(game, side, start) for side in (0, 1))
 
-    def answer(play: Play) -> Answer:
-        return Answer(game.losses(play.y.exp()), game.gains(play.x.exp()))
-
     ledger = Means(game, method)
     players = method.play(x, y, Scene(game.spread[..., None], steps))
     every = math.ceil(steps / RECORDS)
-    recorded, gaps = _drive(players, answer, ledger, steps, every, tolerance, advance)
+    recorded, gaps = _drive(players, ledger.answer, ledger, steps, every, tolerance, advance)
     outputs = {"average": ledger.average, "last": ledger.last}
     played = ledger.best if method.output == "best" else outputs[method.output]
     return Solution(
