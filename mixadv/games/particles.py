@@ -19,7 +19,7 @@ from mixadv.ascent import check_integer, check_number
 from mixadv.games.continuous import ContinuousGame, Particles, Slopes
 from mixadv.games.deviations import grid_size
 from mixadv.games.matrix import gap
-from mixadv.games.methods import Output, StepSize, check_step_size
+from mixadv.games.method import Output, StepSize, check_step_size
 from mixadv.games.spaces import Space
 
 KEPT = 4096
@@ -262,8 +262,3 @@ def _union(clouds: list[Clouds]) -> tuple[Particles, Particles]:
         return Particles(points, torch.cat([side.log_weights for side in sides]) - share)
 
     return joined([cloud.x for cloud in clouds]), joined([cloud.y for cloud in clouds])
-
-
-PARTICLE_METHODS: dict[str, type[ParticleMethod]] = {
-    method.name: method for method in (Langevin, WassersteinFisherRao, GradientDescentAscent)
-}

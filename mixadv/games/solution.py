@@ -12,7 +12,7 @@ from mixadv.games.certificate import Gap
 if TYPE_CHECKING:
     from mixadv.games.continuous import ContinuousGame, Particles
     from mixadv.games.matrix import MatrixGame
-    from mixadv.games.methods import Method
+    from mixadv.games.method import Method
     from mixadv.games.particles import ParticleMethod
 
 
