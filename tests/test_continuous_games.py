@@ -26,10 +26,10 @@ from mixadv.games import (
     Torus,
     WassersteinFisherRao,
     duality_gap,
-    particles,
+    snapshots,
     solve,
 )
-from mixadv.games.methods import Answer, Scene
+from mixadv.games.method import Answer, Scene
 from theory import bounds, oracles
 
 seeds = st.integers(0, 2**32 - 1)
@@ -400,7 +400,7 @@ def test_automatic_steps_are_stable_where_the_reference_is_steeper_than_the_payo
 
 def test_average_is_of_the_whole_way_however_large_a_cloud_is(monkeypatch):
     """Two particles of each of 40 clouds of 20, drawn by weight: means agree to standard errors."""
-    monkeypatch.setattr(particles, "KEPT", 80)
+    monkeypatch.setattr(snapshots, "KEPT", 80)
     game = ContinuousGame(lambda x, y: product(x, y) + product(x, x), Box(), Box())
     method = WassersteinFisherRao(particles=20, step_size=0.05, mirror_step=0.3)
     found = solve(game, method, 40, grid=5, progress=False).average.learner
@@ -416,16 +416,17 @@ def test_average_is_of_the_whole_way_however_large_a_cloud_is(monkeypatch):
     assert (found.mean - mean).abs() < 3 * error
 
 
-def test_average_of_a_cycle_is_no_phase_of_it():
-    """The period of xy at γ = 0.5 is 2π/γ = 12.6 steps: to be met with 16 in the same phase."""
+def test_average_of_a_cycle_is_no_phase_of_it(monkeypatch):
+    """The period of xy at γ = 0.5 is 2π/γ = 12.6 steps: every 25th cloud meets the same phase."""
+    monkeypatch.setattr(snapshots, "KEPT", 16 * 32)
     game, _ = play("bilinear")
     for steps in (380, 400):
         solution = solve(
-            game, "langevin", steps, temperature=0.0, particles=512, step_size=0.5, grid=3,
+            game, "langevin", steps, temperature=0.0, particles=32, step_size=0.5, grid=3,
             progress=False,
         )  # fmt: skip
         assert game.duality_gap(*solution.last, grid=3).value > 0.3
-        assert solution.gap.value < 0.03
+        assert solution.gap.value < 0.1
 
 
 @pytest.mark.parametrize("steps", [1, 7, 70])

@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mixadv.games import METHODS, MatrixGame, duality_gap, solve
-from mixadv.games.methods import Answer, Scene
 
+from mixadv import mirror
+from mixadv.games import METHODS, MatrixGame, duality_gap, solve
+from mixadv.games.method import Answer, Scene
 from theory import bounds, oracles
 
 BOUNDED = ("hedge", "anytime_hedge", "optimistic_hedge", "mirror_prox", "magnetic")
@@ -22,8 +23,12 @@ bounded_methods = pytest.mark.parametrize("name", BOUNDED)
 def trajectory(payoff, name, steps, start=None, **parameters):
     """Every strategy that counts, as log-weights `[steps, .., m]` and `[steps, .., n]`."""
     game = MatrixGame(payoff)
-    even = [torch.full((*game.payoff.shape[:-2], k), 1 / k).double() for k in game.shape]
-    x, y = (z.log() for z in (start or even))
+    games = game.payoff.shape[:-2]
+    if start is None:
+        uniform = [mirror.uniform(k, dtype=torch.float64) for k in game.shape]
+        x, y = (z.expand(*games, len(z)) for z in uniform)
+    else:
+        x, y = (z.log() for z in start)
     players = METHODS[name](**parameters).play(x, y, Scene(game.spread[..., None], steps))
     play, played = next(players), []
     while len(played) < steps:
@@ -39,15 +44,15 @@ def gaussian(seed, m, n, count=8):
 
 
 def awkward(seed, m, n):
-    return torch.tensor(oracles.games(30, m, n, seed))
+    return torch.tensor(oracles.games(len(oracles.SHAPES), m, n, seed))
 
 
 @every_method
 @given(seeds, sizes, sizes)
 def test_iterates_stay_on_the_simplex(name, seed, m, n):
     payoff = awkward(seed, m, n)
-    found = solve(MatrixGame(payoff), name, 40, progress=False)
-    pairs = *trajectory(payoff, name, 40), found.learner.log(), found.adversary.log()
+    found = solve(MatrixGame(payoff), name, 20, progress=False)
+    pairs = *trajectory(payoff, name, 20), found.learner.log(), found.adversary.log()
     for log_weights in pairs:
         weights = log_weights.exp()
         assert (weights >= 0).all()
@@ -85,30 +90,29 @@ def test_gap_is_never_negative_and_vanishes_at_the_equilibrium(seed, m, n):
     assert (abs(gap - torch.tensor(oracles.gap(payoff, x, y))) <= 1e-12 * scale).all()
 
 
-@every_method
 @given(seeds, sizes, sizes)
-def test_value_lies_between_what_both_players_can_make_sure_of(name, seed, m, n):
+def test_value_lies_between_what_both_players_can_make_sure_of(seed, m, n):
     payoff = awkward(seed, m, n)
-    found = solve(MatrixGame(payoff), name, 60, progress=False)
-    value = torch.tensor([oracles.equilibrium(game).value for game in payoff.numpy()])
-    slack = 1e-9 * payoff.abs().amax((1, 2))
-    game = MatrixGame(payoff)
-    assert (game.losses(found.adversary).amin(-1) <= value + slack).all()
-    assert (game.gains(found.learner).amax(-1) >= value - slack).all()
-    assert (abs(found.value - value) <= found.gap.value + slack).all()
+    value = torch.tensor(np.array([oracles.equilibrium(game).value for game in payoff.numpy()]))
+    slack, game = 1e-9 * payoff.abs().amax((1, 2)), MatrixGame(payoff)
+    for name in METHODS:
+        found = solve(game, name, 30, progress=False)
+        assert (game.losses(found.adversary).amin(-1) <= value + slack).all()
+        assert (game.gains(found.learner).amax(-1) >= value - slack).all()
+        assert (abs(found.value - value) <= found.gap.value + slack).all()
 
 
 @bounded_methods
 @given(seeds, sizes, sizes, st.floats(0.01, 100), st.floats(-5, 5))
 def test_units_of_the_payoff_do_not_change_the_strategies(name, seed, m, n, unit, shift):
     payoff = gaussian(seed, m, n)
-    expected = trajectory(payoff, name, 40)
-    for one, other in zip(trajectory(unit * payoff + shift, name, 40), expected, strict=True):
+    expected = trajectory(payoff, name, 20)
+    for one, other in zip(trajectory(unit * payoff + shift, name, 20), expected, strict=True):
         torch.testing.assert_close(one.exp(), other.exp(), rtol=0, atol=1e-9)
     heat = {"temperature": 0.3} if name == "magnetic" else {}
     heated = {key: tau * unit for key, tau in heat.items()}
-    found = trajectory(unit * payoff + shift, name, 40, step_size=0.5 / unit, **heated)
-    expected = trajectory(payoff, name, 40, step_size=0.5, **heat)
+    found = trajectory(unit * payoff + shift, name, 20, step_size=0.5 / unit, **heated)
+    expected = trajectory(payoff, name, 20, step_size=0.5, **heat)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.exp(), other.exp(), rtol=0, atol=1e-9)
 
@@ -124,7 +128,7 @@ def test_a_copied_row_that_shares_its_weight_changes_no_gap(name, seed, m, n):
     split[row] /= 2
     steps = {"step_size": 0.4} | ({"temperature": 0.2} if name == "magnetic" else {})
     one, other = (
-        solve(MatrixGame(game), name, 60, start=(start, y), progress=False, **steps)
+        solve(MatrixGame(game), name, 30, start=(start, y), progress=False, **steps)
         for game, start in ((payoff, x), (copied, split))
     )
     torch.testing.assert_close(one.gaps, other.gaps, rtol=0, atol=1e-12)
@@ -135,17 +139,17 @@ def test_a_copied_row_that_shares_its_weight_changes_no_gap(name, seed, m, n):
 def test_a_dominated_row_loses_its_weight_exponentially(name, seed, m, n, margin):
     payoff = gaussian(seed, m, n)
     payoff[:, 0] = payoff[:, 1] + margin + gaussian(seed, 1, n)[:, 0].abs()
-    x, _ = trajectory(payoff, name, 50, step_size=0.5)
+    x, _ = trajectory(payoff, name, 30, step_size=0.5)
     ratio = x[:, :, 0] - x[:, :, 1]
-    assert (ratio <= -0.5 * margin * torch.arange(50)[:, None] + 1e-9).all()
+    assert (ratio <= -0.5 * margin * torch.arange(30)[:, None] + 1e-9).all()
 
 
 @every_method
 @given(seeds, sizes, sizes)
 def test_swapping_the_players_swaps_the_answer(name, seed, m, n):
     payoff = gaussian(seed, m, n)
-    one = solve(MatrixGame(payoff), name, 40, progress=False)
-    other = solve(MatrixGame(-payoff.mT), name, 40, progress=False)
+    one = solve(MatrixGame(payoff), name, 20, progress=False)
+    other = solve(MatrixGame(-payoff.mT), name, 20, progress=False)
     for found, expected in ((other.learner, one.adversary), (other.adversary, one.learner)):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(other.value, -one.value, rtol=0, atol=1e-9)
@@ -155,7 +159,7 @@ def test_swapping_the_players_swaps_the_answer(name, seed, m, n):
 @given(seeds, sizes)
 def test_players_of_a_skew_symmetric_game_play_alike(name, seed, n):
     payoff = gaussian(seed, n, n)
-    x, y = trajectory(payoff - payoff.mT, name, 40)
+    x, y = trajectory(payoff - payoff.mT, name, 20)
     torch.testing.assert_close(x.exp(), y.exp(), rtol=0, atol=1e-9)
 
 
@@ -202,4 +206,4 @@ def test_automatic_step_sizes_are_those_of_the_bounds(m, n, steps, range_):
             bounds.magnetic(range_, m, n, steps, t, bounds.magnetic_step(range_, t))
             for t in (bounds.magnetic_temperature(range_, m, n, steps), tau)
         )
-        assert found <= 1.001 * least
+        assert found <= 1.01 * least

@@ -1,13 +1,11 @@
-"""What `solve` promises whatever it plays: seeds, early stops, dtypes, plots, no side effects."""
+"""What `solve` promises whatever it plays: seeds, early stops, dtypes, no side effects."""
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
 
 from mixadv.games import METHODS, PARTICLE_METHODS, Box, ContinuousGame, MatrixGame, Torus, solve
 
-mpl.use("Agg")
 MATRIX = [[3.0, -1.0, 0.5], [-2.0, 1.0, 0.0]]
 
 
@@ -96,30 +94,6 @@ def test_games_in_three_dimensions_record_a_few_lower_bounds():
     assert found.steps == [2, 4, 6, 8, 10]
     assert found.gap.kind == "lower bound"
     torch.testing.assert_close(found.gaps[-1], found.gap.value)
-
-
-@pytest.mark.parametrize(
-    "solution",
-    [
-        lambda: solve(MatrixGame(MATRIX), "hedge", 5, progress=False),
-        lambda: solve(MatrixGame(torch.rand(3, 2, 4)), "magnetic", 5, progress=False),
-        lambda: solve(continuous(), "mirror_prox", 5, grid=9, progress=False),
-        lambda: solve(continuous(), "langevin", 5, progress=False),
-        lambda: solve(continuous(2), "wasserstein_fisher_rao", 5, grid=9, progress=False),
-        lambda: solve(continuous(), "gradient_descent_ascent", 5, progress=False),
-    ],
-)
-def test_every_solution_can_be_drawn(solution):
-    import matplotlib.pyplot as plt
-
-    solution = solution()
-    axes = solution.plot(game=1 if solution.gap.value.dim() else 0)
-    assert [a.get_title() for a in axes] == [solution.method.name, "learner", "adversary"]
-    assert axes[0].get_ylabel() == "duality gap"
-    assert all(a.has_data() for a in axes)
-    axes[0].figure.canvas.draw()
-    assert solution.plot(axes=axes) is axes
-    plt.close("all")
 
 
 def test_no_bar_is_left_where_output_is_no_terminal(capsys):

@@ -12,7 +12,7 @@ from mixadv.games.certificate import Gap
 if TYPE_CHECKING:
     from mixadv.games.continuous import ContinuousGame, Particles
     from mixadv.games.matrix import MatrixGame
-    from mixadv.games.methods import Method
+    from mixadv.games.method import Method
     from mixadv.games.particles import ParticleMethod
 
 
@@ -68,9 +68,11 @@ class Solution:
 
         if axes is None:
             axes = plt.subplots(1, 3, figsize=(12, 3.5))[1]
-        history = self.gaps.cpu()
-        axes[0].loglog(self.steps, history[:, game] if history.dim() == 2 else history)
-        axes[0].set(xlabel="step", ylabel="duality gap", title=self.method.name)
+        history = (self.gaps[:, game] if self.gaps.dim() == 2 else self.gaps).cpu().numpy()
+        axes[0].plot(self.steps, history)
+        axes[0].set(xlabel="step", ylabel="duality gap", title=self.method.name, xscale="log")
+        if history.any():  # a gap that is 0 throughout has no logarithm
+            axes[0].set_yscale("log")
         for place, who in zip(axes[1:], ("learner", "adversary"), strict=True):
             _draw(place, getattr(self, who), game)
             place.set(title=who)
@@ -83,11 +85,14 @@ def _draw(axes: Any, strategy: Tensor | Particles, game: int) -> None:
         weights = (strategy[game] if strategy.dim() == 2 else strategy).cpu().numpy()
         axes.bar(range(len(weights)), weights)
         axes.set(xlabel="action", ylabel="weight")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         return
     points, weights = strategy.points.cpu().numpy(), strategy.weights.cpu().numpy()
     if points.shape[1] == 1:
-        axes.hist(points[:, 0], bins=60, weights=weights)
+        bins = len(points) if len(points) < 500 else 60  # as many as nodes, or they beat
+        axes.hist(points[:, 0], bins=bins, weights=weights)
         axes.set(xlabel="point", ylabel="weight")
         return
     axes.scatter(points[:, 0], points[:, 1], s=4 + 400 * weights, alpha=0.5)
     axes.set(xlabel="first coordinate", ylabel="second coordinate")
+    axes.set_aspect("equal", "datalim")
