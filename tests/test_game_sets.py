@@ -222,9 +222,9 @@ def test_what_a_gap_is_worth_can_be_read():
         point = torch.full((1, space.dim), 0.5)
         return str(game.duality_gap(point, point, **how))
 
-    assert text(Box(-1, 1)) == "1 + at most 0.001 (a grid of 1001 and 1001 points)"
-    assert text(Box(-1, 1, 2), grid=5).startswith("2 + at most")
-    assert text(Box(-1, 1), lipschitz=math.inf, grid=11).startswith("1 + at most inf")
+    assert text(Box(-1, 1)) == "1 + about 0.001 (a grid of 1001 and 1001 points)"
+    assert text(Box(-1, 1, 2), grid=5).startswith("2 + about")
+    assert text(Box(-1, 1), lipschitz=math.inf, grid=11).startswith("1 + about inf")
     climbed = text(Box(-1, 1, 3), restarts=7, steps=9)
     assert climbed == "≥ 3 (lower bound: projected gradient, 7 restarts × 9 steps)"
     unbounded = text(Gaussian(1, 2.0), grid=9)

@@ -87,7 +87,7 @@ class ContinuousGame:
         >>> game = ContinuousGame(lambda x, y: (x - y).square().sum(), Box(-1, 1), Box(-1, 1))
         >>> ends = torch.tensor([[-1.0], [1.0]])
         >>> print(game.duality_gap(torch.zeros(1, 1), ends, grid=5))
-        0 + at most 1 (a grid of 5 and 5 points)
+        0 + about 1 (a grid of 5 and 5 points)
     """
 
     def __init__(

@@ -96,7 +96,10 @@ class Langevin(ParticleMethod):
     """Langevin descent–ascent: noisy gradient steps, which sample the equilibrium with entropy.
 
     Where it settles, its law is that of the game payoff + τ·KL(μ‖π) − τ·KL(ν‖π), up to the bias
-    of finite steps and the noise of finitely many particles.
+    of finite steps and the noise of finitely many particles. At low τ particles cross no barrier,
+    and keep the proportions between modes that their starts had: after 1,000 steps on (x − y)² over
+    [−1, 1]² the gap is 0.1 to 0.3 at τ = 0.01, where Wasserstein–Fisher–Rao, which moves mass by
+    weights, reaches 0.02.
 
     Attributes:
         temperature: τ, in units of the payoff.
