@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+import games_compared
 import mixadv
 import training
 from mixadv.explain import solver_table
@@ -114,6 +115,11 @@ def test_measured_tables_are_those_of_the_results(name: str):
 @pytest.mark.parametrize("name", ["equilibrium", "bounds"])
 def test_tables_of_games_are_those_of_the_results(name: str):
     assert (ROOT / "examples" / "results" / f"{name}.md").read_text() in README
+
+
+def test_the_table_of_other_solvers_is_that_of_the_results():
+    lines = (ROOT / "examples" / "results" / "games_compared.jsonl").read_text().splitlines()
+    assert games_compared.table([json.loads(line) for line in lines]) in README
 
 
 def test_the_table_of_methods_is_that_of_the_registry():
