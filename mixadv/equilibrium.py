@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixadv import routes
+from mixadv.ascent import Ascent, check_integer
+from mixadv.certificate import Exploitability
 from mixadv.closure import Closure
 from mixadv.game import Game
-from mixadv.stage import no_grad
+from mixadv.replay import Buffers
+from mixadv.solvers.base import Solver
+from mixadv.stage import Stage, Step, no_grad
 from mixadv.strategy import Strategy
 
 
@@ -30,8 +39,9 @@ class BestResponse(NamedTuple):
 def best_response(game: Game, closure: Closure) -> BestResponse:
     """Return where projected ascent ends, and the model's predictions there.
 
-    It is played in the words of the game's solver: its payoff, steps, ball and start. What a solver
-    does besides (a perturbation of tokens, of representations) is for training alone.
+    It is played in the words of the game's solver: its payoff, steps, ball and start; of several
+    particles each sample gets the one that gains most. What a solver does besides (a perturbation
+    of tokens, of representations) is for training alone.
 
     An approximate best response: what it reaches is a lower bound of what an adversary could. The
     learner is left alone: no gradients, no step, and the draws of later rounds are what they would
@@ -41,9 +51,6 @@ def best_response(game: Game, closure: Closure) -> BestResponse:
     Args:
         game: on the model to attack, with the solver whose ascent is played.
         closure: as for training; its labels are those the adversary wants missed.
-
-    Raises:
-        ValueError: if the solver plays several particles.
 
     Example:
         >>> import mixadv
@@ -56,17 +63,185 @@ def best_response(game: Game, closure: Closure) -> BestResponse:
         >>> best_response(game, closure).predictions.shape
         torch.Size([2, 2])
     """
-    if game.solver.particles > 1:
-        raise ValueError(
-            f"A best response is one point, and {type(game.solver).__name__} plays "
-            f"particles={game.solver.particles}. Use particles=1, and other seeds for other starts."
-        )
-    found = game.round, game.outcome, game.strategy
-    try:
-        with torch.enable_grad(), game.stage(closure) as stage:
-            strategy = stage.ascend(game.solver.gain, game.solver)
-            with no_grad():
-                reading = stage.run(stage.at(strategy, 0))
-    finally:
-        game.round, game.outcome, game.strategy = found
+    with torch.enable_grad(), game.rehearsal(closure) as stage:
+        strategy = stage.ascend(game.solver.gain, game.solver)
+        with no_grad():
+            if strategy.size > 1:
+                strategy = _best(strategy, _finite(_payoffs(stage, strategy)))
+            reading = stage.run(stage.at(strategy, 0))
     return BestResponse(strategy, reading.loss, reading.predictions)
+
+
+def exploitability(
+    game: Game,
+    closures: Closure | Iterable[Closure],
+    *,
+    steps: int = 20,
+    restarts: int = 4,
+    level: float = 0.95,
+) -> Exploitability:
+    """Return by how much a stronger adversary out-earns the strategy in play.
+
+        max_δ u(δ) − E_{δ~q} u(δ)     per sample, at the current θ
+
+    bounded from below, since the maximum is over points that an ascent reached. 0 certifies
+    nothing; a gain shows that the solver's own adversary is too weak.
+
+    u is the solver's payoff: the task loss, or its divergence from the clean predictions. q is what
+    a round on this batch would leave as `game.strategy` if the learner stood still: the last point
+    of an ascent; MAT's mean where that is played, else its mixture, which earns what its particles
+    do on average. The response ascends in the same ball by steps of a quarter of the radius: once
+    from the point of q that pays most, so that it is never weaker than q, then from random ones.
+    What a solver has besides ball and payoff (CAT's sharing, CreAT's distance) is left aside.
+
+    It leaves nothing behind: no gradient, step, draw, buffer or memory. A training run with it is
+    bit for bit the run without, and called again it gives the same answer. All its passes see one
+    dropout mask; prefer evaluation mode, where a sample's payoff is its own whatever the batch.
+    Before the first round the unit of lengths is measured on the first batch, and forgotten again.
+    Of several processes each reports its own samples. Costs `steps · restarts` forwards and
+    backwards for δ, and a round.
+
+    Args:
+        game: the one that trains (`optimizer.game`), or another on the model.
+        closures: as for training; several for several batches. One that returns losses per sample
+            `[B]`, where the payoff is the loss, gives a gain per sample; a scalar one per batch.
+        steps: of each ascent.
+        restarts: how many starts; the first is the strategy in play.
+        level: of the confidence interval.
+
+    Raises:
+        ValueError: if the solver has no radius, so that no response is best; without a closure.
+        GameError: if the solver cannot play on this model or closure.
+
+    Example:
+        >>> import mixadv
+        >>> model = torch.nn.Linear(2, 2)
+        >>> x, y = torch.eye(2), torch.tensor([0, 1])
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = mixadv.wrap(optimizer, model, mixadv.PGD(steps=1, radius=0.5))
+        >>> def closure():
+        ...     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        >>> for step in range(6):
+        ...     loss = optimizer.step(closure)
+        ...     if step % 3 == 2:
+        ...         found = exploitability(optimizer.game, closure)
+        >>> found.gains.shape, found.response
+        (torch.Size([2]), 'projected ascent, 20 steps × 4 restarts, l2 ball of 0.5 token norms')
+    """
+    ascent = _stronger(game.solver, steps, restarts)
+    if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
+        raise ValueError(f"exploitability: level must be between 0 and 1, got {level!r}.")
+    with torch.enable_grad(), _untouched(game):
+        found = [_measure(game, closure, ascent, restarts) for closure in _each(closures)]
+    if not found:
+        raise ValueError("exploitability: no closure was given, so nothing was measured.")
+    played, reached = (torch.cat(payoffs) for payoffs in zip(*found, strict=True))
+    where = f"{ascent.norm} ball of {ascent.radius:g}"
+    where += " token norms" * (ascent.unit == "site") + " per token" * (ascent.per == "token")
+    response = f"projected ascent, {steps} steps × {restarts} restarts, {where}"
+    return Exploitability(played, reached, response, level)
+
+
+def _stronger(solver: Solver, steps: int, restarts: int) -> Ascent:
+    """Return steepest ascent in the solver's ball, by steps that do not shrink with their number.
+
+    Where u is linear, the angle to the best direction shrinks by 1/(1 + step/radius) in each.
+    """
+    check_integer("exploitability", "steps", steps, 1)
+    check_integer("exploitability", "restarts", restarts, 1)
+    if solver.radius is None:
+        raise ValueError(
+            f"{type(solver).__name__} has radius=None: with the whole space to move in, no "
+            "response is best. Ask a game whose solver has a radius."
+        )
+    return Ascent(
+        steps=steps,
+        step_size=solver.radius / 4,
+        radius=solver.radius,
+        norm=solver.norm,
+        per=solver.per,
+        unit=solver.unit,
+    )
+
+
+def _each(closures: Closure | Iterable[Closure]) -> Iterator[Closure]:
+    """Yield the closures, one by one as they are made."""
+    several = [closures] if callable(closures) else closures
+    for closure in several if isinstance(several, Iterable) else [several]:
+        if not callable(closure):
+            raise TypeError(
+                "exploitability takes a closure, which runs the forward pass and returns the "
+                f"loss, or several of them; got {closure!r}."
+            )
+        yield closure
+
+
+def _measure(game: Game, closure: Closure, ascent: Ascent, restarts: int) -> tuple[Tensor, Tensor]:
+    """Return the payoffs of the strategy in play and of the best response, `[B]` or `[1]`."""
+    with game.rehearsal(closure) as stage, stage.frozen(), warnings.catch_warnings():
+        # Of reentrant checkpoints: here neither weights nor a fixed δ require grad.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+        stage.replay.fresh = False  # payoffs are compared
+        q = _in_play(stage)
+        payoffs = _payoffs(stage, q)
+        candidates = _finite(payoffs)
+        start = _best(q, candidates)
+
+        reached = [candidates]
+        for restart in range(restarts):
+            begin = None if restart else lambda index, call: start.points[index][0]
+            end = stage.ascend(game.solver.gain, ascent, begin=begin)
+            reached.append(_finite(_payoffs(stage, end)))
+        return (q.weights * payoffs).sum(0), torch.cat(reached).amax(0)
+
+
+def _in_play(stage: Stage) -> Strategy:
+    """Return what a round leaves as its strategy, against a learner that stands still."""
+    solver = stage.game.solver
+    with closing(solver.play(stage)) as play:
+        for move in play:
+            objective = move.objective if isinstance(move, Step) else move
+            if isinstance(move, Step) and not solver.replays_batch:
+                break
+            if stage.played is not None and objective.requires_grad:
+                stage.differentiate(objective, stage.played.points)
+    return (stage.played or stage.origin(solver)).settled()  # plain training plays δ = 0
+
+
+def _payoffs(stage: Stage, q: Strategy) -> Tensor:
+    """Return each particle's payoff, `[M, B]`, or `[M, 1]` where only a scalar loss is known."""
+    gain = stage.game.solver.gain
+    values = routes.readings(stage, q, stage.reader(gain)).detach()
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return values.to(wide) / stage.samples_in(values, gain)
+
+
+def _finite(payoffs: Tensor) -> Tensor:
+    """Return the payoffs, those that are not finite below all others."""
+    return torch.where(payoffs.isfinite(), payoffs, -math.inf)
+
+
+def _best(q: Strategy, payoffs: Tensor) -> Strategy:
+    """Return the pure strategy that plays in each row the particle that pays most."""
+    points = []
+    for point in q.points:
+        rows, known = point.shape[1], payoffs
+        if rows % known.shape[1]:  # samples that share no rows at the site: one for the batch
+            known = known.mean(1, keepdim=True)
+        which = known.argmax(0).repeat_interleave(rows // known.shape[1])
+        points.append(point.detach()[which, torch.arange(rows, device=which.device)][None])
+    return Strategy(points, q.masks, None, q.unit)
+
+
+@contextmanager
+def _untouched(game: Game) -> Iterator[None]:
+    """Put back what a round's play and the check before the first one change in a game."""
+    found = {name: getattr(game, name) for name in ("unit", "leaf_backward", "_checked")}
+    heads = [Buffers(module) for module in game.solver.modules().values()]
+    try:
+        yield
+    finally:
+        for name, value in found.items():
+            setattr(game, name, value)
+        for buffers in heads:
+            buffers.undo()

@@ -85,7 +85,7 @@ class Game:
         self.leaf_backward = False
         self._checked = False
         self._busy = False
-        self._stateful: tuple[tuple[bool, ...], list[Slot]] | None = None
+        self._stateful: dict[tuple[bool, ...], list[Slot]] = {}
 
     # Playing ---------------------------------------------------------------------------------
 
@@ -181,6 +181,38 @@ class Game:
         """
         if self.learner is not None and self.learner.swapped:
             raise GameError("A round within game.averaged() would be undone at its end.")
+        stage = self._open(closure, check)
+        if self.learner is not None:
+            self.learner.opened = True
+        try:
+            yield stage
+        except BaseException:
+            self._undo(stage)
+            raise
+        else:
+            self._learn_buffers(stage)
+            self.memory = stage.memory
+            stage.renew()
+            self.round += 1
+        finally:
+            self._close(stage)
+
+    @contextmanager
+    def rehearsal(self, closure: Closure) -> Iterator[Stage]:
+        """Open the round to come, with its draws, and leave nothing of it.
+
+        Whatever happens, buffers, random state, hooks and what the solver keeps are as they were.
+        If the game was not checked yet it is now, and the unit is measured.
+        """
+        stage = self._open(closure, check=False)
+        try:
+            yield stage
+            self._learn_buffers(stage)
+        finally:
+            self._undo(stage)
+            self._close(stage)
+
+    def _open(self, closure: Closure, check: bool) -> Stage:
         if self._busy:
             raise GameError(
                 "A closure must not play a round itself: it runs the forward pass and returns the "
@@ -193,27 +225,20 @@ class Game:
             finally:
                 self._busy = False
             self._checked = True
-        if self.learner is not None:
-            self.learner.opened = True
         stage = Stage(self, closure)
         self.noise.begin("adversary", self.round, _rank())
         self._busy = True
-        try:
-            yield stage
-        except BaseException:
-            stage.replay.undo()
-            self.site.forget(stage.passes)
-            raise
-        else:
-            self._learn_buffers(stage)
-            self.memory = stage.memory
-            stage.renew()
-            self.round += 1
-        finally:
-            stage.passes.clear()
-            stage.played = None  # its start may refer to the stage: a cycle that would hold δ
-            self.site.detach()
-            self._busy = False
+        return stage
+
+    def _undo(self, stage: Stage) -> None:
+        stage.replay.undo()
+        self.site.forget(stage.passes)
+
+    def _close(self, stage: Stage) -> None:
+        stage.passes.clear()
+        stage.played = None  # its start may refer to the stage: a cycle that would hold δ
+        self.site.detach()
+        self._busy = False
 
     def plays(self, stage: Stage) -> Iterator[tuple[Tensor, bool]]:
         """Yield the objectives of a round, each with whether an optimizer step follows it."""
@@ -376,15 +401,14 @@ class Game:
 
     def stateful_buffers(self) -> list[Slot] | None:
         """Return the buffers known to change in a forward pass; None while that is not known."""
-        modes = tuple(m.training for m in self.model.modules())
-        if self._stateful is None or self._stateful[0] != modes:
-            return None
-        return self._stateful[1]
+        return self._stateful.get(self._modes())
 
     def _learn_buffers(self, stage: Stage) -> None:
         if self.stateful_buffers() is None:
-            modes = tuple(m.training for m in self.model.modules())
-            self._stateful = (modes, stage.replay.buffers.changed())
+            self._stateful[self._modes()] = stage.replay.buffers.changed()
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(m.training for m in self.model.modules())
 
 
 def _train(optimizer: Optimizer, module: nn.Module) -> None:

@@ -112,6 +112,18 @@ class Stage:
             Payoffs `[M, B]`, or `[M, 1]` where only a scalar loss is known, and per call at the
             site the gradients `[M, B, ...]` of each sample's own payoff.
         """
+        gains = self.reader(payoff, deviation)
+        chosen = route or routes.ROUTES[ascent.route if q.size > 1 else "sequential"]
+        with self.frozen():
+            values, gradients = chosen(self, q, gains)
+        self.delta_backwards += q.size
+        # A payoff that is not finite belongs to a δ that falls back to 0, where a divergence is 0.
+        values = torch.where(values.isfinite(), values, torch.zeros_like(values))
+        self.payoff = (q.weights * values).sum(0).mean() / self.samples_in(values, payoff)
+        return values, gradients
+
+    def reader(self, payoff: str | Divergence, deviation: float = 0.0) -> routes.Gains:
+        """Return what reads the payoffs of a pass; the arguments are those of `payoffs`."""
         target = None if payoff == "loss" else self._predictions(self.clean()).detach()
         measure = None if target is None else divergence(payoff)
 
@@ -127,15 +139,11 @@ class Stage:
             away = 1 - (directions(reading.representation) * _copies(clean, copies)).sum(-1)
             return gained + deviation * _spread(away.to(gained.dtype), len(gained))
 
-        chosen = route or routes.ROUTES[ascent.route if q.size > 1 else "sequential"]
-        with self.frozen():
-            values, gradients = chosen(self, q, gains)
-        self.delta_backwards += q.size
-        # A payoff that is not finite belongs to a δ that falls back to 0, where a divergence is 0.
-        values = torch.where(values.isfinite(), values, torch.zeros_like(values))
-        scalar = target is None and values.shape[1] == 1
-        self.payoff = (q.weights * values).sum(0).mean() / (self._samples if scalar else 1)
-        return values, gradients
+        return gains
+
+    def samples_in(self, values: Tensor, payoff: str | Divergence) -> int:
+        """Return how many samples each of the payoffs `[M, B]` or `[M, 1]` is the sum of."""
+        return self._samples if payoff == "loss" and values.shape[1] == 1 else 1
 
     def clean_gradients(self, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
         """Return δ = 0 and each sample's own gradient there, from the clean pass itself.
@@ -174,9 +182,15 @@ class Stage:
         self.fallen = [old | new for old, new in zip(before, fallen, strict=True)]
         return q
 
-    def ascend(self, payoff: str | Divergence, ascent: Ascent, deviation: float = 0.0) -> Strategy:
-        """Return where the ascent ends after its K steps, detached."""
-        q = self.start(ascent)
+    def ascend(
+        self,
+        payoff: str | Divergence,
+        ascent: Ascent,
+        deviation: float = 0.0,
+        begin: Begin | None = None,
+    ) -> Strategy:
+        """Return where the ascent ends after its K steps, detached; `begin` as for `start`."""
+        q = self.start(ascent, begin)
         for _ in range(ascent.steps):
             _, gradients = self.payoffs(q, payoff, ascent, deviation=deviation)
             q = self.move(q, ascent, gradients)
@@ -342,7 +356,7 @@ class Stage:
 
     def _gains(self, reading: Reading, copies: int = 1) -> Tensor:
         """Each sample's loss `[B]`; a scalar loss is multiplied by B and stays one number `[1]`."""
-        self._samples = self._count(reading)
+        self._samples = self._count(reading) // copies
         losses = _losses(reading, copies)
         return losses if reading.loss.dim() else losses * self._samples
 

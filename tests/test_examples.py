@@ -1,11 +1,14 @@
 """The example scripts do what they say: train, write results, resume, and answer mistakes."""
 
+import contextlib
 import gzip
+import io
 import itertools
 import json
 import math
 import os
 import random
+import re
 import runpy
 import statistics
 import subprocess
@@ -13,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pytest
@@ -25,9 +28,11 @@ from accelerate.state import AcceleratorState, GradientState
 
 import anli
 import demo
+import equilibrium
 import glue
 import intent
 import mixadv
+from mixadv.games import METHODS, PARTICLE_METHODS, Particles
 from tests.zoo import assert_same
 from training import data, evaluation, model, results
 from training.data import DataError, Task
@@ -201,6 +206,106 @@ def test_the_embedded_encoder_learns_a_few_of_the_embedded_intents(tmp_path: Pat
     [result] = written(tmp_path)
     assert result["last"]["dev"]["accuracy"] > 0.8
     assert result["forwards_per_update"] == 2
+
+
+# Games with known answers ------------------------------------------------------------------------
+
+
+def test_a_matrix_game_is_solved_as_by_hand(capsys: pytest.CaptureFixture[str]):
+    path = EXAMPLES / "matrix_game.py"
+    assert len(path.read_text().splitlines()) <= 15
+    solution = runpy.run_path(str(path), run_name="__main__")["solution"]
+    exact = {"learner": [3 / 7, 4 / 7], "adversary": [2 / 7, 5 / 7], "value": 1 / 7, "gap": 0.0}
+    for line in capsys.readouterr().out.splitlines():
+        name, printed = line.split(maxsplit=1)
+        number = json.loads(printed.removesuffix("(exact)"))
+        assert number == pytest.approx(exact.pop(name), abs=1e-9)
+    assert not exact
+    assert solution.gap.kind == "exact"
+
+
+class Solved(NamedTuple):
+    """What a quick call of the script returned, printed and wrote."""
+
+    rows: list[equilibrium.Solved]
+    printed: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def equilibria(tmp_path_factory: pytest.TempPathFactory) -> Solved:
+    folder = tmp_path_factory.mktemp("equilibria")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        rows = equilibrium.main(["--quick", "--output", str(folder)])
+    return Solved(rows, printed.getvalue(), folder)
+
+
+def test_every_method_plays_every_game_that_it_can(equilibria: Solved):
+    played = {(row.name, row.method) for row in equilibria.rows}
+    finite, *continuous = equilibrium.GAMES
+    expected = set(itertools.product(equilibrium.GAMES, METHODS))
+    assert played == expected | set(itertools.product(continuous, PARTICLE_METHODS))
+    assert len(equilibria.rows) == len(played)
+    assert finite == "rock–paper–scissors"
+
+
+def test_gaps_of_the_games_obey_their_bounds_at_every_step(equilibria: Solved):
+    proved = [row for row in equilibria.rows if row.bound is not None]
+    assert len(proved) == 5 * len(equilibrium.GAMES)
+    for row in proved:
+        bound = torch.as_tensor(row.bound(torch.tensor(row.solution.steps).double().numpy()))
+        assert (row.solution.gaps <= bound + 1e-9).all(), (row.name, row.method)
+        assert row.solution.gap.value <= bound[-1] + 1e-9
+
+
+def test_the_equilibria_that_are_stated_have_no_gap():
+    third = torch.full((3,), 1 / 3, dtype=torch.float64)
+    known = equilibrium.rock_paper_scissors()
+    assert known.game.duality_gap(third, third) < 1e-12
+    assert known.game.value(third, third) == pytest.approx(known.value, abs=1e-12)
+    shares = torch.tensor([0.78, 0.22], dtype=torch.float64)
+    mixed = Particles(torch.tensor([[1.0], [-1.0]], dtype=torch.float64), shares.log())
+    fifth, opposite = torch.tensor([[0.2]]), torch.tensor([[0.1], [0.6]])
+    for known, pair in (
+        (equilibrium.parrilo(), (mixed, fifth)),
+        (equilibrium.circle(), (opposite, opposite + 0.3)),
+    ):
+        assert float(known.game.duality_gap(*pair)) < 1e-5
+        pair = [known.game.particles(side) for side in pair]
+        assert known.game.value(*pair).item() == pytest.approx(known.value, abs=1e-6)
+
+
+def test_the_exact_value_lies_within_the_gap(equilibria: Solved):
+    for row in equilibria.rows:
+        gap = row.solution.gap
+        away = abs(row.solution.value.item() - row.known.value)
+        assert away <= gap.value.item() + gap.error + 1e-9, (row.name, row.method)
+
+
+def test_pure_play_stays_away_from_the_mixed_equilibria(equilibria: Solved):
+    pure = {"best_response", "gradient_descent_ascent"}
+    assert all(row.solution.gap.value > 1.5 for row in equilibria.rows if row.method in pure)
+
+
+def test_equilibrium_prints_and_writes_one_table_and_a_picture(equilibria: Solved):
+    table, rest = equilibria.printed.split("\n\n")
+    assert (equilibria.folder / "equilibrium.md").read_text() == table + "\n"
+    assert [line[:2] for line in cells(table)[1:]] == [[r.name, r.method] for r in equilibria.rows]
+    picture = equilibria.folder / "equilibrium.png"
+    assert rest == f"picture: {picture}\n"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_measured_gaps_obey_their_bounds():
+    head, *lines = cells((EXAMPLES / "results" / "equilibrium.md").read_text())
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
+    assert len(rows) == 27
+    for row in rows:
+        gap, *error = re.findall(r"[\d.e-]+(?=[ +(])", row["gap"])
+        assert row["bound"] == "–" or float(gap) <= float(row["bound"]), row
+        away = abs(float(row["value"]) - float(row["exact value"]))
+        assert away <= float(gap) + sum(map(float, error)) + 1e-3, row
 
 
 GLUE: dict[str, tuple[tuple[str, ...], list[Any], set[str]]] = {

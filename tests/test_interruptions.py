@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mixadv
 from mixadv.divergence import js
-from mixadv.equilibrium import best_response
+from mixadv.equilibrium import best_response, exploitability
 from tests.zoo import CANNOT, assert_same, fingerprint, or_refused, small
 
 
@@ -272,6 +272,7 @@ def test_a_waiting_loss_survives_an_interruption(name: str, interrupted: str):
 USES: dict[str, Callable[[mixadv.Game, Any], Any]] = {
     "explain": lambda game, closure: mixadv.Game(game.model, mixadv.PGD()).explain(closure),
     "attack": lambda game, closure: best_response(mixadv.Game(game.model, mixadv.PGD()), closure),
+    "certificate": lambda game, closure: exploitability(game, closure, steps=1, restarts=2),
     "mixture": lambda game, closure: game.mixture(lambda: closure()[1]),
     "plain loss": lambda game, closure: torch.no_grad()(game.loss)(closure),
 }

@@ -13,21 +13,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, hessian, vmap
+from torch.func import grad_and_value, jacrev, vmap
 
-from mixadv.ascent import check_integer
+from mixadv.ascent import check_integer, check_number
+from mixadv.games import deviations
 from mixadv.games.certificate import Gap
 from mixadv.games.matrix import MatrixGame
-from mixadv.games.spaces import REACH, Space
-from mixadv.geometry import unit
+from mixadv.games.spaces import Space, check_points
 
 Payoff = Callable[[Tensor, Tensor], Tensor]
 
-PAIRS = 1 << 22
-"""Pairs of points evaluated at once: 32 MB of float64 per intermediate result."""
-
-NODES = {1: 1001, 2: 65}
-"""Nodes per dimension of the grid a gap is judged on, where none is given."""
+PAIRS = 1 << 20
+"""Pairs of points evaluated at once: 8 MB of float64 per intermediate result."""
 
 
 class Particles(NamedTuple):
@@ -76,7 +73,8 @@ class ContinuousGame:
         learner: the learner's set: `Box`, `Torus`, `Ball` or `Gaussian`.
         adversary: the adversary's.
         lipschitz: of f in either point, for error bars of gaps on a grid; None measures the slope
-            at the nodes, `math.inf` says that f jumps.
+            at the nodes, which have to be close enough to show how f varies, and `math.inf` says
+            that f jumps.
         dtype: of points and weights.
         device: of points and weights.
 
@@ -89,7 +87,7 @@ class ContinuousGame:
         >>> game = ContinuousGame(lambda x, y: (x - y).square().sum(), Box(-1, 1), Box(-1, 1))
         >>> ends = torch.tensor([[-1.0], [1.0]])
         >>> print(game.duality_gap(torch.zeros(1, 1), ends, grid=5))
-        0 + at most 1 (a grid of 5 and 5 points)
+        0 + about 1 (a grid of 5 and 5 points)
     """
 
     def __init__(
@@ -110,6 +108,10 @@ class ContinuousGame:
                 )
         if not callable(payoff):
             raise TypeError(f"payoff must be a function of two points, got {payoff!r}.")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a real one, such as torch.float64, got {dtype}.")
+        if lipschitz is not None and lipschitz != math.inf:
+            check_number("ContinuousGame", "lipschitz", lipschitz)
         self.payoff, self.learner, self.adversary = payoff, learner, adversary
         self.lipschitz, self.dtype, self.device = lipschitz, dtype, torch.device(device or "cpu")
         self._check()
@@ -138,16 +140,26 @@ class ContinuousGame:
 
     def slopes(self, mu: Particles, nu: Particles) -> Slopes:
         """Return payoffs and gradients of all particles against the other side."""
-        uphill_x, losses = self._climb(nu, 0)(mu.points)
-        uphill_y, gains = self._climb(mu, 1)(nu.points)
+        uphill_x, losses = self.climb(nu, 0)(mu.points)
+        uphill_y, gains = self.climb(mu, 1)(nu.points)
         return Slopes(losses, gains, uphill_x, uphill_y)
+
+    def climb(self, other: Particles, side: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Return what maps points to gradients and payoffs of the player against the other side.
+
+        Args:
+            other: the other side's strategy.
+            side: whose points they are: 0 the learner's, 1 the adversary's.
+        """
+        chunk = _chunk(len(other.points))
+        return vmap(grad_and_value(self._against(other, side)), chunk_size=chunk)
 
     def particles(self, points: Tensor | Particles) -> Particles:
         """Return points `[N, dim]` as a strategy of equal weights; a strategy as it is."""
         if isinstance(points, Particles):
             return points
         points = torch.as_tensor(points, dtype=self.dtype, device=self.device)
-        return Particles(points, points.new_full((len(points),), -math.log(len(points))))
+        return Particles(points, points.new_full((len(points),), -math.log(max(1, len(points)))))
 
     # Certificates --------------------------------------------------------------------------------
 
@@ -193,30 +205,19 @@ class ContinuousGame:
             seed: of the restarts.
         """
         mu, nu = self.particles(mu), self.particles(nu)
-        most = max(self.learner.dim, self.adversary.dim)
-        if grid is None and most not in NODES:
-            draw = self.generator(seed)
-            earned = self._best(mu, 1, self.adversary, restarts, steps, draw)
-            paid = -self._best(nu, 0, self.learner, restarts, steps, draw)
-            how = f"projected gradient, {restarts} restarts × {steps} steps"
-            return Gap((earned - paid).clamp(min=0), "lower bound", math.nan, how)
-        size = grid or NODES[most]
-        xs, ys = (side.points for side in self.grid(size))
-        value = self.gains(ys, mu).max() - self.losses(xs, nu).min()
-        how = f"a grid of {len(xs)} and {len(ys)} points"
-        if not (self.learner.bounded and self.adversary.bounded):
-            how += f" within {REACH:g} standard deviations"
-            return Gap(value.clamp(min=0), "lower bound", math.nan, how)
-        error = self._slope(xs, nu, 0) * self.learner.covering(size)
-        error += self._slope(ys, mu, 1) * self.adversary.covering(size)
-        return Gap(value.clamp(min=0), "grid", error, how)
+        check_points("learner", mu.points, self.learner)
+        check_points("adversary", nu.points, self.adversary)
+        size = deviations.grid_size(self, grid)
+        if size is None:
+            return deviations.by_climbing(self, mu, nu, restarts, steps, seed)
+        return deviations.on_grid(self, mu, nu, size)
 
     def smoothness(self, seed: int = 0, draws: int = 64) -> float:
         """Return the largest spectral norm of f's second derivatives at drawn pairs."""
         draw, split = self.generator(seed), self.learner.dim
         xs = self.learner.sample(draws, draw, self.dtype)
         ys = self.adversary.sample(draws, draw, self.dtype)
-        second = vmap(hessian(lambda z: self._number(z[:split], z[split:])))
+        second = vmap(jacrev(jacrev(lambda z: self._number(z[:split], z[split:]))))
         return torch.linalg.matrix_norm(second(torch.cat([xs, ys], 1)), 2).max().item()
 
     def generator(self, seed: int) -> torch.Generator:
@@ -239,36 +240,6 @@ class ContinuousGame:
             return other.weights @ vmap(one)(other.points)
 
         return mean
-
-    def _climb(self, other: Particles, side: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        chunk = _chunk(len(other.points))
-        return vmap(grad_and_value(self._against(other, side)), chunk_size=chunk)
-
-    def _slope(self, nodes: Tensor, other: Particles, side: int) -> float:
-        if self.lipschitz is not None:
-            return self.lipschitz
-        return self._climb(other, side)(nodes)[0].norm(dim=1).max().item()
-
-    def _best(
-        self,
-        other: Particles,
-        side: int,
-        space: Space,
-        restarts: int,
-        steps: int,
-        draw: torch.Generator,
-    ) -> Tensor:
-        """Return the most (learner: minus the least) that climbs from random starts reach."""
-        climb, sign = self._climb(other, side), 1 if side else -1
-        x, best = space.sample(restarts, draw, self.dtype), None
-        for step in range(steps + 1):
-            uphill, reached = climb(x)
-            found = (sign * reached).max()
-            best = found if best is None else torch.maximum(best, found)
-            length = space.diameter / 2 * (1 - step / (steps + 1))
-            x = space.project(x + sign * length * unit(uphill))
-        assert best is not None
-        return best
 
     def _check(self) -> None:
         draw = self.generator(0)

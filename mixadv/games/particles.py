@@ -17,11 +17,8 @@ from torch import Tensor
 from mixadv import langevin, mirror
 from mixadv.ascent import check_integer, check_number
 from mixadv.games.continuous import ContinuousGame, Particles, Slopes
-from mixadv.games.methods import Output, StepSize, check_step_size
+from mixadv.games.method import Output, StepSize, check_step_size
 from mixadv.games.spaces import Space
-
-KEPT = 4096
-"""Particles kept of the clouds along the way, whose union is the average strategy."""
 
 
 class Clouds(NamedTuple):
@@ -48,7 +45,8 @@ class ParticleMethod:
     Attributes:
         step_size: γ of the positions, for both players or a pair. `"auto"` is a tenth of
             1/smoothness, measured at draws of the references (a Langevin step is stable below
-            2/smoothness); for payoffs of no curvature, diameter/(slope·√T).
+            2/smoothness, to which a Gaussian reference adds τ/scale²); for payoffs of no curvature,
+            diameter/(slope·√T).
         particles: N of each player.
     """
 
@@ -70,15 +68,18 @@ class ParticleMethod:
         """Play from the particles x and y; `draw` is where noise comes from."""
         raise NotImplementedError
 
-    def step_sizes(self, game: ContinuousGame, steps: int) -> tuple[float, float]:
-        """Return γ of both players."""
+    def step_sizes(
+        self, game: ContinuousGame, steps: int, temperature: float = 0.0
+    ) -> tuple[float, float]:
+        """Return γ of both players, at temperature τ."""
         if isinstance(self.step_size, tuple):
             return self.step_size
         if not isinstance(self.step_size, str):
             return self.step_size, self.step_size
         smoothness = game.smoothness()
-        if smoothness > 0:
-            return 0.1 / smoothness, 0.1 / smoothness
+        pulls = [temperature * space.curvature for space in (game.learner, game.adversary)]
+        if smoothness + min(pulls) > 0:
+            return 0.1 / (smoothness + pulls[0]), 0.1 / (smoothness + pulls[1])
         drawn = [
             s.sample(64, game.generator(0), game.dtype) for s in (game.learner, game.adversary)
         ]
@@ -95,7 +96,10 @@ class Langevin(ParticleMethod):
     """Langevin descent–ascent: noisy gradient steps, which sample the equilibrium with entropy.
 
     Where it settles, its law is that of the game payoff + τ·KL(μ‖π) − τ·KL(ν‖π), up to the bias
-    of finite steps and the noise of finitely many particles.
+    of finite steps and the noise of finitely many particles. At low τ particles cross no barrier,
+    and keep the proportions between modes that their starts had: after 1,000 steps on (x − y)² over
+    [−1, 1]² the gap is 0.1 to 0.3 at τ = 0.01, where Wasserstein–Fisher–Rao, which moves mass by
+    weights, reaches 0.02.
 
     Attributes:
         temperature: τ, in units of the payoff.
@@ -114,7 +118,7 @@ class Langevin(ParticleMethod):
         self, x: Particles, y: Particles, game: ContinuousGame, steps: int, draw: torch.Generator
     ) -> Moves:
         """Move by x ← Π( x − γ·∇h(x) + γτ·∇log π(x) + √(2γτ)·ξ ), h the mean payoff against y."""
-        step_x, step_y = self.step_sizes(game, steps)
+        step_x, step_y = self.step_sizes(game, steps, self.temperature)
 
         def move(cloud: Particles, uphill: Tensor, size: float, space: Space) -> Particles:
             drift = uphill + self.temperature * space.score(cloud.points)
@@ -187,42 +191,3 @@ def _noise(draw: torch.Generator) -> Callable[[Tensor], Tensor]:
         return torch.randn(like.shape, generator=draw, dtype=like.dtype, device=like.device)
 
     return noise
-
-
-class Snapshots:
-    """The clouds that were played: the last one, and the union of those evenly spaced in time."""
-
-    def __init__(
-        self, game: ContinuousGame, method: ParticleMethod, steps: int, grid: int | None
-    ) -> None:
-        self.game, self.output, self.grid, self.count = game, method.output, grid, 0
-        self.every = math.ceil(steps * method.particles / KEPT)
-        self.kept: list[Clouds] = []
-
-    def add(self, play: Clouds, answer: Slopes) -> None:
-        """Take in a step."""
-        self.last = play
-        if self.count % self.every == 0:
-            self.kept.append(play)
-        self.count += 1
-
-    @property
-    def average(self) -> tuple[Particles, Particles]:
-        """The mean strategies: all kept particles, each cloud with the same mass."""
-        share = math.log(len(self.kept))
-
-        def union(clouds: list[Particles]) -> Particles:
-            points = torch.cat([cloud.points for cloud in clouds])
-            return Particles(points, torch.cat([c.log_weights for c in clouds]) - share)
-
-        return union([k.x for k in self.kept]), union([k.y for k in self.kept])
-
-    def gap(self) -> Tensor:
-        """Return the gap of the method's output."""
-        played = self.average if self.output == "average" else (self.last.x, self.last.y)
-        return self.game.duality_gap(*played, grid=self.grid).value
-
-
-PARTICLE_METHODS: dict[str, type[ParticleMethod]] = {
-    method.name: method for method in (Langevin, WassersteinFisherRao, GradientDescentAscent)
-}

@@ -12,7 +12,7 @@ from mixadv.games.certificate import Gap
 if TYPE_CHECKING:
     from mixadv.games.continuous import ContinuousGame, Particles
     from mixadv.games.matrix import MatrixGame
-    from mixadv.games.methods import Method
+    from mixadv.games.method import Method
     from mixadv.games.particles import ParticleMethod
 
 
@@ -32,7 +32,7 @@ class Solution:
         method: how.
         learner: the learner's strategy: weights `[..., m]`, or particles.
         adversary: the adversary's.
-        average: both strategies, averaged over the steps.
+        average: both strategies, averaged over the steps; of particles a sample of that.
         last: both strategies of the last step.
         value: mean payoff of `learner` against `adversary`, 0-d or `[g]`; the value of the game
             lies within the gap of it.
@@ -68,9 +68,11 @@ class Solution:
 
         if axes is None:
             axes = plt.subplots(1, 3, figsize=(12, 3.5))[1]
-        history = self.gaps.cpu()
-        axes[0].loglog(self.steps, history[:, game] if history.dim() == 2 else history)
-        axes[0].set(xlabel="step", ylabel="duality gap", title=self.method.name)
+        history = (self.gaps[:, game] if self.gaps.dim() == 2 else self.gaps).cpu().numpy()
+        axes[0].plot(self.steps, history)
+        axes[0].set(xlabel="step", ylabel="duality gap", title=self.method.name, xscale="log")
+        if history.any():  # a gap that is 0 throughout has no logarithm
+            axes[0].set_yscale("log")
         for place, who in zip(axes[1:], ("learner", "adversary"), strict=True):
             _draw(place, getattr(self, who), game)
             place.set(title=who)
@@ -80,14 +82,17 @@ class Solution:
 
 def _draw(axes: Any, strategy: Tensor | Particles, game: int) -> None:
     if isinstance(strategy, Tensor):
-        weights = (strategy[game] if strategy.dim() == 2 else strategy).cpu()
+        weights = (strategy[game] if strategy.dim() == 2 else strategy).cpu().numpy()
         axes.bar(range(len(weights)), weights)
         axes.set(xlabel="action", ylabel="weight")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         return
-    points, weights = strategy.points.cpu(), strategy.weights.cpu()
+    points, weights = strategy.points.cpu().numpy(), strategy.weights.cpu().numpy()
     if points.shape[1] == 1:
-        axes.hist(points[:, 0].numpy(), bins=60, weights=weights.numpy())
+        bins = len(points) if len(points) < 500 else 60  # as many as nodes, or they beat
+        axes.hist(points[:, 0], bins=bins, weights=weights)
         axes.set(xlabel="point", ylabel="weight")
         return
     axes.scatter(points[:, 0], points[:, 1], s=4 + 400 * weights, alpha=0.5)
     axes.set(xlabel="first coordinate", ylabel="second coordinate")
+    axes.set_aspect("equal", "datalim")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,10 +18,14 @@ from mixadv.ascent import check_integer, check_number
 from mixadv.errors import build
 from mixadv.games.certificate import check_weights, duality_gap
 from mixadv.games.continuous import ContinuousGame, Particles
-from mixadv.games.matrix import MatrixGame, gap
-from mixadv.games.methods import METHODS, Answer, Method, Play, Scene
-from mixadv.games.particles import PARTICLE_METHODS, ParticleMethod, Snapshots
+from mixadv.games.matrix import MatrixGame
+from mixadv.games.means import Means
+from mixadv.games.method import Method, Scene
+from mixadv.games.particles import ParticleMethod
+from mixadv.games.registry import METHODS, PARTICLE_METHODS
+from mixadv.games.snapshots import Snapshots
 from mixadv.games.solution import Pair, Solution
+from mixadv.games.spaces import check_points
 
 RECORDS = 1000
 """Gaps kept of a long solve, evenly spaced."""
@@ -71,6 +76,10 @@ def solve(
             f"game must be a MatrixGame or a ContinuousGame, got {type(game).__name__}: wrap a "
             "matrix of payoffs as MatrixGame(payoff)."
         )
+    if start is not None and not (isinstance(start, (tuple, list)) and len(start) == 2):
+        raise TypeError(
+            f"start must be a pair (learner's, adversary's), got {reprlib.repr(start)}."
+        )
     check_integer("solve", "steps", steps, 1)
     check_integer("solve", "seed", seed, 0)
     check_number("solve", "tolerance", tolerance)
@@ -84,51 +93,6 @@ def solve(
 
 
 Advance = Callable[[], object]
-
-
-class Means:
-    """The strategies of a finite game that were played: their mean, the last, the best."""
-
-    def __init__(self, game: MatrixGame, method: Method) -> None:
-        self.game, self.output = game, method.output
-        self.count = 0
-
-    def answer(self, play: Play) -> Answer:
-        """Return what rows pay and columns earn against a play."""
-        self.last = Pair(play.x.exp(), play.y.exp())
-        self.answered = Answer(
-            self.game.losses(self.last.adversary), self.game.gains(self.last.learner)
-        )
-        return self.answered
-
-    def add(self, play: Play, answer: Answer) -> None:
-        """Take in a step just answered; a mean of strategies, not of their logarithms, is one."""
-        (x, y), seen = self.last, [*self.last, *answer]
-        self.count += 1
-        if self.count == 1:
-            self.mean = [v.clone() for v in seen]
-            self.least, self.best = gap(*answer), self.last
-        else:
-            for mean, new in zip(self.mean, seen, strict=True):
-                mean.lerp_(new, 1 / self.count)
-        if self.output == "best":
-            found = gap(*answer)
-            better = (found < self.least)[..., None]
-            self.least = torch.minimum(found, self.least)
-            self.best = Pair(
-                torch.where(better, x, self.best[0]), torch.where(better, y, self.best[1])
-            )
-
-    @property
-    def average(self) -> Pair:
-        """The mean strategies."""
-        return Pair(self.mean[0], self.mean[1])
-
-    def gap(self) -> Tensor:
-        """Return the gap of the method's output; the game is linear, so its answers average."""
-        if self.output == "average":
-            return gap(self.mean[2], self.mean[3])
-        return self.least if self.output == "best" else gap(*self.answered)
 
 
 def _drive(
@@ -197,8 +161,9 @@ def _on_grid(
     grid: int | None,
     advance: Advance,
 ) -> Solution:
-    size = grid or {1: 201, 2: 21}.get(max(game.learner.dim, game.adversary.dim), 0)
-    if not size:
+    coarse = {1: 201, 2: 21}.get(max(game.learner.dim, game.adversary.dim))
+    size = coarse if grid is None else grid
+    if size is None:
         raise ValueError(
             f"{method.name} plays a continuous game on a grid, which in {game.learner.dim} and "
             f"{game.adversary.dim} dimensions has to be asked for: grid=nodes per dimension, or "
@@ -250,12 +215,11 @@ def _with_particles(
     x, y = (_cloud(game, i, begun[i], method.particles) for i in (0, 1))
     ledger = Snapshots(game, method, steps, grid)
     players = method.play(x, y, game, steps, draw)
-    every = math.ceil(steps / 50)  # a gap costs more than a step
 
     def answer(play: Any) -> Any:
         return game.slopes(play.x, play.y)
 
-    recorded, gaps = _drive(players, answer, ledger, steps, every, tolerance, advance)
+    recorded, gaps = _drive(players, answer, ledger, steps, ledger.record_every, tolerance, advance)
     average, last = Pair(*ledger.average), Pair(ledger.last.x, ledger.last.y)
     played = average if method.output == "average" else last
     return Solution(
@@ -282,6 +246,8 @@ def _method(method: Any, parameters: dict[str, Any]) -> Method | ParticleMethod:
         return method
     if isinstance(method, type):
         raise TypeError(f"method must be a name or an object, such as {method.__name__}().")
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name or an object, such as Hedge(), got {method!r}.")
     return build("method", {**METHODS, **PARTICLE_METHODS}, method, parameters)
 
 
@@ -297,13 +263,13 @@ def _start(game: MatrixGame, side: int, start: tuple[Any, Any] | None) -> Tensor
 
 
 def _cloud(game: ContinuousGame, side: int, points: Any, particles: int) -> Particles:
-    cloud = game.particles(points)
-    space = (game.learner, game.adversary)[side]
-    if cloud.points.shape != (particles, space.dim):
+    cloud, space = game.particles(points), (game.learner, game.adversary)[side]
+    if len(cloud.points) != particles:
         raise ValueError(
             f"start[{side}] must be points [{particles}, {space.dim}], one row per particle, got "
             f"{list(cloud.points.shape)}."
         )
+    check_points(f"start[{side}]", cloud.points, space)
     return cloud._replace(points=space.project(cloud.points))
 
 

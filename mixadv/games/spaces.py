@@ -44,9 +44,18 @@ class Space:
         """Return the nearest points of the set, `[N, dim]`."""
         raise NotImplementedError
 
+    def holds(self, x: Tensor) -> Tensor:
+        """Return which points lie in the set, up to rounding, `[N]`."""
+        return (self.project(x) - x).norm(dim=1) <= 1e-4 * self.diameter
+
     def score(self, x: Tensor) -> Tensor:
         """Return the gradient of the reference's log-density, `[N, dim]`."""
         return torch.zeros_like(x)
+
+    @property
+    def curvature(self) -> float:
+        """How fast the score changes: its Lipschitz constant."""
+        return 0.0
 
     def grid(self, size: int) -> tuple[Tensor, Tensor]:
         """Return nodes `[G, dim]` and the reference's log-weights there, `[G]`, in float64."""
@@ -81,10 +90,10 @@ class Box(Space):
             tuple(end) if isinstance(end, Sequence) else (end,) * self.dim
             for end in (self.low, self.high)
         ]
-        if len(ends[0]) != len(ends[1]):
+        if len(ends[0]) != len(ends[1]) or not ends[0]:
             raise ValueError(f"Box: low has {len(ends[0])} dimensions and high {len(ends[1])}.")
         for low, high in zip(*ends, strict=True):
-            if math.isinf(low) or math.isinf(high):
+            if any(isinstance(end, float) and math.isinf(end) for end in (low, high)):
                 raise ValueError(
                     f"Box: the interval [{low}, {high}] is unbounded. A game on R^d needs a "
                     "reference measure of mass 1, from which to start: use Gaussian(dim, scale)."
@@ -153,7 +162,11 @@ class Torus(Space):
 
     def project(self, x: Tensor) -> Tensor:
         """Return the coordinates modulo 1."""
-        return x % 1.0
+        return x % 1.0 % 1.0  # a tiny negative number modulo 1 rounds to 1
+
+    def holds(self, x: Tensor) -> Tensor:
+        """Return which points are finite: each is the same as one of [0, 1)^dim."""
+        return x.isfinite().all(1)
 
     def grid(self, size: int) -> tuple[Tensor, Tensor]:
         """Return the multiples of 1/size, of equal weight."""
@@ -246,6 +259,11 @@ class Gaussian(Space):
         """Return −x/scale²."""
         return -x / self.scale**2
 
+    @property
+    def curvature(self) -> float:
+        """1/scale²."""
+        return 1 / self.scale**2
+
     def grid(self, size: int) -> tuple[Tensor, Tensor]:
         """Return nodes within six standard deviations, with the density's weights."""
         nodes = Box(-REACH * self.scale, REACH * self.scale, self.dim).grid(size)[0]
@@ -254,6 +272,21 @@ class Gaussian(Space):
     def covering(self, size: int) -> float:
         """No grid covers R^d."""
         return math.inf
+
+
+def check_points(who: str, points: Tensor, space: Space) -> None:
+    """Raise unless the points `[N, dim]` are points of the space."""
+    if points.dim() != 2 or points.shape[1] != space.dim or len(points) == 0:
+        raise ValueError(
+            f"{who} must be points of shape [N, {space.dim}] with N at least 1, got "
+            f"{list(points.shape)}."
+        )
+    out = ~space.holds(points)
+    if out.any():
+        raise ValueError(
+            f"{who} has {int(out.sum())} points outside {space}, the first is "
+            f"{points[out][0].tolist()}: project them."
+        )
 
 
 def _uniform(count: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
