@@ -6,8 +6,8 @@ Each solves in a process of its own with one thread, and is stopped after a minu
 each three times, and the median counts. Seconds are those of the processor, so that other programs
 count little; imports and a first small game are not timed. Payoffs are uniform and scaled to
 [0, 1]; the gap is computed here, from the strategies that were returned. What takes one game at a
-time solves the games of a batch one after another. Of several attempts the last one's seconds count,
-but all are within the minute.
+time solves the games of a batch one after another. Of several attempts the seconds of the last one
+count, but the minute is for all.
 """
 
 import argparse
