@@ -92,6 +92,14 @@ def test_grid_of_a_gaussian_has_its_moments(space, size):
     torch.testing.assert_close(second, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("dim", "size"), [(1, 41), (2, 21), (3, 11)])
+def test_grid_of_a_ball_has_the_second_moment_of_the_uniform_law(dim, size):
+    points, log_weights = Ball(dim, 2.0).grid(size)
+    found = (log_weights.exp() * points.square().sum(1)).sum()
+    assert float(found) == pytest.approx(4 * dim / (dim + 2), rel=0.02)
+    assert float(log_weights.logsumexp(0)) == pytest.approx(0, abs=1e-12)
+
+
 @given(gaussians, seeds)
 def test_score_is_the_slope_of_the_log_density(space, seed):
     x = draws(space, 10, seed).requires_grad_()

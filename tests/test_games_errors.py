@@ -15,6 +15,8 @@ from mixadv.games import (
     Langevin,
     Magnetic,
     MatrixGame,
+    Particles,
+    Restarted,
     Torus,
     WassersteinFisherRao,
     duality_gap,
@@ -95,8 +97,12 @@ SETS = {
     "empty box": (lambda: Box(1.0, 1.0), ValueError, ("low must be below high", "[1.0, 1.0]")),
     "reversed box": (lambda: Box([0.0, 2.0], [1.0, 1.0]), ValueError, ("[2.0, 1.0]",)),
     "NaN box": (lambda: Box(NAN, 1.0), ValueError, ("low", "nan")),
-    "uneven ends": (lambda: Box([0.0], [1.0, 2.0]), ValueError, ("1 dimensions", "2")),
-    "no ends": (lambda: Box([], []), ValueError, ("0 dimensions",)),
+    "uneven ends": (
+        lambda: Box([0.0], [1.0, 2.0]),
+        ValueError,
+        ("differ in their number of dimensions", "2"),
+    ),
+    "no ends": (lambda: Box([], []), ValueError, ("differ in their number",)),
     "tensor ends": (lambda: Box(torch.zeros(2), 1.0), TypeError, ("low", "number")),
     "text ends": (lambda: Box("a", 1.0), TypeError, ("low", "'a'")),
     "box of no dimension": (lambda: Box(0.0, 1.0, 0), ValueError, ("dim", "0")),
@@ -177,7 +183,7 @@ ASKED = {
     "start of another size": (
         lambda: solve(PENNIES, start=([0.5, 0.5], [1.0])),
         ValueError,
-        ("start[1]", "[..., 2]", "[1]"),
+        ("start[1]", "[2]", "[1]"),
     ),
     "start off the simplex": (
         lambda: solve(PENNIES, start=([0.5, 0.6], [0.5, 0.5])),
@@ -251,3 +257,31 @@ def test_particles_that_leave_for_infinity_are_an_error_not_a_gap():
     runaway = game(lambda x, y: (x**4).sum() + product(x, y), Gaussian(1, 3.0), Gaussian(1))
     with pytest.raises(FloatingPointError, match="step_size"):
         solve(runaway, "langevin", 50, step_size=1.0, progress=False)
+
+
+SQUARE = ContinuousGame(lambda x, y: (x - y).square().sum(), Box(-1, 1), Box(-1, 1))
+MATRIX = MatrixGame([[3, -1], [-2, 1]])
+HEAVY = Particles(torch.tensor([[-1.0], [1.0]]), torch.zeros(2))
+POLE = ContinuousGame(lambda x, y: 1 / (x - 0.5).abs().sum() + y.sum(), Torus(), Torus())
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "why"),
+    [
+        (lambda: SQUARE.duality_gap(torch.zeros(1, 1), HEAVY), ValueError, "sum 1, got .* sum 2"),
+        (lambda: POLE.duality_gap([[0.0]], [[0.0]], grid=10), ValueError, r"x=\[0.5\] is inf"),
+        (lambda: solve(MATRIX, grid=3), ValueError, "grid=3 is for continuous games"),
+        (lambda: Box([0, 0], [1, 1], dim=3), ValueError, "differ in their number"),
+        (lambda: Restarted(inner="hedge"), TypeError, "class of methods such as Hedge"),
+        (lambda: solve(MATRIX, start=(torch.ones(3, 2) / 2, [0.5, 0.5])), ValueError, r"\[3, 2\]"),
+        (lambda: solve(MATRIX, "hedge", step_size=1e308), FloatingPointError, "overflow"),
+    ],
+)
+def test_what_would_give_a_wrong_answer_is_refused(call, kind, why):
+    with pytest.raises(kind, match=why):
+        call()
+
+
+def test_a_payoff_may_compute_in_another_precision():
+    game = ContinuousGame(lambda x, y: (x.float() * y.float()).sum(), Box(-1, 1), Box(-1, 1))
+    assert solve(game, "langevin", 5).value.dtype == torch.float64

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from mixadv.games import METHODS, PARTICLE_METHODS, Box, ContinuousGame, MatrixGame, Torus, solve
+from mixadv.games import (
+    METHODS,
+    PARTICLE_METHODS,
+    Box,
+    ContinuousGame,
+    Hedge,
+    MatrixGame,
+    Torus,
+    solve,
+)
 
 MATRIX = [[3.0, -1.0, 0.5], [-2.0, 1.0, 0.0]]
 
@@ -99,3 +108,24 @@ def test_games_in_three_dimensions_record_a_few_lower_bounds():
 def test_no_bar_is_left_where_output_is_no_terminal(capsys):
     solve(MatrixGame(MATRIX), "hedge", 10)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_pure_start_and_a_constant_game_keep_weights_on_the_simplex(name):
+    games = MatrixGame(torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[3.0, -1.0], [-2.0, 1.0]]]))
+    solution = solve(games, name, 20, start=([1.0, 0.0], [0.5, 0.5]))
+    for weights in (*solution.average, *solution.last):
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2))
+    assert solution.gap.value[0] == 0
+
+
+def test_payoffs_near_the_largest_number_are_summed_without_overflow():
+    game = MatrixGame(torch.tensor([[1.8e38, -1e38], [-1.5e38, 1e38]]))
+    assert float(solve(game, "anytime_hedge", 1000).gap) < 0.1 * float(game.spread)
+
+
+def test_a_restarted_method_is_chosen_by_name():
+    game = MatrixGame([[3, -1], [-2, 1]])
+    of_hedge = solve(game, "restarted", 200, inner=Hedge)
+    assert of_hedge.method.inner is Hedge
+    assert not torch.equal(of_hedge.gaps, solve(game, "restarted", 200).gaps)

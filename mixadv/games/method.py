@@ -69,7 +69,7 @@ def check_step_size(who: str, step_size: Any) -> None:
 
 
 Players = Generator[Play, Answer, None]
-Pair = tuple[float | Tensor, float | Tensor]
+StepSizes = tuple[float | Tensor, float | Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +97,11 @@ class Method:
         """Play from the log-weights x and y."""
         raise NotImplementedError
 
-    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
+    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
         """Return the step sizes of both players that make the method's bound least."""
         raise NotImplementedError
 
-    def step_sizes(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
+    def step_sizes(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
         """Return the step sizes of both players."""
         if isinstance(self.step_size, str):
             return self.best_steps(x, y, scene)

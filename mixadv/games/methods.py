@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixadv import mirror
 from mixadv.ascent import check_number
-from mixadv.games.method import Answer, Method, Output, Pair, Play, Players, Scene
+from mixadv.games.method import Answer, Method, Output, Play, Players, Scene, StepSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Hedge(Method):
             losses, gains = yield Play(x, y)
             x, y = mirror.step(x, -losses, eta_x, -1), mirror.step(y, gains, eta_y, -1)
 
-    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
+    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
         """Return η = √(8·log m / T) / r, and with n for the adversary."""
 
         def best(actions: int) -> Tensor:
@@ -61,9 +61,10 @@ class AnytimeHedge(Hedge):
         paid, earned = torch.zeros_like(x), torch.zeros_like(y)
         while True:
             losses, gains = yield Play(x, y)
-            paid, earned, step = paid + losses, earned + gains, step + 1
-            x = mirror.step(start_x, -paid, eta_x / math.sqrt(step), -1)
-            y = mirror.step(start_y, earned, eta_y / math.sqrt(step), -1)
+            # In units of the first step: sums of raw payoffs could overflow.
+            paid, earned, step = paid + eta_x * losses, earned + eta_y * gains, step + 1
+            x = mirror.step(start_x, -paid, 1 / math.sqrt(step), -1)
+            y = mirror.step(start_y, earned, 1 / math.sqrt(step), -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class OptimisticHedge(Method):
             y = mirror.step(y, 2 * gains - before.gains, eta_y, -1)
             before = answer
 
-    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
+    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
         """Return η = 1/r, the largest that the bound allows."""
         eta = scene.over_spread(1.0)
         return eta, eta
@@ -107,7 +108,7 @@ class MirrorProx(Method):
             losses, gains = yield Play(u, v)
             x, y = mirror.step(x, -losses, eta_x, -1), mirror.step(y, gains, eta_y, -1)
 
-    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
+    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
         """Return η = 2/r, the largest that the bound allows."""
         eta = scene.over_spread(2.0)
         return eta, eta
@@ -117,8 +118,8 @@ class MirrorProx(Method):
 class Magnetic(Method):
     """Mirror descent towards a magnet, the start: its last iterate converges.
 
-    To the equilibrium of the game with entropy, payoff + τ·KL(x‖start) − τ·KL(y‖start), which lies
-    within τ·L of one of the game itself.
+    To the equilibrium of the game with entropy, payoff + τ·KL(x‖start) − τ·KL(y‖start), whose
+    duality gap in the game itself is at most τ·L, if the start is uniform.
 
     Attributes:
         temperature: τ in units of the payoff, or `"auto"`: the best of the bound.
@@ -163,7 +164,7 @@ class Magnetic(Method):
 
         return min(ratios, key=bound) * scene.spread
 
-    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
+    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
         """Return η = 4τ/r², the largest that the bound allows."""
         eta = scene.over_spread(4.0) * self.heat(x, y, scene) * scene.over_spread(1.0)
         return eta, eta

@@ -25,19 +25,26 @@ class Restarted(Method):
     can be arbitrarily small, so there is no bound for all games.
 
     Attributes:
-        method: what is restarted; `step_size` is handed to it.
+        inner: what is restarted, a class of methods; `step_size` is handed to it.
     """
 
-    method: type[Method] = MirrorProx
+    inner: type[Method] = MirrorProx
 
     name: ClassVar[str] = "restarted"
     paper: ClassVar[str] = "Applegate et al. 2023, arXiv:2105.12715, for linear programs"
     bound: ClassVar[str] = "none"
     output: ClassVar[Output] = "best"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.inner, type) and issubclass(self.inner, Method)):
+            raise TypeError(
+                f"Restarted: inner must be a class of methods such as Hedge, got {self.inner!r}."
+            )
+
     def play(self, x: Tensor, y: Tensor, scene: Scene) -> Players:
         """Play runs of growing length, each from the end of the one before."""
-        method, length = self.method(step_size=self.step_size), 16
+        method, length = self.inner(step_size=self.step_size), 16
         while True:
             run = _Run(x, y)
             yield from run.play(method, scene._replace(steps=length), length)

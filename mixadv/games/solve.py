@@ -89,6 +89,8 @@ def solve(
             return _with_particles(game, chosen, steps, start, tolerance, grid, seed, advance)
         if isinstance(game, ContinuousGame):
             return _on_grid(game, chosen, steps, start, tolerance, grid, advance)
+        if grid is not None:
+            raise ValueError(f"grid={grid!r} is for continuous games; this is a MatrixGame.")
         return _finite(game, chosen, steps, start, tolerance, advance)
 
 
@@ -139,6 +141,11 @@ def _finite(
     recorded, gaps = _drive(players, ledger.answer, ledger, steps, every, tolerance, advance)
     outputs = {"average": ledger.average, "last": ledger.last}
     played = ledger.best if method.output == "best" else outputs[method.output]
+    if not all(weights.isfinite().all() for weights in played):
+        raise FloatingPointError(
+            f"{method.name}: step size × payoffs overflow in {game.payoff.dtype}: give a smaller "
+            "step_size, or payoffs divided by a constant."
+        )
     return Solution(
         game=game,
         method=method,
@@ -258,6 +265,11 @@ def _start(game: MatrixGame, side: int, start: tuple[Any, Any] | None) -> Tensor
         even = mirror.uniform(shape[-1], dtype=game.payoff.dtype, device=game.payoff.device)
         return even.expand(shape)
     weights = torch.as_tensor(start[side], dtype=game.payoff.dtype, device=game.payoff.device)
+    if tuple(weights.shape) not in (shape, shape[-1:]):
+        raise ValueError(
+            f"start[{side}] must be weights of shape {list(shape)}, or {list(shape[-1:])} for all "
+            f"games, got {list(weights.shape)}."
+        )
     check_weights(f"start[{side}]", weights, shape[-1])
     return weights.expand(shape).log()
 
