@@ -18,15 +18,17 @@ from torch.optim import Optimizer
 from mixadv import validate
 from mixadv.errors import GameError
 from mixadv.game import Game
-from mixadv.optimizer import STATE_KEY, GameOptimizer, wrap
+from mixadv.optimizer import STATE_KEY, wrap
 from mixadv.replay import Replay
 from mixadv.schedule import Schedule
 from mixadv.solvers.base import Solver
 from mixadv.stage import no_grad
 
 try:
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer
     from transformers.trainer import OPTIMIZER_NAME
+
+    from mixadv.integrations.trainer import Zeroing, refuse, wrapped
 except ImportError as error:
     raise ImportError(
         "mixadv.integrations.transformers needs transformers and accelerate: "
@@ -39,6 +41,16 @@ else:
     Base = object
 
 
+LOGGED = {
+    "loss": "clean_loss",
+    "payoff": "payoff",
+    "radius": "radius",
+    "entropy": "strategy_entropy",
+    "nonfinite": "nonfinite",
+}
+"""Trainer's names for what a round comes to, by those of `Outcome`."""
+
+
 class Adversarial(Base):
     """Mixin that makes any subclass of `Trainer` play a game; name it before the Trainer.
 
@@ -48,7 +60,7 @@ class Adversarial(Base):
     Trainer's own, scale of the loss included.
 
     Trainer's log gets what the last round came to, read from the device only then: `clean_loss`,
-    `payoff`, `radius`, `entropy` and `nonfinite`; its `loss` is the objective.
+    `payoff`, `radius`, `strategy_entropy` and `nonfinite`; its `loss` is the objective.
 
     Evaluation and prediction run at the average of the learner where the solver keeps one, and
     `load_best_model_at_end` loads the weights that were evaluated. Checkpoints hold the live
@@ -81,7 +93,7 @@ class Adversarial(Base):
         if solver is not None:
             validate.check_solver(solver)
         super().__init__(*arguments, **keywords)
-        made = _wrapped(self.optimizer)
+        made = wrapped(self.optimizer)
         if made is None:
             validate.check_solver(solver)
         elif not (solver is None and site is None and schedule is None):
@@ -92,9 +104,9 @@ class Adversarial(Base):
         self.solver: Solver = made.game.solver if made else solver  # pyright: ignore
         self.site, self.schedule, self.evaluate_average = site, schedule, evaluate_average
         self._told: bool | None = None
-        _refuse(self)
+        refuse(self)
         if besides := list(self.solver.modules().values()):
-            self.add_callback(_Zeroing(besides))
+            self.add_callback(Zeroing(besides))
         if self.optimizer is not None:
             self.create_optimizer()
 
@@ -107,7 +119,7 @@ class Adversarial(Base):
     @property
     def game(self) -> Game:
         """The game, once training has begun."""
-        made = _wrapped(self.optimizer)
+        made = wrapped(self.optimizer)
         if made is None:
             raise GameError("The game is made with the optimizer, when training begins.")
         return made.game
@@ -115,7 +127,7 @@ class Adversarial(Base):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Create the Trainer's optimizer and wrap it, unless it is."""
         made = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if _wrapped(made) is None:
+        if wrapped(made) is None:
             for module in self.solver.modules().values():
                 module.to(self.args.device)
             played: Any = self.model if model is None else model
@@ -136,9 +148,11 @@ class Adversarial(Base):
         items = num_items_in_batch
         if not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, items)
-        if hasattr(model, "_orig_mod"):  # compiled since the game was made
-            self.game.follow(model)
-        wanted = return_outputs or self.solver.compares is not None
+        if hasattr(model, "_orig_mod") and model is not self.game.model:
+            self.game.follow(model)  # compiled since the game was made
+            torch.compiler.reset()  # graphs of an evaluation before lack the hooks
+        stock = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
+        wanted = stock or return_outputs or self.solver.compares is not None  # elsewhere not free
         share = self._share(inputs, items)
         outputs = None
 
@@ -157,13 +171,15 @@ class Adversarial(Base):
         """Run one pass of a round; override where the Trainer's own loss does not give logits.
 
         Args:
-            model, inputs, items: as for `compute_loss`; the inputs may be changed.
+            model: as for `compute_loss`.
+            inputs: likewise; they may be changed.
+            items: likewise, the `num_items_in_batch`.
             outputs: whether the model's outputs are wanted, whose logits the solver compares.
 
         Returns:
             The Trainer's loss, and the outputs or None.
         """
-        found = super().compute_loss(model, inputs, outputs, items)
+        found: Any = super().compute_loss(model, inputs, outputs, items)
         return found if outputs else (found, None)
 
     def _share(self, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor | float:
@@ -192,10 +208,11 @@ class Adversarial(Base):
         """
         if self._told is not None:
             return self._told
-        losses, replay = [], Replay(self.model)
+        model: Any = self.model
+        losses, replay = [], Replay(model)
         for count in (items, 2 * items):
             with replay.run(), no_grad():
-                found, _ = self.forward_pass(self.model, dict(inputs), count, False)
+                found, _ = self.forward_pass(model, dict(inputs), count, False)
                 losses.append(float(found))
         replay.undo()
         told = abs(losses[1]) < 0.75 * abs(losses[0])
@@ -205,19 +222,17 @@ class Adversarial(Base):
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """Log what the last round came to beside the training loss."""
-        made = _wrapped(self.optimizer)
+        made = wrapped(self.optimizer)
         if "loss" in logs and made is not None and made.outcome is not None:
             found = made.outcome.as_dict()
-            found["clean_loss"] = found["loss"]
-            names = ("clean_loss", "payoff", "radius", "entropy", "nonfinite")
-            logs |= {name: float(found[name]) for name in names if found[name] is not None}
+            logs |= {LOGGED[k]: float(v) for k, v in found.items() if k in LOGGED and v is not None}
         super().log(logs, *arguments, **keywords)
 
     # Evaluation --------------------------------------------------------------------------------
 
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
         """Evaluate, at the learner's average where there is one."""
-        made = _wrapped(self.optimizer)
+        made = wrapped(self.optimizer)
         learner = None if made is None else made.game.learner
         if learner is None or not self.evaluate_average or not learner.average:
             return super().evaluation_loop(*arguments, **keywords)
@@ -243,71 +258,18 @@ class AdversarialTrainer(Adversarial, Trainer):
     """`transformers.Trainer` that plays a game; see `Adversarial`.
 
     Example:
-        >>> import mixadv
+        >>> import mixadv, tempfile
         >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
         >>> size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
         >>> model = BertForSequenceClassification(BertConfig(vocab_size=9, **size))
         >>> rows = [{"input_ids": torch.tensor([i, 1]), "labels": i % 2} for i in range(8)]
         >>> arguments = TrainingArguments(
-        ...     max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+        ...     tempfile.mkdtemp(), max_steps=2, use_cpu=True, disable_tqdm=True
         ... )
         >>> trainer = AdversarialTrainer(
         ...     model, arguments, train_dataset=rows, solver=mixadv.FreeLB()
         ... )
-        >>> trainer.train().global_step, trainer.game.outcome.forwards
+        >>> trainer.train().global_step, trainer.game.outcome.forwards  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
         (2, 3)
     """
-
-
-class _Zeroing(TrainerCallback):
-    """Zeroes the gradients of what the solver trains: Trainer does so for its model alone.
-
-    Before a step, since loss scaling may skip the last one and its gradients that are not finite.
-    """
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules = modules
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Zero them."""
-        for module in self.modules:
-            module.zero_grad()
-
-
-def _wrapped(optimizer: Any) -> GameOptimizer | None:
-    """Return the game's optimizer inside Accelerate's."""
-    while optimizer is not None and not isinstance(optimizer, GameOptimizer):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
-
-
-def _refuse(trainer: Adversarial) -> None:
-    """Raise for what a Trainer can do and a game cannot."""
-    who, args = type(trainer.solver).__name__, trainer.args
-    if trainer.solver.replays_batch:
-        raise ValueError(
-            f"{who} takes an optimizer step after each of its passes over one batch, and Trainer "
-            "takes one step per batch: write a loop around optimizer.step(closure) of the wrapped "
-            "optimizer, or choose another solver."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"Trainer sees {args.n_gpu} GPUs in one process and would use torch.nn.DataParallel, "
-            "whose replicas would not receive δ: start it with torchrun."
-        )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            "DeepSpeed and FSDP own the gradients that a round computes before the loss is "
-            "returned: train with DistributedDataParallel (torchrun), or call game.backward in a "
-            "loop of your own."
-        )
-    if args.ddp_static_graph:
-        raise ValueError(
-            "ddp_static_graph=True expects one forward and backward per step; under a round the "
-            "replicas drift apart. Leave it out."
-        )
-    if trainer.averages and args.load_best_model_at_end and args.save_only_model:
-        raise ValueError(
-            f"{who} is evaluated at the average of its weights, which is saved with the optimizer: "
-            "with load_best_model_at_end set save_only_model=False, or evaluate_average=False."
-        )
