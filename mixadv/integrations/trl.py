@@ -11,12 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 try:
-    from transformers import Trainer
     from trl import SFTTrainer  # pyright: ignore
 except ImportError as error:
     raise ImportError("mixadv.integrations.trl needs trl: pip install 'mixadv[trl]'.") from error
 
-from mixadv.integrations.transformers import Adversarial
+from mixadv.integrations.transformers import Adversarial, Trainer
 
 
 class AdversarialSFTTrainer(Adversarial, SFTTrainer):
