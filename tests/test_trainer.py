@@ -136,8 +136,10 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("way", PLAIN)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name in EXACT for way in PLAIN if way == "accumulated" or name in EXACT[-2:]],
+)
 def test_radius_zero_is_trainer_itself_bit_for_bit(name: str, way: str, tmp_path: Path):
     trainer = trained(tmp_path, at_zero(name), optim="adamw_torch", **_two_rows(way))
     plain, losses = plainly(way)
@@ -653,17 +655,17 @@ def test_the_game_is_there_when_training_begins(tmp_path: Path):
     assert "eval_loss" in trainer.evaluate()
 
 
-@pytest.mark.parametrize("block", ["transformers", "trl"])
-def test_a_missing_package_is_named_with_its_extra_and_the_core_does_without(block: str):
-    program = f"""
+def test_a_missing_package_is_named_with_its_extra_and_the_core_does_without():
+    program = """
 import sys
-sys.modules[{block!r}] = None
+sys.modules["transformers"] = sys.modules["trl"] = None
 import mixadv
-assert not any(name.startswith("transformers.") for name in sys.modules)
-try:
-    import mixadv.integrations.{block}
-except ImportError as error:
-    print(error)
+for name in ("transformers", "trl"):
+    try:
+        __import__(f"mixadv.integrations.{name}")
+    except ImportError as error:
+        print(error)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert f"pip install 'mixadv[{block}]'" in run.stdout, run.stderr
+    for extra in ("transformers", "trl"):
+        assert f"pip install 'mixadv[{extra}]'" in run.stdout, run.stderr
