@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixadv
-from tests.test_trainer import trained
+from tests.test_trainer import alone, trained  # noqa: F401
 from tests.zoo import Player, assert_same, player
 
 peft = pytest.importorskip("peft", reason="adapters are PEFT's")

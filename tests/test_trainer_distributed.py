@@ -16,7 +16,7 @@ import mixadv
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
-from tests.test_trainer import at_zero, logged, trained, weights
+from tests.test_trainer import alone, at_zero, logged, trained, weights  # noqa: F401
 from tests.zoo import assert_same
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "trainer.py"

@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 import mixadv
+from tests.test_trainer import alone  # noqa: F401
 from tests.zoo import PAD, assert_same, player
 
 pytest.importorskip("trl", reason="SFTTrainer is TRL's")
