@@ -36,10 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     table = ["".join(f"{head:>12}" for head in ["solver", *task.splits])]
     for name in options.solver:
         args = TrainingArguments(
-            f"{options.output}/{name}", max_steps=options.steps, learning_rate=4e-4,
-            per_device_train_batch_size=16, per_device_eval_batch_size=64, logging_steps=20,
-            warmup_steps=options.steps // 10, report_to=[],
-            save_strategy="no", use_cpu=not torch.accelerator.is_available(),
+            f"{options.output}/{name}", max_steps=options.steps, warmup_steps=options.steps // 10,
+            learning_rate=4e-4, per_device_train_batch_size=16, per_device_eval_batch_size=64,
+            report_to=[], save_strategy="no", use_cpu=not torch.accelerator.is_available(),
         )  # fmt: skip
         set_seed(args.seed)  # of the new head
         network, tokenizer = model.load(Run(task="intents", model=EMBEDDED_MODEL), task)
@@ -51,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
             train_dataset=task.train.map(encode, batched=True), **game,
         )  # fmt: skip
         trainer.train()
-        found = [trainer.evaluate(rows)["eval_accuracy"] for rows in splits.values()]
-        table.append(f"{name:>12}" + "".join(f"{100 * x:12.1f}" for x in found))
+        found = (100 * trainer.evaluate(rows)["eval_accuracy"] for rows in splits.values())
+        table.append(f"{name:>12}" + "".join(f"{x:12.1f}" for x in found))
     if trainer.is_world_process_zero():
         print(*table, sep="\n")
 

@@ -129,7 +129,7 @@ class Adversarial(Base):
         made = super().create_optimizer() if model is None else super().create_optimizer(model)
         if wrapped(made) is None:
             for module in self.solver.modules().values():
-                pass
+                module.to(self.args.device)
             played: Any = self.model if model is None else model
             how: Any = {"site": self.site, "schedule": self.schedule, "seed": self.args.seed}
             self.optimizer = made = wrap(made, played, self.solver, **how)
