@@ -19,7 +19,7 @@ from mixadv.closure import Closure, read
 from mixadv.compiled_site import place
 from mixadv.errors import GameError
 from mixadv.explain import Explanation, explain
-from mixadv.modules import functional
+from mixadv.modules import INPUT, functional
 from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
 from mixadv.representation import Representation
@@ -402,6 +402,21 @@ class Game:
         self.noise = Noise(self.seed)
         if self.learner is not None:
             self.learner.noise = Noise(self.seed)
+
+    def follow(self, model: nn.Module) -> None:
+        """Play on what the model was wrapped in since the game was made, by `torch.compile` say.
+
+        Args:
+            model: the wrapper, which closures call from now on; around the very modules of before.
+        """
+        if model is self.model:
+            return
+        targets = [INPUT if name == INPUT else module for name, module in self.site.targets]
+        self.site.close()
+        self.model, self.site = model, place(model, targets)
+        if self.representation is not None:
+            self.representation.close()
+            self.representation = Representation(model, self.representation.source)
 
     def watch(self, optimizer: Optimizer | None) -> None:
         """Notice the steps of an optimizer, which end an update."""

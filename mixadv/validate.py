@@ -48,9 +48,7 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
     """Check the arguments of a game."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if not isinstance(solver, Solver):
-        built = f"mixadv.{solver.__name__}()" if inspect.isclass(solver) else "mixadv.FreeLB()"
-        raise TypeError(f"solver must be a solver such as {built}, got {solver!r}.")
+    check_solver(solver)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {seed!r}.")
     if any(isinstance(m, nn.DataParallel) for m in model.modules()):
@@ -100,6 +98,13 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
             f"{type(solver).__name__} runs the model with other weights (a teacher, or samples), "
             "which would leave them out. Give the game a module that holds them all."
         )
+
+
+def check_solver(solver: Any) -> None:
+    """Check that a solver is one, built."""
+    if not isinstance(solver, Solver):
+        built = f"mixadv.{solver.__name__}()" if inspect.isclass(solver) else "mixadv.FreeLB()"
+        raise TypeError(f"solver must be a solver such as {built}, got {solver!r}.")
 
 
 def base_optimizer(optimizer: Any) -> None:

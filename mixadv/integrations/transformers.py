@@ -8,82 +8,134 @@ own accumulation, loss scaling, clipping, logging and distribution act on it as 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.optim import Optimizer
 
+from mixadv import validate
+from mixadv.errors import GameError
 from mixadv.game import Game
-from mixadv.optimizer import GameOptimizer, wrap
+from mixadv.optimizer import STATE_KEY, wrap
+from mixadv.replay import Replay
+from mixadv.schedule import Schedule
 from mixadv.solvers.base import Solver
+from mixadv.stage import no_grad
+
+try:
+    from transformers import Trainer
+    from transformers.trainer import OPTIMIZER_NAME
+
+    from mixadv.integrations.trainer import Zeroing, refuse, wrapped
+except ImportError as error:
+    raise ImportError(
+        "mixadv.integrations.transformers needs transformers and accelerate: "
+        "pip install 'mixadv[transformers]'."
+    ) from error
 
 if TYPE_CHECKING:
-    from transformers import Trainer as Base
+    Base = Trainer
 else:
     Base = object
+
+
+LOGGED = {
+    "loss": "clean_loss",
+    "payoff": "payoff",
+    "radius": "radius",
+    "entropy": "strategy_entropy",
+    "nonfinite": "nonfinite",
+}
+"""Trainer's names for what a round comes to, by those of `Outcome`."""
 
 
 class Adversarial(Base):
     """Mixin that makes any subclass of `Trainer` play a game; name it before the Trainer.
 
-    Per batch one round is played and one optimizer step follows: a MAT round closes every
-    `learner_steps` optimizer steps, over successive batches. Evaluation and prediction run at the
-    average of the learner where the solver keeps one. Checkpoints hold the live weights, which a
-    resumed run goes on from, and the game's state with the optimizer's; to export the average:
+    A round is played per batch and one optimizer step follows: a MAT round closes every
+    `learner_steps` optimizer steps, over successive batches. Micro-batches that are accumulated are
+    one batch: what a solver adds to the loss is weighted as the loss is. At radius 0 training is
+    Trainer's own, scale of the loss included.
+
+    Trainer's log gets what the last round came to, read from the device only then: `clean_loss`,
+    `payoff`, `radius`, `strategy_entropy` and `nonfinite`; its `loss` is the objective.
+
+    Evaluation and prediction run at the average of the learner where the solver keeps one, and
+    `load_best_model_at_end` loads the weights that were evaluated. Checkpoints hold the live
+    weights, which a resumed run goes on from; to export the average:
 
         with trainer.game.averaged():
             trainer.save_model("exported")
 
     Args:
+        arguments, keywords: of the Trainer. An optimizer among them is wrapped; one that is wrapped
+            already brings its own solver, site and schedule.
         solver: how a round is played; not FreeAT, whose steps within a batch Trainer cannot take.
         site: where δ acts; None finds the input embedding that the encoder calls.
+        schedule: when the adversary plays; None is always.
         evaluate_average: evaluate the learner's average, where there is one.
-        arguments: of the Trainer.
 
     Raises:
-        ValueError: if `load_best_model_at_end` would choose by the average and load the live
-            weights.
+        TypeError, ValueError: for arguments that cannot be played with, and why.
     """
-
-    loss_is_scaled_for_ga = False  # see compute_loss
 
     def __init__(
         self,
         *arguments: Any,
-        solver: Solver,
+        solver: Solver | None = None,
         site: Any = None,
+        schedule: Schedule | None = None,
         evaluate_average: bool = True,
         **keywords: Any,
     ) -> None:
-        self.solver, self.site, self.evaluate_average = solver, site, evaluate_average
+        if solver is not None:
+            validate.check_solver(solver)
         super().__init__(*arguments, **keywords)
-        learner = solver.learner()
-        keeps = learner is not None and learner.average_decay is not None
-        if keeps and evaluate_average and self.args.load_best_model_at_end:
+        made = wrapped(self.optimizer)
+        if made is None:
+            validate.check_solver(solver)
+        elif not (solver is None and site is None and schedule is None):
             raise ValueError(
-                f"{type(solver).__name__} is evaluated at the average of its weights, and "
-                "load_best_model_at_end loads the live ones: set evaluate_average=False, or leave "
-                "load_best_model_at_end out and export the average with trainer.game.averaged()."
+                "The optimizer is wrapped already and brings its own solver, site and schedule: "
+                "leave out solver=, site= and schedule=, or give Trainer the bare optimizer."
             )
+        self.solver: Solver = made.game.solver if made else solver  # pyright: ignore
+        self.site, self.schedule, self.evaluate_average = site, schedule, evaluate_average
+        self._told: bool | None = None
+        refuse(self)
+        if besides := list(self.solver.modules().values()):
+            self.add_callback(Zeroing(besides))
+        if self.optimizer is not None:
+            self.create_optimizer()
+
+    @property
+    def averages(self) -> bool:
+        """Whether evaluation runs at an average of the weights, once there is one."""
+        learner = self.solver.learner()
+        return self.evaluate_average and learner is not None and learner.average_decay is not None
 
     @property
     def game(self) -> Game:
         """The game, once training has begun."""
-        optimizer = self.optimizer
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-        if not isinstance(optimizer, GameOptimizer):
-            raise AttributeError("The game is made with the optimizer, when training begins.")
-        return optimizer.game
+        made = wrapped(self.optimizer)
+        if made is None:
+            raise GameError("The game is made with the optimizer, when training begins.")
+        return made.game
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the Trainer's optimizer and wrap it."""
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Create the Trainer's optimizer and wrap it, unless it is."""
         made = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if not isinstance(made, GameOptimizer):
-            played = self.model if model is None else model
-            made = wrap(made, played, self.solver, site=self.site, seed=self.args.seed)  # pyright: ignore
-        self.optimizer = made
+        if wrapped(made) is None:
+            for module in self.solver.modules().values():
+                module.to(self.args.device)
+            played: Any = self.model if model is None else model
+            how: Any = {"site": self.site, "schedule": self.schedule, "seed": self.args.seed}
+            self.optimizer = made = wrap(made, played, self.solver, **how)
         return made
+
+    # Training ----------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -92,56 +144,132 @@ class Adversarial(Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Play a round in training; the Trainer's own loss elsewhere.
-
-        A loss summed over the accumulated batch is turned into one of this micro-batch, of the
-        scale of a mean: the divergences that a solver adds are means too, and Trainer divides
-        the whole by the number of micro-batches.
-        """
-        plain = super().compute_loss
+        """Play a round in training; the Trainer's own loss elsewhere."""
+        items = num_items_in_batch
         if not (model.training and torch.is_grad_enabled()):
-            return plain(model, inputs, return_outputs, num_items_in_batch)
-        scale = self.current_gradient_accumulation_steps if self._summed(num_items_in_batch) else 1
+            return super().compute_loss(model, inputs, return_outputs, items)
+        if hasattr(model, "_orig_mod") and model is not self.game.model:
+            self.game.follow(model)  # compiled since the game was made
+            torch.compiler.reset()  # graphs of an evaluation before lack the hooks
+        stock = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
+        wanted = stock or return_outputs or self.solver.compares is not None  # elsewhere not free
+        share = self._share(inputs, items)
         outputs = None
 
         def closure() -> tuple[Tensor, Any]:
             nonlocal outputs
-            found, outputs = plain(model, dict(inputs), True, num_items_in_batch)
-            logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[1]
-            return found * scale if scale != 1 else found, logits
+            loss, outputs = self.forward_pass(model, dict(inputs), items, wanted)
+            return loss / share, outputs
 
-        loss = self.game.loss(closure)
+        # Its own mean within the round, where divergences are means too; its share outside.
+        loss = self.game.loss(closure) * share
         return (loss, outputs) if return_outputs else loss
 
+    def forward_pass(
+        self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None, outputs: bool
+    ) -> tuple[Tensor, Any]:
+        """Run one pass of a round; override where the Trainer's own loss does not give logits.
+
+        Args:
+            model: as for `compute_loss`.
+            inputs: likewise; they may be changed.
+            items: likewise, the `num_items_in_batch`.
+            outputs: whether the model's outputs are wanted, whose logits the solver compares.
+
+        Returns:
+            The Trainer's loss, and the outputs or None.
+        """
+        found: Any = super().compute_loss(model, inputs, outputs, items)
+        return found if outputs else (found, None)
+
+    def _share(self, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor | float:
+        """Return what part of its own mean the loss of a micro-batch is.
+
+        Trainer has the losses of micro-batches divided by the items of them all, or divides by
+        their number itself.
+        """
+        steps = self.current_gradient_accumulation_steps
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # Trainer's rule
+        if scaled is None:
+            by_model = self.model_accepts_loss_kwargs and items is not None
+            scaled = by_model or self.compute_loss_func is not None
+        if steps == 1 or not scaled:
+            return 1.0
+        own = None if items is None else self._get_num_items_in_batch([inputs], self.args.device)
+        if items is None or own is None:
+            return 1 / steps
+        return torch.as_tensor(own).clamp(min=1) / items if self._counts(inputs, items) else 1.0
+
+    def _counts(self, inputs: dict[str, Any], items: Tensor | int) -> bool:
+        """Return whether the loss is divided by the number of items it is told.
+
+        Many models return the mean whatever they are told, and Trainer adds up the means. Asked of
+        the model once, whose random state and buffers are put back.
+        """
+        if self._told is not None:
+            return self._told
+        model: Any = self.model
+        losses, replay = [], Replay(model)
+        for count in (items, 2 * items):
+            with replay.run(), no_grad():
+                found, _ = self.forward_pass(model, dict(inputs), count, False)
+                losses.append(float(found))
+        replay.undo()
+        told = abs(losses[1]) < 0.75 * abs(losses[0])
+        if losses[0] != 0:  # as it is where nothing is labelled, which says nothing
+            self._told = told
+        return told
+
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
-        """Log the round's numbers beside the training loss, which is the objective."""
-        if "loss" in logs and isinstance(getattr(self, "optimizer", None), torch.optim.Optimizer):
-            outcome = self.game.outcome
-            found = {} if outcome is None else outcome.as_dict()
-            for name in ("loss", "payoff", "radius", "entropy", "nonfinite"):
-                if found.get(name) is not None:
-                    logs["clean_loss" if name == "loss" else name] = float(found[name])
+        """Log what the last round came to beside the training loss."""
+        made = wrapped(self.optimizer)
+        if "loss" in logs and made is not None and made.outcome is not None:
+            found = made.outcome.as_dict()
+            logs |= {LOGGED[k]: float(v) for k, v in found.items() if k in LOGGED and v is not None}
         super().log(logs, *arguments, **keywords)
+
+    # Evaluation --------------------------------------------------------------------------------
 
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
         """Evaluate, at the learner's average where there is one."""
-        try:
-            learner = self.game.learner
-        except AttributeError:  # no training yet
-            learner = None
+        made = wrapped(self.optimizer)
+        learner = None if made is None else made.game.learner
         if learner is None or not self.evaluate_average or not learner.average:
             return super().evaluation_loop(*arguments, **keywords)
         with self.game.averaged():
             return super().evaluation_loop(*arguments, **keywords)
 
-    def _summed(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Return whether the Trainer's loss is one share of the accumulated batch's."""
-        own = super().loss_is_scaled_for_ga
-        if own is not None:
-            return own
-        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return by_model or self.compute_loss_func is not None
+    def _load_best_model(self) -> None:
+        """Load the best weights as they were evaluated: at their average, where there was one."""
+        super()._load_best_model()
+        learner, best = self.game.learner, self.state.best_model_checkpoint
+        if learner is None or best is None or not self.averages:
+            return
+        saved = torch.load(
+            Path(best) / OPTIMIZER_NAME, map_location=self.args.device, weights_only=True
+        )
+        learner.average = learner.read_state(saved[STATE_KEY]["learner"])["average"]
+        with torch.no_grad():
+            for parameter, value in learner.average.items():
+                parameter.copy_(value)
 
 
 class AdversarialTrainer(Adversarial, Trainer):
-    """`transformers.Trainer` that plays a game; see `Adversarial`."""
+    """`transformers.Trainer` that plays a game; see `Adversarial`.
+
+    Example:
+        >>> import mixadv, tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+        >>> size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=9, **size))
+        >>> rows = [{"input_ids": torch.tensor([i, 1]), "labels": i % 2} for i in range(8)]
+        >>> arguments = TrainingArguments(
+        ...     tempfile.mkdtemp(), max_steps=2, use_cpu=True, disable_tqdm=True
+        ... )
+        >>> trainer = AdversarialTrainer(
+        ...     model, arguments, train_dataset=rows, solver=mixadv.FreeLB()
+        ... )
+        >>> trainer.train().global_step, trainer.game.outcome.forwards  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        (2, 3)
+    """

@@ -1,0 +1,54 @@
+"""Adversarial fine-tuning of causal language models by TRL: `SFTTrainer` that plays a game.
+
+SFTTrainer computes its loss without the logits. Solvers that compare predictions need them, and get
+the loss and the logits of the model itself: the same loss, without SFTTrainer's metrics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+try:
+    from trl import SFTTrainer  # pyright: ignore
+except ImportError as error:
+    raise ImportError("mixadv.integrations.trl needs trl: pip install 'mixadv[trl]'.") from error
+
+from mixadv.integrations.transformers import Adversarial, Trainer
+
+
+class AdversarialSFTTrainer(Adversarial, SFTTrainer):
+    """`trl.SFTTrainer` that plays a game; see `mixadv.integrations.transformers.Adversarial`.
+
+    δ acts on the tokens of prompts too, which the model reads; the loss is that of the completion.
+    A divergence is the mean over all real tokens. SFTTrainer's metrics are means over the passes.
+
+    Raises:
+        ValueError: for a solver that compares predictions where the loss is not the likelihood.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        kind = getattr(self.args, "loss_type", "nll")
+        if self.solver.compares is not None and kind != "nll":
+            raise ValueError(
+                f"{type(self.solver).__name__} compares logits, which SFTTrainer does not compute "
+                f"for loss_type={kind!r}: choose 'nll', or a solver that needs the "
+                "loss alone, such as mixadv.FreeLB()."
+            )
+
+    def compute_loss(self, *arguments: Any, **keywords: Any) -> Any:
+        """Play a round in training, in which a batch's tokens are counted once."""
+        self._counted = self._total_train_tokens
+        return super().compute_loss(*arguments, **keywords)
+
+    def forward_pass(
+        self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None, outputs: bool
+    ) -> tuple[Tensor, Any]:
+        """Run one pass; the arguments are those of `Adversarial.forward_pass`."""
+        if outputs:
+            found: Any = Trainer.compute_loss(self, model, inputs, True, items)
+            return found
+        self._total_train_tokens = self._counted
+        return super().forward_pass(model, inputs, items, False)

@@ -1,0 +1,701 @@
+"""transformers.Trainer plays a game: itself at radius 0, accumulation, resuming, averages."""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import mixadv
+from tests.zoo import PAD, assert_same, player, text_batch, without_dropout
+
+pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+
+from accelerate.state import AcceleratorState, GradientState
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from mixadv.integrations.transformers import Adversarial, AdversarialTrainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*starts below the noise floor"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give each test a folder, and leave no accelerator's state to another."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+SINGLE = mixadv.MAT(learner_steps=1, learner_temperature=0.0, damping=0.0, round_damping=0.0)
+EXACT = ["noise", "pgd", "creat", "r3f", "alum", "mat"]
+"""Solvers that are plain training at radius 0 bit for bit."""
+CLOSE = ["freelb", "textat", "vat"]
+"""Those that are up to rounding."""
+
+
+def at_zero(name: str) -> mixadv.Solver:
+    """Return a solver at radius 0; of MAT the one whose learner is the optimizer alone."""
+    return dataclasses.replace(SINGLE if name == "mat" else mixadv.solver(name), radius=0)
+
+
+def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**(defaults | changes))
+
+
+def trainer_of(
+    folder: Path,
+    solver: mixadv.Solver | None,
+    *,
+    family: str = "bert",
+    rows: int = 8,
+    dropout: bool = True,
+    given: dict[str, Any] | None = None,
+    base: type[Trainer] = AdversarialTrainer,
+    **changes: Any,
+) -> Any:
+    """Return a Trainer of a fresh tiny model, an adversarial one where there is a solver."""
+    p = player(family, rows=rows)
+    p.model if dropout else without_dropout(p.model)
+    data = rows_of(p.batch)
+    keywords = {"model": p.model, "train_dataset": data, "eval_dataset": data} | (given or {})
+    if solver is None:
+        return (Trainer if base is AdversarialTrainer else base)(
+            args=arguments(folder, **changes), **keywords
+        )
+    return base(args=arguments(folder, **changes), solver=solver, **keywords)
+
+
+def weights(trainer: Any) -> list[Tensor]:
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def logged(trainer: Any, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def trained(*given: Any, **changes: Any) -> Any:
+    trainer = trainer_of(*given, **changes)
+    trainer.train()
+    return trainer
+
+
+# Radius 0 -----------------------------------------------------------------------------------------
+
+
+def share_of_items(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A loss as Trainer expects it of its users: a sum over the items of the accumulated batch."""
+    found = F.cross_entropy(outputs.logits, labels, reduction="sum")
+    return found / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "one batch": {},
+    "accumulated": {"gradient_accumulation_steps": 2, "rows": 10, "max_steps": 3},
+    "tokens": {"family": "llama-causal", "gradient_accumulation_steps": 3, "rows": 10},
+    "label smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+    "own loss": {
+        "given": {"compute_loss_func": share_of_items},
+        "gradient_accumulation_steps": 2,
+        "rows": 7,
+    },
+}
+"""Ways of training, with an incomplete last accumulation in some."""
+
+
+@functools.cache
+def plainly(way: str, optim: str = "adamw_torch") -> tuple[list[Tensor], list[float]]:
+    """Return what Trainer itself comes to."""
+    trainer = trained(Path("unused"), None, optim=optim, **_two_rows(way))
+    return weights(trainer), logged(trainer)
+
+
+def _two_rows(way: str) -> dict[str, Any]:
+    return {"per_device_train_batch_size": 2, **PLAIN[way]}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name in EXACT for way in PLAIN if way == "accumulated" or name in EXACT[-2:]],
+)
+def test_radius_zero_is_trainer_itself_bit_for_bit(name: str, way: str, tmp_path: Path):
+    trainer = trained(tmp_path, at_zero(name), optim="adamw_torch", **_two_rows(way))
+    plain, losses = plainly(way)
+    assert_same(weights(trainer), plain)
+    assert logged(trainer) == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ["accumulated", "tokens"])
+@pytest.mark.parametrize("name", CLOSE)
+def test_radius_zero_is_trainer_itself_up_to_rounding(name: str, way: str, tmp_path: Path):
+    trainer = trained(tmp_path, at_zero(name), optim="sgd", **_two_rows(way))
+    plain, losses = plainly(way, "sgd")
+    torch.testing.assert_close(weights(trainer), plain, rtol=1e-4, atol=1e-6)
+    assert logged(trainer) == pytest.approx(losses, rel=1e-6)
+
+
+# Accumulation -------------------------------------------------------------------------------------
+
+
+def slanted(perturbed: Tensor, clean: Tensor) -> Tensor:
+    """A divergence with a gradient at δ = 0, so that an ascent needs no random start."""
+    return (perturbed - 2 * clean + 0.1).square().sum(-1)
+
+
+STILL = [
+    dataclasses.replace(solver, start="zero", radius=0.3, unit="absolute")
+    for solver in (
+        mixadv.PGD(steps=2),
+        mixadv.ALUM(divergence=slanted),
+        dataclasses.replace(SINGLE, divergence=slanted),
+    )
+]
+"""Solvers that draw nothing, for comparisons across splits of a batch."""
+SPLITS: dict[str, dict[str, Any]] = {
+    "tokens": {"family": "llama-causal"},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "own loss": {"given": {"compute_loss_func": share_of_items}},
+}
+
+
+@pytest.mark.parametrize(
+    ("solver", "way"),
+    [  # a divergence is a mean over samples, the loss of a causal model one over tokens
+        pytest.param(solver, way, id=f"{solver.name}-{way}")
+        for solver in STILL
+        for way in SPLITS
+        if way != "tokens" or solver.compares is None
+    ],
+)
+def test_accumulated_micro_batches_are_one_batch_to_learner_and_adversary(
+    solver: mixadv.Solver, way: str, tmp_path: Path
+):
+
+    def train(size: int, micro: int) -> Any:
+        options = {"optim": "sgd", "max_steps": 1, "dropout": False, "max_grad_norm": 0.0}
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro}
+        return trained(tmp_path, solver, **options, **SPLITS[way])
+
+    one, three = train(8, 1), train(3, 3)  # 3 + 3 + 2 rows
+    torch.testing.assert_close(weights(three), weights(one), rtol=1e-4, atol=1e-6)
+    assert logged(three) == pytest.approx(logged(one), rel=1e-4)
+
+
+@pytest.mark.parametrize("solver", STILL, ids=lambda s: s.name)
+def test_a_model_that_ignores_the_number_of_items_keeps_loss_and_divergence_in_proportion(
+    solver: mixadv.Solver, tmp_path: Path
+):
+    """Trainer adds up the means of such a model, of which BERT is one."""
+
+    def train(micro: int) -> list[Tensor]:
+        options = {"optim": "sgd", "max_steps": 1, "dropout": False, "max_grad_norm": 0.0}
+        options |= {"per_device_train_batch_size": 8 // micro, "learning_rate": 0.1 / micro}
+        return weights(trained(tmp_path, solver, gradient_accumulation_steps=micro, **options))
+
+    torch.testing.assert_close(train(2), train(1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_micro_batch_without_labels_adds_nothing_and_breaks_nothing(tmp_path: Path):
+    batch = text_batch(8)
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:4] = -100
+    options: dict[str, Any] = {"family": "llama-causal", "dropout": False, "optim": "sgd"}
+    options |= {"gradient_accumulation_steps": 8, "per_device_train_batch_size": 1}
+    given = {"train_dataset": rows_of(batch)}
+    solver = mixadv.PGD(start="zero")
+    trainer = trained(tmp_path, solver, given=given, max_steps=2, **options)
+    assert all(p.isfinite().all() for p in weights(trainer))
+    assert all(0 < loss < 10 for loss in logged(trainer))
+
+
+# Players and optimizers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_one_optimizer_step_is_one_sample_of_the_learner(micro: int, tmp_path: Path):
+    solver = mixadv.MAT(learner_steps=2, samples=9)
+    options = {"gradient_accumulation_steps": micro, "per_device_train_batch_size": 2}
+    trainer = trained(tmp_path, solver, max_steps=5, rows=12, **options)
+    learner = trainer.game.learner
+    assert (learner.count, learner.rounds, learner.position) == (5, 2, 1)
+    assert trainer.game.round == 5 * micro
+    assert len(learner.samples) == 5
+
+
+class Sequential(AdversarialTrainer):
+    """Rows in their order, for comparisons with a loop."""
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.parametrize("name", ["cat", "mat"])
+def test_training_is_that_of_the_loop_written_by_hand(name: str, tmp_path: Path):
+    """Also of a head, whose gradients Trainer, which zeroes its model's, would let grow."""
+
+    def solver() -> mixadv.Solver:
+        torch.manual_seed(3)
+        calm = mixadv.MAT(learner_temperature=0.0)  # drawn in the order of parameter groups
+        return calm if name == "mat" else mixadv.CAT(contrast=0.5, head=nn.Linear(16, 4))
+
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    options |= {"max_steps": 3, "rows": 12, "optim": "sgd", "max_grad_norm": 0.0}
+    options |= {"lr_scheduler_type": "constant", "base": Sequential, "dropout": False}
+    trainer = trained(tmp_path, solver(), **options)
+
+    p = player("bert", rows=12)
+    without_dropout(p.model)
+    base = torch.optim.SGD(p.model.parameters(), lr=1e-2)
+    optimizer = mixadv.wrap(base, p.model, solver(), seed=42)
+    batches = [p.closure(**{k: v[i : i + 2] for k, v in p.batch.items()}) for i in range(0, 12, 2)]
+    for i, closure in enumerate(batches):
+        optimizer.game.loss(closure).backward()
+        if i % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(weights(trainer), [q.detach() for q in p.model.parameters()])
+    if name == "mat":
+        return
+    head = trainer.game.solver.head
+    assert_same(head.state_dict(), optimizer.game.solver.head.state_dict())
+    assert all(torch.any(q.grad != 0) for q in head.parameters())
+
+
+def test_accelerates_reload_leaves_schedule_and_learner_attached(tmp_path: Path):
+    """`prepare` loads the optimizer's state, and a copy of its groups would be left behind."""
+    seen = []
+
+    class Watching(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            seen.append(trainer.game.optimizer.param_groups[0]["lr"])
+
+    options = {"max_steps": 4, "learning_rate": 0.4}
+    trainer = trainer_of(tmp_path, mixadv.MAT(), given={"callbacks": [Watching()]}, **options)
+    trainer.train()
+    assert seen == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert trainer.game.learner.count == 4
+    assert isinstance(trainer.optimizer.optimizer, mixadv.GameOptimizer)
+
+
+def test_the_optimizer_is_never_given_a_closure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A gradient scaler refuses one."""
+    step, given = mixadv.GameOptimizer.step, []
+
+    def noting(self: Any, closure: Any = None, **keywords: Any) -> Any:
+        given.append(closure)
+        return step(self, closure, **keywords)
+
+    monkeypatch.setattr(mixadv.GameOptimizer, "step", noting)
+    trained(tmp_path, mixadv.FreeLB())
+    assert given == [None, None]
+
+
+def pair(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+
+def test_a_given_optimizer_and_schedule_are_used(tmp_path: Path):
+    p = player("bert", rows=8)
+    optimizer, schedule = pair(p.model)
+    given = {"model": p.model, "optimizers": (optimizer, schedule)}
+    trainer = trainer_of(tmp_path, mixadv.PGD(), given=given)
+    assert trainer.game.optimizer is optimizer
+    trainer.train()
+    assert trainer.game.round == 2
+    assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+def test_an_optimizer_that_is_wrapped_brings_its_game(tmp_path: Path):
+    p = player("bert", rows=8)
+    optimizer, _ = pair(p.model)
+    played = mixadv.wrap(optimizer, p.model, mixadv.FreeLB(steps=2), seed=7)
+    given = {"model": p.model, "optimizers": (played, None)}
+    trainer = AdversarialTrainer(args=arguments(tmp_path), train_dataset=rows_of(p.batch), **given)
+    trainer.train()
+    assert trainer.game is played.game
+    assert played.game.round == 2
+    with pytest.raises(ValueError, match="wrapped already and brings its own solver"):
+        trainer_of(tmp_path, mixadv.FreeLB(), given=given)
+
+
+def test_a_second_call_of_train_goes_on_with_the_same_game(tmp_path: Path):
+    trainer = trained(tmp_path, mixadv.MAT())
+    game = trainer.game
+    trainer.train()
+    assert trainer.game is game
+    assert (game.round, game.learner.count) == (4, 4)
+
+
+def test_a_new_model_of_each_call_gets_a_new_game(tmp_path: Path):
+    """As in a search for hyper-parameters."""
+    given = {"model": None, "model_init": lambda: player("bert").model}
+    trainer = trained(tmp_path, mixadv.MAT(), given=given)
+    game, found = trainer.game, weights(trainer)
+    trainer.train()
+    assert trainer.game is not game
+    assert trainer.game.model is trainer.model
+    assert_same(weights(trainer), found)
+
+
+def test_a_batch_that_is_too_large_is_found_out_and_training_starts_again(tmp_path: Path):
+    class Small(AdversarialTrainer):
+        def forward_pass(self, model: Any, inputs: Any, *rest: Any) -> Any:
+            if len(inputs["labels"]) == 8 and self.state.global_step:
+                raise RuntimeError("CUDA out of memory.")
+            return super().forward_pass(model, inputs, *rest)
+
+    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 8}
+    trainer = trained(tmp_path, mixadv.MAT(), base=Small, **options)
+    assert trainer._train_batch_size == 7
+    assert trainer.state.global_step == 2
+    assert trainer.game.learner.count == 3  # one of them in the larger batch
+    assert logged(trainer)[-1] < 3
+
+
+def test_gradients_of_the_whole_round_are_clipped(tmp_path: Path):
+    options = {"optim": "sgd", "max_steps": 1, "learning_rate": 1.0, "max_grad_norm": 1e-3}
+    before = weights(trainer_of(tmp_path, None))
+    trainer = trained(tmp_path, mixadv.FreeLB(), **options)
+    moves = [a - b for a, b in zip(weights(trainer), before, strict=True)]
+    length = torch.stack([m.norm() for m in moves]).norm()
+    assert length == pytest.approx(1e-3, rel=1e-3)
+    assert logged(trainer, "grad_norm")[0] > 0.1
+
+
+def test_a_schedule_begins_with_plain_training(tmp_path: Path):
+    forwards = []
+
+    class Watching(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            forwards.append(trainer.game.outcome.forwards)
+
+    solver, schedule = mixadv.FreeLB(steps=3), mixadv.Schedule(start=2)
+    given = {"schedule": schedule, "callbacks": [Watching()]}
+    options = {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    trainer = trainer_of(tmp_path, solver, given=given, rows=16, **options)
+    trainer.train()
+    assert forwards == [1, 1, 3, 3]
+
+
+def test_the_site_is_that_named(tmp_path: Path):
+    trainer = trained(tmp_path, mixadv.PGD(), given={"site": "bert.encoder.layer.0"})
+    assert trainer.game.site.names == ["bert.encoder.layer.0"]
+
+
+# Ways of computing --------------------------------------------------------------------------------
+
+
+def test_recomputed_activations_change_nothing(tmp_path: Path):
+    solver = mixadv.FreeLB()
+    plain = trained(tmp_path, solver)
+    trainer = trained(tmp_path, solver, gradient_checkpointing=True)
+    torch.testing.assert_close(weights(trainer), weights(plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        mixadv.FreeLB(),
+        pytest.param(SINGLE, marks=pytest.mark.slow),
+        pytest.param(mixadv.CAT(), marks=pytest.mark.slow),
+    ],
+    ids=lambda s: s.name,
+)
+def test_a_model_that_trainer_compiles_is_played_on(solver: mixadv.Solver, tmp_path: Path):
+    torch.compiler.reset()
+    options = {"dropout": False, "optim": "sgd", "eval_on_start": True}
+    plain = trained(tmp_path, solver, **options)
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = trained(tmp_path, solver, **options, **compiled)
+    assert hasattr(trainer.game.model, "_orig_mod")
+    torch.testing.assert_close(weights(trainer), weights(plain), rtol=1e-4, atol=1e-6)
+    assert logged(trainer, "payoff") == pytest.approx(logged(plain, "payoff"), rel=1e-3)
+    torch.compiler.reset()
+
+
+def test_autocast_to_bf16_follows_fp32(tmp_path: Path):
+    solver = mixadv.MAT()
+    plain, trainer = trained(tmp_path, solver), trained(tmp_path, solver, bf16=True)
+    assert logged(trainer) == pytest.approx(logged(plain), rel=1e-2)
+    assert {p.dtype for p in weights(trainer)} == {torch.float32}
+    assert trainer.game.strategy.points[0].dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="loss scaling needs CUDA")
+@pytest.mark.filterwarnings("ignore:In fp16 gradients")
+def test_losses_are_scaled_in_fp16(tmp_path: Path):
+    options = {"use_cpu": False, "max_steps": 4}
+    plain = trained(tmp_path, mixadv.FreeLB(), **options)
+    trainer = trained(tmp_path, mixadv.FreeLB(), fp16=True, **options)
+    assert logged(trainer) == pytest.approx(logged(plain), rel=3e-2)
+    assert trainer.accelerator.scaler.get_scale() > 1
+
+
+# Checkpoints and evaluation -----------------------------------------------------------------------
+
+
+def kept(trainer: Any) -> list[Any]:
+    return [weights(trainer), trainer.optimizer.state_dict(), torch.get_rng_state()]
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        lambda: mixadv.MAT(learner_steps=3, samples=2, learner_temperature=1e-4),
+        lambda: mixadv.TextAT(),
+        lambda: mixadv.CAT(head=nn.Linear(16, 4)),
+        lambda: mixadv.SMART(),
+    ],
+    ids=["mat", "textat", "cat", "smart"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(solver: Callable[[], Any], tmp_path: Path):
+    """Within a round of MAT, and within an epoch of accumulated batches."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "rows": 14}
+    options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    torch.manual_seed(5)
+    whole = trained(tmp_path, solver(), **options)
+    torch.manual_seed(6)
+    other = trainer_of(tmp_path, solver(), **options)
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(kept(other), kept(whole))
+    assert logged(other)[-1] == logged(whole)[-1]
+
+
+def right(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def test_evaluation_and_prediction_run_at_the_average(tmp_path: Path):
+    trainer = trained(tmp_path, mixadv.MAT(learner_steps=1), max_steps=4)
+    live = weights(trainer)
+    found, predicted = trainer.evaluate(), trainer.predict(trainer.eval_dataset).predictions
+    assert_same(weights(trainer), live)
+    trainer.evaluate_average = False
+    assert trainer.evaluate()["eval_loss"] != found["eval_loss"]
+    with trainer.game.averaged():
+        trainer.save_model(str(tmp_path / "exported"))
+        assert trainer.evaluate()["eval_loss"] == found["eval_loss"]
+    model = type(trainer.model).from_pretrained(tmp_path / "exported").eval()
+    batch = {k: torch.stack([row[k] for row in trainer.eval_dataset]) for k in ("input_ids",)}
+    batch["attention_mask"] = torch.stack([row["attention_mask"] for row in trainer.eval_dataset])
+    torch.testing.assert_close(model(**batch).logits, torch.tensor(predicted))
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_the_best_weights_are_those_that_were_evaluated_best(average: bool, tmp_path: Path):
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options = {**steps, "load_best_model_at_end": True, "learning_rate": 0.05, "max_steps": 6}
+    given = {"evaluate_average": average}
+    trainer = trained(tmp_path, mixadv.MAT(), given=given, **options)
+    best = trainer.state.best_metric
+    assert best == min(logged(trainer, "eval_loss"))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
+    trainer.evaluate_average = False
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
+
+
+def test_training_stops_early(tmp_path: Path):
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options = {**steps, "load_best_model_at_end": True, "max_steps": 9, "learning_rate": 0.0}
+    given = {"callbacks": [EarlyStoppingCallback(2)], "compute_metrics": right}
+    solver = mixadv.MAT(learner_temperature=0.0)
+    options["metric_for_best_model"] = "accuracy"
+    trainer = trained(tmp_path, solver, given=given, **options)
+    assert trainer.state.global_step == 3
+
+
+# Logging ------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_the_round_and_reads_it_only_when_trainer_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from mixadv.outcome import Outcome
+
+    as_dict, read = Outcome.as_dict, []
+    monkeypatch.setattr(Outcome, "as_dict", lambda self: read.append(1) or as_dict(self))
+    trainer = trained(tmp_path, mixadv.MAT(particles=2), max_steps=4, logging_steps=2)
+    assert len(read) == 2
+    entry = next(e for e in trainer.state.log_history if "loss" in e)
+    assert {"clean_loss", "payoff", "radius", "strategy_entropy", "nonfinite"} <= set(entry)
+    assert 0 < entry["radius"] <= 0.2 + 1e-6
+    assert entry["loss"] >= entry["clean_loss"] - 0.5
+    json.dumps(trainer.state.log_history)
+    assert "payoff" not in trainer.evaluate()
+
+
+# Sequences ----------------------------------------------------------------------------------------
+
+
+def test_a_sequence_to_sequence_trainer_plays_and_generates(tmp_path: Path):
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 40}
+    size |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    size |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    tokens = {"pad_token_id": PAD, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = transformers.BartConfig(
+        vocab_size=99, bos_token_id=0, forced_eos_token_id=2, **size, **tokens
+    )
+    batch = text_batch(8)
+    batch["labels"] = batch["input_ids"][:, :5].masked_fill(batch["input_ids"][:, :5] == PAD, -100)
+
+    class Playing(Adversarial, transformers.Seq2SeqTrainer):
+        pass
+
+    args = transformers.Seq2SeqTrainingArguments(
+        **{
+            k: v
+            for k, v in arguments(tmp_path).to_dict().items()
+            if k in ("output_dir", "max_steps", "use_cpu", "disable_tqdm", "save_strategy")
+        },
+        report_to=[],
+        predict_with_generate=True,
+        generation_max_length=6,
+        label_smoothing_factor=0.1,
+        logging_steps=1,
+    )
+    torch.manual_seed(0)
+    model = transformers.BartForConditionalGeneration(config)
+    data = [{**row, "decoder_input_ids": row["labels"].clamp(min=0)} for row in rows_of(batch)]
+    trainer = Playing(
+        model=model, args=args, train_dataset=data, eval_dataset=data, solver=mixadv.MAT()
+    )
+    trainer.train()
+    assert trainer.game.site.names == ["model.encoder.embed_tokens"]
+    assert trainer.predict(data).predictions.ndim == 2
+    assert logged(trainer, "payoff")[0] > 0
+
+
+def test_tokens_without_a_label_are_no_aim_of_the_adversary(tmp_path: Path):
+    """What follows the last labelled token cannot change its loss, so nothing moves there."""
+    batch = text_batch(4)
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, :2] = -100  # the prompt
+    batch["labels"][:, 4:] = -100
+    given = {"train_dataset": rows_of(batch)}
+    solver = mixadv.PGD(start="zero")
+    trainer = trained(tmp_path, solver, family="llama-causal", given=given, max_steps=1)
+    (delta,) = trainer.game.strategy.points
+    lengths = delta[0].norm(dim=-1)
+    assert (lengths[:, :3] > 0).all()
+    assert (lengths[:, 3:] == 0).all()
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "steps within a batch": (mixadv.FreeAT(), {}, ValueError, "FreeAT takes an optimizer step"),
+    "a class": (mixadv.MAT, {}, TypeError, r"solver such as mixadv\.MAT\(\), got <class"),
+    "static graph": (
+        mixadv.FreeLB(),
+        {"ddp_static_graph": True},
+        ValueError,
+        "the replicas drift apart",
+    ),
+    "best without average": (
+        mixadv.MAT(),
+        {
+            "load_best_model_at_end": True,
+            "save_only_model": True,
+            "eval_strategy": "steps",
+            "save_strategy": "steps",
+        },
+        ValueError,
+        "MAT is evaluated at the average of its weights, which is saved with the optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_played_is_refused_at_construction(case: str, tmp_path: Path):
+    solver, changes, kind, message = REFUSED[case]
+    with pytest.raises(kind, match=message):
+        trainer_of(tmp_path, solver, **changes)
+
+
+def test_no_solver_is_refused_with_an_example(tmp_path: Path):
+    with pytest.raises(TypeError, match=r"solver such as mixadv\.FreeLB\(\), got None"):
+        AdversarialTrainer(player("bert").model, arguments(tmp_path))
+
+
+def test_several_devices_in_one_process_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"sees 2 GPUs .* start it with torchrun"):
+        trainer_of(tmp_path, mixadv.FreeLB())
+
+
+@pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
+def test_backends_that_own_the_gradients_are_refused(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    prepare = Trainer.create_accelerator_and_postprocess
+
+    def prepared(self: Any) -> None:
+        prepare(self)
+        monkeypatch.setattr(type(self), f"is_{backend}_enabled", True, raising=False)
+        vars(self).pop(f"is_{backend}_enabled")
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", prepared)
+    with pytest.raises(ValueError, match="train with DistributedDataParallel"):
+        trainer_of(tmp_path, mixadv.FreeLB())
+
+
+def test_a_head_after_the_schedule_is_refused_at_construction(tmp_path: Path):
+    p = player("bert")
+    given = {"model": p.model, "optimizers": pair(p.model)}
+    with pytest.raises(ValueError, match="wrap the optimizer before the scheduler is made"):
+        trainer_of(tmp_path, mixadv.CAT(head=nn.Linear(16, 4)), given=given)
+
+
+def test_the_game_is_there_when_training_begins(tmp_path: Path):
+    trainer = trainer_of(tmp_path, mixadv.FreeLB())
+    with pytest.raises(mixadv.GameError, match="made with the optimizer, when training begins"):
+        _ = trainer.game
+    assert "eval_loss" in trainer.evaluate()
+
+
+def test_a_missing_package_is_named_with_its_extra_and_the_core_does_without():
+    program = """
+import sys
+sys.modules["transformers"] = sys.modules["trl"] = None
+import mixadv
+for name in ("transformers", "trl"):
+    try:
+        __import__(f"mixadv.integrations.{name}")
+    except ImportError as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    for extra in ("transformers", "trl"):
+        assert f"pip install 'mixadv[{extra}]'" in run.stdout, run.stderr

@@ -1,0 +1,137 @@
+"""TRL's SFTTrainer plays a game, by the mixin alone and with the logits that some solvers need."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import mixadv
+from tests.test_trainer import alone  # noqa: F401
+from tests.zoo import PAD, assert_same, player
+
+pytest.importorskip("trl", reason="SFTTrainer is TRL's")
+pytest.importorskip("peft", reason="adapters are PEFT's")
+
+import peft
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, models, pre_tokenizers
+from trl import SFTConfig, SFTTrainer
+
+from mixadv.integrations.transformers import Adversarial
+from mixadv.integrations.trl import AdversarialSFTTrainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*starts below the noise floor"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"),
+]
+
+disable_progress_bars()
+DATA = Dataset.from_list(
+    [{"prompt": f"w{3 + i} w{10 + i} w5", "completion": f" w{20 + i} w9 w7"} for i in range(8)]
+)
+
+
+class Mixed(Adversarial, SFTTrainer):
+    """The mixin alone."""
+
+
+def tokenizer() -> Any:
+    words = {f"w{i}": i for i in range(3, 99)} | {"<s>": 0, "<pad>": PAD, "</s>": 2}
+    found = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=found, **names)
+
+
+def trained(
+    folder: Path,
+    base: type[SFTTrainer],
+    given: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    trainer = base(
+        model=player("llama-causal").model,
+        args=SFTConfig(**(options | changes)),
+        train_dataset=DATA,
+        processing_class=tokenizer(),
+        **(given or {}),
+    )
+    trainer.train()
+    return trainer
+
+
+def weights(trainer: Any) -> list[Tensor]:
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def logged(trainer: Any, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("base", [Mixed, AdversarialSFTTrainer])
+def test_radius_zero_is_sft_bit_for_bit(base: type[SFTTrainer], tmp_path: Path):
+    plain = trained(tmp_path, SFTTrainer)
+    trainer = trained(tmp_path, base, {"solver": mixadv.PGD(radius=0)})
+    assert_same(weights(trainer), weights(plain))
+    assert logged(trainer) == pytest.approx(logged(plain), rel=1e-6)
+    if base is AdversarialSFTTrainer:
+        assert logged(trainer, "num_tokens") == logged(plain, "num_tokens")
+
+
+def test_the_log_has_the_metrics_of_both(tmp_path: Path):
+    """Each has an entropy: that of the tokens is SFTTrainer's."""
+    trainer = trained(tmp_path, AdversarialSFTTrainer, {"solver": mixadv.FreeLB()})
+    names = ("entropy", "strategy_entropy", "payoff", "mean_token_accuracy")
+    token, strategy, payoff, _ = (logged(trainer, name)[0] for name in names)
+    assert strategy == 0
+    assert 4 < token < 5
+    assert payoff > logged(trainer, "clean_loss")[0]
+
+
+def test_a_solver_that_compares_predictions_gets_logits_and_the_same_loss(tmp_path: Path):
+    solver = mixadv.MAT(
+        learner_steps=1, learner_temperature=0.0, damping=0.0, round_damping=0.0, radius=0
+    )
+    options = {"optim": "sgd", "learning_rate": 0.1}
+    plain = trained(tmp_path, SFTTrainer, **options)
+    trainer = trained(tmp_path, AdversarialSFTTrainer, {"solver": solver}, **options)
+    torch.testing.assert_close(weights(trainer), weights(plain), rtol=1e-4, atol=1e-6)
+    solver = dataclasses.replace(solver, radius=0.5)
+    trainer = trained(tmp_path, AdversarialSFTTrainer, {"solver": solver}, **options)
+    assert min(logged(trainer, "payoff")) > 0
+
+
+def test_logits_that_do_not_exist_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"SMART compares logits.*loss_type='dft': choose 'nll'"):
+        trained(tmp_path, AdversarialSFTTrainer, {"solver": mixadv.SMART()}, loss_type="dft")
+
+
+def test_adapters_are_trained_and_nothing_else(tmp_path: Path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    given = {"solver": mixadv.FreeLB(radius=0.3), "peft_config": config}
+    trainer = trained(tmp_path, AdversarialSFTTrainer, given)
+    before = player("llama-causal").model.state_dict()
+    after = trainer.model.get_base_model().state_dict()
+    same = [n for n in before if n in after]
+    assert len(same) > 5
+    assert_same({n: after[n] for n in same}, {n: before[n] for n in same})
+    lora = [p for n, p in trainer.model.named_parameters() if "lora_B" in n]
+    assert lora
+    assert all(bool(p.any()) for p in lora)
