@@ -43,6 +43,13 @@ class Reading(NamedTuple):
         assert self.hidden is not None
         return self.hidden
 
+    def widened(self) -> "Reading":
+        """Return the reading with predictions in at least fp32."""
+        if self.predictions is None:
+            return self
+        wide = torch.promote_types(self.predictions.dtype, torch.float32)
+        return self._replace(predictions=self.predictions.to(wide))
+
     def diverge(self, clean: Tensor, divergence: Divergence) -> Tensor:
         """Return the divergence of these predictions from clean ones, one value per sample `[B]`.
 

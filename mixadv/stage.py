@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 
-from mixadv import routes, validate
+from mixadv import routes, scaling, validate
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
 from mixadv.contrastive import directions
@@ -156,12 +156,10 @@ class Stage:
         self._clean = self.run(self.at(zero, 0))
         self._note(self._clean)
         gained = self._gains(self._clean)
-        gradients = torch.autograd.grad(
-            gained.sum(), zero.points, retain_graph=True, materialize_grads=True
-        )
+        gradients = self.differentiate(gained, zero.points, keep=True)
         self.payoff = gained.detach().mean() / (1 if self._clean.loss.dim() else self._samples)
         self.delta_backwards += 1
-        return zero, list(gradients)
+        return zero, gradients
 
     def move(
         self, q: Strategy, how: Ascent | Rule, gradients: list[Tensor] | None = None
@@ -278,6 +276,8 @@ class Stage:
         reading = read(result, current.tokens(), encoder_decoder=decoder)
         if represents is not None:
             reading = reading._replace(hidden=represents.take())
+        if self.game.scaling is not None:
+            reading = reading.widened()
         if reading.loss.shape == (1,) and current.calls and current.calls[0].shape[0] > 1:
             return reading._replace(loss=reading.loss[0])
         return reading
@@ -319,12 +319,41 @@ class Stage:
                 parameter.requires_grad_(True)
             torch.clear_autocast_cache()
 
-    def differentiate(self, total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-        """Return the gradients of a scalar with respect to leaf perturbations."""
+    def differentiate(
+        self,
+        values: Tensor,
+        leaves: list[Tensor],
+        predictions: Tensor | None = None,
+        keep: bool = False,
+    ) -> list[Tensor]:
+        """Return the gradients of a sum of payoffs with respect to leaf perturbations.
+
+        Args:
+            values: the payoffs, of any shape.
+            leaves: the perturbations.
+            predictions: what the payoffs may be computed from, which tells their scale in fp16.
+            keep: the graph, for another backward.
+        """
+        if self.game.scaling is None:
+            return self._backward(values, leaves, torch.ones_like(values), keep)
+        rows = all(x.shape[: values.dim()] == values.shape for x in leaves)
+        scale = scaling.of_predictions(values, predictions, self.game.scaling if rows else "batch")
+        followed = scale is None
+        if scale is None:
+            scale = scaling.following(self.memory, values, self._samples)
+        gradients = self._backward(values, leaves, scale.to(values.dtype).expand_as(values), keep)
+        if followed:
+            scaling.follow(self.memory, scale, gradients)
+        return [scaling.divided(g, scale) for g in gradients]
+
+    def _backward(
+        self, values: Tensor, leaves: list[Tensor], weights: Tensor, keep: bool
+    ) -> list[Tensor]:
+        """Return the gradients of a weighted sum."""
         if self.game.leaf_backward:
-            total.backward()
+            torch.autograd.backward(values, weights)
         else:
-            torch.autograd.backward(total, inputs=leaves)
+            torch.autograd.backward(values, weights, retain_graph=keep, inputs=leaves)
         return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 
     def deliver(self, objective: Tensor, backward: Callable[[Tensor], object] | None) -> None:
