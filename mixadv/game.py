@@ -26,7 +26,7 @@ from mixadv.replay import Noise, Slot
 from mixadv.representation import Representation
 from mixadv.schedule import Schedule
 from mixadv.solvers.base import Solver
-from mixadv.stage import Stage, Step, no_grad
+from mixadv.stage import Stage, Step, no_grad, without_autocast
 from mixadv.strategy import Strategy
 
 _NOT_PASS_BY_PASS = (
@@ -172,7 +172,8 @@ class Game:
         scale = scaling.following(stage.memory, objective, 1) if self.scaling else None
         weight = None if scale is None else scale.to(objective.dtype)
         try:
-            gradients = torch.autograd.grad(objective, inputs, weight, allow_unused=True)
+            with without_autocast(objective):
+                gradients = torch.autograd.grad(objective, inputs, weight, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise

@@ -259,6 +259,7 @@ class Stage:
         """Run one pass of the closure and read its result."""
         represents = self.game.representation
         with (
+            _cast_anew(),
             self.replay.run(),
             self.game.site.run(provide) as current,
             validate.gradients_untouched(self.parameters),
@@ -308,8 +309,6 @@ class Stage:
     def frozen(self) -> Iterator[None]:
         """Freeze the learner's parameters: gradients with respect to δ alone, and less memory."""
         live = [p for p in self.parameters if p.requires_grad]
-        # Low-precision copies that autocast made of the weights still carry their gradients.
-        torch.clear_autocast_cache()
         for parameter in live:
             parameter.requires_grad_(False)
         try:
@@ -317,7 +316,6 @@ class Stage:
         finally:
             for parameter in live:
                 parameter.requires_grad_(True)
-            torch.clear_autocast_cache()
 
     def differentiate(
         self,
@@ -350,15 +348,15 @@ class Stage:
         self, values: Tensor, leaves: list[Tensor], weights: Tensor, keep: bool
     ) -> list[Tensor]:
         """Return the gradients of a weighted sum."""
-        if self.game.leaf_backward:
-            torch.autograd.backward(values, weights)
-        else:
-            torch.autograd.backward(values, weights, retain_graph=keep, inputs=leaves)
+        inputs = None if self.game.leaf_backward else leaves
+        with without_autocast(values):
+            torch.autograd.backward(values, weights, retain_graph=keep, inputs=inputs)
         return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 
     def deliver(self, objective: Tensor, backward: Callable[[Tensor], object] | None) -> None:
         """Run the backward pass of an objective."""
-        (backward or torch.autograd.backward)(objective)
+        with without_autocast(objective):
+            (backward or torch.autograd.backward)(objective)
         self.theta_backwards += 1
 
     def renew(self) -> None:
@@ -366,7 +364,7 @@ class Stage:
         self._clean = None
         self.passes.clear()
         self.replay.renew()
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # of a checkpoint's recompute too
 
     # Helpers ---------------------------------------------------------------------------------
 
@@ -436,6 +434,25 @@ def _copies(x: Tensor, copies: int) -> Tensor:
 def _reusable(wanted: bool) -> AbstractContextManager[Any]:
     """Return what to run a pass in whose graph is differentiated twice, where it is compiled."""
     return functorch.patch(donated_buffer=False) if wanted else nullcontext()
+
+
+def without_autocast(like: Tensor) -> torch.autocast:
+    """Return what to run a backward in: autocast around it would cast what its forward did not."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+@contextmanager
+def _cast_anew() -> Iterator[None]:
+    """Make autocast cast the weights anew for a pass, as where it ends within the closure.
+
+    Its copies of them are stale after a step, require grad or not as the pass did that made them,
+    and add the gradients of several passes up in low precision.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @contextmanager
