@@ -272,9 +272,7 @@ class Stage:
         self._count_calls(len(current.calls))
         if copies == 1:
             self.calls = current.calls
-        config = getattr(unwrap(self.game.model), "config", None)
-        decoder = bool(getattr(config, "is_encoder_decoder", False))
-        reading = read(result, current.tokens(), encoder_decoder=decoder)
+        reading = read(result, current.tokens(), unwrap(self.game.model))
         if represents is not None:
             reading = reading._replace(hidden=represents.take())
         if self.game.scaling is not None:
@@ -405,7 +403,8 @@ class Stage:
         if reading.predictions is None:
             raise GameError(
                 "This solver compares predictions, and the closure returned a loss alone. Return "
-                "(loss, logits), or the model's whole output, from the closure."
+                "(loss, logits), or the model's whole output, from the closure; of several heads "
+                "with as many classes (loss, torch.stack([one, other], 1))."
             )
         return reading.predictions
 
