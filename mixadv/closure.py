@@ -1,9 +1,10 @@
 """What a closure returns, read into a loss and predictions."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixadv.divergence import Divergence
@@ -13,7 +14,8 @@ Closure = Callable[[], Any]
 
 _EXPECTED = (
     "A closure runs the forward pass and returns a scalar loss, one loss per sample [B], a tuple "
-    "that starts with the loss and then logits or an output, or an output with .loss and .logits"
+    "that starts with the loss and then logits or an output, or an output with .loss and .logits "
+    "(or .start_logits and .end_logits)"
 )
 
 
@@ -23,7 +25,7 @@ class Reading(NamedTuple):
     Attributes:
         loss: 0-d, or one per sample `[B]`.
         predictions: `[B, C]` or `[B, n, C]`, None where the closure returned a loss alone.
-        mask: `[B, n]`, 1 at real tokens, where predictions are per token and a mask is known.
+        mask: `[B, n]`, 1 at tokens that count, where predictions are per token and it is known.
         hidden: the representation `[B, d]`, where the solver reads one from the model.
     """
 
@@ -43,10 +45,17 @@ class Reading(NamedTuple):
         assert self.hidden is not None
         return self.hidden
 
+    def widened(self) -> "Reading":
+        """Return the reading with predictions in at least fp32."""
+        if self.predictions is None:
+            return self
+        wide = torch.promote_types(self.predictions.dtype, torch.float32)
+        return self._replace(predictions=self.predictions.to(wide))
+
     def diverge(self, clean: Tensor, divergence: Divergence) -> Tensor:
         """Return the divergence of these predictions from clean ones, one value per sample `[B]`.
 
-        Predictions per token are averaged over the real ones. Computed outside autocast.
+        Predictions per token are averaged over those that count. Computed outside autocast.
         """
         assert self.predictions is not None
         with torch.autocast(self.predictions.device.type, enabled=False):
@@ -57,15 +66,13 @@ class Reading(NamedTuple):
             return (values * real).sum(-1) / real.sum(-1).clamp(min=1)
 
 
-def read(
-    result: Any, context: Mapping[str, Any] | None = None, *, encoder_decoder: bool = False
-) -> Reading:
+def read(result: Any, context: Mapping[str, Any] | None = None, model: Any = None) -> Reading:
     """Return the loss and predictions in a closure's result.
 
     Args:
         result: what the closure returned.
-        context: arguments of the model's call; its masks tell the real tokens of `[B, n, C]`.
-        encoder_decoder: whether predictions belong to the tokens of a decoder.
+        context: arguments of the model's call; its masks and labels tell the tokens that count.
+        model: which was called; its kind tells to which token a prediction belongs.
 
     Raises:
         GameError: if it holds no loss, with what was returned instead.
@@ -80,37 +87,63 @@ def read(
     if predictions is not None and predictions.dim() not in (2, 3):
         raise GameError(
             f"Predictions must be [B, C] or [B, n, C], got {_describe(predictions)}. Return "
-            "(loss, logits) with logits of that shape from the closure."
+            "(loss, logits) with logits of that shape from the closure: those of pixels "
+            "[B, C, H, W] as logits.flatten(2).mT, and the loss alone where none are compared."
         )
-    return Reading(loss, predictions, _token_mask(predictions, context or {}, encoder_decoder))
+    return Reading(loss, predictions, _counting(predictions, context or {}, model))
 
 
 def _split(result: Any) -> tuple[Any, Tensor | None]:
     if isinstance(result, Tensor):
         return result, None
     if isinstance(result, Mapping):
-        return result.get("loss"), result.get("logits")
+        return result.get("loss"), _logits(result.get)
     if isinstance(result, (tuple, list)) and len(result) > 0:
         second = result[1] if len(result) > 1 else None
         if second is not None and not isinstance(second, Tensor):
             second = _split(second)[1]
         return result[0], second if isinstance(second, Tensor) else None
-    return getattr(result, "loss", None), getattr(result, "logits", None)
+    return getattr(result, "loss", None), _logits(lambda name: getattr(result, name, None))
 
 
-def _token_mask(
-    predictions: Tensor | None, context: Mapping[str, Any], encoder_decoder: bool
-) -> Tensor | None:
-    """Return the mask of the tokens that predictions `[B, n, C]` belong to, if one is known."""
+def _logits(get: Callable[[str], Any]) -> Tensor | None:
+    start, end = get("start_logits"), get("end_logits")
+    if get("logits") is None and isinstance(start, Tensor) and isinstance(end, Tensor):
+        return torch.stack([start, end], 1)  # two predictions [B, n], of where an answer lies
+    return get("logits")
+
+
+def _counting(predictions: Tensor | None, context: Mapping[str, Any], model: Any) -> Tensor | None:
+    """Return the mask of the predictions `[B, n, C]` that count, if one is known.
+
+    They belong to real tokens, and to such as the loss is computed at, in samples that have any.
+    """
     if predictions is None or predictions.dim() != 3:
         return None
-    mask = context.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
+    decoded = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    mask = context.get("decoder_attention_mask" if decoded else "attention_mask")
+    real = mask > 0 if _fits(mask, predictions) else None
     labels = context.get("labels")
-    if mask is None and encoder_decoder and isinstance(labels, Tensor):
-        mask = labels >= 0  # decoders are padded with labels of -100
-    if isinstance(mask, Tensor) and mask.shape == predictions.shape[:2]:
-        return mask > 0
-    return None
+    if not _fits(labels, predictions) or labels.is_floating_point():
+        return real
+    labelled = labels >= 0  # others are -100
+    if not decoded and _causal(model):
+        labelled = F.pad(labelled[:, 1:], (0, 1))  # it foretells the next token
+    if real is None:
+        real = labelled if decoded else torch.ones_like(labelled)  # decoders are padded with -100
+    labelled = labelled & real
+    return torch.where(labelled.any(1, keepdim=True), labelled, real)
+
+
+def _fits(mask: Any, predictions: Tensor) -> TypeGuard[Tensor]:
+    return isinstance(mask, Tensor) and mask.shape == predictions.shape[:2]
+
+
+def _causal(model: Any) -> bool:
+    """Return whether a model of the transformers library predicts the next token."""
+    # None is what classes named otherwise, such as GPT2LMHeadModel, have; their loss is causal.
+    kinds = ("ForCausalLM", "ForConditionalGeneration", None)
+    return getattr(model, "loss_type", "") in kinds
 
 
 def _describe(value: Any) -> str:

@@ -236,7 +236,8 @@ def _best(q: Strategy, payoffs: Tensor) -> Strategy:
 @contextmanager
 def _untouched(game: Game) -> Iterator[None]:
     """Put back what a round's play and the check before the first one change in a game."""
-    found = {name: getattr(game, name) for name in ("unit", "leaf_backward", "_checked")}
+    changed = ("unit", "leaf_backward", "scaling", "memory", "_checked")
+    found = {name: getattr(game, name) for name in changed}
     heads = [Buffers(module) for module in game.solver.modules().values()]
     random = (
         torch.get_rng_state()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixadv import first_round, validate
+from mixadv import first_round, scaling, validate
 from mixadv.carried import attach
 from mixadv.closure import Closure, read
 from mixadv.compiled_site import place
@@ -25,7 +26,7 @@ from mixadv.replay import Noise, Slot
 from mixadv.representation import Representation
 from mixadv.schedule import Schedule
 from mixadv.solvers.base import Solver
-from mixadv.stage import Stage, Step, no_grad
+from mixadv.stage import Stage, Step, no_grad, without_autocast
 from mixadv.strategy import Strategy
 
 _NOT_PASS_BY_PASS = (
@@ -90,6 +91,7 @@ class Game:
         self.outcome: Outcome | None = None
         self.strategy: Strategy | None = None
         self.leaf_backward = False
+        self.scaling: scaling.Scaling | None = None  # of payoffs in fp16
         self._checked = False
         self._busy = False
         self._stateful: dict[tuple[bool, ...], list[Slot]] = {}
@@ -167,18 +169,24 @@ class Game:
             raise GameError(_NOT_PASS_BY_PASS.format(type(self.solver).__name__))
         points = [] if stage.played is None else stage.played.points
         inputs = [p for p in [*self.parameters(), *points] if p.requires_grad]
+        scale = scaling.following(stage.memory, objective, 1) if self.scaling else None
+        weight = None if scale is None else scale.to(objective.dtype)
         try:
-            gradients = torch.autograd.grad(objective, inputs, allow_unused=True)
+            with without_autocast(objective):
+                gradients = torch.autograd.grad(objective, inputs, weight, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
             raise GameError(_NOT_PASS_BY_PASS.format(type(self.solver).__name__)) from error
         stage.theta_backwards += 1
+        if scale is not None:
+            scaling.follow(stage.memory, scale, [g for g in gradients if g is not None])
         for tensor, gradient in zip(inputs, gradients, strict=True):
             if any(tensor is point for point in points):
-                tensor.grad = gradient
+                tensor.grad = gradient  # `Stage.move` divides by what has come in
             elif gradient is not None:
-                carried[tensor] = gradient + carried[tensor] if tensor in carried else gradient
+                part = gradient if scale is None else scaling.divided(gradient, scale)
+                carried[tensor] = part + carried[tensor] if tensor in carried else part
 
     @contextmanager
     def stage(self, closure: Closure, check: bool = False) -> Iterator[Stage]:
@@ -420,9 +428,11 @@ class Game:
 
     def watch(self, optimizer: Optimizer | None) -> None:
         """Notice the steps of an optimizer, which end an update."""
+        game = weakref.ref(self)  # the hook must not keep the game, and its model, alive
 
         def stepped(*_: Any) -> None:
-            self._stepped = True
+            if (still := game()) is not None:
+                still._stepped = True
 
         self._watching = [] if optimizer is None else [optimizer.register_step_post_hook(stepped)]
 

@@ -102,25 +102,41 @@ def _default(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the input embedding that the encoder really calls, else the model's own input."""
     inner = unwrap(model)
     embeddings = [(n, m) for n, m in inner.named_modules() if isinstance(m, nn.Embedding)]
-    ids = getattr(inner, "main_input_name", "input_ids") == "input_ids"
-    if ids and callable(getattr(inner, "get_input_embeddings", None)):
-        holder: Any = inner
-        # The tied `shared` module of an encoder–decoder is never called: its encoder has its own.
-        if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-            holder = holder.get_encoder()
-        found = holder.get_input_embeddings()
+    reads_ids = getattr(inner, "main_input_name", "input_ids") == "input_ids"
+    encoders = _encoders(inner) if reads_ids else []
+    if len(encoders) == 1:
+        found = _input_embedding(encoders[0])
         name = next((n for n, m in inner.named_modules() if m is found), None)
         if name is not None:
             return name, found
-    if not ids or not embeddings:
+    if not reads_ids or not embeddings:
         return INPUT, inner
     if len(embeddings) == 1:
         return embeddings[0]
     listed = ", ".join(repr(n) for n, _ in embeddings[:8])
+    why = f"{len(encoders)} encoders" if encoders else "no get_input_embeddings()"
     raise ValueError(
-        f"The model has {len(embeddings)} embeddings and no get_input_embeddings(): {listed}. "
+        f"The model has {len(embeddings)} embeddings and {why}: {listed}. "
         "Name the one that δ is added to with site=."
     )
+
+
+def _encoders(model: nn.Module) -> list[Any]:
+    """Return the outermost modules that know their input embedding, of token ids."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        within = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        ids = getattr(module, "main_input_name", "input_ids") == "input_ids"
+        if not within and ids and callable(getattr(module, "get_input_embeddings", None)):
+            found[name] = module
+    return list(found.values())
+
+
+def _input_embedding(holder: Any) -> Any:
+    # The tied `shared` module of an encoder–decoder is never called: its encoder has its own.
+    if getattr(getattr(holder, "config", None), "is_encoder_decoder", False):
+        holder = holder.get_encoder()
+    return holder.get_input_embeddings()
 
 
 def compiled(model: nn.Module, targets: Sequence[tuple[str, nn.Module]]) -> bool:

@@ -39,8 +39,9 @@ def sequential(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
             leaves.append(q.points[index][m].detach().requires_grad_())  # noqa: B023
             return _scaled(leaves[-1], q.unit)  # noqa: B023
 
-        value = gains(stage.run(provide), 1)
-        gradients.append(stage.differentiate(value.sum(), leaves))
+        reading = stage.run(provide)
+        value = gains(reading, 1)
+        gradients.append(stage.differentiate(value, leaves, _source(reading)))
         values.append(value.detach())
     return torch.stack(values), [torch.stack(g) for g in zip(*gradients, strict=True)]
 
@@ -50,15 +51,18 @@ def vmapped(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
     if not q.points:  # nothing to map over before the first call at the site
         return sequential(stage, q, gains)
     leaves = [point.detach().requires_grad_() for point in q.points]
+    sources: list[Tensor | None] = []
 
     def one(*points: Tensor) -> Tensor:
         # The random state is set inside the mapped function, so that chunks replay it too.
-        return gains(stage.run(lambda i, call, output: _scaled(points[i], q.unit)), 1)
+        reading = stage.run(lambda i, call, output: _scaled(points[i], q.unit))
+        sources.append(_unmapped(_source(reading)))
+        return gains(reading, 1)
 
     before = stage.forwards
     values = torch.func.vmap(one, randomness="same")(*leaves)
     stage.forwards = before + q.size
-    return values.detach(), stage.differentiate(values.sum(), leaves)
+    return values.detach(), stage.differentiate(values, leaves, sources[0])
 
 
 def stacked(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
@@ -66,9 +70,10 @@ def stacked(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
     if not q.points:
         return sequential(stage, q, gains)
     leaves = [point.detach().flatten(0, 1).requires_grad_() for point in q.points]
-    values = _stacked_pass(stage, q, leaves, gains)
-    gradients = stage.differentiate(values.sum(), leaves)
-    return values.detach(), [g.unflatten(0, (q.size, -1)) for g in gradients]
+    reading = _stacked_pass(stage, q, leaves)
+    values = gains(reading, q.size)
+    gradients = stage.differentiate(values, leaves, _source(reading))
+    return _apart(values.detach(), q), [_apart(g, q) for g in gradients]
 
 
 ROUTES: dict[str, RouteFunction] = {
@@ -85,14 +90,31 @@ def readings(stage: Stage, q: Strategy, gains: Gains) -> Tensor:
     learner's backward: checkpointing and distributed hooks would not see it).
     """
     if stage.game.solver.route == "stack" and q.size > 1:
-        return _stacked_pass(stage, q, [p.flatten(0, 1) for p in q.points], gains)
+        reading = _stacked_pass(stage, q, [p.flatten(0, 1) for p in q.points])
+        return _apart(gains(reading, q.size), q)
     return torch.stack([gains(stage.run(stage.at(q, m)), 1) for m in range(q.size)])
 
 
-def _stacked_pass(stage: Stage, q: Strategy, points: list[Tensor], gains: Gains) -> Tensor:
+def _stacked_pass(stage: Stage, q: Strategy, points: list[Tensor]) -> Reading:
     with _repeated(stage.game.model, q.size):
-        reading = stage.run(lambda i, call, output: _scaled(points[i], q.unit), copies=q.size)
-    return gains(reading, q.size).unflatten(0, (q.size, -1))
+        return stage.run(lambda i, call, output: _scaled(points[i], q.unit), copies=q.size)
+
+
+def _apart(stacked: Tensor, q: Strategy) -> Tensor:
+    return stacked.unflatten(0, (q.size, -1))
+
+
+def _source(reading: Reading) -> Tensor | None:
+    """Return what payoffs are computed from, if from the predictions alone."""
+    return reading.predictions if reading.hidden is None else None
+
+
+def _unmapped(mapped: Tensor | None) -> Tensor | None:
+    """Return the tensor `[M, ...]` of which vmap shows a slice, None if there is none."""
+    functorch: Any = torch._C._functorch  # pyright: ignore
+    if mapped is None or not functorch.is_batchedtensor(mapped) or functorch.maybe_get_bdim(mapped):
+        return None
+    return functorch.get_unwrapped(mapped)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ of the node that is running tells which pass it came from.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -208,6 +208,8 @@ class Site:
         if self.current is None or recomputing():
             return
         arguments = bound(module, args, kwargs)
+        for features in [v for v in arguments.values() if isinstance(v, Mapping)]:
+            arguments = {**features, **arguments}  # as of sentence-transformers, in one argument
         mask = arguments.get("attention_mask")
         usable = isinstance(mask, Tensor) and mask.dim() == 2
         inherited = self._masks[-1] if self._masks else None

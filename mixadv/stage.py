@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 
-from mixadv import routes, validate
+from mixadv import routes, scaling, validate
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
 from mixadv.contrastive import directions
@@ -156,12 +156,10 @@ class Stage:
         self._clean = self.run(self.at(zero, 0))
         self._note(self._clean)
         gained = self._gains(self._clean)
-        gradients = torch.autograd.grad(
-            gained.sum(), zero.points, retain_graph=True, materialize_grads=True
-        )
+        gradients = self.differentiate(gained, zero.points, keep=True)
         self.payoff = gained.detach().mean() / (1 if self._clean.loss.dim() else self._samples)
         self.delta_backwards += 1
-        return zero, list(gradients)
+        return zero, gradients
 
     def move(
         self, q: Strategy, how: Ascent | Rule, gradients: list[Tensor] | None = None
@@ -261,6 +259,7 @@ class Stage:
         """Run one pass of the closure and read its result."""
         represents = self.game.representation
         with (
+            _cast_anew(),
             self.replay.run(),
             self.game.site.run(provide) as current,
             validate.gradients_untouched(self.parameters),
@@ -273,11 +272,11 @@ class Stage:
         self._count_calls(len(current.calls))
         if copies == 1:
             self.calls = current.calls
-        config = getattr(unwrap(self.game.model), "config", None)
-        decoder = bool(getattr(config, "is_encoder_decoder", False))
-        reading = read(result, current.tokens(), encoder_decoder=decoder)
+        reading = read(result, current.tokens(), unwrap(self.game.model))
         if represents is not None:
             reading = reading._replace(hidden=represents.take())
+        if self.game.scaling is not None:
+            reading = reading.widened()
         if reading.loss.shape == (1,) and current.calls and current.calls[0].shape[0] > 1:
             return reading._replace(loss=reading.loss[0])
         return reading
@@ -308,8 +307,6 @@ class Stage:
     def frozen(self) -> Iterator[None]:
         """Freeze the learner's parameters: gradients with respect to δ alone, and less memory."""
         live = [p for p in self.parameters if p.requires_grad]
-        # Low-precision copies that autocast made of the weights still carry their gradients.
-        torch.clear_autocast_cache()
         for parameter in live:
             parameter.requires_grad_(False)
         try:
@@ -317,19 +314,47 @@ class Stage:
         finally:
             for parameter in live:
                 parameter.requires_grad_(True)
-            torch.clear_autocast_cache()
 
-    def differentiate(self, total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-        """Return the gradients of a scalar with respect to leaf perturbations."""
-        if self.game.leaf_backward:
-            total.backward()
-        else:
-            torch.autograd.backward(total, inputs=leaves)
+    def differentiate(
+        self,
+        values: Tensor,
+        leaves: list[Tensor],
+        predictions: Tensor | None = None,
+        keep: bool = False,
+    ) -> list[Tensor]:
+        """Return the gradients of a sum of payoffs with respect to leaf perturbations.
+
+        Args:
+            values: the payoffs, of any shape.
+            leaves: the perturbations.
+            predictions: what the payoffs may be computed from, which tells their scale in fp16.
+            keep: the graph, for another backward.
+        """
+        if self.game.scaling is None:
+            return self._backward(values, leaves, torch.ones_like(values), keep)
+        rows = all(x.shape[: values.dim()] == values.shape for x in leaves)
+        scale = scaling.of_predictions(values, predictions, self.game.scaling if rows else "batch")
+        followed = scale is None
+        if scale is None:
+            scale = scaling.following(self.memory, values, self._samples)
+        gradients = self._backward(values, leaves, scale.to(values.dtype).expand_as(values), keep)
+        if followed:
+            scaling.follow(self.memory, scale, gradients)
+        return [scaling.divided(g, scale) for g in gradients]
+
+    def _backward(
+        self, values: Tensor, leaves: list[Tensor], weights: Tensor, keep: bool
+    ) -> list[Tensor]:
+        """Return the gradients of a weighted sum."""
+        inputs = None if self.game.leaf_backward else leaves
+        with without_autocast(values):
+            torch.autograd.backward(values, weights, retain_graph=keep, inputs=inputs)
         return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 
     def deliver(self, objective: Tensor, backward: Callable[[Tensor], object] | None) -> None:
         """Run the backward pass of an objective."""
-        (backward or torch.autograd.backward)(objective)
+        with without_autocast(objective):
+            (backward or torch.autograd.backward)(objective)
         self.theta_backwards += 1
 
     def renew(self) -> None:
@@ -337,7 +362,7 @@ class Stage:
         self._clean = None
         self.passes.clear()
         self.replay.renew()
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # of a checkpoint's recompute too
 
     # Helpers ---------------------------------------------------------------------------------
 
@@ -378,7 +403,8 @@ class Stage:
         if reading.predictions is None:
             raise GameError(
                 "This solver compares predictions, and the closure returned a loss alone. Return "
-                "(loss, logits), or the model's whole output, from the closure."
+                "(loss, logits), or the model's whole output, from the closure; of several heads "
+                "with as many classes (loss, torch.stack([one, other], 1))."
             )
         return reading.predictions
 
@@ -407,6 +433,25 @@ def _copies(x: Tensor, copies: int) -> Tensor:
 def _reusable(wanted: bool) -> AbstractContextManager[Any]:
     """Return what to run a pass in whose graph is differentiated twice, where it is compiled."""
     return functorch.patch(donated_buffer=False) if wanted else nullcontext()
+
+
+def without_autocast(like: Tensor) -> torch.autocast:
+    """Return what to run a backward in: autocast around it would cast what its forward did not."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+@contextmanager
+def _cast_anew() -> Iterator[None]:
+    """Make autocast cast the weights anew for a pass, as where it ends within the closure.
+
+    Its copies of them are stale after a step, require grad or not as the pass did that made them,
+    and add the gradients of several passes up in low precision.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,15 +208,53 @@ def test_predictions_per_token_in_low_precision_give_single_precision(name):
     np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 
+def of_kind(decoded: bool = False, **kind: Any) -> Any:
+    """Stand for a model of the transformers library, of a kind of loss."""
+    return SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=decoded), **kind)
+
+
 def test_real_tokens_are_those_of_the_side_that_predicts():
     mask, other = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 0]])
     result = torch.zeros(()), torch.zeros(1, 3, 4)
     context = {"attention_mask": mask, "decoder_attention_mask": other}
     assert read(result, context).mask.tolist() == [[True, True, False]]
-    assert read(result, context, encoder_decoder=True).mask.tolist() == [[True, False, False]]
+    assert read(result, context, of_kind(True)).mask.tolist() == [[True, False, False]]
     labels = {"attention_mask": mask, "labels": torch.tensor([[5, 0, -100]])}
-    assert read(result, labels, encoder_decoder=True).mask.tolist() == [[True, True, False]]
+    assert read(result, labels, of_kind(True)).mask.tolist() == [[True, True, False]]
     assert read(result, {}).mask is None
+
+
+TOKENS = torch.tensor([[-100, -100, 5, 6, -100], [7, 8, 9, -100, 5], [-100] * 5])
+REAL = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (of_kind(loss_type="ForTokenClassification"), ["00110", "11101", "11100"]),
+        (of_kind(loss_type="ForMaskedLM"), ["00110", "11101", "11100"]),
+        (object(), ["00110", "11101", "11100"]),
+        # The logits of a token foretell the next: those of the last one nothing.
+        (of_kind(loss_type="ForCausalLM"), ["01100", "11010", "11100"]),
+        (of_kind(loss_type=None), ["01100", "11010", "11100"]),
+    ],
+)
+def test_predictions_count_where_the_loss_is_computed(kind, expected):
+    """In samples without a label, which a divergence does not need, all real tokens count."""
+    result = torch.zeros(()), torch.zeros(3, 5, 4)
+    counting = read(result, {"attention_mask": REAL, "labels": TOKENS}, kind).mask
+    assert ["".join(str(int(i)) for i in row) for row in counting] == expected
+    assert read(result, {"labels": TOKENS}, kind).mask[2].all()
+
+
+def test_two_heads_that_point_at_tokens_are_two_predictions():
+    start, end = torch.randn(2, 3, 7)
+    output = {"loss": torch.zeros(()), "start_logits": start, "end_logits": end}
+    context = {"attention_mask": torch.ones(3, 7)}
+    for result in (output, SimpleNamespace(**output), (output["loss"], output)):
+        found = read(result, context)
+        torch.testing.assert_close(found.predictions, torch.stack([start, end], 1))
+        assert found.mask is None
 
 
 def test_own_function_serves_as_payoff():

@@ -706,11 +706,3 @@ def test_static_graphs_are_refused(tmp_path: Any):
             Game(parallel, PGD())
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_fp16_autocast_is_warned_of():
-    player = small()
-    player.model.float()
-    game = Game(player.model, PGD())
-    with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match="fp16.*bf16"):
-        game.backward(player.closure())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
-from tests.zoo import or_refused, player, stepwise
+from tests.zoo import Player, or_refused, player, stepwise
 
 
 def bf16() -> torch.autocast:
@@ -80,6 +80,57 @@ def test_autocast_around_the_rounds_keeps_no_stale_weights(family: str, name: st
         assert all(q.grad is None for q in p.model.parameters())
         weights.append([q.detach().clone() for q in p.model.parameters()])
     torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*noise floor")  # of a tiny model in bf16
+@pytest.mark.parametrize("way", ["step", "backward", "loss"])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@or_refused()
+def test_autocast_within_the_closure_is_autocast_around_the_rounds(name: str, way: str) -> None:
+    weights = []
+    for around in (False, True):
+        p = player("bert", rows=4)
+        optimizer = wrapped(p.model, name)
+
+        def closure(p: Player = p, around: bool = around) -> Any:
+            with nullcontext() if around else bf16():
+                return p.closure()()
+
+        for _ in range(2):
+            with bf16() if around else nullcontext():
+                if way == "loss":
+                    loss = optimizer.game.loss(closure)
+                elif way == "backward":
+                    optimizer.game.backward(closure)
+                else:
+                    optimizer.step(closure)
+            if way == "loss":
+                loss.backward()
+            if way != "step":
+                optimizer.step()
+            optimizer.zero_grad()
+        weights.append([q.detach().clone() for q in p.model.parameters()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*noise floor")
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_weights_in_bf16_are_trained_like_those_of_full_precision_within_rounding(
+    name: str,
+) -> None:
+    moved = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Bag()
+        model.dropout.p = 0.0
+        model.to(torch.bfloat16).to(dtype)  # the same weights
+        before = [q.detach().float().clone() for q in model.parameters()]
+        optimizer = wrapped(model, name)
+        optimizer.param_groups[0]["lr"] = 5.0  # bf16 rounds smaller steps away
+        optimizer.step(classify(model))
+        assert all(q.dtype == dtype for q in model.parameters())
+        after = [q.detach().float() for q in model.parameters()]
+        moved.append(torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)]))
+    assert F.cosine_similarity(*moved, dim=0) > 0.98
 
 
 @pytest.mark.filterwarnings("ignore:.*noise floor")  # of a tiny model in bf16
