@@ -12,6 +12,7 @@ from mixadv import first_round
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading
 from mixadv.modules import INPUT
+from mixadv.parallel import is_spread
 from mixadv.site import Call
 from mixadv.solvers import SOLVERS
 from mixadv.stage import Step
@@ -167,7 +168,7 @@ class _Rehearsal:
         self.loss(q)
         return _REHEARSED
 
-    def loss(self, q: Strategy | None = None) -> Tensor:
+    def loss(self, q: Strategy | None = None, last: bool = True) -> Tensor:
         if q is None:
             self._learn_clean()
         else:
@@ -199,7 +200,10 @@ def _estimated(game: Game) -> float | None:
         return None
     with torch.no_grad():
         scale: Any = getattr(modules[0], "embed_scale", 1.0)
-        return float(modules[0].weight.float().norm(dim=1).mean() * scale)
+        weight: Any = modules[0].weight
+        # Of sharded weights this process's rows: an estimate should not wait for the others.
+        rows = weight.to_local() if is_spread(weight) else weight
+        return float(rows.float().norm(dim=1).mean() * scale)
 
 
 def solver_table() -> str:

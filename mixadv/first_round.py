@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixadv import routes, validate
+from mixadv import parallel, routes, validate
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
 from mixadv.compiled_site import CompiledSite
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 NOISE_FLOOR = 2.0
 
 _TRIES = 8  # to find the scale of a loss in fp16
+_SHARDED_REENTRANT = (
+    "Reentrant checkpointing allows no backward to δ alone, without which weights that are sharded "
+    "by fully_shard would take gradients of the ascent: set use_reentrant=False."
+)
 
 
 def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
@@ -49,11 +53,15 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
     before = game.round
     with _gradients_kept(game) as gradients:
         try:
-            result = closure()
+            with ExitStack() as game.probing:
+                game.probing.enter_context(parallel.local(game.model))
+                result = closure()
             played = game.round > before
         except BaseException:
             replay.undo()
             raise
+        finally:
+            game.probing = None
         gradients.keep_new = played
         if not played:
             replay.undo()
@@ -82,8 +90,7 @@ def check(game: Game, closure: Closure) -> None:
             _check_reading(game, zero, stage)
             if game.unit is None:
                 game.unit = _mean_length(game, lengths)
-            if _check_slopes(game, slopes):
-                _check_noise_floor(game, stage, zero)
+            _check_noise_floor(game, stage, zero, _check_slopes(game, slopes))
             _check_route(game, closure, formats.low)
     except BaseException:
         game.unit, game.leaf_backward, game.scaling, game.memory = found
@@ -140,6 +147,8 @@ def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor], list[Tensor]]:
         except RuntimeError as error:
             if "heckpoint" not in str(error):
                 raise
+            if parallel.sharded(game.model):
+                raise GameError(_SHARDED_REENTRANT) from error
             game.leaf_backward = True  # reentrant checkpointing allows only a plain backward
             reading = stage.run(_measuring(lengths, leaves := []))
             gradients = stage.differentiate(reading.objective, leaves)
@@ -190,9 +199,8 @@ def _measuring(
 
 def _mean_length(game: Game, lengths: list[Tensor]) -> float:
     total = torch.stack([x.double().cpu() for x in lengths]).sum(0)
-    if dist.is_available() and dist.is_initialized():
-        device = next(game.model.parameters()).device
-        total = total.to(device=device, dtype=torch.float32)
+    if parallel.world_size() > 1:
+        total = total.to(lengths[0])  # on the device that the processes talk by
         dist.all_reduce(total)
     length = float(total[0] / total[1])
     if (not math.isfinite(length) or length == 0) and game.solver.unit == "site":
@@ -293,11 +301,13 @@ def _check_slopes(game: Game, gradients: list[Tensor]) -> bool:
     return False
 
 
-def _check_noise_floor(game: Game, stage: Stage, zero: Reading) -> None:
-    """Warn if the adversary's start moves the predictions by little more than rounding does.
+def _check_noise_floor(game: Game, stage: Stage, zero: Reading, moves: bool) -> None:
+    """Warn if the adversary's start `moves` the predictions by little more than rounding does.
 
     The gradient of a divergence there is a difference of almost equal predictions, and noise if
-    they differ by rounding; the gradient of a loss needs no such difference.
+    they differ by rounding; the gradient of a loss needs no such difference. The passes are run
+    whether it moves or not: of several processes, which wait for each other in a pass, it may in
+    one alone.
     """
     solver = game.solver
     if solver.initial_size == 0 or solver.radius == 0:
@@ -320,7 +330,7 @@ def _check_noise_floor(game: Game, stage: Stage, zero: Reading) -> None:
     with stage.frozen() if isinstance(game.site, CompiledSite) else no_grad():
         change = _distance(stage.run(stage.at(q.detach(), 0)), zero)
         floor = _distance(stage.run(rounding), zero)
-    if change <= NOISE_FLOOR * floor:
+    if moves and change <= NOISE_FLOOR * floor:
         warnings.warn(
             f"{type(solver).__name__} starts below the noise floor: δ of size "
             f"{solver.initial_size:g} (start_size, or radius={solver.radius}) moves the "
@@ -351,6 +361,11 @@ def _check_route(game: Game, closure: Closure, low: bool) -> None:
     solver, slack = game.solver, 0.3 if low else 1e-3
     if solver.particles == 1 or solver.route == "sequential":
         return
+    if solver.route == "vmap" and parallel.sharded(game.model):
+        raise GameError(
+            "route='vmap' cannot gather weights that are sharded by fully_shard. Use "
+            "route='sequential', or 'stack' where there is no dropout."
+        )
     try:
         with _no_trace(Stage(game, closure)) as stage:
             stage.clean()

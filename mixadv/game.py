@@ -6,20 +6,19 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixadv import first_round, scaling, validate
+from mixadv import first_round, parallel, scaling, validate
 from mixadv.carried import attach
 from mixadv.closure import Closure, read
 from mixadv.compiled_site import place
 from mixadv.errors import GameError
-from mixadv.explain import Explanation, explain
+from mixadv.explain import Explanation, explain, passes
 from mixadv.modules import INPUT, functional
 from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
@@ -32,6 +31,10 @@ from mixadv.strategy import Strategy
 _NOT_PASS_BY_PASS = (
     "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss needs for {}: "
     "set use_reentrant=False, or use game.backward."
+)
+_NOT_SHARDED = (
+    "game.loss differentiates each pass of {} by itself, and weights that are sharded by "
+    "fully_shard get their gradients from a whole backward: use game.backward."
 )
 
 
@@ -92,6 +95,7 @@ class Game:
         self.strategy: Strategy | None = None
         self.leaf_backward = False
         self.scaling: scaling.Scaling | None = None  # of payoffs in fp16
+        self.probing: ExitStack | None = None  # holds a closure's gradients back until it plays
         self._checked = False
         self._busy = False
         self._stateful: dict[tuple[bool, ...], list[Slot]] = {}
@@ -165,6 +169,8 @@ class Game:
         self, objective: Tensor, carried: dict[Tensor, Tensor], stage: Stage
     ) -> None:
         """Add the gradients of a pass to those carried, and leave δ's in its `.grad`."""
+        if parallel.sharded(self.model):
+            raise GameError(_NOT_SHARDED.format(type(self.solver).__name__))
         if self.leaf_backward:
             raise GameError(_NOT_PASS_BY_PASS.format(type(self.solver).__name__))
         points = [] if stage.played is None else stage.played.points
@@ -196,6 +202,8 @@ class Game:
         """
         if self.learner is not None and self.learner.swapped:
             raise GameError("A round within game.averaged() would be undone at its end.")
+        if self.probing:
+            self.probing.close()
         stage = self._open(closure, check)
         if self.learner is not None:
             self.learner.opened = True
@@ -239,12 +247,18 @@ class Game:
         if check or not self._checked:
             self._busy = True
             try:
-                first_round.check(self, closure)
+                with parallel.local(self.model):
+                    first_round.check(self, closure)
             finally:
                 self._busy = False
+            if self.leaf_backward:
+                counted = passes(self.solver)
+                validate.reentrant(
+                    self.model, self.solver, counted.branches, counted.theta_backwards
+                )
             self._checked = True
         stage = Stage(self, closure)
-        self.noise.begin("adversary", self.round, _rank())
+        self.noise.begin("adversary", self.round, parallel.rank())
         self._busy = True
         return stage
 
@@ -318,15 +332,12 @@ class Game:
         if self._busy:
             raise GameError("averaged() swaps weights: use it between rounds, not within one.")
         assert self.learner is not None
-        with torch.no_grad():
-            found = {p: p.detach().clone() for p in average}
-        _put(average)
-        self.learner.swapped = True
-        try:
-            yield
-        finally:
-            _put(found)
-            self.learner.swapped = False
+        with parallel.swapped(self.model, average):
+            self.learner.swapped = True
+            try:
+                yield
+            finally:
+                self.learner.swapped = False
 
     @property
     def learner_samples(self) -> list[dict[str, Tensor]]:
@@ -355,6 +366,7 @@ class Game:
 
     def named(self, weights: dict[Tensor, Tensor]) -> dict[str, Tensor]:
         """Return learner weights by the names of the model's parameters, in their number format."""
+        parallel.reshard(self.model)
         named = self.model.named_parameters()
         return {name: weights[p].to(p.dtype) for name, p in named if p in weights}
 
@@ -371,6 +383,7 @@ class Game:
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters of the model, and those the optimizer trains besides."""
+        parallel.reshard(self.model)
         own: list[Tensor] = list(self.model.parameters())
         known = {id(p) for p in own}
         groups = [] if self.optimizer is None else self.optimizer.param_groups
@@ -465,13 +478,3 @@ def _train(optimizer: Optimizer, module: nn.Module) -> None:
     new = [p for p in module.parameters() if id(p) not in held]
     if new:
         optimizer.add_param_group({"params": new})
-
-
-@torch.no_grad()
-def _put(values: dict[Tensor, Tensor]) -> None:
-    for parameter, value in values.items():
-        parameter.copy_(value)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

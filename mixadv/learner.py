@@ -278,6 +278,7 @@ def _toward(live: Weights, goal: Weights, weight: float, keep: Tensor | None) ->
         for x, g in zip(moving, goals, strict=True):
             x.lerp_(g, (weight * keep).to(x.dtype).reshape(()))
     elif weight == 1.0:
-        torch._foreach_copy_(moving, goals)  # pyright: ignore
+        for x, g in zip(moving, goals, strict=True):  # sharded weights have no copy of many
+            x.copy_(g)
     elif weight:
         torch._foreach_lerp_(moving, goals, weight)  # pyright: ignore

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mixadv.errors import nearest
+from mixadv.parallel import sharded, swapped
 
 INPUT = "input"
 
@@ -22,6 +23,13 @@ def functional(
         weights: the values, by parameter; computed with in the parameter's number format.
         call: runs the model.
     """
+    if sharded(model):  # each forward gathers the weights anew, from the parameters alone
+
+        def run() -> object:
+            with swapped(model, weights):
+                return call()
+
+        return run
     values = {
         f"model.{path}.{name}".replace("..", "."): weights[p].to(p.dtype)
         for path, module in model.named_modules()

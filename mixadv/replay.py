@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixadv.parallel import share
+
 RandomState = list[tuple[torch.device, Tensor]]
 Slot = tuple[nn.Module, str]
 
@@ -186,6 +188,7 @@ class Noise:
             self._generators[like.device] = generator
         generator = self._generators[like.device]
         options: Any = {"generator": generator, "dtype": like.dtype, "device": like.device}
-        if kind == "normal":
-            return torch.randn(like.shape, **options)
-        return 2 * torch.rand(like.shape, **options) - 1
+        draw = torch.randn if kind == "normal" else torch.rand
+        # Sharded weights: each process draws all and keeps its share, as one process would.
+        drawn = share(draw(like.shape, **options), like)
+        return drawn if kind == "normal" else 2 * drawn - 1

@@ -23,6 +23,7 @@ from mixadv.contrastive import directions
 from mixadv.divergence import Divergence, divergence
 from mixadv.errors import GameError
 from mixadv.modules import functional, unwrap
+from mixadv.parallel import local
 from mixadv.replay import Replay
 from mixadv.site import Call, Pass, Provide
 from mixadv.strategy import Begin, Rule, Strategy
@@ -203,8 +204,14 @@ class Stage:
             self._note(self._clean)
         return self._clean
 
-    def loss(self, q: Strategy | None = None) -> Tensor:
-        """Return the task loss, 0-d: clean, or at the strategy (its expectation, if mixed)."""
+    def loss(self, q: Strategy | None = None, last: bool = True) -> Tensor:
+        """Return the task loss, 0-d: clean, or at the strategy (its expectation, if mixed).
+
+        A pass before the `last` one only accumulates: its gradients stay on this process.
+        """
+        if not last:
+            with local(self.game.model):
+                return self.loss(q)
         if q is None:
             return self.clean().objective
         self.played = q

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from mixadv import parallel
 from mixadv.errors import GameError
 from mixadv.solvers.base import Solver
 
@@ -56,14 +56,15 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
             "The model is wrapped in torch.nn.DataParallel, whose replicas would not receive δ. "
             "Use DistributedDataParallel (one process per device), or the bare model."
         )
-    parallel = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    if any(m.static_graph for m in parallel):
+    replicated = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    if any(m.static_graph for m in replicated):
         raise ValueError(
             "The model is in DistributedDataParallel(static_graph=True), which expects one forward "
             "and backward per step; under a round its replicas drift apart. Leave it out."
         )
+    _spread(model)
     learner, besides = solver.learner(), solver.modules()
-    if besides and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if besides and parallel.world_size() > 1:
         raise ValueError(
             f"{type(solver).__name__}: gradients of {', '.join(besides)}= would not be averaged "
             "over the processes. Leave it out where several train."
@@ -107,6 +108,23 @@ def check_solver(solver: Any) -> None:
         raise TypeError(f"solver must be a solver such as {built}, got {solver!r}.")
 
 
+def _spread(model: nn.Module) -> None:
+    """Check how weights are spread over processes."""
+    old = "FullyShardedDataParallel"
+    if any(type(m).__name__ == old for m in model.modules()):
+        raise TypeError(
+            f"The model is wrapped in {old}, which flattens the weights that a round handles one "
+            "by one. Shard it with torch.distributed.fsdp.fully_shard."
+        )
+    shards = [p for p in model.parameters() if parallel.is_spread(p)]
+    if shards and not parallel.sharded(model):
+        raise ValueError(
+            f"{len(shards)} weights are DTensors that fully_shard did not make, as under tensor "
+            "parallelism, where processes share a batch: each would draw another δ for it. Use "
+            "DistributedDataParallel or fully_shard."
+        )
+
+
 def base_optimizer(optimizer: Any) -> None:
     """Check that an optimizer can be wrapped."""
     if not isinstance(optimizer, Optimizer):
@@ -120,6 +138,17 @@ def base_optimizer(optimizer: Any) -> None:
         raise TypeError(
             f"{type(optimizer).__name__} evaluates its closure several times per step, and a round "
             "does too: they cannot be nested. Wrap a first-order optimizer such as AdamW or SGD."
+        )
+
+
+def reentrant(model: nn.Module, solver: Solver, branches: int, backwards: int) -> None:
+    """Check that replicas can train a model with reentrant checkpoints."""
+    replicated = any(isinstance(m, DistributedDataParallel) for m in model.modules())
+    if replicated and branches > backwards:
+        raise GameError(
+            f"A backward of {type(solver).__name__} runs through several passes, for each of which "
+            "reentrant checkpointing would have DistributedDataParallel reduce a gradient anew: "
+            "set use_reentrant=False."
         )
 
 

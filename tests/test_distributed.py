@@ -1,93 +1,258 @@
-"""Replicas stay equal: two processes on two shares of the data, every solver, every way to play."""
+"""Replicas in DistributedDataParallel: two processes train as one, whatever the solver."""
 
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import mixadv
-from tests.zoo import CANNOT
+from mixadv.explain import passes
+from mixadv.replay import Noise
+from tests.processes import (
+    SOLVERS,
+    Net,
+    assert_equal_on_all,
+    batches,
+    closure,
+    found,
+    judge,
+    play,
+    replicated,
+    start,
+    ways,
+)
 
-SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixadv.SOLVERS} | {
-    "ensemble": mixadv.MAT(particles=2, play_as="ensemble", learner_temperature=1e-6, samples=2)
-}
-WAYS = ["step", "backward", "loss", "accumulated"]
+ROWS = 4
+# Its contrastive loss compares the rows of a process with each other.
+DEPENDS_ON_THE_SPLIT = {"cat"}
 
 
-class Bag(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(20, 4)
-        self.dropout = nn.Dropout(0.1)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.dropout(self.words(ids).mean(1).tanh()))
-
-
-def played(solver: mixadv.Solver, way: str, rank: int) -> list[Any]:
-    """Train three rounds on this process's share and return what all processes must agree on."""
-    torch.manual_seed(0)
-    model = Bag()
-    parallel = DistributedDataParallel(model)
-    base = torch.optim.AdamW(model.parameters(), lr=0.01)
-    optimizer = mixadv.wrap(base, parallel, solver)
-    game = optimizer.game
-    draw = torch.Generator().manual_seed(rank)
+def train(
+    solver: mixadv.Solver, way: str, rank: int, rounds: int = 3, micro: int = 1, **how: Any
+) -> mixadv.GameOptimizer:
+    model = replicated(**how)
+    optimizer = start(model, solver)
     torch.manual_seed(100 + rank)
-    for _ in range(3):
-        ids = torch.randint(0, 20, (8, 5), generator=draw)
-        labels = torch.randint(0, 3, (8,), generator=draw)
-
-        def closure(ids: Tensor = ids, labels: Tensor = labels) -> tuple[Tensor, Tensor]:
-            logits = parallel(ids)
-            return F.cross_entropy(logits, labels), logits
-
-        if way == "step":
-            optimizer.step(closure)
-            continue
-        if way == "backward":
-            game.backward(closure)
-        else:
-            if way == "accumulated":
-                with parallel.no_sync():
-                    game.loss(closure).backward()
-            game.loss(closure).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    kept = [] if game.learner is None else [*game.learner.average.values()]
-    if solver.name == "textat":
-        kept.append(game.memory["table"])
-    return [*model.state_dict().values(), *kept, torch.tensor(game.unit)], game.strategy.points
+    rows = list(batches(rank, rounds * micro))
+    for r in range(rounds):
+        play(optimizer, way, *[closure(model, *b) for b in rows[r * micro : (r + 1) * micro]])
+    return optimizer
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for solver in SOLVERS.values():
-        for way in WAYS:
-            cannot = CANNOT.get((solver.name, "loss" if way == "accumulated" else way))
-            if cannot:
-                with pytest.raises(mixadv.GameError, match=cannot):
-                    played(solver, way, rank)
-                continue
-            shared, points = played(solver, way, rank)
-            for mine in shared:
-                others = mine.clone()
-                dist.broadcast(others, 0)
-                torch.testing.assert_close(mine, others, rtol=0, atol=0)
-            others = points[0].clone()
+# Cases ---------------------------------------------------------------------------------------
+
+
+def replicas_stay_equal(
+    rank: int, name: str, rounds: int = 2, every: bool = False, **how: Any
+) -> None:
+    solver = SOLVERS[name]
+    for way in ways(solver, every):
+        for micro in [1, 2] if way in ("backward", "loss") else [1]:
+            optimizer = train(solver, way, rank, rounds, micro, **how)
+            kept = found(optimizer)
+            assert all(x.isfinite().all() for x in kept)
+            assert_equal_on_all(kept)
+            assert optimizer.game.strategy is not None
+            mine = optimizer.game.strategy.points[0]
+            others = mine.clone()
             dist.broadcast(others, 0)
-            assert rank == 0 or not torch.equal(others, points[0]), "adversaries share their draws"
+            assert rank == 0 or not torch.equal(others, mine), "adversaries share their draws"
+
+
+class SampleNoise(Noise):
+    """Draws for the rows of all processes, of which each takes its own."""
+
+    def __init__(self, mine: slice, rows: int) -> None:
+        super().__init__(0)
+        self.mine, self.rows = mine, rows
+
+    def begin(self, player: str, round: int, rank: int | None = None) -> None:
+        super().begin(player, round)
+
+    def __call__(self, kind: str, like: Tensor) -> Tensor:
+        particles = len(like) // (self.mine.stop - self.mine.start)
+        size = (particles, self.rows, *like.shape[1:])
+        drawn = super().__call__(kind, like.new_empty(size).flatten(0, 1))
+        return drawn.view(size)[:, self.mine].flatten(0, 1)
+
+
+def weights_after(model: nn.Module, solver: mixadv.Solver, way: str, mine: slice) -> list[Tensor]:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+    optimizer.game.noise = SampleNoise(mine, 2 * ROWS)
+    for ids, labels in batches(7, 3, 2 * ROWS):
+        play(optimizer, way, closure(model, ids[mine], labels[mine]))
+    return found(optimizer)
+
+
+def split_makes_no_difference(rank: int, name: str) -> None:
+    for way in ways(SOLVERS[name]):
+        mine = slice(rank * ROWS, (rank + 1) * ROWS)
+        two = weights_after(replicated(), SOLVERS[name], way, mine)
+        one = weights_after(Net(), SOLVERS[name], way, slice(0, 2 * ROWS))
+        torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12)
+
+
+def only_the_contrast_depends_on_the_split(rank: int) -> None:
+    mine = slice(rank * ROWS, (rank + 1) * ROWS)
+    for contrast in (0.0, 0.1):
+        # With shared=True a token's places in the batch of a process share one perturbation.
+        solver = mixadv.CAT(contrast=contrast, shared=False)
+        two = weights_after(replicated(), solver, "step", mine)
+        one = weights_after(Net(), solver, "step", slice(0, 2 * ROWS))
+        pairs = zip(two, one, strict=True)
+        same = all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs)
+        assert same == (contrast == 0)
+
+
+def one_all_reduce_per_step(rank: int, name: str) -> None:
+    for way in ways(SOLVERS[name], every=True):
+        for micro in [1, 2] if way in ("backward", "loss") else [1]:
+            model, reduced = replicated(), []
+
+            def count(_, bucket, reduced=reduced):
+                reduced.append(bucket)
+                return allreduce_hook(dist.group.WORLD, bucket)
+
+            model.register_comm_hook(None, count)
+            optimizer = start(model, SOLVERS[name])
+            for rows in zip(*[batches(rank + i, 2) for i in range(micro)], strict=True):
+                reduced.clear()
+                play(optimizer, way, *[closure(model, *r) for r in rows])
+                steps = optimizer.outcome.steps if way == "step" else 1
+                assert len(reduced) == steps, (way, micro)
+
+
+def collectives_of_a_round(rank: int, name: str) -> None:
+    calls: list[int] = []
+    reduce, model = dist.all_reduce, replicated()
+    optimizer = start(model, SOLVERS[name])
+    dist.all_reduce = lambda *args, **more: calls.append(1) or reduce(*args, **more)
+    try:
+        for number, rows in enumerate(batches(rank, 3)):
+            calls.clear()
+            optimizer.step(closure(model, *rows))
+            assert len(calls) == 2 * (name == "textat") + (number == 0)  # the unit
+    finally:
+        dist.all_reduce = reduce
+
+
+def times(factor: float, run: Any) -> Any:
+    return [factor * x for x in run()]
+
+
+def nobody_waits(rank: int, name: str) -> None:
+    """One process meets a loss that is not finite, the other does not."""
+    for way in ways(SOLVERS[name]):
+        model = replicated()
+        optimizer = start(model, SOLVERS[name])
+        for number, (ids, labels) in enumerate(batches(rank, 3)):
+            factor = torch.nan if number == 1 and rank == 0 else 1.0
+            play(optimizer, way, partial(times, factor, closure(model, ids, labels)))
+        kept = found(optimizer)
+        assert not kept[0].isfinite().all()
+        assert_equal_on_all(kept)
+        if name == "textat":
+            assert optimizer.game.memory["table"].isfinite().all()
+
+
+def checkpoints_change_nothing(rank: int, name: str, reentrant: bool) -> None:
+    solver = SOLVERS[name]
+    counted = passes(solver)
+    for way in ways(solver):
+        plain = found(train(solver, way, rank))
+        two_in_one = counted.branches > counted.theta_backwards
+        by_itself = way in ("loss", "closure") and counted.theta_backwards > counted.steps
+        if reentrant and (two_in_one or by_itself):
+            with pytest.raises(mixadv.GameError, match=r"use_reentrant=False"):
+                train(solver, way, rank, reentrant=reentrant)
+            continue
+        recomputed = found(train(solver, way, rank, reentrant=reentrant))
+        torch.testing.assert_close(recomputed, plain, rtol=1e-9, atol=1e-12)
+
+
+def resumed(rank: int, name: str) -> None:
+    solver = SOLVERS[name]
+    model = replicated()
+    optimizer = start(model, solver)
+    rows = list(batches(rank, 4))
+    for r in rows[:2]:
+        optimizer.step(closure(model, *r))
+    state: list[Any] = [model.state_dict(), optimizer.state_dict(), torch.get_rng_state()]
+    every = [None, None]
+    dist.all_gather_object(every, state[:2])
+    if name != "freeat":  # which carries δ of its own rows
+        torch.testing.assert_close(every[0], every[1], rtol=0, atol=0)
+    weights, ours = every[rank if name == "freeat" else 0]
+    for r in rows[2:]:
+        optimizer.step(closure(model, *r))
+    again = replicated()
+    other = start(again, solver)
+    again.load_state_dict(weights)
+    other.load_state_dict(ours)
+    torch.set_rng_state(state[2])
+    for r in rows[2:]:
+        other.step(closure(again, *r))
+    torch.testing.assert_close(found(other), found(optimizer), rtol=0, atol=0)
+
+
+def heads_of_cat_are_refused(rank: int) -> None:
     with pytest.raises(ValueError, match=r"gradients of head= would not be averaged"):
-        played(mixadv.CAT(head=nn.Linear(3, 2)), "step", rank)
-    dist.destroy_process_group()
+        train(replace(SOLVERS["cat"], head=nn.Linear(6, 2)), "step", rank)
 
 
-def test_replicas_stay_equal_and_adversaries_play_for_their_own_rows(tmp_path: Path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+# Tests ---------------------------------------------------------------------------------------
+
+
+def by_solver(case: Any, **words: Any) -> dict[str, Any]:
+    return {f"{case.__name__}: {name}": partial(case, name=name, **words) for name in SOLVERS}
+
+
+PER_SAMPLE = [name for name in SOLVERS if name not in DEPENDS_ON_THE_SPLIT]
+CASES: dict[str, Any] = {
+    **by_solver(replicas_stay_equal),
+    **{f"split: {name}": partial(split_makes_no_difference, name=name) for name in PER_SAMPLE},
+    "split: cat": only_the_contrast_depends_on_the_split,
+    **by_solver(one_all_reduce_per_step),
+    **by_solver(collectives_of_a_round),
+    **by_solver(nobody_waits),
+    **by_solver(resumed),
+    "heads of CAT are refused": heads_of_cat_are_refused,
+}
+UNUSED = by_solver(replicas_stay_equal, unused=True)
+KEPT = by_solver(checkpoints_change_nothing, reentrant=False)
+REENTRANT = by_solver(checkpoints_change_nothing, reentrant=True)
+SLOW: dict[str, Any] = {
+    **{
+        f"50 steps, {n}": c
+        for n, c in by_solver(replicas_stay_equal, rounds=50, every=True).items()
+    },
+    **{f"unused, {n}": c for n, c in UNUSED.items()},
+    **{f"checkpointed, {n}": c for n, c in KEPT.items()},
+    **{f"reentrant, {n}": c for n, c in REENTRANT.items()},
+}
+FEW = ("freelb", "smart", "mat")
+CASES |= {n: c for n, c in SLOW.items() if n[:2] != "50" and n.split(": ")[1] in FEW}
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: Any) -> dict[str, str]:
+    return judge(CASES, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes(case: str, verdicts: dict[str, str]):
+    assert not verdicts[case], verdicts[case]
+
+
+@pytest.mark.slow
+def test_two_processes_for_long_and_with_checkpoints(tmp_path: Any):
+    said = judge(SLOW, tmp_path)
+    assert not any(said.values()), said

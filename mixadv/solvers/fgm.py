@@ -46,6 +46,6 @@ class FGM(Solver):
     def play(self, stage: Stage) -> Play:
         """Play `∇θ ℓ(X) + ∇θ ℓ(X + δ)`."""
         delta = stage.start(self)
-        yield stage.loss(delta)
+        yield stage.loss(delta, last=False)
         delta = stage.move(delta, self)
         yield Step(stage.loss(delta.detach()))

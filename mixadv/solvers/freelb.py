@@ -91,6 +91,6 @@ class FreeLB(Solver):
         """Play `(1/K) Σ ∇θ ℓ(X + δ_t)`."""
         delta = stage.start(self)
         for _ in range(self.steps - 1):
-            yield stage.loss(delta) / self.steps
+            yield stage.loss(delta, last=False) / self.steps
             delta = stage.move(delta, self)
         yield Step(stage.loss(delta.detach()) / self.steps)

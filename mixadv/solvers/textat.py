@@ -105,7 +105,7 @@ class TextAT(Solver):
         tokens = Tokens(self, stage)
         q = stage.start(self, tokens.begin)
         for _ in range(self.steps - 1):
-            yield stage.loss(q) / self.steps
+            yield stage.loss(q, last=False) / self.steps
             q = stage.move(q, tokens.move)
         objective = stage.loss(q.detach()) / self.steps
         tokens.write()

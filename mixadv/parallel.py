@@ -1,0 +1,87 @@
+"""Models spread over processes: DistributedDataParallel, and weights sharded by `fully_shard`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process among them."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@contextmanager
+def local(model: nn.Module) -> Iterator[None]:
+    """Keep the gradients of the body's passes on this process: no all-reduce follows them.
+
+    DistributedDataParallel decides in the forward whether the backward will reduce.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
+
+
+def sharded(model: nn.Module) -> list[Any]:
+    """Return the modules of a model whose weights `fully_shard` has spread over processes."""
+    fsdp = sys.modules.get(
+        "torch.distributed.fsdp"
+    )  # slow to import, and imported where it is used
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights, which a forward without a backward leaves in the model.
+
+    They would be listed as its parameters, and used after the sharded ones have changed.
+    """
+    for module in sharded(model):
+        module.reshard()
+
+
+def share(whole: Tensor, like: Tensor) -> Tensor:
+    """Return this process's share of a tensor that is equal on all, spread as `like` is."""
+    if not is_spread(like):
+        return whole
+    spread: Any = like
+    placed = sys.modules["torch.distributed.tensor"].distribute_tensor
+    return placed(whole, spread.device_mesh, spread.placements, src_data_rank=None)  # sends nothing
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Return whether a tensor is a `DTensor`."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+@contextmanager
+def swapped(model: nn.Module, weights: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Give parameters other values while the body runs; those found come back, bit for bit."""
+    reshard(model)
+    found = {p: p.detach().clone() for p in weights}
+    _put(weights)
+    try:
+        yield
+    finally:
+        reshard(model)
+        _put(found)
+
+
+@torch.no_grad()
+def _put(values: dict[Tensor, Tensor]) -> None:
+    for parameter, value in values.items():
+        parameter.copy_(value)

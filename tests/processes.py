@@ -1,0 +1,186 @@
+"""Two processes over gloo, started once for many cases, and a tiny model for them to train."""
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import ProcessException
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import mixadv
+
+Case = Callable[[int], None]  # of the rank; a function of a module, or a partial one
+SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixadv.SOLVERS} | {
+    "ensemble": mixadv.MAT(particles=2, play_as="ensemble", learner_temperature=1e-6, samples=2)
+}
+WORDS, CLASSES, LENGTH = 20, 3, 5
+WAIT = timedelta(seconds=60)  # for a process that waits in vain: a hang is an error
+
+
+def judge(cases: dict[str, Case], folder: Path) -> dict[str, str]:
+    """Return what went wrong on two processes, by case: an empty text for nothing."""
+    with suppress(ProcessException):  # written down, and the cases that follow are not run
+        torch.multiprocessing.spawn(_work, (cases, str(folder)), nprocs=2)
+    files = {name: [folder / f"{i}.{rank}" for rank in range(2)] for i, name in enumerate(cases)}
+    return {
+        name: "\n".join(f.read_text() if f.exists() else "not run" for f in both).strip()
+        for name, both in files.items()
+    }
+
+
+def _work(rank: int, cases: dict[str, Case], folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=WAIT)
+    for number, case in enumerate(cases.values()):
+        said = Path(folder, f"{number}.{rank}")
+        try:
+            case(rank)
+        except BaseException:
+            said.write_text(traceback.format_exc())
+            raise
+        said.write_text("")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class Block(nn.Module):
+    """A residual layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.1)
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.layer(self.dropout(x)))
+
+
+class Net(nn.Module):
+    """An embedding, two blocks, a buffer and a head on the mean; in float64."""
+
+    def __init__(self, unused: bool = False, reentrant: bool | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(WORDS, 6)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(6, CLASSES)
+        self.register_buffer("calls", torch.zeros(()))
+        if unused:
+            self.unused = nn.Linear(2, 2)
+        self.reentrant = reentrant
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        x = self.words(ids)
+        for block in self.blocks:
+            again = self.reentrant
+            x = block(x) if again is None else checkpoint(block, x, use_reentrant=again)
+        return self.head(x.mean(1))
+
+
+def replicated(**how: Any) -> nn.Module:
+    """Return a model in DistributedDataParallel."""
+    return DistributedDataParallel(Net(**how), find_unused_parameters="unused" in how)
+
+
+def sharded(parts: tuple[str, ...] = ("blocks.0", "blocks.1"), **how: Any) -> nn.Module:
+    """Return a model whose parts, and the rest as another, are sharded."""
+    model = Net(how.pop("unused", False), how.pop("reentrant", None))
+    for name in parts:
+        fully_shard(model.get_submodule(name), **how)
+    fully_shard(model, **how)
+    return model
+
+
+def batches(rank: int, rounds: int, rows: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return a process's own batches."""
+    draw = torch.Generator().manual_seed(rank)
+    for _ in range(rounds):
+        ids = torch.randint(0, WORDS, (rows, LENGTH), generator=draw)
+        yield ids, torch.randint(0, CLASSES, (rows,), generator=draw)
+
+
+def closure(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable[[], Any]:
+    """Return a closure of the loss and the logits."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        logits = model(ids)
+        return F.cross_entropy(logits, labels), logits
+
+    return run
+
+
+def start(model: nn.Module, solver: mixadv.Solver) -> mixadv.GameOptimizer:
+    """Return an optimizer of the model."""
+    return mixadv.wrap(torch.optim.AdamW(model.parameters(), lr=0.01), model, solver)
+
+
+def play(optimizer: mixadv.GameOptimizer, way: str, *closures: Callable[[], Any]) -> Tensor:
+    """Play a round in one of the ways, of several micro-batches where there are."""
+    if way == "step":
+        return optimizer.step(*closures)
+    model, game, objective = optimizer.game.model, optimizer.game, torch.zeros(())
+    if way == "closure":
+        return optimizer.step(lambda: _whole_step(optimizer, closures[0]))
+    for number, run in enumerate(closures):
+        waits = isinstance(model, DistributedDataParallel) and number < len(closures) - 1
+        with model.no_sync() if waits else torch.enable_grad():
+            if way == "backward":
+                objective = game.backward(run).objective
+            else:
+                objective = game.loss(run)
+                objective.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return objective.detach()
+
+
+def _whole_step(optimizer: mixadv.GameOptimizer, run: Callable[[], Any]) -> Tensor:
+    """Do what a closure does in a loop that leaves the step to the optimizer."""
+    optimizer.zero_grad()
+    loss = optimizer.game.loss(run)
+    loss.backward()
+    return loss.detach()
+
+
+def ways(solver: mixadv.Solver, every: bool = False) -> list[str]:
+    """Return two ways in which a solver is played, or all four."""
+    if solver.replays_batch:
+        return ["step"]
+    return ["step", "loss", "backward", "closure"] if every else ["step", "loss"]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor, put together where it is sharded."""
+    full: Any = getattr(tensor, "full_tensor", None)
+    return tensor.detach().clone() if full is None else full().detach().clone()
+
+
+def found(optimizer: mixadv.GameOptimizer) -> list[Tensor]:
+    """Return what training came to, equal on all processes: weights and what is kept of them."""
+    game = optimizer.game
+    kept = [] if game.learner is None else [game.learner.average, game.learner.teacher]
+    kept += [] if game.learner is None else game.learner.samples
+    table = [game.memory["table"]] if "table" in game.memory else []
+    weights = [*game.parameters(), *(w for part in kept for w in part.values())]
+    return [whole(w) for w in [*weights, *table, torch.tensor(game.unit)]]
+
+
+def assert_equal_on_all(tensors: list[Tensor]) -> None:
+    """Assert that processes hold the same, bit for bit."""
+    for mine in tensors:
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        torch.testing.assert_close(mine, first, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,255 @@
+"""Weights sharded by `fully_shard`: two processes train as replicas do."""
+
+import io
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import mixadv
+from mixadv.replay import Noise
+from tests.processes import (
+    SOLVERS,
+    Net,
+    batches,
+    closure,
+    found,
+    judge,
+    play,
+    replicated,
+    sharded,
+    start,
+    ways,
+    whole,
+)
+
+ALL = ("words", "blocks.0", "blocks.1", "head")
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+PASS_BY_PASS = {"fgm", "freelb", "textat"}
+
+
+def train(model: nn.Module, solver: mixadv.Solver, way: str, rank: int) -> list[Tensor]:
+    """Train three rounds, evaluate after each, and return all that is seen."""
+    optimizer = start(model, solver)
+    game, seen = optimizer.game, []
+    torch.manual_seed(100 + rank)
+    for ids, labels in batches(rank, 3):
+        seen.append(play(optimizer, way, closure(model, ids, labels)))
+        with torch.no_grad():
+            seen.append(model(ids))  # which leaves weights gathered
+        if game.learner is not None and game.learner.average:
+            with game.averaged(), torch.no_grad():
+                seen.append(model(ids))
+            with torch.no_grad():
+                seen.append(model(ids))
+        if game.learner is not None and game.learner.samples:
+            seen.append(game.mixture(lambda ids=ids: model(ids)))
+            named = [weight for sample in game.learner_samples for weight in sample.values()]
+            assert len(named) == len(game.learner.samples) * len(list(model.parameters()))
+    return [*(s.detach().clone() for s in seen), *found(optimizer)]
+
+
+# Cases ---------------------------------------------------------------------------------------
+
+
+def shards_train_as_replicas_do(
+    rank: int, name: str, every: bool = False, parts: Any = None, **how: Any
+) -> None:
+    solver = SOLVERS[name]
+    for way in ways(solver, every):
+        model = sharded(**how) if parts is None else sharded(parts, **how)
+        if way in ("loss", "closure") and name in PASS_BY_PASS:
+            with pytest.raises(mixadv.GameError, match=r"fully_shard.*use game\.backward"):
+                train(model, solver, way, rank)
+            continue
+        expected = train(replicated(), solver, way, rank)
+        torch.testing.assert_close(train(model, solver, way, rank), expected, **CLOSE)
+
+
+def checkpoints_change_nothing(rank: int, name: str) -> None:
+    expected = train(replicated(), SOLVERS[name], "step", rank)
+    kept = train(sharded(reentrant=False), SOLVERS[name], "step", rank)
+    torch.testing.assert_close(kept, expected, **CLOSE)
+    with pytest.raises(mixadv.GameError, match=r"fully_shard.*use_reentrant=False"):
+        train(sharded(reentrant=True), SOLVERS[name], "step", rank)
+
+
+def noise_is_that_of_one_process(rank: int) -> None:
+    alone, noise, own = Net(), Noise(3), []
+    for weight, spread in zip(alone.parameters(), sharded().parameters(), strict=True):
+        for kind in ("normal", "uniform"):
+            noise.begin("learner", 0)
+            expected = noise(kind, weight)
+            noise.begin("learner", 0)
+            drawn = noise(kind, spread)
+            assert isinstance(drawn, DTensor)
+            assert drawn.placements == spread.placements
+            torch.testing.assert_close(whole(drawn), expected, rtol=0, atol=0)
+            own.append(drawn.to_local())
+    other = own[0].clone()
+    dist.broadcast(other, 0)
+    assert rank == 0 or not torch.equal(other, own[0])
+
+
+def routes_agree_or_are_refused(rank: int) -> None:
+    seen = []
+    for route in ("sequential", "stack", "vmap"):
+        model = sharded()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        optimizer = start(model, mixadv.MAT(particles=2, route=route))
+        ids, labels = next(batches(rank, 1))
+
+        def run(model: nn.Module = model, ids: Tensor = ids, labels: Tensor = labels) -> Any:
+            logits = model(ids)
+            targets = labels.repeat(len(logits) // len(labels))
+            return F.cross_entropy(logits, targets, reduction="none"), logits
+
+        if route == "vmap":
+            with pytest.raises(mixadv.GameError, match=r"fully_shard.*route='sequential'"):
+                optimizer.step(run)
+        else:
+            seen.append([optimizer.step(run), optimizer.step(run)])
+    torch.testing.assert_close(*seen, **CLOSE)
+
+
+def resumed(rank: int, name: str) -> None:
+    """By the library's own state, and by that of torch for model and base optimizer."""
+    model = sharded()
+    optimizer = start(model, SOLVERS[name])
+    rows = list(batches(rank, 4))
+    for r in rows[:2]:
+        optimizer.step(closure(model, *r))
+    stream, own, state = torch.get_rng_state(), model.state_dict(), optimizer.state_dict()
+    own, state = pickled(own), pickled(state)
+    theirs = pickled(get_state_dict(model, optimizer.base))
+    for r in rows[2:]:
+        optimizer.step(closure(model, *r))
+    for how in ("own", "theirs"):
+        again = sharded()
+        other = start(again, SOLVERS[name])
+        if how == "own":
+            again.load_state_dict(own)
+            other.load_state_dict(state)
+        else:
+            weights, base = theirs
+            set_state_dict(
+                again, other.base, model_state_dict=weights, optim_state_dict=base
+            )  # which steps the base once
+            other.load_state_dict({**other.base.state_dict(), "mixadv": state["mixadv"]})
+        torch.set_rng_state(stream)
+        for r in rows[2:]:
+            other.step(closure(again, *r))
+        torch.testing.assert_close(found(other), found(optimizer), rtol=0, atol=0)
+
+
+def pickled(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def nobody_waits(rank: int, names: tuple[str, ...]) -> None:
+    """One process's payoff does not depend on δ, or is not finite: it passes as often."""
+    for name in names:
+        model = sharded()
+        optimizer = start(model, SOLVERS[name])
+        for number, (ids, labels) in enumerate(batches(rank, 3)):
+            factor = {0: 0.0, 1: 1.0, 2: torch.nan}[number] if rank == 0 else 1.0
+
+            def run(
+                model: nn.Module = model,
+                ids: Tensor = ids,
+                labels: Tensor = labels,
+                factor: float = factor,
+            ) -> Any:
+                logits = factor * model(ids)
+                return F.cross_entropy(logits, labels), logits
+
+            if rank == 0 and number == 0:
+                with pytest.warns(UserWarning, match=r"exactly zero in the first round"):
+                    optimizer.step(run)
+            else:
+                optimizer.step(run)
+        assert not found(optimizer)[0].isfinite().all(), name
+
+
+def others_are_refused(rank: int) -> None:
+    flat = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"FullyShardedDataParallel.*fully_shard"):
+        mixadv.Game(flat, mixadv.PGD())
+    mesh = init_device_mesh("cpu", (2,))
+    parallel = parallelize_module(Net(), mesh, {"head": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"2 weights are DTensors.*another δ"):
+        mixadv.Game(parallel, mixadv.PGD())
+
+
+def explained(rank: int) -> None:
+    model = sharded()
+    game = mixadv.Game(model, mixadv.PGD())
+    lengths = Net().words.weight.detach().norm(dim=1)
+    mine = lengths[len(lengths) // 2 * rank :][: len(lengths) // 2]  # of an estimate
+    assert game.explain().unit == pytest.approx(float(mine.mean()), rel=1e-6)
+    ids, labels = next(batches(rank, 1))
+    unit = game.explain(closure(model, ids, labels)).unit
+    game.backward(closure(model, ids, labels))
+    assert unit == game.unit
+
+
+# Tests ---------------------------------------------------------------------------------------
+
+MESHES: dict[str, dict[str, Any]] = {
+    "each block": {},
+    "one group": {"parts": ()},
+    "each module": {"parts": ALL},
+    "gathered": {"reshard_after_forward": False},
+}
+FEW = ("freelb", "smart", "mat")
+SLOW: dict[str, Any] = {
+    "nobody waits": partial(nobody_waits, names=tuple(SOLVERS)),
+    **{f"checkpointed: {n}": partial(checkpoints_change_nothing, name=n) for n in SOLVERS},
+    **{
+        f"{title}: {name}": partial(shards_train_as_replicas_do, name=name, every=True, **words)
+        for title, words in MESHES.items()
+        for name in SOLVERS
+    },
+}
+CASES: dict[str, Any] = {
+    **{f"as replicas: {n}": partial(shards_train_as_replicas_do, name=n) for n in SOLVERS},
+    **{f"resumed: {n}": partial(resumed, name=n) for n in ("textat", "freeat", "smart", "mat")},
+    "each module": partial(shards_train_as_replicas_do, name="smart", parts=ALL),
+    "gathered": partial(shards_train_as_replicas_do, name="mat", reshard_after_forward=False),
+    "checkpointed": partial(checkpoints_change_nothing, name="mat"),
+    "noise": noise_is_that_of_one_process,
+    "routes": routes_agree_or_are_refused,
+    "others": others_are_refused,
+    "explained": explained,
+    "nobody waits": partial(nobody_waits, names=FEW),
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: Any) -> dict[str, str]:
+    return judge(CASES, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes(case: str, verdicts: dict[str, str]):
+    assert not verdicts[case], verdicts[case]
+
+
+@pytest.mark.slow
+def test_two_processes_with_other_groups_and_checkpoints(tmp_path: Any):
+    said = judge(SLOW, tmp_path)
+    assert not any(said.values()), said
