@@ -340,7 +340,7 @@ def _check_route(game: Game, closure: Closure) -> None:
                 stage.payoffs(q, solver.gain, solver, route=route)
                 for route in (routes.sequential, routes.ROUTES[solver.route])
             )
-    except GameError:
+    except (GameError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise GameError(

@@ -19,7 +19,7 @@ from mixadv.closure import Closure, read
 from mixadv.compiled_site import place
 from mixadv.errors import GameError
 from mixadv.explain import Explanation, explain
-from mixadv.modules import functional
+from mixadv.modules import functional, weak_hook
 from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
 from mixadv.representation import Representation
@@ -406,10 +406,12 @@ class Game:
     def watch(self, optimizer: Optimizer | None) -> None:
         """Notice the steps of an optimizer, which end an update."""
 
-        def stepped(*_: Any) -> None:
-            self._stepped = True
+        self._watching = []
+        if optimizer is not None:
+            self._watching.append(optimizer.register_step_post_hook(weak_hook(self._note_step)))
 
-        self._watching = [] if optimizer is None else [optimizer.register_step_post_hook(stepped)]
+    def _note_step(self) -> None:
+        self._stepped = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_watching": []}  # hooks do not pickle

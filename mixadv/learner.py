@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from mixadv.ascent import check_number
 from mixadv.errors import GameError
 from mixadv.langevin import noise_scale
+from mixadv.modules import weak_hook
 from mixadv.replay import Noise
 
 Damping = float | Literal["uniform"]
@@ -89,8 +90,8 @@ class Learner:
         self.base = base
         self.noise = Noise(seed)
         self.handles = [
-            base.register_step_pre_hook(lambda *_: self._enter()),
-            base.register_step_post_hook(lambda *_: self._leave()),
+            base.register_step_pre_hook(weak_hook(self._enter)),
+            base.register_step_post_hook(weak_hook(self._leave)),
         ]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -314,8 +314,8 @@ def test_a_model_and_its_rounds_are_freed_without_the_garbage_collector(name: st
     gc.disable()
     try:
         optimizer.step(player.closure())
-        alive = weakref.ref(player.model)
+        alive = [weakref.ref(x) for x in (player.model, *player.model.parameters())]
         del player, optimizer
-        assert alive() is None
+        assert [x() for x in alive] == [None] * len(alive)
     finally:
         gc.enable()
