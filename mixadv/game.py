@@ -405,7 +405,6 @@ class Game:
 
     def watch(self, optimizer: Optimizer | None) -> None:
         """Notice the steps of an optimizer, which end an update."""
-
         self._watching = []
         if optimizer is not None:
             self._watching.append(optimizer.register_step_post_hook(weak_hook(self._note_step)))

@@ -25,12 +25,11 @@ ROOT = Path(__file__).parent.parent
 class Run:
     """A model in training, whose memory may run out in its n-th forward pass."""
 
-    def __init__(self, name: str, how: str) -> None:
+    def __init__(self, name: str, how: str, **chosen: Any) -> None:
         self.how, self.player = how, small()
         self.forwards = self.steps = self.broken_at = 0
         self.held: list[weakref.ref[Tensor]] = []
         # CAT's head stands for all that a solver computes besides the model.
-        chosen: dict[str, Any] = {}
         if name == "cat":
             chosen["head"] = nn.Linear(3, 2).double()
             chosen["head"].register_forward_pre_hook(lambda *_: self.count())
@@ -123,6 +122,20 @@ def test_a_batch_that_does_not_fit_is_freed_and_played_in_smaller_parts(
         if rounds and not stepped:
             assert_same(run.state(), expected)
         assert all(p.isfinite().all() for p in run.player.model.parameters())
+
+
+def test_memory_that_runs_out_on_a_route_is_no_fault_of_the_route():
+    """Which the first round checks, and reports what does not run on it."""
+    at, refused = 0, True
+    while refused:
+        run, at = Run("mat", "step", particles=2, route="vmap"), at + 1
+        run.broken_at = at
+        try:
+            run.train()
+            refused = False
+        except torch.OutOfMemoryError:
+            pass
+    assert run.forwards > 9
 
 
 # A batch that is not finite --------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_an_interrupted_round_leaves_no_trace(
     run.play()
     assert run.fault.calls
     for at in range(1, run.fault.calls + 1):
-        error = KeyboardInterrupt if at % 2 else BrokenError
+        error = KeyboardInterrupt if (at + (how == "backward")) % 2 else BrokenError
         run = Run(name, place, how, rounds, Fault(at, error))
         model = run.player.model
         found, state = fingerprint(model), run.state()
