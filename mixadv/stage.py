@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from mixadv.game import Game
 
 
+# Made once: torch keeps a context variable of each such patch for ever.
+_KEPT_BUFFERS: AbstractContextManager[Any] = functorch.patch(donated_buffer=False)
+
 _DIFFERENTIATED_TWICE = (
     "{} differentiates the clean pass twice, which reentrant checkpointing does not allow: set "
     "use_reentrant=False."
@@ -406,7 +409,7 @@ def _copies(x: Tensor, copies: int) -> Tensor:
 
 def _reusable(wanted: bool) -> AbstractContextManager[Any]:
     """Return what to run a pass in whose graph is differentiated twice, where it is compiled."""
-    return functorch.patch(donated_buffer=False) if wanted else nullcontext()
+    return _KEPT_BUFFERS if wanted else nullcontext()
 
 
 @contextmanager
