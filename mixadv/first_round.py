@@ -42,6 +42,7 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
 
     If it did not, random state, buffers and gradients are put back.
     """
+    validate.closure(closure)
     replay = Replay(game.model)
     before = game.round
     with _gradients_kept(game) as gradients:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixadv.ascent import check_number
-from mixadv.errors import GameError
+from mixadv.errors import GameError, check_entries
 from mixadv.langevin import noise_scale
 from mixadv.modules import weak_hook
 from mixadv.replay import Noise
@@ -229,6 +229,11 @@ class Learner:
             ValueError: if it belongs to another model.
         """
         held = self.parameters(trainable=False)
+        weights, counters = (
+            ("backup", "mean", "average", "teacher"),
+            ("count", "position", "rounds"),
+        )
+        check_entries("learner part", state, (*weights, *counters, "samples"))
 
         def mine(weights: dict[int, Tensor]) -> Weights:
             for number, weight in weights.items():
@@ -240,10 +245,10 @@ class Learner:
                     )
             return {held[i]: w.detach().to(held[i].device, copy=True) for i, w in weights.items()}
 
-        loaded = {k: mine(state[k]) for k in ("backup", "mean", "average", "teacher")}
+        loaded = {k: mine(state[k]) for k in weights}
         samples = [mine(sample) for sample in state["samples"]]
-        counters = {name: state[name] for name in ("count", "position", "rounds")}
-        return {**counters, **loaded, "samples": deque(samples, maxlen=self.samples.maxlen)}
+        counted = {k: state[k] for k in counters}
+        return {**counted, **loaded, "samples": deque(samples, maxlen=self.samples.maxlen)}
 
 
 def check_damping(who: str, name: str, value: Any) -> None:

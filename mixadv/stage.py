@@ -159,6 +159,7 @@ class Stage:
         self._clean = self.run(self.at(zero, 0))
         self._note(self._clean)
         gained = self._gains(self._clean)
+        self._depends(gained)
         gradients = torch.autograd.grad(
             gained.sum(), zero.points, retain_graph=True, materialize_grads=True
         )
@@ -324,6 +325,7 @@ class Stage:
 
     def differentiate(self, total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         """Return the gradients of a scalar with respect to leaf perturbations."""
+        self._depends(total)
         if self.game.leaf_backward:
             total.backward()
         else:
@@ -343,6 +345,13 @@ class Stage:
         torch.clear_autocast_cache()
 
     # Helpers ---------------------------------------------------------------------------------
+
+    def _depends(self, payoff: Tensor) -> None:
+        if not payoff.requires_grad:
+            raise GameError(
+                f"The payoff has no gradient with respect to δ at {self.game.site.names}: in this "
+                "round the closure detached it, or ran under no_grad."
+            )
 
     def _note(self, reading: Reading) -> None:
         self._samples = self._count(reading)
