@@ -177,6 +177,7 @@ def check_integer(who: str, name: str, value: Any, least: int) -> None:
         raise TypeError(f"{who}: {name} must be an integer, got {value!r}.")
     if value < least:
         raise ValueError(f"{who}: {name} must be at least {least}, got {value}.")
+    _check_size(who, name, value)
 
 
 def check_number(
@@ -188,3 +189,9 @@ def check_number(
     if not abs(value) <= sys.float_info.max or not least <= value <= most:
         bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
         raise ValueError(f"{who}: {name} must be finite and {bounds}, got {value!r}.")
+    _check_size(who, name, value)
+
+
+def _check_size(who: str, name: str, value: float) -> None:
+    if isinstance(value, int) and abs(value) > sys.maxsize:
+        raise ValueError(f"{who}: {name} must be finite and fit into 64 bits, got {value}.")

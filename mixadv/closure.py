@@ -82,6 +82,11 @@ def read(result: Any, context: Mapping[str, Any] | None = None, model: Any = Non
         raise GameError(f"{_EXPECTED}; this one returned {_describe(result)}.")
     if loss.dim() > 1 or not loss.is_floating_point():
         raise GameError(f"{_EXPECTED}; this one returned {_describe(loss)} as loss.")
+    if predictions is not None and not isinstance(predictions, Tensor):
+        raise GameError(
+            f"Predictions must be a tensor, got {_describe(predictions)}. Return (loss, logits) "
+            "from the closure, or the loss alone."
+        )
     if predictions is not None and predictions.dim() == 1:
         predictions = predictions.unsqueeze(-1)
     if predictions is not None and predictions.dim() not in (2, 3):
@@ -93,7 +98,7 @@ def read(result: Any, context: Mapping[str, Any] | None = None, model: Any = Non
     return Reading(loss, predictions, _counting(predictions, context or {}, model))
 
 
-def _split(result: Any) -> tuple[Any, Tensor | None]:
+def _split(result: Any) -> tuple[Any, Any]:
     if isinstance(result, Tensor):
         return result, None
     if isinstance(result, Mapping):

@@ -63,6 +63,7 @@ def best_response(game: Game, closure: Closure) -> BestResponse:
         >>> best_response(game, closure).predictions.shape
         torch.Size([2, 2])
     """
+    _check_game(game)
     with torch.enable_grad(), game.rehearsal(closure) as stage:
         strategy = stage.ascend(game.solver.gain, game.solver)
         with no_grad():
@@ -128,6 +129,7 @@ def exploitability(
         >>> found.gains.shape, found.response
         (torch.Size([2]), 'projected ascent, 20 steps × 4 restarts, l2 ball of 0.5 token norms')
     """
+    _check_game(game)
     ascent = _stronger(game.solver, steps, restarts)
     if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
         raise ValueError(f"exploitability: level must be between 0 and 1, got {level!r}.")
@@ -140,6 +142,11 @@ def exploitability(
     where += " token norms" * (ascent.unit == "site") + " per token" * (ascent.per == "token")
     response = f"projected ascent, {steps} steps × {restarts} restarts, {where}"
     return Exploitability(played, reached, response, level)
+
+
+def _check_game(game: Game) -> None:
+    if not isinstance(game, Game):
+        raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r}.")
 
 
 def _stronger(solver: Solver, steps: int, restarts: int) -> Ascent:

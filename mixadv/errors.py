@@ -22,6 +22,17 @@ def nearest(name: object, known: Iterable[str], most: int = 1) -> str:
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def check_entries(what: str, state: Any, needed: Iterable[str]) -> None:
+    """Raise ValueError unless a part of a checkpoint has the entries that it is written with."""
+    missing = [key for key in needed if not isinstance(state, Mapping) or key not in state]
+    if missing:
+        found = list(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            f"The checkpoint's {what} lacks {', '.join(missing)} and has {found}: load what "
+            "state_dict() returned."
+        )
+
+
 def build(
     what: str, registry: Mapping[str, type[Any]], name: Any, parameters: dict[str, Any]
 ) -> Any:

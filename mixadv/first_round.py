@@ -49,6 +49,7 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
 
     If it did not, random state, buffers and gradients are put back.
     """
+    validate.closure(closure)
     replay = Replay(game.model)
     before = game.round
     with _gradients_kept(game) as gradients:
@@ -374,7 +375,7 @@ def _check_route(game: Game, closure: Closure, low: bool) -> None:
                 stage.payoffs(q, solver.gain, solver, route=route)
                 for route in (routes.sequential, routes.ROUTES[solver.route])
             )
-    except GameError:
+    except (GameError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise GameError(

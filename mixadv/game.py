@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mixadv import first_round, parallel, scaling, validate
+from mixadv.ascent import check_flag
 from mixadv.carried import attach
 from mixadv.closure import Closure, read
 from mixadv.compiled_site import place
-from mixadv.errors import GameError
+from mixadv.errors import GameError, check_entries
 from mixadv.explain import Explanation, explain, passes
-from mixadv.modules import INPUT, functional
+from mixadv.modules import INPUT, functional, weak_hook
 from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
 from mixadv.representation import Representation
@@ -70,6 +70,8 @@ class Game:
         optimizer: Optimizer | None = None,
     ) -> None:
         validate.game_arguments(model, solver, optimizer, seed)
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a mixadv.Schedule or None, got {schedule!r}.")
         self.model = model
         self.solver = solver
         self.site = place(model, site)
@@ -125,6 +127,8 @@ class Game:
                 delivered before it broke stay added.
         """
         self._refuse_replays()
+        if backward is not None:
+            validate.function("backward must be a function of a loss", backward)
         with torch.enable_grad(), self.stage(closure, check) as stage:
             total = torch.zeros(())
             for objective, last in self.plays(stage):
@@ -142,6 +146,7 @@ class Game:
         gradients disabled this is the plain loss.
         """
         if not torch.is_grad_enabled():
+            validate.closure(closure)
             return read(closure()).objective
         self._refuse_replays()
         with self.stage(closure, check) as stage:
@@ -239,6 +244,8 @@ class Game:
             self._close(stage)
 
     def _open(self, closure: Closure, check: bool) -> Stage:
+        validate.closure(closure)
+        check_flag("Game", "check", check)
         if self._busy:
             raise GameError(
                 "A closure must not play a round itself: it runs the forward pass and returns the "
@@ -323,6 +330,8 @@ class Game:
             closure: measures the unit by one forward pass that leaves no trace; without it, the
                 unit is estimated from the rows of the embedding until the first round is played.
         """
+        if closure is not None:
+            validate.closure(closure)
         return explain(self, closure)
 
     @contextmanager
@@ -412,6 +421,7 @@ class Game:
         """Load what `state_dict` returned."""
         if self._busy:
             raise GameError("load_state_dict within a round: load between rounds.")
+        self.check_state(state)
         for name, module in self.solver.modules().items():
             if name in state.get("modules", {}):
                 module.load_state_dict(state["modules"][name])
@@ -439,15 +449,18 @@ class Game:
             self.representation.close()
             self.representation = Representation(model, self.representation.source)
 
+    def check_state(self, state: Any) -> None:
+        """Raise ValueError unless a game can go on from the state."""
+        check_entries("game", state, ("seed", "round", "unit"))
+
     def watch(self, optimizer: Optimizer | None) -> None:
         """Notice the steps of an optimizer, which end an update."""
-        game = weakref.ref(self)  # the hook must not keep the game, and its model, alive
+        self._watching = []
+        if optimizer is not None:
+            self._watching.append(optimizer.register_step_post_hook(weak_hook(self._note_step)))
 
-        def stepped(*_: Any) -> None:
-            if (still := game()) is not None:
-                still._stepped = True
-
-        self._watching = [] if optimizer is None else [optimizer.register_step_post_hook(stepped)]
+    def _note_step(self) -> None:
+        self._stepped = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_watching": []}  # hooks do not pickle

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixadv.ascent import check_number
-from mixadv.errors import GameError
+from mixadv.errors import GameError, check_entries
 from mixadv.langevin import noise_scale
+from mixadv.modules import weak_hook
 from mixadv.replay import Noise
 
 Damping = float | Literal["uniform"]
@@ -89,8 +90,8 @@ class Learner:
         self.base = base
         self.noise = Noise(seed)
         self.handles = [
-            base.register_step_pre_hook(lambda *_: self._enter()),
-            base.register_step_post_hook(lambda *_: self._leave()),
+            base.register_step_pre_hook(weak_hook(self._enter)),
+            base.register_step_post_hook(weak_hook(self._leave)),
         ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -228,6 +229,11 @@ class Learner:
             ValueError: if it belongs to another model.
         """
         held = self.parameters(trainable=False)
+        weights, counters = (
+            ("backup", "mean", "average", "teacher"),
+            ("count", "position", "rounds"),
+        )
+        check_entries("learner part", state, (*weights, *counters, "samples"))
 
         def mine(weights: dict[int, Tensor]) -> Weights:
             for number, weight in weights.items():
@@ -239,10 +245,10 @@ class Learner:
                     )
             return {held[i]: w.detach().to(held[i].device, copy=True) for i, w in weights.items()}
 
-        loaded = {k: mine(state[k]) for k in ("backup", "mean", "average", "teacher")}
+        loaded = {k: mine(state[k]) for k in weights}
         samples = [mine(sample) for sample in state["samples"]]
-        counters = {name: state[name] for name in ("count", "position", "rounds")}
-        return {**counters, **loaded, "samples": deque(samples, maxlen=self.samples.maxlen)}
+        counted = {k: state[k] for k in counters}
+        return {**counted, **loaded, "samples": deque(samples, maxlen=self.samples.maxlen)}
 
 
 def check_damping(who: str, name: str, value: Any) -> None:

@@ -1,6 +1,7 @@
 """Finding modules in a model, and reading how they are called."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,18 @@ from mixadv.errors import nearest
 from mixadv.parallel import sharded, swapped
 
 INPUT = "input"
+
+
+def weak_hook(method: Callable[[], None]) -> Callable[..., None]:
+    """Return a hook that calls a method, and does not keep the method's object alive."""
+    held = weakref.WeakMethod(method)
+
+    def hook(*_: Any) -> None:
+        found = held()
+        if found is not None:
+            found()
+
+    return hook
 
 
 def functional(

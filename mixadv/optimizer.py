@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from mixadv import first_round, validate
 from mixadv.closure import Closure
+from mixadv.errors import check_entries
 from mixadv.game import Game
 from mixadv.outcome import Outcome
 from mixadv.schedule import Schedule
@@ -226,6 +227,9 @@ class GameOptimizer(Optimizer):
             state = state if changed is None else changed
         ours = state.pop(STATE_KEY, None)
         learner = self.game.learner
+        if ours is not None:
+            check_entries("entry 'mixadv'", ours, ("game", "learner"))
+            self.game.check_state(ours["game"])
         if ours is not None and (ours["learner"] is None) != (learner is None):
             raise ValueError(
                 f"The checkpoint was written {'without' if learner else 'with'} a learner part and "

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from mixadv.game import Game
 
 
+# Made once: torch keeps a context variable of each such patch for ever.
+_KEPT_BUFFERS: AbstractContextManager[Any] = functorch.patch(donated_buffer=False)
+
 _DIFFERENTIATED_TWICE = (
     "{} differentiates the clean pass twice, which reentrant checkpointing does not allow: set "
     "use_reentrant=False."
@@ -157,6 +160,7 @@ class Stage:
         self._clean = self.run(self.at(zero, 0))
         self._note(self._clean)
         gained = self._gains(self._clean)
+        self._depends(gained)
         gradients = self.differentiate(gained, zero.points, keep=True)
         self.payoff = gained.detach().mean() / (1 if self._clean.loss.dim() else self._samples)
         self.delta_backwards += 1
@@ -337,6 +341,7 @@ class Stage:
             predictions: what the payoffs may be computed from, which tells their scale in fp16.
             keep: the graph, for another backward.
         """
+        self._depends(values)
         if self.game.scaling is None:
             return self._backward(values, leaves, torch.ones_like(values), keep)
         rows = all(x.shape[: values.dim()] == values.shape for x in leaves)
@@ -372,6 +377,13 @@ class Stage:
         torch.clear_autocast_cache()  # of a checkpoint's recompute too
 
     # Helpers ---------------------------------------------------------------------------------
+
+    def _depends(self, payoff: Tensor) -> None:
+        if not payoff.requires_grad:
+            raise GameError(
+                f"The payoff has no gradient with respect to δ at {self.game.site.names}: in this "
+                "round the closure detached it, or ran under no_grad."
+            )
 
     def _note(self, reading: Reading) -> None:
         self._samples = self._count(reading)
@@ -439,7 +451,7 @@ def _copies(x: Tensor, copies: int) -> Tensor:
 
 def _reusable(wanted: bool) -> AbstractContextManager[Any]:
     """Return what to run a pass in whose graph is differentiated twice, where it is compiled."""
-    return functorch.patch(donated_buffer=False) if wanted else nullcontext()
+    return _KEPT_BUFFERS if wanted else nullcontext()
 
 
 def without_autocast(like: Tensor) -> torch.autocast:

@@ -125,6 +125,17 @@ def _spread(model: nn.Module) -> None:
         )
 
 
+def function(what: str, value: Any) -> None:
+    """Check that what a round calls can be called."""
+    if not callable(value):
+        raise TypeError(f"{what}, got {value!r}.")
+
+
+def closure(value: Any) -> None:
+    """Check that a closure can be called."""
+    function("closure must be a function that runs the forward pass and returns the loss", value)
+
+
 def base_optimizer(optimizer: Any) -> None:
     """Check that an optimizer can be wrapped."""
     if not isinstance(optimizer, Optimizer):
@@ -133,8 +144,8 @@ def base_optimizer(optimizer: Any) -> None:
         )
     if hasattr(optimizer, "game"):
         raise TypeError("The optimizer is wrapped already: wrap its .base.")
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
+    asked = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if asked is not None and asked.default is asked.empty:
         raise TypeError(
             f"{type(optimizer).__name__} evaluates its closure several times per step, and a round "
             "does too: they cannot be nested. Wrap a first-order optimizer such as AdamW or SGD."

@@ -37,15 +37,20 @@ class Run:
     `seed` changes the initial weights and the seed of the game, but not the data.
     """
 
-    def __init__(self, solver: mixadv.Solver, seed: int, build: Callable[..., Player] = small):
+    def __init__(
+        self,
+        solver: mixadv.Solver,
+        seed: int,
+        build: Callable[..., Player] = small,
+        schedule: mixadv.Schedule | None = None,
+    ):
         self.player = build()._replace(model=build(seed=seed).model)
         torch.manual_seed(seed)
         solver = copy.deepcopy(solver)
         for head in solver.modules().values():
             head.reset_parameters()
-        self.optimizer = mixadv.wrap(
-            AdamW(self.player.model.parameters(), lr=0.01), self.player.model, solver, seed=seed
-        )
+        base = AdamW(self.player.model.parameters(), lr=0.01)
+        self.optimizer = mixadv.wrap(base, self.player.model, solver, seed=seed, schedule=schedule)
         self.trace: list[Any] = []
 
     def rounds(self, count: int, how: str = "step") -> "Run":
@@ -170,6 +175,31 @@ def test_a_game_alone_resumes(name: str, tmp_path: Path):
     assert_same(q.model.state_dict(), p.model.state_dict())
     assert_same(other.state_dict(), game.state_dict())
     assert_same(other.strategy.state_dict(), game.strategy.state_dict())
+
+
+@pytest.mark.parametrize("how", ["step", "backward"])
+@pytest.mark.parametrize("name", SOLVERS)
+@or_refused()
+def test_everything_that_is_saved_loads_without_running_code(name: str, how: str, tmp_path: Path):
+    """`weights_only=True` refuses all but tensors, numbers, names and containers of these."""
+    run = Run(SOLVERS[name], seed=0, schedule=mixadv.Schedule(start=1, every=2)).rounds(4, how)
+    game = run.optimizer.game
+    saved = {
+        "optimizer": run.optimizer.state_dict(),
+        "game": game.state_dict(),
+        "strategy": game.strategy.state_dict(),
+        "outcome": game.outcome.as_dict(),
+        "learner": None if game.learner is None else game.learner.state_dict(),
+        "samples": game.learner_samples if game.learner and game.learner.samples else [],
+    }
+    if how == "backward" and game.learner is not None and game.learner.steps == 3:
+        assert game.learner.position == 1  # in the middle of a round of the learner
+    torch.save(saved, tmp_path / "saved")
+    loaded = torch.load(tmp_path / "saved", weights_only=True)
+    assert loaded["outcome"].pop("weights") == saved["outcome"].pop("weights")
+    assert_same(loaded, saved)
+    again = mixadv.Strategy.from_state_dict(loaded["strategy"])
+    assert_same(again.mean().points, game.strategy.mean().points)
 
 
 def test_the_unit_of_lengths_stays_that_of_the_first_round():

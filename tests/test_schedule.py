@@ -43,6 +43,22 @@ def test_training_before_the_start_is_plain_training(solver):
     assert_same(weights(plain), weights(later))
 
 
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_every_solver_follows_a_schedule(name):
+    player = small()
+    optimizer = SGD(player.model.parameters(), lr=0.1)
+    schedule = Schedule(start=1, every=2)
+    optimizer = wrap(optimizer, player.model, mixadv.solver(name), schedule=schedule)
+    played = []
+    for _ in range(6):
+        optimizer.step(player.closure())
+        outcome = optimizer.outcome
+        played.append(outcome.payoff is not None)
+        assert played[-1] == (outcome.radius is not None)
+        assert played[-1] or outcome.forwards == outcome.steps  # each a clean pass
+    assert played == [False, True] * 3
+
+
 @given(st.integers(0, 4), st.integers(1, 4))
 def test_the_adversary_plays_every_nth_update_from_the_start(start, every):
     _, payoffs = trained(PGD(steps=1), Schedule(start=start, every=every), rounds=8)

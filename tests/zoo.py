@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -266,6 +267,9 @@ CANNOT: dict[tuple[str, str], str] = {
     ("cat", "reentrant"): _TWICE,
 }
 
+REFUSED: dict[str, str] = {}
+"""The reasons of tests that passed by being refused, as they run."""
+
 
 def or_refused(*words: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a test of a solver: what it cannot play is refused instead, with the reason.
@@ -283,8 +287,9 @@ def or_refused(*words: str) -> Callable[[Callable[..., None]], Callable[..., Non
             if not reasons:
                 test(**arguments)
                 return
-            with pytest.raises(mixadv.GameError, match=reasons[0]):
+            with pytest.raises(mixadv.GameError, match=reasons[0]) as caught:
                 test(**arguments)
+            REFUSED[os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]] = str(caught.value)
 
         return run
 

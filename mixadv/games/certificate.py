@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from mixadv.games.matrix import MatrixGame
+from mixadv.games.matrix import MatrixGame, numbers
 
 if TYPE_CHECKING:
     from mixadv.games.continuous import ContinuousGame, Particles
@@ -67,19 +67,21 @@ def duality_gap(
         0 (exact) 0.5 (exact)
     """
     if isinstance(game, MatrixGame):
-        x, y = (
-            torch.as_tensor(weights, dtype=game.payoff.dtype, device=game.payoff.device)
-            for weights in (learner, adversary)
-        )
-        for who, weights, size in zip(("learner", "adversary"), (x, y), game.shape, strict=True):
-            check_weights(who, weights, size)
+        x = check_weights("learner", learner, game, 0)
+        y = check_weights("adversary", adversary, game, 1)
         return Gap(game.duality_gap(x, y, **how))
+    if not hasattr(game, "duality_gap"):
+        raise TypeError(
+            f"game must be a MatrixGame or a ContinuousGame, got {type(game).__name__}."
+        )
     return game.duality_gap(learner, adversary, **how)  # pyright: ignore
 
 
-def check_weights(who: str, weights: Tensor, size: int) -> None:
-    """Raise unless the weights `[..., size]` lie on the simplex."""
-    if weights.shape[-1:] != (size,):
+def check_weights(who: str, weights: Any, game: MatrixGame, side: int) -> Tensor:
+    """Return weights `[..., size]` of a player as a tensor; raise unless they are a strategy."""
+    size = game.shape[side]
+    weights = numbers(who, weights, game.payoff.dtype, game.payoff.device)
+    if weights.shape[-1:] != (size,) or not weights.numel():
         raise ValueError(
             f"{who} must be weights of shape [..., {size}], got {list(weights.shape)}."
         )
@@ -90,3 +92,4 @@ def check_weights(who: str, weights: Tensor, size: int) -> None:
             f"{weights.min().item():g} to {weights.max().item():g} and a sum of "
             f"{total.flatten()[0].item():g}."
         )
+    return weights

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.func import grad_and_value, jacrev, vmap
 from mixadv.ascent import check_integer, check_number
 from mixadv.games import deviations
 from mixadv.games.certificate import Gap
+from mixadv.games.matrix import numbers
 from mixadv.games.spaces import Space, check_points
 
 Payoff = Callable[[Tensor, Tensor], Tensor]
@@ -107,12 +108,13 @@ class ContinuousGame:
                 )
         if not callable(payoff):
             raise TypeError(f"payoff must be a function of two points, got {payoff!r}.")
-        if not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a real one, such as torch.float64, got {dtype}.")
-        if lipschitz is not None and lipschitz != math.inf:
+        jumps = isinstance(lipschitz, float) and lipschitz == math.inf
+        if lipschitz is not None and not jumps:
             check_number("ContinuousGame", "lipschitz", lipschitz)
         self.payoff, self.learner, self.adversary = payoff, learner, adversary
-        self.lipschitz, self.dtype, self.device = lipschitz, dtype, torch.device(device or "cpu")
+        self.lipschitz, self.dtype, self.device = lipschitz, dtype, _device(device)
         self._check()
 
     def __repr__(self) -> str:
@@ -170,7 +172,9 @@ class ContinuousGame:
                     f"with sum 1, got {list(cloud.log_weights.shape)} with sum {total:g}."
                 )
             return cloud
-        points = torch.as_tensor(points, dtype=self.dtype, device=self.device)
+        points = numbers("points", points, self.dtype, self.device)
+        if points.dim() != 2:
+            raise ValueError(f"points must be [N, dim], one per row, got {list(points.shape)}.")
         return Particles(points, points.new_full((len(points),), -math.log(max(1, len(points)))))
 
     # Certificates --------------------------------------------------------------------------------
@@ -283,6 +287,15 @@ class ContinuousGame:
                 f"payoff must be finite on the sets: it is {drawn[i].item()} at "
                 f"x={xs[i].tolist()}, y={ys[i].tolist()}. Without a bound there is no value."
             )
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.empty(0, device="cpu" if device is None else device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be one that torch finds here, got {device!r}: {error}"
+        ) from error
 
 
 def _chunk(others: int) -> int:

@@ -58,6 +58,7 @@ def by_climbing(
     """Return the gap over the deviations that projected gradient climbs find, a lower bound."""
     check_integer("duality_gap", "restarts", restarts, 1)
     check_integer("duality_gap", "steps", steps, 0)
+    check_integer("duality_gap", "seed", seed, 0)
     draw = game.generator(seed)
     earned = _best(game, mu, 1, restarts, steps, draw)
     paid = -_best(game, nu, 0, restarts, steps, draw)

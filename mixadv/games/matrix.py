@@ -82,6 +82,22 @@ def gap(losses: Tensor, gains: Tensor) -> Tensor:
     return (gains.amax(-1) - losses.amin(-1)).clamp(min=0)
 
 
+def numbers(who: str, values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return values as a tensor.
+
+    Raises:
+        ValueError: if they are no real numbers, or rows differ in length.
+    """
+    try:
+        tensor = torch.as_tensor(values)
+        if not tensor.is_complex():
+            return tensor.detach().to(device, dtype)
+        why = "they are complex"
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        why = str(error)
+    raise ValueError(f"{who} must be real numbers, with rows of one length: {why}.")
+
+
 def _checked(payoff: Any) -> Tensor:
     try:
         matrix = payoff.detach() if isinstance(payoff, Tensor) else torch.as_tensor(payoff)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixadv import mirror
-from mixadv.ascent import check_integer, check_number
+from mixadv.ascent import check_flag, check_integer, check_number
 from mixadv.errors import build
 from mixadv.games.certificate import check_weights, duality_gap
 from mixadv.games.continuous import ContinuousGame, Particles
@@ -83,6 +83,7 @@ def solve(
     check_integer("solve", "steps", steps, 1)
     check_integer("solve", "seed", seed, 0)
     check_number("solve", "tolerance", tolerance)
+    check_flag("solve", "progress", progress)
     chosen = _method(method, parameters)
     with _bar(steps, chosen.name, progress) as advance:
         if isinstance(chosen, ParticleMethod):
@@ -264,13 +265,12 @@ def _start(game: MatrixGame, side: int, start: tuple[Any, Any] | None) -> Tensor
     if start is None:
         even = mirror.uniform(shape[-1], dtype=game.payoff.dtype, device=game.payoff.device)
         return even.expand(shape)
-    weights = torch.as_tensor(start[side], dtype=game.payoff.dtype, device=game.payoff.device)
-    if tuple(weights.shape) not in (shape, shape[-1:]):
+    weights = check_weights(f"start[{side}]", start[side], game, side)
+    if weights.shape != shape[-weights.dim() :]:
         raise ValueError(
-            f"start[{side}] must be weights of shape {list(shape)}, or {list(shape[-1:])} for all "
-            f"games, got {list(weights.shape)}."
+            f"start[{side}] must be weights {list(shape)}, or {list(shape[-1:])} for all games, "
+            f"got {list(weights.shape)}."
         )
-    check_weights(f"start[{side}]", weights, shape[-1])
     return weights.expand(shape).log()
 
 

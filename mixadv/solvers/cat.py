@@ -118,6 +118,8 @@ class CAT(Solver):
         dtypes = [p.dtype for p in self.head.parameters()]
         try:
             projected = self.head(views.to(dtypes[0]) if dtypes else views)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise GameError(
                 f"CAT: head= cannot take the representations, {list(clean.shape)} on "

@@ -1,0 +1,148 @@
+"""Which solver works with which way of training: a table that is written by the tests that ran.
+
+    python -m tests.matrix
+
+runs for each cell the tests that prove it, and writes `tests/matrix.md` and README's copy of it. A
+way is registered by one line in `WAYS`; a cell is ✔ if its tests passed, and – where they passed by
+being refused, with the reason that the user reads (`tests.zoo.or_refused` notes it).
+"""
+
+import re
+from fnmatch import fnmatchcase
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import mixadv
+from tests.zoo import REFUSED, TRANSFORMERS
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "tests" / "matrix.md"
+README = ROOT / "README.md"
+OTHERS = ("gpt2", "llama", "t5", "bart")
+ENCODERS = [family for family in TRANSFORMERS if family not in OTHERS]
+MARKED = re.compile(r"(?<=<!-- ways -->\n).*?(?=<!-- /ways -->)", re.DOTALL)
+
+HALVES = "test_zoo.py::test_every_solver_halves_the_loss_and_perturbs_every_sample"
+DOORS = "test_recomputation.py::test_three_doors_deliver_the_same_gradients"
+CHECKPOINTED = "test_checkpointing.py::test_checkpointed_rounds_equal_plain_ones"
+AUTOCAST = "gradients_under_autocast_are_those_of_full_precision_within_rounding"
+STATISTICS = "running_statistics_end_as_after_one_forward_per_step"
+FITS = "a_batch_that_does_not_fit_is_freed_and_played_in_smaller_parts"
+COMPILED = "compiled_rounds_equal_plain_ones_and_compile_no_more"
+
+# What a way is called, and the tests that prove it; * stands for parameters besides the solver.
+WAYS: dict[str, list[str]] = {
+    "`optimizer.step(closure)`": [f"{HALVES}[bert-{{solver}}]"],
+    "`game.backward(closure)`": [f"{DOORS}[{{solver}}]"],
+    "`game.loss(closure)`": [f"{DOORS}[{{solver}}]"],
+    "gradient accumulation": ["test_game.py::test_micro_batches_accumulate[{solver}]"],
+    "Accelerate": [
+        "test_optimizer.py::test_accelerate_prepares_accumulates_and_skips_steps[{solver}]"
+    ],
+    "loss scaling": ["test_optimizer.py::test_loss_scaling_changes_nothing[{solver}]"],
+    "bf16 autocast": [f"test_precision.py::test_{AUTOCAST}[{{solver}}]"],
+    "`torch.compile`": [f"test_compile.py::test_{COMPILED}[{{solver}}]"],
+    "gradient checkpointing": [f"{CHECKPOINTED}[{{solver}}-non-reentrant]"],
+    "reentrant checkpointing": [f"{CHECKPOINTED}[{{solver}}-reentrant]"],
+    "dropout": [
+        "test_precision.py::test_passes_between_two_steps_share_a_dropout_mask[{solver}-*]"
+    ],
+    "BatchNorm": [f"test_precision.py::test_{STATISTICS}[{{solver}}-*]"],
+    "frozen embedding": [
+        "test_site.py::test_a_frozen_embedding_is_perturbed_and_stays_frozen[{solver}]"
+    ],
+    "a hidden layer as the site": [
+        "test_site.py::test_no_solver_perturbs_padding_of_a_hidden_layer[{solver}-*]"
+    ],
+    "a checkpoint resumed": ["test_resume.py::test_resumed_is_uninterrupted[{solver}-step]"],
+    "`mixadv.Schedule`": ["test_schedule.py::test_every_solver_follows_a_schedule[{solver}]"],
+    "out of memory, then less": [f"test_faults.py::test_{FITS}[{{solver}}-step-*]"],
+    "encoders (7 families)": [f"{HALVES}[{f}-{{solver}}]" for f in ENCODERS],
+    "decoders (GPT-2, Llama)": [f"{HALVES}[{f}-{{solver}}]" for f in ("gpt2", "llama")],
+    "encoder–decoders (T5, BART)": [f"{HALVES}[{f}-{{solver}}]" for f in ("t5", "bart")],
+    "causal language modelling": [f"{HALVES}[llama-causal-{{solver}}]"],
+    "regression": ["test_examples.py::test_every_solver_plays_a_regression[{solver}]"],
+    "vision": [f"{HALVES}[vision-{{solver}}]"],
+}
+
+
+def matches(test: str, pattern: str) -> bool:
+    """Return whether a test is one of those that a pattern means."""
+    (function, _, given), (wanted, _, parameters) = test.partition("["), pattern.partition("[")
+    return function == f"tests/{wanted}" and fnmatchcase(given, parameters)
+
+
+def proofs(way: str, solver: str, collected: list[str]) -> list[str]:
+    """Return the collected tests that prove a cell; each of its patterns has to find one."""
+    patterns = [pattern.replace("{solver}", solver) for pattern in WAYS[way]]
+    found = [[t for t in collected if matches(t, pattern)] for pattern in patterns]
+    return list(chain(*found)) if all(found) else []
+
+
+class Recorder:
+    """Notes what was collected, what and what passed."""
+
+    def __init__(self) -> None:
+        self.collected: list[str] = []
+        self.passed: set[str] = set()
+        self.failed: set[str] = set()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.collected = [item.nodeid for item in items]
+        cells = [(way, solver) for way in WAYS for solver in mixadv.SOLVERS]
+        wanted = {t for way, solver in cells for t in proofs(way, solver, self.collected)}
+        items[:] = [item for item in items if item.nodeid in wanted]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.passed.add(report.nodeid)
+        elif not report.passed:
+            self.failed.add(report.nodeid)
+
+
+def verdict(tests: list[str], seen: Recorder, reasons: list[str]) -> str:
+    """Return what a cell shows; new reasons are added to those there are."""
+    if not tests or not seen.passed.issuperset(tests) or seen.failed.intersection(tests):
+        raise SystemExit(f"no verdict without tests that pass: {tests or 'none was collected'}")
+    said = {REFUSED.get(test) for test in tests}
+    if len(said) > 1:
+        raise SystemExit(f"one cell with several verdicts, make a way of each: {tests}")
+    (reason,) = said
+    if reason is None:
+        return "✔"
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"–{reasons.index(reason) + 1}"
+
+
+def table(seen: Recorder) -> str:
+    """Return the table in Markdown, with the reasons of what is refused."""
+    reasons: list[str] = []
+    lines = [f"| | {' | '.join(mixadv.SOLVERS)} |", "|---" * (len(mixadv.SOLVERS) + 1) + "|"]
+    for way in WAYS:
+        cells = [verdict(proofs(way, s, seen.collected), seen, reasons) for s in mixadv.SOLVERS]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"✔ tested, –n refused with reason n; {len(seen.passed)} tests passed to say so.",
+        "",
+    ]
+    lines += [f"{n}. {reason}" for n, reason in enumerate(reasons, 1)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the tests of all cells; write the table, here and in README."""
+    files = {f"tests/{pattern.partition('::')[0]}" for way in WAYS.values() for pattern in way}
+    seen = Recorder()
+    # The assertions of what is imported here already are not rewritten; which is no matter.
+    options = ["-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:cacheprovider"]
+    pytest.main([*options, "-m", "slow or not slow", *sorted(files)], plugins=[seen])
+    TABLE.write_text(table(seen))
+    README.write_text(MARKED.sub(lambda _: TABLE.read_text(), README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Long runs: nothing is held that a step before it did not hold."""
+
+import ctypes
+import gc
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import AdamW
+
+import mixadv
+from tests.zoo import CANNOT, small
+
+WARM_UP = 12  # fills what is kept: samples, the table of hooks, torch's own caches
+SOLVERS: dict[str, dict[str, Any]] = {name: {} for name in mixadv.SOLVERS}
+SOLVERS["mat"] = {"samples": 2, "particles": 2, "average": "uniform"}
+SOLVERS["freeat"] = {"carry": True}
+
+
+class Run:
+    def __init__(self, name: str) -> None:
+        self.player = small()
+        solver = mixadv.solver(name, **SOLVERS[name])
+        self.base = AdamW(self.player.model.parameters(), lr=1e-3)
+        self.optimizer = mixadv.wrap(self.base, self.player.model, solver)
+
+    def train(self, steps: int) -> None:
+        """Train by each way in turn; whole rounds of the learner in each."""
+        game, closure = self.optimizer.game, self.player.closure()
+        ways = [w for w in ("step", "backward", "loss") if (game.solver.name, w) not in CANNOT]
+        for how in ways:
+            for _ in range(2 * math.ceil(steps / len(ways) / 2)):
+                if how == "step":
+                    self.optimizer.step(closure)
+                    continue
+                if how == "backward":
+                    game.backward(closure)
+                else:
+                    game.loss(closure).backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+    def footprint(self) -> dict[str, int]:
+        """Return counts of what could grow."""
+        gc.collect()
+        objects = gc.get_objects()
+        tensors = [x for x in objects if issubclass(type(x), torch.Tensor)]
+        hooks = [
+            len(value)
+            for holder in (*self.player.model.modules(), self.base, self.optimizer, *tensors)
+            for name, value in vars(holder).items()
+            if name.endswith("_hooks") and value is not None
+        ]
+        return {
+            "objects": len(objects),
+            "tensors": len(tensors),
+            "bytes in tensors": sum(x.untyped_storage().nbytes() for x in tensors),
+            "hooks": sum(hooks),
+            "files": len(os.listdir("/proc/self/fd")),
+        }
+
+
+def resident() -> int:
+    """Return the bytes of memory in use, without what the allocator keeps for later."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_fifty_steps_hold_no_more_than_twelve(name: str):
+    run = Run(name)
+    run.train(WARM_UP)
+    run.footprint()  # which itself makes a few objects once
+    before = run.footprint()
+    run.train(50)
+    after = run.footprint()
+    # Caches of Python's come and go; an object held per step would be 50.
+    assert after.pop("objects") <= before.pop("objects") + 10
+    assert after == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOLVERS)
+def test_two_thousand_steps_hold_no_more_than_one_thousand(name: str):
+    run = Run(name)
+    run.train(1000)  # the allocator takes half a megabyte along the way, once
+    run.footprint()
+    before, used = run.footprint(), resident()
+    run.train(1000)
+    assert resident() - used < 1000 * 500  # a tensor takes more than 500 bytes
+    after = run.footprint()
+    assert after.pop("objects") <= before.pop("objects") + 10
+    assert after == before
