@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow matrix lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -13,6 +13,9 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m slow
+
+matrix: $(READY)
+	$(BIN)/python -m tests.matrix
 
 lint: $(READY)
 	$(BIN)/ruff check .
