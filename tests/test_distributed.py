@@ -232,7 +232,7 @@ REENTRANT = by_solver(checkpoints_change_nothing, reentrant=True)
 SLOW: dict[str, Any] = {
     **{
         f"50 steps, {n}": c
-        for n, c in by_solver(replicas_stay_equal, rounds=50, every=True).items()
+        for n, c in by_solver(replicas_stay_equal, rounds=50).items()
     },
     **{f"unused, {n}": c for n, c in UNUSED.items()},
     **{f"checkpointed, {n}": c for n, c in KEPT.items()},

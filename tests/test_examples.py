@@ -939,18 +939,28 @@ def test_a_killed_process_is_continued(folder: Path, encoder: str, tmp_path: Pat
     assert written(tmp_path / "broken") == written(tmp_path / "whole")
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "accelerate launch": [
+        "accelerate.commands.launch",
+        "--multi_gpu",  # two processes; where there is no GPU, on the CPU
+        "--num_processes=2",
+        "--num_machines=1",
+        "--main_process_port=0",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+    ],
+}
+
+
 @pytest.mark.slow
-def test_two_processes_train_evaluate_and_write_as_one(folder: Path, encoder: str, tmp_path: Path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_evaluate_and_write_as_one(
+    launcher: str, folder: Path, encoder: str, tmp_path: Path
+):
     more = ["--solver", "plain", "mat", "--evaluate-every", "2", "--hold-out", "9"]
     argv = command(folder, encoder, tmp_path / "out", *more)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
+    launch = [sys.executable, "-m", *LAUNCHERS[launcher]]
     done = subprocess.run(
         [*launch, str(EXAMPLES / "intent.py"), *argv],
         env=environment(tmp_path),
