@@ -25,7 +25,7 @@ from mixadv.errors import GameError
 from mixadv.geometry import norms
 from mixadv.replay import Noise, Replay
 from mixadv.scaling import KEY, Formats
-from mixadv.site import Call, Provide
+from mixadv.site import Call, Provide, sequence_number
 from mixadv.stage import Stage, no_grad
 from mixadv.strategy import Strategy
 
@@ -41,16 +41,18 @@ _TRIES = 8  # to find the scale of a loss in fp16
 
 
 def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
-    """Run a closure once and return its result, and whether it played a round itself.
+    """Run a closure once and return its result, and whether it plays rounds itself, or nothing.
 
-    If it did not, random state, buffers and gradients are put back.
+    If it does not, random state, buffers and gradients are put back. Lightning gives a closure that
+    does nothing where the loop has played by hand.
     """
     replay = Replay(game.model)
-    before = game.round
+    before = game.round, sequence_number()
     with _gradients_kept(game) as gradients:
         try:
             result = closure()
-            played = game.round > before
+            idle = result is None and sequence_number() == before[1]
+            played = game.round > before[0] or idle
         except BaseException:
             replay.undo()
             raise
@@ -88,6 +90,20 @@ def check(game: Game, closure: Closure) -> None:
     except BaseException:
         game.unit, game.leaf_backward, game.scaling, game.memory = found
         raise
+
+
+def replicas_alike(game: Game) -> bool:
+    """Return whether several processes hold the same weights; those that are sharded do not."""
+    live = game.parameters()
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return False
+    if any(hasattr(p, "to_local") for p in live):
+        return False
+    sums = [p.detach().double().sum().to(live[0].device) for p in live]
+    mine = torch.stack(sums).sum()[None]
+    all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_of_them, mine)
+    return all(torch.equal(other, mine) for other in all_of_them)
 
 
 @contextmanager

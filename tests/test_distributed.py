@@ -1,5 +1,6 @@
 """Replicas stay equal: two processes on two shares of the data, every solver, every way to play."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ class Bag(nn.Module):
         return self.head(self.dropout(self.words(ids).mean(1).tanh()))
 
 
-def played(solver: mixadv.Solver, way: str, rank: int) -> list[Any]:
+def played(solver: mixadv.Solver, way: str, rank: int, wrapped: bool = True) -> list[Any]:
     """Train three rounds on this process's share and return what all processes must agree on."""
     torch.manual_seed(0)
     model = Bag()
-    parallel = DistributedDataParallel(model)
+    parallel = DistributedDataParallel(model) if wrapped else model
     base = torch.optim.AdamW(model.parameters(), lr=0.01)
     optimizer = mixadv.wrap(base, parallel, solver)
     game = optimizer.game
@@ -69,6 +70,7 @@ def played(solver: mixadv.Solver, way: str, rank: int) -> list[Any]:
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    warnings.simplefilter("error")
     for solver in SOLVERS.values():
         for way in WAYS:
             cannot = CANNOT.get((solver.name, "loss" if way == "accumulated" else way))
@@ -84,6 +86,8 @@ def work(rank: int, folder: str) -> None:
             others = points[0].clone()
             dist.broadcast(others, 0)
             assert rank == 0 or not torch.equal(others, points[0]), "adversaries share their draws"
+    with pytest.warns(UserWarning, match=r"gradients are not averaged.*game\.backward"):
+        played(mixadv.PGD(), "step", rank, wrapped=False)
     with pytest.raises(ValueError, match=r"gradients of head= would not be averaged"):
         played(mixadv.CAT(head=nn.Linear(3, 2)), "step", rank)
     dist.destroy_process_group()
