@@ -25,7 +25,7 @@ from mixadv.errors import GameError
 from mixadv.geometry import norms
 from mixadv.replay import Noise, Replay
 from mixadv.scaling import KEY, Formats
-from mixadv.site import Call, Provide
+from mixadv.site import Call, Provide, sequence_number
 from mixadv.stage import Stage, no_grad
 from mixadv.strategy import Strategy
 
@@ -45,19 +45,21 @@ _SHARDED_REENTRANT = (
 
 
 def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
-    """Run a closure once and return its result, and whether it played a round itself.
+    """Run a closure once and return its result, and whether it plays rounds itself, or nothing.
 
-    If it did not, random state, buffers and gradients are put back.
+    If it does not, random state, buffers and gradients are put back. Lightning gives a closure that
+    does nothing where the loop has played by hand.
     """
     validate.closure(closure)
     replay = Replay(game.model)
-    before = game.round
+    before = game.round, sequence_number()
     with _gradients_kept(game) as gradients:
         try:
             with ExitStack() as game.probing:
                 game.probing.enter_context(parallel.local(game.model))
                 result = closure()
-            played = game.round > before
+            idle = result is None and sequence_number() == before[1]
+            played = game.round > before[0] or idle
         except BaseException:
             replay.undo()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,15 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixadv import first_round, validate
+from mixadv import first_round, parallel, validate
 from mixadv.closure import Closure
-from mixadv.errors import check_entries
+from mixadv.errors import GameError, check_entries
 from mixadv.game import Game
 from mixadv.outcome import Outcome
 from mixadv.schedule import Schedule
 from mixadv.solvers.base import Solver
 
 STATE_KEY = "mixadv"
+
+_PLAYED_NOTHING = (
+    "This closure returned a loss and played no round, where earlier ones played theirs themselves "
+    "or did nothing: call game.loss in it, or wrap another optimizer for steps that play."
+)
+
+_DRIFTING = (
+    "The processes had the same weights before this step, and have others each after it: gradients "
+    "are not averaged. Call the model that is in DistributedDataParallel in the closure; where a "
+    "framework hides it, as Lightning does, use game.loss or game.backward with the framework's "
+    "backward."
+)
 
 
 def wrap(
@@ -84,6 +97,7 @@ class GameOptimizer(Optimizer):
         self.base = base
         self.game = game
         self._closure_plays: bool | None = None
+        self._compared = False  # with other processes
         self._make_hooks()
 
     def _make_hooks(self) -> None:
@@ -169,7 +183,10 @@ class GameOptimizer(Optimizer):
                     self.base.step()
                     return result
             elif self._closure_plays:
+                before = self.game.round
                 result = closure()
+                if result is not None and self.game.round == before:
+                    raise GameError(_PLAYED_NOTHING)
                 self.base.step()
                 return result
             return self._round(closure, check)
@@ -181,6 +198,8 @@ class GameOptimizer(Optimizer):
 
     def _round(self, closure: Closure, check: bool) -> Tensor:
         game = self.game
+        alike = not self._compared and parallel.replicas_alike(game.parameters())
+        self._compared = True
         try:
             with game.stage(closure, check) as stage:
                 self.base.zero_grad()
@@ -198,6 +217,8 @@ class GameOptimizer(Optimizer):
             if game.learner is not None:
                 game.learner.abandon()
             raise
+        if alike and not parallel.replicas_alike(game.parameters()):
+            warnings.warn(_DRIFTING, stacklevel=4)
         return outcome.objective
 
     # State -------------------------------------------------------------------------------------
@@ -251,7 +272,8 @@ class GameOptimizer(Optimizer):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"base": self.base, "game": self.game, "_closure_plays": self._closure_plays}
+        kept = ("base", "game", "_closure_plays", "_compared")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -38,9 +38,7 @@ def local(model: nn.Module) -> Iterator[None]:
 
 def sharded(model: nn.Module) -> list[Any]:
     """Return the modules of a model whose weights `fully_shard` has spread over processes."""
-    fsdp = sys.modules.get(
-        "torch.distributed.fsdp"
-    )  # slow to import, and imported where it is used
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and imported by its users
     return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
 
 
@@ -51,6 +49,17 @@ def reshard(model: nn.Module) -> None:
     """
     for module in sharded(model):
         module.reshard()
+
+
+def replicas_alike(parameters: list[Tensor]) -> bool:
+    """Return whether several processes hold the same weights; those that are spread do not."""
+    if world_size() == 1 or any(is_spread(p) for p in parameters):
+        return False
+    sums = [p.detach().double().sum().to(parameters[0].device) for p in parameters]
+    mine = torch.stack(sums).sum()[None]
+    every = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(every, mine)
+    return all(torch.equal(other, mine) for other in every)
 
 
 def share(whole: Tensor, like: Tensor) -> Tensor:

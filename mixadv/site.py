@@ -60,7 +60,7 @@ class Pass:
         self.modules: list[nn.Module] = []
         self.numbers: list[int] = []
         self.frames: list[Any] = []
-        self.begin = _sequence_number()
+        self.begin = sequence_number()
         self.end = self.begin
         self.grad = torch.is_grad_enabled()
         self.recomputable = False
@@ -143,7 +143,7 @@ class Site:
         self.current, self._masks = current, []
         try:
             yield current
-            current.end = _sequence_number()
+            current.end = sequence_number()
         except BaseException:
             self.forget([current])
             raise
@@ -222,7 +222,7 @@ class Site:
             self._masks.pop()
 
     def _note_number(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._numbers[module] = _sequence_number()
+        self._numbers[module] = sequence_number()
 
     def _at_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         first = first_of(output)
@@ -237,7 +237,7 @@ class Site:
 
     def _at_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.current is not None and not recomputing():
-            self._numbers[module] = _sequence_number()
+            self._numbers[module] = sequence_number()
         arguments = bound(module, args, kwargs)
         floats = [k for k, v in arguments.items() if _is_float(v)]
         preferred = getattr(unwrap(module), "main_input_name", None)
@@ -332,7 +332,7 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _sequence_number() -> int:
+def sequence_number() -> int:
     """Return the number that autograd gives to the next node it makes."""
     return torch._C._autograd._get_sequence_nr()  # pyright: ignore
 

@@ -1,6 +1,7 @@
 """Two processes over gloo, started once for many cases, and a tiny model for them to train."""
 
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -39,6 +40,7 @@ def judge(cases: dict[str, Case], folder: Path) -> dict[str, str]:
 
 def _work(rank: int, cases: dict[str, Case], folder: str) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=WAIT)
     for number, case in enumerate(cases.values()):

@@ -208,6 +208,13 @@ def heads_of_cat_are_refused(rank: int) -> None:
         train(replace(SOLVERS["cat"], head=nn.Linear(6, 2)), "step", rank)
 
 
+def a_model_out_of_its_wrapper_is_warned_of(rank: int) -> None:
+    model = replicated()
+    optimizer = start(model, mixadv.PGD())
+    with pytest.warns(UserWarning, match=r"gradients are not averaged.*game\.backward"):
+        optimizer.step(closure(model.module, *next(batches(rank, 1))))
+
+
 # Tests ---------------------------------------------------------------------------------------
 
 
@@ -225,15 +232,13 @@ CASES: dict[str, Any] = {
     **by_solver(nobody_waits),
     **by_solver(resumed),
     "heads of CAT are refused": heads_of_cat_are_refused,
+    "a model out of its wrapper is warned of": a_model_out_of_its_wrapper_is_warned_of,
 }
 UNUSED = by_solver(replicas_stay_equal, unused=True)
 KEPT = by_solver(checkpoints_change_nothing, reentrant=False)
 REENTRANT = by_solver(checkpoints_change_nothing, reentrant=True)
 SLOW: dict[str, Any] = {
-    **{
-        f"50 steps, {n}": c
-        for n, c in by_solver(replicas_stay_equal, rounds=50).items()
-    },
+    **{f"50 steps, {n}": c for n, c in by_solver(replicas_stay_equal, rounds=50).items()},
     **{f"unused, {n}": c for n, c in UNUSED.items()},
     **{f"checkpointed, {n}": c for n, c in KEPT.items()},
     **{f"reentrant, {n}": c for n, c in REENTRANT.items()},
