@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mixadv.games import BestResponse, Hedge, Method, WassersteinFisherRao
-from mixadv.games.methods import Answer, Scene
+from mixadv.games.method import Answer, Scene
 from mixadv.games.particles import Clouds
 
 mpl.use("Agg")

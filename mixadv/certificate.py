@@ -62,6 +62,10 @@ def _student(level: float, freedom: int) -> float:
 
     The density of θ = arctan(T/√ν) is cos^(ν−1) θ, up to a constant.
     """
-    angles = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
+    most = min(math.pi / 2, 40 / math.sqrt(freedom))  # beyond lies no mass that counts
+    angles = torch.linspace(0, most, 100_001, dtype=torch.float64)
     mass = torch.cumulative_trapezoid(angles.cos() ** (freedom - 1), angles)
-    return math.sqrt(freedom) * math.tan(angles[1 + torch.searchsorted(mass, level * mass[-1])])
+    mass = torch.cat([mass.new_zeros(1), mass]) / mass[-1]
+    i = int(torch.searchsorted(mass, level).clamp(1, len(mass) - 1))
+    share = float((level - mass[i - 1]) / (mass[i] - mass[i - 1]))
+    return math.sqrt(freedom) * math.tan(float(torch.lerp(angles[i - 1], angles[i], share)))

@@ -245,9 +245,13 @@ def _untouched(game: Game) -> Iterator[None]:
     """Put back what a round's play and the check before the first one change in a game."""
     found = {name: getattr(game, name) for name in ("unit", "leaf_backward", "_checked")}
     heads = [Buffers(module) for module in game.solver.modules().values()]
+    random = (
+        torch.get_rng_state()
+    )  # which a loader draws from when closures are made of its batches
     try:
         yield
     finally:
+        torch.set_rng_state(random)
         for name, value in found.items():
             setattr(game, name, value)
         for buffers in heads:

@@ -68,5 +68,7 @@ def magnetic_step(
         >>> magnetic_step(far, torch.zeros(2), 1.0, 1.0, magnet).exp()
         tensor([0.7500, 0.2500])
     """
-    drawn = log_weights + step_size * (payoffs + temperature * magnet)
-    return (drawn / (1 + step_size * temperature)).log_softmax(dim)
+    pull = torch.as_tensor(step_size * temperature, dtype=magnet.dtype, device=magnet.device)
+    # A magnet without mass somewhere has log-weight −∞ there, and 0·(−∞) is none.
+    pulled = torch.where(pull > 0, pull * magnet, torch.zeros_like(magnet))
+    return ((log_weights + step_size * payoffs + pulled) / (1 + pull)).log_softmax(dim)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mixadv import mirror
 from mixadv.games import METHODS, MatrixGame, duality_gap, solve
-from mixadv.games.methods import Answer, Scene
+from mixadv.games.method import Answer, Scene
 from theory import bounds, oracles
 
 BOUNDED = ("hedge", "anytime_hedge", "optimistic_hedge", "mirror_prox", "magnetic")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mixadv.games import MatrixGame, solve
 
 from mixadv import mirror
+from mixadv.games import MatrixGame, solve
 from tests.test_finite_games import trajectory
 from theory import bounds, oracles, worst
 

@@ -54,7 +54,8 @@ def test_projection_brings_every_point_to_the_nearest_of_the_set(space, seed, sp
 
 @given(dims, seeds, st.sampled_from([1e-18, 1.0, 1e6]))
 def test_circle_closes(dim, seed, spread):
-    x = draws(Torus(dim), 20, seed, spread) - spread
+    noise = torch.Generator().manual_seed(seed)
+    x = spread * torch.randn(20, dim, generator=noise, dtype=torch.float64)
     wrapped = Torus(dim).project(x)
     assert (wrapped >= 0).all()
     assert (wrapped < 1).all()
@@ -89,6 +90,14 @@ def test_grid_of_a_gaussian_has_its_moments(space, size):
     second = nodes.T @ (log_weights.exp()[:, None] * nodes)
     expected = space.scale**2 * torch.eye(space.dim, dtype=torch.float64)
     torch.testing.assert_close(second, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dim", "size"), [(1, 41), (2, 21), (3, 11)])
+def test_grid_of_a_ball_has_the_second_moment_of_the_uniform_law(dim, size):
+    points, log_weights = Ball(dim, 2.0).grid(size)
+    found = (log_weights.exp() * points.square().sum(1)).sum()
+    assert float(found) == pytest.approx(4 * dim / (dim + 2), rel=0.02)
+    assert float(log_weights.logsumexp(0)) == pytest.approx(0, abs=1e-12)
 
 
 @given(gaussians, seeds)
@@ -221,9 +230,9 @@ def test_what_a_gap_is_worth_can_be_read():
         point = torch.full((1, space.dim), 0.5)
         return str(game.duality_gap(point, point, **how))
 
-    assert text(Box(-1, 1)) == "1 + at most 0.001 (a grid of 1001 and 1001 points)"
-    assert text(Box(-1, 1, 2), grid=5).startswith("2 + at most")
-    assert text(Box(-1, 1), lipschitz=math.inf, grid=11).startswith("1 + at most inf")
+    assert text(Box(-1, 1)) == "1 + about 0.001 (a grid of 1001 and 1001 points)"
+    assert text(Box(-1, 1, 2), grid=5).startswith("2 + about")
+    assert text(Box(-1, 1), lipschitz=math.inf, grid=11).startswith("1 + about inf")
     climbed = text(Box(-1, 1, 3), restarts=7, steps=9)
     assert climbed == "≥ 3 (lower bound: projected gradient, 7 restarts × 9 steps)"
     unbounded = text(Gaussian(1, 2.0), grid=9)

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+import games_compared
 import mixadv
 import training
 from mixadv.explain import solver_table
+from mixadv.games import METHODS, PARTICLE_METHODS
 from tests.zoo import player
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +110,27 @@ def test_the_table_of_solvers_is_that_of_the_registry():
 def test_measured_tables_are_those_of_the_results(name: str):
     lines = (ROOT / "examples" / "results" / f"{name}.jsonl").read_text().splitlines()
     assert training.table([json.loads(line) for line in lines]) in README
+
+
+@pytest.mark.parametrize("name", ["equilibrium", "bounds"])
+def test_tables_of_games_are_those_of_the_results(name: str):
+    assert (ROOT / "examples" / "results" / f"{name}.md").read_text() in README
+
+
+def test_the_table_of_other_solvers_is_that_of_the_results():
+    lines = (ROOT / "examples" / "results" / "games_compared.jsonl").read_text().splitlines()
+    assert games_compared.table([json.loads(line) for line in lines]) in README
+
+
+def test_the_table_of_methods_is_that_of_the_registry():
+    [table] = re.findall(r"<!-- methods -->\n(.*?)<!-- /methods -->", README, re.DOTALL)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    registry = {**METHODS, **PARTICLE_METHODS}
+    assert [row[0] for row in cells] == [f"`{name}`" for name in registry]
+    for (*_, bound, output, paper), method in zip(cells, registry.values(), strict=True):
+        proved = getattr(method, "bound", "none")
+        assert bound == ("–" if proved == "none" else proved)
+        assert (output, paper) == (method.output, method.paper)
 
 
 def anchor(heading: str) -> str:

@@ -9,24 +9,23 @@
 from mixadv.games.certificate import Gap, duality_gap
 from mixadv.games.continuous import ContinuousGame, Particles
 from mixadv.games.matrix import MatrixGame
+from mixadv.games.method import Method
 from mixadv.games.methods import (
-    METHODS,
     AnytimeHedge,
     BestResponse,
     Hedge,
     Magnetic,
-    Method,
     MirrorProx,
     OptimisticHedge,
-    Restarted,
 )
 from mixadv.games.particles import (
-    PARTICLE_METHODS,
     GradientDescentAscent,
     Langevin,
     ParticleMethod,
     WassersteinFisherRao,
 )
+from mixadv.games.registry import METHODS, PARTICLE_METHODS
+from mixadv.games.restarted import Restarted
 from mixadv.games.solution import Pair, Solution
 from mixadv.games.solve import solve
 from mixadv.games.spaces import Ball, Box, Gaussian, Space, Torus

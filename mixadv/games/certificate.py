@@ -21,8 +21,9 @@ class Gap:
     Attributes:
         value: at least 0; 0-d, or `[g]` for a batch of games.
         kind: `"exact"`; `"grid"`: over all points of a grid, so that the gap over the whole sets
-            lies between `value` and `value + error`; or `"lower bound"`: over the deviations that
-            were found.
+            lies between `value` and `value + error` (an estimate, where the game does not know its
+            Lipschitz constant and the slope at the nodes stands for it); or `"lower bound"`: over
+            the deviations that were found.
         error: see `kind`; nothing is known where it is NaN.
         response: which deviations were tried.
     """
@@ -41,7 +42,7 @@ class Gap:
         if self.kind == "exact":
             return f"{gap} (exact)"
         if self.kind == "grid":
-            return f"{gap} + at most {self.error:.2g} ({self.response})"
+            return f"{gap} + about {self.error:.2g} ({self.response})"
         return f"≥ {gap} (lower bound: {self.response})"
 
 

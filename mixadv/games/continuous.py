@@ -18,7 +18,7 @@ from torch.func import grad_and_value, jacrev, vmap
 from mixadv.ascent import check_integer, check_number
 from mixadv.games import deviations
 from mixadv.games.certificate import Gap
-from mixadv.games.matrix import MatrixGame, numbers
+from mixadv.games.matrix import numbers
 from mixadv.games.spaces import Space, check_points
 
 Payoff = Callable[[Tensor, Tensor], Tensor]
@@ -87,7 +87,7 @@ class ContinuousGame:
         >>> game = ContinuousGame(lambda x, y: (x - y).square().sum(), Box(-1, 1), Box(-1, 1))
         >>> ends = torch.tensor([[-1.0], [1.0]])
         >>> print(game.duality_gap(torch.zeros(1, 1), ends, grid=5))
-        0 + at most 1 (a grid of 5 and 5 points)
+        0 + about 1 (a grid of 5 and 5 points)
     """
 
     def __init__(
@@ -156,9 +156,22 @@ class ContinuousGame:
         return vmap(grad_and_value(self._against(other, side)), chunk_size=chunk)
 
     def particles(self, points: Tensor | Particles) -> Particles:
-        """Return points `[N, dim]` as a strategy of equal weights; a strategy as it is."""
+        """Return points `[N, dim]` as a strategy of equal weights; a strategy in the game's dtype.
+
+        Raises:
+            ValueError: if the weights of a strategy do not belong to its points, or have another
+                sum than 1.
+        """
         if isinstance(points, Particles):
-            return points
+            here = {"dtype": self.dtype, "device": self.device}
+            cloud = Particles(points.points.to(**here), points.log_weights.to(**here))
+            total = cloud.weights.sum().item()
+            if cloud.log_weights.shape != cloud.points.shape[:1] or not abs(total - 1) < 1e-4:
+                raise ValueError(
+                    f"log_weights must be one for each of {len(cloud.points)} points, of weights "
+                    f"with sum 1, got {list(cloud.log_weights.shape)} with sum {total:g}."
+                )
+            return cloud
         points = numbers("points", points, self.dtype, self.device)
         if points.dim() != 2:
             raise ValueError(f"points must be [N, dim], one per row, got {list(points.shape)}.")
@@ -230,7 +243,7 @@ class ContinuousGame:
     # Helpers -------------------------------------------------------------------------------------
 
     def _number(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.payoff(x, y).reshape(())
+        return self.payoff(x, y).reshape(()).to(self.dtype)
 
     def _against(self, other: Particles, side: int) -> Callable[[Tensor], Tensor]:
         """Return the mean payoff of one point against the other side's strategy."""
@@ -274,11 +287,6 @@ class ContinuousGame:
                 f"payoff must be finite on the sets: it is {drawn[i].item()} at "
                 f"x={xs[i].tolist()}, y={ys[i].tolist()}. Without a bound there is no value."
             )
-
-
-def table(game: ContinuousGame, mu: Particles, nu: Particles) -> MatrixGame:
-    """Return the finite game between the points of two strategies."""
-    return MatrixGame(game.payoffs(mu.points, nu.points))
 
 
 def _device(device: Any) -> torch.device:

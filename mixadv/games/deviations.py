@@ -33,7 +33,16 @@ def on_grid(game: ContinuousGame, mu: Particles, nu: Particles, size: int) -> Ga
     to show the payoff's oscillations does not show its slopes either, so there give `lipschitz`.
     """
     xs, ys = (side.points for side in game.grid(size))
-    value = gap(game.losses(xs, nu), game.gains(ys, mu))
+    losses, gains = game.losses(xs, nu), game.gains(ys, mu)
+    for who, nodes, payoffs in (("x", xs, losses), ("y", ys, gains)):
+        bad = (~payoffs.isfinite()).nonzero()
+        if len(bad):
+            i = int(bad[0])
+            raise ValueError(
+                f"payoff must be finite on the sets: its mean at {who}={nodes[i].tolist()} is "
+                f"{payoffs[i].item()}. Without a bound there is no value."
+            )
+    value = gap(losses, gains)
     how = f"a grid of {len(xs)} and {len(ys)} points"
     if not (game.learner.bounded and game.adversary.bounded):
         how += f" within {REACH:g} standard deviations"

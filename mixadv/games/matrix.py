@@ -50,10 +50,14 @@ class MatrixGame:
 
     def losses(self, y: Tensor) -> Tensor:
         """Return what each row pays against the weights y `[..., n]`: Ay, `[..., m]`."""
+        if self.payoff.dim() == 2:
+            return y @ self.payoff.mT
         return (self.payoff @ y[..., None])[..., 0]
 
     def gains(self, x: Tensor) -> Tensor:
         """Return what each column earns against the weights x `[..., m]`: Aᵀx, `[..., n]`."""
+        if self.payoff.dim() == 2:
+            return x @ self.payoff
         return (x[..., None, :] @ self.payoff)[..., 0, :]
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:

@@ -1,119 +1,22 @@
 """How both players of a finite game move: mirror steps in different orders.
 
-A method is a coroutine that never sees the game. It yields the pair of strategies it plays, as
-log-weights, and is sent what each row pays and each column earns against that pair:
-
-    losses, gains = yield Play(x, y)          losses = A·exp(y),  gains = Aᵀ·exp(x)
-
-Bounds are on the duality gap after T steps, r is the range of A, L = log m + log n, both players
-start at the uniform strategy. They are derived in `theory/statements.md`.
+Each method is the coroutine of `mixadv.games.method`. Bounds are on the duality gap after T steps,
+r is the range of A, L = log m + log n, both players start at the uniform strategy. They are derived
+in `theory/statements.md`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mixadv import mirror
 from mixadv.ascent import check_number
-from mixadv.games.matrix import gap
-
-StepSize = float | tuple[float, float] | Literal["auto"]
-Output = Literal["average", "last", "best"]
-
-
-class Play(NamedTuple):
-    """What both players play, as log-weights `[..., m]` and `[..., n]`.
-
-    Attributes:
-        x: the learner's.
-        y: the adversary's.
-        counts: whether it is a step of the method, or only looked at on the way to one.
-    """
-
-    x: Tensor
-    y: Tensor
-    counts: bool = True
-
-
-class Answer(NamedTuple):
-    """What each row pays, `[..., m]`, and what each column earns, `[..., n]`."""
-
-    losses: Tensor
-    gains: Tensor
-
-
-class Scene(NamedTuple):
-    """What a method may know of a game: the range of payoffs, `[..., 1]`, and the steps T."""
-
-    spread: Tensor
-    steps: int
-
-    def over_spread(self, number: float) -> Tensor:
-        """Return number/r, `[..., 1]`; 0 for constant games, where any strategy is best."""
-        # Ranges below 1/largest would make it infinite: their games are constant to rounding.
-        varies = self.spread > 4 * torch.finfo(self.spread.dtype).tiny * max(1.0, number)
-        return torch.where(varies, number / torch.where(varies, self.spread, 1.0), 0.0)
-
-
-def check_step_size(who: str, step_size: Any) -> None:
-    """Raise unless a step size is "auto", a number, or one for each player."""
-    if step_size == "auto":
-        return
-    if isinstance(step_size, str) or (isinstance(step_size, tuple) and len(step_size) != 2):
-        raise ValueError(
-            f"{who}: step_size must be 'auto', a number, or a pair (learner, adversary), got "
-            f"{step_size!r}."
-        )
-    for size in step_size if isinstance(step_size, tuple) else (step_size,):
-        check_number(who, "step_size", size)
-
-
-Players = Generator[Play, Answer, None]
-Pair = tuple[float | Tensor, float | Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A way to play; hyper-parameters only.
-
-    Attributes:
-        step_size: η in 1/payoff, one for both players or a pair, or `"auto"`: the best of the
-            method's bound for the steps that are played.
-        output: the strategies a method's bound is about: their average over the steps, the last,
-            or the best seen, where there is no bound.
-    """
-
-    step_size: StepSize = "auto"
-
-    name: ClassVar[str]
-    paper: ClassVar[str]
-    bound: ClassVar[str]
-    output: ClassVar[Output] = "average"
-
-    def __post_init__(self) -> None:
-        check_step_size(type(self).__name__, self.step_size)
-
-    def play(self, x: Tensor, y: Tensor, scene: Scene) -> Players:
-        """Play from the log-weights x and y."""
-        raise NotImplementedError
-
-    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
-        """Return the step sizes of both players that make the method's bound least."""
-        raise NotImplementedError
-
-    def step_sizes(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
-        """Return the step sizes of both players."""
-        if isinstance(self.step_size, str):
-            return self.best_steps(x, y, scene)
-        if isinstance(self.step_size, tuple):
-            return self.step_size
-        return self.step_size, self.step_size
+from mixadv.games.method import Answer, Method, Output, Play, Players, Scene, StepSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +34,7 @@ class Hedge(Method):
             losses, gains = yield Play(x, y)
             x, y = mirror.step(x, -losses, eta_x, -1), mirror.step(y, gains, eta_y, -1)
 
-    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
+    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
         """Return η = √(8·log m / T) / r, and with n for the adversary."""
 
         def best(actions: int) -> Tensor:
@@ -158,9 +61,10 @@ class AnytimeHedge(Hedge):
         paid, earned = torch.zeros_like(x), torch.zeros_like(y)
         while True:
             losses, gains = yield Play(x, y)
-            paid, earned, step = paid + losses, earned + gains, step + 1
-            x = mirror.step(start_x, -paid, eta_x / math.sqrt(step), -1)
-            y = mirror.step(start_y, earned, eta_y / math.sqrt(step), -1)
+            # In units of the first step: sums of raw payoffs could overflow.
+            paid, earned, step = paid + eta_x * losses, earned + eta_y * gains, step + 1
+            x = mirror.step(start_x, -paid, 1 / math.sqrt(step), -1)
+            y = mirror.step(start_y, earned, 1 / math.sqrt(step), -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +85,7 @@ class OptimisticHedge(Method):
             y = mirror.step(y, 2 * gains - before.gains, eta_y, -1)
             before = answer
 
-    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
+    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
         """Return η = 1/r, the largest that the bound allows."""
         eta = scene.over_spread(1.0)
         return eta, eta
@@ -204,7 +108,7 @@ class MirrorProx(Method):
             losses, gains = yield Play(u, v)
             x, y = mirror.step(x, -losses, eta_x, -1), mirror.step(y, gains, eta_y, -1)
 
-    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
+    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
         """Return η = 2/r, the largest that the bound allows."""
         eta = scene.over_spread(2.0)
         return eta, eta
@@ -214,8 +118,8 @@ class MirrorProx(Method):
 class Magnetic(Method):
     """Mirror descent towards a magnet, the start: its last iterate converges.
 
-    To the equilibrium of the game with entropy, payoff + τ·KL(x‖start) − τ·KL(y‖start), which lies
-    within τ·L of one of the game itself.
+    To the equilibrium of the game with entropy, payoff + τ·KL(x‖start) − τ·KL(y‖start), whose
+    duality gap in the game itself is at most τ·L, if the start is uniform.
 
     Attributes:
         temperature: τ in units of the payoff, or `"auto"`: the best of the bound.
@@ -260,83 +164,10 @@ class Magnetic(Method):
 
         return min(ratios, key=bound) * scene.spread
 
-    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> Pair:
+    def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
         """Return η = 4τ/r², the largest that the bound allows."""
         eta = scene.over_spread(4.0) * self.heat(x, y, scene) * scene.over_spread(1.0)
         return eta, eta
-
-
-@dataclass(frozen=True, kw_only=True)
-class Restarted(Method):
-    """Another method, begun anew from where it has come, in ever longer runs.
-
-    A run of T steps ends at a gap of KL/(ηT), with KL from its start to an equilibrium. It starts
-    from the better of the last run's average and last pair, mixed with a little of the uniform one,
-    a tenth of the gap in units of r: so KL is at most about distance·log(1/gap), the distance at
-    most gap/α for a constant α of the game, and once T is long enough each run divides the gap. α
-    can be arbitrarily small, so there is no bound for all games.
-
-    Attributes:
-        method: what is restarted; `step_size` is handed to it.
-    """
-
-    method: type[Method] = MirrorProx
-
-    name: ClassVar[str] = "restarted"
-    paper: ClassVar[str] = "Applegate et al. 2023, arXiv:2105.12715, for linear programs"
-    bound: ClassVar[str] = "none"
-    output: ClassVar[Output] = "best"
-
-    def play(self, x: Tensor, y: Tensor, scene: Scene) -> Players:
-        """Play runs of growing length, each from the end of the one before."""
-        method, length = self.method(step_size=self.step_size), 16
-        while True:
-            run = _Run(x, y)
-            yield from run.play(method, scene._replace(steps=length), length)
-            x, y, least = run.best()
-            yield Play(x, y)
-            share = (0.1 * least * scene.over_spread(1.0)).clamp(max=0.5)
-            x, y = _with_uniform(x, share), _with_uniform(y, share)
-            length = math.ceil(1.2 * length)
-
-
-def _with_uniform(x: Tensor, share: Tensor) -> Tensor:
-    """Return the log-weights of (1 − share)·x + share·uniform."""
-    return torch.logaddexp(x + (-share).log1p(), (share / x.shape[-1]).log())
-
-
-class _Run:
-    """A few steps of a method from one start, their average and the last of them."""
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.start = x, y
-        self.x, self.y = torch.full_like(x, -math.inf), torch.full_like(y, -math.inf)
-        self.paid, self.earned = torch.zeros_like(x), torch.zeros_like(y)
-
-    def play(self, method: Method, scene: Scene, length: int) -> Players:
-        players = method.play(*self.start, scene)
-        move = next(players)
-        for _ in range(length):
-            while not move.counts:
-                move = players.send((yield move))
-            answer = yield move
-            self.last, self.answer = move, answer
-            # Summed in the log domain: weights that underflow once can come back.
-            self.x, self.y = torch.logaddexp(self.x, move.x), torch.logaddexp(self.y, move.y)
-            self.paid, self.earned = self.paid + answer.losses, self.earned + answer.gains
-            move = players.send(answer)
-        self.x, self.y = self.x.log_softmax(-1), self.y.log_softmax(-1)
-        self.mean = Answer(self.paid / length, self.earned / length)
-
-    def best(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the average or the last pair, whose gap is less in each game, and that gap."""
-        mean, last = gap(*self.mean)[..., None], gap(*self.answer)[..., None]
-        nearer = last < mean
-        x, y = (
-            torch.where(nearer, new, old)
-            for new, old in ((self.last.x, self.x), (self.last.y, self.y))
-        )
-        return x, y, torch.minimum(mean, last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,17 +192,3 @@ class BestResponse(Method):
 def _pure(choice: Tensor, like: Tensor) -> Tensor:
     certain = torch.full_like(like, -math.inf)
     return certain.scatter(-1, choice[..., None], 0.0)
-
-
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        Hedge,
-        AnytimeHedge,
-        OptimisticHedge,
-        MirrorProx,
-        Magnetic,
-        Restarted,
-        BestResponse,
-    )
-}

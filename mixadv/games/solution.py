@@ -12,7 +12,7 @@ from mixadv.games.certificate import Gap
 if TYPE_CHECKING:
     from mixadv.games.continuous import ContinuousGame, Particles
     from mixadv.games.matrix import MatrixGame
-    from mixadv.games.methods import Method
+    from mixadv.games.method import Method
     from mixadv.games.particles import ParticleMethod
 
 
@@ -32,7 +32,7 @@ class Solution:
         method: how.
         learner: the learner's strategy: weights `[..., m]`, or particles.
         adversary: the adversary's.
-        average: both strategies, averaged over the steps.
+        average: both strategies, averaged over the steps; of particles a sample of that.
         last: both strategies of the last step.
         value: mean payoff of `learner` against `adversary`, 0-d or `[g]`; the value of the game
             lies within the gap of it.

@@ -18,9 +18,12 @@ from mixadv.ascent import check_flag, check_integer, check_number
 from mixadv.errors import build
 from mixadv.games.certificate import check_weights, duality_gap
 from mixadv.games.continuous import ContinuousGame, Particles
-from mixadv.games.matrix import MatrixGame, gap
-from mixadv.games.methods import METHODS, Answer, Method, Play, Scene
-from mixadv.games.particles import PARTICLE_METHODS, ParticleMethod, Snapshots
+from mixadv.games.matrix import MatrixGame
+from mixadv.games.means import Means
+from mixadv.games.method import Method, Scene
+from mixadv.games.particles import ParticleMethod
+from mixadv.games.registry import METHODS, PARTICLE_METHODS
+from mixadv.games.snapshots import Snapshots
 from mixadv.games.solution import Pair, Solution
 from mixadv.games.spaces import check_points
 
@@ -87,48 +90,12 @@ def solve(
             return _with_particles(game, chosen, steps, start, tolerance, grid, seed, advance)
         if isinstance(game, ContinuousGame):
             return _on_grid(game, chosen, steps, start, tolerance, grid, advance)
+        if grid is not None:
+            raise ValueError(f"grid={grid!r} is for continuous games; this is a MatrixGame.")
         return _finite(game, chosen, steps, start, tolerance, advance)
 
 
 Advance = Callable[[], object]
-
-
-class Means:
-    """The strategies of a finite game that were played: their mean, the last, the best."""
-
-    def __init__(self, game: MatrixGame, method: Method) -> None:
-        self.game, self.output = game, method.output
-        self.count = 0
-
-    def add(self, play: Play, answer: Answer) -> None:
-        """Take in a step: means in the linear domain, where a mean of strategies is one."""
-        x, y = play.x.exp(), play.y.exp()
-        self.count += 1
-        if self.count == 1:
-            self.mean = [v.clone() for v in (x, y, *answer)]
-            self.least, self.best = gap(*answer), Pair(x, y)
-        else:
-            for mean, new in zip(self.mean, (x, y, *answer), strict=True):
-                mean += (new - mean) / self.count
-        self.last, self.answer = Pair(x, y), answer
-        if self.output == "best":
-            found = gap(*answer)
-            better = (found < self.least)[..., None]
-            self.least = torch.minimum(found, self.least)
-            self.best = Pair(
-                torch.where(better, x, self.best[0]), torch.where(better, y, self.best[1])
-            )
-
-    @property
-    def average(self) -> Pair:
-        """The mean strategies."""
-        return Pair(self.mean[0], self.mean[1])
-
-    def gap(self) -> Tensor:
-        """Return the gap of the method's output; the game is linear, so its answers average."""
-        if self.output == "average":
-            return gap(self.mean[2], self.mean[3])
-        return self.least if self.output == "best" else gap(*self.answer)
 
 
 def _drive(
@@ -169,15 +136,17 @@ def _finite(
 ) -> Solution:
     x, y = (_start(game, side, start) for side in (0, 1))
 
-    def answer(play: Play) -> Answer:
-        return Answer(game.losses(play.y.exp()), game.gains(play.x.exp()))
-
     ledger = Means(game, method)
     players = method.play(x, y, Scene(game.spread[..., None], steps))
     every = math.ceil(steps / RECORDS)
-    recorded, gaps = _drive(players, answer, ledger, steps, every, tolerance, advance)
+    recorded, gaps = _drive(players, ledger.answer, ledger, steps, every, tolerance, advance)
     outputs = {"average": ledger.average, "last": ledger.last}
     played = ledger.best if method.output == "best" else outputs[method.output]
+    if not all(weights.isfinite().all() for weights in played):
+        raise FloatingPointError(
+            f"{method.name}: step size × payoffs overflow in {game.payoff.dtype}: give a smaller "
+            "step_size, or payoffs divided by a constant."
+        )
     return Solution(
         game=game,
         method=method,
@@ -297,10 +266,10 @@ def _start(game: MatrixGame, side: int, start: tuple[Any, Any] | None) -> Tensor
         even = mirror.uniform(shape[-1], dtype=game.payoff.dtype, device=game.payoff.device)
         return even.expand(shape)
     weights = check_weights(f"start[{side}]", start[side], game, side)
-    if weights.shape != shape[-weights.dim() :]:
+    if tuple(weights.shape) not in (shape, shape[-1:]):
         raise ValueError(
-            f"start[{side}] must be weights {list(shape)}, or {list(shape[-1:])} for all games, "
-            f"got {list(weights.shape)}."
+            f"start[{side}] must be weights of shape {list(shape)}, or {list(shape[-1:])} for all "
+            f"games, got {list(weights.shape)}."
         )
     return weights.expand(shape).log()
 

@@ -86,12 +86,19 @@ class Box(Space):
 
     def __post_init__(self) -> None:
         check_integer("Box", "dim", self.dim, 1)
+        given = {len(end) for end in (self.low, self.high) if isinstance(end, Sequence)}
+        if self.dim > 1 or not given:
+            given.add(self.dim)
+        if len(given) > 1 or 0 in given:
+            raise ValueError(
+                f"Box: low={self.low}, high={self.high} and dim={self.dim} differ in their number "
+                "of dimensions."
+            )
+        [dim] = given
         ends = [
-            tuple(end) if isinstance(end, Sequence) else (end,) * self.dim
+            tuple(end) if isinstance(end, Sequence) else (end,) * dim
             for end in (self.low, self.high)
         ]
-        if len(ends[0]) != len(ends[1]) or not ends[0]:
-            raise ValueError(f"Box: low has {len(ends[0])} dimensions and high {len(ends[1])}.")
         for low, high in zip(*ends, strict=True):
             if any(isinstance(end, float) and math.isinf(end) for end in (low, high)):
                 raise ValueError(
@@ -212,10 +219,20 @@ class Ball(Space):
         return geometry.project(x, self.radius)
 
     def grid(self, size: int) -> tuple[Tensor, Tensor]:
-        """Return the nodes of the cube around the ball, those outside projected onto it."""
+        """Return the nodes of the cube around the ball, those outside projected onto it.
+
+        A node weighs as much as lies in the ball of the cell around it, to a fifth of its side.
+        """
         nodes = Box(-self.radius, self.radius, self.dim).grid(size)[0]
-        near = nodes.norm(dim=1) <= self.radius + 2 * self.covering(size)
-        return _even(torch.unique(self.project(nodes[near]), dim=0))
+        nodes = nodes[nodes.norm(dim=1) <= self.radius + self.covering(size)]
+        fifths = (torch.arange(5, dtype=torch.float64) - 2) / 5 * 2 * self.radius / (size - 1)
+        within = torch.cartesian_prod(*[fifths] * self.dim).view(-1, self.dim)
+        inside = (nodes[:, None] + within).norm(dim=2) <= self.radius
+        points, which = torch.unique(self.project(nodes), dim=0, return_inverse=True)
+        least = 1e-3  # a point that is reached by moving alone would never be
+        mass = nodes.new_zeros(len(points))
+        mass = mass.index_add_(0, which, inside.double().mean(1).clamp(min=least))
+        return points, (mass / mass.sum()).log()
 
     def covering(self, size: int) -> float:
         """As in the cube: projection brings no point farther from one of the ball."""

@@ -1,0 +1,100 @@
+"""What a game of particles keeps of the clouds that were played."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mixadv.games.continuous import ContinuousGame, Particles, Slopes
+from mixadv.games.deviations import grid_size
+from mixadv.games.matrix import gap
+from mixadv.games.particles import Clouds, ParticleMethod
+
+KEPT = 8192
+"""Particles kept of the clouds along the way, whose union is the average strategy."""
+
+
+class Snapshots:
+    """The clouds that were played: the last one, and a sample of all of them.
+
+    Play goes in cycles, and a few whole clouds could be but a few phases of a cycle: so a few
+    particles of every cloud are kept instead, unless there is room for all.
+
+    Payoffs are linear in a strategy. So the gap of the average on a grid needs what its nodes pay
+    and earn against the particles that are new since the last record, and the whole history costs
+    what one gap does. Without a grid each record is a search of its own, and there are few.
+    """
+
+    def __init__(
+        self, game: ContinuousGame, method: ParticleMethod, steps: int, grid: int | None
+    ) -> None:
+        self.game, self.output, self.grid = game, method.output, grid
+        self.every, self.share = math.ceil(steps / KEPT), max(1, KEPT // steps)
+        size = grid_size(game, grid)
+        self.nodes = None if size is None else game.grid(size)
+        self.record_every = math.ceil(steps / (5 if self.nodes is None else 50))
+        self.kept: list[Clouds] = []
+        self.count, self.judged, self.draw = 0, 0, game.generator(0)
+        self.paid = self.earned = torch.zeros((), dtype=game.dtype, device=game.device)
+
+    def add(self, play: Clouds, answer: Slopes) -> None:
+        """Take in a step."""
+        self.last = play
+        if self.count % self.every == 0:
+            self.kept.append(Clouds(self._some(play.x), self._some(play.y)))
+        self.count += 1
+
+    def _some(self, cloud: Particles) -> Particles:
+        """Return `share` particles drawn by weight, at even distances of cumulated weight.
+
+        It is cumulated along the first coordinate, where neighbours stand for one another.
+        """
+        if len(cloud.points) <= self.share:
+            return cloud
+        order = cloud.points[:, 0].argsort()
+        cumulated = cloud.weights[order].cumsum(0)
+        begin = torch.rand(1, generator=self.draw, dtype=cumulated.dtype, device=cumulated.device)
+        marks = (torch.arange(self.share, device=begin.device) + begin) / self.share
+        drawn = torch.searchsorted(cumulated, marks * cumulated[-1]).clamp(max=len(order) - 1)
+        return self.game.particles(cloud.points[order[drawn]])
+
+    @property
+    def average(self) -> tuple[Particles, Particles]:
+        """The mean strategies: all kept particles, those of each cloud with the same mass."""
+        return _union(self.kept)
+
+    def gap(self) -> Tensor:
+        """Return the gap of the method's output.
+
+        Raises:
+            FloatingPointError: if the particles have left for infinity.
+        """
+        if not all(cloud.points.isfinite().all() for cloud in (self.last.x, self.last.y)):
+            raise FloatingPointError(
+                f"The particles left for infinity within {self.count} steps: give a step_size "
+                "below 2/smoothness of the payoff, or sets that are bounded."
+            )
+        if self.output == "last" or self.nodes is None:
+            played = self.average if self.output == "average" else (self.last.x, self.last.y)
+            return self.game.duality_gap(*played, grid=self.grid).value
+        new = self.kept[self.judged :]
+        if new:
+            mu, nu = _union(new)
+            paid = self.game.losses(self.nodes[0].points, nu)
+            earned = self.game.gains(self.nodes[1].points, mu)
+            self.paid = self.paid + len(new) * paid
+            self.earned = self.earned + len(new) * earned
+            self.judged = len(self.kept)
+        return gap(self.paid / self.judged, self.earned / self.judged)
+
+
+def _union(clouds: list[Clouds]) -> tuple[Particles, Particles]:
+    share = math.log(len(clouds))
+
+    def joined(sides: list[Particles]) -> Particles:
+        points = torch.cat([side.points for side in sides])
+        return Particles(points, torch.cat([side.log_weights for side in sides]) - share)
+
+    return joined([cloud.x for cloud in clouds]), joined([cloud.y for cloud in clouds])
