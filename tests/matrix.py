@@ -28,7 +28,6 @@ HALVES = "test_zoo.py::test_every_solver_halves_the_loss_and_perturbs_every_samp
 DOORS = "test_recomputation.py::test_three_doors_deliver_the_same_gradients"
 CHECKPOINTED = "test_checkpointing.py::test_checkpointed_rounds_equal_plain_ones"
 AUTOCAST = "gradients_under_autocast_are_those_of_full_precision_within_rounding"
-STATISTICS = "running_statistics_end_as_after_one_forward_per_step"
 FITS = "a_batch_that_does_not_fit_is_freed_and_played_in_smaller_parts"
 COMPILED = "compiled_rounds_equal_plain_ones_and_compile_no_more"
 
@@ -49,7 +48,7 @@ WAYS: dict[str, list[str]] = {
     "dropout": [
         "test_precision.py::test_passes_between_two_steps_share_a_dropout_mask[{solver}-*]"
     ],
-    "BatchNorm": [f"test_precision.py::test_{STATISTICS}[{{solver}}-*]"],
+    "BatchNorm": ["test_game.py::test_a_round_leaves_what_one_forward_leaves[{solver}-*]"],
     "frozen embedding": [
         "test_site.py::test_a_frozen_embedding_is_perturbed_and_stays_frozen[{solver}]"
     ],

@@ -266,10 +266,10 @@ def _start(game: MatrixGame, side: int, start: tuple[Any, Any] | None) -> Tensor
         even = mirror.uniform(shape[-1], dtype=game.payoff.dtype, device=game.payoff.device)
         return even.expand(shape)
     weights = check_weights(f"start[{side}]", start[side], game, side)
-    if weights.shape != shape[-weights.dim() :]:
+    if tuple(weights.shape) not in (shape, shape[-1:]):
         raise ValueError(
-            f"start[{side}] must be weights {list(shape)}, or {list(shape[-1:])} for all games, "
-            f"got {list(weights.shape)}."
+            f"start[{side}] must be weights of shape {list(shape)}, or {list(shape[-1:])} for all "
+            f"games, got {list(weights.shape)}."
         )
     return weights.expand(shape).log()
 
