@@ -3,8 +3,9 @@
     python -m tests.matrix
 
 runs for each cell the tests that prove it, and writes `tests/matrix.md` and README's copy of it. A
-way is registered by one line in `WAYS`; a cell is ✔ if its tests passed, and – where they passed by
-being refused, with the reason that the user reads (`tests.zoo.or_refused` notes it).
+way is registered by one line in `WAYS`; a cell is ✔ if its tests passed, – where they passed by
+being refused, with the reason that the user reads (`tests.zoo.or_refused` notes it), and ✔ with the
+reason where they went on with the change that it names.
 """
 
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import mixadv
-from tests.zoo import REFUSED, TRANSFORMERS
+from tests.zoo import CHANGED, REFUSED, TRANSFORMERS
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "tests" / "matrix.md"
@@ -29,7 +30,23 @@ DOORS = "test_recomputation.py::test_three_doors_deliver_the_same_gradients"
 CHECKPOINTED = "test_checkpointing.py::test_checkpointed_rounds_equal_plain_ones"
 AUTOCAST = "gradients_under_autocast_are_those_of_full_precision_within_rounding"
 FITS = "a_batch_that_does_not_fit_is_freed_and_played_in_smaller_parts"
+INTERRUPTED = "test_an_interrupted_round_leaves_no_trace"
 COMPILED = "compiled_rounds_equal_plain_ones_and_compile_no_more"
+
+TWO = "test_two_processes"
+SCALED = "test_a_scaled_gradient_is_that_of_full_precision_within_rounding"
+OVERFLOWS = "test_a_step_that_overflows_is_left_out_and_nothing_else"
+BY_HAND = "test_training_is_that_of_the_loop_written_by_hand"
+AUTOMATIC = "test_automatic_optimization_clips_accumulates_and_schedules"
+MANUAL = "test_manual_optimization_plays_the_same_rounds"
+BYTES = "test_a_base_of_bytes_that_lets_gradients_through_is_played_on"
+
+
+def tasks(*names: str) -> list[str]:
+    """Return the tests of kinds of models and data."""
+    test = "test_tasks.py::test_every_solver_plays_every_task_or_says_what_to_change"
+    return [f"{test}[{{solver}}-{name}]" for name in names]
+
 
 # What a way is called, and the tests that prove it; * stands for parameters besides the solver.
 WAYS: dict[str, list[str]] = {
@@ -37,11 +54,22 @@ WAYS: dict[str, list[str]] = {
     "`game.backward(closure)`": [f"{DOORS}[{{solver}}]"],
     "`game.loss(closure)`": [f"{DOORS}[{{solver}}]"],
     "gradient accumulation": ["test_game.py::test_micro_batches_accumulate[{solver}]"],
-    "Accelerate": [
-        "test_optimizer.py::test_accelerate_prepares_accumulates_and_skips_steps[{solver}]"
-    ],
-    "loss scaling": ["test_optimizer.py::test_loss_scaling_changes_nothing[{solver}]"],
+    "transformers' Trainer": [f"test_trainer.py::{BY_HAND}[{{solver}}]"],
+    "TRL's SFTTrainer": ["test_trl.py::test_every_solver_trains[{solver}]"],
+    "Accelerate": ["test_accelerate.py::test_prepared_it_accumulates_and_schedules[{solver}-*]"],
+    "Lightning, automatic": [f"test_lightning.py::{AUTOMATIC}[{{solver}}]"],
+    "Lightning, manual: `game.backward`": [f"test_lightning.py::{MANUAL}[{{solver}}-backward]"],
+    "Lightning, manual: `step(closure)`": [f"test_lightning.py::{MANUAL}[{{solver}}-step]"],
+    "DDP, `step(closure)`": [f"test_distributed.py::{TWO}[step: {{solver}}]"],
+    "DDP, `game.loss`": [f"test_distributed.py::{TWO}[loss: {{solver}}]"],
+    "FSDP2, `step(closure)`": [f"test_sharded.py::{TWO}[step: {{solver}}]"],
+    "FSDP2, `game.loss`": [f"test_sharded.py::{TWO}[loss: {{solver}}]"],
     "bf16 autocast": [f"test_precision.py::test_{AUTOCAST}[{{solver}}]"],
+    "fp16 autocast, GradScaler": [
+        f"test_fp16.py::{test}[{{solver}}-*-cpu]" for test in (SCALED, OVERFLOWS)
+    ],
+    "LoRA": ["test_peft.py::test_adapters_alone_are_trained[{solver}-*]"],
+    "LoRA on a base of bytes": [f"test_peft.py::{BYTES}[{{solver}}]"],
     "`torch.compile`": [f"test_compile.py::test_{COMPILED}[{{solver}}]"],
     "gradient checkpointing": [f"{CHECKPOINTED}[{{solver}}-non-reentrant]"],
     "reentrant checkpointing": [f"{CHECKPOINTED}[{{solver}}-reentrant]"],
@@ -55,15 +83,24 @@ WAYS: dict[str, list[str]] = {
     "a hidden layer as the site": [
         "test_site.py::test_no_solver_perturbs_padding_of_a_hidden_layer[{solver}-*]"
     ],
-    "a checkpoint resumed": ["test_resume.py::test_resumed_is_uninterrupted[{solver}-step]"],
     "`mixadv.Schedule`": ["test_schedule.py::test_every_solver_follows_a_schedule[{solver}]"],
+    "a checkpoint resumed": ["test_resume.py::test_resumed_is_uninterrupted[{solver}-step]"],
+    "an interrupt, then more": [f"test_interruptions.py::{INTERRUPTED}[{{solver}}-*-step-*]"],
     "out of memory, then less": [f"test_faults.py::test_{FITS}[{{solver}}-step-*]"],
     "encoders (7 families)": [f"{HALVES}[{f}-{{solver}}]" for f in ENCODERS],
     "decoders (GPT-2, Llama)": [f"{HALVES}[{f}-{{solver}}]" for f in ("gpt2", "llama")],
     "encoder–decoders (T5, BART)": [f"{HALVES}[{f}-{{solver}}]" for f in ("t5", "bart")],
-    "causal language modelling": [f"{HALVES}[llama-causal-{{solver}}]"],
-    "regression": ["test_examples.py::test_every_solver_plays_a_regression[{solver}]"],
-    "vision": [f"{HALVES}[vision-{{solver}}]"],
+    "causal LM, prompts masked": tasks("llama", "gpt2"),
+    "sequence to sequence": tasks("t5", "bart"),
+    "masked LM": tasks("masked"),
+    "token classification": tasks("tagging"),
+    "question answering": tasks("answers"),
+    "multiple choice": tasks("choices"),
+    "pairs in an encoder called twice": tasks("towers"),
+    "similarity scores, regression": tasks("scores"),
+    "images: ViT": tasks("vit"),
+    "images: ResNet": tasks("resnet"),
+    "pixels": tasks("segmentation"),
 }
 
 
@@ -113,7 +150,7 @@ def verdict(tests: list[str], seen: Recorder, reasons: list[str]) -> str:
         return "✔"
     if reason not in reasons:
         reasons.append(reason)
-    return f"–{reasons.index(reason) + 1}"
+    return f"{'✔' if CHANGED.issuperset(tests) else '–'}{reasons.index(reason) + 1}"
 
 
 def table(seen: Recorder) -> str:
@@ -125,7 +162,8 @@ def table(seen: Recorder) -> str:
         lines.append(f"| {way} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"✔ tested, –n refused with reason n; {len(seen.passed)} tests passed to say so.",
+        f"✔ tested, –n refused with reason n, ✔n plays with the change named in n; "
+        f"{len(seen.passed)} tests passed to say so.",
         "",
     ]
     lines += [f"{n}. {reason}" for n, reason in enumerate(reasons, 1)]

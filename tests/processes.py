@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import mixadv
+from tests.zoo import CANNOT, note_refusal
 
-Case = Callable[[int], None]  # of the rank; a function of a module, or a partial one
+Case = Callable[[int], Any]  # of the rank; a function of a module, or a partial one
 SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixadv.SOLVERS} | {
     "ensemble": mixadv.MAT(particles=2, play_as="ensemble", learner_temperature=1e-6, samples=2)
 }
@@ -27,15 +29,43 @@ WORDS, CLASSES, LENGTH = 20, 3, 5
 WAIT = timedelta(seconds=60)  # for a process that waits in vain: a hang is an error
 
 
-def judge(cases: dict[str, Case], folder: Path) -> dict[str, str]:
-    """Return what went wrong on two processes, by case: an empty text for nothing."""
+class Verdict(NamedTuple):
+    """What came of a case on two processes."""
+
+    wrong: str  # an empty text for nothing
+    refused: str  # the reason of a case that was refused, and has to be
+
+    def hold(self) -> None:
+        """Fail where something went wrong; note a refusal."""
+        assert not self.wrong, self.wrong
+        if self.refused:
+            note_refusal(self.refused)
+
+
+def judge(cases: dict[str, Case], folder: Path) -> dict[str, Verdict]:
+    """Run cases on two processes; a case that is refused returns the reason."""
     with suppress(ProcessException):  # written down, and the cases that follow are not run
         torch.multiprocessing.spawn(_work, (cases, str(folder)), nprocs=2)
-    files = {name: [folder / f"{i}.{rank}" for rank in range(2)] for i, name in enumerate(cases)}
-    return {
-        name: "\n".join(f.read_text() if f.exists() else "not run" for f in both).strip()
-        for name, both in files.items()
-    }
+    verdicts = {}
+    for number, name in enumerate(cases):
+        wrong = [_read(folder / f"{number}.{rank}", "not run") for rank in range(2)]
+        reason = _read(folder / f"{number}.refused", "")
+        verdicts[name] = Verdict("\n".join(wrong).strip(), reason)
+    return verdicts
+
+
+def _read(file: Path, otherwise: str) -> str:
+    return file.read_text() if file.exists() else otherwise
+
+
+def refusal(solver: mixadv.Solver, way: str, run: Callable[[], Any]) -> str | None:
+    """Return why a solver refuses what is run, None where it has no reason to."""
+    why = CANNOT.get((solver.name, way))
+    if why is None:
+        return None
+    with pytest.raises(mixadv.GameError, match=why) as caught:
+        run()
+    return str(caught.value)
 
 
 def _work(rank: int, cases: dict[str, Case], folder: str) -> None:
@@ -46,11 +76,13 @@ def _work(rank: int, cases: dict[str, Case], folder: str) -> None:
     for number, case in enumerate(cases.values()):
         said = Path(folder, f"{number}.{rank}")
         try:
-            case(rank)
+            reason = case(rank)
         except BaseException:
             said.write_text(traceback.format_exc())
             raise
         said.write_text("")
+        if reason and rank == 0:
+            Path(folder, f"{number}.refused").write_text(reason)
     dist.barrier()
     dist.destroy_process_group()
 

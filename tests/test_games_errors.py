@@ -183,7 +183,7 @@ ASKED = {
     "start of another size": (
         lambda: solve(PENNIES, start=([0.5, 0.5], [1.0])),
         ValueError,
-        ("start[1]", "[2]", "[1]"),
+        ("start[1]", "[..., 2]", "[1]"),
     ),
     "start off the simplex": (
         lambda: solve(PENNIES, start=([0.5, 0.6], [0.5, 0.5])),

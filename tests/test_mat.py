@@ -76,7 +76,8 @@ def test_damping_has_its_closed_form(damping, round_damping, steps, seed):
     torch.manual_seed(seed)
     theta = nn.Parameter(torch.randn(4, dtype=torch.float64))
     base = torch.optim.SGD([theta], lr=0.5)
-    Learner(steps=steps, damping=damping, round_damping=round_damping).bind(base, 0)
+    learner = Learner(steps=steps, damping=damping, round_damping=round_damping)
+    learner.bind(base, 0)  # which holds it weakly
     for _ in range(2):
         start = theta.detach().clone()
         gradients = torch.randn(steps, 4, dtype=torch.float64)

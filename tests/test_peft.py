@@ -126,13 +126,16 @@ class Quantised(nn.Module):
         return F.linear(x, (self.weight.to(x.dtype) - 128) * self.scale, self.bias)
 
 
-@pytest.mark.parametrize("name", [n for n in mixadv.SOLVERS if n != "freeat"])
-def test_a_base_of_bytes_that_lets_gradients_through_is_played_on(name: str, tmp_path: Path):
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_a_base_of_bytes_that_lets_gradients_through_is_played_on(name: str):
     p = adapted("bert")
     for layer in p.model.base_model.model.bert.encoder.layer:
         layer.intermediate.dense = Quantised(layer.intermediate.dense)
     before, trainable = state(p.model), adapters(p.model)
-    trained(tmp_path, mixadv.solver(name), given={"model": p.model})
+    base = torch.optim.SGD(p.model.parameters(), lr=0.5)
+    optimizer = mixadv.wrap(base, p.model, mixadv.solver(name))
+    for _ in range(2):
+        optimizer.step(p.closure())
     assert moved(p.model, before) == trainable
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import mixadv
 from tests.test_trainer import alone  # noqa: F401
-from tests.zoo import PAD, assert_same, player
+from tests.zoo import PAD, assert_same, or_refused, player
 
 pytest.importorskip("trl", reason="SFTTrainer is TRL's")
 pytest.importorskip("peft", reason="adapters are PEFT's")
@@ -116,6 +116,17 @@ def test_a_solver_that_compares_predictions_gets_logits_and_the_same_loss(tmp_pa
     solver = dataclasses.replace(solver, radius=0.5)
     trainer = trained(tmp_path, AdversarialSFTTrainer, {"solver": solver}, **options)
     assert min(logged(trainer, "payoff")) > 0
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@or_refused("Trainer")
+def test_every_solver_trains(name: str, tmp_path: Path):
+    given = {"solver": mixadv.solver(name)}
+    trainer = trained(tmp_path, AdversarialSFTTrainer, given, max_steps=1)
+    assert trainer.game.round == 2
+    assert logged(trainer, "radius")[0] > 0
+    before = player("llama-causal").model.parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
 
 
 def test_logits_that_do_not_exist_are_refused(tmp_path: Path):
