@@ -336,22 +336,29 @@ class Game:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Swap in the running average of θ over closed rounds, for evaluation."""
-        average = self._kept("average", "average='uniform'")
+        """Swap in the running average of θ over closed rounds, for evaluation.
+
+        Before a round has closed, evaluation runs at the weights there are.
+        """
+        learner = self.learner
+        if learner is None or learner.average_decay is None:
+            raise GameError(
+                f"{type(self.solver).__name__} keeps no average of θ: build the solver with "
+                "average='uniform', or evaluate the weights as they are."
+            )
         if self._busy:
             raise GameError("averaged() swaps weights: use it between rounds, not within one.")
-        assert self.learner is not None
-        with parallel.swapped(self.model, average):
-            self.learner.swapped = True
+        with parallel.swapped(self.model, learner.average):
+            learner.swapped = True
             try:
                 yield
             finally:
-                self.learner.swapped = False
+                learner.swapped = False
 
     @property
     def learner_samples(self) -> list[dict[str, Tensor]]:
         """The last R samples of θ by parameter name, oldest first."""
-        return [self.named(sample) for sample in self._kept("samples", "samples=8")]
+        return [self.named(sample) for sample in self._samples()]
 
     def mixture(self, forward: Callable[[], Any]) -> Tensor:
         """Return the log-probabilities of the mixture of the kept learner samples, `[B, C]`.
@@ -361,7 +368,7 @@ class Game:
         """
         probabilities = []
         with no_grad():
-            for sample in self._kept("samples", "samples=8"):
+            for sample in self._samples():
                 result = functional(self.model, sample, forward)()
                 logits = result if isinstance(result, Tensor) else result.logits
                 wide = torch.promote_types(logits.dtype, torch.float32)
@@ -379,12 +386,12 @@ class Game:
         named = self.model.named_parameters()
         return {name: weights[p].to(p.dtype) for name, p in named if p in weights}
 
-    def _kept(self, name: str, how: str) -> Any:
-        kept = None if self.learner is None else getattr(self.learner, name)
+    def _samples(self) -> list[dict[Tensor, Tensor]]:
+        kept = [] if self.learner is None else [*self.learner.samples]
         if not kept:
             raise GameError(
-                f"The game keeps no {name} of θ yet: build the solver with {how} and play at least "
-                f"one whole round ({type(self.solver).__name__} so far played {self.round})."
+                "The game keeps no samples of θ yet: build the solver with samples=8 and play at "
+                f"least one round ({type(self.solver).__name__} so far played {self.round})."
             )
         return kept
 

@@ -69,7 +69,7 @@ WAYS: dict[str, list[str]] = {
         f"test_fp16.py::{test}[{{solver}}-*-cpu]" for test in (SCALED, OVERFLOWS)
     ],
     "LoRA": ["test_peft.py::test_adapters_alone_are_trained[{solver}-*]"],
-    "LoRA on a base of bytes": [f"test_peft.py::{BYTES}[{{solver}}]"],
+    "LoRA on a quantised base": [f"test_peft.py::{BYTES}[{{solver}}]"],
     "`torch.compile`": [f"test_compile.py::test_{COMPILED}[{{solver}}]"],
     "gradient checkpointing": [f"{CHECKPOINTED}[{{solver}}-non-reentrant]"],
     "reentrant checkpointing": [f"{CHECKPOINTED}[{{solver}}-reentrant]"],

@@ -439,7 +439,10 @@ def test_a_closure_that_cannot_be_played_is_refused_in_the_first_round(
     assert_same(fingerprint(setting.model, optimizer), found)
 
 
-@pytest.mark.parametrize(("name", "word"), CANNOT)
+ELSEWHERE = ("Trainer", "loss of shards")  # tested with what they are about
+
+
+@pytest.mark.parametrize(("name", "word"), [c for c in CANNOT if c[1] not in ELSEWHERE])
 def test_what_a_solver_cannot_play_leaves_no_trace(name: str, word: str):
     p, site, how = small(), None, word if word in ("backward", "loss") else "step"
     if word == "hidden layer":
@@ -581,10 +584,10 @@ def test_a_head_that_starts_at_zero_is_warned_of_and_trained(name: str):
 
 def test_evaluation_asks_for_what_it_needs():
     player = small()
+    with pytest.raises(GameError, match=words("PGD", "average", "average='uniform'")):
+        mixadv.Game(player.model, PGD()).averaged().__enter__()
     optimizer = wrap(SGD(player.model.parameters(), lr=0.1), player.model, MAT(learner_steps=2))
     game = optimizer.game
-    with pytest.raises(GameError, match=words("average", "average='uniform'", "MAT")):
-        game.averaged().__enter__()
     with pytest.raises(GameError, match=words("samples", "samples=8")):
         _ = game.learner_samples
     optimizer.step(player.closure())

@@ -180,15 +180,16 @@ def test_validation_sees_no_adversary_and_may_see_the_average(tmp_path: Path) ->
         def validation_step(self, batch: Tensor, index: int) -> None:
             closure = self.closure(batch)
             plain, played = closure()[0], self.game.loss(closure)
-            with self.game.averaged() if self.game.round else nullcontext():
+            with self.game.averaged():
                 self.losses.append((plain, played, closure()[0]))
 
     module = Validating("mat")
     module.losses = []
-    settings = {"max_epochs": 3, "num_sanity_val_steps": 0}
+    settings = {"max_epochs": 3, "num_sanity_val_steps": 2}
     trainer(tmp_path, **settings).fit(module, batches(), batches())
-    assert len(module.losses) == 3 * BATCHES
-    for plain, played, average in module.losses:
+    assert len(module.losses) == 2 + 3 * BATCHES
+    assert all(torch.equal(average, plain) for plain, _, average in module.losses[:2])
+    for plain, played, average in module.losses[2:]:
         assert torch.equal(plain, played)
         assert not torch.equal(plain, average)
 

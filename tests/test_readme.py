@@ -1,16 +1,21 @@
 """README is true: code runs, commands exist, the table is the registry, links lead somewhere."""
 
+import functools
 import importlib
 import json
 import re
 import shlex
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
+import lightning
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import nn
@@ -38,7 +43,9 @@ def blocks(*languages: str) -> Iterator[tuple[int, str]]:
 def prelude() -> dict[str, Any]:
     """Return what the text of README takes for granted: a model, its data, a training loop."""
     model, batch, _ = player("bert", rows=8)
+    quiet: Any = {"use_cpu": True, "disable_tqdm": True, "report_to": []}
     return {
+        "arguments": transformers.TrainingArguments(max_steps=3, **quiet),  # resets accelerators
         "torch": torch,
         "nn": nn,
         "F": F,
@@ -49,7 +56,9 @@ def prelude() -> dict[str, Any]:
         "loader": [batch, batch],
         "optimizer": torch.optim.AdamW(model.parameters(), lr=2e-5),
         "scheduler": SimpleNamespace(step=lambda: None),
-        "accelerator": SimpleNamespace(backward=lambda loss: loss.backward()),
+        "accelerator": accelerate.Accelerator(cpu=True),
+        "device": "cpu",
+        "rows": [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)],
     }
 
 
@@ -67,8 +76,21 @@ def commands(program: str) -> list[list[str]]:
     ]
 
 
-def test_every_python_block_runs_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give a group of one process, a compiler that is quick, and a folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("alone")
+def test_every_python_block_runs_one_after_another():
     variables = prelude()
     found = list(blocks("python"))
     assert found
@@ -76,6 +98,11 @@ def test_every_python_block_runs_one_after_another(tmp_path: Path, monkeypatch: 
         exec(compile("\n" * line + block, "README.md", "exec"), variables)
     assert isinstance(variables["optimizer"], mixadv.GameOptimizer)
     assert all(p.isfinite().all() for p in variables["model"].parameters())
+    module = variables["Classifier"](player("bert", rows=8).model)
+    loop = lightning.Trainer(max_epochs=2, accelerator="cpu", logger=False, default_root_dir=".")
+    with warnings.catch_warnings(action="ignore"):  # Lightning's: few workers, no logger, …
+        loop.fit(module, *2 * [torch.utils.data.DataLoader(variables["rows"], 4)])
+    assert module.game.learner.rounds == 2
 
 
 def test_every_make_command_is_a_target():

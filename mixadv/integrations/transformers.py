@@ -232,9 +232,7 @@ class Adversarial(Base):
 
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
         """Evaluate, at the learner's average where there is one."""
-        made = wrapped(self.optimizer)
-        learner = None if made is None else made.game.learner
-        if learner is None or not self.evaluate_average or not learner.average:
+        if not self.averages or wrapped(self.optimizer) is None:
             return super().evaluation_loop(*arguments, **keywords)
         with self.game.averaged():
             return super().evaluation_loop(*arguments, **keywords)
