@@ -5,7 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadv.site import Pass, Site
+from mixadv import parallel, scaling
+from mixadv.errors import GameError
+from mixadv.stage import Stage, without_autocast
+
+_NOT_PASS_BY_PASS = (
+    "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss needs for {}: "
+    "set use_reentrant=False, or use game.backward."
+)
+_NOT_SHARDED = (
+    "game.loss differentiates each pass of {} by itself, and weights that are sharded by "
+    "fully_shard get their gradients from a whole backward: use game.backward."
+)
 
 
 class _Carried(torch.autograd.Function):
@@ -35,22 +46,55 @@ def _retained(ctx: Any) -> bool:
         return False
 
 
-def attach(
-    objective: Tensor,
-    carried: dict[Tensor, Tensor],
-    earlier: Tensor,
-    passes: list[Pass],
-    site: Site,
-) -> Tensor:
-    """Return a loss that carries the earlier passes, and those that its backward recomputes."""
-    recomputable: list[Pass] = [p for p in passes if p.recomputable]
-    if not carried and not recomputable:
-        return objective
+class Carried:
+    """Gradients of a round's earlier passes, which ride along with its last objective."""
 
-    def end() -> None:
-        recomputable.clear()
-        site.detach()
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.gradients: dict[Tensor, Tensor] = {}
+        self.value = torch.zeros(())
 
-    earlier = earlier.to(objective)
-    gradients = list(carried.values())
-    return _Carried.apply(objective, earlier, gradients, end, *carried)  # pyright: ignore
+    def add(self, objective: Tensor) -> None:
+        """Differentiate a pass: gradients of weights are carried, δ's are left in its `.grad`."""
+        stage, game = self.stage, self.stage.game
+        if parallel.sharded(game.model):
+            raise GameError(_NOT_SHARDED.format(type(game.solver).__name__))
+        if game.leaf_backward:
+            raise GameError(_NOT_PASS_BY_PASS.format(type(game.solver).__name__))
+        points = [] if stage.played is None else stage.played.points
+        inputs = [p for p in [*stage.parameters, *points] if p.requires_grad]
+        scale = scaling.following(stage.memory, objective, 1) if game.scaling else None
+        weight = None if scale is None else scale.to(objective.dtype)
+        try:
+            with without_autocast(objective):
+                gradients = torch.autograd.grad(objective, inputs, weight, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise GameError(_NOT_PASS_BY_PASS.format(type(game.solver).__name__)) from error
+        stage.theta_backwards += 1
+        self.value = self.value.to(objective) + objective.detach()
+        if scale is not None:
+            scaling.follow(stage.memory, scale, [g for g in gradients if g is not None])
+        for tensor, gradient in zip(inputs, gradients, strict=True):
+            if any(tensor is point for point in points):
+                tensor.grad = gradient  # `Stage.move` divides by what has come in
+            elif gradient is not None:
+                part = gradient if scale is None else scaling.divided(gradient, scale)
+                before = self.gradients.get(tensor)
+                self.gradients[tensor] = part if before is None else part + before
+
+    def attach(self, objective: Tensor) -> Tensor:
+        """Return a loss that delivers what is carried, and ends what its backward recomputes."""
+        self.stage.theta_backwards += 1  # the caller's
+        recomputable = [p for p in self.stage.passes if p.recomputable]
+        if not self.gradients and not recomputable:
+            return objective
+        site = self.stage.game.site
+
+        def end() -> None:
+            recomputable.clear()
+            site.detach()
+
+        value, gradients = self.value.to(objective), list(self.gradients.values())
+        return _Carried.apply(objective, value, gradients, end, *self.gradients)  # pyright: ignore

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from mixadv import first_round, parallel, scaling, validate
 from mixadv.ascent import check_flag
-from mixadv.carried import attach
+from mixadv.carried import Carried
 from mixadv.closure import Closure, read
 from mixadv.compiled_site import place
 from mixadv.errors import GameError, check_entries
@@ -25,17 +25,8 @@ from mixadv.replay import Noise, Slot
 from mixadv.representation import Representation
 from mixadv.schedule import Schedule
 from mixadv.solvers.base import Solver
-from mixadv.stage import Stage, Step, no_grad, without_autocast
+from mixadv.stage import Stage, Step, no_grad
 from mixadv.strategy import Strategy
-
-_NOT_PASS_BY_PASS = (
-    "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss needs for {}: "
-    "set use_reentrant=False, or use game.backward."
-)
-_NOT_SHARDED = (
-    "game.loss differentiates each pass of {} by itself, and weights that are sharded by "
-    "fully_shard get their gradients from a whole backward: use game.backward."
-)
 
 
 class Game:
@@ -150,16 +141,13 @@ class Game:
             return read(closure()).objective
         self._refuse_replays()
         with self.stage(closure, check) as stage:
-            carried: dict[Tensor, Tensor] = {}
-            earlier = torch.zeros(())
+            carried = Carried(stage)
             for objective, last in self.plays(stage):
                 if last:
-                    result = attach(objective, carried, earlier, stage.passes, self.site)
-                    stage.theta_backwards += 1  # the caller's
+                    result = carried.attach(objective)
                     self.finish(stage, result.detach(), 1)
                     return result
-                self._differentiate(objective, carried, stage)
-                earlier = earlier.to(objective) + objective.detach()
+                carried.add(objective)
         raise AssertionError("unreachable: plays() ends with a step or raises")
 
     def _refuse_replays(self) -> None:
@@ -169,35 +157,6 @@ class Game:
                 "over one batch, which a loop that owns the step cannot: call "
                 "optimizer.step(closure) of the wrapped optimizer."
             )
-
-    def _differentiate(
-        self, objective: Tensor, carried: dict[Tensor, Tensor], stage: Stage
-    ) -> None:
-        """Add the gradients of a pass to those carried, and leave δ's in its `.grad`."""
-        if parallel.sharded(self.model):
-            raise GameError(_NOT_SHARDED.format(type(self.solver).__name__))
-        if self.leaf_backward:
-            raise GameError(_NOT_PASS_BY_PASS.format(type(self.solver).__name__))
-        points = [] if stage.played is None else stage.played.points
-        inputs = [p for p in [*self.parameters(), *points] if p.requires_grad]
-        scale = scaling.following(stage.memory, objective, 1) if self.scaling else None
-        weight = None if scale is None else scale.to(objective.dtype)
-        try:
-            with without_autocast(objective):
-                gradients = torch.autograd.grad(objective, inputs, weight, allow_unused=True)
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error):
-                raise
-            raise GameError(_NOT_PASS_BY_PASS.format(type(self.solver).__name__)) from error
-        stage.theta_backwards += 1
-        if scale is not None:
-            scaling.follow(stage.memory, scale, [g for g in gradients if g is not None])
-        for tensor, gradient in zip(inputs, gradients, strict=True):
-            if any(tensor is point for point in points):
-                tensor.grad = gradient  # `Stage.move` divides by what has come in
-            elif gradient is not None:
-                part = gradient if scale is None else scaling.divided(gradient, scale)
-                carried[tensor] = part + carried[tensor] if tensor in carried else part
 
     @contextmanager
     def stage(self, closure: Closure, check: bool = False) -> Iterator[Stage]:
