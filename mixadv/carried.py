@@ -75,7 +75,8 @@ class Carried:
         stage.theta_backwards += 1
         self.value = self.value.to(objective) + objective.detach()
         if scale is not None:
-            scaling.follow(stage.memory, scale, [g for g in gradients if g is not None])
+            given = [g for g in gradients if g is not None]
+            scaling.follow(stage.memory, scale, given, most=False)
         for tensor, gradient in zip(inputs, gradients, strict=True):
             if any(tensor is point for point in points):
                 tensor.grad = gradient  # `Stage.move` divides by what has come in

@@ -1,7 +1,7 @@
 """What a closure returns, read into a loss and predictions."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,12 +66,13 @@ class Reading(NamedTuple):
             return (values * real).sum(-1) / real.sum(-1).clamp(min=1)
 
 
-def read(result: Any, context: Mapping[str, Any] | None = None, model: Any = None) -> Reading:
+def read(result: Any, contexts: Sequence[Mapping[str, Any]] = (), model: Any = None) -> Reading:
     """Return the loss and predictions in a closure's result.
 
     Args:
         result: what the closure returned.
-        context: arguments of the model's call; its masks and labels tell the tokens that count.
+        contexts: arguments of the model's call, and of modules within, whose masks and labels
+            tell the tokens that count; labels in the result itself come first.
         model: which was called; its kind tells to which token a prediction belongs.
 
     Raises:
@@ -95,7 +96,8 @@ def read(result: Any, context: Mapping[str, Any] | None = None, model: Any = Non
             "(loss, logits) with logits of that shape from the closure: those of pixels "
             "[B, C, H, W] as logits.flatten(2).mT, and the loss alone where none are compared."
         )
-    return Reading(loss, predictions, _counting(predictions, context or {}, model))
+    own = [result] if isinstance(result, Mapping) else []
+    return Reading(loss, predictions, _counting(predictions, [*own, *contexts], model))
 
 
 def _split(result: Any) -> tuple[Any, Any]:
@@ -118,7 +120,9 @@ def _logits(get: Callable[[str], Any]) -> Tensor | None:
     return get("logits")
 
 
-def _counting(predictions: Tensor | None, context: Mapping[str, Any], model: Any) -> Tensor | None:
+def _counting(
+    predictions: Tensor | None, contexts: Sequence[Mapping[str, Any]], model: Any
+) -> Tensor | None:
     """Return the mask of the predictions `[B, n, C]` that count, if one is known.
 
     They belong to real tokens, and to such as the loss is computed at, in samples that have any.
@@ -126,10 +130,12 @@ def _counting(predictions: Tensor | None, context: Mapping[str, Any], model: Any
     if predictions is None or predictions.dim() != 3:
         return None
     decoded = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    mask = context.get("decoder_attention_mask" if decoded else "attention_mask")
-    real = mask > 0 if _fits(mask, predictions) else None
-    labels = context.get("labels")
-    if not _fits(labels, predictions) or labels.is_floating_point():
+    mask = _fitting(
+        contexts, "decoder_attention_mask" if decoded else "attention_mask", predictions
+    )
+    real = None if mask is None else mask > 0
+    labels = _fitting(contexts, "labels", predictions)
+    if labels is None or labels.is_floating_point():
         return real
     labelled = labels >= 0  # others are -100
     if not decoded and _causal(model):
@@ -140,8 +146,10 @@ def _counting(predictions: Tensor | None, context: Mapping[str, Any], model: Any
     return torch.where(labelled.any(1, keepdim=True), labelled, real)
 
 
-def _fits(mask: Any, predictions: Tensor) -> TypeGuard[Tensor]:
-    return isinstance(mask, Tensor) and mask.shape == predictions.shape[:2]
+def _fitting(contexts: Sequence[Mapping[str, Any]], name: str, like: Tensor) -> Tensor | None:
+    """Return the first of this name with an entry for each token of the predictions."""
+    found = (context.get(name) for context in contexts)
+    return next((x for x in found if isinstance(x, Tensor) and x.shape == like.shape[:2]), None)
 
 
 def _causal(model: Any) -> bool:

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from mixadv import parallel, routes, validate
 from mixadv.ascent import Ascent
+from mixadv.carried import Carried
 from mixadv.closure import Closure, Reading, read
 from mixadv.compiled_site import CompiledSite
 from mixadv.divergence import divergence
 from mixadv.errors import GameError
+from mixadv.explain import passes
 from mixadv.geometry import norms
 from mixadv.replay import Noise, Replay
 from mixadv.scaling import KEY, Formats
@@ -166,16 +168,32 @@ def _measure_scaling(stage: Stage) -> list[Tensor]:
     gradients: list[Tensor] = []
     with stage.frozen():
         for _ in range(_TRIES):
-            reading = stage.run(_measuring([], leaves := []))
-            gradients = stage.differentiate(reading.objective, leaves)
-            if any(bool(g.any()) for g in gradients) and all(g.isfinite().all() for g in gradients):
+            before = stage.memory.get(KEY)
+            values = stage.reader("loss")(stage.run(_measuring([], leaves := [])), 1)
+            gradients = stage.differentiate(values, leaves)
+            settled = before is not None and bool(before[0] == stage.memory[KEY][0])
+            if parallel.agreed(settled and any(bool(g.any()) for g in gradients), gradients[0]):
                 break
-        game.memory = {KEY: stage.memory[KEY], **game.memory}
+    counted = passes(game.solver)
+    carries = counted.theta_backwards > counted.steps and not game.solver.replays_batch
+    if carries and not (game.leaf_backward or parallel.sharded(game.model)):
+        _measure_carried(stage)
+    game.memory = {KEY: stage.memory[KEY], **game.memory}
+    with stage.frozen():
         predictions = stage.run(_measuring([], leaves := [])).predictions
         if predictions is not None and all(len(x) == len(predictions) for x in leaves):
             reached = stage.differentiate(predictions[0].sum(), leaves)
             game.scaling = "batch" if any(bool(g[1:].any()) for g in reached) else "sample"
     return gradients
+
+
+def _measure_carried(stage: Stage) -> None:
+    """Lower the scale until gradients of weights, which `game.loss` carries, are finite."""
+    for _ in range(_TRIES):
+        before = stage.memory[KEY][0]
+        Carried(stage).add(stage.run(lambda *_: None).objective)
+        if bool(before <= stage.memory[KEY][0]):
+            break
 
 
 def _measuring(

@@ -267,7 +267,7 @@ class Game:
         self.strategy = q
         self.outcome = Outcome(
             objective=objective / steps,
-            loss=stage.first_loss,
+            clean_loss=stage.clean_loss,
             payoff=stage.payoff,
             radius=radius,
             entropy=entropy,
@@ -308,11 +308,11 @@ class Game:
         if self._busy:
             raise GameError("averaged() swaps weights: use it between rounds, not within one.")
         with parallel.swapped(self.model, learner.average):
-            learner.swapped = True
+            outer, learner.swapped = learner.swapped, True
             try:
                 yield
             finally:
-                learner.swapped = False
+                learner.swapped = outer
 
     @property
     def learner_samples(self) -> list[dict[str, Tensor]]:

@@ -12,7 +12,7 @@ class Outcome:
 
     Attributes:
         objective: what the learner minimised, averaged over the round's optimizer steps.
-        loss: task loss of the learner's first pass: clean, where the solver has a clean pass.
+        clean_loss: task loss of the first clean pass, where the solver runs one.
         payoff: the adversary's payoff at the last points where it was evaluated.
         radius: mean norm of the δ played, in the solver's norm and in units of the site.
         entropy: entropy of the strategy played in nats, 0 for a pure one.
@@ -25,7 +25,7 @@ class Outcome:
     """
 
     objective: Tensor
-    loss: Tensor | None
+    clean_loss: Tensor | None
     payoff: Tensor | None
     radius: Tensor | None
     entropy: Tensor | None

@@ -23,6 +23,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def agreed(flag: bool, like: Tensor) -> bool:
+    """Return whether a flag holds on all processes; the tensor is on the device they talk by."""
+    if world_size() == 1:
+        return flag
+    every = torch.tensor(float(flag), device=like.device)
+    dist.all_reduce(every, dist.ReduceOp.MIN)
+    return bool(every)
+
+
 @contextmanager
 def local(model: nn.Module) -> Iterator[None]:
     """Keep the gradients of the body's passes on this process: no all-reduce follows them.

@@ -5,8 +5,8 @@
 A loss scaler multiplies the learner's loss alone. A payoff that is computed from predictions shows
 how large its gradient is where fp16 begins: s brings the largest entry there near 16, for each
 sample by itself where no sample reaches another's predictions. A loss that the model computes hides
-that place: s follows the largest entry of the last gradient, one for the batch. Nothing is read
-from the device.
+that place: s follows the largest entry of the last gradient, one for the batch, and stays well below
+what overflowed on the way there. Nothing is read from the device.
 """
 
 from collections.abc import Iterable
@@ -18,10 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 Scaling = Literal["sample", "batch"]
 
-KEY = "scale"  # in a stage's memory: the scale that follows
-_FIRST = 2.0**8
-_STRIDE = 2.0**8  # where the last gradient was nothing but zeros, or held no finite number
+KEY = "scale"  # in a stage's memory: the scale that follows, its bound, 1 if it held last time
 _LARGEST = 2.0**24
+_FIRST = (2.0**8, _LARGEST, 1.0)
+_STRIDE = 2.0**8  # where the last gradient was nothing but zeros, or overflowed
+_RELAXED = 2.0 ** (1 / 256)  # of the bound, with each gradient that does not overflow
 _GOAL = 2.0**4  # of the largest entry: some vanishes on the way to δ, sums such as θ's grow
 
 
@@ -70,21 +71,36 @@ def of_predictions(values: Tensor, predictions: Tensor | None, scaling: Scaling)
 
 def following(memory: dict[str, Tensor], values: Tensor, samples: int) -> Tensor:
     """Return the scale that follows, 0-d; `values` are of `samples` each."""
-    scale = memory.get(KEY, torch.tensor(_FIRST)).to(values.device)
+    scale = memory.get(KEY, torch.tensor(_FIRST))[0].to(values.device)
     if values.dtype == torch.float16:  # which it is written into
         return scale.clamp(max=2.0**15 / samples)
     return scale
 
 
-def follow(memory: dict[str, Tensor], scale: Tensor, gradients: Iterable[Tensor]) -> None:
-    """Let the scale follow the gradients that came of it."""
+def follow(
+    memory: dict[str, Tensor], scale: Tensor, gradients: Iterable[Tensor], most: bool = True
+) -> None:
+    """Let the scale follow the gradients that came of it.
+
+    Args:
+        memory: where it is kept.
+        scale: with which they were computed.
+        gradients: which came of it.
+        most: of their entries have to be finite, for one sample may be broken by itself; else all.
+    """
     given = [g.detach() for g in gradients]
     largest = torch.stack([torch.where(g.isfinite(), g, 0).abs().amax().float() for g in given])
-    finite = torch.stack([g.isfinite().all() for g in given]).all()
-    blind = torch.where(finite, _STRIDE, 1 / _STRIDE)
-    largest = largest.amax()
-    scale = scale * torch.where(largest > 0, _over(_GOAL, largest), blind)
-    memory[KEY] = scale.clamp(1 / _LARGEST, _LARGEST)
+    broken = torch.stack([(~g.isfinite()).sum() for g in given]).sum()
+    whole = torch.stack([(g.isfinite() & (g != 0)).sum() for g in given]).sum()
+    held, largest = broken <= whole * most, largest.amax()
+    grown = scale * torch.where(largest > 0, _over(_GOAL, largest), _STRIDE)
+    *_, bound, trusted = memory.get(KEY, torch.tensor(_FIRST)).to(scale.device)
+    lifted = torch.where(largest > 0, bound * _RELAXED, torch.maximum(bound, grown))
+    # What overflows again right after a cut is broken whatever the scale.
+    lowered = torch.where(trusted > 0, scale / _STRIDE, bound)
+    bound = torch.where(held, lifted, lowered).clamp(1 / _LARGEST, _LARGEST)
+    scale = torch.where(held, torch.minimum(grown, bound.log2().floor().exp2()), scale / _STRIDE)
+    memory[KEY] = torch.stack([scale.clamp(1 / _LARGEST, _LARGEST), bound, held.to(bound)])
 
 
 def divided(gradient: Tensor, scale: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class Call(NamedTuple):
         return torch.empty(self.shape, dtype=dtype, device=self.device)
 
 
+PER_TOKEN = ("attention_mask", "decoder_attention_mask", "labels")
 Provide = Callable[[int, Call, Tensor], Tensor | None]
 
 
@@ -65,14 +66,14 @@ class Pass:
         self.grad = torch.is_grad_enabled()
         self.recomputable = False
         self.context: dict[str, Any] = {}  # arguments of the model's call
+        self.within: list[dict[str, Any]] = []  # and of the modules within, from outside in
         self._recomputed: dict[tuple[int, int], int] = {}
 
-    def tokens(self) -> dict[str, Any]:
-        """Return the context with the site's own mask, where the call came without one."""
+    def tokens(self) -> list[Mapping[str, Any]]:
+        """Return where to look for masks and labels of tokens; the site's own mask comes last."""
         mask = self.calls[0].mask if self.calls else None
-        if mask is None or self.context.get("attention_mask") is not None:
-            return self.context
-        return {**self.context, "attention_mask": mask.flatten(2)[..., 0]}
+        own = [] if mask is None else [{"attention_mask": mask.flatten(2)[..., 0]}]
+        return [self.context, *self.within, *own]
 
     def next_delta(
         self, module: nn.Module, number: int, frame: Any, call: Call, output: Tensor
@@ -213,8 +214,11 @@ class Site:
         mask = arguments.get("attention_mask")
         usable = isinstance(mask, Tensor) and mask.dim() == 2
         inherited = self._masks[-1] if self._masks else None
+        if not self._masks:
+            self.current.within = []
         if not self._masks or module is self._inner:
             self.current.context = arguments
+        self.current.within.append({k: arguments[k] for k in PER_TOKEN if k in arguments})
         self._masks.append(mask if usable else inherited)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -283,10 +287,11 @@ class Site:
         return delta
 
     def _mask(self, output: Tensor, args: Any, kwargs: Any) -> Tensor | None:
-        mask = self._masks[-1] if self._masks else None
         if output.dim() < 3:
             return None
-        if mask is None or mask.shape != output.shape[:2]:
+        fitting = (m for m in self._masks[::-1] if m is not None and m.shape == output.shape[:2])
+        mask = next(fitting, None)
+        if mask is None:
             module_input = args[0] if args else None
             padding = self._padding_index(module_input, output)
             if padding is None:

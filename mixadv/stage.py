@@ -68,7 +68,7 @@ class Stage:
         self.passes: list[Pass] = []
         self.played: Strategy | None = None
         self.payoff: Tensor | None = None
-        self.first_loss: Tensor | None = None
+        self.clean_loss: Tensor | None = None
         self.fallen: list[Tensor] = []
         self.forwards = self.delta_backwards = self.theta_backwards = 0
         self._clean: Reading | None = None
@@ -157,12 +157,11 @@ class Stage:
         if self.game.leaf_backward:
             raise GameError(_DIFFERENTIATED_TWICE.format(type(self.game.solver).__name__))
         zero = self.origin(ascent)
-        self._clean = self.run(self.at(zero, 0))
-        self._note(self._clean)
-        gained = self._gains(self._clean)
+        clean = self._keep_clean(self.run(self.at(zero, 0)))
+        gained = self._gains(clean)
         self._depends(gained)
         gradients = self.differentiate(gained, zero.points, keep=True)
-        self.payoff = gained.detach().mean() / (1 if self._clean.loss.dim() else self._samples)
+        self.payoff = gained.detach().mean() / (1 if clean.loss.dim() else self._samples)
         self.delta_backwards += 1
         return zero, gradients
 
@@ -203,10 +202,7 @@ class Stage:
 
     def clean(self) -> Reading:
         """Return the clean pass; run once between two optimizer steps and shared."""
-        if self._clean is None:
-            self._clean = self.run(lambda index, call, output: None)
-            self._note(self._clean)
-        return self._clean
+        return self._clean or self._keep_clean(self.run(lambda index, call, output: None))
 
     def loss(self, q: Strategy | None = None, last: bool = True) -> Tensor:
         """Return the task loss, 0-d: clean, or at the strategy (its expectation, if mixed).
@@ -228,7 +224,7 @@ class Stage:
         """Return the pass at a point: loss, predictions, and the representation if one is read."""
         self.played = q
         reading = self.run(self.at(q, 0))
-        self._note(reading)
+        self._samples = self._count(reading)
         objective = reading.objective
         self.payoff = objective.detach()
         if objective.requires_grad:
@@ -385,10 +381,11 @@ class Stage:
                 "round the closure detached it, or ran under no_grad."
             )
 
-    def _note(self, reading: Reading) -> None:
-        self._samples = self._count(reading)
-        if self.first_loss is None:
-            self.first_loss = reading.objective.detach()
+    def _keep_clean(self, reading: Reading) -> Reading:
+        self._clean, self._samples = reading, self._count(reading)
+        if self.clean_loss is None:
+            self.clean_loss = reading.objective.detach()
+        return reading
 
     def _count(self, reading: Reading) -> int:
         """B: the number of per-sample losses, else of predictions, else of rows at the site."""

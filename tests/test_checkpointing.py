@@ -93,7 +93,7 @@ def play(optimizer: mixadv.GameOptimizer, call: Callable[[], Any], way: str) -> 
             optimizer.step()
             optimizer.zero_grad()
         outcome = optimizer.game.outcome
-        seen += [outcome.objective, outcome.loss, outcome.payoff, outcome.radius]
+        seen += [outcome.objective, outcome.clean_loss, outcome.payoff, outcome.radius]
         seen += [points.clone() for points in optimizer.game.strategy.points]
     seen += [p.detach().clone() for p in optimizer.game.model.parameters()]
     return [value for value in seen if value is not None]

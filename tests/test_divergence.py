@@ -217,11 +217,11 @@ def test_real_tokens_are_those_of_the_side_that_predicts():
     mask, other = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 0]])
     result = torch.zeros(()), torch.zeros(1, 3, 4)
     context = {"attention_mask": mask, "decoder_attention_mask": other}
-    assert read(result, context).mask.tolist() == [[True, True, False]]
-    assert read(result, context, of_kind(True)).mask.tolist() == [[True, False, False]]
+    assert read(result, [context]).mask.tolist() == [[True, True, False]]
+    assert read(result, [context], of_kind(True)).mask.tolist() == [[True, False, False]]
     labels = {"attention_mask": mask, "labels": torch.tensor([[5, 0, -100]])}
-    assert read(result, labels, of_kind(True)).mask.tolist() == [[True, True, False]]
-    assert read(result, {}).mask is None
+    assert read(result, [labels], of_kind(True)).mask.tolist() == [[True, True, False]]
+    assert read(result).mask is None
 
 
 TOKENS = torch.tensor([[-100, -100, 5, 6, -100], [7, 8, 9, -100, 5], [-100] * 5])
@@ -242,9 +242,9 @@ REAL = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 def test_predictions_count_where_the_loss_is_computed(kind, expected):
     """In samples without a label, which a divergence does not need, all real tokens count."""
     result = torch.zeros(()), torch.zeros(3, 5, 4)
-    counting = read(result, {"attention_mask": REAL, "labels": TOKENS}, kind).mask
+    counting = read(result, [{"attention_mask": REAL, "labels": TOKENS}], kind).mask
     assert ["".join(str(int(i)) for i in row) for row in counting] == expected
-    assert read(result, {"labels": TOKENS}, kind).mask[2].all()
+    assert read(result, [{"labels": TOKENS}], kind).mask[2].all()
 
 
 def test_two_heads_that_point_at_tokens_are_two_predictions():
@@ -252,7 +252,7 @@ def test_two_heads_that_point_at_tokens_are_two_predictions():
     output = {"loss": torch.zeros(()), "start_logits": start, "end_logits": end}
     context = {"attention_mask": torch.ones(3, 7)}
     for result in (output, SimpleNamespace(**output), (output["loss"], output)):
-        found = read(result, context)
+        found = read(result, [context])
         torch.testing.assert_close(found.predictions, torch.stack([start, end], 1))
         assert found.mask is None
 

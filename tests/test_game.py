@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mixadv
 from mixadv import MAT, PGD, Game, Step, Strategy
 from mixadv.equilibrium import best_response
-from tests.zoo import Player, assert_same, fingerprint, or_refused, small, stepwise
+from tests.zoo import Player, assert_same, fingerprint, or_refused, small, stepwise, without_dropout
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 # One optimizer step per round, so that a step and a backward play the same.
@@ -245,11 +245,22 @@ def test_outcomes_hold_detached_numbers_and_counts(name: str, how: str):
     for field in ("forwards", "delta_backwards", "theta_backwards", "steps"):
         assert type(getattr(outcome, field)) is int
         assert getattr(outcome, field) == getattr(passes, field)
-    for field in ("objective", "loss", "payoff", "radius", "entropy", "nonfinite"):
+    for field in ("objective", "clean_loss", "payoff", "radius", "entropy", "nonfinite"):
         value = getattr(outcome, field)
         assert value is None or (value.dim() == 0 and not value.requires_grad)
     assert 0 < float(outcome.radius) <= optimizer.game.solver.radius * (1 + 1e-9)
     assert list(outcome.as_dict()) == [*outcome.__dataclass_fields__]
+
+
+@each_solver
+def test_the_clean_loss_is_that_of_the_model_or_none(name: str):
+    optimizer, player = start(SOLVERS[name])
+    without_dropout(player.model)
+    expected = player.closure()()[0].item()
+    optimizer.step(player.closure())
+    found = optimizer.outcome.clean_loss
+    assert (found is None) == (name in {"noise", "pgd", "freeat", "freelb", "textat"})
+    assert found is None or float(found) == pytest.approx(expected, rel=1e-12)
 
 
 class HostReads(TorchDispatchMode):

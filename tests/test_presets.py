@@ -302,7 +302,7 @@ def test_with_so_small_a_ball_fresh_dropout_is_what_a_divergence_measures(solver
     def regulariser(fresh: bool) -> float:
         learner = {"learner_steps": 1} if isinstance(solver, MAT) else {}
         _, outcome = play(replace(solver, unit="absolute", fresh_dropout=fresh, **learner))
-        return float(outcome.objective - outcome.loss)
+        return float(outcome.objective - outcome.clean_loss)
 
     assert regulariser(fresh=True) > 1e3 * abs(regulariser(fresh=False))
 

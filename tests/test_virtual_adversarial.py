@@ -140,7 +140,7 @@ def test_the_divergence_there_is_half_the_top_eigenvalue(smoothness):
     for kind, share in [("kl", 0.5), ("symmetric_kl", 1.0), ("js", 0.125)]:
         solver = vat(300, radius=1e-3, smoothness=smoothness, divergence=kind)
         game, _ = played(player, solver)
-        added = game.outcome.objective - game.outcome.loss
+        added = game.outcome.objective - game.outcome.clean_loss
         assert float(added / (smoothness * share * 1e-6 * top)) == pytest.approx(1, rel=2e-3)
 
 
@@ -155,7 +155,7 @@ def test_in_regression_the_slope_is_found_in_one_iteration(seed):
 
     game = mixadv.Game(model, vat(1, divergence="squared_error"))
     game.backward(closure)
-    added = game.outcome.objective - game.outcome.loss
+    added = game.outcome.objective - game.outcome.clean_loss
     assert float(added) == pytest.approx(0.49 * float(model.weight.detach().square().sum()))
 
 
@@ -168,7 +168,7 @@ def test_noise_is_punished_by_its_quadratic_form(seed, size):
     player = Softmax(seed=seed)
     solver = mixadv.R3F(radius=size, norm="linf", unit="absolute", smoothness=2.0)
     game, noise = played(player, solver)
-    added = game.outcome.objective - game.outcome.loss
+    added = game.outcome.objective - game.outcome.clean_loss
     expected = 2.0 * form(player.fisher(), noise).mean()
     assert float(added) == pytest.approx(float(expected), rel=0.02)
 
@@ -200,7 +200,7 @@ def test_the_mean_over_noise_is_its_variance_times_the_trace(noise):
     game, z = played(player, noise(size))
     spread = form(player.fisher(), z).std() / math.sqrt(len(z))
     assert spread < 0.01 * trace
-    added = game.outcome.objective - game.outcome.loss
+    added = game.outcome.objective - game.outcome.clean_loss
     assert abs(float(added) - trace) < 5 * float(spread)
 
 
@@ -210,7 +210,7 @@ def test_the_worst_case_is_punished_by_the_top_eigenvalue():
     words = {"radius": 1e-3, "start_size": 1e-3, "step_size": 1e3, "unit": "absolute"}
     game, _ = played(player, mixadv.ALUM(steps=100, normalize="none", projection="sphere", **words))
     top = torch.linalg.eigvalsh(player.fisher())[:, -1].mean()
-    added = game.outcome.objective - game.outcome.loss
+    added = game.outcome.objective - game.outcome.clean_loss
     assert float(added) == pytest.approx(1e-6 * float(top), rel=0.01)
 
 

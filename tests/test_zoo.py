@@ -125,7 +125,7 @@ def test_more_padding_on_the_right_changes_nothing(family: str, name: str) -> No
         length = p.batch["input_ids"].shape[1]
         rounds.append((game.outcome, game.strategy.points[0], length, taken))
     (short, delta, length, grad), (long, longer, _, other) = rounds
-    for value in ("objective", "loss", "payoff", "radius"):
+    for value in ("objective", "clean_loss", "payoff", "radius"):
         a, b = getattr(short, value), getattr(long, value)
         assert (a is None and b is None) or a.item() == pytest.approx(b.item(), rel=1e-6)
     torch.testing.assert_close(longer[:, :, :length], delta, rtol=1e-5, atol=1e-8)

@@ -46,6 +46,8 @@ class FGM(Solver):
     def play(self, stage: Stage) -> Play:
         """Play `∇θ ℓ(X) + ∇θ ℓ(X + δ)`."""
         delta = stage.start(self)
-        yield stage.loss(delta, last=False)
+        clean = stage.loss(delta, last=False)
+        stage.clean_loss = clean.detach()
+        yield clean
         delta = stage.move(delta, self)
         yield Step(stage.loss(delta.detach()))
