@@ -154,9 +154,11 @@ def _fitting(contexts: Sequence[Mapping[str, Any]], name: str, like: Tensor) -> 
 
 def _causal(model: Any) -> bool:
     """Return whether a model of the transformers library predicts the next token."""
-    # None is what classes named otherwise, such as GPT2LMHeadModel, have; their loss is causal.
-    kinds = ("ForCausalLM", "ForConditionalGeneration", None)
-    return getattr(model, "loss_type", "") in kinds
+    kind = getattr(model, "loss_type", "")
+    if kind is None:  # of classes with other names, among them GPT2LMHeadModel, which generates
+        generates = getattr(model, "can_generate", None)
+        return generates is not None and bool(generates())
+    return kind in ("ForCausalLM", "ForConditionalGeneration")
 
 
 def _describe(value: Any) -> str:

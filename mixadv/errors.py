@@ -33,6 +33,18 @@ def check_entries(what: str, state: Any, needed: Iterable[str]) -> None:
         )
 
 
+def check_kinds(what: str, state: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raise ValueError unless entries of a checkpoint are of their kinds; `int` is a count."""
+    for name, kind in kinds.items():
+        value = state[name]
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if not fits or (kind is int and not 0 <= value < 2**63) or value != value:
+            raise ValueError(
+                f"The checkpoint's {what} has {value!s:.40} as {name}: load what state_dict() "
+                "returned."
+            )
+
+
 def build(
     what: str, registry: Mapping[str, type[Any]], name: Any, parameters: dict[str, Any]
 ) -> Any:

@@ -115,11 +115,14 @@ def _no_trace(stage: Stage) -> Iterator[Stage]:
 
 
 def measure_unit(game: Game, closure: Closure) -> float:
-    """Return the mean L2 norm of a real token's output at the site; nothing is left changed."""
+    """Return the mean L2 norm of a real token's output at the site, on this process alone.
+
+    Nothing is left changed.
+    """
     lengths: list[Tensor] = []
     with _no_trace(Stage(game, closure)) as stage, no_grad(), game.site.learning():
         stage.run(_measuring(lengths, add=False))
-    return _mean_length(game, lengths)
+    return _mean_length(game, lengths, everywhere=False)
 
 
 def _plain_pass(stage: Stage) -> Reading:
@@ -218,9 +221,9 @@ def _measuring(
     return provide
 
 
-def _mean_length(game: Game, lengths: list[Tensor]) -> float:
+def _mean_length(game: Game, lengths: list[Tensor], everywhere: bool = True) -> float:
     total = torch.stack([x.double().cpu() for x in lengths]).sum(0)
-    if parallel.world_size() > 1:
+    if everywhere and parallel.world_size() > 1:
         total = total.to(lengths[0])  # on the device that the processes talk by
         dist.all_reduce(total)
     length = float(total[0] / total[1])

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mixadv.ascent import check_flag
 from mixadv.carried import Carried
 from mixadv.closure import Closure, read
 from mixadv.compiled_site import place
-from mixadv.errors import GameError, check_entries
+from mixadv.errors import GameError, check_entries, check_kinds
 from mixadv.explain import Explanation, explain, passes
 from mixadv.modules import INPUT, functional, weak_hook
 from mixadv.outcome import Outcome
@@ -27,6 +28,14 @@ from mixadv.schedule import Schedule
 from mixadv.solvers.base import Solver
 from mixadv.stage import Stage, Step, no_grad
 from mixadv.strategy import Strategy
+
+_KINDS = {  # of what a game saves
+    "round": int,
+    "updates": int,
+    "unit": (float, NoneType),
+    "memory": dict,
+    "modules": dict,
+}
 
 
 class Game:
@@ -172,8 +181,8 @@ class Game:
         if self.learner is not None:
             self.learner.opened = True
         found = self.updates, self._stepped
-        self.updates, self._stepped = self.updates + self._stepped, self.optimizer is None
         try:
+            self.updates, self._stepped = self.updates + self._stepped, self.optimizer is None
             yield stage
         except BaseException:
             self._undo(stage)
@@ -286,8 +295,9 @@ class Game:
         """Return what a round will do: site, unit, absolute radius, passes and their cost.
 
         Args:
-            closure: measures the unit by one forward pass that leaves no trace; without it, the
-                unit is estimated from the rows of the embedding until the first round is played.
+            closure: measures the unit by one forward pass that leaves no trace, of several
+                processes on this one; without it, the unit is estimated from the rows of the
+                embedding until the first round is played.
         """
         if closure is not None:
             validate.closure(closure)
@@ -418,6 +428,8 @@ class Game:
     def check_state(self, state: Any) -> None:
         """Raise ValueError unless a game can go on from the state."""
         check_entries("game", state, ("seed", "round", "unit"))
+        check_kinds("game", {"memory": {}, "modules": {}, "updates": 0, **state}, _KINDS)
+        validate.check_seed(state["seed"])
 
     def watch(self, optimizer: Optimizer | None) -> None:
         """Notice the steps of an optimizer, which end an update."""
@@ -430,6 +442,13 @@ class Game:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_watching": []}  # hooks do not pickle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.watch(self.optimizer)
+        if self.learner is not None:
+            assert self.optimizer is not None
+            self.learner.bind(self.optimizer, self.seed)
 
     def close(self) -> None:
         """Remove every hook the game has placed on model and optimizer."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixadv.ascent import check_number
-from mixadv.errors import GameError, check_entries
+from mixadv.errors import GameError, check_entries, check_kinds
 from mixadv.langevin import noise_scale
 from mixadv.modules import weak_hook
 from mixadv.replay import Noise
@@ -229,25 +229,32 @@ class Learner:
             ValueError: if it belongs to another model.
         """
         held = self.parameters(trainable=False)
-        weights, counters = (
-            ("backup", "mean", "average", "teacher"),
-            ("count", "position", "rounds"),
-        )
-        check_entries("learner part", state, (*weights, *counters, "samples"))
+        weights = dict.fromkeys(("backup", "mean", "average", "teacher"), dict)
+        counters = dict.fromkeys(("count", "position", "rounds"), int)
+        kinds = {**weights, **counters, "samples": list}
+        check_entries("learner part", state, kinds)
+        check_kinds("learner part", state, kinds)
 
         def mine(weights: dict[int, Tensor]) -> Weights:
+            check_kinds("learner part", {"a sample": weights}, {"a sample": dict})
+            shapes = dict(enumerate(p.shape for p in held))
             for number, weight in weights.items():
-                if number >= len(held) or held[number].shape != weight.shape:
+                if shapes.get(number) != getattr(weight, "shape", ()):
                     raise ValueError(
-                        f"The checkpoint's learner part holds a weight {list(weight.shape)} for "
-                        f"parameter {number}, which the optimizer does not have: it belongs to "
-                        "another model."
+                        f"The checkpoint's learner part holds {weight!s:.40} for parameter "
+                        f"{number!r}, which the optimizer does not have, or has in another shape: "
+                        "it belongs to another model."
                     )
             return {held[i]: w.detach().to(held[i].device, copy=True) for i, w in weights.items()}
 
         loaded = {k: mine(state[k]) for k in weights}
         samples = [mine(sample) for sample in state["samples"]]
         counted = {k: state[k] for k in counters}
+        if counted["position"] >= self.steps:
+            raise ValueError(
+                f"The checkpoint was written after {counted['position']} steps of a round, and the "
+                f"solver's rounds have {self.steps}: build the solver as it was."
+            )
         return {**counted, **loaded, "samples": deque(samples, maxlen=self.samples.maxlen)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -278,7 +278,3 @@ class GameOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_hooks()
-        game = cast(Game, self.game)
-        game.watch(self.base)
-        if game.learner is not None:
-            game.learner.bind(self.base, game.seed)

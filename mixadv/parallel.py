@@ -68,7 +68,7 @@ def replicas_alike(parameters: list[Tensor]) -> bool:
     mine = torch.stack(sums).sum()[None]
     every = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(every, mine)
-    return all(torch.equal(other, mine) for other in every)
+    return all(torch.allclose(x, mine, rtol=0, atol=0, equal_nan=True) for x in every)
 
 
 def share(whole: Tensor, like: Tensor) -> Tensor:
@@ -91,8 +91,8 @@ def swapped(model: nn.Module, weights: dict[Tensor, Tensor]) -> Iterator[None]:
     """Give parameters other values while the body runs; those found come back, bit for bit."""
     reshard(model)
     found = {p: p.detach().clone() for p in weights}
-    _put(weights)
     try:
+        _put(weights)
         yield
     finally:
         reshard(model)

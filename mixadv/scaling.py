@@ -5,8 +5,8 @@
 A loss scaler multiplies the learner's loss alone. A payoff that is computed from predictions shows
 how large its gradient is where fp16 begins: s brings the largest entry there near 16, for each
 sample by itself where no sample reaches another's predictions. A loss that the model computes hides
-that place: s follows the largest entry of the last gradient, one for the batch, and stays well below
-what overflowed on the way there. Nothing is read from the device.
+that place: s follows the largest entry of the last gradient, one for the batch, and stays well
+below what overflowed on the way there. Nothing is read from the device.
 """
 
 from collections.abc import Iterable

@@ -21,12 +21,14 @@ class Schedule:
 
     Counted in updates: rounds, those of micro-batches that share an optimizer step as one (a game
     beside an optimizer it does not know counts every round). A round that is not played takes as
-    many optimizer steps as the solver's rounds do, on the clean loss.
+    many optimizer steps as the solver's rounds do, on the clean loss; what the solver does to θ
+    after a step, MAT's noise and damping, goes on.
 
     Attributes:
         start: updates of plain training before the adversary's first one.
         every: it plays each n-th update from there.
-        radius: the solver's radius as a function of the updates since `start`; None leaves it.
+        radius: the solver's radius as a function of the updates since `start`; None leaves it. One
+            that a module defines pickles with the game, a lambda does not.
 
     Example:
         >>> warm_up = Schedule(start=2, every=3, radius=lambda update: min(0.2, 0.1 * update))

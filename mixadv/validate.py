@@ -44,13 +44,18 @@ def gradients_untouched(parameters: list[Tensor]) -> Iterator[None]:
         raise GameError(CHANGES_GRADIENTS)
 
 
+def check_seed(seed: Any) -> None:
+    """Raise TypeError unless the seed is an integer."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}.")
+
+
 def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
     """Check the arguments of a game."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     check_solver(solver)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}.")
+    check_seed(seed)
     if any(isinstance(m, nn.DataParallel) for m in model.modules()):
         raise TypeError(
             "The model is wrapped in torch.nn.DataParallel, whose replicas would not receive δ. "

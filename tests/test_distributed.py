@@ -114,10 +114,10 @@ def only_the_contrast_depends_on_the_split(rank: int) -> None:
         assert same == (contrast == 0)
 
 
-def one_all_reduce_per_step(rank: int, name: str) -> None:
+def one_all_reduce_per_step(rank: int, name: str, **how: Any) -> None:
     for way in ways(SOLVERS[name], every=True):
         for micro in [1, 2] if way in ("backward", "loss") else [1]:
-            model, reduced = replicated(), []
+            model, reduced = replicated(**how), []
 
             def count(_, bucket, reduced=reduced):
                 reduced.append(bucket)
@@ -243,6 +243,7 @@ CASES: dict[str, Any] = {
     "a model out of its wrapper is warned of": a_model_out_of_its_wrapper_is_warned_of,
 }
 UNUSED = replicated_by("step", unused=True)
+UNUSED |= by_solver(one_all_reduce_per_step, unused=True)
 LONG = replicated_by("step", rounds=50) | replicated_by("loss", rounds=50)
 KEPT = by_solver(checkpoints_change_nothing, reentrant=False)
 REENTRANT = by_solver(checkpoints_change_nothing, reentrant=True)

@@ -224,6 +224,24 @@ def test_real_tokens_are_those_of_the_side_that_predicts():
     assert read(result).mask is None
 
 
+def test_masks_and_labels_are_those_that_fit_the_predictions():
+    """Prompt tuning puts tokens in front, and only the model within knows of them."""
+    result = torch.zeros(()), torch.zeros(1, 4, 5)
+    outer = {"attention_mask": torch.ones(1, 3), "labels": torch.tensor([[1, 2, -100]])}
+    inner = {
+        "attention_mask": torch.tensor([[1, 1, 1, 0]]),
+        "labels": torch.tensor([[-100, 1, 2, 3]]),
+    }
+    assert read(result, [outer, inner]).mask.tolist() == [[False, True, True, False]]
+    assert read(result, [outer]).mask is None
+
+
+def test_labels_in_a_result_tell_where_predictions_count():
+    output = {"loss": torch.zeros(()), "logits": torch.zeros(1, 3, 4)}
+    labels = torch.tensor([[-100, 2, -100]])
+    assert read({**output, "labels": labels}).mask.tolist() == [[False, True, False]]
+
+
 TOKENS = torch.tensor([[-100, -100, 5, 6, -100], [7, 8, 9, -100, 5], [-100] * 5])
 REAL = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
@@ -236,7 +254,8 @@ REAL = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
         (object(), ["00110", "11101", "11100"]),
         # The logits of a token foretell the next: those of the last one nothing.
         (of_kind(loss_type="ForCausalLM"), ["01100", "11010", "11100"]),
-        (of_kind(loss_type=None), ["01100", "11010", "11100"]),
+        (of_kind(loss_type=None, can_generate=lambda: True), ["01100", "11010", "11100"]),
+        (of_kind(loss_type=None, can_generate=lambda: False), ["00110", "11101", "11100"]),
     ],
 )
 def test_predictions_count_where_the_loss_is_computed(kind, expected):

@@ -133,6 +133,17 @@ def test_any_arguments_together_are_taken_or_refused_in_words(name: str, data: s
     refused(partial(call, **data.draw(st.dictionaries(st.sampled_from(arguments), values))))
 
 
+def load_with(part: str, name: str, optimizer: Any, closure: Any, junk: Any) -> None:
+    """Load a checkpoint with one entry replaced, and train on."""
+    state = optimizer.state_dict()
+    ours = dict(state["mixadv"])
+    if ours[part] is None:
+        raise ValueError("nothing to replace")
+    ours[part] = {**ours[part], name: junk}
+    optimizer.load_state_dict({**state, "mixadv": ours})
+    optimizer.step(closure)
+
+
 USES: dict[str, Callable[[mixadv.GameOptimizer, Any, Any], Any]] = {
     "step": lambda optimizer, closure, junk: optimizer.step(0 if junk is None else junk),
     "backward": lambda optimizer, closure, junk: optimizer.game.backward(junk),
@@ -159,6 +170,14 @@ USES: dict[str, Callable[[mixadv.GameOptimizer, Any, Any], Any]] = {
     "our learner's state": lambda optimizer, closure, junk: optimizer.load_state_dict(
         {**optimizer.state_dict(), "mixadv": {**optimizer.state_dict()["mixadv"], "learner": junk}}
     ),
+    **{
+        f"{part}'s {name}": partial(load_with, part, name)
+        for part, names in {
+            "game": ("seed", "round", "updates", "unit", "memory", "modules"),
+            "learner": ("count", "position", "rounds", "backup", "average", "samples"),
+        }.items()
+        for name in names
+    },
     "schedule": lambda optimizer, closure, junk: mixadv.wrap(
         optimizer.base, optimizer.game.model, mixadv.PGD(), schedule=junk
     ),

@@ -1,6 +1,7 @@
 """The learner through the wrapped optimizer: when it moves, and what is kept for evaluation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 import mixadv
+from mixadv import parallel
 
 OUTER = 0.4
 COLD = {"learner_temperature": 0.0}
@@ -226,6 +228,35 @@ def test_live_weights_return_bit_for_bit_after_an_exception():
         interrupted()
     assert torch.equal(training.weights, live)
     assert [p.data_ptr() for p in training.model.parameters()] == places
+
+
+def test_live_weights_return_from_an_interrupt_while_the_average_moves_in(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    training = Training(mixadv.MAT(**COLD))
+    for _ in range(3):
+        training.optimizer.step(training.closure())
+    live, put = training.weights, parallel._put
+
+    def interrupted(values: Any) -> None:
+        monkeypatch.setattr(parallel, "_put", put)
+        put(dict(list(values.items())[:1]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parallel, "_put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.game.averaged().__enter__()
+    assert torch.equal(training.weights, live)
+
+
+def test_a_round_is_refused_within_averages_of_averages():
+    training = Training(mixadv.MAT(**COLD))
+    training.optimizer.step(training.closure())
+    with training.game.averaged():
+        with training.game.averaged():
+            pass
+        with pytest.raises(mixadv.GameError, match=r"within game\.averaged"):
+            training.optimizer.step(training.closure())
 
 
 def test_averaged_weights_are_refused_within_a_round_and_are_the_live_ones_before_the_first():

@@ -1,5 +1,6 @@
 """Rounds that are not played are plain training; updates count as optimizer steps do."""
 
+import copy
 import pickle
 
 import pytest
@@ -181,6 +182,50 @@ def test_a_pickled_optimizer_still_counts_its_steps():
         optimizer.step(player.closure())
         played.append(optimizer.outcome.payoff is not None)
     assert played == [False, True, False]
+
+
+def test_a_copied_game_counts_the_steps_of_its_own_optimizer():
+    player = small()
+    base = SGD(player.model.parameters(), lr=0.1)
+    game = mixadv.Game(
+        player.model, MAT(learner_steps=1), schedule=Schedule(every=2), optimizer=base
+    )
+    twin = copy.deepcopy(game)
+    for one in (game, twin):
+        played = []
+        for _ in range(4):
+            one.backward(player._replace(model=one.model).closure())
+            one.optimizer.step()
+            one.optimizer.zero_grad()
+            played.append(one.outcome.payoff is not None)
+        assert played == [True, False, True, False]
+        assert one.learner.count == 4
+
+
+def test_a_broken_round_beside_an_optimizer_is_no_update():
+    player = small()
+    game = mixadv.Game(player.model, PGD(), schedule=Schedule(every=2))
+    game.backward(player.closure())
+
+    def broken():
+        raise KeyError("no batch")
+
+    with pytest.raises(KeyError):
+        game.backward(broken)
+    assert game.backward(player.closure()).payoff is None
+
+
+def test_a_checkpoint_loaded_between_micro_batches_begins_an_update():
+    player = small()
+    optimizer = wrap(
+        SGD(player.model.parameters(), lr=0.1), player.model, PGD(), schedule=Schedule(every=2)
+    )
+    game, state = optimizer.game, optimizer.state_dict()
+    game.backward(player.closure())  # the first micro-batch of two
+    optimizer.load_state_dict(state)
+    assert game.backward(player.closure()).payoff is not None
+    optimizer.step()
+    assert game.backward(player.closure()).payoff is None
 
 
 def test_evaluating_a_best_response_is_no_update():

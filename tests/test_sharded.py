@@ -1,6 +1,7 @@
 """Weights sharded by `fully_shard`: two processes train as replicas do."""
 
 import io
+import warnings
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -186,6 +187,23 @@ def nobody_waits(rank: int, names: tuple[str, ...]) -> None:
         assert not found(optimizer)[0].isfinite().all(), name
 
 
+def low_formats(rank: int, name: str) -> None:
+    """In the first round one process measures a gradient, the other none."""
+    for dtype in (torch.bfloat16, torch.float16):
+        model = sharded(mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+        optimizer = start(model, SOLVERS[name])
+        for number, rows in enumerate(batches(rank, 3)):
+            factor = 0.0 if number == 0 and rank == 0 else 1.0
+            with warnings.catch_warnings(action="ignore"):  # no gradient; the noise floor
+                optimizer.step(partial(times, factor, closure(model, *rows)))
+        assert all(x.isfinite().all() for x in found(optimizer))
+        assert optimizer.outcome.nonfinite == 0
+
+
+def times(factor: float, run: Any) -> Any:
+    return tuple(factor * x for x in run())
+
+
 def others_are_refused(rank: int) -> None:
     flat = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"))
     with pytest.raises(TypeError, match=r"FullyShardedDataParallel.*fully_shard"):
@@ -203,9 +221,13 @@ def explained(rank: int) -> None:
     mine = lengths[len(lengths) // 2 * rank :][: len(lengths) // 2]  # of an estimate
     assert game.explain().unit == pytest.approx(float(mine.mean()), rel=1e-6)
     ids, labels = next(batches(rank, 1))
-    unit = game.explain(closure(model, ids, labels)).unit
+    if rank == 0:  # nobody else is needed, but for weights to be gathered
+        net = Net()
+        assert mixadv.Game(net, mixadv.PGD()).explain(closure(net, ids, labels)).measured
+    unit = torch.tensor(game.explain(closure(model, ids, labels)).unit)
     game.backward(closure(model, ids, labels))
-    assert unit == game.unit
+    dist.all_reduce(unit)
+    assert float(unit) / 2 == pytest.approx(game.unit, rel=1e-6)
 
 
 # Tests ---------------------------------------------------------------------------------------
@@ -241,6 +263,7 @@ CASES: dict[str, Any] = {
     "routes": routes_agree_or_are_refused,
     "others": others_are_refused,
     "explained": explained,
+    "low formats": partial(low_formats, name="pgd"),
     "nobody waits": partial(nobody_waits, names=FEW),
 }
 
