@@ -420,7 +420,8 @@ class Stage:
             raise GameError(
                 "This solver compares predictions, and the closure returned a loss alone. Return "
                 "(loss, logits), or the model's whole output, from the closure; of several heads "
-                "with as many classes (loss, torch.stack([one, other], 1))."
+                "with as many classes (loss, torch.stack([one, other], 1)). In a Trainer: outputs "
+                "with logits, from forward_pass."
             )
         return reading.predictions
 

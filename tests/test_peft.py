@@ -100,6 +100,33 @@ def test_trainer_trains_adapters_and_they_can_be_saved(tmp_path: Path):
     assert_same({n: loaded.state_dict()[n] for n in trainable}, {n: averaged[n] for n in trainable})
 
 
+PROMPTS = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}
+
+
+@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_virtual_tokens_neither_move_nor_count(kind: str, family: str):
+    p, task = player(family, rows=8), {"bert": "SEQ_CLS", "llama-causal": "CAUSAL_LM"}[family]
+    config = PROMPTS[kind](task_type=task, num_virtual_tokens=3)
+    model = peft.get_peft_model(p.model, config).train()
+    p = p._replace(model=model)
+    game = mixadv.Game(model, mixadv.PGD(payoff="kl", start_size=0.3))
+    game.backward(p.closure())
+    (delta,) = game.strategy.points
+    lengths, real = delta[0].norm(dim=-1), p.batch["attention_mask"] > 0
+    assert lengths.shape == real.shape
+    assert (lengths[real] > 0).all()
+    assert not lengths[~real].any()
+    with game.stage(p.closure()) as stage:
+        mask = stage.clean().mask
+    if family == "llama-causal":
+        labelled = (p.batch["labels"] >= 0)[:, 1:]
+        assert mask[:, -labelled.shape[1] - 1 : -1].equal(labelled)
+        assert mask.sum() <= labelled.sum() + len(
+            mask
+        )  # the last virtual token foretells the first
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_the_best_adapters_are_those_that_were_evaluated_best(average: bool, tmp_path: Path):
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}

@@ -1,5 +1,6 @@
 """transformers.Trainer plays a game: itself at radius 0, accumulation, resuming, averages."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
@@ -358,10 +360,11 @@ def test_a_second_call_of_train_goes_on_with_the_same_game(tmp_path: Path):
     assert (game.round, game.learner.count) == (4, 4)
 
 
-def test_a_new_model_of_each_call_gets_a_new_game(tmp_path: Path):
-    """As in a search for hyper-parameters."""
+@pytest.mark.parametrize("solver", [mixadv.MAT, lambda: mixadv.CAT(head=nn.Linear(16, 4))])
+def test_a_new_model_of_each_call_gets_a_new_game(solver: Callable[[], Any], tmp_path: Path):
+    """As in a search for hyper-parameters; a head begins anew with the model."""
     given = {"model": None, "model_init": lambda: player("bert").model}
-    trainer = trained(tmp_path, mixadv.MAT(), given=given)
+    trainer = trained(tmp_path, solver(), given=given)
     game, found = trainer.game, weights(trainer)
     trainer.train()
     assert trainer.game is not game
@@ -392,6 +395,57 @@ def test_gradients_of_the_whole_round_are_clipped(tmp_path: Path):
     length = torch.stack([m.norm() for m in moves]).norm()
     assert length == pytest.approx(1e-3, rel=1e-3)
     assert logged(trainer, "grad_norm")[0] > 0.1
+
+
+def test_gradients_of_a_head_are_clipped_with_the_models(tmp_path: Path):
+    head = nn.Linear(16, 4)
+    before = copy.deepcopy(head.state_dict())
+    options = {"optim": "sgd", "max_steps": 1, "learning_rate": 1.0, "max_grad_norm": 1e-3}
+    trained(tmp_path, mixadv.CAT(head=head, contrast=0.5), **options)
+    moved = torch.stack([(v - before[n]).norm() for n, v in head.state_dict().items()]).norm()
+    assert 0 < moved < 1e-3
+
+
+def test_a_loss_computed_past_the_mixin_is_an_error(tmp_path: Path):
+    """It would be plain training, and nobody would notice."""
+
+    class Own(AdversarialTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
+            return model(**inputs).loss
+
+    for micro in (1, 2):
+        trainer = trainer_of(
+            tmp_path, mixadv.PGD(), base=Own, rows=16, gradient_accumulation_steps=micro
+        )
+        with pytest.raises(mixadv.GameError, match=r"No round was played.*Override forward_pass"):
+            trainer.train()
+
+
+def test_a_model_in_evaluation_mode_is_played_on(tmp_path: Path):
+    class WithoutDropout(AdversarialTrainer):
+        def training_step(self, model: Any, *rest: Any, **more: Any) -> Tensor:
+            model.eval()
+            train, model.train = model.train, lambda mode=True: model
+            try:
+                return super().training_step(model, *rest, **more)
+            finally:
+                model.train = train
+
+    assert trained(tmp_path, mixadv.PGD(), base=WithoutDropout).game.round == 2
+
+
+def test_labels_that_trainer_takes_from_the_model_tell_where_predictions_count(tmp_path: Path):
+    batch = text_batch(4)
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, :3] = -100  # the prompt
+    given = {"train_dataset": rows_of(batch)}
+    options = {"family": "llama-causal", "given": given, "max_steps": 1, "dropout": False}
+    solver = dataclasses.replace(SINGLE, start_size=0.3, radius=None)
+    payoffs = [
+        logged(trained(tmp_path, solver, **options, **more), "payoff")[0]
+        for more in ({}, {"label_smoothing_factor": 1e-9})
+    ]
+    assert payoffs[1] == pytest.approx(payoffs[0], rel=1e-4)
 
 
 def test_a_schedule_begins_with_plain_training(tmp_path: Path):
@@ -527,6 +581,27 @@ def test_the_best_weights_are_those_that_were_evaluated_best(average: bool, tmp_
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
 
 
+def test_what_is_saved_is_the_model_alone(tmp_path: Path):
+    trainer = trained(tmp_path, mixadv.CAT(head=nn.Linear(16, 4)))
+    trainer.save_model(str(tmp_path / "saved"))
+    found = safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors")
+    assert_same(found, {n: p.detach() for n, p in trainer.model.named_parameters()})
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())
+
+
+def test_training_stops_when_the_average_gets_worse(tmp_path: Path):
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options = {**steps, "load_best_model_at_end": True, "max_steps": 9, "learning_rate": 0.05}
+    wrong = [{**row, "labels": (row["labels"] + 1) % 3} for row in rows_of(text_batch(8))]
+    given = {"callbacks": [EarlyStoppingCallback(2)], "eval_dataset": wrong}
+    solver = mixadv.MAT(learner_steps=1, learner_temperature=0.0)
+    trainer = trained(tmp_path, solver, given=given, **options)
+    first, second, third = logged(trainer, "eval_loss")
+    assert first < second < third
+    assert trainer.state.global_step == 3
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(first, abs=1e-6)
+
+
 def test_training_stops_early(tmp_path: Path):
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     options = {**steps, "load_best_model_at_end": True, "max_steps": 9, "learning_rate": 0.0}
@@ -554,6 +629,7 @@ def test_the_log_has_the_round_and_reads_it_only_when_trainer_logs(
     assert 0 < entry["radius"] <= 0.2 + 1e-6
     assert entry["loss"] >= entry["clean_loss"] - 0.5
     json.dumps(trainer.state.log_history)
+    assert "clean_loss" not in trained(tmp_path, mixadv.PGD()).state.log_history[0]
     assert "payoff" not in trainer.evaluate()
 
 
@@ -636,6 +712,19 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         "MAT is evaluated at the average of its weights, which is saved with the optimizer",
     ),
 }
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path: Path):
+    other = player("bert").model
+    played = mixadv.wrap(torch.optim.SGD(other.parameters(), 0.1), other, mixadv.PGD())
+    given = {"model": player("bert").model, "optimizers": (played, None)}
+    with pytest.raises(ValueError, match="wrapped for another model"):
+        AdversarialTrainer(args=arguments(tmp_path), **given)
+
+
+def test_a_mixin_that_comes_last_is_refused():
+    with pytest.raises(TypeError, match=r"Adversarial before the Trainer in the bases of Wrong"):
+        type("Wrong", (Trainer, Adversarial), {})
 
 
 @pytest.mark.parametrize("case", REFUSED)

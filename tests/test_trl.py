@@ -97,7 +97,7 @@ def test_radius_zero_is_sft_bit_for_bit(base: type[SFTTrainer], tmp_path: Path):
 
 def test_the_log_has_the_metrics_of_both(tmp_path: Path):
     """Each has an entropy: that of the tokens is SFTTrainer's."""
-    trainer = trained(tmp_path, AdversarialSFTTrainer, {"solver": mixadv.FreeLB()})
+    trainer = trained(tmp_path, AdversarialSFTTrainer, {"solver": mixadv.FGM()})
     names = ("entropy", "strategy_entropy", "payoff", "mean_token_accuracy")
     token, strategy, payoff, _ = (logged(trainer, name)[0] for name in names)
     assert strategy == 0
@@ -127,6 +127,19 @@ def test_every_solver_trains(name: str, tmp_path: Path):
     assert logged(trainer, "radius")[0] > 0
     before = player("llama-causal").model.parameters()
     assert any(not torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor.*is deprecated:FutureWarning")
+def test_a_loss_of_logits_costs_no_second_pass(tmp_path: Path):
+    """SFTTrainer makes one for its metrics, which would be another call at the site."""
+    found = []
+    for factor in (0.0, 1e-9):
+        given = {"solver": mixadv.PGD(steps=1, start="zero")}
+        options = {"label_smoothing_factor": factor, "max_steps": 1}
+        trainer = trained(tmp_path, AdversarialSFTTrainer, given, **options)
+        assert len(trainer.game.strategy.points) == 1
+        found.append([trainer.game.strategy.points[0].norm(), logged(trainer, "radius")[0]])
+    torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-4, atol=0)
 
 
 def test_logits_that_do_not_exist_are_refused(tmp_path: Path):

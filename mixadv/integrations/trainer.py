@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback
 
+from mixadv.errors import GameError
 from mixadv.optimizer import GameOptimizer
 
 if TYPE_CHECKING:
@@ -26,6 +28,31 @@ class Zeroing(TrainerCallback):
         """Zero them."""
         for module in self.modules:
             module.zero_grad()
+
+
+class Playing(TrainerCallback):
+    """Raises before an optimizer step for which no round was played."""
+
+    def __init__(self, trainer: Adversarial) -> None:
+        self.trainer = weakref.ref(trainer)
+        self.round = -1
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Forget the rounds of another game."""
+        self.round = -1
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Compare the number of rounds with that before the last step."""
+        trainer = self.trainer()
+        if trainer is None:
+            return
+        if trainer.game.round == self.round:
+            raise GameError(
+                f"No round was played since the last optimizer step: {type(trainer).__name__} "
+                "computes its loss past compute_loss of the mixin. Override forward_pass, or put "
+                "the loss in a Trainer that the mixin is named before."
+            )
+        self.round = trainer.game.round
 
 
 def wrapped(optimizer: Any) -> GameOptimizer | None:

@@ -8,14 +8,16 @@ own accumulation, loss scaling, clipping, logging and distribution act on it as 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixadv import validate
+from mixadv import parallel, validate
 from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.optimizer import STATE_KEY, wrap
@@ -28,7 +30,7 @@ try:
     from transformers import Trainer
     from transformers.trainer import OPTIMIZER_NAME
 
-    from mixadv.integrations.trainer import Zeroing, refuse, wrapped
+    from mixadv.integrations.trainer import Playing, Zeroing, refuse, wrapped
 except ImportError as error:
     raise ImportError(
         "mixadv.integrations.transformers needs transformers and accelerate: "
@@ -42,7 +44,7 @@ else:
 
 
 LOGGED = {
-    "loss": "clean_loss",
+    "clean_loss": "clean_loss",
     "payoff": "payoff",
     "radius": "radius",
     "entropy": "strategy_entropy",
@@ -69,6 +71,11 @@ class Adversarial(Base):
         with trainer.game.averaged():
             trainer.save_model("exported")
 
+    A loss of one's own goes into `forward_pass`, not into `compute_loss`, or into a Trainer that
+    the mixin is named before. NEFTune's noise counts into the unit of the radius. A reference model
+    that is the model itself with its adapters off, as DPO's, would be perturbed too: have its
+    log-probabilities computed beforehand.
+
     Args:
         arguments, keywords: of the Trainer. An optimizer among them is wrapped; one that is wrapped
             already brings its own solver, site and schedule.
@@ -80,6 +87,12 @@ class Adversarial(Base):
     Raises:
         TypeError, ValueError: for arguments that cannot be played with, and why.
     """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(Adversarial):
+            raise TypeError(f"Name Adversarial before the Trainer in the bases of {cls.__name__}.")
 
     def __init__(
         self,
@@ -101,12 +114,18 @@ class Adversarial(Base):
                 "The optimizer is wrapped already and brings its own solver, site and schedule: "
                 "leave out solver=, site= and schedule=, or give Trainer the bare optimizer."
             )
+        if made and made.game.site.targets[0][1] not in set(cast(nn.Module, self.model).modules()):
+            raise ValueError(
+                "The optimizer is wrapped for another model than Trainer's: wrap it with that one."
+            )
         self.solver: Solver = made.game.solver if made else solver  # pyright: ignore
         self.site, self.schedule, self.evaluate_average = site, schedule, evaluate_average
         self._told: bool | None = None
         refuse(self)
-        if besides := list(self.solver.modules().values()):
-            self.add_callback(Zeroing(besides))
+        self.add_callback(Playing(self))
+        self._besides = {m: copy.deepcopy(m.state_dict()) for m in self.solver.modules().values()}
+        if self._besides:
+            self.add_callback(Zeroing([*self._besides]))
         if self.optimizer is not None:
             self.create_optimizer()
 
@@ -128,7 +147,8 @@ class Adversarial(Base):
         """Create the Trainer's optimizer and wrap it, unless it is."""
         made = super().create_optimizer() if model is None else super().create_optimizer(model)
         if wrapped(made) is None:
-            for module in self.solver.modules().values():
+            for module, untrained in self._besides.items():  # of a model made anew, too
+                module.load_state_dict(untrained)
                 module.to(self.args.device)
             played: Any = self.model if model is None else model
             how: Any = {"site": self.site, "schedule": self.schedule, "seed": self.args.seed}
@@ -146,7 +166,7 @@ class Adversarial(Base):
     ) -> Any:
         """Play a round in training; the Trainer's own loss elsewhere."""
         items = num_items_in_batch
-        if not (model.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, items)
         if hasattr(model, "_orig_mod") and model is not self.game.model:
             self.game.follow(model)  # compiled since the game was made
@@ -156,10 +176,13 @@ class Adversarial(Base):
         share = self._share(inputs, items)
         outputs = None
 
-        def closure() -> tuple[Tensor, Any]:
+        def closure() -> Any:
             nonlocal outputs
             loss, outputs = self.forward_pass(model, dict(inputs), items, wanted)
-            return loss / share, outputs
+            if not isinstance(outputs, Mapping):
+                return loss / share, outputs
+            # Trainer takes labels away from the model where it computes the loss itself.
+            return {**outputs, "loss": loss / share, "labels": inputs.get("labels")}
 
         # Its own mean within the round, where divergences are means too; its share outside.
         loss = self.game.loss(closure) * share
@@ -213,10 +236,12 @@ class Adversarial(Base):
         for count in (items, 2 * items):
             with replay.run(), no_grad():
                 found, _ = self.forward_pass(model, dict(inputs), count, False)
-                losses.append(float(found))
+                losses.append(found.detach())
         replay.undo()
-        told = abs(losses[1]) < 0.75 * abs(losses[0])
-        if losses[0] != 0:  # as it is where nothing is labelled, which says nothing
+        # A loss of 0, where nothing is labelled, says nothing; all processes have to know, for
+        # those that ask again run the model again.
+        told = float(losses[1].abs()) < 0.75 * float(losses[0].abs())
+        if parallel.agreed(float(losses[0]) != 0, losses[0]):
             self._told = told
         return told
 
@@ -227,6 +252,13 @@ class Adversarial(Base):
             found = made.outcome.as_dict()
             logs |= {LOGGED[k]: float(v) for k, v in found.items() if k in LOGGED and v is not None}
         super().log(logs, *arguments, **keywords)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the gradients of what is trained, a projection head's too, by their joint norm."""
+        if not self._besides:
+            return super()._clip_grad_norm(model)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
 
     # Evaluation --------------------------------------------------------------------------------
 

@@ -47,7 +47,8 @@ class AdversarialSFTTrainer(Adversarial, SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None, outputs: bool
     ) -> tuple[Tensor, Any]:
         """Run one pass; the arguments are those of `Adversarial.forward_pass`."""
-        if outputs:
+        # Where SFTTrainer computes the loss from logits, it runs the model again for its metrics.
+        if outputs or self.compute_loss_func is not None or self.label_smoother is not None:
             found: Any = Trainer.compute_loss(self, model, inputs, True, items)
             return found
         self._total_train_tokens = self._counted
