@@ -16,6 +16,9 @@ import mixadv
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
+from transformers import Trainer
+
+from mixadv.integrations.transformers import Adversarial
 from tests.test_trainer import alone, at_zero, logged, trained, weights  # noqa: F401
 from tests.zoo import assert_same
 
@@ -28,6 +31,24 @@ OPTIONS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
     "max_steps": 3,
 }
+
+
+class Gathering(Trainer):
+    """Asks the other processes in each pass, for its metrics, as TRL's SFTTrainer does."""
+
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        found = super().compute_loss(model, inputs, *rest, **more)
+        self.accelerator.gather(inputs["labels"].sum())
+        return found
+
+
+class FirstUnlabelled(Adversarial, Gathering):
+    """One process begins with rows of which nothing is labelled."""
+
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        if dist.get_rank() == 1 and self.game.round == 0:
+            inputs = {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
+        return super().compute_loss(model, inputs, *rest, **more)
 
 
 def work(rank: int, folder: str) -> None:
@@ -51,6 +72,8 @@ def work(rank: int, folder: str) -> None:
             others = mine.clone()
             dist.broadcast(others, 0)
             assert_same(mine, others)
+    trainer = trained(Path(folder), mixadv.PGD(), base=FirstUnlabelled, **OPTIONS)
+    assert trainer._told is True
     with pytest.raises(ValueError, match="gradients of head= would not be averaged"):
         trained(Path(folder), mixadv.CAT(head=nn.Linear(16, 4)), **OPTIONS)
     dist.destroy_process_group()
