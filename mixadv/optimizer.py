@@ -26,6 +26,12 @@ _PLAYED_NOTHING = (
     "or did nothing: call game.loss in it, or wrap another optimizer for steps that play."
 )
 
+_PLAIN = (
+    "The optimizer steps before its game has played a round: the gradients are those of a plain "
+    "loss. Give step() a closure, or make them with game.backward or game.loss; to train plainly "
+    "at first, wrap with schedule=mixadv.Schedule(start=...)."
+)
+
 _DRIFTING = (
     "The processes had the same weights before this step, and have others each after it: gradients "
     "are not averaged. Call the model that is in DistributedDataParallel in the closure; where a "
@@ -174,6 +180,8 @@ class GameOptimizer(Optimizer):
             The round's objective, 0-d and detached; None without a closure.
         """
         if closure is None:
+            if self.game.round == 0:
+                warnings.warn(_PLAIN, stacklevel=2)
             self.base.step()
             return None
         with torch.enable_grad():

@@ -331,7 +331,7 @@ def drift(solver: mixadv.Solver) -> tuple[mixadv.Game, nn.Module, list[float]]:
     path = [1.0]
     for _ in range(50):
         model.weight.grad = torch.full_like(model.weight, -(2.0**-7))
-        optimizer.step()
+        optimizer.base.step()
         path.append(model.weight.item())
     return optimizer.game, model, path
 

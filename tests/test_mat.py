@@ -208,6 +208,7 @@ def test_learner_of_a_quadratic_loss_has_the_law_of_its_langevin_chain(size):
         assert abs(theta.var() - variance) < 4 * variance * math.sqrt(2 / size)
 
 
+@pytest.mark.filterwarnings("ignore:The optimizer steps before its game")
 @pytest.mark.parametrize("as_lr", [float, torch.tensor])
 def test_noise_has_the_scale_of_each_groups_learning_rate_at_that_moment(as_lr):
     model, _, _ = linear()

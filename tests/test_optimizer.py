@@ -507,3 +507,14 @@ def test_clipping_runs_before_each_of_the_learners_steps():
     assert len(seen) == 2
     assert min(seen) > 1e-3
     assert 0 < float(moved) <= 2 * 0.1 * 1e-3
+
+
+def test_a_step_before_any_round_is_warned_of():
+    """A loop with loss.backward() would train plainly, and nobody would notice."""
+    player = small()
+    optimizer = mixadv.wrap(SGD(player.model.parameters(), lr=0.1), player.model, mixadv.PGD())
+    player.closure()()[0].backward()
+    with pytest.warns(UserWarning, match=r"before its game has played a round.*Schedule"):
+        optimizer.step()
+    optimizer.game.backward(player.closure())
+    optimizer.step()

@@ -35,11 +35,12 @@ class Playing(TrainerCallback):
 
     def __init__(self, trainer: Adversarial) -> None:
         self.trainer = weakref.ref(trainer)
-        self.round = -1
+        self.round = 0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Forget the rounds of another game."""
-        self.round = -1
+        """Note the rounds so far, of a game that may be new."""
+        trainer = self.trainer()
+        self.round = 0 if trainer is None else trainer.game.round
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Compare the number of rounds with that before the last step."""
