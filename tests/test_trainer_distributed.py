@@ -73,7 +73,7 @@ def work(rank: int, folder: str) -> None:
             dist.broadcast(others, 0)
             assert_same(mine, others)
     trainer = trained(Path(folder), mixadv.PGD(), base=FirstUnlabelled, **OPTIONS)
-    assert trainer._told is True
+    assert trainer.divides is True
     with pytest.raises(ValueError, match="gradients of head= would not be averaged"):
         trained(Path(folder), mixadv.CAT(head=nn.Linear(16, 4)), **OPTIONS)
     dist.destroy_process_group()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from mixadv import parallel
 from mixadv.errors import GameError
 from mixadv.optimizer import GameOptimizer
+from mixadv.replay import Replay
+from mixadv.stage import no_grad
 
 if TYPE_CHECKING:
     from mixadv.integrations.transformers import Adversarial
@@ -93,3 +97,47 @@ def refuse(trainer: Adversarial) -> None:
             f"{who} is evaluated at the average of its weights, which is saved with the optimizer: "
             "with load_best_model_at_end set save_only_model=False, or evaluate_average=False."
         )
+
+
+def share_of_mean(trainer: Adversarial, inputs: dict[str, Any], items: Any) -> Tensor | float:
+    """Return what part of its own mean the loss of a micro-batch is.
+
+    Trainer has the losses of micro-batches divided by the items of them all, or divides by their
+    number itself.
+    """
+    steps = trainer.current_gradient_accumulation_steps
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # Trainer's rule
+    if scaled is None:
+        by_model = trainer.model_accepts_loss_kwargs and items is not None
+        scaled = by_model or trainer.compute_loss_func is not None
+    if steps == 1 or not scaled:
+        return 1.0
+    if items is None:
+        return 1 / steps
+    own = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+    if own is None:
+        return 1 / steps
+    return torch.as_tensor(own).clamp(min=1) / items if _divides(trainer, inputs, items) else 1.0
+
+
+def _divides(trainer: Adversarial, inputs: dict[str, Any], items: Tensor | int) -> bool:
+    """Return whether the loss is divided by the number of items it is told.
+
+    Many models return the mean whatever they are told, and Trainer adds up the means. Asked of the
+    model once, whose random state and buffers are put back.
+    """
+    if trainer.divides is not None:
+        return trainer.divides
+    model: Any = trainer.model
+    losses, replay = [], Replay(model)
+    for count in (items, 2 * items):
+        with replay.run(), no_grad():
+            found, _ = trainer.forward_pass(model, dict(inputs), count, False)
+            losses.append(found.detach())
+    replay.undo()
+    divides = float(losses[1].abs()) < 0.75 * float(losses[0].abs())
+    # A loss of 0, where nothing is labelled, says nothing; all processes have to know, for those
+    # that ask again run the model again.
+    if parallel.agreed(float(losses[0]) != 0, losses[0]):
+        trainer.divides = divides
+    return divides

@@ -17,20 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixadv import parallel, validate
+from mixadv import validate
 from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.optimizer import STATE_KEY, wrap
-from mixadv.replay import Replay
 from mixadv.schedule import Schedule
 from mixadv.solvers.base import Solver
-from mixadv.stage import no_grad
 
 try:
     from transformers import Trainer
     from transformers.trainer import OPTIMIZER_NAME
 
-    from mixadv.integrations.trainer import Playing, Zeroing, refuse, wrapped
+    from mixadv.integrations.trainer import Playing, Zeroing, refuse, share_of_mean, wrapped
 except ImportError as error:
     raise ImportError(
         "mixadv.integrations.transformers needs transformers and accelerate: "
@@ -120,7 +118,7 @@ class Adversarial(Base):
             )
         self.solver: Solver = made.game.solver if made else solver  # pyright: ignore
         self.site, self.schedule, self.evaluate_average = site, schedule, evaluate_average
-        self._told: bool | None = None
+        self.divides: bool | None = None  # the loss by the number of items, where that is known
         refuse(self)
         self.add_callback(Playing(self))
         self._besides = {m: copy.deepcopy(m.state_dict()) for m in self.solver.modules().values()}
@@ -173,7 +171,7 @@ class Adversarial(Base):
             torch.compiler.reset()  # graphs of an evaluation before lack the hooks
         stock = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
         wanted = stock or return_outputs or self.solver.compares is not None  # elsewhere not free
-        share = self._share(inputs, items)
+        share = share_of_mean(self, inputs, items)
         outputs = None
 
         def closure() -> Any:
@@ -204,46 +202,6 @@ class Adversarial(Base):
         """
         found: Any = super().compute_loss(model, inputs, outputs, items)
         return found if outputs else (found, None)
-
-    def _share(self, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor | float:
-        """Return what part of its own mean the loss of a micro-batch is.
-
-        Trainer has the losses of micro-batches divided by the items of them all, or divides by
-        their number itself.
-        """
-        steps = self.current_gradient_accumulation_steps
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # Trainer's rule
-        if scaled is None:
-            by_model = self.model_accepts_loss_kwargs and items is not None
-            scaled = by_model or self.compute_loss_func is not None
-        if steps == 1 or not scaled:
-            return 1.0
-        own = None if items is None else self._get_num_items_in_batch([inputs], self.args.device)
-        if items is None or own is None:
-            return 1 / steps
-        return torch.as_tensor(own).clamp(min=1) / items if self._counts(inputs, items) else 1.0
-
-    def _counts(self, inputs: dict[str, Any], items: Tensor | int) -> bool:
-        """Return whether the loss is divided by the number of items it is told.
-
-        Many models return the mean whatever they are told, and Trainer adds up the means. Asked of
-        the model once, whose random state and buffers are put back.
-        """
-        if self._told is not None:
-            return self._told
-        model: Any = self.model
-        losses, replay = [], Replay(model)
-        for count in (items, 2 * items):
-            with replay.run(), no_grad():
-                found, _ = self.forward_pass(model, dict(inputs), count, False)
-                losses.append(found.detach())
-        replay.undo()
-        # A loss of 0, where nothing is labelled, says nothing; all processes have to know, for
-        # those that ask again run the model again.
-        told = float(losses[1].abs()) < 0.75 * float(losses[0].abs())
-        if parallel.agreed(float(losses[0]) != 0, losses[0]):
-            self._told = told
-        return told
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """Log what the last round came to beside the training loss."""
