@@ -13,7 +13,6 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mixadv import parallel, routes, validate
@@ -225,7 +224,7 @@ def _mean_length(game: Game, lengths: list[Tensor], everywhere: bool = True) -> 
     total = torch.stack([x.double().cpu() for x in lengths]).sum(0)
     if everywhere and parallel.world_size() > 1:
         total = total.to(lengths[0])  # on the device that the processes talk by
-        dist.all_reduce(total)
+        parallel.add_up(total)
     length = float(total[0] / total[1])
     if (not math.isfinite(length) or length == 0) and game.solver.unit == "site":
         raise GameError(

@@ -23,6 +23,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def add_up(tensor: Tensor) -> None:
+    """Add the tensors of all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
 def agreed(flag: bool, like: Tensor) -> bool:
     """Return whether a flag holds on all processes; the tensor is on the device they talk by."""
     if world_size() == 1:

@@ -33,10 +33,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from mixadv import geometry
+from mixadv import geometry, parallel
 from mixadv.ascent import check_integer
 from mixadv.errors import GameError
 from mixadv.replay import Noise
@@ -203,9 +202,8 @@ class Tokens:
             new = eta if self.solver.write == "accumulate" else eta - table[call.ids]
             change.index_add_(0, ids, (new * real).flatten(0, 1))
             count.index_add_(0, ids, real.flatten(0, 1))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(change)
-            dist.all_reduce(count)
+        parallel.add_up(change)
+        parallel.add_up(count)
         if self.solver.write == "mean":
             change = change / count.clamp(min=1)
         self.stage.memory["table"] = table + change
