@@ -23,6 +23,8 @@ Start = Literal["zero", "uniform", "normal"]
 Normalize = Literal["steepest", "norm", "none"]
 Projection = Literal["ball", "sphere"]
 Unit = Literal["site", "absolute"]
+Direction = Literal["gradient", "gauss_newton"]
+Sign = Literal["any", "boundary"]
 Route = Literal["sequential", "vmap", "stack"]
 
 _CHOICES = {
@@ -33,6 +35,8 @@ _CHOICES = {
     "projection": get_args(Projection),
     "unit": get_args(Unit),
     "route": get_args(Route),
+    "direction": get_args(Direction),
+    "sign": get_args(Sign),
 }
 
 
@@ -60,6 +64,12 @@ class Ascent:
             coordinates of a group, so that its norm is at most (uniform) or about (normal, in L2)
             `start_size`.
         start_size: size of the start; None means the radius, or the step size where it is None.
+        direction: `"gradient"` steps along the payoff's gradient; `"gauss_newton"`, for
+            divergences, goes at once as far as the radius where the divergence grows fastest to
+            second order, found from `steps` vector–Jacobian products of the clean pass
+            (`mixadv.gauss_newton`).
+        sign: a divergence is even in δ to second order. `"boundary"` plays that of δ and −δ which
+            makes the likeliest label less likely, `"any"` the one that the start happens to be at.
         temperature: τ of the Langevin noise; 0 draws none.
         particles: M, the number of points of a mixed strategy; pure solvers take 1.
         unit: what lengths are measured in.
@@ -83,6 +93,8 @@ class Ascent:
     unit: Unit = "site"
     fresh_dropout: bool = False
     route: Route = "sequential"
+    direction: Direction = "gradient"
+    sign: Sign = "any"
 
     def __post_init__(self) -> None:
         who = type(self).__name__
@@ -104,6 +116,11 @@ class Ascent:
             check_number(who, "start_size", self.start_size)
         if self.projection == "sphere" and self.radius is None:
             raise ValueError(f"{who}: projection='sphere' rescales to the radius, which is None.")
+
+    @property
+    def leaps(self) -> bool:
+        """Whether δ is found from the clean pass, in one move."""
+        return self.direction == "gauss_newton"
 
     @property
     def initial_size(self) -> float:

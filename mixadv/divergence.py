@@ -22,7 +22,8 @@ from mixadv.errors import nearest
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Return log-probabilities in at least fp32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
@@ -33,7 +34,7 @@ def kl(perturbed: Tensor, clean: Tensor) -> Tensor:
         >>> float(kl(torch.tensor([200.0, 0.0]), torch.tensor([0.0, 200.0])))
         200.0
     """
-    p, q = _log_probabilities(clean), _log_probabilities(perturbed)
+    p, q = log_probabilities(clean), log_probabilities(perturbed)
     return (p.exp() * (p - q)).sum(-1)
 
 
@@ -42,13 +43,13 @@ def symmetric_kl(perturbed: Tensor, clean: Tensor) -> Tensor:
 
     Written as `Σ (p − q)(log p − log q)`: value and gradient are exactly zero when the two agree.
     """
-    p, q = _log_probabilities(clean), _log_probabilities(perturbed)
+    p, q = log_probabilities(clean), log_probabilities(perturbed)
     return ((p.exp() - q.exp()) * (p - q)).sum(-1)
 
 
 def js(perturbed: Tensor, clean: Tensor) -> Tensor:
     """Return the Jensen–Shannon divergence per prediction (nats, at most log 2)."""
-    p, q = _log_probabilities(clean), _log_probabilities(perturbed)
+    p, q = log_probabilities(clean), log_probabilities(perturbed)
     m = torch.logaddexp(p, q) - math.log(2)
     return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
 

@@ -160,6 +160,10 @@ class _Rehearsal:
 
     def ascend(self, payoff: Any, ascent: Ascent, deviation: float = 0.0) -> Strategy:
         q = self.start(ascent)
+        if ascent.leaps:
+            self.clean()
+            self.delta_backwards += ascent.steps
+            return q
         for _ in range(ascent.steps):
             self.payoffs(q, payoff, ascent, deviation)
         return q

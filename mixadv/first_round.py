@@ -333,7 +333,7 @@ def _check_noise_floor(game: Game, stage: Stage, zero: Reading, moves: bool) -> 
     one alone.
     """
     solver = game.solver
-    if solver.initial_size == 0 or solver.radius == 0:
+    if solver.leaps or solver.initial_size == 0 or solver.radius == 0:
         return
     noise = Noise(game.seed)
     noise.begin("noise floor", 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,28 @@ if TYPE_CHECKING:
     from mixadv.stage import Stage
 
 Gains = Callable[[Reading, int], Tensor]
-Payoffs = tuple[Tensor, list[Tensor]]
+
+
+class Payoffs(NamedTuple):
+    """What a route returns.
+
+    Attributes:
+        values: `[M, B]`, or fewer where samples share one.
+        gradients: per call at the site, `[M, B, ...]`.
+        predictions: `[M, B, ...]` of the passes, detached; None where the closure returned none.
+    """
+
+    values: Tensor
+    gradients: list[Tensor]
+    predictions: Tensor | None
+
+
 RouteFunction = Callable[["Stage", Strategy, Gains], Payoffs]
 
 
 def sequential(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
     """Evaluate the particles one after another."""
-    values, gradients = [], []
+    values, gradients, predictions = [], [], []
     for particle in range(q.size):
         leaves: list[Tensor] = []
 
@@ -43,7 +58,10 @@ def sequential(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
         value = gains(reading, 1)
         gradients.append(stage.differentiate(value, leaves, _source(reading)))
         values.append(value.detach())
-    return torch.stack(values), [torch.stack(g) for g in zip(*gradients, strict=True)]
+        predictions.append(reading.predictions)
+    told = None if predictions[0] is None else torch.stack(predictions).detach()
+    columns = [torch.stack(g) for g in zip(*gradients, strict=True)]
+    return Payoffs(torch.stack(values), columns, told)
 
 
 def vmapped(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
@@ -52,17 +70,20 @@ def vmapped(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
         return sequential(stage, q, gains)
     leaves = [point.detach().requires_grad_() for point in q.points]
     sources: list[Tensor | None] = []
+    told: list[Tensor | None] = []
 
     def one(*points: Tensor) -> Tensor:
         # The random state is set inside the mapped function, so that chunks replay it too.
         reading = stage.run(lambda i, call, output: _scaled(points[i], q.unit))
         sources.append(_unmapped(_source(reading)))
+        told.append(_unmapped(reading.predictions))
         return gains(reading, 1)
 
     before = stage.forwards
     values = torch.func.vmap(one, randomness="same")(*leaves)
     stage.forwards = before + q.size
-    return values.detach(), stage.differentiate(values, leaves, sources[0])
+    gradients = stage.differentiate(values, leaves, sources[0])
+    return Payoffs(values.detach(), gradients, None if told[0] is None else told[0].detach())
 
 
 def stacked(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
@@ -73,7 +94,8 @@ def stacked(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
     reading = _stacked_pass(stage, q, leaves)
     values = gains(reading, q.size)
     gradients = stage.differentiate(values, leaves, _source(reading))
-    return _apart(values.detach(), q), [_apart(g, q) for g in gradients]
+    told = None if reading.predictions is None else _apart(reading.predictions.detach(), q)
+    return Payoffs(_apart(values.detach(), q), [_apart(g, q) for g in gradients], told)
 
 
 ROUTES: dict[str, RouteFunction] = {

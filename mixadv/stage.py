@@ -10,17 +10,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 
-from mixadv import routes, scaling, validate
+from mixadv import gauss_newton, routes, scaling, validate
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
 from mixadv.contrastive import directions
-from mixadv.divergence import Divergence, divergence
+from mixadv.divergence import Divergence, divergence, log_probabilities
 from mixadv.errors import GameError
 from mixadv.modules import functional, unwrap
 from mixadv.parallel import local
@@ -119,8 +120,10 @@ class Stage:
         gains = self.reader(payoff, deviation)
         chosen = route or routes.ROUTES[ascent.route if q.size > 1 else "sequential"]
         with self.frozen():
-            values, gradients = chosen(self, q, gains)
+            values, gradients, predictions = chosen(self, q, gains)
         self.delta_backwards += q.size
+        if ascent.sign == "boundary" and predictions is not None:
+            gradients = self._towards_boundary(q, gradients, predictions)
         # A payoff that is not finite belongs to a δ that falls back to 0, where a divergence is 0.
         values = torch.where(values.isfinite(), values, torch.zeros_like(values))
         self.payoff = (q.weights * values).sum(0).mean() / self.samples_in(values, payoff)
@@ -192,11 +195,60 @@ class Stage:
         begin: Begin | None = None,
     ) -> Strategy:
         """Return where the ascent ends after its K steps, detached; `begin` as for `start`."""
+        if ascent.leaps and begin is None:
+            return self._leap(payoff, ascent)
         q = self.start(ascent, begin)
         for _ in range(ascent.steps):
             _, gradients = self.payoffs(q, payoff, ascent, deviation=deviation)
             q = self.move(q, ascent, gradients)
         return q.detach()
+
+    def _towards_boundary(
+        self, q: Strategy, gradients: list[Tensor], predictions: Tensor
+    ) -> list[Tensor]:
+        """Turn the points at which the likeliest label got likelier; return the gradients there.
+
+        A divergence that is even has the opposite gradient at the opposite point.
+        """
+        clean = self.clean()
+        before = self._predictions(clean).detach()
+        label = before.argmax(-1, keepdim=True).expand(*predictions.shape[:-1], 1)
+        gained = log_probabilities(predictions) - log_probabilities(before)
+        gained = gained.gather(-1, label)[..., 0]
+        if gained.dim() == 3:
+            gained = (gained if clean.mask is None else gained * clean.mask).sum(-1)
+        turn = torch.where(gained > 0, -1.0, 1.0)
+        turns = [_by_row(turn, g) for g in gradients]
+        q.points[:] = [
+            (t * p.detach()).requires_grad_(p.requires_grad)
+            for t, p in zip(turns, q.points, strict=True)
+        ]
+        return [t * g for t, g in zip(turns, gradients, strict=True)]
+
+    def _leap(self, kind: str | Divergence, ascent: Ascent) -> Strategy:
+        """Return the Gauss–Newton ascent's point, found from the clean pass; detached."""
+        if self.game.leaf_backward:
+            raise GameError(_DIFFERENTIATED_TWICE.format(type(self.game.solver).__name__))
+        zero = self.origin(ascent)
+        clean = self._keep_clean(self.run(self.at(zero, 0)))
+        predictions = self._predictions(clean)
+        found = gauss_newton.contrasts(predictions.detach(), kind, ascent.steps, clean.mask)
+        gradients = []
+        for cotangent in found.cotangents:
+            values = (predictions * cotangent).flatten(1).sum(1)
+            slopes = self.differentiate(values, zero.points, predictions, keep=True)
+            pairs = zip(slopes, zero.masks, strict=True)
+            gradients.append([g[0] if mask is None else g[0] * mask for g, mask in pairs])
+            for point in zero.points:
+                point.grad = None
+        self.delta_backwards += len(gradients)
+        best = gauss_newton.direction(gradients, found)
+        slopes = [x[None] for x in best]
+        if ascent.sign == "any":
+            drawn = self.game.noise("uniform", slopes[0].new_empty(1, len(predictions)))
+            slopes = [_by_row(drawn.sign(), x) * x for x in slopes]
+        size = ascent.step_size if ascent.radius is None else ascent.radius
+        return self.move(zero, replace(ascent, step_size=size), slopes).detach()
 
     # The learner -----------------------------------------------------------------------------
 
@@ -270,7 +322,7 @@ class Stage:
             self.replay.run(),
             self.game.site.run(provide) as current,
             validate.gradients_untouched(self.parameters),
-            _reusable(self.game.solver.differentiates_twice),
+            _reusable(self.game.solver.differentiates_twice or self.game.solver.leaps),
             represents.run() if represents else nullcontext(),
         ):
             result = (closure or self.closure)()
@@ -441,6 +493,18 @@ def _spread(values: Tensor, rows: int) -> Tensor:
         f"The representation has {len(values)} rows and the closure returned {rows} losses, which "
         "do not belong to each other: return one loss per sample, or name another source=."
     )
+
+
+def _by_row(values: Tensor, like: Tensor) -> Tensor:
+    """Return values `[M, B]` of predictions for the rows of a tensor `[M, R, ...]`."""
+    each, left = divmod(like.shape[1], values.shape[1])
+    if left:
+        raise GameError(
+            f"{values.shape[1]} predictions and {like.shape[1]} rows at the site do not belong to "
+            "each other, so that no sign can be chosen: leave sign='any'."
+        )
+    values = values.to(like).repeat_interleave(each, 1)
+    return values.view(*values.shape, *[1] * (like.dim() - 2))
 
 
 def _copies(x: Tensor, copies: int) -> Tensor:

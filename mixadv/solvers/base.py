@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mixadv.ascent import Ascent
 from mixadv.divergence import DIVERGENCES, Divergence, divergence
 from mixadv.errors import nearest
+from mixadv.gauss_newton import CURVED, FLAT
 from mixadv.learner import Learner
 from mixadv.representation import Source
 
@@ -47,6 +48,30 @@ class Solver(Ascent, ABC):
             raise ValueError(
                 f"{type(self).__name__} plays one point, got particles={self.particles}: "
                 "a mixed strategy needs MAT."
+            )
+
+        self._check_direction()
+
+    def _check_direction(self) -> None:
+        who, kind = type(self).__name__, self.gain
+        curved = kind in CURVED
+        if self.sign == "boundary" and not curved:
+            raise ValueError(
+                f"{who}: sign='boundary' makes a label less likely, and the payoff is {kind!r}: it "
+                "takes the divergence 'kl', 'symmetric_kl' or 'js'."
+            )
+        if not self.leaps:
+            return
+        if not curved and kind not in FLAT:
+            raise ValueError(
+                f"{who}: direction='gauss_newton' takes a divergence 'kl', 'symmetric_kl', 'js' or "
+                f"'squared_error' as payoff, got {kind!r}: leave direction='gradient'."
+            )
+        if self.particles > 1 or self.normalize == "none" or self.steps == 0:
+            raise ValueError(
+                f"{who}: direction='gauss_newton' finds one direction, whose length means nothing, "
+                f"from at least one step; got particles={self.particles}, "
+                f"normalize={self.normalize!r}, steps={self.steps}."
             )
 
     @abstractmethod
@@ -118,7 +143,7 @@ def check_divergence(solver: Solver, field: str) -> None:
     except ValueError as error:
         loss = " A payoff may also be 'loss'." if field == "payoff" else ""
         raise ValueError(f"{type(solver).__name__}: {field}={value!r}. {error}{loss}") from None
-    known = value in [*DIVERGENCES, *DIVERGENCES.values()]
+    known = value in [*DIVERGENCES, *DIVERGENCES.values()] and not solver.leaps
     at_zero = solver.start == "zero" or solver.start_size == 0
     if known and at_zero and solver.steps and solver.radius != 0 and not solver.temperature:
         where = "start='zero'" if solver.start == "zero" else f"start_size={solver.start_size}"

@@ -171,6 +171,8 @@ class MAT(Solver):
 
     def adversary(self, stage: Stage) -> Strategy:
         """Return the strategy of this round, pure where the mean is played."""
+        if self.leaps:
+            return stage.ascend(self.divergence, self)
         stage.clean()
         q = damped = stage.start(self)
         for k in range(self.steps):

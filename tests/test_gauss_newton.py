@@ -1,0 +1,250 @@
+"""The Gauss–Newton ascent against the exact Hessian, and the sign towards the boundary."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import mixadv
+from mixadv import gauss_newton
+from mixadv.divergence import DIVERGENCES
+from tests.zoo import fingerprint, player, small
+
+FACTOR = {"kl": 1.0, "symmetric_kl": 2.0, "js": 0.25}  # of the Hessian in diag(p) − ppᵀ
+seeds = st.integers(0, 9999)
+
+
+class Net(nn.Module):
+    """From D inputs to C outputs, linear or with a layer between, in float64."""
+
+    def __init__(self, inputs: int, outputs: int, seed: int, deep: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        parts = [nn.Linear(inputs, 7), nn.Tanh()] if deep else []
+        self.outputs = outputs
+        self.layers = nn.Sequential(*parts, nn.Linear(7 if deep else inputs, outputs)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.layers(x)
+
+
+def solver(kind: Any = mixadv.ALUM, **words: Any) -> Any:
+    return kind(direction="gauss_newton", radius=1e-4, unit="absolute", **words)
+
+
+def found(model: nn.Module, x: Tensor, game_solver: mixadv.Solver) -> Tensor:
+    """Return the δ that is played, `[B, D]`."""
+    labels = torch.zeros(len(x), dtype=torch.long)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        return (F.cross_entropy(logits, labels) if model.outputs > 1 else logits.sum()), logits
+
+    game = mixadv.Game(model, game_solver, "input")
+    game.backward(closure)
+    return game.strategy.points[0][0]
+
+
+def hessian(model: nn.Module, x: Tensor, name: str) -> Tensor:
+    """Return the divergence's Hessian in δ at 0, by differentiating it twice."""
+
+    def gained(delta: Tensor) -> Tensor:
+        return DIVERGENCES[name]((model((x + delta)[None])), model(x[None])).sum()
+
+    return torch.autograd.functional.hessian(gained, torch.zeros_like(x))
+
+
+@given(st.integers(2, 5), st.sampled_from([*FACTOR]), st.booleans(), seeds)
+def test_with_all_contrasts_it_is_the_first_eigenvector_of_the_exact_hessian(
+    classes: int, name: str, deep: bool, seed: int
+):
+    model, x = Net(6, classes, seed, deep), torch.randn(3, 6, dtype=torch.float64)
+    delta = found(model, x, solver(divergence=name, steps=classes - 1))
+    for row, point in zip(x, delta, strict=True):
+        values, vectors = torch.linalg.eigh(hessian(model, row, name))
+        unit = point / point.norm()
+        quotient = unit @ (vectors * values) @ vectors.T @ unit
+        assert quotient == pytest.approx(float(values[-1]), rel=1e-6)
+
+
+@given(st.integers(1, 4), st.booleans(), seeds)
+def test_of_outputs_without_labels_too(outputs: int, deep: bool, seed: int):
+    model, x = Net(5, outputs, seed, deep), torch.randn(2, 5, dtype=torch.float64)
+    delta = found(model, x, solver(divergence="squared_error", steps=outputs))
+    for row, point in zip(x, delta, strict=True):
+        values, vectors = torch.linalg.eigh(hessian(model, row, "squared_error"))
+        unit = point / point.norm()
+        quotient = unit @ (vectors * values) @ vectors.T @ unit
+        assert quotient == pytest.approx(float(values[-1]), rel=1e-6)
+
+
+@given(st.integers(2, 7), st.integers(1, 6), seeds)
+def test_merged_labels_only_lower_the_quadratic_form(classes: int, most: int, seed: int):
+    model, x = Net(6, classes, seed), torch.randn(1, 6, dtype=torch.float64)
+    logits = model(x).detach()
+    parts = gauss_newton.contrasts(logits, "kl", most)
+    jacobian = torch.autograd.functional.jacobian(lambda z: model(z[None])[0], x[0])
+    basis = torch.stack([v[0] @ jacobian for v in parts.cotangents])
+    lower = basis.T @ parts.metric[0] @ basis
+    gap = torch.linalg.eigvalsh(hessian(model, x[0], "kl") - lower)
+    assert gap.min() >= -1e-9
+    if most >= classes - 1:
+        assert gap.max() <= 1e-9
+
+
+@given(st.integers(2, 6), st.integers(1, 5), seeds)
+def test_towards_the_boundary_the_likeliest_label_gets_less_likely(
+    classes: int, steps: int, seed: int
+):
+    model, x = Net(6, classes, seed, deep=True), torch.randn(4, 6, dtype=torch.float64)
+    delta = found(model, x, solver(steps=steps, sign="boundary"))
+    before, after = model(x).log_softmax(-1), model(x + delta).log_softmax(-1)
+    label = before.argmax(-1, keepdim=True)
+    assert (after.gather(1, label) < before.gather(1, label)).all()
+
+
+def test_without_a_sign_half_of_the_samples_go_each_way():
+    model, x = Net(6, 2, 0), torch.randn(2000, 6, dtype=torch.float64)
+    delta = found(model, x, solver())
+    before, after = model(x).log_softmax(-1), model(x + delta).log_softmax(-1)
+    label = before.argmax(-1, keepdim=True)
+    away = (after.gather(1, label) > before.gather(1, label)).double().mean()
+    assert abs(float(away) - 0.5) < 4 * 0.5 / 2000**0.5
+
+
+@given(seeds, st.sampled_from([1e-3, 1.0]), st.sampled_from([*FACTOR]))
+def test_of_two_classes_it_reaches_what_a_long_ascent_reaches(seed: int, radius: float, name: str):
+    """On a linear model the divergence grows along one line, and more towards the boundary."""
+    model, x = Net(6, 2, seed), torch.randn(5, 6, dtype=torch.float64)
+    words = {"radius": radius, "unit": "absolute", "divergence": name, "sign": "boundary"}
+    leap = mixadv.ALUM(direction="gauss_newton", **words)
+    long = mixadv.ALUM(steps=30, step_size=radius, start_size=radius / 10, **words)
+    reached = [
+        DIVERGENCES[name](model(x + found(model, x, s)), model(x)).detach() for s in (leap, long)
+    ]
+    torch.testing.assert_close(reached[0], reached[1], rtol=1e-6, atol=0)
+    away = DIVERGENCES[name](model(x - found(model, x, leap)), model(x)).detach()
+    assert (reached[0] >= away * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_of_sure_predictions_the_direction_is_still_that_of_the_log_odds(steps: int):
+    model, x = Net(6, 3, 0), torch.randn(4, 6, dtype=torch.float64)
+    with torch.no_grad():
+        model.layers[0].bias.copy_(torch.tensor([200.0, 0.0, -3.0]))
+    logits = model(x).detach()
+    parts = gauss_newton.contrasts(logits, "kl", steps)
+    rows = [v[:, :, None] * model.layers[0].weight[None] * 2 for v in parts.cotangents]
+    slopes = [[r.sum(1).detach()] for r in rows]
+    (way,) = gauss_newton.direction(slopes, parts)
+    assert way.isfinite().all()
+    assert (way.norm(dim=1) > 0).all()
+    assert (F.cosine_similarity(way, -slopes[0][0]) > 0.99).all()
+
+
+@pytest.mark.parametrize(("name", "passes"), [("alum", 2), ("smart", 3), ("vat", 2), ("mat", 4)])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_leap_costs_backwards_of_the_clean_pass_and_no_forward(
+    name: str, passes: int, steps: int
+):
+    p = small()
+    game_solver = mixadv.solver(name, direction="gauss_newton", steps=steps)
+    optimizer = mixadv.wrap(torch.optim.SGD(p.model.parameters(), 0.1), p.model, game_solver)
+    optimizer.step(p.closure())
+    outcome, expected = optimizer.outcome, optimizer.game.explain().passes
+    assert (outcome.forwards, outcome.delta_backwards) == (passes, steps)
+    assert (expected.forwards, expected.delta_backwards) == (passes, steps)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+@pytest.mark.parametrize("per", ["sample", "token"])
+@pytest.mark.parametrize("family", ["bert", "llama-causal", "gpt2", "t5", "vision"])
+def test_a_leap_goes_as_far_as_the_ball_and_off_padding(family: str, per: Any, norm: Any):
+    p = player(family, rows=4)
+    game_solver = mixadv.ALUM(direction="gauss_newton", norm=norm, per=per, radius=0.3)
+    game = mixadv.Game(p.model, game_solver)
+    before = fingerprint(p.model)
+    outcome = game.backward(p.closure())
+    if family != "llama-causal" or per == "sample":  # whose last tokens move no prediction
+        assert outcome.radius == pytest.approx(0.3, rel=1e-3)
+    assert 0 < outcome.radius < 0.3001
+    assert outcome.payoff > 0
+    assert outcome.nonfinite == 0
+    assert fingerprint(p.model)["hooks"] == before["hooks"]
+    if family in ("bert", "llama-causal", "gpt2"):
+        pads = p.batch["attention_mask"] == 0
+        assert not game.strategy.points[0][0][pads].any()
+
+
+@pytest.mark.parametrize("route", ["sequential", "vmap", "stack"])
+@pytest.mark.parametrize("name", ["pgd", "mat"])
+def test_an_ascent_turns_towards_the_boundary(name: str, route: Any):
+    model, x = Net(6, 3, 0, deep=True), torch.randn(50, 6, dtype=torch.float64)
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        labels = torch.zeros(len(logits), dtype=torch.long)
+        return F.cross_entropy(logits, labels, reduction="none"), logits
+
+    more = {"payoff": "kl"} if name == "pgd" else {"particles": 3, "play_as": "ensemble"}
+    words = {"sign": "boundary", "start_size": 1e-3, "unit": "absolute", "route": route}
+    game_solver = mixadv.solver(name, **words, **more)
+    base = torch.optim.SGD(model.parameters(), 0.0)
+    game = mixadv.wrap(base, model, game_solver, site="input").game
+    with game.rehearsal(closure) as stage:
+        logits = stage.clean().predictions.detach()
+        label = logits.argmax(-1, keepdim=True)
+        q = stage.start(game_solver)
+        for turned in (True, False):  # once, for they lie there then
+            found = [p.clone() for p in q.points]
+            _, (slopes,) = stage.payoffs(q, game_solver.gain, game_solver)
+            assert torch.equal(q.points[0], found[0]) != turned or not q.points
+            if turned:
+                first = slopes
+        assert (F.cosine_similarity(first, slopes, dim=-1) > 0.99).all()
+        clean = logits.log_softmax(-1).gather(1, label)
+        for m in range(q.size):
+            moved = stage.run(stage.at(q, m)).predictions.log_softmax(-1).gather(1, label)
+            assert (moved <= clean).all()
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "a loss": (lambda: mixadv.PGD(direction="gauss_newton"), "takes a divergence.*got 'loss'"),
+    "FreeLB": (lambda: mixadv.FreeLB(direction="gauss_newton"), "takes a divergence"),
+    "a function": (
+        lambda: mixadv.ALUM(direction="gauss_newton", divergence=lambda a, b: a),
+        "takes a divergence",
+    ),
+    "particles": (
+        lambda: mixadv.MAT(direction="gauss_newton", particles=2),
+        "finds one direction.*particles=2",
+    ),
+    "raw": (
+        lambda: mixadv.ALUM(direction="gauss_newton", normalize="none"),
+        "length means nothing",
+    ),
+    "no steps": (lambda: mixadv.ALUM(direction="gauss_newton", steps=0), "at least one step"),
+    "boundary of a loss": (lambda: mixadv.PGD(sign="boundary"), "makes a label less likely"),
+    "boundary of a score": (
+        lambda: mixadv.ALUM(sign="boundary", divergence="squared_error"),
+        "makes a label less likely",
+    ),
+    "unknown": (lambda: mixadv.ALUM(direction="newton"), "Did you mean 'gauss_newton'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_such_direction_is_refused(case: str):
+    build, why = REFUSED[case]
+    with pytest.raises(ValueError, match=why):
+        build()
+
+
+def test_several_contrasts_need_rows_that_belong_to_predictions():
+    parts = gauss_newton.contrasts(torch.randn(2, 4), "kl", 2)
+    with pytest.raises(mixadv.GameError, match=r"2 predictions and \[3\] rows.*steps=1"):
+        gauss_newton.direction([[torch.randn(3, 5)]] * 2, parts)
