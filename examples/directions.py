@@ -1,0 +1,174 @@
+"""What a divergence's adversary reaches, by direction, sign and steps, on a fine-tuned encoder.
+
+Trains plainly on a task, then lets every ascent play on rows it has not seen, at the same radius:
+along the gradient from a random start, or at once along the Gauss–Newton direction of the clean
+pass; on the side where the start lies, or towards the decision boundary. Prints the symmetric KL
+reached over that of one gradient step, the part of the rows whose likeliest label got less likely,
+the rows whose label changes, and the time over one gradient step's, interleaved.
+
+    python examples/directions.py --task intents
+    python examples/directions.py --task cola --data path/to/folders --updates 250
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import glue
+import intent
+import mixadv
+from training import command, data
+from training.loop import Keeping, Training
+from training.results import Run
+
+RADII = (0.05, 0.1, 0.2, 0.4)
+ROWS = 16
+ASCENTS: dict[str, dict[str, Any]] = {
+    f"{name}, {sign}": {**words, "sign": sign}
+    for sign in ("any", "boundary")
+    for name, words in {
+        "gradient, K=1": {"steps": 1},
+        "gradient, K=3": {"steps": 3},
+        "gradient, K=10": {"steps": 10},
+        "Gauss–Newton, K=1": {"steps": 1, "direction": "gauss_newton"},
+        "Gauss–Newton, K=3": {"steps": 3, "direction": "gauss_newton"},
+    }.items()
+}
+BASELINE = next(iter(ASCENTS))
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", default="intents", help="of examples/intent.py or glue.py")
+    parser.add_argument("--data", default="", help="a folder with the task, as for those")
+    parser.add_argument("--updates", type=int, default=80)
+    parser.add_argument("--limit", type=int, default=0, help="training rows; 0 takes all")
+    parser.add_argument("--shots", type=int, default=0, help="training rows of each label")
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--rows", type=int, default=256, help="on which the adversary plays")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/directions"))
+    return parser.parse_args(argv)
+
+
+def trained(options: argparse.Namespace) -> tuple[Training, list[dict[str, torch.Tensor]]]:
+    """Return a trained model, and batches of rows that it has not seen."""
+    script = glue if options.task in glue.TASKS else intent
+    given = ["--task", options.task] if options.task != intent.EMBEDDED else []
+    given += ["--data", options.data] if options.data else []
+    task = script.load(script.arguments(given))
+    run = Run(
+        task=options.task,
+        data=options.data,
+        epochs=0.0,
+        updates=options.updates,
+        limit=options.limit,
+        shots=options.shots,
+        learning_rate=options.lr,
+        seed=options.seed,
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    training = Training(run, task, Keeping(options.output))
+    training.train()
+    rows = task.splits[task.choose_on]
+    rows = rows.shuffle(seed=0).select(range(min(options.rows, len(rows))))
+    order = sorted(range(len(rows)), key=data.lengths(rows).__getitem__)
+    starts = range(0, len(order), ROWS)
+    return training, [training.encode(rows[order[i : i + ROWS]]) for i in starts]
+
+
+def reached(
+    model: torch.nn.Module, game: mixadv.Game, batch: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Return the divergence at the end of an ascent, and what became of the likeliest labels."""
+    started = time.process_time()
+    with game.rehearsal(lambda: model(**batch)) as stage:
+        q = stage.ascend("symmetric_kl", game.solver)
+        seconds = time.process_time() - started
+        with torch.no_grad():
+            clean = stage.clean().predictions.log_softmax(-1)
+            moved = stage.run(stage.at(q, 0)).predictions.log_softmax(-1)
+    label = clean.argmax(-1, keepdim=True)
+    values = mixadv.divergence.symmetric_kl(moved, clean)
+    towards = moved.gather(-1, label) < clean.gather(-1, label)
+    return {
+        "divergence": values.tolist(),
+        "towards": towards[:, 0].tolist(),
+        "changed": (moved.argmax(-1, keepdim=True) != label)[:, 0].tolist(),
+        "seconds": seconds,
+    }
+
+
+def measure(
+    training: Training, batches: list[dict[str, torch.Tensor]], radius: float
+) -> Iterator[dict[str, Any]]:
+    """Yield a row per ascent; batch by batch, in orders that are reversed."""
+    model = training.model.eval()
+    games = {}
+    for name, words in ASCENTS.items():
+        solver = mixadv.ALUM(radius=radius, step_size=radius, start_size=0.05 * radius, **words)
+        games[name] = mixadv.Game(model, solver)
+        reached(model, games[name], batches[0])  # the first round is checked
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in games}
+    for number, batch in enumerate(tqdm(batches, desc=f"radius {radius:g}")):
+        for name in list(games)[:: 1 if number % 2 else -1]:
+            found[name].append(reached(model, games[name], batch))
+    for name, parts in found.items():
+        one = {
+            k: [x for part in parts for x in part[k]] for k in ("divergence", "towards", "changed")
+        }
+        ratios = [p["seconds"] / b["seconds"] for p, b in zip(parts, found[BASELINE], strict=True)]
+        yield {
+            "ascent": name,
+            "radius": radius,
+            **means,
+            "time": statistics.median(ratios),
+        }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as Markdown: a line per ascent, the divergence over the baseline's."""
+    radii = list(dict.fromkeys(row["radius"] for row in rows))
+    found = {(row["ascent"], row["radius"]): row for row in rows}
+    head = [f"{radius:g}" for radius in radii]
+    lines = [
+        f"| ascent, sign | {' | '.join(head)} | towards | label changed | time |",
+        "|---" * (len(head) + 4) + "|",
+    ]
+    for name in ASCENTS:
+        mine = [found[name, radius] for radius in radii]
+        over = [m["divergence"] / found[BASELINE, m["radius"]]["divergence"] for m in mine]
+        last = [f"{100 * mine[-1]['towards']:.0f} %", f"{100 * mine[-1]['changed']:.0f} %"]
+        cost = statistics.median(m["time"] for m in mine)
+        cells = [*(f"{x:.2f}" for x in over), *last, f"{cost:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def work(options: argparse.Namespace) -> str:
+    """Train, measure, keep and return the table."""
+    torch.set_num_threads(1)
+    training, batches = trained(options)
+    rows = [row for radius in RADII for row in measure(training, batches, radius)]
+    kept = options.output / f"{options.task}.jsonl"
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return table(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 2 for what it cannot run."""
+    options = arguments(argv)
+    return command.answer("directions", lambda: work(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
