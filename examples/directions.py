@@ -123,9 +123,8 @@ def measure(
         for name in list(games)[:: 1 if number % 2 else -1]:
             found[name].append(reached(model, games[name], batch))
     for name, parts in found.items():
-        one = {
-            k: [x for part in parts for x in part[k]] for k in ("divergence", "towards", "changed")
-        }
+        keys = ("divergence", "towards", "changed")
+        means = {k: statistics.fmean(x for part in parts for x in part[k]) for k in keys}
         ratios = [p["seconds"] / b["seconds"] for p, b in zip(parts, found[BASELINE], strict=True)]
         yield {
             "ascent": name,
