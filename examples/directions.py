@@ -37,6 +37,7 @@ ASCENTS: dict[str, dict[str, Any]] = {
     for name, words in {
         "gradient, K=1": {"steps": 1},
         "gradient, K=3": {"steps": 3},
+        "gradient, K=3, bf16": {"steps": 3, "dtype": torch.bfloat16},
         "gradient, K=10": {"steps": 10},
         "Gauss–Newton, K=1": {"steps": 1, "direction": "gauss_newton"},
         "Gauss–Newton, K=3": {"steps": 3, "direction": "gauss_newton"},

@@ -70,6 +70,8 @@ class Ascent:
             (`mixadv.gauss_newton`).
         sign: a divergence is even in δ to second order. `"boundary"` plays that of δ and −δ which
             makes the likeliest label less likely, `"any"` the one that the start happens to be at.
+        dtype: `torch.bfloat16` computes the ascent's own passes under autocast; δ and the learner's
+            passes keep their format. None computes all passes alike.
         temperature: τ of the Langevin noise; 0 draws none.
         particles: M, the number of points of a mixed strategy; pure solvers take 1.
         unit: what lengths are measured in.
@@ -95,6 +97,7 @@ class Ascent:
     route: Route = "sequential"
     direction: Direction = "gradient"
     sign: Sign = "any"
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         who = type(self).__name__
@@ -108,6 +111,11 @@ class Ascent:
         check_integer(who, "steps", self.steps, 0)
         check_integer(who, "particles", self.particles, 1)
         check_flag(who, "fresh_dropout", self.fresh_dropout)
+        if self.dtype not in (None, torch.bfloat16):
+            raise ValueError(
+                f"{who}: dtype must be torch.bfloat16 or None, got {self.dtype!r}: for other "
+                "formats put autocast around the round."
+            )
         check_number(who, "step_size", self.step_size)
         check_number(who, "temperature", self.temperature)
         if self.radius is not None:

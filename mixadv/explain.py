@@ -104,6 +104,15 @@ def explain(game: Game, closure: Closure | None) -> Explanation:
 
 def passes(solver: Solver) -> Passes:
     """Return the passes of a round, counted by playing it without a model."""
+    return _rehearse(solver)[0]
+
+
+def ascends(solver: Solver) -> bool:
+    """Return whether a round has passes of the ascent's own, beside those of the learner."""
+    return _rehearse(solver)[1].ascends
+
+
+def _rehearse(solver: Solver) -> tuple[Passes, _Rehearsal]:
     stage: Any = _Rehearsal()
     thetas = steps = 0
     alone = replace(solver, **dict.fromkeys(solver.modules()))  # they have nothing to act on
@@ -112,7 +121,8 @@ def passes(solver: Solver) -> Passes:
         if isinstance(move, Step):
             steps += 1
             stage.clean_known = False
-    return Passes(stage.forwards, stage.delta_backwards, thetas, stage.branches, steps)
+    counted = Passes(stage.forwards, stage.delta_backwards, thetas, stage.branches, steps)
+    return counted, stage
 
 
 _REHEARSED = Reading(torch.zeros(()), None, None, torch.zeros(2, 1))
@@ -123,6 +133,7 @@ class _Rehearsal:
 
     def __init__(self) -> None:
         self.forwards = self.delta_backwards = self.branches = 0
+        self.ascends = False
         self.clean_known = False
         self.memory: dict[str, Any] = {}
         self.calls = [Call(torch.Size([1, 1]), torch.float32, torch.device("cpu"), None)]
@@ -149,6 +160,7 @@ class _Rehearsal:
     def payoffs(
         self, q: Strategy, payoff: Any, ascent: Ascent, deviation: float = 0.0
     ) -> tuple[Tensor, list[Tensor]]:
+        self.ascends = True
         if payoff != "loss" or deviation:
             self.clean()
         self.forwards += q.size

@@ -350,7 +350,8 @@ def _check_noise_floor(game: Game, stage: Stage, zero: Reading, moves: bool) -> 
         return length * noise("uniform", like).sign()
 
     # A compiled model would have to make a graph for passes without gradients.
-    with stage.frozen() if isinstance(game.site, CompiledSite) else no_grad():
+    quiet = stage.frozen() if isinstance(game.site, CompiledSite) else no_grad()
+    with quiet, stage.format(solver):
         change = _distance(stage.run(stage.at(q.detach(), 0)), zero)
         floor = _distance(stage.run(rounding), zero)
     if moves and change <= NOISE_FLOOR * floor:

@@ -19,7 +19,7 @@ from mixadv.carried import Carried
 from mixadv.closure import Closure, read
 from mixadv.compiled_site import place
 from mixadv.errors import GameError, check_entries, check_kinds
-from mixadv.explain import Explanation, explain, passes
+from mixadv.explain import Explanation, ascends, explain, passes
 from mixadv.modules import INPUT, functional, weak_hook
 from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
@@ -72,6 +72,11 @@ class Game:
         validate.game_arguments(model, solver, optimizer, seed)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a mixadv.Schedule or None, got {schedule!r}.")
+        if solver.dtype is not None and not ascends(solver):
+            raise ValueError(
+                f"{type(solver).__name__} finds δ in the learner's own passes, and dtype= acts on "
+                "others: leave it out, or put autocast around the round."
+            )
         self.model = model
         self.solver = solver
         self.site = place(model, site)

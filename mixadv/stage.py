@@ -119,7 +119,7 @@ class Stage:
         """
         gains = self.reader(payoff, deviation)
         chosen = route or routes.ROUTES[ascent.route if q.size > 1 else "sequential"]
-        with self.frozen():
+        with self.frozen(), self.format(ascent):
             values, gradients, predictions = chosen(self, q, gains)
         self.delta_backwards += q.size
         if ascent.sign == "boundary" and predictions is not None:
@@ -373,6 +373,12 @@ class Stage:
         finally:
             for parameter in live:
                 parameter.requires_grad_(True)
+
+    def format(self, ascent: Ascent) -> AbstractContextManager[Any]:
+        """Return what to run the ascent's own passes in."""
+        if ascent.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.parameters[0].device.type, ascent.dtype)
 
     def differentiate(
         self,

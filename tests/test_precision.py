@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
-from tests.zoo import Player, or_refused, player, stepwise
+from tests.zoo import Player, or_refused, player, stepwise, without_dropout
 
 
 def bf16() -> torch.autocast:
@@ -387,3 +387,45 @@ def test_training_and_evaluation_modes_are_left_alone(name: str, training: list[
     wrapped(p.model, name).step(closure)
     assert [m.training for m in p.model.modules()] == found
     assert all(modes == found for modes in seen)
+
+
+# A format of the ascent's own -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pgd", "vat", "alum", "smart", "mat", "creat"])
+def test_an_ascent_in_bf16_leaves_the_learners_passes_alone(name: str):
+    """Its δ is that of full precision within rounding, and where δ is given, so is all else."""
+    p = player("bert", rows=6)
+    without_dropout(p.model)
+    seen: list[tuple[bool, torch.dtype]] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append((module.weight.requires_grad, output.dtype))
+
+    p.model.bert.encoder.layer[0].output.dense.register_forward_hook(note)
+    points = []
+    for dtype in (None, torch.bfloat16):
+        words = {"dtype": dtype, "start_size": 0.2, "radius": 0.2}
+        solver = mixadv.solver(name, **words, **({"proximal": 0.0} if name == "smart" else {}))
+        base = torch.optim.SGD(p.model.parameters(), lr=0.0)
+        optimizer = mixadv.wrap(base, p.model, solver)
+        optimizer.step(p.closure())
+        seen.clear()
+        optimizer.game.round = 0
+        optimizer.step(p.closure())
+        formats = {(frozen, kind) for frozen, kind in seen}
+        assert (True, torch.float32) in formats
+        assert ((False, torch.bfloat16) in formats) == (dtype is not None)
+        assert (True, torch.bfloat16) not in formats
+        points.append(optimizer.game.strategy.points[0].flatten(2))
+    # A sample whose predictions its start hardly moves follows the rounding.
+    assert F.cosine_similarity(*points, dim=2).median() > 0.99
+
+
+@pytest.mark.parametrize("solver", [mixadv.FreeLB, mixadv.TextAT, mixadv.CAT, mixadv.R3F])
+def test_a_format_for_an_ascent_without_passes_of_its_own_is_refused(solver: Any):
+    p = player("bert", rows=2)
+    with pytest.raises(ValueError, match=r"in the learner's own passes.*autocast around"):
+        mixadv.Game(p.model, solver(dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"dtype must be torch\.bfloat16 or None"):
+        solver(dtype=torch.float16)
