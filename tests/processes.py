@@ -23,7 +23,8 @@ from tests.zoo import CANNOT, note_refusal
 
 Case = Callable[[int], Any]  # of the rank; a function of a module, or a partial one
 SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixadv.SOLVERS} | {
-    "ensemble": mixadv.MAT(particles=2, play_as="ensemble", learner_temperature=1e-6, samples=2)
+    "ensemble": mixadv.MAT(particles=2, play_as="ensemble", learner_temperature=1e-6, samples=2),
+    "leap": mixadv.ALUM(direction="gauss_newton", sign="boundary"),
 }
 WORDS, CLASSES, LENGTH = 20, 3, 5
 WAIT = timedelta(seconds=60)  # for a process that waits in vain: a hang is an error

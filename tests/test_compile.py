@@ -82,6 +82,13 @@ def test_compiled_rounds_equal_plain_ones_and_compile_no_more(name: str) -> None
     plays_as_compiled(name)
 
 
+@pytest.mark.parametrize(
+    "words", [{"direction": "gauss_newton"}, {"sign": "boundary", "steps": 2}], ids=["leap", "sign"]
+)
+def test_other_ways_to_ascend_play_the_same_compiled(words: dict[str, Any]) -> None:
+    plays_as_compiled("smart", **words)
+
+
 @pytest.mark.parametrize("source", ["dropout", "head"])
 @pytest.mark.parametrize("name", ["creat", "cat"])
 def test_a_representation_leaves_the_graph_it_is_computed_in(name: str, source: str) -> None:

@@ -27,6 +27,8 @@ SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixad
     "mat": MAT(learner_steps=1),
     "ensemble": MAT(learner_steps=1, particles=3, play_as="ensemble", temperature=0.01),
     "divergence": PGD(payoff="js", steps=2),
+    "leap": mixadv.ALUM(direction="gauss_newton"),
+    "turned": mixadv.ALUM(sign="boundary", steps=2),
 }
 each_solver = pytest.mark.parametrize("name", SOLVERS)
 

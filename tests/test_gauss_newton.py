@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mixadv
 from mixadv import gauss_newton
 from mixadv.divergence import DIVERGENCES
-from tests.zoo import fingerprint, player, small
+from tests.zoo import fingerprint, player, small, stepwise
 
 FACTOR = {"kl": 1.0, "symmetric_kl": 2.0, "js": 0.25}  # of the Hessian in diag(p) − ppᵀ
 seeds = st.integers(0, 9999)
@@ -248,3 +248,39 @@ def test_several_contrasts_need_rows_that_belong_to_predictions():
     parts = gauss_newton.contrasts(torch.randn(2, 4), "kl", 2)
     with pytest.raises(mixadv.GameError, match=r"2 predictions and \[3\] rows.*steps=1"):
         gauss_newton.direction([[torch.randn(3, 5)]] * 2, parts)
+
+
+def test_checkpointed_rounds_equal_plain_ones_or_are_refused():
+    expected = None
+    for reentrant in (None, False, True):
+        p = player("bert", rows=4)
+        if reentrant is not None:
+            words = {"use_reentrant": reentrant}
+            p.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=words)
+        game = mixadv.Game(p.model, mixadv.ALUM(direction="gauss_newton"))
+        if reentrant:
+            with pytest.raises(mixadv.GameError, match="use_reentrant=False"):
+                game.backward(p.closure())
+            continue
+        game.backward(p.closure())
+        found = [q.grad for q in p.model.parameters() if q.grad is not None]
+        expected = expected or found
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_every_way_to_play_delivers_the_same_gradients():
+    found = []
+    for way in ("step", "backward", "loss"):
+        p = small()
+        base = torch.optim.SGD(p.model.parameters(), lr=0.1)
+        optimizer = mixadv.wrap(base, p.model, mixadv.ALUM(direction="gauss_newton"))
+        game, taken = optimizer.game, stepwise(optimizer)
+        torch.manual_seed(0)
+        if way == "step":
+            optimizer.step(p.closure())
+        else:
+            game.backward(p.closure()) if way == "backward" else game.loss(p.closure()).backward()
+            optimizer.step()
+        found.append(taken[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-9, atol=1e-12)
