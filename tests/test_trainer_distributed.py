@@ -19,8 +19,16 @@ pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 from transformers import Trainer
 
 from mixadv.integrations.transformers import Adversarial
-from tests.test_trainer import alone, at_zero, logged, trained, weights  # noqa: F401
-from tests.zoo import assert_same
+from tests.test_trainer import (
+    STILL,
+    Sequential,
+    alone,  # noqa: F401
+    at_zero,
+    logged,
+    trained,
+    weights,
+)
+from tests.zoo import assert_same, player, without_dropout
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "trainer.py"
 SOLVERS = {name: mixadv.solver(name) for name in ("pgd", "freelb", "cat", "smart", "mat")}
@@ -51,6 +59,25 @@ class FirstUnlabelled(Adversarial, Gathering):
         return super().compute_loss(model, inputs, *rest, **more)
 
 
+def as_one_process(folder: Path, family: str, solver: mixadv.Solver) -> None:
+    """Loss and divergence keep their proportion, whoever divides by the items or does not.
+
+    BERT does not, and Trainer multiplies its loss by the number of processes.
+    """
+    options: dict[str, Any] = {"family": family, "base": Sequential, "dropout": False}
+    options |= {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    options |= {"per_device_train_batch_size": 2, "rows": 8, "max_steps": 2}
+    found = weights(trained(folder, solver, **options))
+    p = player(family, rows=8)
+    without_dropout(p.model)
+    base = torch.optim.SGD(p.model.parameters(), lr=2e-2 if family == "bert" else 1e-2)
+    optimizer = mixadv.wrap(base, p.model, solver)
+    for i in (0, 4):
+        optimizer.step(p.closure(**{k: v[i : i + 4] for k, v in p.batch.items()}))
+    expected = [q.detach() for q in p.model.parameters()]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -72,6 +99,10 @@ def work(rank: int, folder: str) -> None:
             others = mine.clone()
             dist.broadcast(others, 0)
             assert_same(mine, others)
+    for family in ("bert", "llama-causal"):
+        for solver in STILL:
+            if family == "bert" or solver.compares is None:
+                as_one_process(Path(folder), family, solver)
     trainer = trained(Path(folder), mixadv.PGD(), base=FirstUnlabelled, **OPTIONS)
     assert trainer.divides is True
     with pytest.raises(ValueError, match="gradients of head= would not be averaged"):

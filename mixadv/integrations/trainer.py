@@ -100,24 +100,29 @@ def refuse(trainer: Adversarial) -> None:
 
 
 def share_of_mean(trainer: Adversarial, inputs: dict[str, Any], items: Any) -> Tensor | float:
-    """Return what part of its own mean the loss of a micro-batch is.
+    """Return how large the loss of a micro-batch is beside its own mean over all processes.
 
     Trainer has the losses of micro-batches divided by the items of them all, or divides by their
-    number itself.
+    number itself; it multiplies by the number of processes, whose mean is taken afterwards.
     """
     steps = trainer.current_gradient_accumulation_steps
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # Trainer's rule
     if scaled is None:
         by_model = trainer.model_accepts_loss_kwargs and items is not None
         scaled = by_model or trainer.compute_loss_func is not None
-    if steps == 1 or not scaled:
+    processes = trainer.accelerator.num_processes
+    if not (trainer.args.average_tokens_across_devices and scaled and items is not None):
+        processes = 1
+    if steps * processes == 1 or not scaled:
         return 1.0
     if items is None:
         return 1 / steps
     own = trainer._get_num_items_in_batch([inputs], trainer.args.device)
     if own is None:
         return 1 / steps
-    return torch.as_tensor(own).clamp(min=1) / items if _divides(trainer, inputs, items) else 1.0
+    if not _divides(trainer, inputs, items):
+        return float(processes)
+    return torch.as_tensor(own).clamp(min=1) / items
 
 
 def _divides(trainer: Adversarial, inputs: dict[str, Any], items: Tensor | int) -> bool:
