@@ -1,10 +1,10 @@
 """What a divergence's adversary reaches, by direction, sign and steps, on a fine-tuned encoder.
 
 Trains plainly on a task, then lets every ascent play on rows it has not seen, at the same radius:
-along the gradient from a random start, or at once along the Gauss–Newton direction of the clean
-pass; on the side where the start lies, or towards the decision boundary. Prints the symmetric KL
-reached over that of one gradient step, the part of the rows whose likeliest label got less likely,
-the rows whose label changes, and the time over one gradient step's, interleaved.
+along the gradient from a random start, or first along the Gauss–Newton direction of the clean pass
+and then along the gradient; on the side where that lies, or towards the decision boundary. Prints
+the symmetric KL reached over that of one gradient step, the part of the rows whose likeliest label
+got less likely, the rows whose label changes, and the time over one gradient step's, interleaved.
 
     python examples/directions.py --task intents
     python examples/directions.py --task cola --data path/to/folders --updates 250
@@ -40,6 +40,7 @@ ASCENTS: dict[str, dict[str, Any]] = {
         "gradient, K=3, bf16": {"steps": 3, "dtype": torch.bfloat16},
         "gradient, K=10": {"steps": 10},
         "Gauss–Newton, K=1": {"steps": 1, "direction": "gauss_newton"},
+        "Gauss–Newton, K=2": {"steps": 2, "direction": "gauss_newton"},
         "Gauss–Newton, K=3": {"steps": 3, "direction": "gauss_newton"},
     }.items()
 }

@@ -64,10 +64,10 @@ class Ascent:
             coordinates of a group, so that its norm is at most (uniform) or about (normal, in L2)
             `start_size`.
         start_size: size of the start; None means the radius, or the step size where it is None.
-        direction: `"gradient"` steps along the payoff's gradient; `"gauss_newton"`, for
-            divergences, goes at once as far as the radius where the divergence grows fastest to
-            second order, found from `steps` vector–Jacobian products of the clean pass
-            (`mixadv.gauss_newton`).
+        direction: `"gradient"` steps along the payoff's gradient from a start; `"gauss_newton"`,
+            for divergences, takes the first of the steps from δ = 0 as far as the radius, where
+            the divergence grows fastest to second order: a backward of the clean pass, and no
+            forward (`mixadv.gauss_newton`).
         sign: a divergence is even in δ to second order. `"boundary"` plays that of δ and −δ which
             makes the likeliest label less likely, `"any"` the one that the start happens to be at.
         dtype: `torch.bfloat16` computes the ascent's own passes under autocast; δ and the learner's
@@ -127,7 +127,7 @@ class Ascent:
 
     @property
     def leaps(self) -> bool:
-        """Whether δ is found from the clean pass, in one move."""
+        """Whether the first step is found from the clean pass."""
         return self.direction == "gauss_newton"
 
     @property

@@ -157,6 +157,12 @@ class _Rehearsal:
         q = self.start(ascent)
         return q, q.points
 
+    def leap(self, kind: Any, ascent: Ascent) -> Strategy:
+        return self.second_order(kind, ascent)[0]
+
+    def second_order(self, kind: Any, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
+        return self.clean_gradients(ascent)
+
     def payoffs(
         self, q: Strategy, payoff: Any, ascent: Ascent, deviation: float = 0.0
     ) -> tuple[Tensor, list[Tensor]]:
@@ -173,10 +179,8 @@ class _Rehearsal:
     def ascend(self, payoff: Any, ascent: Ascent, deviation: float = 0.0) -> Strategy:
         q = self.start(ascent)
         if ascent.leaps:
-            self.clean()
-            self.delta_backwards += ascent.steps
-            return q
-        for _ in range(ascent.steps):
+            self.leap(payoff, ascent)
+        for _ in range(ascent.steps - ascent.leaps):
             self.payoffs(q, payoff, ascent, deviation)
         return q
 

@@ -195,10 +195,9 @@ class Stage:
         begin: Begin | None = None,
     ) -> Strategy:
         """Return where the ascent ends after its K steps, detached; `begin` as for `start`."""
-        if ascent.leaps and begin is None:
-            return self._leap(payoff, ascent)
-        q = self.start(ascent, begin)
-        for _ in range(ascent.steps):
+        leaps = ascent.leaps and begin is None
+        q = self.leap(payoff, ascent) if leaps else self.start(ascent, begin)
+        for _ in range(ascent.steps - leaps):
             _, gradients = self.payoffs(q, payoff, ascent, deviation=deviation)
             q = self.move(q, ascent, gradients)
         return q.detach()
@@ -225,30 +224,30 @@ class Stage:
         ]
         return [t * g for t, g in zip(turns, gradients, strict=True)]
 
-    def _leap(self, kind: str | Divergence, ascent: Ascent) -> Strategy:
-        """Return the Gauss–Newton ascent's point, found from the clean pass; detached."""
+    def leap(self, kind: str | Divergence, ascent: Ascent) -> Strategy:
+        """Return the first move of an ascent that begins by Gauss–Newton; see `gauss_newton`."""
+        zero, gradients = self.second_order(kind, ascent)
+        size = ascent.step_size if ascent.radius is None else ascent.radius
+        return self.move(zero, replace(ascent, step_size=size), gradients)
+
+    def second_order(self, kind: str | Divergence, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
+        """Return δ = 0 and the direction in which the divergence grows fastest there.
+
+        The clean pass keeps its graph for the learner: one backward for δ and no pass more.
+        """
         if self.game.leaf_backward:
             raise GameError(_DIFFERENTIATED_TWICE.format(type(self.game.solver).__name__))
         zero = self.origin(ascent)
         clean = self._keep_clean(self.run(self.at(zero, 0)))
         predictions = self._predictions(clean)
-        found = gauss_newton.contrasts(predictions.detach(), kind, ascent.steps, clean.mask)
-        gradients = []
-        for cotangent in found.cotangents:
-            values = (predictions * cotangent).flatten(1).sum(1)
-            slopes = self.differentiate(values, zero.points, predictions, keep=True)
-            pairs = zip(slopes, zero.masks, strict=True)
-            gradients.append([g[0] if mask is None else g[0] * mask for g, mask in pairs])
-            for point in zero.points:
-                point.grad = None
-        self.delta_backwards += len(gradients)
-        best = gauss_newton.direction(gradients, found)
-        slopes = [x[None] for x in best]
+        weights = gauss_newton.cotangent(predictions.detach(), kind, clean.mask)
+        values = (predictions * weights).flatten(1).sum(1)
+        gradients = self.differentiate(values, zero.points, keep=True)
+        self.delta_backwards += 1
         if ascent.sign == "any":
-            drawn = self.game.noise("uniform", slopes[0].new_empty(1, len(predictions)))
-            slopes = [_by_row(drawn.sign(), x) * x for x in slopes]
-        size = ascent.step_size if ascent.radius is None else ascent.radius
-        return self.move(zero, replace(ascent, step_size=size), slopes).detach()
+            drawn = self.game.noise("uniform", gradients[0].new_empty(1, len(predictions)))
+            gradients = [_by_row(drawn.sign(), g) * g for g in gradients]
+        return zero, gradients
 
     # The learner -----------------------------------------------------------------------------
 

@@ -69,8 +69,8 @@ class Solver(Ascent, ABC):
             )
         if self.particles > 1 or self.normalize == "none" or self.steps == 0:
             raise ValueError(
-                f"{who}: direction='gauss_newton' finds one direction, whose length means nothing, "
-                f"from at least one step; got particles={self.particles}, "
+                f"{who}: direction='gauss_newton' begins in one direction, whose length means "
+                f"nothing, by at least one step; got particles={self.particles}, "
                 f"normalize={self.normalize!r}, steps={self.steps}."
             )
 

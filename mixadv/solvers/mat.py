@@ -172,10 +172,11 @@ class MAT(Solver):
     def adversary(self, stage: Stage) -> Strategy:
         """Return the strategy of this round, pure where the mean is played."""
         if self.leaps:
-            return stage.ascend(self.divergence, self)
-        stage.clean()
-        q = damped = stage.start(self)
-        for k in range(self.steps):
+            q = damped = stage.leap(self.divergence, self)
+        else:
+            stage.clean()
+            q = damped = stage.start(self)
+        for k in range(self.leaps, self.steps):
             payoffs, gradients = stage.payoffs(q, self.divergence, self)
             q = q.reweight(mirror.step(q.log_weights, payoffs, self.mirror_step))
             q = stage.move(q, self, gradients)

@@ -21,7 +21,6 @@ from mixadv.stage import Step
 if TYPE_CHECKING:
     from mixadv.solvers.base import Play
     from mixadv.stage import Stage
-    from mixadv.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +61,16 @@ class VAT(Solver):
 
     def play(self, stage: Stage) -> Play:
         """Play `∇θ [ ℓ(X) + α·KL(p ‖ X + r) ]`."""
-        d = stage.ascend(self.divergence, self) if self.leaps else self.iterate(stage)
-        smoothness = stage.divergence(d, self.divergence, fixed=True)
-        yield Step(stage.loss() + self.smoothness * smoothness)
-
-    def iterate(self, stage: Stage) -> Strategy:
-        """Return where the power iteration ends."""
-        stage.clean()
+        if not self.leaps:
+            stage.clean()
         zero, d = stage.origin(self), stage.start(self)
         size = self.initial_size
         probe = replace(self, radius=size if self.radius is None else min(size, self.radius))
         for k in range(self.steps):
-            _, gradients = stage.payoffs(d, self.divergence, self)
+            if self.leaps and k == 0:
+                zero, gradients = stage.second_order(self.divergence, self)
+            else:
+                _, gradients = stage.payoffs(d, self.divergence, self)
             d = stage.move(zero, probe if k < self.steps - 1 else self, gradients)
-        return d
+        smoothness = stage.divergence(d, self.divergence, fixed=True)
+        yield Step(stage.loss() + self.smoothness * smoothness)
