@@ -30,10 +30,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of ea
 import torch
 from tqdm import tqdm
 
-from benchmark_parts import checks, results
+from benchmark_parts import checks, picture, results, scaling
 from benchmark_parts.contenders import CONTENDERS
 from benchmark_parts.measure import BLOCKS, measure
 from benchmark_parts.work import EMBEDDED, MODELS, PARTS, Setting
+from training.options import Parser
 
 OUTPUT = Path(__file__).parent / "results"
 SIZES, QUICK = ["16x128", "64x24"], ["4x24"]
@@ -54,9 +55,7 @@ def sizes(texts: list[str]) -> list[tuple[int, int]]:
             raise ValueError(f"a size is batch x length, such as 16x128, got {text}")
         batch, length = map(int, match.groups())
         if batch < 2 or length > 512:
-            raise ValueError(
-                f"a size needs a batch of at least 2 and at most 512 tokens, got {text}"
-            )
+            raise ValueError(f"a size has 2 rows or more, of at most 512 tokens, got {text}")
         found.append((batch, length))
     return found
 
@@ -88,8 +87,10 @@ def rows(options: argparse.Namespace) -> list[str]:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="benchmark.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="4×24 tokens, 3 rounds")
@@ -128,8 +129,12 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("--device cuda: torch finds no GPU here")
 
 
-def run(options: argparse.Namespace, path: Path) -> None:
-    """Measure what the options ask for, and keep the results of each setting as it is done."""
+def run(options: argparse.Namespace, path: Path) -> list[results.Result]:
+    """Measure what the options ask for, keep the results of each setting as it is done.
+
+    Returns:
+        All results that are kept.
+    """
     names, wanted = rows(options), settings(options)
     done = {(results.setting(r), r["row"], len(r["seconds"])) for r in results.load(path)}
     if options.resume:
@@ -144,17 +149,40 @@ def run(options: argparse.Namespace, path: Path) -> None:
                 bar.set_description(f"{setting.batch}×{setting.length}, {text}")
                 bar.update()
 
-            results.store(path, list(measure(setting, names, options.rounds, note)))
+            results.store(path, measure(setting, names, options.rounds, note))
+    return results.load(path)
+
+
+def scaled(options: argparse.Namespace) -> str:
+    """Return the table of how cost grows."""
+    total = options.rounds * scaling.plays()
+    with tqdm(total=total, disable=None, leave=False) as bar:
+
+        def note(text: str) -> None:
+            bar.set_description(text)
+            bar.update()
+
+        measured = scaling.measure(options.device, options.threads, options.rounds, note)
+        return scaling.table(list(measured))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, keep the results and print their tables."""
     options = arguments(argv)
     torch.set_num_threads(options.threads)
+    if options.scaling:
+        print(scaled(options))
+        return 0
     path = options.output / "benchmark.jsonl"
-    if not options.report:
-        run(options, path)
-    print(results.report(results.load(path)))
+    try:
+        known = results.load(path)
+        if not options.report:
+            known = run(options, path)
+    except (ValueError, AssertionError) as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
+    picture.draw(known, path.with_suffix(".png"))
+    print(results.report(known))
     return 0
 
 
