@@ -130,7 +130,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace, path: Path) -> list[results.Result]:
-    """Measure what the options ask for, keep the results of each setting as it is done.
+    """Measure what the options ask for, keep the results after each round.
 
     Returns:
         All results that are kept.
@@ -149,7 +149,8 @@ def run(options: argparse.Namespace, path: Path) -> list[results.Result]:
                 bar.set_description(f"{setting.batch}×{setting.length}, {text}")
                 bar.update()
 
-            results.store(path, measure(setting, names, options.rounds, note))
+            for found in measure(setting, names, options.rounds, note):
+                results.store(path, found)
     return results.load(path)
 
 

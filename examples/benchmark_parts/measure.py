@@ -109,8 +109,8 @@ def turns(rows: list[str], parts: list[str], number: int) -> list[str]:
 
 def measure(
     setting: Setting, names: list[str], rounds: int, note: Callable[[str], object]
-) -> Iterator[dict[str, Any]]:
-    """Measure rows on one setting and yield a result for each.
+) -> Iterator[list[dict[str, Any]]]:
+    """Measure rows on one setting; yield the result of each so far, after every round.
 
     Args:
         setting: the work.
@@ -127,13 +127,21 @@ def measure(
         memory[name] = held(work, player)
     parts = work.parts()
     plays = {n: Part(work.reset, partial(p.play, None)) for n, p in players.items()}
-    taken = timed(setting.device, parts, plays, rounds, note)
-    units = {name: taken[name] for name in parts}
-    for name in names:
-        counts = counted(name, work.coordinates)
-        measured = {"seconds": taken[name], "units": units, "passes": counts, "plain_peak": plain}
-        measured |= {"torch": torch.__version__, **memory[name]}
-        yield {**asdict(setting), "row": name, **measured}
+    counts = {name: counted(name, work.coordinates) for name in names}
+    fixed = {**asdict(setting), "torch": torch.__version__, "plain_peak": plain}
+    for taken in timed(setting.device, parts, plays, rounds, note):
+        units = {name: list(taken[name]) for name in parts}
+        yield [
+            {
+                **fixed,
+                "row": name,
+                "passes": counts[name],
+                "seconds": list(taken[name]),
+                "units": units,
+                **memory[name],
+            }
+            for name in names
+        ]
 
 
 def held(work: Work, player: Player) -> dict[str, Any]:
@@ -154,8 +162,8 @@ def timed(
     plays: dict[str, Part],
     rounds: int,
     note: Callable[[str], object],
-) -> dict[str, list[float]]:
-    """Return the seconds of each part and play in each round.
+) -> Iterator[dict[str, list[float]]]:
+    """Yield the seconds of each part and play in the rounds so far, after every round.
 
     Parts are measured before, between and after the halves of the plays; their median counts.
     """
@@ -170,5 +178,5 @@ def timed(
             found[name].append(seconds(device, known[name]))
         for name, values in found.items():
             taken[name].append(statistics.median(values))
+        yield taken
     gc.unfreeze()
-    return taken

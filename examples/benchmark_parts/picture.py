@@ -169,6 +169,7 @@ def placed(number: int, dots: list[Pair], size: Pair, inside: Box, taken: np.nda
     """
     (x, y), (width, height) = dots[number], size
     others = np.delete(taken, number, axis=0)
+    box = square(dots[number])
     for right, up in OFFSETS:
         left, bottom = x + right - width / 2, y + up - height / 2
         box = (left, bottom, left + width, bottom + height)

@@ -92,7 +92,7 @@ def measure(
         for name, solver in played(axis).items():
             for value, piece in works.items():
                 plays[f"{name}, {axis} {value}"] = _part(piece, solver(value))
-        taken = timed(device, {}, plays, rounds, note)
+        *_, taken = timed(device, {}, plays, rounds, note)
         for name in played(axis):
             seconds = [statistics.median(taken[f"{name}, {axis} {value}"]) for value in values]
             yield Series(name, axis, amounts, seconds)

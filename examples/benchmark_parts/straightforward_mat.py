@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixadv import MAT
-
 Draw = Callable[[str, Tensor], Tensor]
 
 
@@ -46,7 +44,7 @@ def perturbed_logits(model: Any, batch: dict[str, Tensor], delta: Tensor) -> Ten
     return model(inputs_embeds=embed + delta, attention_mask=mask).logits
 
 
-def adversary(model: Any, batch: dict[str, Tensor], solver: MAT, unit: float, draw: Draw) -> Tensor:
+def adversary(model: Any, batch: dict[str, Tensor], solver: Any, unit: float, draw: Draw) -> Tensor:
     """Return the damped δ̄ after K_δ Langevin steps, in units of the embedding."""
     clean = model(**batch).logits.detach()
     like = model.get_input_embeddings()(batch["input_ids"]).detach()
@@ -67,7 +65,7 @@ def play(
     model: Any,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, Tensor],
-    solver: MAT,
+    solver: Any,
     unit: float,
     draw: Draw = normal,
 ) -> Tensor:
