@@ -23,6 +23,7 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of each start
@@ -171,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, keep the results and print their tables."""
     options = arguments(argv)
     torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", "There is a performance drop")  # of vmap on a CPU: measured
     if options.scaling:
         print(scaled(options))
         return 0

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,25 @@ def test_exponents_are_those_of_power_laws(exponent, factor):
     values = [1.0, 2.0, 4.0, 8.0]
     found = scaling.fitted(values, [factor * v**exponent for v in values])
     assert found == pytest.approx((exponent, factor), abs=1e-9)
+
+
+def test_scaling_prints_an_exponent_for_each_axis(monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "VALUES", {"batch": (2, 4), "particles": (1, 2)})
+    monkeypatch.setattr(scaling, "WIDTH", 32)
+    assert benchmark.main(["--scaling", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines] == [
+        *scaling.played("batch"),
+        *scaling.played("particles"),
+    ]
+    assert all(math.isfinite(float(line.split(" | ")[-1].strip(" |"))) for line in lines)
+
+
+def test_a_row_that_cannot_be_played_is_told_of_and_left_out(tmp_path, capsys):
+    names = ["--rows", "noise", "mat, M=8, stack"]
+    assert benchmark.main(options(tmp_path, "--dropout", "0.1", *names)) == 0
+    assert [r["row"] for r in results.load(tmp_path / "benchmark.jsonl")] == ["noise"]
+    assert "mat, M=8, stack is left out" in capsys.readouterr().err
 
 
 # The command -------------------------------------------------------------------------------------

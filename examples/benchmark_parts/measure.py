@@ -3,6 +3,7 @@
 import gc
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+import mixadv
 from benchmark_parts.contenders import CONTENDERS, WARM, Player, reached
 from benchmark_parts.work import Part, Setting, Work
 from mixadv.explain import passes
@@ -90,13 +92,19 @@ def counted(name: str, coordinates: int) -> dict[str, int]:
 
 
 def entered(work: Work, names: list[str], note: Callable[[str], object]) -> dict[str, Player]:
-    """Return the players of the rows; their first rounds are over."""
+    """Return the players of the rows; their first rounds are over.
+
+    Those that cannot be played on this work are told of and left out.
+    """
     players = {}
     for name in names:
         note(f"{name}, first round")
         work.reset()
         contender = CONTENDERS[name]
-        players[name] = contender.enter(work, contender.solver(work.coordinates))
+        try:
+            players[name] = contender.enter(work, contender.solver(work.coordinates))
+        except mixadv.GameError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
     return players
 
 
@@ -127,7 +135,7 @@ def measure(
         memory[name] = held(work, player)
     parts = work.parts()
     plays = {n: Part(work.reset, partial(p.play, None)) for n, p in players.items()}
-    counts = {name: counted(name, work.coordinates) for name in names}
+    counts = {name: counted(name, work.coordinates) for name in players}
     fixed = {**asdict(setting), "torch": torch.__version__, "plain_peak": plain}
     for taken in timed(setting.device, parts, plays, rounds, note):
         units = {name: list(taken[name]) for name in parts}
@@ -140,7 +148,7 @@ def measure(
                 "units": units,
                 **memory[name],
             }
-            for name in names
+            for name in players
         ]
 
 
@@ -171,12 +179,14 @@ def timed(
     taken: dict[str, list[float]] = {name: [] for name in known}
     gc.collect()
     gc.freeze()  # what is here stays, and need not be looked through before each play
-    for number in range(rounds):
-        found: dict[str, list[float]] = {name: [] for name in known}
-        for name in turns(list(plays), list(parts), number):
-            note(f"{name}, round {number + 1} of {rounds}")
-            found[name].append(seconds(device, known[name]))
-        for name, values in found.items():
-            taken[name].append(statistics.median(values))
-        yield taken
-    gc.unfreeze()
+    try:
+        for number in range(rounds):
+            found: dict[str, list[float]] = {name: [] for name in known}
+            for name in turns(list(plays), list(parts), number):
+                note(f"{name}, round {number + 1} of {rounds}")
+                found[name].append(seconds(device, known[name]))
+            for name, values in found.items():
+                taken[name].append(statistics.median(values))
+            yield taken
+    finally:
+        gc.unfreeze()
