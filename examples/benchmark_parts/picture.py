@@ -1,7 +1,7 @@
 """The picture of `benchmark.py`: what a round costs against what its δ reaches.
 
 Colours (of Okabe and Ito) tell this library from other code; the line joins the rows that nothing
-beats at once in cost and in what is reached.
+beats at once in cost and in what is reached. Triangles reach less than they are drawn at.
 """
 
 import math
@@ -31,6 +31,8 @@ STYLE = {
     "ytick.color": TEXT,
 }
 COLUMNS = 2
+DEPTH = 100
+"""How far below the highest points are drawn at their height."""
 ORDERS = 40
 OFFSETS = [  # of a label's centre from its point, in pixels: near ones first
     (1.8 * far * math.cos(math.radians(turn)), far * math.sin(math.radians(turn)))
@@ -79,7 +81,7 @@ def draw(results: Iterable[Result], path: Path) -> None:
         return
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            lines, columns, figsize=(6.2 * columns, 4.6 * lines), squeeze=False, dpi=150
+            lines, columns, figsize=(6.2 * columns, 5 * lines), squeeze=False, dpi=150
         )
         for place in axes.flat[len(groups) :]:
             place.set_axis_off()
@@ -96,25 +98,29 @@ def draw(results: Iterable[Result], path: Path) -> None:
 
 def panel(axes: Any, title: str, rows: list[Point]) -> None:
     """Draw the points of a setting and the line of those that nothing beats."""
+    lowest = bottom(rows)
     best = front(rows)
     axes.plot(
         [p.cost for p in best],
-        [p.reached for p in best],
+        [max(p.reached, lowest) for p in best],
         color=FRONT,
         drawstyle="steps-post",
         linewidth=1,
         zorder=1,
     )
-    axes.scatter(
-        [p.cost for p in rows], [p.reached for p in rows], s=16, c=[p.colour for p in rows]
-    )
+    for p in rows:
+        marker = "o" if p.reached >= lowest else "v"
+        axes.scatter(p.cost, max(p.reached, lowest), s=16, color=p.colour, marker=marker)
     axes.set_yscale("log")
-    least, most = (f(p.reached for p in rows) for f in (min, max))
-    room = max(most / least, 10) ** 0.2  # for names, where many reach the same
-    axes.set_ylim(least / room, most * room)
+    axes.set_ylim(lowest / 1.5, 4 * max(p.reached for p in rows))  # room for names
     axes.set_xlim(0, 1.12 * max(p.cost for p in rows))
     axes.set_title(title, loc="left", fontsize=9, weight="bold")
     axes.set(xlabel="cost of a round, in ordinary steps", ylabel="symmetric KL reached, nats")
+
+
+def bottom(rows: list[Point]) -> float:
+    """Return what the lowest points drawn reach; those that reach less are drawn as triangles."""
+    return max(p.reached for p in rows) / DEPTH
 
 
 # Labels ------------------------------------------------------------------------------------------
@@ -129,7 +135,9 @@ def label(axes: Any, rows: list[Point]) -> None:
     """Write each name where it covers no point and no other name, with a line to its point."""
     renderer = axes.figure.canvas.get_renderer()
     inside = axes.get_window_extent(renderer).padded(-2).extents
-    dots = [tuple(axes.transData.transform((p.cost, p.reached))) for p in rows]
+    heights = [max(p.reached, bottom(rows)) for p in rows]
+    costs = [p.cost for p in rows]
+    dots = [tuple(axes.transData.transform(pair)) for pair in zip(costs, heights, strict=True)]
     texts = [
         axes.text(0, 0, p.name, color=p.colour, fontsize=7, ha="center", va="center") for p in rows
     ]
@@ -137,6 +145,7 @@ def label(axes: Any, rows: list[Point]) -> None:
     sizes = [(e.width + 4, e.height + 4) for e in extents]
     to_data = axes.transData.inverted().transform
     for text, dot, box in zip(texts, dots, arranged(dots, sizes, inside), strict=True):
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.3})
         text.set_position(to_data(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)))
         line = to_data([dot, nearest(dot, box)])
         axes.plot(*line.T, color=text.get_color(), linewidth=0.5, alpha=0.6, zorder=1)
@@ -158,7 +167,7 @@ def arranged(dots: list[Pair], sizes: list[Pair], inside: Box) -> list[Box]:
 
 
 def placed(number: int, dots: list[Pair], size: Pair, inside: Box, taken: np.ndarray) -> Box:
-    """Return the first box near a point that covers nothing, nor does the line to it.
+    """Return the first box near a point that covers nothing, nor does the line to it, if it can.
 
     Args:
         number: of the point.
@@ -168,18 +177,20 @@ def placed(number: int, dots: list[Pair], size: Pair, inside: Box, taken: np.nda
         taken: boxes, `[n, 4]`, first those of the points.
     """
     (x, y), (width, height) = dots[number], size
-    others = np.delete(taken, number, axis=0)
-    box = square(dots[number])
+    own = square(dots[number])
+    others = taken[[not covers(own, each[None]) for each in taken]]
+    found = own
     for right, up in OFFSETS:
-        left, bottom = x + right - width / 2, y + up - height / 2
-        box = (left, bottom, left + width, bottom + height)
-        within = inside[0] < box[0] and inside[1] < box[1]
+        left, low = x + right - width / 2, y + up - height / 2
+        box = (left, low, left + width, low + height)
+        within = inside[0] < left and inside[1] < low
         if not within or box[2] > inside[2] or box[3] > inside[3] or covers(box, taken):
             continue
         line = np.linspace(dots[number], nearest(dots[number], box), 12)
         if not any(covers((*point, *point), others) for point in line):
-            break
-    return box
+            return box
+        found = box if found is own else found
+    return found
 
 
 def nearest(dot: Pair, box: Box) -> Pair:
