@@ -1,0 +1,192 @@
+"""Who is measured: every solver, and other code that does the same work.
+
+All play in one L2 ball per sample, of `RADIUS` token norms, so that what they reach compares.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from smart_pytorch import SMARTLoss, kl_loss, sym_kl_loss
+from torch import Tensor
+
+import mixadv
+from benchmark_parts import straightforward_mat
+from benchmark_parts.work import Work
+from mixadv.divergence import symmetric_kl
+
+RADIUS = 0.2
+WARM = 2
+"""Rows of the batch in a first, unmeasured round."""
+
+
+class Player(NamedTuple):
+    """Someone who plays rounds on a piece of work.
+
+    Attributes:
+        play: plays one, on the first rows of the batch or on all of it.
+        strategy: returns what was played last, `[M, B, n, D]`, and its weights `[M, B or 1]`.
+        kept: returns what is kept from round to round, in bytes.
+    """
+
+    play: Callable[[int | None], object]
+    strategy: Callable[[], tuple[Tensor, Tensor]]
+    kept: Callable[[], int]
+
+
+def ours(work: Work, solver: mixadv.Solver) -> Player:
+    """Return the solver as this library plays it; its first, checked round is over."""
+    optimizer = mixadv.wrap(work.adamw(), work.model, solver)
+    game = optimizer.game
+    game.unit = work.unit
+    optimizer.step(work.closure(WARM))
+
+    def strategy() -> tuple[Tensor, Tensor]:
+        assert game.strategy is not None
+        return game.scale * game.strategy.points[0], game.strategy.weights
+
+    def kept() -> int:
+        copies = ("backup", "mean", "average", "teacher")
+        weights = [getattr(game.learner, name, {}) for name in copies]
+        return sum(map(_bytes, [*weights, game.memory]))
+
+    return Player(lambda rows: optimizer.step(work.closure(rows)), strategy, kept)
+
+
+def smart_pytorch(work: Work, solver: Any) -> Player:
+    """Return the `smart-pytorch` package with its own losses, on the ball that all play in.
+
+    Its step is so long that the normalisation leaves the direction of the gradient.
+    """
+    optimizer, played = work.adamw(), []
+
+    def logits(embed: Tensor) -> Tensor:
+        played[:] = [embed]
+        return work.model(inputs_embeds=embed).logits  # no token is padding
+
+    regulariser = SMARTLoss(
+        logits,
+        loss_fn=kl_loss,
+        loss_last_fn=lambda *pair: sym_kl_loss(*pair, reduction="batchmean"),
+        norm_fn=lambda x: _lengths(x) / (solver.radius * work.unit),
+        num_steps=solver.steps,
+        step_size=1e12,
+        epsilon=0.0,
+        noise_var=solver.initial_size * work.unit / work.coordinates**0.5,
+    )
+
+    def play(rows: int | None) -> None:
+        optimizer.zero_grad()
+        output = work.closure(rows)()
+        smoothness = regulariser(work.embed()[:rows], output.logits)
+        (output.loss + solver.smoothness * smoothness).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        played[:] = [played[0].detach()]
+
+    def strategy() -> tuple[Tensor, Tensor]:
+        delta = played[0] - work.embed().detach()  # at the weights of the round's start
+        return delta[None], torch.ones(1, 1, device=delta.device)
+
+    return Player(play, strategy, lambda: 0)
+
+
+def straightforward(work: Work, solver: Any) -> Player:
+    """Return MAT as `straightforward_mat` plays it."""
+    optimizer, played = work.adamw(), []
+
+    def play(rows: int | None) -> None:
+        batch = work.rows(rows)
+        played[:] = [straightforward_mat.play(work.model, optimizer, batch, solver, work.unit)]
+
+    def strategy() -> tuple[Tensor, Tensor]:
+        return work.unit * played[0][None], torch.ones(1, 1, device=played[0].device)
+
+    return Player(play, strategy, lambda: 0)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table.
+
+    Attributes:
+        solver: what is played, by the number of coordinates of a sample; peers are told by it.
+        enter: makes the player.
+        rival: the row that is compared with this one.
+        extra: measured only where it is asked for.
+    """
+
+    solver: Callable[[int], mixadv.Solver]
+    enter: Callable[[Work, Any], Player] = ours
+    rival: str | None = None
+    extra: bool = False
+
+
+def row(solver: mixadv.Solver, **more: Any) -> Contender:
+    """Return the row of a solver."""
+    return Contender(lambda coordinates: solver, **more)
+
+
+def smart(steps: int, **changes: Any) -> mixadv.Solver:
+    """Return SMART without its teacher."""
+    words = {"proximal": 0.0, "step_size": RADIUS, "radius": RADIUS}
+    return mixadv.SMART(steps=steps, **{**words, **changes})
+
+
+def mat(**changes: Any) -> mixadv.Solver:
+    """Return MAT of the released code's kind: K_δ = 3, K_θ = 2."""
+    words = {"steps": 3, "learner_steps": 2, "step_size": RADIUS, "radius": RADIUS}
+    return mixadv.MAT(**{**words, "temperature": 1e-8, **changes})
+
+
+_BALL: dict[str, Any] = {"radius": RADIUS}
+_HALF: dict[str, Any] = {"radius": RADIUS, "step_size": RADIUS / 2}
+
+CONTENDERS: dict[str, Contender] = {
+    "noise": row(mixadv.UniformNoise(**_BALL)),
+    "r3f": row(mixadv.R3F(**_BALL)),
+    "fgm": row(mixadv.FGM(**_BALL)),
+    "cat": Contender(lambda n: mixadv.CAT(radius=RADIUS / n**0.5)),
+    "pgd, K=3": row(mixadv.PGD(**_HALF)),
+    "freelb, K=3": row(mixadv.FreeLB(**_HALF)),
+    "freeat, m=3": row(mixadv.FreeAT(**_HALF)),
+    "textat, K=3": row(mixadv.TextAT(**_HALF)),
+    "creat": row(mixadv.CreAT(step_size=RADIUS, **_BALL)),
+    "vat": row(mixadv.VAT(**_BALL)),
+    "alum": row(mixadv.ALUM(step_size=RADIUS, **_BALL)),
+    "smart": row(mixadv.SMART(step_size=RADIUS, **_BALL)),
+    "smart, no teacher": row(smart(1), rival="smart-pytorch"),
+    "smart-pytorch": row(smart(1), enter=smart_pytorch),
+    "smart, no teacher, K=3": row(smart(3), rival="smart-pytorch, K=3"),
+    "smart-pytorch, K=3": row(smart(3), enter=smart_pytorch),
+    "mat, 3 and 2": row(mat(), rival="straightforward mat"),
+    "straightforward mat": row(mat(), enter=straightforward),
+    "mat, M=8": row(mat(particles=8), extra=True),
+    "mat, M=8, vmap": row(mat(particles=8, route="vmap"), extra=True),
+    "mat, M=8, stack": row(mat(particles=8, route="stack"), extra=True),
+}
+
+
+@torch.no_grad()
+def reached(work: Work, player: Player) -> float:
+    """Return the symmetric KL at what was played last, without dropout, averaged over samples."""
+    work.reset()
+    points, weights = player.strategy()
+    work.model.eval()
+    clean = work.model(**work.batch).logits
+    divergences = [symmetric_kl(work.perturbed(x).logits, clean) for x in points]
+    work.model.train()
+    return (weights * torch.stack(divergences)).mean(1).sum().item()
+
+
+def _lengths(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1).view(-1, 1, 1)
+
+
+def _bytes(held: Any) -> int:
+    """Return the bytes of the tensors in dicts and lists."""
+    if isinstance(held, Tensor):
+        return held.nbytes
+    values: Iterable[Any] = held.values() if isinstance(held, dict) else held
+    return sum(map(_bytes, values)) if isinstance(held, (dict, list, tuple)) else 0
