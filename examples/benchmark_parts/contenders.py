@@ -141,6 +141,8 @@ def mat(**changes: Any) -> mixadv.Solver:
 
 
 _BALL: dict[str, Any] = {"radius": RADIUS}
+_LEAP: dict[str, Any] = {"direction": "gauss_newton", "sign": "boundary"}
+_BF16: dict[str, Any] = {"dtype": torch.bfloat16}
 _HALF: dict[str, Any] = {"radius": RADIUS, "step_size": RADIUS / 2}
 
 CONTENDERS: dict[str, Contender] = {
@@ -157,10 +159,15 @@ CONTENDERS: dict[str, Contender] = {
     "alum": row(mixadv.ALUM(step_size=RADIUS, **_BALL)),
     "smart": row(mixadv.SMART(step_size=RADIUS, **_BALL)),
     "smart, no teacher": row(smart(1), rival="smart-pytorch"),
+    "smart, Gauss–Newton": row(smart(1, **_LEAP), rival="smart-pytorch"),
     "smart-pytorch": row(smart(1), enter=smart_pytorch),
     "smart, no teacher, K=3": row(smart(3), rival="smart-pytorch, K=3"),
+    "smart, Gauss–Newton, K=2": row(smart(2, **_LEAP), rival="smart-pytorch, K=3"),
+    "smart, bf16 ascent, K=3": row(smart(3, **_BF16), rival="smart-pytorch, K=3"),
     "smart-pytorch, K=3": row(smart(3), enter=smart_pytorch),
     "mat, 3 and 2": row(mat(), rival="straightforward mat"),
+    "mat, Gauss–Newton": row(mat(**_LEAP), rival="straightforward mat"),
+    "mat, bf16 ascent": row(mat(**_BF16), rival="straightforward mat"),
     "straightforward mat": row(mat(), enter=straightforward),
     "mat, M=8": row(mat(particles=8), extra=True),
     "mat, M=8, vmap": row(mat(particles=8, route="vmap"), extra=True),
