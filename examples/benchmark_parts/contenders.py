@@ -142,7 +142,7 @@ def mat(**changes: Any) -> mixadv.Solver:
 
 _BALL: dict[str, Any] = {"radius": RADIUS}
 _LEAP: dict[str, Any] = {"direction": "gauss_newton", "sign": "boundary"}
-_BF16: dict[str, Any] = {"dtype": torch.bfloat16}
+_BF16: dict[str, Any] = {"dtype": torch.bfloat16, "start_size": RADIUS}  # above its rounding
 _HALF: dict[str, Any] = {"radius": RADIUS, "step_size": RADIUS / 2}
 
 CONTENDERS: dict[str, Contender] = {
