@@ -54,7 +54,9 @@ def local(model: nn.Module) -> Iterator[None]:
 def sharded(model: nn.Module) -> list[Any]:
     """Return the modules of a model whose weights `fully_shard` has spread over processes."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and imported by its users
-    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+    if fsdp is None or not dist.is_initialized():  # without which nothing is sharded
+        return []
+    return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ REQUIRED = {
     *(f"H{k}" for k in range(1, 7)),
     *("O2", "P1", "R1", "R2", "C1", "C3", "C4", "G1", "G2"),
     *(f"E{k}" for k in range(1, 7)),
-    *("F6", "M1"),
+    *("F6", "M1", "D1", "D2"),
 }
 
 
