@@ -311,6 +311,30 @@ def test_later_rounds_read_nothing_from_the_device(
     assert reads.seen == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("how", ["step", "loss"])
+@each_solver
+@or_refused()
+def test_later_rounds_never_wait_for_the_gpu(name: str, how: str):
+    player = small()
+    batch = {k: v.cuda() for k, v in player.batch.items()}
+    player = player._replace(model=player.model.cuda(), batch=batch)
+    base = torch.optim.AdamW(player.model.parameters(), lr=1e-3, fused=True)
+    optimizer = mixadv.wrap(base, player.model, SOLVERS[name])
+    optimizer.step(player.closure())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            if how == "step":
+                optimizer.step(player.closure())
+            else:
+                optimizer.game.loss(player.closure()).backward()
+                optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_gradient_that_is_not_finite_falls_back_to_no_perturbation():
     """For that sample alone; it is counted, and training goes on."""
 
