@@ -25,7 +25,7 @@ Projection = Literal["ball", "sphere"]
 Unit = Literal["site", "absolute"]
 Direction = Literal["gradient", "gauss_newton"]
 Sign = Literal["any", "boundary"]
-Route = Literal["sequential", "vmap", "stack"]
+Route = Literal["auto", "sequential", "vmap", "stack"]
 
 _CHOICES = {
     "norm": get_args(Norm),
@@ -78,7 +78,8 @@ class Ascent:
         fresh_dropout: draw a new dropout mask in every pass, as much released code does; by default
             all passes between two optimizer steps see the same one.
         route: how the payoffs of many particles are computed: one after another, by
-            `torch.func.vmap`, or stacked in the batch (only without dropout).
+            `torch.func.vmap`, or stacked in the batch (only without dropout); `"auto"` stacks small
+            batches where the first round finds that it is the same.
     """
 
     steps: int = 1

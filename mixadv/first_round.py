@@ -385,30 +385,45 @@ def _check_route(game: Game, closure: Closure, low: bool) -> None:
     solver, slack = game.solver, 0.3 if low else 1e-3
     if solver.particles == 1 or solver.route == "sequential":
         return
-    if solver.route == "vmap" and parallel.sharded(game.model):
+    if parallel.sharded(game.model) and solver.route != "stack":
+        if solver.route == "auto":  # by the batch's size: processes would part
+            return
         raise GameError(
             "route='vmap' cannot gather weights that are sharded by fully_shard. Use "
             "route='sequential', or 'stack' where there is no dropout."
         )
+    route = "stack" if solver.route == "auto" else solver.route
+    try:
+        _compare_routes(game, closure, route, slack)
+    except GameError:
+        if solver.route != "auto":
+            raise
+        return
+    game.stackable.add(game.modes())
+
+
+def _compare_routes(game: Game, closure: Closure, route: str, slack: float) -> None:
+    """Raise GameError unless a route gives what one pass after another gives."""
+    solver = game.solver
     try:
         with _no_trace(Stage(game, closure)) as stage:
             stage.clean()
             q = stage.start(solver)
             one, other = (
-                stage.payoffs(q, solver.gain, solver, route=route)
-                for route in (routes.sequential, routes.ROUTES[solver.route])
+                stage.payoffs(q, solver.gain, solver, route=each)
+                for each in (routes.sequential, routes.ROUTES[route])
             )
     except (GameError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise GameError(
-            f"route={solver.route!r} failed on this model and closure "
+            f"route={route!r} failed on this model and closure "
             f"({type(error).__name__}: {error}). Use route='sequential'."
         ) from error
     for a, b in zip([one[0], *one[1]], [other[0], *other[1]], strict=True):
         if not torch.allclose(a, b, rtol=1e-2, atol=slack * float(a.abs().max())):
             raise GameError(
-                f"route={solver.route!r} disagrees with one pass after another (largest difference "
+                f"route={route!r} disagrees with one pass after another (largest difference "
                 f"{float((a - b).abs().max()):.2g} of {float(a.abs().max()):.2g}): stacking cannot "
                 "replay dropout or batch statistics. Use route='vmap' or 'sequential'."
             )

@@ -105,6 +105,7 @@ class Game:
         self.probing: ExitStack | None = None  # holds a closure's gradients back until it plays
         self._checked = False
         self._busy = False
+        self.stackable: set[tuple[bool, ...]] = set()  # modes in which copies can be stacked
         self._stateful: dict[tuple[bool, ...], list[Slot]] = {}
 
     # Playing ---------------------------------------------------------------------------------
@@ -465,13 +466,14 @@ class Game:
 
     def stateful_buffers(self) -> list[Slot] | None:
         """Return the buffers known to change in a forward pass; None while that is not known."""
-        return self._stateful.get(self._modes())
+        return self._stateful.get(self.modes())
 
     def _learn_buffers(self, stage: Stage) -> None:
         if self.stateful_buffers() is None:
-            self._stateful[self._modes()] = stage.replay.buffers.changed()
+            self._stateful[self.modes()] = stage.replay.buffers.changed()
 
-    def _modes(self) -> tuple[bool, ...]:
+    def modes(self) -> tuple[bool, ...]:
+        """Return which modules are in training mode."""
         return tuple(m.training for m in self.model.modules())
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ from mixadv.site import Call
 from mixadv.strategy import Strategy
 
 if TYPE_CHECKING:
+    from mixadv.ascent import Ascent
     from mixadv.stage import Stage
 
 Gains = Callable[[Reading, int], Tensor]
@@ -105,13 +107,28 @@ ROUTES: dict[str, RouteFunction] = {
 }
 
 
+FEW = 1024
+"""Tokens of a particle up to which a stack of particles is faster than one after another."""
+
+
+def chosen(stage: Stage, q: Strategy, ascent: Ascent) -> str:
+    """Return the route of this round: `"auto"` stacks small batches, where that is the same."""
+    if q.size == 1:
+        return "sequential"
+    if ascent.route != "auto":
+        return ascent.route
+    tokens = sum(math.prod(call.shape[:2]) for call in stage.calls)
+    small = 0 < tokens <= FEW and stage.game.modes() in stage.game.stackable
+    return "stack" if small else "sequential"
+
+
 def readings(stage: Stage, q: Strategy, gains: Gains) -> Tensor:
     """Return each particle's payoff `[M, B]` with gradients to θ: the learner's side.
 
     Stacked where the solver's route says so, else one pass after another (`vmap` is not for the
     learner's backward: checkpointing and distributed hooks would not see it).
     """
-    if stage.game.solver.route == "stack" and q.size > 1:
+    if chosen(stage, q, stage.game.solver) == "stack":
         reading = _stacked_pass(stage, q, [p.flatten(0, 1) for p in q.points])
         return _apart(gains(reading, q.size), q)
     return torch.stack([gains(stage.run(stage.at(q, m)), 1) for m in range(q.size)])

@@ -118,7 +118,7 @@ class Stage:
             site the gradients `[M, B, ...]` of each sample's own payoff.
         """
         gains = self.reader(payoff, deviation)
-        chosen = route or routes.ROUTES[ascent.route if q.size > 1 else "sequential"]
+        chosen = route or routes.ROUTES[routes.chosen(self, q, ascent)]
         with self.frozen(), self.format(ascent):
             values, gradients, predictions = chosen(self, q, gains)
         self.delta_backwards += q.size

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import mixadv
-from mixadv import MAT, GameError, mirror
+from mixadv import MAT, GameError, mirror, routes
 from mixadv.routes import ROUTES
 from tests.zoo import Player, assert_same, fingerprint, player, small, without_dropout
 
@@ -175,6 +175,61 @@ def test_stack_refuses_a_loss_that_the_closure_computes_for_the_batch():
     p.model.eval()
     with pytest.raises(GameError, match=r"route='stack' failed.*route='sequential'"):
         wrapped(p, MAT(particles=2, route="stack")).step(p.closure())
+
+
+@pytest.fixture
+def stacks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows with each pass over a stack."""
+    passes, stacked = [], routes._stacked_pass
+    note = lambda *args: (passes.append(1), stacked(*args))[1]  # noqa: E731
+    monkeypatch.setattr(routes, "_stacked_pass", note)
+    return passes
+
+
+@pytest.mark.parametrize("play_as", ["mean", "ensemble"])
+def test_auto_stacks_a_small_batch(play_as: str, stacks: list[int]):
+    def run(route: str) -> list[Any]:
+        p = double("bert", dropout=False)
+        return trained(p, sharpness(p), route=route, play_as=play_as)
+
+    expected = run("sequential")
+    assert not stacks
+    torch.testing.assert_close(run("auto"), expected, **CLOSE)
+    assert len(stacks) > 4
+
+
+def test_auto_leaves_large_batches_apart(monkeypatch: pytest.MonkeyPatch, stacks: list[int]):
+    monkeypatch.setattr(routes, "FEW", 3)
+    p = double("bert", dropout=False)
+    optimizer = wrapped(p, MAT(particles=2, route="auto"))
+    optimizer.step(sharpness(p))
+    stacks.clear()  # of the check
+    optimizer.step(sharpness(p))
+    assert not stacks
+
+
+def test_auto_never_stacks_under_dropout(stacks: list[int]):
+    """Nor where the first round saw none, since the model was in evaluation mode."""
+    p = double("bert")
+    p.model.eval()
+    optimizer = wrapped(p, MAT(particles=2, route="auto"))
+    optimizer.step(sharpness(p))
+    stacks.clear()
+    optimizer.step(sharpness(p))
+    assert stacks
+    stacks.clear()
+    p.model.train()
+    optimizer.step(sharpness(p))
+    assert not stacks
+    fresh = double("bert")
+    wrapped(fresh, MAT(particles=2, route="auto")).step(sharpness(fresh))
+    assert len(stacks) == 1  # the check alone
+
+
+def test_auto_does_without_stacks_where_a_loss_is_one_number(stacks: list[int]):
+    p = small()
+    p.model.eval()
+    wrapped(p, MAT(particles=2, route="auto")).step(p.closure())
 
 
 # By hand -------------------------------------------------------------------------------------
