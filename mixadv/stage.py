@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 
-from mixadv import gauss_newton, routes, scaling, validate
+from mixadv import boundary, gauss_newton, routes, scaling, validate
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
 from mixadv.contrastive import directions
-from mixadv.divergence import Divergence, divergence, log_probabilities
+from mixadv.divergence import Divergence, divergence
 from mixadv.errors import GameError
 from mixadv.modules import functional, unwrap
 from mixadv.parallel import local
@@ -123,7 +123,7 @@ class Stage:
             values, gradients, predictions = chosen(self, q, gains)
         self.delta_backwards += q.size
         if ascent.sign == "boundary" and predictions is not None:
-            gradients = self._towards_boundary(q, gradients, predictions)
+            gradients = boundary.turn(q, gradients, predictions, self.clean())
         # A payoff that is not finite belongs to a δ that falls back to 0, where a divergence is 0.
         values = torch.where(values.isfinite(), values, torch.zeros_like(values))
         self.payoff = (q.weights * values).sum(0).mean() / self.samples_in(values, payoff)
@@ -202,28 +202,6 @@ class Stage:
             q = self.move(q, ascent, gradients)
         return q.detach()
 
-    def _towards_boundary(
-        self, q: Strategy, gradients: list[Tensor], predictions: Tensor
-    ) -> list[Tensor]:
-        """Turn the points at which the likeliest label got likelier; return the gradients there.
-
-        A divergence that is even has the opposite gradient at the opposite point.
-        """
-        clean = self.clean()
-        before = self._predictions(clean).detach()
-        label = before.argmax(-1, keepdim=True).expand(*predictions.shape[:-1], 1)
-        gained = log_probabilities(predictions) - log_probabilities(before)
-        gained = gained.gather(-1, label)[..., 0]
-        if gained.dim() == 3:
-            gained = (gained if clean.mask is None else gained * clean.mask).sum(-1)
-        turn = torch.where(gained > 0, -1.0, 1.0)
-        turns = [_by_row(turn, g) for g in gradients]
-        q.points[:] = [
-            (t * p.detach()).requires_grad_(p.requires_grad)
-            for t, p in zip(turns, q.points, strict=True)
-        ]
-        return [t * g for t, g in zip(turns, gradients, strict=True)]
-
     def leap(self, kind: str | Divergence, ascent: Ascent) -> Strategy:
         """Return the first move of an ascent that begins by Gauss–Newton; see `gauss_newton`."""
         zero, gradients = self.second_order(kind, ascent)
@@ -246,7 +224,7 @@ class Stage:
         self.delta_backwards += 1
         if ascent.sign == "any":
             drawn = self.game.noise("uniform", gradients[0].new_empty(1, len(predictions)))
-            gradients = [_by_row(drawn.sign(), g) * g for g in gradients]
+            gradients = [boundary.by_row(drawn.sign(), g) * g for g in gradients]
         return zero, gradients
 
     # The learner -----------------------------------------------------------------------------
@@ -498,18 +476,6 @@ def _spread(values: Tensor, rows: int) -> Tensor:
         f"The representation has {len(values)} rows and the closure returned {rows} losses, which "
         "do not belong to each other: return one loss per sample, or name another source=."
     )
-
-
-def _by_row(values: Tensor, like: Tensor) -> Tensor:
-    """Return values `[M, B]` of predictions for the rows of a tensor `[M, R, ...]`."""
-    each, left = divmod(like.shape[1], values.shape[1])
-    if left:
-        raise GameError(
-            f"{values.shape[1]} predictions and {like.shape[1]} rows at the site do not belong to "
-            "each other, so that no sign can be chosen: leave sign='any'."
-        )
-    values = values.to(like).repeat_interleave(each, 1)
-    return values.view(*values.shape, *[1] * (like.dim() - 2))
 
 
 def _copies(x: Tensor, copies: int) -> Tensor:

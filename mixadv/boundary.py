@@ -1,0 +1,57 @@
+"""The sign of a perturbation: which of δ and −δ goes towards the decision boundary.
+
+    D(f(X−δ), f(X)) = D(f(X+δ), f(X)) + O(|δ|³)
+
+A divergence cannot tell them apart to second order, so half of the ascents go away from the
+boundary, where predictions get surer and the divergence grows slower (`theory/statements.md`, D2).
+Of a point that a pass has shown to do so, the opposite one is taken, with the opposite gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from mixadv.closure import Reading
+from mixadv.divergence import log_probabilities
+from mixadv.errors import GameError
+from mixadv.strategy import Strategy
+
+
+def turn(q: Strategy, gradients: list[Tensor], predictions: Tensor, clean: Reading) -> list[Tensor]:
+    """Turn the points at which the likeliest label got likelier; return the gradients there.
+
+    Args:
+        q: the points, which are changed.
+        gradients: of a divergence there, per call at the site as `[M, B, ...]`.
+        predictions: there, `[M, B, C]` or `[M, B, n, C]`.
+        clean: the clean pass, with predictions; tokens that count are added up.
+    """
+    assert clean.predictions is not None
+    before = clean.predictions.detach()
+    label = before.argmax(-1, keepdim=True).expand(*predictions.shape[:-1], 1)
+    gained = log_probabilities(predictions) - log_probabilities(before)
+    gained = gained.gather(-1, label)[..., 0]
+    if gained.dim() == 3:
+        gained = (gained if clean.mask is None else gained * clean.mask).sum(-1)
+    sign = torch.where(gained > 0, -1.0, 1.0)
+    signs = [by_row(sign, g) for g in gradients]
+    q.points[:] = [
+        (s * p.detach()).requires_grad_(p.requires_grad)
+        for s, p in zip(signs, q.points, strict=True)
+    ]
+    return [s * g for s, g in zip(signs, gradients, strict=True)]
+
+
+def by_row(values: Tensor, like: Tensor) -> Tensor:
+    """Return values `[M, B]` of predictions for the rows of a tensor `[M, R, ...]`.
+
+    Raises:
+        GameError: if the rows are not as many for each prediction.
+    """
+    each, left = divmod(like.shape[1], values.shape[1])
+    if left:
+        raise GameError(
+            f"{values.shape[1]} predictions and {like.shape[1]} rows at the site do not belong to "
+            "each other, so that no sign can be chosen: leave sign='any'."
+        )
+    values = values.to(like).repeat_interleave(each, 1)
+    return values.view(*values.shape, *[1] * (like.dim() - 2))
