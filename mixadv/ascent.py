@@ -36,7 +36,7 @@ _CHOICES = {
     "unit": get_args(Unit),
     "route": get_args(Route),
     "direction": get_args(Direction),
-    "sign": get_args(Sign),
+    "sign": (*get_args(Sign), None),
 }
 
 
@@ -69,7 +69,8 @@ class Ascent:
             the divergence grows fastest to second order: a backward of the clean pass, and no
             forward (`mixadv.gauss_newton`).
         sign: a divergence is even in δ to second order. `"boundary"` plays that of δ and −δ which
-            makes the likeliest label less likely, `"any"` the one that the start happens to be at.
+            makes the likeliest label less likely, `"any"` the one that the start happens to be at,
+            as papers do. None is `"boundary"` for `direction="gauss_newton"`, else `"any"`.
         dtype: `torch.bfloat16` computes the ascent's own passes under autocast; δ and the learner's
             passes keep their format. None computes all passes alike.
         temperature: τ of the Langevin noise; 0 draws none.
@@ -97,7 +98,7 @@ class Ascent:
     fresh_dropout: bool = False
     route: Route = "sequential"
     direction: Direction = "gradient"
-    sign: Sign = "any"
+    sign: Sign | None = None
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -130,6 +131,11 @@ class Ascent:
     def leaps(self) -> bool:
         """Whether the first step is found from the clean pass."""
         return self.direction == "gauss_newton"
+
+    @property
+    def turns(self) -> bool:
+        """Whether δ is turned towards the decision boundary, where there is one."""
+        return self.sign == "boundary" or (self.sign is None and self.leaps)
 
     @property
     def initial_size(self) -> float:

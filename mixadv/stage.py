@@ -122,7 +122,7 @@ class Stage:
         with self.frozen(), self.format(ascent):
             values, gradients, predictions = chosen(self, q, gains)
         self.delta_backwards += q.size
-        if ascent.sign == "boundary" and predictions is not None:
+        if ascent.turns and payoff in gauss_newton.CURVED and predictions is not None:
             gradients = boundary.turn(q, gradients, predictions, self.clean())
         # A payoff that is not finite belongs to a δ that falls back to 0, where a divergence is 0.
         values = torch.where(values.isfinite(), values, torch.zeros_like(values))
@@ -222,7 +222,7 @@ class Stage:
         values = (predictions * weights).flatten(1).sum(1)
         gradients = self.differentiate(values, zero.points, keep=True)
         self.delta_backwards += 1
-        if ascent.sign == "any":
+        if not ascent.turns or kind in gauss_newton.FLAT:
             drawn = self.game.noise("uniform", gradients[0].new_empty(1, len(predictions)))
             gradients = [boundary.by_row(drawn.sign(), g) * g for g in gradients]
         return zero, gradients
