@@ -23,6 +23,7 @@ from torch import nn
 import games_compared
 import mixadv
 import training
+from benchmark_parts import results as benchmark_results
 from mixadv.explain import solver_table
 from mixadv.games import METHODS, PARTICLE_METHODS
 from tests.zoo import player
@@ -178,3 +179,10 @@ def test_every_relative_link_and_picture_exists():
         assert (ROOT / path).exists(), target
         if not path:
             assert fragment in anchors, target
+
+
+def test_the_tables_of_costs_are_those_of_the_results():
+    [found] = re.findall(r"<!-- speed -->\n(.*?)<!-- /speed -->", README, re.DOTALL)
+    kept = benchmark_results.load(ROOT / "examples" / "results" / "benchmark.jsonl")
+    large = [row for row in kept if row["batch"] * row["length"] > 1000]
+    assert found.strip() == benchmark_results.report(large)
