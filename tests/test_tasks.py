@@ -10,7 +10,15 @@ import transformers
 from torch import Tensor, nn
 
 import mixadv
-from tests.zoo import _SEQ2SEQ, _SIZE, VOCABULARY, note_refusal, text_batch, without_dropout
+from tests.zoo import (
+    _SIZE,
+    VOCABULARY,
+    bart_config,
+    note_refusal,
+    t5_config,
+    text_batch,
+    without_dropout,
+)
 
 ROWS = 4
 Closure = Callable[[], Any]
@@ -83,25 +91,13 @@ def gpt2() -> Task:
 
 
 def t5() -> Task:
-    config = transformers.T5Config(**_SEQ2SEQ, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
-    model = transformers.T5ForConditionalGeneration(config)
+    model = transformers.T5ForConditionalGeneration(t5_config(1))
     labels = prompted()[1].roll(-3, 1)
     return model, lambda: model(**text(1), labels=labels)
 
 
 def bart() -> Task:
-    config = transformers.BartConfig(
-        **_SEQ2SEQ,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=24,
-        max_position_embeddings=40,
-        bos_token_id=0,
-    )
-    model = transformers.BartForConditionalGeneration(config)
+    model = transformers.BartForConditionalGeneration(bart_config(1))
     labels = prompted()[1].roll(-3, 1)
     return model, lambda: model(**text(1), labels=labels)
 

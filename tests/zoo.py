@@ -130,16 +130,17 @@ def _llama(causal: bool = False) -> nn.Module:
     return transformers.LlamaForSequenceClassification(config)
 
 
-def _t5() -> nn.Module:
-    config = transformers.T5Config(**_SEQ2SEQ, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
-    return transformers.T5ForSequenceClassification(config)
+def t5_config(layers: int) -> transformers.T5Config:
+    """Return the size of a tiny T5."""
+    return transformers.T5Config(**_SEQ2SEQ, d_kv=8, d_ff=24, num_layers=layers, num_heads=2)
 
 
-def _bart() -> nn.Module:
-    config = transformers.BartConfig(
+def bart_config(layers: int) -> transformers.BartConfig:
+    """Return the size of a tiny BART."""
+    return transformers.BartConfig(
         **_SEQ2SEQ,
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_layers=layers,
+        decoder_layers=layers,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
         encoder_ffn_dim=24,
@@ -147,7 +148,14 @@ def _bart() -> nn.Module:
         max_position_embeddings=40,
         bos_token_id=0,
     )
-    return transformers.BartForSequenceClassification(config)
+
+
+def _t5() -> nn.Module:
+    return transformers.T5ForSequenceClassification(t5_config(2))
+
+
+def _bart() -> nn.Module:
+    return transformers.BartForSequenceClassification(bart_config(2))
 
 
 class Vision(nn.Module):

@@ -117,6 +117,8 @@ def share_of_mean(trainer: Adversarial, inputs: dict[str, Any], items: Any) -> T
         return 1.0
     if items is None:
         return 1 / steps
+    if trainer.divides is False:  # on all processes, so that none waits below for the others
+        return float(processes)
     own = trainer._get_num_items_in_batch([inputs], trainer.args.device)
     if own is None:
         return 1 / steps
