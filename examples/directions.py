@@ -1,6 +1,6 @@
 """What a divergence's adversary reaches, by direction, sign and steps, on a fine-tuned encoder.
 
-Trains plainly on a task, then lets every ascent play on rows it has not seen, at the same radius:
+Trains plainly on a task, then lets every ascent play on rows held out of it, at the same radius:
 along the gradient from a random start, or first along the Gauss–Newton direction of the clean pass
 and then along the gradient; on the side where that lies, or towards the decision boundary. Prints
 the symmetric KL reached over that of one gradient step, the part of the rows whose likeliest label
@@ -56,7 +56,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, help="training rows; 0 takes all")
     parser.add_argument("--shots", type=int, default=0, help="training rows of each label")
     parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--rows", type=int, default=256, help="on which the adversary plays")
+    parser.add_argument("--rows", type=int, default=128, help="held out, to play on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/directions"))
     return parser.parse_args(argv)
@@ -75,14 +75,14 @@ def trained(options: argparse.Namespace) -> tuple[Training, list[dict[str, torch
         updates=options.updates,
         limit=options.limit,
         shots=options.shots,
+        hold_out=options.rows,
         learning_rate=options.lr,
         seed=options.seed,
     )
     options.output.mkdir(parents=True, exist_ok=True)
     training = Training(run, task, Keeping(options.output))
     training.train()
-    rows = task.splits[task.choose_on]
-    rows = rows.shuffle(seed=0).select(range(min(options.rows, len(rows))))
+    rows = training.splits["held-out"]
     order = sorted(range(len(rows)), key=data.lengths(rows).__getitem__)
     starts = range(0, len(order), ROWS)
     return training, [training.encode(rows[order[i : i + ROWS]]) for i in starts]

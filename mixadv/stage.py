@@ -119,8 +119,10 @@ class Stage:
         """
         gains = self.reader(payoff, deviation)
         chosen = route or routes.ROUTES[routes.chosen(self, q, ascent)]
+        begun = len(self.passes)
         with self.frozen(), self.format(ascent):
             values, gradients, predictions = chosen(self, q, gains)
+        del self.passes[begun:]  # nothing differentiates them again, and each holds its δ
         self.delta_backwards += q.size
         if ascent.turns and payoff in gauss_newton.CURVED and predictions is not None:
             gradients = boundary.turn(q, gradients, predictions, self.clean())
