@@ -71,7 +71,7 @@ class Ascent:
         sign: a divergence is even in δ to second order. `"boundary"` plays that of δ and −δ which
             makes the likeliest label less likely, `"any"` the one that the start happens to be at,
             as papers do. None is `"boundary"` for `direction="gauss_newton"`, else `"any"`.
-        dtype: `torch.bfloat16` computes the ascent's own passes under autocast; δ and the learner's
+        dtype: `torch.bfloat16`, or its name, computes the ascent's own passes under autocast; δ and the learner's
             passes keep their format. None computes all passes alike.
         temperature: τ of the Langevin noise; 0 draws none.
         particles: M, the number of points of a mixed strategy; pure solvers take 1.
@@ -99,7 +99,7 @@ class Ascent:
     route: Route = "sequential"
     direction: Direction = "gradient"
     sign: Sign | None = None
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         who = type(self).__name__
@@ -113,9 +113,9 @@ class Ascent:
         check_integer(who, "steps", self.steps, 0)
         check_integer(who, "particles", self.particles, 1)
         check_flag(who, "fresh_dropout", self.fresh_dropout)
-        if self.dtype not in (None, torch.bfloat16):
+        if self.dtype not in (None, torch.bfloat16, "bfloat16"):
             raise ValueError(
-                f"{who}: dtype must be torch.bfloat16 or None, got {self.dtype!r}: for other "
+                f"{who}: dtype must be torch.bfloat16, 'bfloat16' or None, got {self.dtype!r}: for other "
                 "formats put autocast around the round."
             )
         check_number(who, "step_size", self.step_size)

@@ -55,13 +55,13 @@ class Carried:
         self.value = torch.zeros(())
 
     def add(self, objective: Tensor) -> None:
-        """Differentiate a pass: gradients of weights are carried, δ's are left in its `.grad`."""
+        """Differentiate a pass: gradients of weights are carried, others left in `.grad`."""
         stage, game = self.stage, self.stage.game
         if parallel.sharded(game.model):
             raise GameError(_NOT_SHARDED.format(type(game.solver).__name__))
         if game.leaf_backward:
             raise GameError(_NOT_PASS_BY_PASS.format(type(game.solver).__name__))
-        points = [] if stage.played is None else stage.played.points
+        points = [*stage.leaves(), *([] if stage.played is None else stage.played.points)]
         inputs = [p for p in [*stage.parameters, *points] if p.requires_grad]
         scale = scaling.following(stage.memory, objective, 1) if game.scaling else None
         weight = None if scale is None else scale.to(objective.dtype)
@@ -78,9 +78,11 @@ class Carried:
             given = [g for g in gradients if g is not None]
             scaling.follow(stage.memory, scale, given, most=False)
         for tensor, gradient in zip(inputs, gradients, strict=True):
+            if gradient is None:
+                continue
             if any(tensor is point for point in points):
-                tensor.grad = gradient  # `Stage.move` divides by what has come in
-            elif gradient is not None:
+                tensor.grad = gradient  # the stage divides by what has come in
+            else:
                 part = gradient if scale is None else scaling.divided(gradient, scale)
                 before = self.gradients.get(tensor)
                 self.gradients[tensor] = part if before is None else part + before

@@ -112,6 +112,12 @@ def ascends(solver: Solver) -> bool:
     return _rehearse(solver)[1].ascends
 
 
+def recomputes(solver: Solver) -> bool:
+    """Return whether a backward of a round runs through several passes, which keep their graphs."""
+    counted = passes(replace(solver, recompute=False))
+    return counted.branches > counted.theta_backwards
+
+
 def _rehearse(solver: Solver) -> tuple[Passes, _Rehearsal]:
     stage: Any = _Rehearsal()
     thetas = steps = 0
@@ -121,7 +127,10 @@ def _rehearse(solver: Solver) -> tuple[Passes, _Rehearsal]:
         if isinstance(move, Step):
             steps += 1
             stage.clean_known = False
-    counted = Passes(stage.forwards, stage.delta_backwards, thetas, stage.branches, steps)
+    forwards = stage.forwards
+    if solver.recompute:  # each pass that another follows is run again, for a backward of its own
+        forwards, thetas = forwards + stage.branches - thetas, stage.branches
+    counted = Passes(forwards, stage.delta_backwards, thetas, stage.branches, steps)
     return counted, stage
 
 

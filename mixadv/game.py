@@ -19,7 +19,7 @@ from mixadv.carried import Carried
 from mixadv.closure import Closure, read
 from mixadv.compiled_site import place
 from mixadv.errors import GameError, check_entries, check_kinds
-from mixadv.explain import Explanation, ascends, explain, passes
+from mixadv.explain import Explanation, ascends, explain, passes, recomputes
 from mixadv.modules import INPUT, functional, weak_hook
 from mixadv.outcome import Outcome
 from mixadv.replay import Noise, Slot
@@ -76,6 +76,11 @@ class Game:
             raise ValueError(
                 f"{type(solver).__name__} finds δ in the learner's own passes, and dtype= acts on "
                 "others: leave it out, or put autocast around the round."
+            )
+        if solver.recompute and not recomputes(solver):
+            raise ValueError(
+                f"{type(solver).__name__} keeps the graph of one pass at a time as it is: leave "
+                "recompute=True out."
             )
         self.model = model
         self.solver = solver
@@ -261,8 +266,9 @@ class Game:
             for move in play:
                 stepped = isinstance(move, Step)
                 objective = move.objective if isinstance(move, Step) else move
-                validate.objective(objective, self.solver)
-                yield objective, stepped
+                for part, last in stage.parts(objective):
+                    validate.objective(part, self.solver)
+                    yield part, stepped and last
         finally:
             play.close()
         if not stepped:

@@ -117,6 +117,8 @@ def chosen(stage: Stage, q: Strategy, ascent: Ascent) -> str:
         return "sequential"
     if ascent.route != "auto":
         return ascent.route
+    if stage.game.solver.recompute:  # one graph at a time
+        return "sequential"
     tokens = sum(math.prod(call.shape[:2]) for call in stage.calls)
     small = 0 < tokens <= FEW and stage.game.modes() in stage.game.stackable
     return "stack" if small else "sequential"
@@ -131,7 +133,8 @@ def readings(stage: Stage, q: Strategy, gains: Gains) -> Tensor:
     if chosen(stage, q, stage.game.solver) == "stack":
         reading = _stacked_pass(stage, q, [p.flatten(0, 1) for p in q.points])
         return _apart(gains(reading, q.size), q)
-    return torch.stack([gains(stage.run(stage.at(q, m)), 1) for m in range(q.size)])
+    passes = [*[stage.part] * (q.size - 1), stage.run]
+    return torch.stack([gains(run(stage.at(q, m)), 1) for m, run in enumerate(passes)])
 
 
 def _stacked_pass(stage: Stage, q: Strategy, points: list[Tensor]) -> Reading:

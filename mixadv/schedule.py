@@ -65,4 +65,4 @@ class Schedule:
 
 def _plain(stage: Stage, steps: int) -> Play:
     for _ in range(steps):
-        yield Step(stage.loss())
+        yield Step(stage.plain_loss())

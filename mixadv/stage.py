@@ -41,6 +41,11 @@ _DIFFERENTIATED_TWICE = (
     "use_reentrant=False."
 )
 
+_NO_GRADIENT = (
+    "The backward of the objective left no gradient on {}. A custom `backward=` must call backward "
+    "on the loss it is given, without `inputs=`."
+)
+
 
 class Step(NamedTuple):
     """The objective of the last pass before an optimizer step."""
@@ -73,6 +78,7 @@ class Stage:
         self.fallen: list[Tensor] = []
         self.forwards = self.delta_backwards = self.theta_backwards = 0
         self._clean: Reading | None = None
+        self._cut: list[tuple[Reading, Provide]] = []  # passes that are run again
         self._incoming: Tensor | None = None
         self._samples = 1
 
@@ -159,14 +165,26 @@ class Stage:
 
         The clean pass keeps its graph for the learner: one backward for δ and no pass more.
         """
-        if self.game.leaf_backward:
+
+        def read(clean: Reading) -> Tensor:
+            gained = self._gains(clean)
+            self.payoff = gained.detach().mean() / (1 if clean.loss.dim() else self._samples)
+            return gained
+
+        return self._slope(ascent, read)
+
+    def _slope(
+        self, ascent: Ascent, read: Callable[[Reading], Tensor]
+    ) -> tuple[Strategy, list[Tensor]]:
+        """Return δ = 0 and the gradient there of what is read of the clean pass."""
+        again = self.game.solver.recompute
+        if self.game.leaf_backward and not again:
             raise GameError(_DIFFERENTIATED_TWICE.format(type(self.game.solver).__name__))
         zero = self.origin(ascent)
-        clean = self._keep_clean(self.run(self.at(zero, 0)))
-        gained = self._gains(clean)
-        self._depends(gained)
-        gradients = self.differentiate(gained, zero.points, keep=True)
-        self.payoff = gained.detach().mean() / (1 if clean.loss.dim() else self._samples)
+        with self.frozen() if again else nullcontext():
+            clean = self.run(self.at(zero, 0))
+            gradients = self.differentiate(read(clean), zero.points, keep=not again)
+        self._keep_clean(self._leaf(clean, _nowhere) if again else clean)
         self.delta_backwards += 1
         return zero, gradients
 
@@ -215,17 +233,16 @@ class Stage:
 
         The clean pass keeps its graph for the learner: one backward for δ and no pass more.
         """
-        if self.game.leaf_backward:
-            raise GameError(_DIFFERENTIATED_TWICE.format(type(self.game.solver).__name__))
-        zero = self.origin(ascent)
-        clean = self._keep_clean(self.run(self.at(zero, 0)))
-        predictions = self._predictions(clean)
-        weights = gauss_newton.cotangent(predictions.detach(), kind, clean.mask)
-        values = (predictions * weights).flatten(1).sum(1)
-        gradients = self.differentiate(values, zero.points, keep=True)
-        self.delta_backwards += 1
+
+        def read(clean: Reading) -> Tensor:
+            predictions = self._predictions(clean)
+            weights = gauss_newton.cotangent(predictions.detach(), kind, clean.mask)
+            return (predictions * weights).flatten(1).sum(1)
+
+        zero, gradients = self._slope(ascent, read)
         if not ascent.turns or kind in gauss_newton.FLAT:
-            drawn = self.game.noise("uniform", gradients[0].new_empty(1, len(predictions)))
+            rows = len(self._predictions(self.clean()))
+            drawn = self.game.noise("uniform", gradients[0].new_empty(1, rows))
             gradients = [boundary.by_row(drawn.sign(), g) * g for g in gradients]
         return zero, gradients
 
@@ -233,7 +250,11 @@ class Stage:
 
     def clean(self) -> Reading:
         """Return the clean pass; run once between two optimizer steps and shared."""
-        return self._clean or self._keep_clean(self.run(lambda index, call, output: None))
+        return self._clean or self._keep_clean(self.part(_nowhere))
+
+    def plain_loss(self) -> Tensor:
+        """Return the clean loss, 0-d, as an objective of its own."""
+        return self._keep_clean(self.run(_nowhere)).objective
 
     def loss(self, q: Strategy | None = None, last: bool = True) -> Tensor:
         """Return the task loss, 0-d: clean, or at the strategy (its expectation, if mixed).
@@ -293,10 +314,53 @@ class Stage:
 
     # Passes ----------------------------------------------------------------------------------
 
+    def part(self, provide: Provide) -> Reading:
+        """Run a pass of an objective that has another after it; without a graph, to be run again,
+        where the solver keeps one graph at a time.
+        """
+        if not self.game.solver.recompute:
+            return self.run(provide)
+        with no_grad():
+            reading = self.run(provide)
+        return self._leaf(reading, provide)
+
+    def _leaf(self, reading: Reading, provide: Provide) -> Reading:
+        """Return a reading as leaves, to which an objective is differentiated first."""
+        leaves = [None if x is None else x.detach().requires_grad_() for x in _outputs(reading)]
+        loss, predictions, hidden = leaves
+        assert loss is not None
+        kept = reading._replace(loss=loss, predictions=predictions, hidden=hidden)
+        self._cut.append((kept, provide))
+        return kept
+
+    def leaves(self) -> list[Tensor]:
+        """Return what an objective is differentiated to besides weights and points."""
+        return [x for reading, _ in self._cut for x in _outputs(reading) if x is not None]
+
+    def parts(self, objective: Tensor) -> Iterator[tuple[Tensor, bool]]:
+        """Yield what to differentiate for an objective's gradient, and whether it is the last.
+
+        Of passes that are run again: first the objective, to their outputs, then each of them.
+        """
+        factors: list[Tensor] = []
+        if self._cut:
+            objective.register_hook(lambda g: factors.append(g.detach()))
+        yield objective, not self._cut
+        while self._cut:
+            reading, provide = self._cut.pop(0)
+            if not factors:
+                raise GameError(_NO_GRADIENT.format("passes that are run again"))
+            leaves, again = _outputs(reading), _outputs(self.run(provide))
+            known = [(x, y.grad) for x, y in zip(again, leaves, strict=True) if y is not None]
+            pairs = [(x, g / factors[0]) for x, g in known if x is not None and g is not None]
+            gradients, outputs = [g for _, g in pairs], [x for x, _ in pairs]
+            yield _Seeded.apply(objective.detach(), gradients, *outputs), not self._cut
+
     def run(self, provide: Provide, closure: Closure | None = None, copies: int = 1) -> Reading:
         """Run one pass of the closure and read its result."""
         represents = self.game.representation
         with (
+            local(self.game.model) if self._cut else nullcontext(),  # another backward follows
             _cast_anew(),
             self.replay.run(),
             self.game.site.run(provide) as current,
@@ -357,7 +421,7 @@ class Stage:
         """Return what to run the ascent's own passes in."""
         if ascent.dtype is None:
             return nullcontext()
-        return torch.autocast(self.parameters[0].device.type, ascent.dtype)
+        return torch.autocast(self.parameters[0].device.type, torch.bfloat16)
 
     def differentiate(
         self,
@@ -405,6 +469,7 @@ class Stage:
     def renew(self) -> None:
         """Forget what belongs to the weights before the learner's step."""
         self._clean = None
+        self._cut.clear()
         self.passes.clear()
         self.replay.renew()
         torch.clear_autocast_cache()  # of a checkpoint's recompute too
@@ -440,10 +505,7 @@ class Stage:
 
     def _own_gradients(self, q: Strategy) -> list[Tensor]:
         if self._incoming is None or all(point.grad is None for point in q.points):
-            raise GameError(
-                "The backward of the objective left no gradient on δ. A custom `backward=` must "
-                "call backward on the loss it is given, without `inputs=`."
-            )
+            raise GameError(_NO_GRADIENT.format("δ"))
         scale = self._samples / self._incoming
         return [torch.zeros_like(x) if x.grad is None else x.grad * scale for x in q.points]
 
@@ -461,6 +523,29 @@ class Stage:
                 "with logits, from forward_pass."
             )
         return reading.predictions
+
+
+class _Seeded(torch.autograd.Function):
+    """A zero whose backward gives outputs of a pass the gradients that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, gradients: list[Tensor], *outputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return torch.zeros_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (factor,) = upstream
+        wide = [(g, torch.promote_types(g.dtype, factor.dtype)) for g in ctx.gradients]
+        return None, None, *[(factor * g.to(w)).to(g.dtype) for g, w in wide]
+
+
+def _outputs(reading: Reading) -> list[Tensor | None]:
+    return [reading.loss, reading.predictions, reading.hidden]
+
+
+def _nowhere(index: int, call: Call, output: Tensor) -> None:
+    """Add nothing at the site."""
 
 
 def _by(ascent: Ascent) -> Rule:

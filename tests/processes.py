@@ -25,6 +25,7 @@ Case = Callable[[int], Any]  # of the rank; a function of a module, or a partial
 SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixadv.SOLVERS} | {
     "ensemble": mixadv.MAT(particles=2, play_as="ensemble", learner_temperature=1e-6, samples=2),
     "leap": mixadv.ALUM(direction="gauss_newton", sign="boundary"),
+    "recomputed": mixadv.ALUM(direction="gauss_newton", recompute=True),
 }
 WORDS, CLASSES, LENGTH = 20, 3, 5
 WAIT = timedelta(seconds=60)  # for a process that waits in vain: a hang is an error

@@ -83,7 +83,9 @@ def test_compiled_rounds_equal_plain_ones_and_compile_no_more(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    "words", [{"direction": "gauss_newton"}, {"sign": "boundary", "steps": 2}], ids=["leap", "sign"]
+    "words",
+    [{"direction": "gauss_newton"}, {"sign": "boundary", "steps": 2}, {"recompute": True}],
+    ids=["leap", "sign", "recompute"],
 )
 def test_other_ways_to_ascend_play_the_same_compiled(words: dict[str, Any]) -> None:
     plays_as_compiled("smart", **words)

@@ -29,6 +29,8 @@ SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixad
     "divergence": PGD(payoff="js", steps=2),
     "leap": mixadv.ALUM(direction="gauss_newton"),
     "turned": mixadv.ALUM(sign="boundary", steps=2),
+    "recomputed": MAT(learner_steps=1, particles=3, play_as="ensemble", recompute=True),
+    "recomputed views": mixadv.CAT(recompute=True),
 }
 each_solver = pytest.mark.parametrize("name", SOLVERS)
 

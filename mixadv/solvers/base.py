@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from mixadv.ascent import Ascent
+from mixadv.ascent import Ascent, check_flag
 from mixadv.divergence import DIVERGENCES, Divergence, divergence
 from mixadv.errors import nearest
 from mixadv.gauss_newton import CURVED, FLAT
@@ -32,6 +32,10 @@ class Solver(Ascent, ABC):
 
     A solver is one file: a dataclass that sets the defaults of its ascent, names its paper and
     writes `play`, plus one line in the registry.
+
+    Attributes:
+        recompute: keep the graph of one pass at a time: the other passes of an objective are run
+            again for their backward. Memory of about one plain step, for a forward more of each.
     """
 
     name: ClassVar[str]
@@ -42,8 +46,16 @@ class Solver(Ascent, ABC):
     differentiates_twice: ClassVar[bool] = False  # a pass of its own: once for δ, once for θ
     presets: ClassVar[Presets] = {}
 
+    recompute: bool = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flag(type(self).__name__, "recompute", self.recompute)
+        if self.recompute and self.route == "stack":
+            raise ValueError(
+                f"{type(self).__name__}: recompute=True keeps the graph of one particle at a time, "
+                "and route='stack' that of all: use route='sequential'."
+            )
         if self.particles != 1 and not self.mixed:
             raise ValueError(
                 f"{type(self).__name__} plays one point, got particles={self.particles}: "

@@ -1,0 +1,188 @@
+"""One graph at a time: the same gradients, in the memory of one pass."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import mixadv
+from mixadv import MAT, Game
+from tests.zoo import Player, fingerprint, small
+
+KEEPS_SEVERAL: dict[str, mixadv.Solver] = {
+    "smart": mixadv.SMART(),
+    "alum": mixadv.ALUM(steps=2),
+    "leap": mixadv.ALUM(direction="gauss_newton"),
+    "vat": mixadv.VAT(),
+    "r3f": mixadv.R3F(),
+    "cat": mixadv.CAT(),
+    "creat": mixadv.CreAT(),
+    "mat": MAT(steps=2, learner_steps=2),
+    "ensemble": MAT(particles=3, play_as="ensemble"),
+}
+KEEPS_ONE = ("noise", "pgd", "fgm", "freelb", "freeat", "textat")
+each = pytest.mark.parametrize("name", KEEPS_SEVERAL)
+
+
+def double(solver: mixadv.Solver, how: str, player: Player, rounds: int = 2) -> dict[str, Any]:
+    """Return what a player is after rounds in float64."""
+    model = player.model
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+    for _ in range(rounds):
+        if how == "step":
+            optimizer.step(player.closure())
+            continue
+        optimizer.zero_grad()
+        if how == "loss":
+            (optimizer.game.loss(player.closure()) / 3).backward()
+        else:
+            optimizer.game.backward(player.closure(), lambda loss: (loss / 3).backward())
+        optimizer.step()
+    found = without_identities(model)
+    return {**found, "objective": optimizer.game.outcome.objective, "seed": torch.get_rng_state()}
+
+
+def without_identities(model: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in fingerprint(model).items() if name != "identities"}
+
+
+@each
+@pytest.mark.parametrize("how", ["step", "loss", "backward"])
+def test_recomputed_passes_give_the_same_rounds_under_dropout(name: str, how: str):
+    """Weights, gradients, buffers, objective and random state."""
+    ends = []
+    for recompute in (False, True):
+        player = small()
+        torch.manual_seed(7)
+        ends.append(double(replace(KEEPS_SEVERAL[name], recompute=recompute), how, player))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-14)
+
+
+class Tall(nn.Module):
+    """Each layer keeps a large activation, so that graphs weigh more than anything else."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.checkpointed = checkpointed
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(12))
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x)
+            x = x.tanh()
+        logits = self.head(x.mean(1))
+        return logits.logsumexp(-1).mean(), logits
+
+
+class Held(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the most numbers that graphs hold at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        super().__init__(self.pack, lambda kept: kept.tensor)
+
+    def pack(self, tensor: Tensor) -> "Kept":
+        self.now += tensor.numel()
+        self.most = max(self.most, self.now)
+        return Kept(self, tensor)
+
+
+class Kept:
+    def __init__(self, counter: Held, tensor: Tensor) -> None:
+        self.counter, self.tensor = counter, tensor
+
+    def __del__(self) -> None:
+        self.counter.now -= self.tensor.numel()
+
+
+def most_held(solver: mixadv.Solver | None) -> int:
+    model, x = Tall(), torch.randn(4, 9, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if solver is None:
+        held = Held()
+        with held:
+            model(x)[0].backward()
+        return held.most
+    wrapped = mixadv.wrap(optimizer, model, solver, site="layers.0")
+    wrapped.step(lambda: model(x))
+    held = Held()
+    with held:
+        wrapped.step(lambda: model(x))
+    return held.most
+
+
+@each
+def test_no_more_is_held_than_by_one_pass(name: str):
+    solver = KEEPS_SEVERAL[name]
+    if solver.reads is not None:
+        solver = replace(solver, source="layers.11")
+    plain, keeps = most_held(None), most_held(solver)
+    assert keeps >= 1.9 * plain
+    assert most_held(replace(solver, recompute=True)) <= 1.1 * plain
+
+
+@each
+def test_the_passes_are_those_that_were_explained(name: str):
+    player = small()
+    solver = replace(KEEPS_SEVERAL[name], recompute=True)
+    base = torch.optim.SGD(player.model.parameters(), lr=0.1)
+    optimizer = mixadv.wrap(base, player.model, solver)
+    for _ in range(2):
+        optimizer.step(player.closure())
+    said, seen = optimizer.game.explain().passes, optimizer.game.outcome
+    assert (said.forwards, said.delta_backwards) == (seen.forwards, seen.delta_backwards)
+    assert said.theta_backwards == seen.theta_backwards == said.branches
+
+
+def test_rounds_of_a_schedule_that_are_not_played_cost_one_forward():
+    player = small()
+    base = torch.optim.SGD(player.model.parameters(), lr=0.1)
+    late = mixadv.Schedule(start=5)
+    solver = mixadv.ALUM(recompute=True)
+    optimizer = mixadv.wrap(base, player.model, solver, schedule=late)
+    for _ in range(2):
+        optimizer.step(player.closure())
+    assert optimizer.game.outcome.forwards == 1
+
+
+def test_checkpointed_layers_are_recomputed_within_what_is_run_again():
+    x, ends = torch.randn(4, 9, 64), []
+    for checkpointed, recompute in [(False, False), (True, False), (True, True)]:
+        model = Tall(checkpointed)
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        solver = mixadv.SMART(recompute=recompute)
+        optimizer = mixadv.wrap(base, model, solver, site="layers.0")
+        for _ in range(2):
+            optimizer.step(lambda m=model: m(x))
+        ends.append(dict(model.named_parameters()))
+    torch.testing.assert_close(ends[1], ends[0])
+    torch.testing.assert_close(ends[2], ends[0])
+
+
+def test_a_backward_that_reaches_nothing_is_told():
+    player = small()
+    game = Game(player.model, mixadv.ALUM(recompute=True))
+    before = copy.deepcopy(without_identities(player.model))
+    with pytest.raises(mixadv.GameError, match="left no gradient"):
+        game.backward(player.closure(), lambda loss: None)
+    torch.testing.assert_close(without_identities(player.model), before)
+    game.backward(player.closure())
+
+
+@pytest.mark.parametrize("name", KEEPS_ONE)
+def test_where_nothing_is_to_be_gained_it_is_refused(name: str):
+    model = small().model
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="one pass at a time as it is"):
+        mixadv.wrap(base, model, mixadv.solver(name, recompute=True))
+
+
+def test_a_stack_keeps_all_graphs_and_is_refused():
+    with pytest.raises(ValueError, match="route='stack'"):
+        MAT(particles=3, play_as="ensemble", route="stack", recompute=True)
