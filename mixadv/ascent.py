@@ -71,8 +71,8 @@ class Ascent:
         sign: a divergence is even in δ to second order. `"boundary"` plays that of δ and −δ which
             makes the likeliest label less likely, `"any"` the one that the start happens to be at,
             as papers do. None is `"boundary"` for `direction="gauss_newton"`, else `"any"`.
-        dtype: `torch.bfloat16`, or its name, computes the ascent's own passes under autocast; δ and the learner's
-            passes keep their format. None computes all passes alike.
+        dtype: `torch.bfloat16`, or its name, computes the ascent's own passes under autocast; δ
+            and the learner's passes keep their format. None computes all passes alike.
         temperature: τ of the Langevin noise; 0 draws none.
         particles: M, the number of points of a mixed strategy; pure solvers take 1.
         unit: what lengths are measured in.
@@ -115,8 +115,8 @@ class Ascent:
         check_flag(who, "fresh_dropout", self.fresh_dropout)
         if self.dtype not in (None, torch.bfloat16, "bfloat16"):
             raise ValueError(
-                f"{who}: dtype must be torch.bfloat16, 'bfloat16' or None, got {self.dtype!r}: for other "
-                "formats put autocast around the round."
+                f"{who}: dtype must be torch.bfloat16, 'bfloat16' or None, got {self.dtype!r}: "
+                "for other formats put autocast around the round."
             )
         check_number(who, "step_size", self.step_size)
         check_number(who, "temperature", self.temperature)

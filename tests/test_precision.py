@@ -427,5 +427,5 @@ def test_a_format_for_an_ascent_without_passes_of_its_own_is_refused(solver: Any
     p = player("bert", rows=2)
     with pytest.raises(ValueError, match=r"in the learner's own passes.*autocast around"):
         mixadv.Game(p.model, solver(dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"dtype must be torch\.bfloat16 or None"):
+    with pytest.raises(ValueError, match=r"dtype must be torch\.bfloat16, 'bfloat16' or None"):
         solver(dtype=torch.float16)

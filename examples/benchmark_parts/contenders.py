@@ -113,13 +113,13 @@ class Contender:
     Attributes:
         solver: what is played, by the number of coordinates of a sample; peers are told by it.
         enter: makes the player.
-        rival: the row that is compared with this one.
+        rivals: the rows that this one is compared with.
         extra: measured only where it is asked for.
     """
 
     solver: Callable[[int], mixadv.Solver]
     enter: Callable[[Work, Any], Player] = ours
-    rival: str | None = None
+    rivals: tuple[str, ...] = ()
     extra: bool = False
 
 
@@ -141,8 +141,10 @@ def mat(**changes: Any) -> mixadv.Solver:
 
 
 _BALL: dict[str, Any] = {"radius": RADIUS}
-_LEAP: dict[str, Any] = {"direction": "gauss_newton", "sign": "boundary"}
+_LEAP: dict[str, Any] = {"direction": "gauss_newton"}
 _BF16: dict[str, Any] = {"dtype": torch.bfloat16, "start_size": RADIUS}  # above its rounding
+_K1, _K3, _MAT = ("smart-pytorch",), ("smart-pytorch, K=3",), ("straightforward mat",)
+_M8 = ("mat, M=8",)
 _HALF: dict[str, Any] = {"radius": RADIUS, "step_size": RADIUS / 2}
 
 CONTENDERS: dict[str, Contender] = {
@@ -158,20 +160,23 @@ CONTENDERS: dict[str, Contender] = {
     "vat": row(mixadv.VAT(**_BALL)),
     "alum": row(mixadv.ALUM(step_size=RADIUS, **_BALL)),
     "smart": row(mixadv.SMART(step_size=RADIUS, **_BALL)),
-    "smart, no teacher": row(smart(1), rival="smart-pytorch"),
-    "smart, Gauss–Newton": row(smart(1, **_LEAP), rival="smart-pytorch"),
+    "smart, no teacher": row(smart(1), rivals=_K1),
+    "smart, recomputed": row(smart(1, recompute=True), rivals=_K1),
+    "smart, Gauss–Newton": row(smart(1, **_LEAP), rivals=_K1 + _K3),
     "smart-pytorch": row(smart(1), enter=smart_pytorch),
-    "smart, no teacher, K=3": row(smart(3), rival="smart-pytorch, K=3"),
-    "smart, Gauss–Newton, K=2": row(smart(2, **_LEAP), rival="smart-pytorch, K=3"),
-    "smart, bf16 ascent, K=3": row(smart(3, **_BF16), rival="smart-pytorch, K=3"),
+    "smart, no teacher, K=3": row(smart(3), rivals=_K3),
+    "smart, Gauss–Newton, K=2": row(smart(2, **_LEAP), rivals=_K3),
+    "smart, bf16 ascent, K=3": row(smart(3, **_BF16), rivals=_K3),
     "smart-pytorch, K=3": row(smart(3), enter=smart_pytorch),
-    "mat, 3 and 2": row(mat(), rival="straightforward mat"),
-    "mat, Gauss–Newton": row(mat(**_LEAP), rival="straightforward mat"),
-    "mat, bf16 ascent": row(mat(**_BF16), rival="straightforward mat"),
+    "mat, 3 and 2": row(mat(), rivals=_MAT),
+    "mat, recomputed": row(mat(recompute=True), rivals=_MAT),
+    "mat, Gauss–Newton": row(mat(**_LEAP), rivals=_MAT),
+    "mat, bf16 ascent": row(mat(**_BF16), rivals=_MAT),
+    "mat, Gauss–Newton, bf16": row(mat(**_LEAP, **_BF16), rivals=_MAT),
     "straightforward mat": row(mat(), enter=straightforward),
     "mat, M=8": row(mat(particles=8), extra=True),
-    "mat, M=8, vmap": row(mat(particles=8, route="vmap"), extra=True),
-    "mat, M=8, stack": row(mat(particles=8, route="stack"), extra=True),
+    "mat, M=8, vmap": row(mat(particles=8, route="vmap"), rivals=_M8, extra=True),
+    "mat, M=8, stack": row(mat(particles=8, route="stack"), rivals=_M8, extra=True),
 }
 
 

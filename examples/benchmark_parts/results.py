@@ -139,9 +139,10 @@ def versus(group: Iterable[Result]) -> list[str]:
     lines = []
     for name, mine in rows.items():
         contender = CONTENDERS.get(name)
-        rival = rows.get(contender.rival or "") if contender else None
-        if rival is not None and rival["units"] == mine["units"]:
-            times = ratio(mine["seconds"], rival["seconds"])
-            memory = mine["peak"] / rival["peak"]
-            lines.append(f"- {name} ÷ {rival['row']}: time {times}, memory {memory:.2f}")
+        for other in contender.rivals if contender else ():
+            rival = rows.get(other)
+            if rival is not None and rival["units"] == mine["units"]:
+                times = ratio(mine["seconds"], rival["seconds"])
+                memory = mine["peak"] / rival["peak"]
+                lines.append(f"- {name} ÷ {other}: time {times}, memory {memory:.2f}")
     return ["\n".join(lines)] if lines else []
