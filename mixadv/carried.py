@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mixadv import parallel, scaling
+from mixadv.contexts import without_autocast
 from mixadv.errors import GameError
-from mixadv.stage import Stage, without_autocast
+from mixadv.stage import Stage
 
 _NOT_PASS_BY_PASS = (
     "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss needs for {}: "
@@ -61,7 +62,7 @@ class Carried:
             raise GameError(_NOT_SHARDED.format(type(game.solver).__name__))
         if game.leaf_backward:
             raise GameError(_NOT_PASS_BY_PASS.format(type(game.solver).__name__))
-        points = [*stage.leaves(), *([] if stage.played is None else stage.played.points)]
+        points = [*stage.cut.leaves(), *([] if stage.played is None else stage.played.points)]
         inputs = [p for p in [*stage.parameters, *points] if p.requires_grad]
         scale = scaling.following(stage.memory, objective, 1) if game.scaling else None
         weight = None if scale is None else scale.to(objective.dtype)

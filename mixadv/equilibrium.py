@@ -15,10 +15,11 @@ from mixadv import routes
 from mixadv.ascent import Ascent, check_integer
 from mixadv.certificate import Exploitability
 from mixadv.closure import Closure
+from mixadv.contexts import no_grad
 from mixadv.game import Game
 from mixadv.replay import Buffers
 from mixadv.solvers.base import Solver
-from mixadv.stage import Stage, Step, no_grad
+from mixadv.stage import Stage, Step
 from mixadv.strategy import Strategy
 
 

@@ -20,6 +20,7 @@ from mixadv.ascent import Ascent
 from mixadv.carried import Carried
 from mixadv.closure import Closure, Reading, read
 from mixadv.compiled_site import CompiledSite
+from mixadv.contexts import no_grad
 from mixadv.divergence import divergence
 from mixadv.errors import GameError
 from mixadv.explain import passes
@@ -27,7 +28,7 @@ from mixadv.geometry import norms
 from mixadv.replay import Noise, Replay
 from mixadv.scaling import KEY, Formats
 from mixadv.site import Call, Provide, sequence_number
-from mixadv.stage import Stage, no_grad
+from mixadv.stage import Stage
 from mixadv.strategy import Strategy
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from mixadv.ascent import check_flag
 from mixadv.carried import Carried
 from mixadv.closure import Closure, read
 from mixadv.compiled_site import place
+from mixadv.contexts import no_grad
 from mixadv.errors import GameError, check_entries, check_kinds
 from mixadv.explain import Explanation, ascends, explain, passes, recomputes
 from mixadv.modules import INPUT, functional, weak_hook
@@ -26,7 +27,7 @@ from mixadv.replay import Noise, Slot
 from mixadv.representation import Representation
 from mixadv.schedule import Schedule
 from mixadv.solvers.base import Solver
-from mixadv.stage import Stage, Step, no_grad
+from mixadv.stage import Stage, Step
 from mixadv.strategy import Strategy
 
 _KINDS = {  # of what a game saves
@@ -266,7 +267,7 @@ class Game:
             for move in play:
                 stepped = isinstance(move, Step)
                 objective = move.objective if isinstance(move, Step) else move
-                for part, last in stage.parts(objective):
+                for part, last in stage.cut.parts(objective, stage.run):
                     validate.objective(part, self.solver)
                     yield part, stepped and last
         finally:

@@ -7,7 +7,6 @@ caller has run the backward pass, after a `Step` also the learner's step.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -15,16 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch import config as functorch
 
 from mixadv import boundary, gauss_newton, routes, scaling, validate
 from mixadv.ascent import Ascent
 from mixadv.closure import Closure, Reading, read
+from mixadv.contexts import cast_anew, no_grad, reusable, without_autocast
 from mixadv.contrastive import directions
 from mixadv.divergence import Divergence, divergence
 from mixadv.errors import GameError
 from mixadv.modules import functional, unwrap
 from mixadv.parallel import local
+from mixadv.recompute import NO_GRADIENT, Cut
 from mixadv.replay import Replay
 from mixadv.site import Call, Pass, Provide
 from mixadv.strategy import Begin, Rule, Strategy
@@ -33,17 +33,9 @@ if TYPE_CHECKING:
     from mixadv.game import Game
 
 
-# Made once: torch keeps a context variable of each such patch for ever.
-_KEPT_BUFFERS: AbstractContextManager[Any] = functorch.patch(donated_buffer=False)
-
 _DIFFERENTIATED_TWICE = (
     "{} differentiates the clean pass twice, which reentrant checkpointing does not allow: set "
     "use_reentrant=False."
-)
-
-_NO_GRADIENT = (
-    "The backward of the objective left no gradient on {}. A custom `backward=` must call backward "
-    "on the loss it is given, without `inputs=`."
 )
 
 
@@ -78,7 +70,7 @@ class Stage:
         self.fallen: list[Tensor] = []
         self.forwards = self.delta_backwards = self.theta_backwards = 0
         self._clean: Reading | None = None
-        self._cut: list[tuple[Reading, Provide]] = []  # passes that are run again
+        self.cut = Cut()
         self._incoming: Tensor | None = None
         self._samples = 1
 
@@ -184,7 +176,7 @@ class Stage:
         with self.frozen() if again else nullcontext():
             clean = self.run(self.at(zero, 0))
             gradients = self.differentiate(read(clean), zero.points, keep=not again)
-        self._keep_clean(self._leaf(clean, _nowhere) if again else clean)
+        self._keep_clean(self.cut.off(clean, _nowhere) if again else clean)
         self.delta_backwards += 1
         return zero, gradients
 
@@ -315,57 +307,25 @@ class Stage:
     # Passes ----------------------------------------------------------------------------------
 
     def part(self, provide: Provide) -> Reading:
-        """Run a pass of an objective that has another after it; without a graph, to be run again,
-        where the solver keeps one graph at a time.
-        """
+        """Run a pass of an objective that has another pass after it."""
         if not self.game.solver.recompute:
             return self.run(provide)
         with no_grad():
             reading = self.run(provide)
-        return self._leaf(reading, provide)
-
-    def _leaf(self, reading: Reading, provide: Provide) -> Reading:
-        """Return a reading as leaves, to which an objective is differentiated first."""
-        leaves = [None if x is None else x.detach().requires_grad_() for x in _outputs(reading)]
-        loss, predictions, hidden = leaves
-        assert loss is not None
-        kept = reading._replace(loss=loss, predictions=predictions, hidden=hidden)
-        self._cut.append((kept, provide))
-        return kept
-
-    def leaves(self) -> list[Tensor]:
-        """Return what an objective is differentiated to besides weights and points."""
-        return [x for reading, _ in self._cut for x in _outputs(reading) if x is not None]
-
-    def parts(self, objective: Tensor) -> Iterator[tuple[Tensor, bool]]:
-        """Yield what to differentiate for an objective's gradient, and whether it is the last.
-
-        Of passes that are run again: first the objective, to their outputs, then each of them.
-        """
-        factors: list[Tensor] = []
-        if self._cut:
-            objective.register_hook(lambda g: factors.append(g.detach()))
-        yield objective, not self._cut
-        while self._cut:
-            reading, provide = self._cut.pop(0)
-            if not factors:
-                raise GameError(_NO_GRADIENT.format("passes that are run again"))
-            leaves, again = _outputs(reading), _outputs(self.run(provide))
-            known = [(x, y.grad) for x, y in zip(again, leaves, strict=True) if y is not None]
-            pairs = [(x, g / factors[0]) for x, g in known if x is not None and g is not None]
-            gradients, outputs = [g for _, g in pairs], [x for x, _ in pairs]
-            yield _Seeded.apply(objective.detach(), gradients, *outputs), not self._cut
+        return self.cut.off(reading, provide)
 
     def run(self, provide: Provide, closure: Closure | None = None, copies: int = 1) -> Reading:
         """Run one pass of the closure and read its result."""
         represents = self.game.representation
         with (
-            local(self.game.model) if self._cut else nullcontext(),  # another backward follows
-            _cast_anew(),
+            local(self.game.model)
+            if self.cut.passes
+            else nullcontext(),  # another backward follows
+            cast_anew(),
             self.replay.run(),
             self.game.site.run(provide) as current,
             validate.gradients_untouched(self.parameters),
-            _reusable(self.game.solver.differentiates_twice or self.game.solver.leaps),
+            reusable(self.game.solver.differentiates_twice or self.game.solver.leaps),
             represents.run() if represents else nullcontext(),
         ):
             result = (closure or self.closure)()
@@ -469,7 +429,7 @@ class Stage:
     def renew(self) -> None:
         """Forget what belongs to the weights before the learner's step."""
         self._clean = None
-        self._cut.clear()
+        self.cut.passes.clear()
         self.passes.clear()
         self.replay.renew()
         torch.clear_autocast_cache()  # of a checkpoint's recompute too
@@ -505,7 +465,7 @@ class Stage:
 
     def _own_gradients(self, q: Strategy) -> list[Tensor]:
         if self._incoming is None or all(point.grad is None for point in q.points):
-            raise GameError(_NO_GRADIENT.format("δ"))
+            raise GameError(NO_GRADIENT.format("δ"))
         scale = self._samples / self._incoming
         return [torch.zeros_like(x) if x.grad is None else x.grad * scale for x in q.points]
 
@@ -523,25 +483,6 @@ class Stage:
                 "with logits, from forward_pass."
             )
         return reading.predictions
-
-
-class _Seeded(torch.autograd.Function):
-    """A zero whose backward gives outputs of a pass the gradients that are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, like: Tensor, gradients: list[Tensor], *outputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return torch.zeros_like(like)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        (factor,) = upstream
-        wide = [(g, torch.promote_types(g.dtype, factor.dtype)) for g in ctx.gradients]
-        return None, None, *[(factor * g.to(w)).to(g.dtype) for g, w in wide]
-
-
-def _outputs(reading: Reading) -> list[Tensor | None]:
-    return [reading.loss, reading.predictions, reading.hidden]
 
 
 def _nowhere(index: int, call: Call, output: Tensor) -> None:
@@ -567,38 +508,6 @@ def _spread(values: Tensor, rows: int) -> Tensor:
 
 def _copies(x: Tensor, copies: int) -> Tensor:
     return x.repeat(copies, *[1] * (x.dim() - 1))
-
-
-def _reusable(wanted: bool) -> AbstractContextManager[Any]:
-    """Return what to run a pass in whose graph is differentiated twice, where it is compiled."""
-    return _KEPT_BUFFERS if wanted else nullcontext()
-
-
-def without_autocast(like: Tensor) -> torch.autocast:
-    """Return what to run a backward in: autocast around it would cast what its forward did not."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
-@contextmanager
-def _cast_anew() -> Iterator[None]:
-    """Make autocast cast the weights anew for a pass, as where it ends within the closure.
-
-    Its copies of them are stale after a step, require grad or not as the pass did that made them,
-    and add the gradients of several passes up in low precision.
-    """
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
-
-
-@contextmanager
-def no_grad() -> Iterator[None]:
-    """Disable gradients, and the warning of reentrant checkpoints that they are missing."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
-        yield
 
 
 def _losses(reading: Reading, copies: int) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from mixadv import parallel
+from mixadv.contexts import no_grad
 from mixadv.errors import GameError
 from mixadv.optimizer import GameOptimizer
 from mixadv.replay import Replay
-from mixadv.stage import no_grad
 
 if TYPE_CHECKING:
     from mixadv.integrations.transformers import Adversarial
