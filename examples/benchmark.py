@@ -102,7 +102,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="(default: %(default)s)")
     add("--rounds", type=int, metavar="N", help="(default: 5)")
     add("--rows", nargs="+", default=[], metavar="NAME", help="(default: all but those with M=8)")
-    text = "folder of benchmark.jsonl and benchmark.png (default: examples/results)"
+    text = "folder of benchmark.jsonl, .md and .png (default: examples/results)"
     add("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=text)
     text = "leave out settings whose rows have as many rounds in benchmark.jsonl already"
     add("--resume", action="store_true", help=text)
@@ -185,7 +185,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
     picture.draw(known, path.with_suffix(".png"))
-    print(results.report(known))
+    report = results.report(known)
+    path.with_suffix(".md").write_text(report + "\n")
+    print(report)
     return 0
 
 

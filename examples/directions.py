@@ -7,7 +7,8 @@ the symmetric KL reached over that of one gradient step, the part of the rows wh
 got less likely, the rows whose label changes, and the time over one gradient step's, interleaved.
 
     python examples/directions.py --task intents
-    python examples/directions.py --task cola --data path/to/folders --updates 250
+    python examples/directions.py --task cola --data path/to/folders --limit 2000 --updates 250 --lr 1e-4
+    python examples/directions.py --report --output examples/results/directions
 """
 
 import argparse
@@ -59,6 +60,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=128, help="held out, to play on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/directions"))
+    parser.add_argument("--report", action="store_true", help="the tasks in OUTPUT side by side")
     return parser.parse_args(argv)
 
 
@@ -155,8 +157,30 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(folder: Path) -> str:
+    """Return the kept results of all tasks as one table, at two radii."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise data.DataError(f"{folder} holds no results: run without --report first.")
+    kept = {f.stem: [json.loads(line) for line in f.read_text().splitlines()] for f in files}
+    found = {(t, r["ascent"], r["radius"]): r for t, rows in kept.items() for r in rows}
+    columns = [(task, radius) for task in kept for radius in RADII[1:3]]
+    head = [f"{task}, {radius:g}" for task, radius in columns]
+    lines = [f"| ascent, sign | {' | '.join(head)} | time |", "|---" * (len(head) + 2) + "|"]
+    for name in ASCENTS:
+        cells = [
+            found[t, name, r]["divergence"] / found[t, BASELINE, r]["divergence"]
+            for t, r in columns
+        ]
+        cells.append(statistics.median(found[t, name, r]["time"] for t, r in columns))
+        lines.append(f"| {name} | {' | '.join(f'{x:.2f}' for x in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def work(options: argparse.Namespace) -> str:
     """Train, measure, keep and return the table."""
+    if options.report:
+        return summary(options.output)
     torch.set_num_threads(1)
     training, batches = trained(options)
     rows = [row for radius in RADII for row in measure(training, batches, radius)]

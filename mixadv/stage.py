@@ -8,7 +8,7 @@ caller has run the backward pass, after a `Step` also the learner's step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -173,7 +173,10 @@ class Stage:
         if self.game.leaf_backward and not again:
             raise GameError(_DIFFERENTIATED_TWICE.format(type(self.game.solver).__name__))
         zero = self.origin(ascent)
-        with self.frozen() if again else nullcontext():
+        with ExitStack() as alone:
+            if again:
+                alone.enter_context(self.frozen())
+                alone.enter_context(local(self.game.model))
             clean = self.run(self.at(zero, 0))
             gradients = self.differentiate(read(clean), zero.points, keep=not again)
         self._keep_clean(self.cut.off(clean, _nowhere) if again else clean)

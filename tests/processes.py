@@ -62,7 +62,7 @@ def _read(file: Path, otherwise: str) -> str:
 
 def refusal(solver: mixadv.Solver, way: str, run: Callable[[], Any]) -> str | None:
     """Return why a solver refuses what is run, None where it has no reason to."""
-    why = CANNOT.get((solver.name, way))
+    why = CANNOT.get(("recomputed" if solver.recompute else solver.name, way))
     if why is None:
         return None
     with pytest.raises(mixadv.GameError, match=why) as caught:

@@ -273,7 +273,7 @@ CANNOT: dict[tuple[str, str], str] = {
     ("freeat", "backward"): _STEPS,
     ("freeat", "loss"): _STEPS,
     ("freeat", "Trainer"): _IN_TRAINER,
-    **{(name, "loss of shards"): _SHARDED for name in ("fgm", "freelb", "textat")},
+    **{(name, "loss of shards"): _SHARDED for name in ("fgm", "freelb", "textat", "recomputed")},
     ("textat", "hidden layer"): _TOKENS,
     ("textat", "vision"): _TOKENS,
     ("cat", "reentrant"): _TWICE,
