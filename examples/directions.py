@@ -7,7 +7,7 @@ the symmetric KL reached over that of one gradient step, the part of the rows wh
 got less likely, the rows whose label changes, and the time over one gradient step's, interleaved.
 
     python examples/directions.py --task intents
-    python examples/directions.py --task cola --data path/to/folders --limit 2000 --updates 250 --lr 1e-4
+    python examples/directions.py --task cola --data path/to/folders --updates 250 --lr 1e-4
     python examples/directions.py --report --output examples/results/directions
 """
 
