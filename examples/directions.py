@@ -47,9 +47,11 @@ ASCENTS: dict[str, dict[str, Any]] = {
 BASELINE = next(iter(ASCENTS))
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(
+    argv: list[str] | None = None, about: str = "", output: str = "runs/directions"
+) -> argparse.Namespace:
+    """Parse the command line of a script: what it is about, and where its rows go."""
+    parser = argparse.ArgumentParser(description=about or __doc__.splitlines()[0])
     parser.add_argument("--task", default="intents", help="of examples/intent.py or glue.py")
     parser.add_argument("--data", default="", help="a folder with the task, as for those")
     parser.add_argument("--updates", type=int, default=80)
@@ -58,7 +60,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--rows", type=int, default=256, help="on which the adversary plays")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/directions"))
+    parser.add_argument("--output", type=Path, default=Path(output))
     return parser.parse_args(argv)
 
 
