@@ -83,7 +83,7 @@ def trained(options: argparse.Namespace) -> tuple[Training, list[dict[str, torch
     options.output.mkdir(parents=True, exist_ok=True)
     training = Training(run, task, Keeping(options.output))
     training.train()
-    rows = task.splits[task.choose_on]
+    rows = next(task.splits[name] for name in (task.choose_on, *task.splits) if name in task.splits)
     rows = rows.shuffle(seed=0).select(range(min(options.rows, len(rows))))
     order = sorted(range(len(rows)), key=data.lengths(rows).__getitem__)
     starts = range(0, len(order), ROWS)

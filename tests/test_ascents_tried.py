@@ -14,6 +14,7 @@ import mixadv
 from tests import zoo
 
 KEPT = torch.empty(0)
+INTENTS = Path(tried.__file__).parent / "data" / "intents"
 
 
 @contextmanager
@@ -85,13 +86,17 @@ def test_it_trains_and_compares(
     few = {name: tried.WAYS[name] for name in (tried.BASELINE, "warm start, K=1")}
     monkeypatch.setattr(tried, "WAYS", few)
     monkeypatch.setattr(tried, "RADII", (0.1,))
-    given = ["--updates", "1", "--rows", "16", "--limit", "16", "--output", str(tmp_path)]
+    for split in ("train", "test"):  # and no dev rows, as some tasks have none
+        rows = (INTENTS / "train.jsonl").read_text().splitlines()[:16]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    given = ["--task", "few", "--data", str(tmp_path), "--updates", "1"]
+    given += ["--output", str(tmp_path / "runs")]
     assert tried.main(given) == 0
     head, _, first, second = capsys.readouterr().out.strip().splitlines()
     assert head == "| way | 0.1 | time | KiB kept per row |"
     assert first == f"| {tried.BASELINE} | 1.00 | 1.00 | 0 |"
     assert float(second.split("|")[-2]) > 0
-    assert len((tmp_path / "intents.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "runs" / "few.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_rows_go_to_a_folder_of_their_own():
