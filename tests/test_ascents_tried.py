@@ -62,6 +62,13 @@ def test_without_inner_steps_it_is_the_ordinary_ascent():
     assert not torch.allclose(ends(tried.first_layer(2, 1)), plain)
 
 
+def test_a_stride_is_the_length_of_a_step():
+    starts = ends(tried.gradient(0))
+    lengths = [(ends(tried.gradient(1, s)) - starts).flatten(1).norm(dim=1) for s in (0, 0.5, 1)]
+    for stride, length in zip((0, 0.5, 1), lengths, strict=True):  # none meets the ball
+        torch.testing.assert_close(length, torch.full_like(length, 0.2 * stride))
+
+
 def test_a_warm_start_goes_on_from_where_the_ascent_ended():
     one = ends(tried.gradient(1))
     torch.testing.assert_close(ends(tried.warm(0), one), one)
