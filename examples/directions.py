@@ -48,9 +48,11 @@ ASCENTS: dict[str, dict[str, Any]] = {
 BASELINE = next(iter(ASCENTS))
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(
+    argv: list[str] | None = None, about: str = "", output: str = "runs/directions"
+) -> argparse.Namespace:
+    """Parse the command line of a script: what it is about, and where its rows go."""
+    parser = argparse.ArgumentParser(description=about or __doc__.splitlines()[0])
     parser.add_argument("--task", default="intents", help="of examples/intent.py or glue.py")
     parser.add_argument("--data", default="", help="a folder with the task, as for those")
     parser.add_argument("--updates", type=int, default=80)
@@ -59,8 +61,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--rows", type=int, default=128, help="held out, to play on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/directions"))
-    parser.add_argument("--report", action="store_true", help="the tasks in OUTPUT side by side")
+    parser.add_argument("--output", type=Path, default=Path(output))
+    parser.add_argument("--report", action="store_true", help="what there is in OUTPUT")
     return parser.parse_args(argv)
 
 
@@ -157,14 +159,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(folder: Path) -> str:
-    """Return the kept results of all tasks as one table, at two radii."""
+def kept(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the kept results, by task."""
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise data.DataError(f"{folder} holds no results: run without --report first.")
-    kept = {f.stem: [json.loads(line) for line in f.read_text().splitlines()] for f in files}
-    found = {(t, r["ascent"], r["radius"]): r for t, rows in kept.items() for r in rows}
-    columns = [(task, radius) for task in kept for radius in RADII[1:3]]
+    return {f.stem: [json.loads(line) for line in f.read_text().splitlines()] for f in files}
+
+
+def summary(tasks: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the results of several tasks as one table, at two radii."""
+    found = {(t, r["ascent"], r["radius"]): r for t, rows in tasks.items() for r in rows}
+    columns = [(task, radius) for task in tasks for radius in RADII[1:3]]
     head = [f"{task}, {radius:g}" for task, radius in columns]
     lines = [f"| ascent, sign | {' | '.join(head)} | time |", "|---" * (len(head) + 2) + "|"]
     for name in ASCENTS:
@@ -180,12 +186,12 @@ def summary(folder: Path) -> str:
 def work(options: argparse.Namespace) -> str:
     """Train, measure, keep and return the table."""
     if options.report:
-        return summary(options.output)
+        return summary(kept(options.output))
     torch.set_num_threads(1)
     training, batches = trained(options)
     rows = [row for radius in RADII for row in measure(training, batches, radius)]
-    kept = options.output / f"{options.task}.jsonl"
-    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = options.output / f"{options.task}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return table(rows)
 
 
