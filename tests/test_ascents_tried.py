@@ -94,9 +94,9 @@ def test_it_trains_and_compares(
     monkeypatch.setattr(tried, "WAYS", few)
     monkeypatch.setattr(tried, "RADII", (0.1,))
     for split in ("train", "test"):  # and no dev rows, as some tasks have none
-        rows = (INTENTS / "train.jsonl").read_text().splitlines()[:16]
+        rows = (INTENTS / "train.jsonl").read_text().splitlines()[:32]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
-    given = ["--task", "few", "--data", str(tmp_path), "--updates", "1"]
+    given = ["--task", "few", "--data", str(tmp_path), "--updates", "1", "--rows", "16"]
     given += ["--output", str(tmp_path / "runs")]
     assert tried.main(given) == 0
     head, _, first, second = capsys.readouterr().out.strip().splitlines()
