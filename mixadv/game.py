@@ -476,7 +476,7 @@ class Game:
         return self._stateful.get(self.modes())
 
     def _learn_buffers(self, stage: Stage) -> None:
-        if self.stateful_buffers() is None:
+        if not stage.replay.buffers.known:
             self._stateful[self.modes()] = stage.replay.buffers.changed()
 
     def modes(self) -> tuple[bool, ...]:

@@ -1,5 +1,6 @@
 """Finding modules in a model, and reading how they are called."""
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
@@ -67,10 +68,21 @@ class _Holder(nn.Module):
 
 def bound(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name; surplus positional ones by their index."""
-    parameters = inspect.signature(unwrap(module).forward).parameters.values()
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    inner = unwrap(module)
+    usual = "forward" not in vars(inner)  # else patched, by a function that may hold the model
+    positional = _positional(type(inner)) if usual else _names(inner.forward)
     names = positional + [str(i) for i in range(len(positional), len(args))]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@functools.lru_cache
+def _positional(kind: type[nn.Module]) -> list[str]:
+    return _names(kind.forward, bound_to=1)
+
+
+def _names(function: Callable[..., Any], bound_to: int = 0) -> list[str]:
+    parameters = [*inspect.signature(function).parameters.values()][bound_to:]
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
