@@ -66,8 +66,9 @@ class Ascent:
         start_size: size of the start; None means the radius, or the step size where it is None.
         direction: `"gradient"` steps along the payoff's gradient from a start; `"gauss_newton"`,
             for divergences, takes the first of the steps from δ = 0 as far as the radius, where
-            the divergence grows fastest to second order: a backward of the clean pass, and no
-            forward (`mixadv.gauss_newton`).
+            the likeliest label loses most against the others, for two classes the direction of
+            fastest growth to second order: a backward of the clean pass, and no forward
+            (`mixadv.gauss_newton`).
         sign: a divergence is even in δ to second order. `"boundary"` plays that of δ and −δ which
             makes the likeliest label less likely, `"any"` the one that the start happens to be at,
             as papers do. None is `"boundary"` for `direction="gauss_newton"`, else `"any"`.

@@ -76,7 +76,9 @@ class Carried:
         stage.theta_backwards += 1
         self.value = self.value.to(objective) + objective.detach()
         if scale is not None:
-            given = [g for g in gradients if g is not None]
+            cut = {id(leaf) for leaf in stage.cut.leaves()}
+            pairs = zip(inputs, gradients, strict=True)
+            given = [g for x, g in pairs if g is not None and id(x) not in cut]
             scaling.follow(stage.memory, scale, given, most=False)
         for tensor, gradient in zip(inputs, gradients, strict=True):
             if gradient is None:

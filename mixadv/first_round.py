@@ -386,21 +386,30 @@ def _check_route(game: Game, closure: Closure, low: bool) -> None:
     solver, slack = game.solver, 0.3 if low else 1e-3
     if solver.particles == 1 or solver.route == "sequential":
         return
-    if parallel.sharded(game.model) and solver.route != "stack":
-        if solver.route == "auto":  # by the batch's size: processes would part
-            return
+    if solver.route == "auto":
+        _learn_to_stack(game, closure, slack)
+        return
+    if parallel.sharded(game.model) and solver.route == "vmap":
         raise GameError(
             "route='vmap' cannot gather weights that are sharded by fully_shard. Use "
             "route='sequential', or 'stack' where there is no dropout."
         )
-    route = "stack" if solver.route == "auto" else solver.route
+    _compare_routes(game, closure, solver.route, slack)
+
+
+def _learn_to_stack(game: Game, closure: Closure, slack: float) -> None:
+    """Note whether small batches of particles may be stacked, in the modes there are."""
+    modes = game.modes()
+    game.stackable = game.stackable - {modes}
+    with _no_trace(Stage(game, closure)) as stage:
+        stage.clean()
+        if not routes.few(stage):
+            return
     try:
-        _compare_routes(game, closure, route, slack)
-    except GameError:
-        if solver.route != "auto":
-            raise
+        _compare_routes(game, closure, "stack", slack)
+    except (GameError, torch.OutOfMemoryError):
         return
-    game.stackable.add(game.modes())
+    game.stackable = game.stackable | {modes}
 
 
 def _compare_routes(game: Game, closure: Closure, route: str, slack: float) -> None:
@@ -409,9 +418,10 @@ def _compare_routes(game: Game, closure: Closure, route: str, slack: float) -> N
     try:
         with _no_trace(Stage(game, closure)) as stage:
             stage.clean()
+            drawn = stage.replay.drew()
             q = stage.start(solver)
             one, other = (
-                stage.payoffs(q, solver.gain, solver, route=each)
+                stage.payoffs(q.settled(), solver.gain, solver, route=each)
                 for each in (routes.sequential, routes.ROUTES[route])
             )
     except (GameError, torch.OutOfMemoryError):
@@ -421,12 +431,18 @@ def _compare_routes(game: Game, closure: Closure, route: str, slack: float) -> N
             f"route={route!r} failed on this model and closure "
             f"({type(error).__name__}: {error}). Use route='sequential'."
         ) from error
+    if route == "stack" and drawn:
+        raise GameError(
+            "route='stack' cannot replay the random numbers that a pass draws, dropout most "
+            "often: use route='vmap' or 'sequential'."
+        )
+    instead = "'vmap' or 'sequential'" if route == "stack" else "'sequential'"
     for a, b in zip([one[0], *one[1]], [other[0], *other[1]], strict=True):
         if not torch.allclose(a, b, rtol=1e-2, atol=slack * float(a.abs().max())):
             raise GameError(
                 f"route={route!r} disagrees with one pass after another (largest difference "
-                f"{float((a - b).abs().max()):.2g} of {float(a.abs().max()):.2g}): stacking cannot "
-                "replay dropout or batch statistics. Use route='vmap' or 'sequential'."
+                f"{float((a - b).abs().max()):.2g} of {float(a.abs().max()):.2g}); batch "
+                f"statistics are a reason. Use route={instead}."
             )
 
 

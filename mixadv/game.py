@@ -267,9 +267,10 @@ class Game:
             for move in play:
                 stepped = isinstance(move, Step)
                 objective = move.objective if isinstance(move, Step) else move
-                for part, last in stage.cut.parts(objective, stage.run):
-                    validate.objective(part, self.solver)
-                    yield part, stepped and last
+                validate.objective(objective, self.solver)
+                for part, last in stage.cut.parts(objective, stepped, stage.run):
+                    validate.depends(part)
+                    yield part, last
         finally:
             play.close()
         if not stepped:

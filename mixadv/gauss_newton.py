@@ -1,4 +1,4 @@
-"""The Gauss–Newton move: where a divergence grows fastest, from the clean pass alone.
+"""The Gauss–Newton move: where a divergence grows fast, from the clean pass alone.
 
     D(f(X+δ), f(X)) = ½·δᵀ Jᵀ M J δ + O(|δ|³),      M ∝ diag(p) − ppᵀ    (KL, symmetric KL, JS)
 
@@ -11,7 +11,7 @@ is the first eigenvector. So one vector–Jacobian product through the graph tha
 made gives the direction, without a forward pass, and without the difference of almost equal
 predictions that the gradient near δ = 0 is. −b goes towards the decision boundary, where the
 divergence grows faster than along b. Predictions per token add up, weighted by √(π(1 − π)). For the
-squared error of one output M = 1, and b is that output's gradient.
+squared error of one output M ∝ 1, and b is that output's gradient.
 
 The quadratic form is that of Miyato et al. 2018, arXiv:1704.03976, eq. 8, who approach its first
 eigenvector by power iteration; its Gauss–Newton form is in Martens 2020, arXiv:1412.1193, §9.2.
@@ -67,5 +67,6 @@ def cotangent(predictions: Tensor, kind: str | Divergence, real: Tensor | None =
     others = logs.masked_fill(one > 0, -torch.inf).softmax(-1)
     if logs.dim() == 2:  # a sample's own length means nothing
         return others - one
-    weight = (likeliest.exp() * -likeliest.expm1()).sqrt()  # 1 − π, where π rounds to 1
+    rest = logs.masked_fill(one > 0, -torch.inf).logsumexp(-1, keepdim=True)
+    weight = (0.5 * (likeliest + rest)).exp()  # √(π(1 − π)), also where π rounds to 1
     return (others - one) * (weight if real is None else weight * real[..., None])

@@ -81,6 +81,13 @@ class Replay:
         else:
             self.buffers.restore()
 
+    def drew(self) -> bool:
+        """Return whether the first pass since the last step drew random numbers."""
+        assert self.before is not None
+        assert self.after is not None
+        pairs = zip(self.before, self.after, strict=True)
+        return any(not torch.equal(one, other) for (_, one), (_, other) in pairs)
+
     def renew(self) -> None:
         """Move to where one plain forward would have left the random state: a new mask."""
         if self.after is not None:

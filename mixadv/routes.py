@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mixadv.closure import Reading
 from mixadv.modules import bound, unwrap
+from mixadv.parallel import world_size
 from mixadv.site import Call
 from mixadv.strategy import Strategy
 
@@ -107,8 +108,8 @@ ROUTES: dict[str, RouteFunction] = {
 }
 
 
-FEW = 1024
-"""Tokens of a particle up to which a stack of particles is faster than one after another."""
+FEW = 256
+"""Tokens of a particle up to which a stack of particles is worth its memory."""
 
 
 def chosen(stage: Stage, q: Strategy, ascent: Ascent) -> str:
@@ -117,20 +118,29 @@ def chosen(stage: Stage, q: Strategy, ascent: Ascent) -> str:
         return "sequential"
     if ascent.route != "auto":
         return ascent.route
-    if stage.game.solver.recompute:  # one graph at a time
-        return "sequential"
+    stacks = few(stage) and stage.game.modes() in stage.game.stackable
+    return "stack" if stacks else "sequential"
+
+
+def few(stage: Stage) -> bool:
+    """Return whether a batch is so small that `"auto"` stacks it.
+
+    Never on several processes, whose batches differ: they would run forwards of different numbers.
+    Never where one graph is kept at a time.
+    """
     tokens = sum(math.prod(call.shape[:2]) for call in stage.calls)
-    small = 0 < tokens <= FEW and stage.game.modes() in stage.game.stackable
-    return "stack" if small else "sequential"
+    return 0 < tokens <= FEW and world_size() == 1 and not stage.game.solver.recompute
 
 
-def readings(stage: Stage, q: Strategy, gains: Gains) -> Tensor:
+def readings(stage: Stage, q: Strategy, gains: Gains, auto: bool = True) -> Tensor:
     """Return each particle's payoff `[M, B]` with gradients to θ: the learner's side.
 
     Stacked where the solver's route says so, else one pass after another (`vmap` is not for the
-    learner's backward: checkpointing and distributed hooks would not see it).
+    learner's backward: checkpointing and distributed hooks would not see it). `auto` is whether
+    `"auto"` may stack, not so for a loss, which may be a scalar.
     """
-    if chosen(stage, q, stage.game.solver) == "stack":
+    solver = stage.game.solver
+    if chosen(stage, q, solver) == "stack" and (auto or solver.route == "stack"):
         reading = _stacked_pass(stage, q, [p.flatten(0, 1) for p in q.points])
         return _apart(gains(reading, q.size), q)
     passes = [*[stage.part] * (q.size - 1), stage.run]

@@ -224,10 +224,12 @@ class Stage:
         return self.move(zero, replace(ascent, step_size=size), gradients)
 
     def second_order(self, kind: str | Divergence, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
-        """Return δ = 0 and the direction in which the divergence grows fastest there.
+        """Return δ = 0 and the direction that `gauss_newton` finds there.
 
         The clean pass keeps its graph for the learner: one backward for δ and no pass more.
         """
+        if kind not in gauss_newton.CURVED + gauss_newton.FLAT:
+            raise GameError(f"direction='gauss_newton' is for divergences, and not for {kind!r}.")
 
         def read(clean: Reading) -> Tensor:
             predictions = self._predictions(clean)
@@ -237,7 +239,8 @@ class Stage:
         zero, gradients = self._slope(ascent, read)
         if not ascent.turns or kind in gauss_newton.FLAT:
             rows = len(self._predictions(self.clean()))
-            drawn = self.game.noise("uniform", gradients[0].new_empty(1, rows))
+            fits = all(g.shape[1] % rows == 0 for g in gradients)
+            drawn = self.game.noise("uniform", gradients[0].new_empty(1, rows if fits else 1))
             gradients = [boundary.by_row(drawn.sign(), g) * g for g in gradients]
         return zero, gradients
 
@@ -263,7 +266,7 @@ class Stage:
             return self.clean().objective
         self.played = q
         if q.size > 1:
-            losses = routes.readings(self, q.detach(), _losses)
+            losses = routes.readings(self, q.detach(), _losses, auto=False)
             return (q.weights * losses).mean(1).sum()
         return self.read(q).objective
 
@@ -321,9 +324,7 @@ class Stage:
         """Run one pass of the closure and read its result."""
         represents = self.game.representation
         with (
-            local(self.game.model)
-            if self.cut.passes
-            else nullcontext(),  # another backward follows
+            local(self.game.model) if self.cut.more else nullcontext(),  # another backward follows
             cast_anew(),
             self.replay.run(),
             self.game.site.run(provide) as current,
@@ -432,7 +433,7 @@ class Stage:
     def renew(self) -> None:
         """Forget what belongs to the weights before the learner's step."""
         self._clean = None
-        self.cut.passes.clear()
+        self.cut.clear()
         self.passes.clear()
         self.replay.renew()
         torch.clear_autocast_cache()  # of a checkpoint's recompute too

@@ -1,8 +1,9 @@
 """One graph at a time: the same gradients, in the memory of one pass."""
 
 import copy
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mixadv
-from mixadv import MAT, Game
+from mixadv import MAT, Game, Step
 from tests.zoo import Player, fingerprint, small
 
 KEEPS_SEVERAL: dict[str, mixadv.Solver] = {
@@ -186,3 +187,95 @@ def test_where_nothing_is_to_be_gained_it_is_refused(name: str):
 def test_a_stack_keeps_all_graphs_and_is_refused():
     with pytest.raises(ValueError, match="route='stack'"):
         MAT(particles=3, play_as="ensemble", route="stack", recompute=True)
+
+
+# Solvers of a user's own ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Own(mixadv.Solver):
+    """Plays what a function yields."""
+
+    name: ClassVar[str] = "own"
+    paper: ClassVar[str] = "none"
+    summary: ClassVar[str] = "for tests"
+
+    moves: Callable[[Any, Any], Iterator[Any]] = lambda stage, q: iter(())
+
+    @property
+    def gain(self) -> str:
+        return "kl"
+
+    def play(self, stage: Any) -> Iterator[Any]:
+        yield from self.moves(stage, stage.ascend("kl", self))
+
+
+def own_gradient(moves: Any, recompute: bool) -> dict[str, Any]:
+    player = small()
+    solver = Own(start="normal", start_size=0.05, moves=moves, recompute=recompute)
+    torch.manual_seed(3)
+    Game(player.model, solver).backward(player.closure())
+    return fingerprint(player.model)["gradients"]
+
+
+def test_a_clean_pass_may_belong_to_several_objectives():
+    def whole(stage: Any, q: Any) -> Iterator[Any]:
+        yield Step(stage.loss() / 2 + stage.loss(q) / 4 + stage.divergence(q, "kl"))
+
+    def apart(stage: Any, q: Any) -> Iterator[Any]:
+        yield stage.loss() / 2
+        yield Step(stage.loss(q) / 4 + stage.divergence(q, "kl"))
+
+    found = own_gradient(apart, recompute=True)
+    torch.testing.assert_close(found, own_gradient(whole, recompute=False))
+
+
+def test_a_clean_pass_that_no_objective_needs_adds_nothing():
+    def moves(stage: Any, q: Any) -> Iterator[Any]:
+        yield Step(stage.loss(q) + stage.divergence(q, "kl", fixed=True))
+
+    found = own_gradient(moves, recompute=True)
+    torch.testing.assert_close(found, own_gradient(moves, recompute=False))
+
+
+@pytest.mark.parametrize("junk", [3.0, torch.ones(2), torch.tensor(1.0)])
+def test_junk_is_refused_as_ever(junk: Any):
+    def moves(stage: Any, q: Any) -> Iterator[Any]:
+        stage.loss() + stage.divergence(q, "kl")
+        yield Step(junk)
+
+    with pytest.raises(mixadv.GameError, match=r"not a 0-d tensor|does not depend"):
+        own_gradient(moves, recompute=True)
+
+
+def test_a_weight_of_zero_gives_gradients_of_zero():
+    player = small()
+    game = Game(player.model, mixadv.ALUM(recompute=True))
+    game.backward(player.closure(), lambda loss: (loss * 0).backward())
+    gradients = [p.grad for p in player.model.parameters() if p.grad is not None]
+    assert gradients
+    assert all((g == 0).all() for g in gradients)
+
+
+def test_a_backward_to_chosen_inputs_is_told():
+    player = small()
+    game = Game(player.model, mixadv.ALUM(recompute=True))
+    weights = list(player.model.parameters())[-1:]
+    with pytest.raises(mixadv.GameError, match="left no gradient on passes that are run again"):
+        game.backward(player.closure(), lambda loss: loss.backward(inputs=weights))
+
+
+@pytest.mark.filterwarnings("ignore:CAT starts below the noise floor")
+def test_predictions_that_are_no_numbers_to_differentiate_stay_as_they_are():
+    player = small()
+
+    def closure() -> Any:
+        loss, logits = player.closure()()
+        return loss, logits.argmax(-1, keepdim=True)
+
+    Game(player.model, mixadv.CAT(recompute=True)).backward(closure)
+
+
+def test_a_new_dropout_mask_in_each_pass_cannot_be_run_again():
+    with pytest.raises(ValueError, match=r"fresh_dropout=True draws another in each"):
+        mixadv.R3F(recompute=True, fresh_dropout=True)

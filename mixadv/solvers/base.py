@@ -56,6 +56,11 @@ class Solver(Ascent, ABC):
                 f"{type(self).__name__}: recompute=True keeps the graph of one particle at a time, "
                 "and route='stack' that of all: use route='sequential'."
             )
+        if self.recompute and self.fresh_dropout:
+            raise ValueError(
+                f"{type(self).__name__}: recompute=True runs a pass again under the dropout mask "
+                "it had, and fresh_dropout=True draws another in each: leave one of them out."
+            )
         if self.particles != 1 and not self.mixed:
             raise ValueError(
                 f"{type(self).__name__} plays one point, got particles={self.particles}: "

@@ -48,6 +48,11 @@ class VAT(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.leaps and self.steps > 1 and self.initial_size == 0:
+            raise ValueError(
+                "VAT: after its first step a Gauss–Newton ascent is evaluated at start_size, got "
+                f"start_size={self.start_size}, where the gradient of a divergence is zero."
+            )
         check_integer("VAT", "steps (of the power iteration)", self.steps, 1)
         check_number("VAT", "smoothness", self.smoothness)
         check_divergence(self, "divergence")
