@@ -433,8 +433,8 @@ def _compare_routes(game: Game, closure: Closure, route: str, slack: float) -> N
         ) from error
     if route == "stack" and drawn:
         raise GameError(
-            "route='stack' cannot replay the random numbers that a pass draws, dropout most "
-            "often: use route='vmap' or 'sequential'."
+            "route='stack' cannot replay dropout, and a pass of this model draws random numbers: "
+            "use route='vmap' or 'sequential'."
         )
     instead = "'vmap' or 'sequential'" if route == "stack" else "'sequential'"
     for a, b in zip([one[0], *one[1]], [other[0], *other[1]], strict=True):

@@ -40,6 +40,12 @@ def start(solver: mixadv.Solver, **settings: Any) -> tuple[mixadv.GameOptimizer,
     return mixadv.wrap(SGD(player.model.parameters(), lr=1.0), player.model, solver), player
 
 
+def masked(name: str, fresh: bool) -> mixadv.Solver:
+    """Return a solver with new dropout masks in each pass, or with one for all."""
+    again = SOLVERS[name].recompute and not fresh  # refused together
+    return replace(SOLVERS[name], fresh_dropout=fresh, recompute=again)
+
+
 def gradients(player: Player) -> dict[str, Tensor | None]:
     return fingerprint(player.model)["gradients"]
 
@@ -107,7 +113,7 @@ def test_a_closure_may_return_what_models_return(name: str):
 @each_solver
 def test_passes_between_two_steps_see_the_same_dropout(name: str, fresh: bool):
     """A new mask follows each step; on request, each pass."""
-    solver = replace(SOLVERS[name], fresh_dropout=fresh)
+    solver = masked(name, fresh)
     solver = replace(solver, learner_steps=2) if isinstance(solver, MAT) else solver
     optimizer, player = start(solver)
     optimizer.step(player.closure())
@@ -179,7 +185,7 @@ def test_without_gradients_the_loss_is_plain_and_nobody_plays(name: str):
 @each_solver
 def test_a_round_leaves_what_one_forward_leaves(name: str, fresh: bool):
     """Random state and BatchNorm statistics move as by one plain forward per optimizer step."""
-    solver = replace(SOLVERS[name], radius=0.0, fresh_dropout=fresh)  # every pass a plain one
+    solver = replace(masked(name, fresh), radius=0.0)  # every pass a plain one
     for rounds in (1, 2, 4):
         optimizer, player = start(solver)
         optimizer.base.param_groups[0]["lr"] = 0.0

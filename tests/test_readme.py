@@ -136,7 +136,7 @@ def test_the_table_of_solvers_is_that_of_the_registry():
     assert found[0].strip() == solver_table()
 
 
-@pytest.mark.parametrize("name", ["demo", "banking77", "cola", "anli"])
+@pytest.mark.parametrize("name", ["demo", "banking77", "cola", "anli", "fast"])
 def test_measured_tables_are_those_of_the_results(name: str):
     lines = (ROOT / "examples" / "results" / f"{name}.jsonl").read_text().splitlines()
     assert training.table([json.loads(line) for line in lines]) in README
