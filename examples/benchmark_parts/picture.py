@@ -31,7 +31,7 @@ STYLE = {
     "ytick.color": TEXT,
 }
 COLUMNS = 2
-DEPTH = 100
+DEPTH = 2.5
 """How far below the highest points are drawn at their height."""
 ORDERS = 40
 OFFSETS = [  # of a label's centre from its point, in pixels: near ones first
@@ -72,9 +72,10 @@ def front(rows: Iterable[Point]) -> list[Point]:
 
 
 def draw(results: Iterable[Result], path: Path) -> None:
-    """Save the picture, a panel for each setting."""
+    """Save the picture, a panel for each setting but those of few rows."""
     groups = {where: points(group) for where, group in grouped(results).items()}
-    groups = {where: rows for where, rows in groups.items() if rows}
+    most = max(map(len, groups.values()), default=0)
+    groups = {where: rows for where, rows in groups.items() if rows and 2 * len(rows) > most}
     columns = min(COLUMNS, len(groups))
     lines = math.ceil(len(groups) / max(columns, 1))
     if not groups:
@@ -111,8 +112,8 @@ def panel(axes: Any, title: str, rows: list[Point]) -> None:
     for p in rows:
         marker = "o" if p.reached >= lowest else "v"
         axes.scatter(p.cost, max(p.reached, lowest), s=16, color=p.colour, marker=marker)
-    axes.set_yscale("log")
-    axes.set_ylim(lowest / 1.5, 4 * max(p.reached for p in rows))  # room for names
+    highest = max(p.reached for p in rows)
+    axes.set_ylim(lowest - 0.1 * highest, 1.15 * highest)  # room for names
     axes.set_xlim(0, 1.12 * max(p.cost for p in rows))
     axes.set_title(title, loc="left", fontsize=9, weight="bold")
     axes.set(xlabel="cost of a round, in ordinary steps", ylabel="symmetric KL reached, nats")
