@@ -101,7 +101,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
     add("--threads", type=int, default=1, help="(default: %(default)s)")
     add("--rounds", type=int, metavar="N", help="(default: 5)")
-    add("--rows", nargs="+", default=[], metavar="NAME", help="(default: all but those with M=8)")
+    add("--rows", nargs="+", default=[], metavar="NAME", help="(default: all of one particle)")
     text = "folder of benchmark.jsonl, .md and .png (default: examples/results)"
     add("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=text)
     text = "leave out settings whose rows have as many rounds in benchmark.jsonl already"

@@ -4,7 +4,7 @@ All play in one L2 ball per sample, of `RADIUS` token norms, so that what they r
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -145,6 +145,7 @@ _LEAP: dict[str, Any] = {"direction": "gauss_newton"}
 _BF16: dict[str, Any] = {"dtype": torch.bfloat16, "start_size": RADIUS}  # above its rounding
 _K1, _K3, _MAT = ("smart-pytorch",), ("smart-pytorch, K=3",), ("straightforward mat",)
 _M8 = ("mat, M=8",)
+_ENSEMBLE = mat(steps=1, learner_steps=1, particles=4, play_as="ensemble")
 _HALF: dict[str, Any] = {"radius": RADIUS, "step_size": RADIUS / 2}
 
 CONTENDERS: dict[str, Contender] = {
@@ -174,6 +175,10 @@ CONTENDERS: dict[str, Contender] = {
     "mat, bf16 ascent": row(mat(**_BF16), rivals=_MAT),
     "mat, Gauss–Newton, bf16": row(mat(**_LEAP, **_BF16), rivals=_MAT),
     "straightforward mat": row(mat(), enter=straightforward),
+    "mat, ensemble of 4": row(_ENSEMBLE, extra=True),
+    "mat, ensemble of 4, recomputed": row(
+        replace(_ENSEMBLE, recompute=True), rivals=("mat, ensemble of 4",), extra=True
+    ),
     "mat, M=8": row(mat(particles=8), extra=True),
     "mat, M=8, vmap": row(mat(particles=8, route="vmap"), rivals=_M8, extra=True),
     "mat, M=8, stack": row(mat(particles=8, route="stack"), rivals=_M8, extra=True),
