@@ -51,7 +51,7 @@ def by_row(values: Tensor, like: Tensor) -> Tensor:
     if left:
         raise GameError(
             f"{values.shape[1]} predictions and {like.shape[1]} rows at the site do not belong to "
-            "each other, so that no sign can be chosen: leave sign='any'."
+            "each other, so that no sign can be chosen: set sign='any'."
         )
     values = values.to(like).repeat_interleave(each, 1)
     return values.view(*values.shape, *[1] * (like.dim() - 2))

@@ -284,3 +284,51 @@ def test_every_way_to_play_delivers_the_same_gradients():
         found.append(taken[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found[2], found[0], rtol=1e-9, atol=1e-12)
+
+
+class OneRow(nn.Module):
+    """A row of tokens at the site, and a prediction for each of them: `[1, n]` to `[n, C]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(20, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.words(ids).tanh())[0]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_where_rows_and_predictions_do_not_match_one_sign_is_drawn_for_all(steps: int):
+    model, ids, labels = OneRow(), torch.randint(0, 20, (1, 7)), torch.randint(0, 3, (7,))
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logits = model(ids)
+        return F.cross_entropy(logits, labels), logits
+
+    words = {"direction": "gauss_newton", "steps": steps}
+    assert mixadv.Game(model, mixadv.ALUM(sign="any", **words)).backward(closure).payoff > 0
+    game = mixadv.Game(model, mixadv.ALUM(sign="boundary", **words))
+    if steps == 1:
+        game.backward(closure)
+        return
+    with pytest.raises(mixadv.GameError, match=r"7 predictions and 1 rows.*set sign='any'"):
+        game.backward(closure)
+
+
+def test_a_weight_does_not_vanish_where_a_label_is_sure():
+    """√(π(1 − π)) at a gap of 20, in fp32, where π rounds to 1."""
+    logits = torch.tensor([[[20.0, 0.0], [0.0, 1.0]]])
+    found = gauss_newton.cotangent(logits, "kl")
+    exact = gauss_newton.cotangent(logits.double(), "kl")
+    torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=0)
+    assert found[0, 0].abs().min() > 0
+
+
+def test_it_is_no_direction_for_the_task_loss():
+    model, ids = OneRow(), torch.zeros(1, 3, dtype=torch.long)
+    ascent = mixadv.Ascent(direction="gauss_newton")
+    game = mixadv.Game(model, mixadv.PGD())
+    with game.rehearsal(lambda: model(ids).sum()) as stage:  # noqa: SIM117
+        with pytest.raises(mixadv.GameError, match="for divergences, and not for 'loss'"):
+            stage.ascend("loss", ascent)
