@@ -56,8 +56,9 @@ class Point(NamedTuple):
 
 
 def points(group: Iterable[Result]) -> list[Point]:
-    """Return the rows of a setting that reach anything, by cost in units of an ordinary step."""
-    costs = [(r, ratio(r["seconds"], r["units"]["S"]).median) for r in group]
+    """Return the usual rows that reach anything, by cost in units of an ordinary step."""
+    usual = [r for r in group if r["row"] not in CONTENDERS or not CONTENDERS[r["row"]].extra]
+    costs = [(r, ratio(r["seconds"], r["units"]["S"]).median) for r in usual]
     rows = [Point(r["row"], cost, r["payoff"]) for r, cost in costs if r["payoff"] > 0]
     return sorted(rows, key=lambda p: p.cost)
 
