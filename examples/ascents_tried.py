@@ -18,7 +18,6 @@ start, without the learner's clean pass, which all ways need; and what is kept o
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -240,8 +239,7 @@ def work(options: argparse.Namespace) -> str:
     training, batches = trained(options)
     kept = keep(training, batches, epochs=2)
     rows = [row for r in RADII for row in measure(training.model, batches, r, kept[r])]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (options.output / f"{options.task}.jsonl").write_text(text)
+    directions.store(options, rows)
     return table(rows)
 
 

@@ -159,6 +159,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def store(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Keep the results of a task."""
+    path = options.output / f"{options.task}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def kept(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the kept results, by task."""
     files = sorted(folder.glob("*.jsonl"))
@@ -190,8 +196,7 @@ def work(options: argparse.Namespace) -> str:
     torch.set_num_threads(1)
     training, batches = trained(options)
     rows = [row for radius in RADII for row in measure(training, batches, radius)]
-    path = options.output / f"{options.task}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store(options, rows)
     return table(rows)
 
 

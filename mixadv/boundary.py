@@ -13,7 +13,7 @@ from torch import Tensor
 from mixadv.closure import Reading
 from mixadv.divergence import log_probabilities
 from mixadv.errors import GameError
-from mixadv.strategy import Strategy
+from mixadv.strategy import Strategy, by_row
 
 
 def turn(q: Strategy, gradients: list[Tensor], predictions: Tensor, clean: Reading) -> list[Tensor]:
@@ -24,6 +24,9 @@ def turn(q: Strategy, gradients: list[Tensor], predictions: Tensor, clean: Readi
         gradients: of a divergence there, per call at the site as `[M, B, ...]`.
         predictions: there, `[M, B, C]` or `[M, B, n, C]`.
         clean: the clean pass, with predictions; tokens that count are added up.
+
+    Raises:
+        GameError: if the rows are not as many for each prediction.
     """
     assert clean.predictions is not None
     before = clean.predictions.detach()
@@ -33,25 +36,15 @@ def turn(q: Strategy, gradients: list[Tensor], predictions: Tensor, clean: Readi
     if gained.dim() == 3:
         gained = (gained if clean.mask is None else gained * clean.mask).sum(-1)
     sign = torch.where(gained > 0, -1.0, 1.0)
-    signs = [by_row(sign, g) for g in gradients]
+    for g in gradients:
+        if g.shape[1] % sign.shape[1]:
+            raise GameError(
+                f"{sign.shape[1]} predictions and {g.shape[1]} rows at the site do not belong to "
+                "each other, so that no sign can be chosen: set sign='any'."
+            )
+    signs = [by_row(sign.to(g), g) for g in gradients]
     q.points[:] = [
         (s * p.detach()).requires_grad_(p.requires_grad)
         for s, p in zip(signs, q.points, strict=True)
     ]
     return [s * g for s, g in zip(signs, gradients, strict=True)]
-
-
-def by_row(values: Tensor, like: Tensor) -> Tensor:
-    """Return values `[M, B]` of predictions for the rows of a tensor `[M, R, ...]`.
-
-    Raises:
-        GameError: if the rows are not as many for each prediction.
-    """
-    each, left = divmod(like.shape[1], values.shape[1])
-    if left:
-        raise GameError(
-            f"{values.shape[1]} predictions and {like.shape[1]} rows at the site do not belong to "
-            "each other, so that no sign can be chosen: set sign='any'."
-        )
-    values = values.to(like).repeat_interleave(each, 1)
-    return values.view(*values.shape, *[1] * (like.dim() - 2))

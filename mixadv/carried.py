@@ -62,7 +62,8 @@ class Carried:
             raise GameError(_NOT_SHARDED.format(type(game.solver).__name__))
         if game.leaf_backward:
             raise GameError(_NOT_PASS_BY_PASS.format(type(game.solver).__name__))
-        points = [*stage.cut.leaves(), *([] if stage.played is None else stage.played.points)]
+        cut = stage.cut.leaves()
+        points = [*cut, *([] if stage.played is None else stage.played.points)]
         inputs = [p for p in [*stage.parameters, *points] if p.requires_grad]
         scale = scaling.following(stage.memory, objective, 1) if game.scaling else None
         weight = None if scale is None else scale.to(objective.dtype)
@@ -76,9 +77,11 @@ class Carried:
         stage.theta_backwards += 1
         self.value = self.value.to(objective) + objective.detach()
         if scale is not None:
-            cut = {id(leaf) for leaf in stage.cut.leaves()}
-            pairs = zip(inputs, gradients, strict=True)
-            given = [g for x, g in pairs if g is not None and id(x) not in cut]
+            given = [
+                gradient
+                for tensor, gradient in zip(inputs, gradients, strict=True)
+                if gradient is not None and not any(tensor is leaf for leaf in cut)
+            ]
             scaling.follow(stage.memory, scale, given, most=False)
         for tensor, gradient in zip(inputs, gradients, strict=True):
             if gradient is None:

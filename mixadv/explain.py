@@ -109,19 +109,22 @@ def passes(solver: Solver) -> Passes:
 
 def ascends(solver: Solver) -> bool:
     """Return whether a round has passes of the ascent's own, beside those of the learner."""
-    try:
-        return _rehearse(solver)[1].ascends
-    except Exception:  # a solver that plays in a way of its own
-        return True
+    played = _tried(solver)
+    return played is None or played[1].ascends
 
 
 def recomputes(solver: Solver) -> bool:
     """Return whether a backward of a round runs through several passes, which keep their graphs."""
+    played = _tried(replace(solver, recompute=False))
+    return played is None or played[0].branches > played[0].theta_backwards
+
+
+def _tried(solver: Solver) -> tuple[Passes, _Rehearsal] | None:
+    """Return what `_rehearse` returns, None for a solver that plays in a way of its own."""
     try:
-        counted = passes(replace(solver, recompute=False))
-    except Exception:  # a solver that plays in a way of its own
-        return True
-    return counted.branches > counted.theta_backwards
+        return _rehearse(solver)
+    except Exception:
+        return None
 
 
 def _rehearse(solver: Solver) -> tuple[Passes, _Rehearsal]:

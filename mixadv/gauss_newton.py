@@ -64,9 +64,10 @@ def cotangent(predictions: Tensor, kind: str | Divergence, real: Tensor | None =
     logs = log_probabilities(predictions)
     likeliest, label = logs.max(-1, keepdim=True)
     one = torch.zeros_like(logs).scatter(-1, label, 1.0)
-    others = logs.masked_fill(one > 0, -torch.inf).softmax(-1)
+    rest = logs.masked_fill(one > 0, -torch.inf)
+    others = rest.softmax(-1)
     if logs.dim() == 2:  # a sample's own length means nothing
         return others - one
-    rest = logs.masked_fill(one > 0, -torch.inf).logsumexp(-1, keepdim=True)
-    weight = (0.5 * (likeliest + rest)).exp()  # √(π(1 − π)), also where π rounds to 1
+    # √(π(1 − π)), also where π rounds to 1
+    weight = (0.5 * (likeliest + rest.logsumexp(-1, keepdim=True))).exp()
     return (others - one) * (weight if real is None else weight * real[..., None])

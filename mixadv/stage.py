@@ -27,7 +27,7 @@ from mixadv.parallel import local
 from mixadv.recompute import NO_GRADIENT, Cut
 from mixadv.replay import Replay
 from mixadv.site import Call, Pass, Provide
-from mixadv.strategy import Begin, Rule, Strategy
+from mixadv.strategy import Begin, Rule, Strategy, by_row
 
 if TYPE_CHECKING:
     from mixadv.game import Game
@@ -241,7 +241,7 @@ class Stage:
             rows = len(self._predictions(self.clean()))
             fits = all(g.shape[1] % rows == 0 for g in gradients)
             drawn = self.game.noise("uniform", gradients[0].new_empty(1, rows if fits else 1))
-            gradients = [boundary.by_row(drawn.sign(), g) * g for g in gradients]
+            gradients = [by_row(drawn.sign().to(g), g) * g for g in gradients]
         return zero, gradients
 
     # The learner -----------------------------------------------------------------------------
@@ -305,7 +305,7 @@ class Stage:
         assert self.game.learner is not None
         teacher = functional(self.game.model, self.game.learner.teacher_weights(), self.closure)
         with no_grad():
-            target = self._predictions(self.run(lambda *_: None, teacher))
+            target = self._predictions(self.run(_nowhere, teacher))
         measure = divergence(kind)
         reading = clean._replace(predictions=self._predictions(clean))
         return reading.diverge(target.detach(), measure).mean()

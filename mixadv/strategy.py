@@ -153,9 +153,7 @@ class Strategy:
                     f"{predictions} predictions cannot share {rows} rows at the site: play the "
                     "ensemble instead of the mean."
                 )
-            weights = weights.repeat_interleave(rows // predictions, 1)
-            weights = weights.view(*weights.shape, *[1] * (points.dim() - 2))
-            means.append((weights * points.detach()).sum(0, keepdim=True))
+            means.append((by_row(weights, points) * points.detach()).sum(0, keepdim=True))
         return Strategy(means, self.masks, None, self.unit)
 
     def lerp(self, other: "Strategy", weight: float) -> "Strategy":
@@ -236,6 +234,15 @@ class Strategy:
         strategy = Strategy(points, self.masks, weights, self.unit)
         strategy._begin, strategy._leaf, strategy.size = self._begin, self._leaf, self.size
         return strategy
+
+
+def by_row(values: Tensor, like: Tensor) -> Tensor:
+    """Return values `[M, B]` of predictions, shaped to multiply the rows of a tensor `[M, R, ...]`.
+
+    R is a multiple of B: each prediction has as many rows.
+    """
+    values = values.repeat_interleave(like.shape[1] // values.shape[1], 1)
+    return values.view(*values.shape, *[1] * (like.dim() - 2))
 
 
 def _repeat(mask: Tensor | None, times: int) -> Tensor | None:

@@ -289,6 +289,15 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def later_rounds(optimizer: mixadv.GameOptimizer, player: Player, how: str) -> None:
+    for _ in range(2):
+        if how == "step":
+            optimizer.step(player.closure())
+        else:
+            optimizer.game.loss(player.closure()).backward()
+            optimizer.step()
+
+
 @pytest.mark.parametrize("how", ["step", "loss"])
 @each_solver
 @or_refused()
@@ -310,12 +319,7 @@ def test_later_rounds_read_nothing_from_the_device(
     for method in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         monkeypatch.setattr(Tensor, method, read)
     with HostReads() as reads:
-        for _ in range(2):
-            if how == "step":
-                optimizer.step(player.closure())
-            else:
-                optimizer.game.loss(player.closure()).backward()
-                optimizer.step()
+        later_rounds(optimizer, player, how)
     assert reads.seen == []
 
 
@@ -333,12 +337,7 @@ def test_later_rounds_never_wait_for_the_gpu(name: str, how: str):
     optimizer.step(player.closure())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(2):
-            if how == "step":
-                optimizer.step(player.closure())
-            else:
-                optimizer.game.loss(player.closure()).backward()
-                optimizer.step()
+        later_rounds(optimizer, player, how)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
