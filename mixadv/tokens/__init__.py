@@ -1,0 +1,1 @@
+"""Token-space players: adversaries that replace words and tokens."""
