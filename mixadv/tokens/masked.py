@@ -62,8 +62,6 @@ def masked_predictions(model: nn.Module, *, labels: Tensor, **inputs: Any) -> Ma
 def predictions_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
     """Return the logits `[N, C]` of a language model at positions, in reading order.
 
-    A hook on the output layer selects its inputs; what comes before sees all tokens.
-
     Args:
         model: one of transformers with a language-model head, wrapped or not.
         positions: `[B, n]`, bool.
@@ -73,8 +71,36 @@ def predictions_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor
         TypeError: if the model has no language-model head.
         ValueError: if the output layer reads something else than one vector per token.
     """
-    with _selected(output_layer(unwrap(model)), positions):
+    with at_positions(model, positions):
         return model(**inputs).logits
+
+
+@contextmanager
+def at_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Have a language model's output layer read hidden states at positions alone.
+
+    Args:
+        model: one of transformers with a language-model head, wrapped or not.
+        positions: `[B, n]`, bool; logits of the vocabulary come out as `[N, C]`.
+
+    Raises:
+        TypeError, ValueError: as `predictions_at`.
+    """
+
+    def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *others = arguments
+        if hidden.shape[:-1] != positions.shape:
+            raise ValueError(
+                f"The output layer reads {list(hidden.shape)}, and positions are "
+                f"{list(positions.shape)}: they must be those of its tokens."
+            )
+        return (hidden[positions], *others)
+
+    hook = output_layer(unwrap(model)).register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def output_layer(model: nn.Module) -> nn.Module:
@@ -91,21 +117,3 @@ def output_layer(model: nn.Module) -> nn.Module:
             "no layer: load the checkpoint with AutoModelForMaskedLM."
         )
     return layer
-
-
-@contextmanager
-def _selected(layer: nn.Module, positions: Tensor) -> Iterator[None]:
-    def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *others = arguments
-        if hidden.shape[:-1] != positions.shape:
-            raise ValueError(
-                f"The output layer reads {list(hidden.shape)}, and positions are "
-                f"{list(positions.shape)}: they must be those of its tokens."
-            )
-        return (hidden[positions], *others)
-
-    hook = layer.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
