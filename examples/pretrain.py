@@ -107,7 +107,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--lr must be positive, got {options.lr}.")
     if not 0 <= options.warmup < 1:
         raise ValueError(f"--warmup must be a share in [0, 1), got {options.warmup}.")
-    if not 0 <= options.curriculum:
+    if not options.curriculum >= 0:
         raise ValueError(f"--curriculum must be at least 0, got {options.curriculum}.")
     if options.only_new and (options.from_scratch or options.model == models.TINY):
         raise ValueError("--only-new is for a checkpoint: from scratch all parameters are new.")

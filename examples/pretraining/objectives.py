@@ -3,9 +3,7 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from mixadv.tokens.masked import IGNORED, masked_predictions
@@ -49,8 +47,9 @@ class Masked(Objective):
 
     def measure(self, model: nn.Module, batch: dict[str, Tensor]) -> Items:
         """Return loss and hits of the labelled positions."""
-        labels = batch["labels"][batch["labels"] != IGNORED]
-        logits = masked_predictions(model, **batch).logits.float()
+        found = masked_predictions(model, **batch)
+        labels = found["labels"][found["labels"] != IGNORED]
+        logits = found["logits"][found["labels"] != IGNORED].float()
         return {
             "loss": F.cross_entropy(logits, labels, reduction="none"),
             "accuracy": (logits.argmax(-1) == labels).float(),

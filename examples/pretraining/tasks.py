@@ -47,7 +47,7 @@ def _rows(options: Namespace, texts: Corpus, encode: Any) -> tuple[Dataset, Data
     )
 
 
-def _encoder(tokenizer: Any, length: int) -> Any:
+def encoder(tokenizer: Any, length: int) -> Any:
     """Return what cuts texts into rows of tokens."""
 
     def encode(texts: list[str]) -> dict[str, list[Any]]:
@@ -74,7 +74,7 @@ def masked(options: Namespace, texts: Corpus) -> Task:
             "for masked-language modelling, or --objective macbert, which masks nothing."
         )
     model, new = models.build(source, AutoModelForMaskedLM)
-    train, held_out = _rows(options, texts, _encoder(source.tokenizer, options.length))
+    train, held_out = _rows(options, texts, encoder(source.tokenizer, options.length))
     known = guess(train, held_out, len(source.tokenizer), source.tokenizer.all_special_ids)
     collator = DataCollatorForLanguageModeling(source.tokenizer)
     objective = Masked(collator, known._asdict())

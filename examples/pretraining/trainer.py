@@ -33,8 +33,8 @@ class PretrainingTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the objective on a batch."""
-        loss, *outputs = self.objective(model, dict(inputs))
-        return (loss, outputs[0] if outputs else None) if return_outputs else loss
+        found = self.objective(model, dict(inputs))
+        return (found["loss"], found) if return_outputs else found["loss"]
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """Return the batches of held-out rows that this process measures."""

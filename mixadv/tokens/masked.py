@@ -1,15 +1,15 @@
 """Predictions of a language model at chosen positions alone.
 
 In pre-training, task and virtual labels are those of masked positions (Liu et al. 2020,
-arXiv:2004.08994): f(X) are predictions [N, C], one sample of the game per masked token. Seven
-tokens in eight are not masked; that their logits are not computed saves most of the output layer.
+arXiv:2004.08994): f(X) are predictions there. Six tokens in seven are not masked; that their logits
+are not computed saves most of the output layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +21,25 @@ IGNORED = -100
 """The label of a position that is not predicted, as in transformers."""
 
 
-class MaskedPredictions(NamedTuple):
-    """What a closure returns: the loss, and logits at the masked positions.
+class MaskedPredictions(TypedDict):
+    """What a closure returns: a loss, logits, and the labels that tell which of them count.
 
     Attributes:
         loss: mean cross-entropy over the masked positions, 0-d; 0 where there are none.
-        logits: `[N, C]`, one row per masked position, in reading order.
+        logits: `[B, k, C]`, at the masked positions of each row in reading order, then zeros.
+        labels: `[B, k]`, token ids, then -100.
     """
 
     loss: Tensor
     logits: Tensor
+    labels: Tensor
 
 
 def masked_predictions(model: nn.Module, *, labels: Tensor, **inputs: Any) -> MaskedPredictions:
     """Return loss and logits of a masked-language model at the positions that have a label.
+
+    A closure that returns them plays the same game as one that returns the model's own output,
+    whose divergences too are means over the labelled tokens of a row.
 
     Args:
         model: one of transformers with a language-model head, wrapped or not.
@@ -50,13 +55,19 @@ def masked_predictions(model: nn.Module, *, labels: Tensor, **inputs: Any) -> Ma
         >>> model = BertForMaskedLM(BertConfig(vocab_size=9, **size))
         >>> labels = torch.tensor([[-100, 5, -100], [3, -100, 4]])
         >>> ids = torch.tensor([[1, 2, 3], [2, 7, 2]])
-        >>> masked_predictions(model, input_ids=ids, labels=labels).logits.shape
-        torch.Size([3, 9])
+        >>> found = masked_predictions(model, input_ids=ids, labels=labels)
+        >>> found["logits"].shape, found["labels"].tolist()
+        (torch.Size([2, 2, 9]), [[5, -100], [3, 4]])
     """
-    positions = labels != IGNORED
-    logits = predictions_at(model, positions, **inputs)
-    summed = F.cross_entropy(logits.float(), labels[positions], reduction="sum")
-    return MaskedPredictions(summed / max(1, len(logits)), logits)
+    chosen = labels != IGNORED
+    logits, wanted = predictions_at(model, chosen, **inputs), labels[chosen]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    summed = F.cross_entropy(wide, wanted, reduction="sum")
+    return {
+        "loss": summed / max(1, len(wanted)),
+        "logits": _by_row(logits, chosen, 0),
+        "labels": _by_row(wanted, chosen, IGNORED),
+    }
 
 
 def predictions_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
@@ -117,3 +128,11 @@ def output_layer(model: nn.Module) -> nn.Module:
             "no layer: load the checkpoint with AutoModelForMaskedLM."
         )
     return layer
+
+
+def _by_row(values: Tensor, chosen: Tensor, rest: int) -> Tensor:
+    """Return values `[N, ...]` of chosen positions `[B, n]` as `[B, k, ...]`, filled up."""
+    slots = chosen.cumsum(1) - 1
+    most = max(1, int(chosen.sum(1).max()))
+    empty = values.new_full((len(chosen), most, *values.shape[1:]), rest)
+    return empty.index_put((chosen.nonzero()[:, 0], slots[chosen]), values)
