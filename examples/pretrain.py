@@ -227,7 +227,7 @@ def table(log: list[dict[str, Any]]) -> str:
     """Return the held-out metrics at the first and the last measure, and chance, in Markdown."""
     chance, *entries = log
     held = [entry for entry in entries if "eval_loss" in entry]
-    names = [name for name in curves.metrics(held[0])]
+    names = curves.metrics(held[0])
     lines = ["| step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for entry in (held[0], held[-1]):
         cells = [f"{entry[f'eval_{name}']:.3f}" for name in names]

@@ -113,7 +113,8 @@ def solve_all(
     # A column that is there twice changes no guarantee; its weights are added up.
     padded = torch.stack([_widened(game.payoff.double(), widest) for game in games])
     found = solve(MatrixGame(padded), "restarted", steps, tolerance=tolerance, progress=False)
-    assert isinstance(found.learner, Tensor) and isinstance(found.adversary, Tensor)
+    assert isinstance(found.learner, Tensor)
+    assert isinstance(found.adversary, Tensor)
     result = []
     for game, x, y in zip(games, found.learner, found.adversary, strict=True):
         width = len(game.texts)
