@@ -109,7 +109,13 @@ def test_both_heads_of_a_model_are_read():
     with at_positions(model, labels != -100):
         output = model(**inputs)
     assert output.prediction_logits.shape == ((labels != -100).sum(), WORDS)
-    assert output.seq_relationship_logits.shape == (3, 2)
+    order = torch.tensor([0, 1, 1])
+    found = masked_predictions(model, labels=labels, order=order, **inputs)
+    own = model(labels=labels, next_sentence_label=order, **inputs)
+    torch.testing.assert_close(found["loss"], own.loss)
+    torch.testing.assert_close(found["order_logits"], own.seq_relationship_logits)
+    with pytest.raises(TypeError, match="no seq_relationship_logits.*AutoModelForPreTraining"):
+        masked_predictions(MODELS["bert"](), labels=labels, order=order, **inputs)
 
 
 def test_the_hook_is_gone_after_an_error():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,18 @@ class MaskedPredictions(TypedDict):
         loss: mean cross-entropy over the masked positions, 0-d; 0 where there are none.
         logits: `[B, k, C]`, at the masked positions of each row in reading order, then zeros.
         labels: `[B, k]`, token ids, then -100.
+        order_logits: `[B, 2]`, of the order of two segments, where that is predicted.
     """
 
     loss: Tensor
     logits: Tensor
     labels: Tensor
+    order_logits: NotRequired[Tensor]
 
 
-def masked_predictions(model: nn.Module, *, labels: Tensor, **inputs: Any) -> MaskedPredictions:
+def masked_predictions(
+    model: nn.Module, *, labels: Tensor, order: Tensor | None = None, **inputs: Any
+) -> MaskedPredictions:
     """Return loss and logits of a masked-language model at the positions that have a label.
 
     A closure that returns them plays the same game as one that returns the model's own output,
@@ -44,6 +48,8 @@ def masked_predictions(model: nn.Module, *, labels: Tensor, **inputs: Any) -> Ma
     Args:
         model: one of transformers with a language-model head, wrapped or not.
         labels: `[B, n]`, token ids, and -100 where nothing is predicted.
+        order: `[B]`, 1 where two segments are swapped and 0 elsewhere, for a model with a second
+            head (BertForPreTraining, AlbertForPreTraining), whose cross-entropy is added.
         inputs: the model's own: `input_ids` `[B, n]`, `attention_mask`, ...
 
     Raises:
@@ -60,14 +66,20 @@ def masked_predictions(model: nn.Module, *, labels: Tensor, **inputs: Any) -> Ma
         (torch.Size([2, 2, 9]), [[5, -100], [3, 4]])
     """
     chosen = labels != IGNORED
-    logits, wanted = predictions_at(model, chosen, **inputs), labels[chosen]
+    with at_positions(model, chosen):
+        output = model(**inputs)
+    logits, wanted = _first(output, "logits", "prediction_logits"), labels[chosen]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     summed = F.cross_entropy(wide, wanted, reduction="sum")
-    return {
+    found: MaskedPredictions = {
         "loss": summed / max(1, len(wanted)),
         "logits": _by_row(logits, chosen, 0),
         "labels": _by_row(wanted, chosen, IGNORED),
     }
+    if order is not None:
+        found["order_logits"] = _first(output, "seq_relationship_logits", "sop_logits")
+        found["loss"] = found["loss"] + F.cross_entropy(found["order_logits"].to(wide), order)
+    return found
 
 
 def predictions_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
@@ -83,7 +95,7 @@ def predictions_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor
         ValueError: if the output layer reads something else than one vector per token.
     """
     with at_positions(model, positions):
-        return model(**inputs).logits
+        return _first(model(**inputs), "logits", "prediction_logits")
 
 
 @contextmanager
@@ -136,3 +148,14 @@ def _by_row(values: Tensor, chosen: Tensor, rest: int) -> Tensor:
     most = max(1, int(chosen.sum(1).max()))
     empty = values.new_full((len(chosen), most, *values.shape[1:]), rest)
     return empty.index_put((chosen.nonzero()[:, 0], slots[chosen]), values)
+
+
+def _first(output: Any, *names: str) -> Tensor:
+    """Return the first of these that the output of a model has."""
+    found = [getattr(output, name) for name in names if getattr(output, name, None) is not None]
+    if not found:
+        raise TypeError(
+            f"{type(output).__name__} has no {' or '.join(names)}: load the model with "
+            "AutoModelForPreTraining."
+        )
+    return found[0]
