@@ -34,26 +34,27 @@ def share_embeddings(borrower: nn.Module, owner: nn.Module) -> None:
         >>> generator.generator_lm_head.weight is discriminator.get_input_embeddings().weight
         True
     """
-    own, others = _tables(borrower), _tables(owner)
-    for name in own.keys() & others.keys():
-        old, new = own[name].weight, others[name].weight
+    theirs = _tables(owner)
+    pairs = {n: (own, theirs[n]) for n, own in _tables(borrower).items() if n in theirs}
+    for name, (old, new) in pairs.items():
         if old.shape != new.shape:
             raise ValueError(
                 f"The models cannot share their {name}: sizes are {list(old.shape)} and "
                 f"{list(new.shape)}. Give both configs the same vocab_size, embedding_size, "
                 "max_position_embeddings and type_vocab_size, or share nothing with tie=None."
             )
-        for module in borrower.modules():
-            for place, held in module._parameters.items():
-                if held is old:
-                    setattr(module, place, new)
+    swaps = dict(pairs.values())
+    for module in borrower.modules():
+        for place, held in module._parameters.items():
+            if held is not None and held in swaps:
+                setattr(module, place, swaps[held])
 
 
-def _tables(model: nn.Module) -> dict[str, nn.Embedding]:
+def _tables(model: nn.Module) -> dict[str, Tensor]:
     tokens = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     beside = next(m for m in model.modules() if any(child is tokens for child in m.children()))
-    tables = {n: m for n, m in beside.named_children() if isinstance(m, nn.Embedding)}
-    return {"token embeddings": tokens, **{n: m for n, m in tables.items() if m is not tokens}}
+    tables = {n: m.weight for n, m in beside.named_children() if isinstance(m, nn.Embedding)}
+    return {"token embeddings": tokens.weight, **tables}
 
 
 def generator_config(config: Any, fraction: float = 0.25) -> Any:
