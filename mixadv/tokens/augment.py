@@ -29,6 +29,7 @@ def substituted(
         generator: where the random numbers come from; None is torch's default one.
 
     Raises:
+        TypeError: for a single text.
         ValueError: for a fraction that is no probability.
 
     Example:
@@ -36,6 +37,8 @@ def substituted(
         >>> substituted(["Film, not theatre.", ""], table, fraction=1.0)
         ['Movie, not theatre.', '']
     """
+    if isinstance(texts, str):
+        raise TypeError(f"texts must be a list of texts, got the text {texts!r:.40}.")
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
     return [_substituted(Words(text), neighbours, fraction, generator) for text in texts]

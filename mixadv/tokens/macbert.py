@@ -62,7 +62,8 @@ class CorrectionCollator:
         pad_to_multiple_of: as the tokenizer's own.
 
     Raises:
-        ValueError: without a padding token, or where the tokenizer can write no neighbour.
+        ValueError: without a padding token, where the tokenizer can write no neighbour, and where
+            none of its tokens is made of letters or digits.
     """
 
     tokenizer: Any
@@ -83,6 +84,7 @@ class CorrectionCollator:
             )
         self.neighbours.check(self.tokenizer)
         self._vocabulary = Vocabulary(self.tokenizer)
+        _ = self._vocabulary.ordinary  # once, before workers are started, and errors come now
         self._similar: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -97,8 +99,8 @@ class CorrectionCollator:
         seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
         generator = torch.Generator().manual_seed(seed)
         rows, labels = [], []
-        for feature in features:
-            ids, word_ids = _columns(feature)
+        for feature in map(_listed, features):
+            ids, word_ids = feature["input_ids"], feature["word_ids"]
             corrupted, targets = self.corrupt(ids, word_ids, generator)
             kept = {name: value for name, value in feature.items() if name not in OWN}
             rows.append({"input_ids": corrupted, **kept})
@@ -170,17 +172,16 @@ class CorrectionCollator:
         return padded
 
 
-def _columns(feature: Mapping[str, Any]) -> tuple[list[int], list[int | None]]:
+def _listed(feature: Mapping[str, Any]) -> dict[str, Any]:
     if "word_ids" not in feature or "input_ids" not in feature:
         raise ValueError(
             f"A row needs input_ids and word_ids, and has {', '.join(feature)}: make rows with "
             "mixadv.tokens.WordTokenizer(tokenizer), and have Trainer keep their columns with "
             "remove_unused_columns=False."
         )
-    ids, word_ids = (
-        c.tolist() if isinstance(c, Tensor) else list(c)
-        for c in (feature["input_ids"], feature["word_ids"])
-    )
-    if len(ids) != len(word_ids):
-        raise ValueError(f"A row has {len(ids)} input_ids and {len(word_ids)} word_ids.")
-    return ids, word_ids
+    row = {name: c.tolist() if isinstance(c, Tensor) else c for name, c in feature.items()}
+    if len(row["input_ids"]) != len(row["word_ids"]):
+        raise ValueError(
+            f"A row has {len(row['input_ids'])} input_ids and {len(row['word_ids'])} word_ids."
+        )
+    return row

@@ -58,7 +58,12 @@ class WordTokenizer:
         Args:
             texts: one per row.
             pairs: the second segment of every row, or None.
+
+        Raises:
+            TypeError: for a single text.
         """
+        if isinstance(texts, str):
+            raise TypeError(f"texts must be a list of texts, got the text {texts!r:.40}.")
         encoded = self.tokenizer(
             list(texts),
             None if pairs is None else list(pairs),
@@ -81,14 +86,19 @@ class WordTokenizer:
             at = [i for i, s in enumerate(encoding.sequence_ids) if s == which]
             spans = self.spans(text)
             found = _numbers([offsets[i] for i in at], spans)
-            if encoding.overflowing and found and 0 <= found[-1]:
-                last, end = found[-1], offsets[at[-1]][1]
-                if end < spans[last][1]:
-                    found = [NO_WORD if number == last else number for number in found]
+            if encoding.overflowing and found:
+                inside = offsets[at[0]][0], offsets[at[-1]][1]
+                found = [NO_WORD if _is_cut(number, spans, inside) else number for number in found]
             for i, number in zip(at, found, strict=True):
                 numbers[i] = number if number == NO_WORD else first + number
             first += len(spans)
         return numbers
+
+
+def _is_cut(number: int, spans: Sequence[Span], inside: Span) -> bool:
+    """Return whether a word goes on beyond what was kept of the text."""
+    begin, end = spans[number] if number != NO_WORD else inside
+    return begin < inside[0] or end > inside[1]
 
 
 def _numbers(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:

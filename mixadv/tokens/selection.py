@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 
 import torch
+from torch import Tensor
 
 
 def whole_words(word_ids: Sequence[int | None]) -> list[range]:
@@ -41,6 +42,9 @@ class WordSelection:
     and the number itself exceeds the budget by less than that word. The one exception: a row of
     which nothing would be chosen has one word chosen, uniformly; its expectation is higher, where
     its budget is less than its longest word.
+
+    Words at the ends of a run of words are in fewer n-grams, so they are chosen less often; on rows
+    of few words, whose budget cuts most n-grams, the last words are.
 
     An n-gram is as long as drawn unless it spends the budget or finds no place: with L the longest
     n-gram, the first k of a row follow `lengths` exactly if k·L words cost no more than the budget.
@@ -90,18 +94,19 @@ class WordSelection:
                 budget -= len(word)
                 chosen.append(word)
             ngrams += [chosen] if chosen else []
-            _take(room, start, end)
+            _take(room, start, end, len(self.lengths))
         if words and not ngrams:
             ngrams = [[words[int(torch.randint(len(words), (), generator=generator))]]]
         return ngrams
 
-    def _place(self, room: list[int], length: float, place: float) -> tuple[int, int]:
+    def _place(self, room: Tensor, length: float, place: float) -> tuple[int, int]:
         """Return where an n-gram begins and ends, for two uniform numbers."""
         cumulative = list(accumulate(self.lengths))
-        most = min(bisect(cumulative, length * cumulative[-1]) + 1, max(room))
-        starts = [i for i, words in enumerate(room) if words >= most]
-        start = starts[int(place * len(starts))]
-        return start, start + most
+        drawn = bisect(cumulative, length * cumulative[-1]) + 1
+        words = min(drawn, int(room.max()))
+        starts = (room >= words).nonzero().flatten()
+        start = int(starts[int(place * len(starts))])
+        return start, start + words
 
 
 def check_distribution(what: str, probabilities: Sequence[float]) -> None:
@@ -114,19 +119,17 @@ def check_distribution(what: str, probabilities: Sequence[float]) -> None:
         )
 
 
-def _room(words: Sequence[range], most: int) -> list[int]:
-    """Return how many words, up to `most`, lie next to each other from each one on."""
+def _room(words: Sequence[range], most: int) -> Tensor:
+    """Return how many words, up to `most`, lie next to each other from each one on, [words]."""
     room = [1] * len(words)
     for i, (word, after) in reversed(list(enumerate(pairwise(words)))):
         if word.stop == after.start:
             room[i] = min(room[i + 1] + 1, most)
-    return room
+    return torch.tensor(room)
 
 
-def _take(room: list[int], start: int, end: int) -> None:
+def _take(room: Tensor, start: int, end: int, most: int) -> None:
     """Take words out: there is none left at them, and those before have less room."""
-    room[start:end] = [0] * (end - start)
-    for i in range(start - 1, -1, -1):
-        if room[i] <= start - i:
-            break
-        room[i] = start - i
+    before = room[max(0, start - most) : start]
+    before.clamp_(max=torch.arange(len(before), 0, -1))
+    room[start:end] = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -30,7 +30,7 @@ class Vocabulary:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def pieces(self, word: str, before: str = "") -> tuple[int, ...]:
-        """Return the tokens of a word after a space, a sign or nothing; none if they cannot be told.
+        """Return the tokens of a word after a space, a sign or nothing; none if not to be told.
 
         Many tokenizers write a word differently at the start of a text, after a space and after
         another character.
@@ -76,10 +76,15 @@ class Vocabulary:
 
     def words(self) -> Iterator[tuple[str, int]]:
         """Yield the words that are one token, with it: letters alone, which read back as it."""
-        for i in sorted(self._all.tolist()):
-            word = self._text(i).strip()
-            if word.isalpha() and (i,) in (self.ids(word), self.ids(" " + word)):
-                yield word, i
+        texts = {i: self._text(i).strip() for i in sorted(self._all.tolist())}
+        texts = {i: text for i, text in texts.items() if text.isalpha()}
+        written = [self._each(before + text for text in texts.values()) for before in ("", " ")]
+        for (i, text), *ways in zip(texts.items(), *written, strict=True):
+            if [i] in ways:
+                yield text, i
+
+    def _each(self, texts: Iterable[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     @cached_property
     def _all(self) -> Tensor:
