@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -267,50 +268,47 @@ def test_tensors_and_nones_are_rows_too():
     assert collator([{**feature, "word_ids": numbers}])["labels"].equal(expected)
 
 
-def test_a_model_learns_correction_and_the_order_of_sentences_under_trainer(tmp_path):
-    tokenizer, table = plain(10)
-    rows = sentence_order(
-        ["wa wb wc wd", "we wf wg wh"] * 16,
-        label="next_sentence_label",
-        generator=generator_of(0),
+def tiny_bert(tokenizer):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
-    columns = WordTokenizer(tokenizer)(rows["text"], rows["pair"])
-    columns["next_sentence_label"] = rows["next_sentence_label"]
-    data = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return transformers.BertForPreTraining(config)
 
-    def trained(**arguments):
-        torch.manual_seed(0)
-        model = transformers.BertForPreTraining(
-            transformers.BertConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-            )
-        )
-        trainer = transformers.Trainer(
-            model,
-            transformers.TrainingArguments(
-                str(tmp_path),
-                max_steps=4,
-                save_steps=3,  # within an epoch
-                per_device_train_batch_size=8,
-                learning_rate=0.01,
-                remove_unused_columns=False,
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=data,
-            data_collator=CorrectionCollator(tokenizer, table),
-        )
-        trainer.train(**arguments)
+
+def test_correction_and_sentence_order_train_under_trainer_and_resume_after_an_epoch(tmp_path):
+    tokenizer, table = plain(10)
+    label = "next_sentence_label"
+    rows = sentence_order(["wa wb wc wd", "we wf wg"] * 16, label=label, generator=generator_of(0))
+    columns = WordTokenizer(tokenizer)(rows["text"], rows["pair"]) | {label: rows[label]}
+    data = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        save_steps=2,  # after an epoch: within one, a batch has been drawn ahead
+        per_device_train_batch_size=8,
+        learning_rate=0.01,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+
+    def trained(checkpoint=None):
+        model, collator = tiny_bert(tokenizer), CorrectionCollator(tokenizer, table)
+        trainer = transformers.Trainer(model, arguments, collator, data)
+        trainer.train(resume_from_checkpoint=checkpoint)
         return model
 
-    whole = trained()
-    resumed = trained(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    whole, resumed = trained(), trained(str(tmp_path / "checkpoint-2"))
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert one.isfinite().all()
         assert one.equal(other)
+    heads, start = whole.cls, tiny_bert(tokenizer).cls
+    assert not heads.predictions.bias.equal(start.predictions.bias)
+    assert not heads.seq_relationship.weight.equal(start.seq_relationship.weight)

@@ -49,8 +49,8 @@ def _substituted(
 ) -> str:
     draws = torch.rand(len(words), 2, generator=generator, dtype=torch.float64).tolist()
     swaps = {}
-    for i, (word, (chance, which)) in enumerate(zip(words, draws, strict=True)):
-        near = neighbours.of(word)
+    for i, (chance, which) in enumerate(draws):
+        near = neighbours.of(words[i])
         if near and chance < fraction:
-            swaps[i] = cased_like(near[int(which * len(near))], word)
+            swaps[i] = cased_like(near[int(which * len(near))], words[i])
     return words.replaced(swaps)

@@ -49,7 +49,9 @@ class CorrectionCollator:
     Words with an unknown token are never chosen, nor do they replace others.
 
     Rows come from `WordTokenizer`. Trainer needs `remove_unused_columns=False`, lest it drop their
-    word_ids. A row without words has no labels, and a batch of such rows alone has loss NaN.
+    word_ids; a run that it resumes repeats the corruptions from the end of an epoch on, not within
+    one, where a batch was drawn ahead. A row without words has no labels, and a batch of such rows
+    alone has loss NaN.
 
     Attributes:
         tokenizer: of transformers, with a padding token; it needs no mask token.

@@ -139,8 +139,8 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
             cosines[torch.arange(len(rows)), rows] = -torch.inf  # a word is not its own neighbour
             near, which = cosines.topk(min(most, len(words)))
             for i, cosine, js in zip(rows.tolist(), near.tolist(), which.tolist(), strict=True):
-                found = [words[j] for j, c in zip(js, cosine, strict=True) if c >= least]
-                table.setdefault(words[i], []).extend(found)
+                found = [words[int(j)] for j, c in zip(js, cosine, strict=True) if c >= least]
+                table.setdefault(words[int(i)], []).extend(found)
         return cls(table)
 
     @classmethod
