@@ -135,8 +135,8 @@ def test_chosen_words_become_similar_random_or_stay_as_the_shares_say(known):
     collator = CorrectionCollator(tokenizer, table, selection=EVERY)
     first = tokenizer.convert_tokens_to_ids("wa")
     generator, row = generator_of(0), list(range(first, first + 10)) * 10
-    ids, new = row * 200, []
-    for _ in range(200):
+    ids, new = row * 100, []
+    for _ in range(100):
         replaced, labels = collator.corrupt(row, range(len(row)), generator)
         assert labels == row
         new += replaced

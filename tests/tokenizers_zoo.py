@@ -19,10 +19,12 @@ film movie picture story good bad don't mother-in-law X9 Été фильм кин
 फिल्म कहानी चलचित्र الفيلم قصة 电 影 电影 很好看 映画 영화 ☃😀 e\u0301te\u0301
 """
 BETWEEN = [" ", " ", " ", ", ", ". ", "", "-", "'", " (", "\n", " ​", "…", "/", "\t"]
-texts = st.lists(
-    st.tuples(st.sampled_from(WORDS.split()) | st.text(max_size=5), st.sampled_from(BETWEEN)),
-    max_size=40,
-).map(lambda parts: "".join(word + between for word, between in parts))
+pieces = st.tuples(st.sampled_from(WORDS.split()) | st.text(max_size=5), st.sampled_from(BETWEEN))
+texts = (
+    st.integers(0, 40)
+    .flatmap(lambda n: st.lists(pieces, min_size=n, max_size=n))  # long ones often
+    .map(lambda parts: "".join(word + between for word, between in parts))
+)
 
 
 @cache
