@@ -53,6 +53,12 @@ class CorrectionCollator:
     one, where a batch was drawn ahead. A row without words has no labels, and a batch of such rows
     alone has loss NaN.
 
+        tokenize = WordTokenizer(tokenizer, max_length=512)
+        rows = data.map(lambda rows: tokenize(rows["text"]), batched=True, remove_columns="text")
+        collator = CorrectionCollator(tokenizer, Neighbours.read("synonyms.txt"))
+        arguments = TrainingArguments(..., remove_unused_columns=False)
+        Trainer(model, arguments, collator, rows)
+
     Attributes:
         tokenizer: of transformers, with a padding token; it needs no mask token.
         neighbours: the table of similar words.
