@@ -18,7 +18,7 @@ WORDS = """
 film movie picture story good bad don't mother-in-law X9 Été фильм кино это интересная ΣΟΦΟΣ
 फिल्म कहानी चलचित्र الفيلم قصة 电 影 电影 很好看 映画 영화 ☃😀 e\u0301te\u0301
 """
-BETWEEN = [" ", " ", " ", ", ", ". ", "", "-", "'", " (", "\n", " ​", "…", "/", "\t"]
+BETWEEN = [" ", " ", " ", ", ", ". ", "", "-", "'", " (", "\n", " \u200b", "…", "/", "\t"]
 pieces = st.tuples(st.sampled_from(WORDS.split()) | st.text(max_size=5), st.sampled_from(BETWEEN))
 texts = (
     st.integers(0, 40)
