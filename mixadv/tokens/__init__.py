@@ -1,5 +1,6 @@
 """Token-space players: adversaries that replace words and tokens."""
 
+from mixadv.tokens.augment import substituted as substituted
 from mixadv.tokens.augmentation import adversarial_rows as adversarial_rows
 from mixadv.tokens.candidates import Candidates as Candidates
 from mixadv.tokens.candidates import MaskedCandidates as MaskedCandidates
@@ -15,8 +16,13 @@ from mixadv.tokens.finite import learner_samples as learner_samples
 from mixadv.tokens.finite import play as play
 from mixadv.tokens.finite import solve_all as solve_all
 from mixadv.tokens.finite import substitutions as substitutions
+from mixadv.tokens.macbert import CorrectionCollator as CorrectionCollator
 from mixadv.tokens.masked import masked_predictions as masked_predictions
 from mixadv.tokens.masked import predictions_at as predictions_at
+from mixadv.tokens.neighbours import Neighbours as Neighbours
+from mixadv.tokens.rows import WordTokenizer as WordTokenizer
+from mixadv.tokens.rows import sentence_order as sentence_order
+from mixadv.tokens.selection import WordSelection as WordSelection
 from mixadv.tokens.substitution import Attack as Attack
 from mixadv.tokens.substitution import WordSubstitution as WordSubstitution
 from mixadv.tokens.substitution import summary as summary
