@@ -1,5 +1,6 @@
 """Running text to pre-train on: read from many places, split, cut into rows of tokens."""
 
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import datasets
 from datasets import Dataset
 
+from mixadv.tokens import Words
 from training import data
 from training.data import DataError
 
@@ -109,3 +111,14 @@ def rows(texts: list[str], encode: Any, most: int = 0) -> Dataset:
     if 0 < most < len(found):
         found = found.select([i * len(found) // most for i in range(most)])
     return found
+
+
+def pieces(text: str, words: int) -> list[str]:
+    """Return a text cut into pieces of as many words, each up to the first word of the next.
+
+    Example:
+        >>> pieces("One, two; three.", 2)
+        ['One, two; ', 'three.']
+    """
+    begins = [begin for begin, _ in Words(text).spans][::words]
+    return [text[a:b] for a, b in pairwise([*begins, len(text)])]

@@ -1,9 +1,11 @@
 """What is learned in pre-training, and how it is measured on held-out text."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from mixadv.tokens.masked import IGNORED, masked_predictions
@@ -11,6 +13,9 @@ from mixadv.tokens.masked import IGNORED, masked_predictions
 Items = dict[str, Tensor]
 """Measures by name, one value per position `[N]`."""
 Numbers = dict[str, float]
+Rows = Iterable[list[int]]
+ORDER = "order"
+"""The column with the order of a row's two segments."""
 
 
 class Objective:
@@ -43,17 +48,46 @@ class Masked(Objective):
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         """Return loss and logits at the labelled positions."""
-        return masked_predictions(model, **batch)
+        return masked_predictions(model, order=batch.pop(ORDER, None), **batch)
 
     def measure(self, model: nn.Module, batch: dict[str, Tensor]) -> Items:
         """Return loss and hits of the labelled positions."""
-        found = masked_predictions(model, **batch)
+        order = batch.pop(ORDER, None)
+        found = masked_predictions(model, order=order, **batch)
         labels = found["labels"][found["labels"] != IGNORED]
         logits = found["logits"][found["labels"] != IGNORED].float()
-        return {
+        items = {
             "loss": F.cross_entropy(logits, labels, reduction="none"),
             "accuracy": (logits.argmax(-1) == labels).float(),
         }
+        if order is not None:
+            items["order"] = (found["order_logits"].argmax(-1) == order).float()
+        return items
+
+
+class Detection(Objective):
+    """Replaced-token detection: which tokens a generator has sampled."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+        """Return both players' losses."""
+        return model(**batch)._asdict()
+
+    def measure(self, model: nn.Module, batch: dict[str, Tensor]) -> Items:
+        """Return logits and truth at each token; the generator's loss and hits are a batch's."""
+        found, real = model(**batch), batch["attention_mask"].bool()
+        logits, replaced = found.logits[real].float(), found.replaced[real].float()
+        return {
+            "loss": F.binary_cross_entropy_with_logits(logits, replaced, reduction="none"),
+            "logits": logits,
+            "replaced": replaced,
+            "generator loss": found.generator_loss.reshape(1),
+            "generator accuracy": found.generator_accuracy.reshape(1),
+        }
+
+    def metrics(self, items: dict[str, np.ndarray]) -> Numbers:
+        """Return the metrics; AUC is how often a replaced token has the larger logit of two."""
+        found = super().metrics({n: v for n, v in items.items() if n not in ("logits", "replaced")})
+        return {"AUC": float(roc_auc_score(items["replaced"], items["logits"])), **found}
 
 
 class Guess(NamedTuple):
@@ -68,22 +102,17 @@ class Guess(NamedTuple):
     accuracy: float
 
 
-def guess(train: Any, held_out: Any, vocabulary: int, special: list[int]) -> Guess:
+def guess(train: Rows, held_out: Rows, vocabulary: int) -> Guess:
     """Return how well frequencies foretell the tokens of rows that are held out.
 
     Args:
-        train: rows of `input_ids`.
-        held_out: rows likewise.
+        train: the tokens of each row that may be asked for.
+        held_out: likewise.
         vocabulary: its size.
-        special: ids that are never predicted.
     """
     counts = [np.zeros(vocabulary), np.zeros(vocabulary)]
     for count, rows in zip(counts, (train, held_out), strict=True):
-        for ids in rows["input_ids"]:
+        for ids in rows:
             np.add.at(count, ids, 1)
-        count[special] = 0
-    known, asked = counts[0] + 1, counts[1] / counts[1].sum()
-    known[special] = 0
-    shares = known / known.sum()
-    logs = np.log(np.where(shares > 0, shares, 1))
-    return Guess(float(-(asked * logs).sum()), float(asked[shares.argmax()]))
+    shares, asked = (counts[0] + 1) / (counts[0] + 1).sum(), counts[1] / counts[1].sum()
+    return Guess(float(-(asked * np.log(shares)).sum()), float(asked[shares.argmax()]))

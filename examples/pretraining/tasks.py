@@ -1,16 +1,37 @@
 """Each objective of pre-training: its model, its rows, what is saved of it."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    ElectraConfig,
+)
 
+from mixadv.tokens import (
+    CorrectionCollator,
+    Neighbours,
+    ReplacedTokenDetection,
+    WordTokenizer,
+    generator_config,
+    sentence_order,
+)
 from pretraining import corpus, models
 from pretraining.corpus import Corpus
-from pretraining.objectives import Masked, Objective, guess
+from pretraining.objectives import ORDER, Detection, Masked, Objective, guess
+from training import model as finetuning
+from training.results import EMBEDDED_MODEL
+
+WORDS_PER_TOKEN = 0.7  # of running English, so that few pieces are cut
 
 
 @dataclass
@@ -75,13 +96,87 @@ def masked(options: Namespace, texts: Corpus) -> Task:
         )
     model, new = models.build(source, AutoModelForMaskedLM)
     train, held_out = _rows(options, texts, encoder(source.tokenizer, options.length))
-    known = guess(train, held_out, len(source.tokenizer), source.tokenizer.all_special_ids)
+    known = guess(*map(_ordinary, (train, held_out)), len(source.tokenizer))
     collator = DataCollatorForLanguageModeling(source.tokenizer)
     objective = Masked(collator, known._asdict())
     return Task(model, new, objective, train, held_out, (model, source.tokenizer))
 
 
-OBJECTIVES = {"mlm": masked, "alum": masked}
+def correction(options: Namespace, texts: Corpus) -> Task:
+    """Return MacBERT's: similar words to be corrected and, with a head for it, two to be ordered.
+
+    A row is a pair of successive pieces of text, half of them swapped, for models of the kinds that
+    have a head for that (BERT, ALBERT); for others it is one piece.
+    """
+    source = models.find(options.model, options.from_scratch, options.vocabulary, texts.train)
+    ordered = source.config.model_type in ("bert", "albert")
+    kind = AutoModelForPreTraining if ordered else AutoModelForMaskedLM
+    model, new = models.build(source, kind)
+    encode = WordTokenizer(source.tokenizer, options.length)
+
+    def cut(together: list[str]) -> dict[str, list[Any]]:
+        words = int(WORDS_PER_TOKEN * options.length) // (2 if ordered else 1)
+        found = [piece for text in together for piece in corpus.pieces(text, max(1, words))]
+        if not ordered:
+            return encode(found)
+        rows = sentence_order(found, label=ORDER)
+        return {**encode(rows["text"], rows["pair"]), ORDER: rows[ORDER]}
+
+    train, held_out = _rows(options, texts, cut)
+    known = guess(*map(_of_words, (train, held_out)), len(source.tokenizer))
+    chance = known._asdict() | ({"order": 0.5} if ordered else {})
+    collator = CorrectionCollator(source.tokenizer, similar_words(options.neighbours))
+    objective = Masked(collator, chance)
+    return Task(model, new, objective, train, held_out, (model, source.tokenizer))
+
+
+def _ordinary(rows: Dataset) -> Iterator[list[int]]:
+    """Yield the tokens of each row that are not special."""
+    for ids, special in zip(rows["input_ids"], rows["special_tokens_mask"], strict=True):
+        yield [token for token, is_special in zip(ids, special, strict=True) if not is_special]
+
+
+def _of_words(rows: Dataset) -> Iterator[list[int]]:
+    """Yield the tokens of each row that belong to a word."""
+    for ids, words in zip(rows["input_ids"], rows["word_ids"], strict=True):
+        yield [token for token, word in zip(ids, words, strict=True) if word >= 0]
+
+
+def detection(options: Namespace, texts: Corpus) -> Task:
+    """Return ELECTRA's: which tokens a small generator has replaced."""
+    source = models.find(options.model, options.from_scratch, options.vocabulary, texts.train)
+    config = source.config
+    if options.model == models.TINY:
+        size = {**models.SIZE, "embedding_size": models.SIZE["hidden_size"]}
+        config = ElectraConfig(vocab_size=config.vocab_size, **size)
+    if config.model_type != "electra":
+        raise ValueError(
+            f"--objective electra is for tiny and for ELECTRA's models, and {options.model} is a "
+            f"{config.model_type}: its embeddings are as wide as the model, too wide for a small "
+            "generator that shares them."
+        )
+    source = source._replace(config=config)
+    discriminator, new = models.build(source, AutoModelForPreTraining)
+    generator, _ = models.build(source, AutoModelForMaskedLM, generator_config(config))
+    model = ReplacedTokenDetection.between(generator, discriminator, source.tokenizer)
+    train, held_out = _rows(options, texts, encoder(source.tokenizer, options.length))
+    train, held_out = (rows.remove_columns("special_tokens_mask") for rows in (train, held_out))
+    objective = Detection(DataCollatorWithPadding(source.tokenizer), {"AUC": 0.5})
+    new = [f"discriminator.{name}" for name in new]
+    return Task(model, new, objective, train, held_out, (discriminator, source.tokenizer))
+
+
+def similar_words(path: str) -> Neighbours:
+    """Return the table in a file, or one by the embedded encoder's own embeddings of words."""
+    if path:
+        return Neighbours.read(path)
+    with models.quiet():
+        where = finetuning.path(EMBEDDED_MODEL)
+        encoder, tokenizer = AutoModel.from_pretrained(where), AutoTokenizer.from_pretrained(where)
+    return Neighbours.from_encoder(encoder, tokenizer)
+
+
+OBJECTIVES = {"mlm": masked, "alum": masked, "electra": detection, "macbert": correction}
 """What makes the task of an objective, by its name."""
 
 SOLVER = {"alum": "alum"}

@@ -1,5 +1,6 @@
 """transformers' Trainer on an objective of pre-training, plainly or against an adversary."""
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,34 @@ from transformers.trainer_utils import EvalLoopOutput
 from mixadv.integrations.transformers import Adversarial
 from pretraining.objectives import Objective
 
-SEED = 0  # of the masks that held-out rows get, the same at each evaluation
+SEED = 0  # of what held-out rows get: masks, replacements; the same at each evaluation
+
+
+class Repeatable:
+    """A collator whose draws follow from the seed and from the rows of a batch.
+
+    A batch is collated before the one in front of it is trained on, so that draws from the shared
+    generator would differ where a run is resumed; and by the number of workers.
+    """
+
+    def __init__(self, collator: Any, seed: int) -> None:
+        self.collator = collator
+        self.seed = seed
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        """Return the batch; the random state is left as it was."""
+        text = repr((self.seed, [row["input_ids"] for row in rows]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(text.encode()))
+            return self.collator(rows)
 
 
 class PretrainingTrainer(Trainer):
     """Minimises an objective, and measures it on held-out rows."""
 
     def __init__(self, *arguments: Any, objective: Objective, **keywords: Any) -> None:
-        super().__init__(*arguments, data_collator=objective.collator, **keywords)
+        super().__init__(*arguments, **keywords)
+        self.data_collator = Repeatable(objective.collator, self.args.seed)
         self.objective = objective
         # The loss is the mean of a micro-batch, and Trainer takes the mean of theirs.
         self.model_accepts_loss_kwargs = False
@@ -41,7 +62,9 @@ class PretrainingTrainer(Trainer):
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         mine = rows.select(range(self.args.process_index, len(rows), self.args.world_size))
         return DataLoader(
-            mine, self.args.per_device_eval_batch_size, collate_fn=self.objective.collator
+            mine,
+            self.args.per_device_eval_batch_size,
+            collate_fn=Repeatable(self.objective.collator, SEED),
         )
 
     @torch.no_grad()
