@@ -162,6 +162,8 @@ def prepared(
 ) -> PretrainingTrainer:
     """Return the Trainer of a task."""
     if options.only_new:
+        if not task.new:
+            raise ValueError(f"--only-new: {options.model} lacks nothing, it has a head already.")
         for name, parameter in task.model.named_parameters():
             parameter.requires_grad_(name in task.new)
     args = TrainingArguments(

@@ -114,7 +114,7 @@ def test_both_heads_of_a_model_are_read():
     own = model(labels=labels, next_sentence_label=order, **inputs)
     torch.testing.assert_close(found["loss"], own.loss)
     torch.testing.assert_close(found["order_logits"], own.seq_relationship_logits)
-    with pytest.raises(TypeError, match="no seq_relationship_logits.*AutoModelForPreTraining"):
+    with pytest.raises(TypeError, match=r"no seq_relationship_logits.*AutoModelForPreTraining"):
         masked_predictions(MODELS["bert"](), labels=labels, order=order, **inputs)
 
 

@@ -1,0 +1,376 @@
+"""pretrain.py: every objective learns, resumes, scales and hands its checkpoint on."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+import glue
+import masked_loss
+import pretrain
+from pretraining import corpus, models, tasks
+from pretraining.objectives import guess
+from training.data import DataError
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NOUNS = ["cat", "dog", "bird", "house", "river", "mountain", "teacher", "garden"]
+VERBS = ["sees", "likes", "finds", "follows", "paints"]
+TINY = ["--vocabulary", "120", "--length", "24", "--batch-size", "8", "--evaluate-rows", "12"]
+TABLE = {"cat": ["dog", "bird"], "dog": ["cat"], "house": ["garden"], "sees": ["finds"]}
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give each test its own cache of data, and no accelerator of another test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def sentence(draw: random.Random) -> str:
+    return f"the {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)} ."
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """Return a text file of paragraphs."""
+    draw = random.Random(0)
+    paragraphs = [" ".join(sentence(draw) for _ in range(6)) for _ in range(120)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(paragraphs))
+    return str(path)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    """Return a file of similar words."""
+    path = tmp_path / "neighbours.jsonl"
+    path.write_text("\n".join(json.dumps({"word": w, "neighbors": n}) for w, n in TABLE.items()))
+    return str(path)
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    """Run the script in this process; return its status and what it wrote."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = pretrain.main([*TINY, *arguments])
+    return status, out.getvalue(), err.getvalue()
+
+
+def refused(*arguments: str) -> str:
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("pretrain: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def held_out(folder: Path) -> list[dict[str, Any]]:
+    log = json.loads((folder / "log.json").read_text())
+    return [entry for entry in log if "eval_loss" in entry]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    with models.quiet():
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    return model.base_model.state_dict()
+
+
+# Learning --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", tasks.OBJECTIVES)
+def test_every_objective_learns_and_its_checkpoint_is_fine_tuned(
+    objective: str, text: str, table: str, tmp_path: Path
+):
+    folder = tmp_path / "out"
+    status, out, err = run(
+        "--objective", objective, "--data", text, "--steps", "40", "--neighbours", table,
+        "--output", str(folder), "--lr", "3e-3",
+    )  # fmt: skip
+    assert status == 0, err
+    first, *_, last = held_out(folder)
+    assert last["eval_loss"] < 0.9 * first["eval_loss"]
+    assert out.startswith("| step | loss |")
+    assert "| chance |" in out
+    assert (folder / "curves.png").stat().st_size > 5000
+
+    rows = [
+        {"sentence": s, "label": i % 2, "idx": i} for i, s in enumerate(["ab", "cd", "ef", "gh"])
+    ]
+    (tmp_path / "cola").mkdir()
+    for split in ("train", "dev"):
+        lines = "\n".join(map(json.dumps, rows))
+        (tmp_path / "cola" / f"{split}.jsonl").write_text(lines)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = ["--task", "cola", "--data", str(tmp_path), "--model", str(folder / "model")]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert glue.main([*arguments, "--updates", "1", "--output", str(tmp_path / "glue")]) == 0
+    assert "Matthews" in printed.getvalue() or "dev" in printed.getvalue()
+
+
+def test_the_first_steps_of_a_curriculum_are_plain(text: str, tmp_path: Path):
+    found = {}
+    for name, more in {
+        "mlm": ["--objective", "mlm"],
+        "later": ["--objective", "alum", "--curriculum", "4"],
+        "now": ["--objective", "alum"],
+    }.items():
+        arguments = ["--data", text, "--steps", "4", "--output", str(tmp_path / name)]
+        assert run(*more, *arguments)[0] == 0
+        found[name] = weights(tmp_path / name)
+    same = [torch.equal(found["mlm"][n], found["later"][n]) for n in found["mlm"]]
+    assert all(same)
+    assert not all(torch.equal(found["mlm"][n], found["now"][n]) for n in found["mlm"])
+
+
+def test_only_new_trains_the_head_and_continual_training_goes_on_from_it(text: str, tmp_path: Path):
+    base = tmp_path / "base"
+    assert run("--data", text, "--steps", "3", "--output", str(base))[0] == 0
+    encoder = AutoModelForSequenceClassification.from_pretrained(base / "model").base_model
+    encoder.save_pretrained(tmp_path / "encoder")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "encoder" / name).write_bytes((base / "model" / name).read_bytes())
+    model, more = ["--model", str(tmp_path / "encoder")], ["--data", text, "--steps", "3"]
+    assert run(*model, *more, "--only-new", "--output", str(tmp_path / "head"))[0] == 0
+    for name, value in weights(tmp_path / "head").items():
+        if "pooler" not in name:
+            torch.testing.assert_close(value, encoder.state_dict()[name], msg=name)
+    head = AutoModelForMaskedLM.from_pretrained(tmp_path / "head" / "model").cls.state_dict()
+    fresh = AutoModelForMaskedLM.from_pretrained(base / "model").cls.state_dict()
+    assert any(not torch.equal(head[n], fresh[n]) for n in head)
+    model = ["--model", str(tmp_path / "head" / "model")]
+    arguments = [*model, *more, "--output", str(tmp_path / "on")]
+    assert run(*arguments)[0] == 0
+    assert held_out(tmp_path / "on")[0]["eval_loss"] == pytest.approx(
+        held_out(tmp_path / "head")[-1]["eval_loss"], rel=1e-4
+    )
+    assert "only_new=False" in refused(
+        *model, *more, "--only-new", "--output", str(tmp_path / "on")
+    )
+    assert "lacks nothing" in refused(*model, *more, "--only-new", "--output", str(tmp_path / "x"))
+
+
+# Going on after a kill -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["alum", "electra", "macbert"])
+def test_a_killed_run_ends_as_an_uninterrupted_one(
+    objective: str, text: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = ["--objective", objective, "--data", text, "--neighbours", table]
+    arguments += ["--steps", "6", "--checkpoint-every", "2"]
+    whole = tmp_path / "whole"
+    assert run(*arguments, "--output", str(whole))[0] == 0
+
+    class KilledError(Exception):
+        pass
+
+    from pretraining.trainer import PretrainingTrainer
+
+    plain, calls = PretrainingTrainer.compute_loss, []
+
+    def killed(self: Any, *given: Any, **more: Any) -> Any:
+        calls.append(self.state.global_step)
+        if self.state.global_step == 3:
+            raise KilledError
+        return plain(self, *given, **more)
+
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainingTrainer, "compute_loss", killed)
+        with pytest.raises(KilledError):
+            run(*arguments, "--output", str(cut))
+    assert [p.name for p in (cut / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert run(*arguments, "--output", str(cut))[0] == 0
+    for name, value in weights(whole).items():
+        if "pooler" not in name or objective == "macbert":
+            assert torch.equal(value, weights(cut)[name]), name
+    assert held_out(whole)[-1]["eval_loss"] == held_out(cut)[-1]["eval_loss"]
+
+
+def test_a_finished_run_is_not_repeated_and_another_needs_its_own_folder(text: str, tmp_path: Path):
+    arguments = ["--data", text, "--steps", "2", "--output", str(tmp_path / "out")]
+    assert run(*arguments)[0] == 0
+    made = (tmp_path / "out" / "log.json").stat().st_mtime_ns
+    status, out, _ = run(*arguments)
+    assert status == 0
+    assert "| chance |" in out
+    assert (tmp_path / "out" / "log.json").stat().st_mtime_ns == made
+    assert "with seed=0, not 1: choose another --output" in refused(*arguments, "--seed", "1")
+
+
+@pytest.mark.parametrize("objective", ["alum", "electra"])
+def test_two_processes_train_and_measure_as_one(objective: str, text: str, tmp_path: Path):
+    folder = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1",
+        "--main_process_port", "0", str(EXAMPLES / "pretrain.py"), *TINY,
+        "--objective", objective, "--data", text, "--steps", "3", "--output", str(folder),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "c")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| chance |") == 1
+    assert all(np.isfinite(entry["eval_loss"]) for entry in held_out(folder))
+    assert weights(folder)
+
+
+# Text ------------------------------------------------------------------------------------------
+
+
+def test_the_manual_of_python_is_a_corpus():
+    found = corpus.read("pydoc")
+    assert sum(map(len, found.train)) > 300_000
+    assert found.held_out
+    assert not set(found.train) & set(found.held_out)
+
+
+def test_folders_and_json_lines_are_read(tmp_path: Path):
+    for name, count in (("train", 30), ("dev", 3), ("test", 2)):
+        lines = [json.dumps({"text": f"{name} {i}"}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    assert corpus.read(str(tmp_path)).held_out == ["dev 0", "dev 1", "dev 2"]
+    assert corpus.read(str(tmp_path), "test").held_out == ["test 0", "test 1"]
+    alone = corpus.read(str(tmp_path / "train.jsonl"))
+    assert alone.held_out == ["train 9", "train 19", "train 29"]
+    assert len(alone.train) == 27
+
+
+@given(st.text(max_size=200), st.integers(1, 9))
+def test_pieces_hold_the_text_from_its_first_word_on(text: str, words: int):
+    pieces = corpus.pieces(text, words)
+    assert text.endswith("".join(pieces))
+    assert all(len(list(corpus.Words(piece))) <= words for piece in pieces)
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1), min_size=1))
+def test_what_frequencies_foretell_is_their_cross_entropy(rows: list[list[int]]):
+    tokens = [token for row in rows for token in row]
+    known = {t: (tokens.count(t) + 1) / (len(tokens) + 6) for t in range(6)}
+    found = guess(rows, rows, 6)
+    assert found.loss == pytest.approx(-np.mean([np.log(known[t]) for t in tokens]))
+    assert found.accuracy == pytest.approx(max(map(tokens.count, range(6))) / len(tokens))
+
+
+# Checkpoints compared --------------------------------------------------------------------------
+
+
+def test_checkpoints_are_compared_on_the_same_masks(text: str, tmp_path: Path):
+    for name, steps in (("few", "2"), ("more", "40")):
+        arguments = ["--data", text, "--steps", steps, "--lr", "3e-3"]
+        assert run(*arguments, "--output", str(tmp_path / name))[0] == 0
+    options = masked_loss.arguments(
+        [str(tmp_path / "few" / "model"), str(tmp_path / "more" / "model"), "--data", text,
+         "--rows", "12", "--length", "24", "--radii", "0", "1",
+         "--output", str(tmp_path / "found.jsonl")]
+    )  # fmt: skip
+    printed = masked_loss.compare(options)
+    assert printed.count("\n") == 5
+    lines = (tmp_path / "found.jsonl").read_text().splitlines()
+    few, attacked, more, _ = map(json.loads, lines)
+    assert attacked["loss"][0] > few["loss"][0]  # the attack gains
+    assert few["difference"] == [0, 0]
+    assert more["difference"][0] == pytest.approx(more["loss"][0] - few["loss"][0])
+    assert more["difference"][0] + more["difference"][1] < 0  # and what learned more loses less
+    assert masked_loss.main([str(tmp_path / "none")]) == 2
+
+
+def test_a_sentence_encoder_is_not_measured_as_a_language_model(capsys: Any):
+    assert masked_loss.main(["minilm", "--rows", "4"]) == 2
+    assert "no language-model head" in capsys.readouterr().err
+
+
+# Wrong input -----------------------------------------------------------------------------------
+
+
+def test_wrong_text_is_answered_with_one_line(tmp_path: Path):
+    empty, short, binary = (tmp_path / n for n in ("empty.txt", "short.txt", "binary.txt"))
+    empty.write_text(" \n\n" * 40)
+    short.write_text("one\n\ntwo")
+    binary.write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "rows.jsonl").write_text('{"words": "x"}\n' * 40)
+    assert "holds no text" in refused("--data", str(empty))
+    assert "holds 2 paragraphs, and every 10th" in refused("--data", str(short))
+    assert "no text in UTF-8" in refused("--data", str(binary))
+    assert "There is no file" in refused("--data", str(tmp_path / "none.txt"))
+    assert "no column 'text', it has words" in refused("--data", str(tmp_path / "rows.jsonl"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text('{"text": "x"}\n' * 40)
+    (tmp_path / "folder" / "other.jsonl").write_text('{"text": "x"}\n' * 40)
+    assert "has the splits other, train: train and dev" in refused(
+        "--data", str(tmp_path / "folder")
+    )
+    with pytest.raises(DataError):
+        corpus.read(str(empty))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--objective", "electro"], "Did you mean 'electra'?"),
+        (["--objective", "electra", "--solver", "freelb"], "the adversary of electra"),
+        (["--objective", "electra", "--model", "minilm"], "minilm is a bert"),
+        (["--solver", "freeat"], "Trainer steps once"),
+        (["--solver", "frelb"], "Did you mean 'freelb'?"),
+        (["--curriculum", "3"], "for an adversary: choose a --solver"),
+        (["--curriculum", "-3", "--objective", "alum"], "at least 0, got -3"),
+        (["--lr", "0"], "--lr must be positive, got 0"),
+        (["--warmup", "1"], "[0, 1), got 1"),
+        (["--only-new"], "for a checkpoint"),
+        (["--objective", "alum", "--set", "smoothnes=1"], "Did you mean 'smoothness'?"),
+        (["--model", "/nowhere"], "cannot be loaded"),
+        (["--objective", "macbert", "--neighbours", "/nowhere.jsonl"], "/nowhere.jsonl"),
+    ],
+)
+def test_wrong_arguments_are_answered_with_one_line(
+    arguments: list[str], answer: str, text: str, tmp_path: Path
+):
+    assert answer in refused("--data", text, "--output", str(tmp_path / "out"), *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    found = models.find("tiny", False, 120, Path(text).read_text().split("\n\n"))
+    found.tokenizer.mask_token = None
+    monkeypatch.setattr(models, "find", lambda *_: found)
+    where = ["--data", text, "--output", str(tmp_path / "out")]
+    assert "has no mask token" in refused(*where)
+    assert "has no mask token" in refused(*where, "--objective", "electra")
+
+
+def test_a_model_without_a_language_model_head_is_refused(text: str, tmp_path: Path):
+    AutoConfig.for_model("vit").save_pretrained(tmp_path / "vit")
+    source = models.find("tiny", False, 120, Path(text).read_text().split("\n\n"))
+    source.tokenizer.save_pretrained(tmp_path / "vit")
+    where = ["--data", text, "--output", str(tmp_path / "out"), "--model", str(tmp_path / "vit")]
+    assert "ViTConfig has no model for AutoModelForMaskedLM" in refused(*where, "--from-scratch")
+
+
+def test_a_table_that_the_tokenizer_cannot_write_is_refused(text: str, tmp_path: Path):
+    (tmp_path / "bad.txt").write_text("猫 犬\n")
+    answer = refused(
+        "--objective", "macbert", "--data", text, "--neighbours", str(tmp_path / "bad.txt"),
+        "--output", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert "neighbour" in answer
