@@ -26,7 +26,7 @@ from mixadv.tokens import SimilarWords, WordSubstitution, adversarial_rows
 from mixadv.tokens.augmentation import copies
 from tests.substitution_zoo import TABLE, VOCABULARY, bag_of_words, tiny, word_tokenizer
 from tests.zoo import assert_same
-from training import data, results
+from training import results
 from training.loop import Training
 from training.results import Run
 from training.substitution import BUILTIN, Source, candidates
@@ -196,11 +196,11 @@ def weights_of(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, to
     return weights
 
 
-MOMENTS = {  # settings, and the updates that the last checkpoint has
-    "between two epochs": ([], 6),
-    "in a perturbed epoch": ([], 8),
-    "in a perturbed epoch, accumulated": (["--accumulate", "3"], 3),
-    "in a perturbed epoch, mat": (["--solver", "mat"], 8),
+MOMENTS = {  # settings, the updates that the last checkpoint has, and the attacks still to come
+    "between two epochs": ([], 6, 2),
+    "in a perturbed epoch": ([], 8, 1),
+    "in a perturbed epoch, accumulated": (["--accumulate", "3"], 3, 2),
+    "in a perturbed epoch, mat": (["--solver", "mat"], 8, 1),
 }
 
 
@@ -208,7 +208,7 @@ MOMENTS = {  # settings, and the updates that the last checkpoint has
 def test_a_run_that_is_killed_ends_as_an_uninterrupted_one(
     moment: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    more, every = MOMENTS[moment]
+    more, every, attacked = MOMENTS[moment]
     expected = weights_of(trains(folder, tmp_path / "whole", *more), monkeypatch)
     argv = trains(folder, tmp_path / "broken", "--checkpoint-every", str(every), *more)
     with monkeypatch.context() as patched:
@@ -226,52 +226,52 @@ def test_a_run_that_is_killed_ends_as_an_uninterrupted_one(
     assert len(list((tmp_path / "broken").glob("*.pt"))) == 1
     batches, made = watch(monkeypatch)
     assert_same(weights_of(argv, monkeypatch), expected)
-    assert len(made) == (2 if moment == "between two epochs" else 1)
+    assert len(made) == attacked
     [result] = results.finished(tmp_path / "broken" / "results.jsonl").values()
     assert len(batches) == (result["updates"] - every) * result["accumulate"]
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_copies(folder: Path, tmp_path: Path):
-    paths = os.pathsep.join([str(EXAMPLES.parent), str(EXAMPLES)])
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HF_DATASETS_CACHE": str(tmp_path / "c")}
-    argv = trains(folder, tmp_path / "out", "--checkpoint-every", "5")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    killed, script = tmp_path / "killed.py", str(EXAMPLES / "glue.py")
-    killed.write_text(KILLED)
-
-    def go(script: str, argv: list[str]) -> int:
-        environment = {**os.environ, **own}
-        done = subprocess.run([*launch, script, *argv], env=environment, capture_output=True)
-        return done.returncode
-
-    assert go(str(killed), argv) != 0
-    assert len(list((tmp_path / "out").glob("*.pt"))) == 1
-    assert go(script, argv) == 0
-    assert go(script, trains(folder, tmp_path / "whole")) == 0
-    [resumed], [result] = [
-        list(results.finished(tmp_path / name / "results.jsonl").values())
-        for name in ("out", "whole")
-    ]
-    assert resumed["processes"] == 2
-    assert resumed["updates"] == math.ceil((21 + 32 + 32) / 8)
-    assert resumed["last"] == result["last"]
-
-
-KILLED = """
+INTERRUPTED = """
 import sys
 import glue
 from training import checkpoint
 
+whole, broken = sys.argv[1].split("|"), sys.argv[2].split("|")
 save = checkpoint.save
 
 def save_and_stop(*arguments):
     save(*arguments)
-    sys.exit(3)
+    raise KeyboardInterrupt
 
+assert glue.main(whole) == 0
 checkpoint.save = save_and_stop
-glue.main(sys.argv[1:])
+try:
+    glue.main(broken)
+except KeyboardInterrupt:
+    checkpoint.save = save
+assert glue.main(broken) == 0
 """
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_copies(folder: Path, tmp_path: Path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    whole, broken = [
+        trains(folder, tmp_path / name, "--checkpoint-every", "5") for name in ("whole", "broken")
+    ]
+    paths = os.pathsep.join([str(EXAMPLES.parent), str(EXAMPLES)])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HF_DATASETS_CACHE": str(tmp_path / "c")}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = [*launch, str(script), "|".join(whole), "|".join(broken)]
+    subprocess.run(argv, env={**os.environ, **own}, check=True, capture_output=True)
+    [result], [resumed] = [
+        list(results.finished(tmp_path / name / "results.jsonl").values())
+        for name in ("whole", "broken")
+    ]
+    assert result["processes"] == 2
+    assert result["updates"] == math.ceil((21 + 32 + 32) / 8)
+    assert {**resumed, "seconds_per_update": 0} == {**result, "seconds_per_update": 0}
 
 
 # Runs ------------------------------------------------------------------------------------------

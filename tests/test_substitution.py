@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from mixadv.tokens import Attack, SimilarWords, Similarity, Typos, WordSubstitution, summary
+from mixadv.tokens import Attack, Similarity, SimilarWords, Typos, WordSubstitution, summary
 from mixadv.tokens.constraints import FUNCTION_WORDS, budget
 from mixadv.tokens.reader import Reader
 from mixadv.tokens.substitution import wilson
@@ -206,7 +206,7 @@ def test_similarity_is_the_cosine_of_mean_states():
     assert found[1] == pytest.approx(1)
 
 
-# Which words ---------------------------------------------------------------------------------------
+# Which words -----------------------------------------------------------------------------------
 
 
 def test_words_are_weighed_by_the_gradients_of_their_tokens():
@@ -390,7 +390,7 @@ def test_models_and_tokenizers_that_cannot_be_attacked_are_refused():
     headed = Similarity(tiny(transformers.BertForMaskedLM, tokenizer), tokenizer)
     with pytest.raises(TypeError, match="BertForMaskedLM returns no last_hidden_state"):
         headed(["good"], ["bad"])
-    with pytest.raises(ValueError, match="least is a cosine, from -1 to 1, got 1.2"):
+    with pytest.raises(ValueError, match=r"from -1 to 1, got 1\.2"):
         Similarity(number, tokenizer, least=1.2)
 
 
