@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mixadv.tokens import MaskedCandidates, SimilarWords, Typos
 from mixadv.tokens.candidates import usable
 from mixadv.tokens.words import Words
-from tests.substitution_zoo import TABLE, VOCABULARY, piece_tokenizer, tiny, word_tokenizer
+from tests.substitution_zoo import TABLE, piece_tokenizer, tiny, word_tokenizer
 from tests.zoo import assert_same, fingerprint
 
 TEXTS = st.text(alphabet="abXY'’-. ,9é我们 \n", min_size=1, max_size=25)
@@ -168,6 +168,14 @@ def test_a_mask_in_the_text_is_not_taken_for_the_word(masked: MaskedCandidates):
     assert masked([Words("the [MASK] film end")], [2]) == [expected]
 
 
+def test_candidates_are_whole_words_of_letters(masked: MaskedCandidates):
+    every = MaskedCandidates(masked.model, masked.tokenizer, most=10_000)
+    [found] = every([Words("the film")], [1])
+    vocabulary = set(masked.tokenizer.get_vocab())
+    assert set(found) == {token for token in vocabulary if token.isalpha()} - {"film"}
+    assert {"1", "##der", "."} <= vocabulary
+
+
 def test_a_masked_model_is_left_as_it_was(masked: MaskedCandidates):
     masked.model.train()
     before = fingerprint(masked.model)
@@ -191,4 +199,3 @@ def test_what_is_no_masked_language_model_is_refused():
     none = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="has no mask token"):
         MaskedCandidates(model, none)
-    assert set(MaskedCandidates(model, tokenizer)._vocabulary.values()) == set(VOCABULARY)

@@ -197,7 +197,7 @@ def test_similarity_is_the_cosine_of_mean_states():
     encoder = tiny(transformers.BertModel, tokenizer)
     ones = ["a good film", "bad", "wonderful actor and plot"]
     others = ["a fine film", "bad", "slow"]
-    found = Similarity(encoder, tokenizer, batch_size=2)(ones, others)
+    found = Similarity(encoder, tokenizer, batch_size=3)(ones, others)
     own = [
         F.cosine_similarity(*[mean_state(encoder, tokenizer, t) for t in pair], dim=0)
         for pair in zip(ones, others, strict=True)
@@ -209,25 +209,34 @@ def test_similarity_is_the_cosine_of_mean_states():
 # Which words -----------------------------------------------------------------------------------
 
 
-def test_words_are_weighed_by_the_gradients_of_their_tokens():
+PAIRS = [("Wonderful actor, don't!", "the end"), ("bad", "thunder-plot")]
+
+
+@pytest.mark.parametrize("column", [None, 0, 1])
+def test_words_are_weighed_by_the_gradients_of_their_tokens(column: int | None):
     tokenizer = piece_tokenizer()
     model = tiny(transformers.BertForSequenceClassification, tokenizer, num_labels=3).eval()
-    read = ["Wonderful actor, don't!", "bad", "the slow thunder-plot was 1990"]
-    labels = [0, 1, 2]
-    words = [Words(text) for text in read]
-    found = Reader(model, tokenizer, None, 2, 1).weigh(read, labels, words)
-    for text, label, weights in zip(read, labels, found.importances, strict=True):
-        encoding = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+    read: Any = PAIRS if column is not None else [*PAIRS[0], "the slow thunder-plot was 1990"]
+    own = [text if column is None else text[column] for text in read]
+    reader = Reader(model, tokenizer, None, 2, 1 if column is None else column)
+    found = reader.weigh(read, [2, 1, 0][: len(read)], [Words(text) for text in own])
+    for label, text, part, weights in zip([2, 1, 0], read, own, found.importances, strict=False):
+        columns = (text,) if column is None else text
+        encoding = tokenizer(*columns, return_tensors="pt", return_offsets_mapping=True)
         spans = encoding.pop("offset_mapping")[0].tolist()
-        embedded = model.get_input_embeddings()(encoding["input_ids"]).detach().requires_grad_()
-        output = model(inputs_embeds=embedded, attention_mask=encoding["attention_mask"])
-        output.logits.log_softmax(-1)[0, label].neg().backward()
-        own = {}
-        for at, match in enumerate(WORD.finditer(text)):
-            inside = [i for i, (a, b) in enumerate(spans) if match.start() <= a < b <= match.end()]
-            own[at] = float(embedded.grad[0, inside].norm())
-        assert weights == pytest.approx(own, rel=1e-4)
-        model.zero_grad()
+        belongs = [one == (column or 0) for one in encoding.sequence_ids()]
+        embedded = model.get_input_embeddings()(encoding.pop("input_ids")).detach()
+        embedded.requires_grad_()
+        model(inputs_embeds=embedded, **encoding).logits.log_softmax(-1)[0, label].backward()
+        expected = {}
+        for at, match in enumerate(WORD.finditer(part)):
+            inside = [
+                i
+                for i, (a, b) in enumerate(spans)
+                if belongs[i] and match.start() <= a < b <= match.end()
+            ]
+            expected[at] = float(embedded.grad[0, inside].norm())
+        assert weights == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_words_that_weigh_most_are_tried_first():
@@ -270,9 +279,38 @@ def test_the_share_is_rounded_up_and_never_below_the_least(words: int, share: fl
     assert allowed <= max(least, share * words + 1)
 
 
-@pytest.mark.parametrize("words", range(0, 200, 10))
-def test_a_tenth_of_round_numbers_is_exact(words: int):
-    assert budget(words, 0.1, 0) == words // 10
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_a_share_of_a_hundred_words_is_exact(percent: int):
+    assert budget(100, percent / 100, 0) == percent
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.25, 0), (0.1, 3), (0.0, 1), (0.5, 2), (0.0, 0)])
+def test_a_sure_model_that_holds_out_loses_as_many_words_as_are_allowed(share: float, least: int):
+    model, tokenizer = bag_of_words(0), word_tokenizer()
+    weights = torch.zeros_like(model.table.weight)
+    for word in TABLE:
+        weights[tokenizer.convert_tokens_to_ids(word), 0] = 1.0
+    model.table.weight.data = weights
+    text = "good bad film plot actor slow good bad film plot actor slow"
+    [found] = WordSubstitution(SimilarWords(TABLE), max_share=share, min_words=least).attack(
+        model, tokenizer, [text + " film" * 12], [0]
+    )
+    assert not found.succeeded
+    assert len(found.swaps) == max(round(share * 24), least)
+    check(found, model, tokenizer, TABLE, share, least)
+
+
+def test_a_wrong_prediction_goes_before_a_larger_loss():
+    model, tokenizer = bag_of_words(0, labels=3), word_tokenizer()
+    says = {"good": (1, 0, 0), "fine": (0.1, 0.05, 0.05), "great": (3, 3.2, 0), "nice": (2, 0, 0)}
+    for word, logits in says.items():
+        row = tokenizer.convert_tokens_to_ids(word)
+        model.table.weight.data[row] = torch.tensor(logits)
+    ways = ["good", "fine", "great"]
+    original, fine, great = losses(model, tokenizer, ways, 0).tolist()
+    assert original < great < fine
+    [found] = WordSubstitution(SimilarWords(TABLE)).attack(model, tokenizer, ["good"], [0])
+    assert (found.perturbed, found.after) == ("great", 1)
 
 
 # What is left ----------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def budget(words: int, max_share: float, min_words: int) -> int:
         >>> budget(30, 0.1, 1), budget(31, 0.1, 1), budget(30, 0.1, 4), budget(2, 0.1, 4)
         (3, 4, 4, 2)
     """
-    share = math.ceil(round(max_share * words, 9))  # 0.1 × 30 is a little more than 3 in floats
+    share = math.ceil(round(max_share * words, 9))  # 0.07 × 100 is more than 7 in floats
     return min(words, max(share, min_words))
 
 
