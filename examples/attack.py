@@ -141,10 +141,7 @@ def read(file: Path) -> list[tuple[Attack, float]]:
     """Return the attacks written so far, and the seconds of each."""
     found = []
     for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break  # a kill cut it
+        row = json.loads(line)
         seconds = row.pop("seconds")
         for name in ("original", "perturbed"):
             row[name] = tuple(row[name]) if isinstance(row[name], list) else row[name]

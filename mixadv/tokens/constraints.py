@@ -19,11 +19,11 @@ FUNCTION_WORDS = frozenset(
     i you he she it we they me him her us them my your his its our their mine yours hers ours theirs
     who whom whose which what where when why how
     am is are was were be been being do does did doing have has had having
-    can could may might must shall should will would
+    can could may might must shall should will would ca wo
     and or but if then else so because although though while until unless since as than whether
     of in on at by for from to into onto with without within about above below over under between
     among through during before after against off out up down again further
-    too very just only also there here
+    too very just only also there here more most much many still yet even ever
     don't doesn't didn't isn't aren't wasn't weren't won't wouldn't can't couldn't shouldn't
     s t d m re ve ll
     hasn't haven't hadn't n't it's i'm i've you're he's she's we're they're that's what's
@@ -39,7 +39,7 @@ def budget(words: int, max_share: float, min_words: int) -> int:
         >>> budget(30, 0.1, 1), budget(31, 0.1, 1), budget(30, 0.1, 4), budget(2, 0.1, 4)
         (3, 4, 4, 2)
     """
-    share = math.ceil(round(max_share * words, 9))  # 0.1 × 30 is a little more than 3 in floats
+    share = math.ceil(round(max_share * words, 9))  # 0.07 × 100 is more than 7 in floats
     return min(words, max(share, min_words))
 
 

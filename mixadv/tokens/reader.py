@@ -22,7 +22,7 @@ class Reading(NamedTuple):
     """What a classifier makes of texts.
 
     Attributes:
-        losses: cross-entropy of each text's label, nats, [texts], fp32 on the CPU.
+        losses: cross-entropy of each text's label, nats, [texts], fp64 on the CPU.
         predictions: label numbers, [texts].
         importances: of each text, the words that were read and the norms of their gradients.
     """
@@ -114,7 +114,8 @@ class Reader:
     ) -> Reading:
         """Read the texts in batches of similar length, so that little is padded."""
         order = sorted(range(len(texts)), key=lambda i: sum(map(len, _columns(texts[i]))))
-        losses, predictions = torch.zeros(len(texts)), torch.zeros(len(texts), dtype=torch.long)
+        losses = torch.zeros(len(texts), dtype=torch.double)
+        predictions = torch.zeros(len(texts), dtype=torch.long)
         importances: list[dict[int, float]] = [{} for _ in texts]
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -154,17 +155,18 @@ class Reader:
         finally:
             if hook is not None:
                 hook.remove()
-        logits = _logits(output)
+        # In fp32 the loss of a sure prediction is 0, and no change of a word would raise it.
+        logits = _logits(output).cpu().double()
         if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
             raise ValueError(
                 f"labels must be numbers from 0 to {logits.shape[1] - 1}, the model's classes; "
                 f"got {labels.min()} to {labels.max()}."
             )
         if not gradient:
-            return logits.float().cpu(), torch.empty(0)
-        loss = F.cross_entropy(logits.float(), labels.to(self.device), reduction="sum")
+            return logits, torch.empty(0)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
         [slope] = torch.autograd.grad(loss, found[:1])
-        return logits.detach().float().cpu(), slope.float().square().sum(-1).cpu()
+        return logits.detach(), slope.float().square().sum(-1).cpu()
 
 
 def _columns(text: Text) -> tuple[str, ...]:
