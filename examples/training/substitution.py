@@ -1,8 +1,6 @@
 """Word substitution in training: sources of candidates by name, and rows with perturbed copies."""
 
-import gzip
 import itertools
-import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from mixadv.tokens import (
     Candidates,
     MaskedCandidates,
+    Neighbours,
     SimilarWords,
     Typos,
     WordSubstitution,
@@ -50,22 +49,11 @@ def _masked(name: str) -> Candidates:
         raise ValueError(f"The masked language model {name} cannot be used: {error}") from error
 
 
-def _table(path: Path) -> dict[str, list[str]]:
+def _table(path: Path) -> Neighbours:
     """Return a table of similar words."""
     if not path.is_file():
         raise ValueError(f"--neighbours {path}: there is no such file. There are {SOURCES}.")
-    read = gzip.open if path.suffix == ".gz" else open
-    table = {}
-    with read(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                table[str(row["word"]).lower()] = [str(word) for word in row["neighbors"]]
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(
-                    f"{path}, line {number} is not an object with word and neighbors."
-                ) from None
-    return table
+    return Neighbours.read(path)
 
 
 class Source:
