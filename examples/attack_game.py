@@ -1,0 +1,175 @@
+r"""Play word substitution as a finite game, row by row of a test set, and solve it for mixtures.
+
+Rows of a game are samples of the learner: several checkpoints, one checkpoint with several dropout
+masks, or the samples that MAT keeps in a short training of its own. Columns are a text and what
+replacing one of its words makes of it; the payoff is the probability of a wrong answer. The table
+has means over the texts of what each player's best pure strategy and its mixture guarantee, the
+duality gap, and the value by linear programming for comparison.
+
+    python examples/attack_game.py --model runs/glue/sst2-*/last --task sst2
+    python examples/attack_game.py --model runs/intent/intents-plain-*/last --dropout 8
+    python examples/attack_game.py --mat 8 --updates 60 --neighbours typos
+"""
+
+import argparse
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from scipy.optimize import linprog
+from tqdm.auto import tqdm
+
+import attack
+import intent
+from mixadv.tokens import dropout_masks, learner_samples, play, solve_all, substitutions
+from mixadv.tokens.finite import Equilibrium, Learner, SubstitutionGame
+from training import command
+from training.data import Task
+from training.loop import Keeping, Training
+from training.options import Parser, positive
+from training.results import EMBEDDED_MODEL, Run
+from training.substitution import SOURCES, candidates
+
+NAMES = ("best_single", "guaranteed", "value", "worst", "best_row")
+HEAD = (
+    "learners", "texts", "adversary: best single", "mixture", "value by LP",
+    "learner: mixture", "best row", "largest gap", "helps adversary, %", "helps learner, %",
+)  # fmt: skip
+HELPS = 0.001  # in probability, from which a mixture is said to help
+
+
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
+    parser = Parser(
+        prog="attack_game.py",
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
+    )
+    add = parser.add_argument
+    text = "fine-tuned classifiers, folders or hub names: a row each, or with --dropout a game each"
+    add("--model", nargs="+", default=[], metavar="FOLDER", help=text)
+    text = "rows are N dropout masks of each --model"
+    add("--dropout", type=positive, default=0, metavar="N", help=text)
+    text = "rows are the last N samples of MAT, trained on the task's training rows"
+    add("--mat", type=positive, default=0, metavar="N", help=text)
+    text = "of MAT's training (default: %(default)s)"
+    add("--updates", type=positive, default=100, metavar="N", help=text)
+    text = "a task of glue.py or intent.py (default: intents, the embedded set)"
+    add("--task", default=intent.EMBEDDED, metavar="NAME", help=text)
+    add("--data", default="", metavar="FOLDER", help="of the task, as for its script")
+    add("--split", default="", metavar="NAME", help="whose rows are played (default: test, dev)")
+    add("--rows", type=positive, default=50, metavar="N", help="(default: %(default)s)")
+    add("--columns", type=positive, default=32, metavar="N", help="(default: %(default)s)")
+    text = f"{SOURCES} (default: %(default)s)"
+    add("--neighbours", default="builtin", metavar="SOURCE", help=text)
+    add("--limit", type=positive, default=0, metavar="N", help="training rows of MAT")
+    text = "add a JSON line per game to a file"
+    add("--output", type=Path, metavar="FILE", help=text)
+    return parser.parse_args(argv)
+
+
+def learners(options: Namespace, task: Task) -> dict[str, tuple[list[Learner], Any]]:
+    """Return the rows of the games and their tokenizer, by name."""
+    if options.mat:
+        run = Run(
+            task=task.name, model=EMBEDDED_MODEL, solver="mat", epochs=0.0, limit=options.limit,
+            parameters={"samples": options.mat}, updates=options.updates,
+        )  # fmt: skip
+        training = Training(run, task, Keeping(Path("runs/attack_game")))
+        training.train()
+        training.checkpoint.unlink(missing_ok=True)
+        assert training.game is not None
+        rows = learner_samples(training.game)
+        return {f"{len(rows)} samples of MAT": (rows, training.tokenizer)}
+    if not options.model:
+        raise ValueError("Name the learners: --model FOLDER ..., or --mat N.")
+    device = torch.device("cpu")
+    found = [attack.load_victim(name, task.labels or (), device) for name in options.model]
+    if options.dropout:
+        return {
+            f"{options.dropout} dropout masks of {name}": (
+                dropout_masks(victim, range(options.dropout)),
+                tokenizer,
+            )
+            for name, (victim, tokenizer) in zip(options.model, found, strict=True)
+        }
+    if len(found) == 1:
+        raise ValueError("One checkpoint is one row: give several, or --dropout N.")
+    vocabularies = {json.dumps(tokenizer.get_vocab(), sort_keys=True) for _, tokenizer in found}
+    if len(vocabularies) > 1:
+        raise ValueError(
+            "The checkpoints have different tokenizers: they cannot share the columns."
+        )
+    return {f"{len(found)} checkpoints": ([victim for victim, _ in found], found[0][1])}
+
+
+def lp(payoff: np.ndarray) -> float:
+    """Return the value of a game by linear programming."""
+    rows, columns = payoff.shape
+    found = linprog(
+        np.r_[np.zeros(columns), -1], A_ub=np.c_[-payoff, np.ones(rows)], b_ub=np.zeros(rows),
+        A_eq=[np.r_[np.ones(columns), 0]], b_eq=[1], bounds=[(0, None)] * columns + [(None, None)],
+    )  # fmt: skip
+    if found.status != 0:
+        raise ValueError(f"The linear program was not solved: {found.message}")
+    return -found.fun
+
+
+def row(name: str, games: list[SubstitutionGame], found: list[Equilibrium]) -> list[str]:
+    """Return a row of the table."""
+    mean = {n: np.mean([getattr(one, n) for one in found]) for n in NAMES}
+    exact = np.mean([lp(game.payoff.numpy()) for game in games])
+    adversary = np.mean([one.guaranteed - one.best_single > HELPS for one in found])
+    learner = np.mean([one.best_row - one.worst > HELPS for one in found])
+    numbers = [mean["best_single"], mean["guaranteed"], exact, mean["worst"], mean["best_row"]]
+    return [
+        name, str(len(games)), *[f"{number:.4f}" for number in numbers],
+        f"{max(one.gap for one in found):.1e}", f"{100 * adversary:.0f}", f"{100 * learner:.0f}",
+    ]  # fmt: skip
+
+
+def work(options: Namespace) -> str:
+    """Play and solve; return the table."""
+    transformers.utils.logging.disable_progress_bar()
+    task, source = attack.load_task(options), candidates(options.neighbours)
+    texts, labels = attack.chosen(options, task)
+    lines = [list(HEAD), ["---"] * len(HEAD)]
+    for name, (rows, tokenizer) in learners(options, task).items():
+        games = [
+            play(rows, tokenizer, substitutions(text, source, most=options.columns), label)
+            for text, label in zip(tqdm(texts, desc=name, disable=None), labels, strict=True)
+        ]
+        found = solve_all(games)
+        lines.append(row(name, games, found))
+        if options.output:
+            write(options.output, name, options, games, found)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write(
+    path: Path, name: str, options: Namespace, games: list[SubstitutionGame], found: Any
+) -> None:
+    """Add a line for each game: payoffs, both mixtures, and what they guarantee."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for number, (game, one) in enumerate(zip(games, found, strict=True)):
+            line = {"learners": name, "task": options.task, "text": number}
+            line |= {"payoff": [[round(v, 6) for v in r] for r in game.payoff.tolist()]}
+            line |= {n: v.tolist() if hasattr(v, "tolist") else v for n, v in one._asdict().items()}
+            file.write(json.dumps(line) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return 2 for what it cannot run."""
+    options = arguments(argv)
+    return command.answer("attack_game", lambda: work(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
