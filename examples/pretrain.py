@@ -135,7 +135,8 @@ def train(options: argparse.Namespace) -> str:
     """Train as the command line asks; return the table of held-out metrics."""
     check(options)
     solver = player(options)
-    output = options.output or Path("runs/pretrain") / options.objective
+    options.output = options.output or Path("runs/pretrain") / options.objective
+    output: Path = options.output
     log = output / "log.json"
     asked = {name: str(value) for name, value in vars(options).items() if name != "output"}
     if same(output, asked) and log.is_file():
@@ -147,6 +148,7 @@ def train(options: argparse.Namespace) -> str:
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         (output / "settings.json").write_text(json.dumps(asked, indent=1))
+        task.tokenizer.save_pretrained(output / tasks.TOKENIZER)
     trainer.train(resume_from_checkpoint=latest(output / "checkpoints"))
     found = [*trainer.state.log_history]
     if trainer.is_world_process_zero():

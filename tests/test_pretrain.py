@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -128,11 +129,15 @@ def test_every_objective_learns_and_its_checkpoint_is_fine_tuned(
 
 def test_the_first_steps_of_a_curriculum_are_plain(text: str, tmp_path: Path):
     found = {}
-    for name, more in {
-        "mlm": ["--objective", "mlm"],
-        "later": ["--objective", "alum", "--curriculum", "4"],
-        "now": ["--objective", "alum"],
-    }.items():
+    for number, (name, more) in enumerate(
+        {
+            "mlm": ["--objective", "mlm"],
+            "later": ["--objective", "alum", "--curriculum", "4"],
+            "now": ["--objective", "alum"],
+        }.items()
+    ):
+        if number:
+            shutil.copytree(tmp_path / "mlm" / "tokenizer", tmp_path / name / "tokenizer")
         arguments = ["--data", text, "--steps", "4", "--output", str(tmp_path / name)]
         assert run(*more, *arguments)[0] == 0
         found[name] = weights(tmp_path / name)
@@ -194,6 +199,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
         return plain(self, *given, **more)
 
     cut = tmp_path / "cut"
+    shutil.copytree(whole / "tokenizer", cut / "tokenizer")  # another would be learned
     with monkeypatch.context() as patch:
         patch.setattr(PretrainingTrainer, "compute_loss", killed)
         with pytest.raises(KilledError):
@@ -351,7 +357,7 @@ def test_wrong_arguments_are_answered_with_one_line(
 def test_a_tokenizer_without_a_mask_token_is_refused(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    found = models.find("tiny", False, 120, Path(text).read_text().split("\n\n"))
+    found = models.find("tiny", False, 120, Path(text).read_text().split("\n\n"), tmp_path / "no")
     found.tokenizer.mask_token = None
     monkeypatch.setattr(models, "find", lambda *_: found)
     where = ["--data", text, "--output", str(tmp_path / "out")]
@@ -361,7 +367,7 @@ def test_a_tokenizer_without_a_mask_token_is_refused(
 
 def test_a_model_without_a_language_model_head_is_refused(text: str, tmp_path: Path):
     AutoConfig.for_model("vit").save_pretrained(tmp_path / "vit")
-    source = models.find("tiny", False, 120, Path(text).read_text().split("\n\n"))
+    source = models.find("tiny", False, 120, Path(text).read_text().split("\n\n"), tmp_path / "no")
     source.tokenizer.save_pretrained(tmp_path / "vit")
     where = ["--data", text, "--output", str(tmp_path / "out"), "--model", str(tmp_path / "vit")]
     assert "ViTConfig has no model for AutoModelForMaskedLM" in refused(*where, "--from-scratch")

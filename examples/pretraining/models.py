@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, AutoTokenizer, BertConfig
 
 from training import model as finetuning
@@ -30,7 +32,7 @@ class Source(NamedTuple):
     folder: str | None
 
 
-def find(name: str, from_scratch: bool, vocabulary: int, texts: list[str]) -> Source:
+def find(name: str, from_scratch: bool, vocabulary: int, texts: list[str], learned: Path) -> Source:
     """Return the tokenizer and shape of a model.
 
     Args:
@@ -38,6 +40,8 @@ def find(name: str, from_scratch: bool, vocabulary: int, texts: list[str]) -> So
         from_scratch: whether its weights are drawn anew.
         vocabulary: size of the tokenizer of "tiny", learned on the texts.
         texts: to train on.
+        learned: folder of the tokenizer that this run learned before it was killed; learning one
+            again would break ties another way.
 
     Raises:
         ValueError: if there is no such model.
@@ -47,11 +51,11 @@ def find(name: str, from_scratch: bool, vocabulary: int, texts: list[str]) -> So
         raise ValueError(f"The folder {name} holds no model: it has no config.json.")
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(where)
             if name == TINY:
-                tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary)
+                tokenizer = _learned(where, vocabulary, texts, learned)
                 config = BertConfig(vocab_size=len(tokenizer), **SIZE)
                 return Source(tokenizer, config, None)
+            tokenizer = AutoTokenizer.from_pretrained(where)
             config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise ValueError(f"The model {name} cannot be loaded: {error}") from error
@@ -81,6 +85,16 @@ def build(source: Source, kind: Any, config: Any = None) -> tuple[Any, list[str]
         ) from error
     missing = set(info["missing_keys"])
     return built, [name for name, _ in built.named_parameters() if name in missing]
+
+
+def _learned(like: str, vocabulary: int, texts: list[str], folder: Path) -> Any:
+    """Return a tokenizer of the texts, the same on all processes."""
+    if folder.is_dir():
+        return AutoTokenizer.from_pretrained(folder)
+    made = None
+    if PartialState().is_main_process:
+        made = AutoTokenizer.from_pretrained(like).train_new_from_iterator(texts, vocabulary)
+    return broadcast_object_list([made])[0]
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from pretraining.objectives import ORDER, Detection, Masked, Objective, guess
 from training import model as finetuning
 from training.results import EMBEDDED_MODEL
 
+TOKENIZER = "tokenizer"  # the folder of it in that of the run
 WORDS_PER_TOKEN = 0.7  # of running English, so that few pieces are cut
 
 
@@ -44,7 +45,8 @@ class Task:
         objective: what is minimised and measured.
         train: rows of tokens.
         held_out: rows likewise.
-        saved: what is saved of the model, and the tokenizer.
+        exported: what is fine-tuned of the model.
+        tokenizer: of the model.
     """
 
     model: Any
@@ -52,11 +54,12 @@ class Task:
     objective: Objective
     train: Dataset
     held_out: Dataset
-    saved: tuple[Any, ...]
+    exported: Any
+    tokenizer: Any
 
     def save(self, folder: Path) -> None:
         """Save weights and tokenizer for `from_pretrained`."""
-        for thing in self.saved:
+        for thing in (self.exported, self.tokenizer):
             thing.save_pretrained(folder)
 
 
@@ -65,6 +68,16 @@ def _rows(options: Namespace, texts: Corpus, encode: Any) -> tuple[Dataset, Data
     return (
         corpus.rows(texts.train, encode),
         corpus.rows(texts.held_out, encode, most=options.evaluate_rows),
+    )
+
+
+def _source(options: Namespace, texts: Corpus) -> models.Source:
+    return models.find(
+        options.model,
+        options.from_scratch,
+        options.vocabulary,
+        texts.train,
+        options.output / TOKENIZER,
     )
 
 
@@ -88,7 +101,7 @@ def encoder(tokenizer: Any, length: int) -> Any:
 
 def masked(options: Namespace, texts: Corpus) -> Task:
     """Return masked-language modelling: 15 % of the tokens, 80/10/10 as in BERT."""
-    source = models.find(options.model, options.from_scratch, options.vocabulary, texts.train)
+    source = _source(options, texts)
     if source.tokenizer.mask_token is None:
         raise ValueError(
             f"The tokenizer of {options.model} has no mask token: choose an encoder that was made "
@@ -99,7 +112,7 @@ def masked(options: Namespace, texts: Corpus) -> Task:
     known = guess(*map(_ordinary, (train, held_out)), len(source.tokenizer))
     collator = DataCollatorForLanguageModeling(source.tokenizer)
     objective = Masked(collator, known._asdict())
-    return Task(model, new, objective, train, held_out, (model, source.tokenizer))
+    return Task(model, new, objective, train, held_out, model, source.tokenizer)
 
 
 def correction(options: Namespace, texts: Corpus) -> Task:
@@ -108,7 +121,7 @@ def correction(options: Namespace, texts: Corpus) -> Task:
     A row is a pair of successive pieces of text, half of them swapped, for models of the kinds that
     have a head for that (BERT, ALBERT); for others it is one piece.
     """
-    source = models.find(options.model, options.from_scratch, options.vocabulary, texts.train)
+    source = _source(options, texts)
     ordered = source.config.model_type in ("bert", "albert")
     kind = AutoModelForPreTraining if ordered else AutoModelForMaskedLM
     model, new = models.build(source, kind)
@@ -127,7 +140,7 @@ def correction(options: Namespace, texts: Corpus) -> Task:
     chance = known._asdict() | ({"order": 0.5} if ordered else {})
     collator = CorrectionCollator(source.tokenizer, similar_words(options.neighbours))
     objective = Masked(collator, chance)
-    return Task(model, new, objective, train, held_out, (model, source.tokenizer))
+    return Task(model, new, objective, train, held_out, model, source.tokenizer)
 
 
 def _ordinary(rows: Dataset) -> Iterator[list[int]]:
@@ -144,7 +157,7 @@ def _of_words(rows: Dataset) -> Iterator[list[int]]:
 
 def detection(options: Namespace, texts: Corpus) -> Task:
     """Return ELECTRA's: which tokens a small generator has replaced."""
-    source = models.find(options.model, options.from_scratch, options.vocabulary, texts.train)
+    source = _source(options, texts)
     config = source.config
     if options.model == models.TINY:
         size = {**models.SIZE, "embedding_size": models.SIZE["hidden_size"]}
@@ -163,7 +176,7 @@ def detection(options: Namespace, texts: Corpus) -> Task:
     train, held_out = (rows.remove_columns("special_tokens_mask") for rows in (train, held_out))
     objective = Detection(DataCollatorWithPadding(source.tokenizer), {"AUC": 0.5})
     new = [f"discriminator.{name}" for name in new]
-    return Task(model, new, objective, train, held_out, (discriminator, source.tokenizer))
+    return Task(model, new, objective, train, held_out, discriminator, source.tokenizer)
 
 
 def similar_words(path: str) -> Neighbours:
