@@ -62,8 +62,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vocabulary", type=positive, default=4096, metavar="N", help=text)
     text = "train the parameters alone that the checkpoint lacks: a new head, before all else"
     add("--only-new", action="store_true", help=text)
-    text = "for macbert, and --substitute: a table of similar words (default: by the encoder)"
+    text = (
+        "similar words of macbert and --substitute: a table, or by the embeddings of the embedded "
+        "encoder (default)"
+    )
     add("--neighbours", default="", metavar="FILE", help=text)
+    text = (
+        "augment the text: beside each paragraph its copy, with SHARE of the words that have "
+        "neighbours replaced by one"
+    )
+    add("--substitute", type=float, default=0.0, metavar="SHARE", help=text)
 
     add = parser.add_argument_group("adversary").add_argument
     text = "plain, or who perturbs the embeddings (default: plain; alum for --objective alum)"
@@ -109,6 +117,8 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--warmup must be a share in [0, 1), got {options.warmup}.")
     if not options.curriculum >= 0:
         raise ValueError(f"--curriculum must be at least 0, got {options.curriculum}.")
+    if not 0 <= options.substitute <= 1:
+        raise ValueError(f"--substitute must be a share in [0, 1], got {options.substitute}.")
     if options.only_new and (options.from_scratch or options.model == models.TINY):
         raise ValueError("--only-new is for a checkpoint: from scratch all parameters are new.")
 

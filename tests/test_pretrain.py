@@ -146,6 +146,19 @@ def test_the_first_steps_of_a_curriculum_are_plain(text: str, tmp_path: Path):
     assert not all(torch.equal(found["mlm"][n], found["now"][n]) for n in found["mlm"])
 
 
+def test_text_is_augmented_by_copies_with_similar_words(text: str, table: str, tmp_path: Path):
+    options = pretrain.arguments(
+        [*TINY, "--data", text, "--substitute", "1", "--neighbours", table,
+         "--output", str(tmp_path / "out")]
+    )  # fmt: skip
+    task = tasks.masked(options, corpus.read(text))
+    decoded = task.tokenizer.batch_decode(task.train["input_ids"][:])
+    half = len(decoded) // 2
+    assert any("cat" in row.split() for row in decoded[:half])
+    assert not any({"dog", "house", "sees"} & {*row.split()} for row in decoded[half + 1 :])
+    assert len(task.held_out) == 12
+
+
 def test_only_new_trains_the_head_and_continual_training_goes_on_from_it(text: str, tmp_path: Path):
     base = tmp_path / "base"
     assert run("--data", text, "--steps", "3", "--output", str(base))[0] == 0
@@ -344,6 +357,7 @@ def test_wrong_text_is_answered_with_one_line(tmp_path: Path):
         (["--lr", "0"], "--lr must be positive, got 0"),
         (["--warmup", "1"], "[0, 1), got 1"),
         (["--only-new"], "for a checkpoint"),
+        (["--substitute", "2"], "a share in [0, 1], got 2"),
         (["--objective", "alum", "--set", "smoothnes=1"], "Did you mean 'smoothness'?"),
         (["--model", "/nowhere"], "cannot be loaded"),
         (["--objective", "macbert", "--neighbours", "/nowhere.jsonl"], "/nowhere.jsonl"),

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import torch
+from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -24,6 +25,7 @@ from mixadv.tokens import (
     WordTokenizer,
     generator_config,
     sentence_order,
+    substituted,
 )
 from pretraining import corpus, models
 from pretraining.corpus import Corpus
@@ -64,11 +66,14 @@ class Task:
 
 
 def _rows(options: Namespace, texts: Corpus, encode: Any) -> tuple[Dataset, Dataset]:
-    """Return the rows to train on and those to measure on."""
-    return (
-        corpus.rows(texts.train, encode),
-        corpus.rows(texts.held_out, encode, most=options.evaluate_rows),
-    )
+    """Return the rows to train on, augmented if that is asked for, and those to measure on."""
+    train = corpus.rows(texts.train, encode)
+    if options.substitute:
+        draw = torch.Generator().manual_seed(options.seed)
+        table = similar_words(options.neighbours)
+        copies = substituted(texts.train, table, options.substitute, generator=draw)
+        train = concatenate_datasets([train, corpus.rows(copies, encode)])
+    return train, corpus.rows(texts.held_out, encode, most=options.evaluate_rows)
 
 
 def _source(options: Namespace, texts: Corpus) -> models.Source:
