@@ -1,16 +1,18 @@
 """Word substitution as a finite game: mixtures against pure strategies, and the exact solution."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from hypothesis import given, settings
 from scipy.optimize import linprog
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification
 
+import attack_game
 import mixadv
 from mixadv.tokens import SimilarWords
 from mixadv.tokens.finite import (
@@ -21,30 +23,18 @@ from mixadv.tokens.finite import (
     solve_all,
     substitutions,
 )
+from tests.substitution_zoo import TABLE, word_tokenizer
 
-TABLE = {"good": ["fine", "great", "nice"], "film": ["movie", "picture"], "plot": ["story"]}
-TEXT = "A good film with the plot"
-VOCABULARY = ["[PAD]", "[UNK]", "a", "good", "fine", "great", "nice", "film", "movie", "picture"]
-VOCABULARY += ["with", "the", "plot", "story"]
-
-
-def tokenizer() -> Any:
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, "[UNK]")
-    )
-    words.normalizer = tokenizers.normalizers.Lowercase()
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
-    )
+TEXT = "The good film and the plot"
+LABELS = {0: "negative", 1: "positive"}
 
 
 def classifier(seed: int, dropout: float = 0.0) -> Any:
     torch.manual_seed(seed)
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(
-        vocab_size=len(VOCABULARY), intermediate_size=8, max_position_embeddings=32,
-        initializer_range=1.0, hidden_dropout_prob=dropout, **size,
+        id2label=LABELS, vocab_size=len(word_tokenizer()), max_position_embeddings=128,
+        intermediate_size=8, initializer_range=1.0, hidden_dropout_prob=dropout, **size,
     )  # fmt: skip
     return BertForSequenceClassification(config)
 
@@ -135,7 +125,7 @@ def test_matching_pennies_wants_both_to_mix():
 def test_the_columns_are_the_text_and_single_substitutions():
     texts = substitutions(TEXT, SimilarWords(TABLE))
     assert texts[0] == TEXT
-    expected = {TEXT.replace(old, new) for old, news in TABLE.items() for new in news}
+    expected = {TEXT.replace(old, new) for old, news in TABLE.items() for new in news} - {TEXT}
     assert set(texts[1:]) == expected
     few = substitutions(TEXT, SimilarWords(TABLE), most=4)
     assert len(few) == 4
@@ -156,10 +146,10 @@ def test_of_a_pair_one_text_changes(column: int):
 
 def test_entries_are_the_errors_of_each_learner_at_each_text():
     models, texts = [classifier(s) for s in range(3)], substitutions(TEXT, SimilarWords(TABLE))
-    found = play(models, tokenizer(), texts, 1, batch_size=2)
+    found = play(models, word_tokenizer(), texts, 1, batch_size=2)
     for i, model in enumerate(models):
         for j, text in enumerate(texts):
-            inputs = tokenizer()(text, return_tensors="pt")
+            inputs = word_tokenizer()(text, return_tensors="pt")
             with torch.no_grad():
                 logits = model.eval()(**inputs).logits[0]
             wrong = logits.double().exp()[0] / logits.double().exp().sum()
@@ -169,14 +159,18 @@ def test_entries_are_the_errors_of_each_learner_at_each_text():
 def test_a_dropout_row_is_one_function_of_the_text_whatever_is_read_beside_it():
     model, texts = classifier(0, dropout=0.3), substitutions(TEXT, SimilarWords(TABLE))
     learners = dropout_masks(model, [0, 1])
-    whole = play(learners, tokenizer(), texts, 0).payoff
-    torch.testing.assert_close(play(learners, tokenizer(), texts, 0, batch_size=1).payoff, whole)
-    torch.testing.assert_close(play(learners, tokenizer(), texts[::-1], 0).payoff, whole.flip(1))
+    whole = play(learners, word_tokenizer(), texts, 0).payoff
+    torch.testing.assert_close(
+        play(learners, word_tokenizer(), texts, 0, batch_size=1).payoff, whole
+    )
+    torch.testing.assert_close(
+        play(learners, word_tokenizer(), texts[::-1], 0).payoff, whole.flip(1)
+    )
     assert (whole[0] - whole[1]).abs().max() > 1e-3
 
 
 def test_the_rows_of_mat_are_the_samples_that_it_keeps():
-    model, words = classifier(0), tokenizer()
+    model, words = classifier(0), word_tokenizer()
     base = torch.optim.SGD(model.parameters(), lr=0.5)
     optimizer = mixadv.wrap(base, model, mixadv.MAT(samples=3))
     batch = {**words([TEXT, "the plot"], padding=True, return_tensors="pt")}
@@ -196,7 +190,7 @@ def test_models_and_random_state_are_left_as_they_were():
     model = classifier(0, dropout=0.3).train()
     model.dropout.eval()
     state = torch.get_rng_state()
-    play([model, *dropout_masks(model, [0])], tokenizer(), (TEXT,), 0)
+    play([model, *dropout_masks(model, [0])], word_tokenizer(), (TEXT,), 0)
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
     assert not model.dropout.training
@@ -206,12 +200,74 @@ def test_models_and_random_state_are_left_as_they_were():
 def test_wrong_games_are_refused():
     model = classifier(0)
     with pytest.raises(ValueError, match=r"label must be 0 to 1, a learner's, got 2"):
-        play([model], tokenizer(), (TEXT,), 2)
+        play([model], word_tokenizer(), (TEXT,), 2)
     with pytest.raises(ValueError, match="rows and columns, got 0 and 1"):
-        play([], tokenizer(), (TEXT,), 0)
+        play([], word_tokenizer(), (TEXT,), 0)
     with pytest.raises(ValueError, match=r"each of the 1 texts, got shape \[2, 3\]"):
         SubstitutionGame(("a",), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"2 games with \[1, 2\] learners"):
         solve_all([game(torch.zeros(1, 2)), game(torch.zeros(2, 2))])
     with pytest.raises(ValueError, match="got 0 games"):
         solve_all([])
+
+
+# The script ------------------------------------------------------------------------------------
+
+
+def models(folder: Path, seeds: range) -> list[str]:
+    """Save tiny classifiers; return their folders."""
+    for seed in seeds:
+        classifier(seed, dropout=0.2).save_pretrained(folder / f"model{seed}")
+        word_tokenizer().save_pretrained(folder / f"model{seed}")
+    return [str(folder / f"model{seed}") for seed in seeds]
+
+
+def arguments(folder: Path) -> list[str]:
+    """Write a task and a table; return what names them."""
+    (folder / "sst2").mkdir(parents=True)
+    rows = [{"sentence": TEXT, "label": 1}, {"sentence": "a slow plot", "label": 0}] * 2
+    for split in ("train", "dev"):
+        (folder / "sst2" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = [json.dumps({"word": w, "neighbors": n}) for w, n in TABLE.items()]
+    (folder / "table.jsonl").write_text("\n".join(lines))
+    return ["--task", "sst2", "--data", str(folder), "--neighbours", str(folder / "table.jsonl")]
+
+
+@pytest.mark.parametrize("more", [[], ["--dropout", "3"]])
+def test_the_script_solves_a_game_for_each_text(more: list[str], tmp_path: Path, capsys: Any):
+    names, file = models(tmp_path, range(2)), tmp_path / "games.jsonl"
+    given = ["--model", *names, *more, "--output", str(file)]
+    assert attack_game.main([*arguments(tmp_path / "data"), *given]) == 0
+    head, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert len(rows) == (2 if more else 1)
+    assert head.count("|") == rows[0].count("|")
+    for line in map(json.loads, file.read_text().splitlines()):
+        exact = value(np.array(line["payoff"]))
+        assert line["guaranteed"] >= line["best_single"] - 1e-9
+        assert line["worst"] <= line["best_row"] + 1e-9
+        assert line["guaranteed"] - 1e-5 <= exact <= line["worst"] + 1e-5  # written rounded
+        assert line["gap"] < 1e-3
+
+
+def test_the_script_trains_mat_for_its_samples(tmp_path: Path, capsys: Any, monkeypatch: Any):
+    (name,) = models(tmp_path, range(1))
+    monkeypatch.setattr(attack_game, "EMBEDDED_MODEL", name)
+    monkeypatch.chdir(tmp_path)
+    given = [*arguments(tmp_path / "data"), "--mat", "3", "--updates", "2"]
+    assert attack_game.main(given) == 0
+    assert "| 3 samples of MAT | 4 |" in capsys.readouterr().out
+
+
+def test_the_script_answers_mistakes_with_one_line(tmp_path: Path, capsys: Any):
+    (name,), task = models(tmp_path, range(1)), arguments(tmp_path / "data")
+    for named, answer in {
+        (): "Name the learners",
+        ("--model", name): "One checkpoint is one row",
+        ("--model", str(tmp_path / "none")): "cannot be loaded",
+        ("--model", name, "--neighbours", "nowhere"): "there is no such file",
+    }.items():
+        assert attack_game.main([*task, *named]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert answer in printed.err
+        assert printed.err.count("\n") == 1
