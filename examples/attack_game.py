@@ -26,7 +26,13 @@ from tqdm.auto import tqdm
 
 import attack
 import intent
-from mixadv.tokens import dropout_masks, learner_samples, play, solve_all, substitutions
+from mixadv.tokens import (
+    dropout_masks,
+    learner_samples,
+    solve_all,
+    substitution_game,
+    substitutions,
+)
 from mixadv.tokens.finite import Equilibrium, Learner, SubstitutionGame
 from training import command
 from training.data import Task
@@ -142,7 +148,9 @@ def work(options: Namespace) -> str:
     lines = [list(HEAD), ["---"] * len(HEAD)]
     for name, (rows, tokenizer) in learners(options, task).items():
         games = [
-            play(rows, tokenizer, substitutions(text, source, most=options.columns), label)
+            substitution_game(
+                rows, tokenizer, substitutions(text, source, most=options.columns), label
+            )
             for text, label in zip(tqdm(texts, desc=name, disable=None), labels, strict=True)
         ]
         found = solve_all(games)

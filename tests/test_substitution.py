@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from mixadv.tokens import Attack, Similarity, SimilarWords, Typos, WordSubstitution, summary
+from mixadv.tokens.attacks import wilson
 from mixadv.tokens.constraints import FUNCTION_WORDS, budget
 from mixadv.tokens.reader import Reader
-from mixadv.tokens.substitution import wilson
 from mixadv.tokens.words import Words
 from tests.substitution_zoo import (
     TABLE,

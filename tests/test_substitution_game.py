@@ -19,8 +19,8 @@ from mixadv.tokens.finite import (
     SubstitutionGame,
     dropout_masks,
     learner_samples,
-    play,
     solve_all,
+    substitution_game,
     substitutions,
 )
 from tests.substitution_zoo import TABLE, word_tokenizer
@@ -146,7 +146,7 @@ def test_of_a_pair_one_text_changes(column: int):
 
 def test_entries_are_the_errors_of_each_learner_at_each_text():
     models, texts = [classifier(s) for s in range(3)], substitutions(TEXT, SimilarWords(TABLE))
-    found = play(models, word_tokenizer(), texts, 1, batch_size=2)
+    found = substitution_game(models, word_tokenizer(), texts, 1, batch_size=2)
     for i, model in enumerate(models):
         for j, text in enumerate(texts):
             inputs = word_tokenizer()(text, return_tensors="pt")
@@ -159,12 +159,12 @@ def test_entries_are_the_errors_of_each_learner_at_each_text():
 def test_a_dropout_row_is_one_function_of_the_text_whatever_is_read_beside_it():
     model, texts = classifier(0, dropout=0.3), substitutions(TEXT, SimilarWords(TABLE))
     learners = dropout_masks(model, [0, 1])
-    whole = play(learners, word_tokenizer(), texts, 0).payoff
+    whole = substitution_game(learners, word_tokenizer(), texts, 0).payoff
     torch.testing.assert_close(
-        play(learners, word_tokenizer(), texts, 0, batch_size=1).payoff, whole
+        substitution_game(learners, word_tokenizer(), texts, 0, batch_size=1).payoff, whole
     )
     torch.testing.assert_close(
-        play(learners, word_tokenizer(), texts[::-1], 0).payoff, whole.flip(1)
+        substitution_game(learners, word_tokenizer(), texts[::-1], 0).payoff, whole.flip(1)
     )
     assert (whole[0] - whole[1]).abs().max() > 1e-3
 
@@ -177,7 +177,7 @@ def test_the_rows_of_mat_are_the_samples_that_it_keeps():
     for _ in range(3):
         optimizer.step(lambda: model(**batch, labels=torch.tensor([0, 1])))
     texts = substitutions(TEXT, SimilarWords(TABLE))
-    found = play(learner_samples(optimizer.game), words, texts, 0).payoff
+    found = substitution_game(learner_samples(optimizer.game), words, texts, 0).payoff
     inputs = words(list(texts), padding=True, return_tensors="pt")
     mixed = optimizer.game.mixture(lambda: model.eval()(**inputs))
     torch.testing.assert_close(1 - found.mean(0), mixed.double().exp()[:, 0], atol=1e-6, rtol=0)
@@ -190,7 +190,7 @@ def test_models_and_random_state_are_left_as_they_were():
     model = classifier(0, dropout=0.3).train()
     model.dropout.eval()
     state = torch.get_rng_state()
-    play([model, *dropout_masks(model, [0])], word_tokenizer(), (TEXT,), 0)
+    substitution_game([model, *dropout_masks(model, [0])], word_tokenizer(), (TEXT,), 0)
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
     assert not model.dropout.training
@@ -200,9 +200,9 @@ def test_models_and_random_state_are_left_as_they_were():
 def test_wrong_games_are_refused():
     model = classifier(0)
     with pytest.raises(ValueError, match=r"label must be 0 to 1, a learner's, got 2"):
-        play([model], word_tokenizer(), (TEXT,), 2)
+        substitution_game([model], word_tokenizer(), (TEXT,), 2)
     with pytest.raises(ValueError, match="rows and columns, got 0 and 1"):
-        play([], word_tokenizer(), (TEXT,), 0)
+        substitution_game([], word_tokenizer(), (TEXT,), 0)
     with pytest.raises(ValueError, match=r"each of the 1 texts, got shape \[2, 3\]"):
         SubstitutionGame(("a",), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"2 games with \[1, 2\] learners"):

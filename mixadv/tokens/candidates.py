@@ -1,16 +1,12 @@
-"""Candidates: the words that may stand in place of a word, and three sources of them."""
+"""Candidates: the words that may stand in place of a word, and sources of them."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-from torch import Tensor, nn
-
-from mixadv.tokens.reader import evaluating, longest, tokens
 from mixadv.tokens.words import Words, cased_like
 
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -53,7 +49,7 @@ class SimilarWords:
     most: int = 20
 
     def __post_init__(self) -> None:
-        _check_most(self.most)
+        check_most(self.most)
         table = self.neighbours
         if isinstance(table, Mapping) and not any(table.values()):
             raise ValueError(
@@ -93,7 +89,7 @@ class Typos:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_most(self.most)
+        check_most(self.most)
 
     def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
         """See `Candidates`."""
@@ -105,83 +101,6 @@ class Typos:
     def _of(self, word: str) -> list[str]:
         slips = list(dict.fromkeys(_slips(word))) if len(word) >= SHORTEST else []
         return random.Random(f"{self.seed}/{word}").sample(slips, len(slips))
-
-
-@dataclass(frozen=True)
-class MaskedCandidates:
-    """Words that a masked language model expects in place of a word (BAE, A2T-MLM).
-
-    The word is replaced by the mask token; the tokens that the model finds likeliest there are the
-    candidates, if they are whole words. They fit the sentence and need not mean the same: an attack
-    with them wants a `Similarity`.
-
-    Garg and Ramakrishnan (2020), "BAE: BERT-based adversarial examples for text classification",
-    EMNLP.
-
-    Attributes:
-        model: a masked language model.
-        tokenizer: of the model, a fast one.
-        most: candidates of a word.
-        batch_size: texts that the model reads at a time.
-
-    Raises:
-        TypeError: for a slow tokenizer, or a model without a language-model head.
-        ValueError: for a tokenizer without a mask token.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    most: int = 20
-    batch_size: int = 32
-    _vocabulary: dict[int, str] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        _check_most(self.most)
-        if getattr(self.tokenizer, "mask_token", None) is None:
-            raise ValueError(
-                f"{type(self.tokenizer).__name__} has no mask token: use the model and tokenizer "
-                "of a masked language model, such as BERT's or RoBERTa's."
-            )
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise TypeError(
-                f"{type(self.tokenizer).__name__} does not tell where the mask lies: use the fast "
-                "tokenizer of the model."
-            )
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        if head is None:
-            raise TypeError(
-                f"{type(self.model).__name__} has no language-model head: load the model with "
-                "AutoModelForMaskedLM."
-            )
-        object.__setattr__(self, "_vocabulary", _whole_words(self.tokenizer))
-
-    def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
-        """See `Candidates`."""
-        found: list[list[str]] = []
-        with evaluating(self.model), torch.no_grad():
-            for start in range(0, len(words), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                found += self._batch(words[part], indices[part])
-        return found
-
-    def _batch(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
-        mask = self.tokenizer.mask_token
-        texts = [text.replaced({i: mask}) for text, i in zip(words, indices, strict=True)]
-        encoding = tokens(self.tokenizer, texts, longest(self.model, self.tokenizer))
-        device = next(self.model.parameters()).device
-        logits = self.model(**{k: v.to(device) for k, v in encoding.items()}).logits
-        found = []
-        for row, (text, index) in enumerate(zip(words, indices, strict=True)):
-            at = encoding.char_to_token(row, text.spans[index][0])
-            likely = [] if at is None else self._likeliest(logits[row, at])  # cut texts have none
-            found.append(usable(text, index, likely, self.most))
-        return found
-
-    def _likeliest(self, logits: Tensor) -> Iterable[str]:
-        """Yield whole words, the likeliest first."""
-        for token in logits.argsort(descending=True).tolist():
-            if token in self._vocabulary:
-                yield self._vocabulary[token]
 
 
 def usable(words: Words, index: int, found: Iterable[str], most: int) -> list[str]:
@@ -238,23 +157,7 @@ def _beside(letter: str) -> str:
     return keys.upper() if letter.isupper() else keys
 
 
-def _whole_words(tokenizer: Any) -> dict[int, str]:
-    """Return the tokens of a vocabulary that are words by themselves, letters alone."""
-    vocabulary = tokenizer.get_vocab()
-    special = set(tokenizer.all_special_ids)
-    # Byte-pair and unigram vocabularies mark the beginnings of words, WordPiece the other pieces.
-    mark = next((m for m in "Ġ▁" if any(token.startswith(m) for token in vocabulary)), "")
-    whole = {}
-    for token, number in vocabulary.items():
-        if number not in special and token.startswith(mark):
-            word = tokenizer.convert_tokens_to_string([token]).strip() if mark else token
-            if word.isalpha():
-                whole[number] = word
-    if not whole:
-        raise ValueError(f"{type(tokenizer).__name__} has no token that is a whole word.")
-    return whole
-
-
-def _check_most(most: int) -> None:
+def check_most(most: int) -> None:
+    """Raise unless at least one candidate is asked for."""
     if most < 1:
         raise ValueError(f"most must be at least 1, got {most}.")

@@ -241,7 +241,7 @@ def learner_samples(game: Game) -> list[Learner]:
     return [learner(sample) for sample in game.learner_samples]
 
 
-def play(
+def substitution_game(
     learners: Sequence[Learner],
     tokenizer: Any,
     texts: Sequence[Text],
