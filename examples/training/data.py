@@ -1,5 +1,6 @@
 """Rows to train and evaluate on: from the hub or a folder of JSON lines, checked before use."""
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -186,7 +187,7 @@ def choose(
         if hold_out >= len(order):
             raise DataError(f"{hold_out} held-out rows leave nothing of {len(order)} to train on.")
         splits["held-out"] = task.train.select(order[:hold_out])
-        read = _texts(task.train)
+        read = texts(task.train)
         held = {read[i] for i in order[:hold_out]}
         order = [i for i in order[hold_out:] if read[i] not in held]
     if shots:
@@ -214,7 +215,7 @@ def _few(order: list[int], labels: list[Any], shots: int) -> list[int]:
 # Batching --------------------------------------------------------------------------------------
 
 
-def _texts(rows: Dataset) -> list[tuple[str, ...]]:
+def texts(rows: Dataset) -> list[tuple[str, ...]]:
     """Return the one or two texts of each row."""
     columns = [rows[name][:] for name in ("text", "pair") if name in rows.column_names]
     return list(zip(*columns, strict=True))
@@ -222,24 +223,27 @@ def _texts(rows: Dataset) -> list[tuple[str, ...]]:
 
 def lengths(rows: Dataset) -> list[int]:
     """Return how many characters each row has."""
-    return [sum(map(len, texts)) for texts in _texts(rows)]
+    return [sum(map(len, pair)) for pair in texts(rows)]
 
 
 def batches(lengths: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
-    """Yield batches of row numbers without end, each epoch in another order.
+    """Yield batches of row numbers without end, each epoch in another order."""
+    for number in itertools.count():
+        yield from epoch(lengths, size, seed, number)
+
+
+def epoch(lengths: Sequence[int], size: int, seed: int, number: int) -> list[list[int]]:
+    """Return the batches of row numbers of an epoch.
 
     Rows of similar length are together, so that little is padded; an epoch that does not fill its
     last batch fills it with rows drawn again.
     """
-    rows, epoch = range(len(lengths)), 0
-    while True:
-        draw = random.Random(f"{seed}/{epoch}")
-        order = draw.sample(rows, len(rows))
-        order += draw.choices(rows, k=-len(rows) % size)
-        made = []
-        for start in range(0, len(order), 8 * size):
-            pool = sorted(order[start : start + 8 * size], key=lengths.__getitem__)
-            made += [pool[i : i + size] for i in range(0, len(pool), size)]
-        draw.shuffle(made)
-        yield from made
-        epoch += 1
+    rows, draw = range(len(lengths)), random.Random(f"{seed}/{number}")
+    order = draw.sample(rows, len(rows))
+    order += draw.choices(rows, k=-len(rows) % size)
+    made = []
+    for start in range(0, len(order), 8 * size):
+        pool = sorted(order[start : start + 8 * size], key=lengths.__getitem__)
+        made += [pool[i : i + size] for i in range(0, len(pool), size)]
+    draw.shuffle(made)
+    return made

@@ -18,6 +18,7 @@ from training.data import Task
 from training.evaluation import Evaluator, Metrics
 from training.monitor import Monitor
 from training.results import Run, append, finished
+from training.substitution import Source, candidates
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Progress:
     curve: list[list[float]] = field(default_factory=list)
     best: Metrics = field(default_factory=dict)
     best_update: int = 0
+    copied: list[list[Any]] = field(default_factory=list)  # perturbed rows of the epoch
 
 
 class Training:
@@ -68,10 +70,9 @@ class Training:
         self.rows, self.splits = chosen_rows(run, task)
         self.choose_on = "held-out" if run.hold_out else task.choose_on
         self.size = run.batch_size * processes
-        per_epoch = len(self.rows) / (self.size * run.accumulate)
-        self.updates = run.updates or math.ceil(run.epochs * per_epoch)
-
         network, self.tokenizer = model.load(run, task)
+        self.source = Source(run, self.rows, self.size, self.part, network, self.tokenizer)
+        self.updates = run.updates or math.ceil(self.source.updates(run.epochs))
         self.model = self.accelerator.prepare(network.train())
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -103,13 +104,12 @@ class Training:
         done = checkpoint.load(self.checkpoint, self.live())
         self.progress = Progress(**done)
         progress, every = self.progress, self.run.evaluate_every
-        source = data.batches(data.lengths(self.rows), self.size, self.run.seed)
-        source = itertools.islice(source, progress.updates * self.run.accumulate, None)
+        source = self.source.batches(progress.updates * self.run.accumulate, progress.copied)
         with self.monitor() as monitor:
             while progress.updates < self.updates:
                 started = time.perf_counter()
                 batches = itertools.islice(source, self.run.accumulate)
-                loss = self.update([self.encode(self.rows[b[self.part]]) for b in batches])
+                loss = self.update([self.encode(columns) for columns in batches])
                 self.scheduler.step()
                 progress.seconds += time.perf_counter() - started
                 progress.updates += 1
@@ -264,6 +264,10 @@ def check(run: Run, task: Task) -> None:
         )
     if run.evaluate == "mixture" and task.labels is None:
         raise ValueError(f"A mixture has probabilities of labels, and {task.name} has none.")
+    if run.substitute:
+        if task.labels is None:
+            raise ValueError(f"substitute attacks predicted labels, and {task.name} has none.")
+        candidates(run.neighbours)  # raises if they cannot be read
 
 
 def run_all(runs: list[Run], task: Task, keeping: Keeping) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import mixadv
 from mixadv.ascent import Ascent
 from training.parameters import PLAIN
 from training.results import Run
+from training.substitution import SOURCES
 
 WIDTH = 100  # of the manual
 EPILOG = """
@@ -132,6 +133,12 @@ def parser(
     )
     add("--hold-out", type=positive, default=0, metavar="N", help=text)
     add("--bf16", action="store_true", help="forward passes in bfloat16")
+    text = (
+        "before each epoch but the first, attack this share of the training rows by replacing "
+        "words, and train on the perturbed copies too (A2T: 0.2)"
+    )
+    add("--substitute", type=float, default=0.0, metavar="SHARE", help=text)
+    add("--neighbours", default="", metavar="SOURCE", help=f"of --substitute: {SOURCES}")
 
     add = parser.add_argument_group("evaluation").add_argument
     text = (

@@ -11,6 +11,8 @@ from typing import Any
 from scipy import stats
 
 EMBEDDED_MODEL = "minilm"
+LATER = {"substitute": 0.0, "neighbours": ""}
+"""Settings that came later: a run without them has the key, and the result, that it had before."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Run:
         evaluate_every: updates; 0 evaluates at the end alone.
         radii: at which metrics under PGD are measured, in token norms of the untrained encoder.
         attack_rows: 0 attacks the whole split.
+        substitute: fraction of the training rows that get a copy with words replaced, made anew
+            before each epoch but the first.
+        neighbours: where the words come from, see `training.substitution.SOURCES`.
     """
 
     task: str
@@ -64,6 +69,8 @@ class Run:
     evaluate_every: int = 0
     radii: tuple[float, ...] = ()
     attack_rows: int = 0
+    substitute: float = 0.0
+    neighbours: str = ""
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "accumulate": 1, "max_length": 3, "updates": 0, "hold_out": 0}
@@ -85,11 +92,21 @@ class Run:
             raise ValueError(
                 "radii are of an attack on one model: evaluate last or mean, not mixture."
             )
+        if not 0 <= self.substitute <= 1:
+            raise ValueError(f"substitute must be a share in [0, 1], got {self.substitute}.")
+        if (self.substitute > 0) != (self.neighbours != ""):
+            raise ValueError(
+                "substitute says how many rows get words replaced and neighbours by which words: "
+                f"give both or none, got {self.substitute} and {self.neighbours!r}."
+            )
 
     @property
     def key(self) -> str:
         """A name that is the same for the same run."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        settings = asdict(self)
+        text = json.dumps(
+            {k: v for k, v in settings.items() if k not in LATER or v != LATER[k]}, sort_keys=True
+        )
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         return f"{self.task}-{self.solver}-{self.seed}-{digest}"
 
@@ -125,7 +142,7 @@ def table(results: Iterable[dict[str, Any]]) -> str:
     Settings that are not the same in all results have a column. Metrics are times 100; a split
     with one metric has its name alone.
     """
-    results = list(results)
+    results = [LATER | result for result in results]
     settings = [f.name for f in fields(Run) if f.name != "seed"]
     hidden = ("solver", "parameters", "radii", "attack_rows")
     values = {n: {json.dumps(r[n]) for r in results} for n in settings if n not in hidden}

@@ -180,7 +180,7 @@ class Adversarial(Base):
             if not isinstance(outputs, Mapping):
                 return loss / share, outputs
             # Trainer takes labels away from the model where it computes the loss itself.
-            return {**outputs, "loss": loss / share, "labels": inputs.get("labels")}
+            return {"labels": inputs.get("labels"), **outputs, "loss": loss / share}
 
         # Its own mean within the round, where divergences are means too; its share outside.
         loss = self.game.loss(closure) * share

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mixadv.ascent import check_integer, check_number
 from mixadv.modules import unwrap
 from mixadv.tokens.drawing import draw_positions, sample
-from mixadv.tokens.masked import IGNORED, MaskedPredictions, masked_predictions, output_layer
+from mixadv.tokens.masked import output_layer, predictions_at
 from mixadv.tokens.ties import save_once, share_embeddings
 
 Objective = Literal["mle", "reinforce"]
@@ -177,8 +177,8 @@ class ReplacedTokenDetection(nn.Module):
         present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         present = present.bool()
         positions = draw_positions(present & ~torch.isin(input_ids, self.special), self.rate)
-        guess = self._guess(input_ids, positions, inputs)
-        logits = guess.logits.float() / self.temperature
+        guesses, asked = self._guess(input_ids, positions, inputs), input_ids[positions]
+        logits = guesses / self.temperature
         samples = sample(logits)
         corrupted = input_ids.masked_scatter(positions, samples)
         replaced = corrupted != input_ids
@@ -186,7 +186,8 @@ class ReplacedTokenDetection(nn.Module):
         labels = replaced.float()
         errors = F.binary_cross_entropy_with_logits(detected.float(), labels, reduction="none")
         discriminator_loss = errors.where(present, 0.0).sum() / present.sum().clamp(min=1)
-        generator_loss = guess.loss
+        surprise = F.cross_entropy(guesses, asked, reduction="sum")
+        generator_loss = surprise / max(1, len(asked))
         if self.generator_objective == "reinforce":
             generator_loss = self._reinforce(logits, samples, errors.detach()[positions])
         return Detection(
@@ -194,7 +195,7 @@ class ReplacedTokenDetection(nn.Module):
             logits=detected,
             generator_loss=generator_loss,
             discriminator_loss=discriminator_loss,
-            generator_accuracy=(samples == input_ids[positions]).sum() / max(1, len(samples)),
+            generator_accuracy=(samples == asked).sum() / max(1, len(samples)),
             corrupted=corrupted,
             replaced=replaced,
         )
@@ -210,11 +211,10 @@ class ReplacedTokenDetection(nn.Module):
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
-    def _guess(self, ids: Tensor, drawn: Tensor, inputs: dict[str, Tensor]) -> MaskedPredictions:
+    def _guess(self, ids: Tensor, drawn: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         hidden = torch.rand(ids.shape, device=ids.device) < self.mask_probability
         masked = ids.masked_fill(drawn & hidden, self.mask_token_id)
-        labels = ids.masked_fill(~drawn, IGNORED)
-        return masked_predictions(self.generator, labels=labels, input_ids=masked, **inputs)
+        return predictions_at(self.generator, drawn, input_ids=masked, **inputs).float()
 
     def _detect(self, **inputs: Tensor) -> Tensor:
         logits, shape = self.discriminator(**inputs).logits, inputs["input_ids"].shape

@@ -1,15 +1,15 @@
 """Predictions of a language model at chosen positions alone.
 
 In pre-training, task and virtual labels are those of masked positions (Liu et al. 2020,
-arXiv:2004.08994): f(X) are predictions [N, C], one sample of the game per masked token. Seven
-tokens in eight are not masked; that their logits are not computed saves most of the output layer.
+arXiv:2004.08994): f(X) are predictions there. Six tokens in seven are not masked; that their logits
+are not computed saves most of the output layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NotRequired, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +21,35 @@ IGNORED = -100
 """The label of a position that is not predicted, as in transformers."""
 
 
-class MaskedPredictions(NamedTuple):
-    """What a closure returns: the loss, and logits at the masked positions.
+class MaskedPredictions(TypedDict):
+    """What a closure returns: a loss, logits, and the labels that tell which of them count.
 
     Attributes:
         loss: mean cross-entropy over the masked positions, 0-d; 0 where there are none.
-        logits: `[N, C]`, one row per masked position, in reading order.
+        logits: `[B, k, C]`, at the masked positions of each row in reading order, then zeros.
+        labels: `[B, k]`, token ids, then -100.
+        order_logits: `[B, 2]`, of the order of two segments, where that is predicted.
     """
 
     loss: Tensor
     logits: Tensor
+    labels: Tensor
+    order_logits: NotRequired[Tensor]
 
 
-def masked_predictions(model: nn.Module, *, labels: Tensor, **inputs: Any) -> MaskedPredictions:
+def masked_predictions(
+    model: nn.Module, *, labels: Tensor, order: Tensor | None = None, **inputs: Any
+) -> MaskedPredictions:
     """Return loss and logits of a masked-language model at the positions that have a label.
+
+    A closure that returns them plays the same game as one that returns the model's own output,
+    whose divergences too are means over the labelled tokens of a row.
 
     Args:
         model: one of transformers with a language-model head, wrapped or not.
         labels: `[B, n]`, token ids, and -100 where nothing is predicted.
+        order: `[B]`, 1 where two segments are swapped and 0 elsewhere, for a model with a second
+            head (BertForPreTraining, AlbertForPreTraining), whose cross-entropy is added.
         inputs: the model's own: `input_ids` `[B, n]`, `attention_mask`, ...
 
     Raises:
@@ -50,19 +61,29 @@ def masked_predictions(model: nn.Module, *, labels: Tensor, **inputs: Any) -> Ma
         >>> model = BertForMaskedLM(BertConfig(vocab_size=9, **size))
         >>> labels = torch.tensor([[-100, 5, -100], [3, -100, 4]])
         >>> ids = torch.tensor([[1, 2, 3], [2, 7, 2]])
-        >>> masked_predictions(model, input_ids=ids, labels=labels).logits.shape
-        torch.Size([3, 9])
+        >>> found = masked_predictions(model, input_ids=ids, labels=labels)
+        >>> found["logits"].shape, found["labels"].tolist()
+        (torch.Size([2, 2, 9]), [[5, -100], [3, 4]])
     """
-    positions = labels != IGNORED
-    logits = predictions_at(model, positions, **inputs)
-    summed = F.cross_entropy(logits.float(), labels[positions], reduction="sum")
-    return MaskedPredictions(summed / max(1, len(logits)), logits)
+    chosen = labels != IGNORED
+    with at_positions(model, chosen):
+        output = model(**inputs)
+    logits, wanted = _first(output, "logits", "prediction_logits"), labels[chosen]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    summed = F.cross_entropy(wide, wanted, reduction="sum")
+    found: MaskedPredictions = {
+        "loss": summed / max(1, len(wanted)),
+        "logits": _by_row(logits, chosen, 0),
+        "labels": _by_row(wanted, chosen, IGNORED),
+    }
+    if order is not None:
+        found["order_logits"] = _first(output, "seq_relationship_logits", "sop_logits")
+        found["loss"] = found["loss"] + F.cross_entropy(found["order_logits"].to(wide), order)
+    return found
 
 
 def predictions_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
     """Return the logits `[N, C]` of a language model at positions, in reading order.
-
-    A hook on the output layer selects its inputs; what comes before sees all tokens.
 
     Args:
         model: one of transformers with a language-model head, wrapped or not.
@@ -73,8 +94,36 @@ def predictions_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor
         TypeError: if the model has no language-model head.
         ValueError: if the output layer reads something else than one vector per token.
     """
-    with _selected(output_layer(unwrap(model)), positions):
-        return model(**inputs).logits
+    with at_positions(model, positions):
+        return _first(model(**inputs), "logits", "prediction_logits")
+
+
+@contextmanager
+def at_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Have a language model's output layer read hidden states at positions alone.
+
+    Args:
+        model: one of transformers with a language-model head, wrapped or not.
+        positions: `[B, n]`, bool; logits of the vocabulary come out as `[N, C]`.
+
+    Raises:
+        TypeError, ValueError: as `predictions_at`.
+    """
+
+    def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *others = arguments
+        if hidden.shape[:-1] != positions.shape:
+            raise ValueError(
+                f"The output layer reads {list(hidden.shape)}, and positions are "
+                f"{list(positions.shape)}: they must be those of its tokens."
+            )
+        return (hidden[positions], *others)
+
+    hook = output_layer(unwrap(model)).register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def output_layer(model: nn.Module) -> nn.Module:
@@ -93,19 +142,20 @@ def output_layer(model: nn.Module) -> nn.Module:
     return layer
 
 
-@contextmanager
-def _selected(layer: nn.Module, positions: Tensor) -> Iterator[None]:
-    def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *others = arguments
-        if hidden.shape[:-1] != positions.shape:
-            raise ValueError(
-                f"The output layer reads {list(hidden.shape)}, and positions are "
-                f"{list(positions.shape)}: they must be those of its tokens."
-            )
-        return (hidden[positions], *others)
+def _by_row(values: Tensor, chosen: Tensor, rest: int) -> Tensor:
+    """Return values `[N, ...]` of chosen positions `[B, n]` as `[B, k, ...]`, filled up."""
+    slots = chosen.cumsum(1) - 1
+    most = max(1, int(chosen.sum(1).max()))
+    empty = values.new_full((len(chosen), most, *values.shape[1:]), rest)
+    return empty.index_put((chosen.nonzero()[:, 0], slots[chosen]), values)
 
-    hook = layer.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
+
+def _first(output: Any, *names: str) -> Tensor:
+    """Return the first of these that the output of a model has."""
+    found = [getattr(output, name) for name in names if getattr(output, name, None) is not None]
+    if not found:
+        raise TypeError(
+            f"{type(output).__name__} has no {' or '.join(names)}: load the model with "
+            "AutoModelForPreTraining."
+        )
+    return found[0]

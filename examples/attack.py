@@ -1,0 +1,218 @@
+r"""Attack fine-tuned classifiers by replacing words, and compare how they fare.
+
+The models are folders that the other scripts write with --save, or any sequence classifier with
+its tokenizer. Attacked are test rows (without them dev rows), drawn the same for all models; rows
+that a model misclassifies from the start are not attacked. Prints a Markdown table and writes one
+JSON line per row, so that a killed attack goes on where it was when the same command comes again.
+
+    python examples/glue.py --task sst2 --limit 2000 --save
+    python examples/attack.py --model runs/glue/sst2-*/last --task sst2 --neighbours builtin
+    python examples/attack.py --model runs/glue/sst2-*/last --task sst2 --rows 300 \
+        --neighbours path/to/neighbours.jsonl --similarity 0.8
+    python examples/attack.py --model runs/intent/*/last --task intents --neighbours typos
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+import glue
+import intent
+from mixadv.tokens import Attack, Similarity, WordSubstitution, summary
+from training import command, data, model
+from training.data import Task
+from training.options import Parser, positive
+from training.results import EMBEDDED_MODEL
+from training.substitution import SOURCES, candidates
+
+STEP = 32  # rows attacked between two writes
+HEAD = ("model", "rows", "clean", "under attack", "success %", "words", "queries", "s/row")
+
+
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
+    parser = Parser(
+        prog="attack.py",
+        usage="%(prog)s --model FOLDER ... [options]",
+        description=__doc__,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
+    )
+    add = parser.add_argument
+    text = "fine-tuned classifiers, folders or hub names"
+    add("--model", nargs="+", required=True, metavar="FOLDER", help=text)
+    text = "a task of glue.py or intent.py (default: intents, the embedded set)"
+    add("--task", default=intent.EMBEDDED, metavar="NAME", help=text)
+    add("--data", default="", metavar="FOLDER", help="of the task, as for its script")
+    add("--split", default="", metavar="NAME", help="whose rows are attacked (default: test, dev)")
+    add("--rows", type=positive, default=300, metavar="N", help="(default: %(default)s)")
+    text = f"{SOURCES} (default: %(default)s)"
+    add("--neighbours", default="builtin", metavar="SOURCE", help=text)
+    text = "least cosine with the original; 0 reads no encoder (default: %(default)g)"
+    add("--similarity", type=float, default=0.9, metavar="COSINE", help=text)
+    text = "a sentence encoder for --similarity (default: %(default)s, the embedded one)"
+    add("--encoder", default=EMBEDDED_MODEL, metavar="NAME", help=text)
+    text = "of the words of a row may change (default: %(default)g)"
+    add("--max-share", type=float, default=0.1, metavar="SHARE", help=text)
+    text = "that may change in any row (default: %(default)s)"
+    add("--min-words", type=int, default=4, metavar="WORDS", help=text)
+    add("--max-length", type=positive, default=128, metavar="TOKENS", help="(default: %(default)s)")
+    text = "folder of the JSON lines (default: %(default)s)"
+    add("--output", type=Path, default=Path("runs/attack"), metavar="FOLDER", help=text)
+    return parser.parse_args(argv)
+
+
+def load_task(options: Namespace) -> Task:
+    """Return the task, of glue.py or of intent.py."""
+    script = glue if options.task in glue.TASKS else intent
+    task = script.load(options)
+    if task.labels is None:
+        raise ValueError(f"{task.name} is a regression: an attack changes predicted labels.")
+    return task
+
+
+def chosen(options: Namespace, task: Task) -> tuple[list[Any], list[int]]:
+    """Return the texts to attack and their labels."""
+    split = options.split or next(s for s in ("test", *task.splits) if s in task.splits)
+    if split not in task.splits:
+        raise ValueError(f"--split {split}: {task.name} has {', '.join(task.splits)}.")
+    rows = task.splits[split]
+    numbers = random.Random(0).sample(range(len(rows)), min(options.rows, len(rows)))
+    pairs, labels = data.texts(rows), rows["label"][:]
+    texts = [pair if len(pair) == 2 else pair[0] for pair in (pairs[i] for i in numbers)]
+    return texts, [labels[i] for i in numbers]
+
+
+def load_victim(name: str, labels: Sequence[str], device: torch.device) -> tuple[Any, Any]:
+    """Return a fine-tuned classifier and its tokenizer."""
+    try:
+        victim = transformers.AutoModelForSequenceClassification.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {name} cannot be loaded: {error}") from error
+    own = [victim.config.id2label[i] for i in range(victim.config.num_labels)]
+    if own != list(labels):
+        raise ValueError(f"--model {name} tells {own} apart, and the task {list(labels)}.")
+    return victim.to(device), tokenizer
+
+
+def load_attack(options: Namespace, device: torch.device) -> WordSubstitution:
+    """Return the attack that the command line asks for."""
+    similarity = None
+    if options.similarity:
+        where = model.path(options.encoder)
+        try:
+            encoder = transformers.AutoModel.from_pretrained(where).to(device)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--encoder {options.encoder} cannot be loaded: {error}") from error
+        similarity = Similarity(encoder, tokenizer, options.similarity)
+    return WordSubstitution(
+        candidates(options.neighbours),
+        max_share=options.max_share,
+        min_words=options.min_words,
+        similarity=similarity,
+        max_length=options.max_length,
+    )
+
+
+def path(options: Namespace, victim: torch.nn.Module) -> Path:
+    """Return the file of an attack: the same for the same weights and settings."""
+    settings = {k: str(v) for k, v in vars(options).items() if k not in ("model", "output")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for tensor in victim.state_dict().values():
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    source = Path(options.neighbours.replace(":", "-")).name.split(".")[0]
+    return options.output / f"{options.task}-{source}-{digest.hexdigest()[:10]}.jsonl"
+
+
+def read(file: Path) -> list[tuple[Attack, float]]:
+    """Return the attacks written so far, and the seconds of each."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a kill cut it
+        seconds = row.pop("seconds")
+        for name in ("original", "perturbed"):
+            row[name] = tuple(row[name]) if isinstance(row[name], list) else row[name]
+        row["swaps"] = {int(at): tuple(swap) for at, swap in row["swaps"].items()}
+        found.append((Attack(**row), seconds))
+    return found
+
+
+def write(file: Path, found: Sequence[tuple[Attack, float]]) -> None:
+    """Write attacks as JSON lines, all or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({**asdict(one), "seconds": seconds}) + "\n" for one, seconds in found]
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(lines))
+    temporary.replace(file)
+
+
+def run(
+    name: str, options: Namespace, attack: WordSubstitution, task: Task, device: torch.device
+) -> list[str]:
+    """Attack a model on the rows that it was not attacked on yet; return its row of the table."""
+    texts, labels = chosen(options, task)
+    victim, tokenizer = load_victim(name, task.labels or (), device)
+    file = path(options, victim)
+    found = read(file)
+    for start in tqdm(
+        range(len(found), len(texts), STEP), desc=name, unit_scale=STEP, unit="row", disable=None
+    ):
+        part = slice(start, start + STEP)
+        began = time.perf_counter()
+        attacks = attack.attack(victim, tokenizer, texts[part], labels[part])
+        each = (time.perf_counter() - began) / len(attacks)
+        found += [(one, each) for one in attacks]
+        write(file, found)
+    return row(name, found)
+
+
+def row(name: str, found: Sequence[tuple[Attack, float]]) -> list[str]:
+    """Return a row of the table."""
+    numbers = summary(attack for attack, _ in found)
+    success = "–"
+    if numbers["success_rate"] is not None:
+        low, high = numbers["success_interval"]
+        success = f"{100 * numbers['success_rate']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    words, queries = (
+        "–" if numbers[key] is None else f"{numbers[key]:.1f}"
+        for key in ("words_changed", "queries")
+    )
+    rates = [f"{100 * numbers[k]:.1f}" for k in ("clean_accuracy", "accuracy_under_attack")]
+    seconds = sum(each for _, each in found) / len(found)
+    return [name, str(numbers["rows"]), *rates, success, words, queries, f"{seconds:.2f}"]
+
+
+def work(options: Namespace) -> str:
+    """Attack all models; return the table."""
+    transformers.utils.logging.disable_progress_bar()
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    task, attack = load_task(options), load_attack(options, device)
+    rows = [run(name, options, attack, task, device) for name in options.model]
+    lines = [list(HEAD), ["---"] * len(HEAD), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return 2 for what it cannot run."""
+    options = arguments(argv)
+    return command.answer("attack", lambda: work(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+r"""Measure masked-language models on held-out text, as they read it and under perturbation.
+
+All models get the same rows and the same masks, and each its own worst perturbation: PGD on its
+masked-LM loss in L2 balls around the embeddings of a row, in token norms of the first model. The
+interval is Student's at 95 %, over rows; differences to the first model are paired by row.
+
+    python examples/masked_loss.py runs/pretrain/mlm/model runs/pretrain/alum/model \
+        --data path/to/texts --split test --radii 0 0.5 1 2
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling
+
+import mixadv
+from mixadv.equilibrium import best_response
+from mixadv.tokens.masked import IGNORED, masked_predictions
+from pretraining import corpus
+from pretraining.models import quiet
+from pretraining.tasks import encoder
+from training import model as finetuning
+from training.command import answer
+from training.evaluation import mean_token_norm
+from training.options import WIDTH, Parser, positive
+
+STEPS = 5  # of the attack
+Batch = dict[str, Tensor]
+
+
+class Rows(NamedTuple):
+    """What a model loses on each row.
+
+    Attributes:
+        loss: summed over the masked positions, `[rows]`.
+        hits: masked tokens that the model finds, `[rows]`.
+        masked: how many there are, `[rows]`.
+    """
+
+    loss: np.ndarray
+    hits: np.ndarray
+    masked: np.ndarray
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(
+        prog="masked_loss.py",
+        description=__doc__,
+        usage="%(prog)s MODEL ... [options]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=28, width=WIDTH
+        ),
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="folders or hub models, with one tokenizer")
+    text = "as for pretrain.py (default: %(default)s)"
+    add("--data", default=corpus.PYDOC, metavar="SOURCE", help=text)
+    add("--split", default="test", help="where the data have several (default: %(default)s)")
+    add("--rows", type=positive, default=256, metavar="N", help="(default: %(default)s)")
+    add("--length", type=positive, default=64, metavar="TOKENS", help="(default: %(default)s)")
+    text = "of the balls; 0 is no attack (default: 0 0.5 1)"
+    add("--radii", nargs="+", type=float, default=[0.0, 0.5, 1.0], metavar="RADIUS", help=text)
+    add("--batch-size", type=positive, default=16, metavar="ROWS", help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE", help="add the results to a file, as JSON lines")
+    return parser.parse_args(argv)
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Return a masked-language model and its tokenizer."""
+    where = finetuning.path(name)
+    try:
+        with quiet():
+            model, info = AutoModelForMaskedLM.from_pretrained(where, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The model {name} cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{name} has no language-model head, among others {min(info['missing_keys'])} is "
+            "missing: train one first, with pretrain.py --only-new."
+        )
+    return model.eval(), tokenizer
+
+
+def batches(options: argparse.Namespace, tokenizer: Any) -> list[Batch]:
+    """Return the held-out rows with their masks."""
+    texts = corpus.read(options.data, options.split).held_out
+    rows = corpus.rows(texts, encoder(tokenizer, options.length), most=options.rows)
+    collator = DataCollatorForLanguageModeling(tokenizer, seed=options.seed)
+    size = options.batch_size
+    found = (
+        collator([*rows.select(range(i, min(i + size, len(rows))))])
+        for i in range(0, len(rows), size)
+    )
+    return [batch for batch in found if (batch["labels"] != IGNORED).any()]
+
+
+def attacked(model: Any, batch: Batch, radius: float) -> Tensor:
+    """Return the logits `[B, k, C]` at the masked positions, at the end of PGD."""
+    closure = lambda: masked_predictions(model, **batch)  # noqa: E731
+    if radius == 0:
+        with torch.no_grad():
+            return closure()["logits"]
+    attack = mixadv.PGD(steps=STEPS, radius=radius, step_size=2.5 * radius / STEPS, unit="absolute")
+    predictions = best_response(mixadv.Game(model, attack), closure).predictions
+    assert predictions is not None
+    return predictions
+
+
+def measure(model: Any, found: list[Batch], radius: float) -> Rows:
+    """Return what a model loses on each row under attack."""
+    columns: list[tuple[np.ndarray, ...]] = []
+    for batch in tqdm(found, desc=f"radius {radius:g}", leave=False, disable=None):
+        chosen = batch["labels"] != IGNORED
+        labels = batch["labels"][chosen]
+        logits = attacked(model, batch, radius).float()
+        real = torch.arange(logits.shape[1]) < chosen.sum(1, keepdim=True)
+        logits = logits[real]
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        values = (loss, (logits.argmax(-1) == labels).float(), torch.ones_like(loss))
+        row, zero = chosen.nonzero()[:, 0], torch.zeros(len(chosen))
+        columns.append(tuple(zero.index_add(0, row, v).numpy() for v in values))
+    return Rows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def interval(summed: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Return a mean over positions and the half width of its 95 % interval, over rows.
+
+    Of a ratio of sums, by its linearisation: rows are drawn, and each brings its positions.
+    """
+    mean = summed.sum() / counts.sum()
+    rest = (summed - mean * counts) / counts.mean()
+    half = stats.t.ppf(0.975, len(rest) - 1) * stats.sem(rest)
+    return float(mean), float(half)
+
+
+def compare(options: argparse.Namespace) -> str:
+    """Measure the models; return the table."""
+    if min(options.radii) < 0:
+        raise ValueError(f"--radii must be at least 0, got {min(options.radii):g}.")
+    found: list[Batch] = []
+    unit, first, results = 1.0, {}, []
+    for name in options.models:
+        model, tokenizer = load(name)
+        if not found:
+            found, vocabulary = batches(options, tokenizer), tokenizer.get_vocab()
+            inputs = {n: v for n, v in found[0].items() if n != "labels"}
+            labels = found[0]["labels"]
+            unit = mean_token_norm(model, {**inputs, "labels": labels})
+        elif tokenizer.get_vocab() != vocabulary:
+            raise ValueError(f"{name} has another tokenizer than {options.models[0]}.")
+        for radius in options.radii:
+            rows = measure(model, found, radius * unit)
+            base = first.setdefault(radius, rows)
+            results.append({
+                "model": name, "radius": radius, "rows": len(rows.loss),
+                "loss": interval(rows.loss, rows.masked),
+                "accuracy": interval(rows.hits, rows.masked),
+                "difference": interval(rows.loss - base.loss, rows.masked),
+            })  # fmt: skip
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        shared = {n: getattr(options, n) for n in ("data", "split", "length", "seed")}
+        with options.output.open("a") as file:
+            file.writelines(json.dumps(shared | result) + "\n" for result in results)
+    return table(results)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the results in Markdown."""
+    lines = ["| model | radius | loss | accuracy, % | loss − first model's |", "|---" * 5 + "|"]
+    for r in results:
+        hits = [100 * value for value in r["accuracy"]]
+        lines.append(
+            f"| {r['model']} | {r['radius']:g} | {_cell(r['loss'], 3)} | {_cell(hits, 1)} | "
+            f"{_cell(r['difference'], 3)} |"
+        )
+    return "\n".join(lines)
+
+
+def _cell(value: Any, digits: int) -> str:
+    mean, half = value
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return 2 for what it cannot run."""
+    options = arguments(argv)
+    return answer("masked_loss", lambda: compare(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

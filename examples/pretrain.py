@@ -1,0 +1,248 @@
+r"""Pre-train an encoder on running text, from scratch or from a checkpoint.
+
+Objectives: mlm, masked-language modelling; alum, the same against perturbations of the embeddings,
+with virtual labels at the masked positions; electra, replaced-token detection; macbert, correction
+of similar words and the order of sentences. Any solver that plays in embedding space goes with mlm
+and macbert. Without arguments a tiny model learns the manual that each Python carries.
+
+    python examples/pretrain.py --objective alum --curriculum 300
+    python examples/pretrain.py --objective mlm --model minilm --data path/to/texts --only-new
+    python examples/pretrain.py --objective mlm --solver freelb --set radius=0.3 --data books.txt
+    accelerate launch --num-processes 2 examples/pretrain.py --objective electra --steps 2000
+    python examples/glue.py --task cola --model runs/pretrain/mlm/model
+
+OUTPUT gets model/ (weights and tokenizer, for from_pretrained), curves.png, log.json with all
+that was logged, and checkpoints/. A killed run goes on from its last checkpoint when the same
+command is given again, to the same numbers; one that is finished is not repeated.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+import mixadv
+from pretraining import corpus, curves, models, tasks
+from pretraining.trainer import AdversarialPretrainingTrainer, PretrainingTrainer
+from training.command import answer
+from training.options import WIDTH, Parser, positive
+from training.parameters import PLAIN, known, parameters
+
+LOGGED = 100  # points of the training loss in a curve
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(
+        prog="pretrain.py",
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=28, width=WIDTH
+        ),
+    )
+    add = parser.add_argument_group("text and model").add_argument
+    text = f"{', '.join(tasks.OBJECTIVES)} (default: %(default)s)"
+    add("--objective", default="mlm", metavar="NAME", help=text)
+    text = (
+        "pydoc (the manual of the Python language), a text file, JSON lines with a text in each, "
+        "a folder with train and dev, or a hub data set as NAME or NAME:CONFIGURATION "
+        "(default: %(default)s)"
+    )
+    add("--data", default=corpus.PYDOC, metavar="SOURCE", help=text)
+    text = "tiny, minilm (the embedded encoder), a hub model or a folder (default: %(default)s)"
+    add("--model", default=models.TINY, metavar="NAME", help=text)
+    add("--from-scratch", action="store_true", help="draw the weights of --model anew")
+    text = "words and pieces that the tokenizer of tiny learns (default: %(default)s)"
+    add("--vocabulary", type=positive, default=4096, metavar="N", help=text)
+    text = "train the parameters alone that the checkpoint lacks: a new head, before all else"
+    add("--only-new", action="store_true", help=text)
+    text = "for macbert, and --substitute: a table of similar words (default: by the encoder)"
+    add("--neighbours", default="", metavar="FILE", help=text)
+
+    add = parser.add_argument_group("adversary").add_argument
+    text = "plain, or who perturbs the embeddings (default: plain; alum for --objective alum)"
+    add("--solver", default="", metavar="NAME", help=text)
+    text = "parameters of the solver, read as JSON"
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help=text)
+    text = "plain steps before the adversary's first (default: %(default)s)"
+    add("--curriculum", type=int, default=0, metavar="STEPS", help=text)
+
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=positive, default=1000, metavar="N", help="(default: %(default)s)")
+    text = "rows that a process reads at a time (default: %(default)s)"
+    add("--batch-size", type=positive, default=16, metavar="ROWS", help=text)
+    text = "batches of a step (default: %(default)s)"
+    add("--accumulate", type=positive, default=1, metavar="N", help=text)
+    text = "tokens of a row (default: %(default)s)"
+    add("--length", type=positive, default=64, metavar="TOKENS", help=text)
+    text = "at the end of the warm-up, before its linear decay (default: %(default)g)"
+    add("--lr", type=float, default=1e-3, metavar="RATE", help=text)
+    add("--warmup", type=float, default=0.1, metavar="SHARE", help="(default: %(default)g)")
+    add("--weight-decay", type=float, default=0.01, help="(default: %(default)g)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--bf16", action="store_true", help="forward passes in bfloat16")
+
+    add = parser.add_argument_group("output").add_argument
+    text = "(default: runs/pretrain/OBJECTIVE)"
+    add("--output", type=Path, metavar="FOLDER", help=text)
+    text = "steps between measures on held-out rows (default: a tenth of --steps)"
+    add("--evaluate-every", type=positive, default=0, metavar="N", help=text)
+    text = "held-out rows (default: %(default)s)"
+    add("--evaluate-rows", type=positive, default=256, metavar="N", help=text)
+    text = "steps between checkpoints (default: %(default)s)"
+    add("--checkpoint-every", type=positive, default=200, metavar="N", help=text)
+    return parser.parse_args(argv)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for what cannot be run, as far as no data are needed."""
+    known("--objective", options.objective, tasks.OBJECTIVES)
+    if not 0 < options.lr < float("inf"):
+        raise ValueError(f"--lr must be positive, got {options.lr}.")
+    if not 0 <= options.warmup < 1:
+        raise ValueError(f"--warmup must be a share in [0, 1), got {options.warmup}.")
+    if not options.curriculum >= 0:
+        raise ValueError(f"--curriculum must be at least 0, got {options.curriculum}.")
+    if options.only_new and (options.from_scratch or options.model == models.TINY):
+        raise ValueError("--only-new is for a checkpoint: from scratch all parameters are new.")
+
+
+def player(options: argparse.Namespace) -> mixadv.Solver | None:
+    """Return who plays against the learner; None for nobody."""
+    chosen = options.solver or tasks.SOLVER.get(options.objective, PLAIN)
+    if chosen == PLAIN:
+        if options.curriculum or options.set:
+            raise ValueError("--curriculum and --set are for an adversary: choose a --solver.")
+        return None
+    if options.objective == "electra":
+        raise ValueError(
+            "--solver is for mlm, alum and macbert: the adversary of electra is its generator, "
+            "which replaces tokens."
+        )
+    solver = mixadv.solver(chosen, **parameters([chosen], options.set, None)[chosen])
+    if solver.replays_batch:
+        raise ValueError(f"--solver {chosen} steps several times on a batch; Trainer steps once.")
+    return solver
+
+
+def train(options: argparse.Namespace) -> str:
+    """Train as the command line asks; return the table of held-out metrics."""
+    check(options)
+    solver = player(options)
+    output = options.output or Path("runs/pretrain") / options.objective
+    log = output / "log.json"
+    asked = {name: str(value) for name, value in vars(options).items() if name != "output"}
+    if same(output, asked) and log.is_file():
+        return table(json.loads(log.read_text()))
+    texts = corpus.read(options.data)
+    set_seed(options.seed)
+    task = tasks.OBJECTIVES[options.objective](options, texts)
+    trainer = prepared(options, output, task, solver)
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "settings.json").write_text(json.dumps(asked, indent=1))
+    trainer.train(resume_from_checkpoint=latest(output / "checkpoints"))
+    found = [*trainer.state.log_history]
+    if trainer.is_world_process_zero():
+        task.save(output / "model")
+        title = f"{options.objective}, {options.model} on {Path(options.data).name}"
+        curves.draw(found, task.objective.chance, title, output / "curves.png")
+        log.write_text(json.dumps([{"chance": task.objective.chance}, *found], indent=1))
+    return table([{"chance": task.objective.chance}, *found])
+
+
+def prepared(
+    options: argparse.Namespace, output: Path, task: Any, solver: mixadv.Solver | None
+) -> PretrainingTrainer:
+    """Return the Trainer of a task."""
+    if options.only_new:
+        for name, parameter in task.model.named_parameters():
+            parameter.requires_grad_(name in task.new)
+    args = TrainingArguments(
+        str(output / "checkpoints"),
+        max_steps=options.steps,
+        warmup_steps=int(options.warmup * options.steps),
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        seed=options.seed,
+        bf16=options.bf16,
+        logging_steps=max(1, options.steps // LOGGED),
+        eval_strategy="steps",
+        eval_steps=options.evaluate_every or max(1, options.steps // 10),
+        eval_on_start=True,
+        save_steps=options.checkpoint_every,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=None if sys.stderr.isatty() else True,
+    )
+    kind, extra = PretrainingTrainer, {}
+    if solver is not None:
+        kind = AdversarialPretrainingTrainer
+        extra = {"solver": solver, "schedule": mixadv.Schedule(start=options.curriculum)}
+    made = kind(
+        task.model,
+        args,
+        objective=task.objective,
+        train_dataset=task.train,
+        eval_dataset=task.held_out,
+        **extra,
+    )
+    made.remove_callback(PrinterCallback)  # where there is no terminal
+    return made
+
+
+def same(output: Path, asked: dict[str, str]) -> bool:
+    """Return whether a folder holds a run of these settings; raise if it holds another."""
+    path = output / "settings.json"
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text())
+    differs = [name for name in asked if found.get(name) != asked[name]]
+    if differs:
+        raise ValueError(
+            f"{output} holds a run with {differs[0]}={found.get(differs[0])}, not "
+            f"{asked[differs[0]]}: choose another --output, or remove the folder."
+        )
+    return True
+
+
+def latest(folder: Path) -> str | None:
+    """Return the last checkpoint that was written to its end, if there is one."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def table(log: list[dict[str, Any]]) -> str:
+    """Return the held-out metrics at the first and the last measure, and chance, in Markdown."""
+    chance, *entries = log
+    held = [entry for entry in entries if "eval_loss" in entry]
+    names = curves.metrics(held[0])
+    lines = ["| step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for entry in (held[0], held[-1]):
+        cells = [f"{entry[f'eval_{name}']:.3f}" for name in names]
+        lines.append(f"| {entry['step']} | " + " | ".join(cells) + " |")
+    guesses = [chance["chance"].get(name) for name in names]
+    cells = ["–" if guess is None else f"{guess:.3f}" for guess in guesses]
+    return "\n".join([*lines, "| chance | " + " | ".join(cells) + " |"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return 2 for what it cannot run."""
+    options = arguments(argv)
+    PartialState(cpu=not torch.accelerator.is_available())
+    return answer("pretrain", lambda: train(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

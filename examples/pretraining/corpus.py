@@ -1,0 +1,111 @@
+"""Running text to pre-train on: read from many places, split, cut into rows of tokens."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, NamedTuple
+
+import datasets
+from datasets import Dataset
+
+from training import data
+from training.data import DataError
+
+PYDOC = "pydoc"
+EVERY = 10  # each tenth document is held out where a corpus has no split for it
+TOGETHER = 64  # paragraphs that are read as one text
+
+
+class Corpus(NamedTuple):
+    """Paragraphs to train on, and others to measure on, in their order.
+
+    Attributes:
+        train: texts.
+        held_out: texts of the dev split, or each tenth document of a corpus without one.
+    """
+
+    train: list[str]
+    held_out: list[str]
+
+
+def read(source: str, split: str = "dev") -> Corpus:
+    """Return the corpus of a source.
+
+    Args:
+        source: "pydoc" for the manual that each Python installation carries; a text file, with
+            empty lines between paragraphs; JSON lines with a `text` in each; a folder of such
+            splits; or the name of a hub data set, as NAME or NAME:CONFIGURATION.
+        split: which to hold out, where the source has several.
+
+    Raises:
+        DataError: if the source cannot be read or holds no text.
+    """
+    splits = _splits(source)
+    for name, texts in splits.items():
+        if not any(text.strip() for text in texts):
+            raise DataError(f"{source} holds no text in {name}: it is empty, or only spaces.")
+    if len(splits) == 1:
+        texts = next(iter(splits.values()))
+        if len(texts) < EVERY:
+            raise DataError(
+                f"{source} holds {len(texts)} paragraphs, and every {EVERY}th is held out: "
+                "separate them by empty lines, or give a folder with train and dev."
+            )
+        held = texts[EVERY - 1 :: EVERY]
+        return Corpus([t for i, t in enumerate(texts, 1) if i % EVERY], held)
+    if "train" not in splits or split not in splits:
+        raise DataError(f"{source} has the splits {', '.join(splits)}: train and {split} are used.")
+    return Corpus(splits["train"], splits[split])
+
+
+def _splits(source: str) -> dict[str, list[str]]:
+    """Return paragraphs by the name of the split."""
+    if source == PYDOC:
+        return {"train": list(topics.values())}
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return {name: _texts(rows, source) for name, rows in data.from_folder(path).items()}
+    if path.is_file() and ".jsonl" in path.suffixes:
+        return {"train": _texts(_json(path), source)}
+    if path.is_file():
+        try:
+            return {"train": path.read_text("utf-8").split("\n\n")}
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source} is no text in UTF-8: {error}.") from error
+    if path.suffix in (".txt", ".jsonl", ".gz") or path.is_absolute():
+        raise DataError(f"There is no file {source}.")
+    found = data.from_hub(*source.split(":"))
+    return {name: _texts(rows, source) for name, rows in found.items()}
+
+
+def _json(path: Path) -> Dataset:
+    try:
+        return datasets.load_dataset("json", data_files=str(path), split="train")
+    except Exception as error:  # of many kinds, by where in the file it breaks
+        raise DataError(f"{path} cannot be read: {error.__cause__ or error}.") from error
+
+
+def _texts(rows: Dataset, source: str) -> list[str]:
+    if "text" not in rows.column_names:
+        raise DataError(f"{source} has no column 'text', it has {', '.join(rows.column_names)}.")
+    return [text or "" for text in rows["text"]]
+
+
+def rows(texts: list[str], encode: Any, most: int = 0) -> Dataset:
+    """Return the texts as rows of tokens.
+
+    Paragraphs that follow each other are read as one text and cut where a row is full, so that
+    little is padded.
+
+    Args:
+        texts: paragraphs.
+        encode: takes a list of texts; returns columns of lists, several rows for a long text.
+        most: rows wanted, evenly spaced; 0 for all.
+    """
+    together = [
+        "\n".join(texts[start : start + TOGETHER]) for start in range(0, len(texts), TOGETHER)
+    ]
+    whole = Dataset.from_dict({"text": together})
+    found = whole.map(lambda batch: encode(batch["text"]), batched=True, remove_columns=["text"])
+    if 0 < most < len(found):
+        found = found.select([i * len(found) // most for i in range(most)])
+    return found

@@ -1,0 +1,65 @@
+"""Training on what an attack made of some of the rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixadv.tokens.reader import Text
+from mixadv.tokens.substitution import WordSubstitution
+
+
+def adversarial_rows(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    labels: Sequence[int],
+    attack: WordSubstitution,
+    fraction: float,
+    generator: torch.Generator,
+    part: slice = slice(None),
+) -> tuple[list[int], list[Text]]:
+    """Return a fraction of the rows as the attack leaves them, to train on beside all rows.
+
+    A2T (Yoo and Qi, 2021) trains one epoch on the clean rows; before each later epoch it attacks
+    rows in a random order and adds perturbed copies of a fraction of them (20 %). Its code keeps
+    the copies that change the prediction, and goes on until it has enough of them; here each row
+    drawn gives one copy, the worst for the model that the attack found, so that an epoch's length
+    does not depend on the model. A misclassified row is not attacked, and counts twice.
+
+    Args:
+        model: in training; see `WordSubstitution.attack`.
+        tokenizer: of the model.
+        texts: of all rows.
+        labels: of all rows.
+        attack: to perturb them with.
+        fraction: of the rows that are drawn, rounded up.
+        generator: of the draw, on the CPU.
+        part: of the rows drawn, where several processes share them: `slice(rank, None, processes)`.
+
+    Returns:
+        The numbers of the rows, in the order drawn, and their perturbed texts.
+
+    Raises:
+        ValueError: for a fraction outside [0, 1].
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction is a share of the rows, 0 to 1, got {fraction}.")
+    order: list[int] = torch.randperm(len(texts), generator=generator).tolist()
+    drawn: list[int] = order[: copies(len(texts), fraction)][part]
+    attacks = attack.attack(model, tokenizer, [texts[i] for i in drawn], [labels[i] for i in drawn])
+    return drawn, [found.perturbed for found in attacks]
+
+
+def copies(rows: int, fraction: float) -> int:
+    """Return how many perturbed copies a fraction of the rows makes.
+
+    Example:
+        >>> copies(100, 0.2), copies(101, 0.2)
+        (20, 21)
+    """
+    return math.ceil(round(fraction * rows, 9))

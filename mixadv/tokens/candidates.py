@@ -1,0 +1,260 @@
+"""Candidates: the words that may stand in place of a word, and three sources of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.tokens.reader import evaluating, longest, tokens
+from mixadv.tokens.words import Words, cased_like
+
+KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+SHORTEST = 4  # letters of a word that is still read with a typo inside
+
+
+class Candidates(Protocol):
+    """The adversary's moves at one word of a text."""
+
+    def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
+        """Return the replacements of one word of each text, the best first.
+
+        Args:
+            words: of texts.
+            indices: of one word in each.
+
+        Returns:
+            For each text words in the case of the one they replace, each once, never that word
+            itself, and each one word where it stands; an empty list where there are none.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SimilarWords:
+    """Words of a table of similar words, such as counter-fitted neighbours.
+
+    Attributes:
+        neighbours: similar words by the lower-case word, the most similar first; or a function
+            that returns them.
+        most: candidates of a word.
+
+    Example:
+        >>> source = SimilarWords({"film": ["movie", "picture"]})
+        >>> source([Words("Film noir")], [0])
+        [['Movie', 'Picture']]
+    """
+
+    neighbours: Mapping[str, Sequence[str]] | Callable[[str], Sequence[str]]
+    most: int = 20
+
+    def __post_init__(self) -> None:
+        _check_most(self.most)
+        table = self.neighbours
+        if isinstance(table, Mapping) and not any(table.values()):
+            raise ValueError(
+                f"neighbours names {len(table)} words and not one that is similar to another: "
+                "nothing could be replaced."
+            )
+
+    def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
+        """See `Candidates`."""
+        return [
+            usable(text, index, self._of(text[index].lower()), self.most)
+            for text, index in zip(words, indices, strict=True)
+        ]
+
+    def _of(self, word: str) -> Sequence[str]:
+        table = self.neighbours
+        return table.get(word, ()) if isinstance(table, Mapping) else table(word)
+
+
+@dataclass(frozen=True)
+class Typos:
+    """Misspellings by one slip inside a word: its first and last letters stay.
+
+    Two letters are swapped, one is left out, or a key beside it is hit after it or in its place (of
+    a Latin keyboard); words of fewer than four letters are left alone.
+
+    Attributes:
+        most: candidates of a word, drawn from all its slips.
+        seed: of the draw, which depends on it and on the word alone.
+
+    Example:
+        >>> Typos(most=3)([Words("great film")], [0])
+        [['grteat', 'grwat', 'grdat']]
+    """
+
+    most: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_most(self.most)
+
+    def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
+        """See `Candidates`."""
+        return [
+            usable(text, index, self._of(text[index]), self.most)
+            for text, index in zip(words, indices, strict=True)
+        ]
+
+    def _of(self, word: str) -> list[str]:
+        slips = list(dict.fromkeys(_slips(word))) if len(word) >= SHORTEST else []
+        return random.Random(f"{self.seed}/{word}").sample(slips, len(slips))
+
+
+@dataclass(frozen=True)
+class MaskedCandidates:
+    """Words that a masked language model expects in place of a word (BAE, A2T-MLM).
+
+    The word is replaced by the mask token; the tokens that the model finds likeliest there are the
+    candidates, if they are whole words. They fit the sentence and need not mean the same: an attack
+    with them wants a `Similarity`.
+
+    Garg and Ramakrishnan (2020), "BAE: BERT-based adversarial examples for text classification",
+    EMNLP.
+
+    Attributes:
+        model: a masked language model.
+        tokenizer: of the model, a fast one.
+        most: candidates of a word.
+        batch_size: texts that the model reads at a time.
+
+    Raises:
+        TypeError: for a slow tokenizer, or a model without a language-model head.
+        ValueError: for a tokenizer without a mask token.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    most: int = 20
+    batch_size: int = 32
+    _vocabulary: dict[int, str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_most(self.most)
+        if getattr(self.tokenizer, "mask_token", None) is None:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} has no mask token: use the model and tokenizer "
+                "of a masked language model, such as BERT's or RoBERTa's."
+            )
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise TypeError(
+                f"{type(self.tokenizer).__name__} does not tell where the mask lies: use the fast "
+                "tokenizer of the model."
+            )
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            raise TypeError(
+                f"{type(self.model).__name__} has no language-model head: load the model with "
+                "AutoModelForMaskedLM."
+            )
+        object.__setattr__(self, "_vocabulary", _whole_words(self.tokenizer))
+
+    def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
+        """See `Candidates`."""
+        found: list[list[str]] = []
+        with evaluating(self.model), torch.no_grad():
+            for start in range(0, len(words), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                found += self._batch(words[part], indices[part])
+        return found
+
+    def _batch(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
+        mask = self.tokenizer.mask_token
+        texts = [text.replaced({i: mask}) for text, i in zip(words, indices, strict=True)]
+        encoding = tokens(self.tokenizer, texts, longest(self.model, self.tokenizer))
+        device = next(self.model.parameters()).device
+        logits = self.model(**{k: v.to(device) for k, v in encoding.items()}).logits
+        found = []
+        for row, (text, index) in enumerate(zip(words, indices, strict=True)):
+            at = encoding.char_to_token(row, text.spans[index][0])
+            likely = [] if at is None else self._likeliest(logits[row, at])  # cut texts have none
+            found.append(usable(text, index, likely, self.most))
+        return found
+
+    def _likeliest(self, logits: Tensor) -> Iterable[str]:
+        """Yield whole words, the likeliest first."""
+        for token in logits.argsort(descending=True).tolist():
+            if token in self._vocabulary:
+                yield self._vocabulary[token]
+
+
+def usable(words: Words, index: int, found: Iterable[str], most: int) -> list[str]:
+    """Return the first `most` of the words found that may replace a word, in its case.
+
+    Example:
+        >>> usable(Words("A Movie"), 1, ["film", "movie", "motion picture", "Film"], 20)
+        ['Film']
+    """
+    kept: dict[str, None] = {}
+    old = words[index]
+    for new in found:
+        cased = cased_like(new, old)
+        if cased.lower() != old.lower() and _stays_one_word(words, index, cased):
+            kept[cased] = None
+        if len(kept) == most:
+            break
+    return list(kept)
+
+
+def _stays_one_word(words: Words, index: int, new: str) -> bool:
+    """Return whether a text has its words where it had them once one is replaced.
+
+    Two characters beside a word decide whether it joins what stands there.
+    """
+    begin, end = words.spans[index]
+    before, after = words.text[max(begin - 2, 0) : begin], words.text[end : end + 2]
+    old = Words(before + words[index] + after)
+    shift = len(new) - (end - begin)
+    moved = [(a + shift * (a > len(before)), b + shift * (b > len(before))) for a, b in old.spans]
+    return list(Words(before + new + after).spans) == moved
+
+
+def _slips(word: str) -> Iterable[str]:
+    """Yield the word with one slip; its first and last characters stay."""
+    for i in range(1, len(word) - 1):
+        before, letter, after = word[:i], word[i], word[i + 1 :]
+        if i < len(word) - 2:
+            yield before + after[0] + letter + after[1:]
+        yield before + after
+        for key in _beside(letter):
+            yield before + letter + key + after
+            yield before + key + after
+
+
+def _beside(letter: str) -> str:
+    """Return the keys beside a letter's, and under it."""
+    keys = ""
+    for row, letters in enumerate(KEYBOARD):
+        at = letters.find(letter.lower())
+        if at >= 0:
+            keys = letters[max(at - 1, 0) : at] + letters[at + 1 : at + 2]
+            keys += KEYBOARD[row + 1][at : at + 1] if row + 1 < len(KEYBOARD) else ""
+    return keys.upper() if letter.isupper() else keys
+
+
+def _whole_words(tokenizer: Any) -> dict[int, str]:
+    """Return the tokens of a vocabulary that are words by themselves, letters alone."""
+    vocabulary = tokenizer.get_vocab()
+    special = set(tokenizer.all_special_ids)
+    # Byte-pair and unigram vocabularies mark the beginnings of words, WordPiece the other pieces.
+    mark = next((m for m in "Ġ▁" if any(token.startswith(m) for token in vocabulary)), "")
+    whole = {}
+    for token, number in vocabulary.items():
+        if number not in special and token.startswith(mark):
+            word = tokenizer.convert_tokens_to_string([token]).strip() if mark else token
+            if word.isalpha():
+                whole[number] = word
+    if not whole:
+        raise ValueError(f"{type(tokenizer).__name__} has no token that is a whole word.")
+    return whole
+
+
+def _check_most(most: int) -> None:
+    if most < 1:
+        raise ValueError(f"most must be at least 1, got {most}.")

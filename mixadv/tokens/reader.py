@@ -1,0 +1,201 @@
+"""A classifier that reads texts: losses, predictions, and how much each word matters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixadv.replay import random_state, set_random_state
+from mixadv.tokens.words import Words
+
+Text = str | tuple[str, str]
+"""What a classifier reads: one text, or two."""
+
+
+class Reading(NamedTuple):
+    """What a classifier makes of texts.
+
+    Attributes:
+        losses: cross-entropy of each text's label, nats, [texts], fp32 on the CPU.
+        predictions: label numbers, [texts].
+        importances: of each text, the words that were read and the norms of their gradients.
+    """
+
+    losses: Tensor
+    predictions: Tensor
+    importances: list[dict[int, float]]
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put modules in evaluation mode; restore the modes and the random state, also after errors."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    devices = {p.device for module in modules for p in module.parameters()}
+    state = random_state(sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str))
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        set_random_state(state)
+
+
+def longest(model: nn.Module, tokenizer: Any) -> int | None:
+    """Return how many tokens a model reads at most, as far as it and its tokenizer say."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    least = min(tokenizer.model_max_length, positions or math.inf)
+    return int(least) if least < 1e9 else None  # tokenizers that know no limit name a huge one
+
+
+def tokens(tokenizer: Any, texts: Sequence[Text], max_length: int | None, **more: Any) -> Any:
+    """Return the tokenizer's encoding of texts or pairs as tensors, padded, and cut if need be."""
+    first = [text if isinstance(text, str) else text[0] for text in texts]
+    second = None if isinstance(texts[0], str) else [text[1] for text in texts]
+    cut = {"truncation": max_length is not None, "max_length": max_length}
+    return tokenizer(first, second, padding=True, return_tensors="pt", **cut, **more)
+
+
+class Reader:
+    """A classifier and its tokenizer, as a function of texts.
+
+    Args:
+        model: returns logits [texts, labels], by themselves or as `.logits`; with
+            `get_input_embeddings()`.
+        tokenizer: of the model, a fast one.
+        max_length: tokens; the rest of a text is cut. `None` asks the model.
+        batch_size: texts that the model reads at a time.
+        column: which text of a pair the words are of.
+
+    Raises:
+        TypeError: for a tokenizer that does not tell where its tokens lie, or a model whose
+            embeddings are not to be found.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, max_length: int | None, batch_size: int, column: int
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise TypeError(
+                f"{type(tokenizer).__name__} does not tell which characters a token stands for: "
+                "use the fast tokenizer of the model (AutoTokenizer gives it by default)."
+            )
+        if not hasattr(model, "get_input_embeddings"):
+            raise TypeError(
+                f"{type(model).__name__} has no get_input_embeddings(): pass the bare model, not "
+                "one wrapped for several devices."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length or longest(model, tokenizer)
+        self.batch_size = batch_size
+        self.column = column
+        self.device = next(model.parameters()).device
+
+    def read(self, texts: Sequence[Text], labels: Sequence[int]) -> Reading:
+        """Read texts without gradients; `importances` is empty."""
+        with torch.no_grad():
+            return self._in_batches(texts, labels, words=None)
+
+    def weigh(self, texts: Sequence[Text], labels: Sequence[int], words: list[Words]) -> Reading:
+        """Read texts with one backward pass to their embeddings, which weighs their words."""
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._in_batches(texts, labels, words)
+
+    def _in_batches(
+        self, texts: Sequence[Text], labels: Sequence[int], words: list[Words] | None
+    ) -> Reading:
+        """Read the texts in batches of similar length, so that little is padded."""
+        order = sorted(range(len(texts)), key=lambda i: sum(map(len, _columns(texts[i]))))
+        losses, predictions = torch.zeros(len(texts)), torch.zeros(len(texts), dtype=torch.long)
+        importances: list[dict[int, float]] = [{} for _ in texts]
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            encoding = tokens(
+                self.tokenizer,
+                [texts[i] for i in rows],
+                self.max_length,
+                return_offsets_mapping=words is not None,
+            )
+            offsets = encoding.pop("offset_mapping", None)
+            wanted = torch.tensor([labels[i] for i in rows])
+            logits, norms = self._pass(encoding, wanted, gradient=words is not None)
+            losses[rows] = F.cross_entropy(logits, wanted, reduction="none")
+            predictions[rows] = logits.argmax(-1)
+            if words is not None:
+                for at, i in enumerate(rows):
+                    own = [column == self._column(texts[i]) for column in encoding.sequence_ids(at)]
+                    importances[i] = _by_word(words[i], offsets[at].tolist(), norms[at], own)
+        return Reading(losses, predictions, importances)
+
+    def _column(self, text: Text) -> int:
+        return 0 if isinstance(text, str) else self.column
+
+    def _pass(self, encoding: Any, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """Return logits, and squared norms of the loss's gradient to each embedding."""
+        inputs = {name: tensor.to(self.device) for name, tensor in encoding.items()}
+        found: list[Tensor] = []
+
+        def leaf(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+            found.append(output.detach().requires_grad_())
+            return found[-1]
+
+        embeddings: Any = self.model.get_input_embeddings
+        hook = embeddings().register_forward_hook(leaf) if gradient else None
+        try:
+            output = self.model(**inputs)
+        finally:
+            if hook is not None:
+                hook.remove()
+        logits = _logits(output)
+        if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
+            raise ValueError(
+                f"labels must be numbers from 0 to {logits.shape[1] - 1}, the model's classes; "
+                f"got {labels.min()} to {labels.max()}."
+            )
+        if not gradient:
+            return logits.float().cpu(), torch.empty(0)
+        loss = F.cross_entropy(logits.float(), labels.to(self.device), reduction="sum")
+        [slope] = torch.autograd.grad(loss, found[:1])
+        return logits.detach().float().cpu(), slope.float().square().sum(-1).cpu()
+
+
+def _columns(text: Text) -> tuple[str, ...]:
+    return (text,) if isinstance(text, str) else text
+
+
+def _logits(output: Any) -> Tensor:
+    """Return the logits of a model's output; raise unless they are of classes."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            "The model must return logits [texts, labels] of at least two labels, got "
+            f"{found}: an attack changes a predicted class."
+        )
+    return logits
+
+
+def _by_word(
+    words: Words, offsets: list[list[int]], norms: Tensor, own: list[bool]
+) -> dict[int, float]:
+    """Return the norm of the gradient to the tokens of each word that has any."""
+    squares: dict[int, float] = {}
+    index = 0
+    for (begin, end), square, is_own in zip(offsets, norms.tolist(), own, strict=True):
+        if not is_own or begin == end:
+            continue
+        while index < len(words) and words.spans[index][1] <= begin:
+            index += 1
+        at = index
+        while at < len(words) and words.spans[at][0] < end:
+            squares[at] = squares.get(at, 0.0) + square
+            at += 1
+    return {at: math.sqrt(square) for at, square in squares.items()}

@@ -1,0 +1,307 @@
+"""An adversary in input space: greedy word substitution, guided by one gradient.
+
+Yoo and Qi (2021), "Towards improving adversarial training of NLP models" (A2T), Findings of EMNLP,
+arXiv:2109.00544.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from mixadv.tokens.candidates import Candidates
+from mixadv.tokens.constraints import FUNCTION_WORDS, Similarity, budget
+from mixadv.tokens.reader import Reader, Reading, Text, evaluating
+from mixadv.tokens.words import Words
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What an attack made of one text.
+
+    Attributes:
+        original: the text, or the pair.
+        perturbed: the text with words replaced; the original where none was.
+        label: the right one.
+        before: the label predicted of the original.
+        after: the label predicted of the perturbed text.
+        swaps: old and new word by the index of the word.
+        words: of the text.
+        queries: texts that the model read; the pass with a gradient is one.
+    """
+
+    original: Text
+    perturbed: Text
+    label: int
+    before: int
+    after: int
+    swaps: Mapping[int, tuple[str, str]]
+    words: int
+    queries: int
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the original was misclassified, and so not attacked."""
+        return self.before != self.label
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the model was right before and is wrong now."""
+        return not self.skipped and self.after != self.label
+
+
+@dataclass(frozen=True)
+class WordSubstitution:
+    """Replaces the words that matter most, one after another, until the prediction changes.
+
+    1. One backward pass gives the gradient of the loss with respect to the embeddings of the words'
+       tokens; its L2 norm ranks the words.
+    2. The best ranked word is replaced by each of its candidates, and the model reads them all. A
+       candidate that changes the prediction goes before one that does not, then the larger loss.
+    3. The best one is kept if it changes the prediction or raises the loss; then the next word.
+
+    It ends at a changed prediction, or when the words or the words allowed are used up. Each word
+    changes at most once. A2T also asks that part of speech stays, and ranks words by the mean
+    gradient of their tokens in L1; here there is no tagger, and a word of more tokens counts more.
+
+    Attributes:
+        candidates: where replacements come from.
+        max_share: of the words of a text may change, rounded up; 0.1 in A2T.
+        min_words: may change in any text; 4 in A2T.
+        protected: lower-case words that stay.
+        similarity: with the original, or `None` for any.
+        column: of a pair, the text that is attacked; the other stays.
+        max_length: tokens that the model reads; words after them are not attacked. `None` asks it.
+        batch_size: texts that the model reads at a time.
+    """
+
+    candidates: Candidates
+    max_share: float = 0.1
+    min_words: int = 4
+    protected: frozenset[str] = FUNCTION_WORDS
+    similarity: Similarity | None = None
+    column: int = 1
+    max_length: int | None = None
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_share <= 1:
+            raise ValueError(f"max_share is a share of the words, 0 to 1, got {self.max_share}.")
+        if self.min_words < 0 or self.batch_size < 1:
+            raise ValueError(
+                "min_words must be at least 0 and batch_size at least 1, got "
+                f"{self.min_words} and {self.batch_size}."
+            )
+        if self.column not in (0, 1):
+            raise ValueError(f"column is 0 or 1, the text of a pair, got {self.column!r}.")
+
+    def attack(
+        self, model: nn.Module, tokenizer: Any, texts: Sequence[Text], labels: Sequence[int]
+    ) -> list[Attack]:
+        """Attack a classifier on texts, all in step.
+
+        The model is in evaluation mode meanwhile; its modes, gradients, flags and the random state
+        are left as they were, after an exception too.
+
+        Args:
+            model: returns logits [texts, labels]; with `get_input_embeddings()`, as all sequence
+                classifiers of transformers.
+            tokenizer: of the model, a fast one.
+            texts: strings, or pairs of strings.
+            labels: the right ones, as numbers.
+
+        Raises:
+            TypeError: for a slow tokenizer, a wrapped model, or texts that are none.
+            ValueError: for labels that are not the model's, or not as many as texts.
+        """
+        _check(texts, labels)
+        reader = Reader(model, tokenizer, self.max_length, self.batch_size, self.column)
+        with evaluating(model):
+            plays = self._begin(reader, texts, labels)
+            while active := [play for play in plays if play.goes_on]:
+                self._turn(reader, active)
+        return [play.result() for play in plays]
+
+    def _begin(self, reader: Reader, texts: Sequence[Text], labels: Sequence[int]) -> list[_Play]:
+        """Read the texts once, and rank the words that may be attacked."""
+        words = [Words(_attacked(text, self.column)) for text in texts]
+        reading = reader.weigh(texts, labels, words)
+        plays = []
+        for i, text in enumerate(texts):
+            weights = reading.importances[i]
+            ranked = sorted(weights, key=lambda at: (-weights[at], at))
+            order = [at for at in ranked if words[i][at].lower() not in self.protected]
+            left = budget(len(words[i]), self.max_share, self.min_words)
+            loss, before = float(reading.losses[i]), int(reading.predictions[i])
+            plays.append(
+                _Play(text, self.column, words[i], labels[i], order, left, loss, before, before)
+            )
+        return plays
+
+    def _turn(self, reader: Reader, active: list[_Play]) -> None:
+        """Replace the next word of each text by its best candidate, if that is better."""
+        positions = [play.order.pop(0) for play in active]
+        proposed = self.candidates([Words(play.now()) for play in active], positions)
+        trials = [
+            _Trial(play, at, new)
+            for play, at, words in zip(active, positions, proposed, strict=True)
+            for new in words
+        ]
+        if self.similarity is not None:
+            cosines = self.similarity(
+                [trial.play.words.text for trial in trials], [trial.words() for trial in trials]
+            )
+            least = self.similarity.least
+            trials = [t for t, c in zip(trials, cosines.tolist(), strict=True) if c >= least]
+        if not trials:
+            return
+        reading = reader.read([t.text() for t in trials], [t.play.label for t in trials])
+        for play, own in groupby(range(len(trials)), lambda i: trials[i].play):
+            play.choose({i: trials[i] for i in own}, reading)
+
+
+@dataclass(eq=False)
+class _Play:
+    """An attack on one text, as far as it went."""
+
+    text: Text
+    column: int
+    words: Words
+    label: int
+    order: list[int]
+    left: int
+    loss: float
+    before: int
+    after: int
+    queries: int = 1
+    swaps: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def goes_on(self) -> bool:
+        return self.after == self.label and self.left > 0 and len(self.order) > 0
+
+    def now(self, more: Mapping[int, str] | None = None) -> str:
+        """Return the attacked text with the words replaced so far, and more of them."""
+        return self.words.replaced(self.swaps | dict(more or {}))
+
+    def whole(self, attacked: str) -> Text:
+        """Return what the model reads: the attacked text, with the other one of a pair."""
+        if isinstance(self.text, str):
+            return attacked
+        return (attacked, self.text[1]) if self.column == 0 else (self.text[0], attacked)
+
+    def choose(self, trials: Mapping[int, _Trial], reading: Reading) -> None:
+        """Keep the best of the trials, by their numbers in the reading, if it is an advance."""
+        self.queries += len(trials)
+        worth = {
+            i: (int(reading.predictions[i]) != self.label, float(reading.losses[i])) for i in trials
+        }
+        best = max(worth, key=worth.__getitem__)
+        if worth[best] > (False, self.loss):
+            self.swaps[trials[best].at] = trials[best].new
+            self.loss, self.after = worth[best][1], int(reading.predictions[best])
+            self.left -= 1
+
+    def result(self) -> Attack:
+        swaps = {at: (self.words[at], new) for at, new in sorted(self.swaps.items())}
+        perturbed = self.whole(self.now())
+        return Attack(
+            self.text,
+            perturbed,
+            self.label,
+            self.before,
+            self.after,
+            swaps,
+            len(self.words),
+            self.queries,
+        )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A candidate in its place."""
+
+    play: _Play
+    at: int
+    new: str
+
+    def words(self) -> str:
+        return self.play.now({self.at: self.new})
+
+    def text(self) -> Text:
+        return self.play.whole(self.words())
+
+
+def summary(attacks: Iterable[Attack]) -> dict[str, Any]:
+    """Return how a model fared.
+
+    Returns:
+        `rows`; `clean_accuracy` and `accuracy_under_attack`; `success_rate` among the texts
+        attacked, with Wilson's 95 % interval `success_interval`; of the successes the means
+        `words_changed` and `share_changed`; `queries`, the mean of the texts attacked. What there
+        is nothing to average for is `None`.
+
+    Raises:
+        ValueError: without attacks.
+    """
+    attacks = list(attacks)
+    if not attacks:
+        raise ValueError("There are no attacks to sum up: attack at least one text.")
+    tried = [a for a in attacks if not a.skipped]
+    successes = [a for a in tried if a.succeeded]
+    return {
+        "rows": len(attacks),
+        "clean_accuracy": len(tried) / len(attacks),
+        "accuracy_under_attack": (len(tried) - len(successes)) / len(attacks),
+        "success_rate": len(successes) / len(tried) if tried else None,
+        "success_interval": wilson(len(successes), len(tried)) if tried else None,
+        "words_changed": _mean(len(a.swaps) for a in successes),
+        "share_changed": _mean(len(a.swaps) / a.words for a in successes),
+        "queries": _mean(a.queries for a in tried),
+    }
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return Wilson's score interval of a rate, 95 % by default.
+
+    Example:
+        >>> low, high = wilson(8, 10)
+        >>> print(f"{low:.3f} to {high:.3f}")
+        0.490 to 0.943
+    """
+    rate, weight = successes / trials, z * z / trials
+    half = z * math.sqrt(rate * (1 - rate) / trials + weight / (4 * trials))
+    low, high = rate + weight / 2 - half, rate + weight / 2 + half
+    return max(low / (1 + weight), 0.0), min(high / (1 + weight), 1.0)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return statistics.fmean(values) if values else None
+
+
+def _attacked(text: Text, column: int) -> str:
+    return text if isinstance(text, str) else text[column]
+
+
+def _check(texts: Sequence[Text], labels: Sequence[int]) -> None:
+    """Raise unless there is a label for each text, and they are of one kind."""
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of texts, got one string: put it in a list.")
+    if len(texts) != len(labels):
+        raise ValueError(f"There are {len(texts)} texts and {len(labels)} labels.")
+    for i, text in enumerate(texts):
+        pair = isinstance(text, tuple) and len(text) == 2 and all(isinstance(t, str) for t in text)
+        if not pair and not isinstance(text, str):
+            raise TypeError(f"Text {i} is {text!r}: texts must be strings, or pairs of strings.")
+        if isinstance(text, str) != isinstance(texts[0], str):
+            raise TypeError(f"Text {i} is {text!r}, unlike text 0: strings and pairs are mixed.")
+    for i, label in enumerate(labels):
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise TypeError(f"Label {i} is {label!r}: labels must be whole numbers.")

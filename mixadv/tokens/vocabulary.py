@@ -1,0 +1,106 @@
+"""What a tokenizer can write: the tokens of words, and the ordinary tokens of its vocabulary."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MARKS = ("##", "Ġ", "▁")
+"""How a token's name tells that it continues a word (WordPiece), or begins one (the others)."""
+
+
+class Vocabulary:
+    """A tokenizer's vocabulary, as what words are written with.
+
+    Args:
+        tokenizer: a tokenizer of transformers; it is called, never changed.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.special = frozenset(tokenizer.all_special_ids)
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of a text, without those that mark its ends."""
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def pieces(self, word: str, before: str = "") -> tuple[int, ...]:
+        """Return the tokens of a word after a space, a sign or nothing; none if not to be told.
+
+        Many tokenizers write a word differently at the start of a text, after a space and after
+        another character.
+        """
+        ids, lead = self.ids(before + word), self.ids(before.strip())
+        return ids[len(lead) :] if ids[: len(lead)] == lead else ()
+
+    def writes(self, word: str) -> bool:
+        """Return whether the word can be written: it has tokens, and none of them is special."""
+        ids = self.ids(word)
+        return bool(ids) and self.special.isdisjoint(ids)
+
+    def random_like(self, ids: tuple[int, ...], generator: torch.Generator) -> list[int]:
+        """Return as many tokens at random, ordinary ones.
+
+        Each is uniform over the tokens that begin or continue a word as the one that it replaces.
+
+        Args:
+            ids: the tokens of a word.
+            generator: where the random numbers come from.
+        """
+        pools = [self.ordinary.get(self._mark(i), self._all) for i in ids]
+        draws = torch.rand(len(ids), generator=generator, dtype=torch.float64).tolist()
+        return [int(p[int(u * len(p))]) for p, u in zip(pools, draws, strict=True)]
+
+    @cached_property
+    def ordinary(self) -> dict[str, Tensor]:
+        """Tokens of letters, marks and digits alone that are not special, by how they are marked.
+
+        Raises:
+            ValueError: if the vocabulary has none.
+        """
+        pools: dict[str, list[int]] = {}
+        for i in range(len(self.tokenizer)):
+            if i not in self.special and _is_lettered(self._text(i)):
+                pools.setdefault(self._mark(i), []).append(i)
+        if not pools:
+            raise ValueError(
+                f"None of the tokenizer's {len(self.tokenizer)} tokens is made of letters or "
+                "digits, so that there is no random word to draw: was it trained?"
+            )
+        return {mark: torch.tensor(ids) for mark, ids in pools.items()}
+
+    def words(self) -> Iterator[tuple[str, int]]:
+        """Yield the words that are one token, with it: letters alone, which read back as it."""
+        texts = {i: self._text(i).strip() for i in sorted(self._all.tolist())}
+        texts = {i: text for i, text in texts.items() if text.isalpha()}
+        written = [self._each(before + text for text in texts.values()) for before in ("", " ")]
+        for (i, text), *ways in zip(texts.items(), *written, strict=True):
+            if [i] in ways:
+                yield text, i
+
+    def _each(self, texts: Iterable[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+    @cached_property
+    def _all(self) -> Tensor:
+        return torch.cat(list(self.ordinary.values()))
+
+    def _name(self, token: int) -> str:
+        # a model's table may have more rows than names
+        return self.tokenizer.convert_ids_to_tokens(token) or ""
+
+    def _mark(self, token: int) -> str:
+        return next((mark for mark in MARKS if self._name(token).startswith(mark)), "")
+
+    def _text(self, token: int) -> str:
+        return self.tokenizer.convert_tokens_to_string([self._name(token).removeprefix("##")])
+
+
+def _is_lettered(text: str) -> bool:
+    text = text.strip()
+    return text != "" and all(unicodedata.category(c)[0] in "LMN" for c in text)

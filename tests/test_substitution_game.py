@@ -1,0 +1,217 @@
+"""Word substitution as a finite game: mixtures against pure strategies, and the exact solution."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from scipy.optimize import linprog
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+import mixadv
+from mixadv.tokens import SimilarWords
+from mixadv.tokens.finite import (
+    SubstitutionGame,
+    dropout_masks,
+    learner_samples,
+    play,
+    solve_all,
+    substitutions,
+)
+
+TABLE = {"good": ["fine", "great", "nice"], "film": ["movie", "picture"], "plot": ["story"]}
+TEXT = "A good film with the plot"
+VOCABULARY = ["[PAD]", "[UNK]", "a", "good", "fine", "great", "nice", "film", "movie", "picture"]
+VOCABULARY += ["with", "the", "plot", "story"]
+
+
+def tokenizer() -> Any:
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, "[UNK]")
+    )
+    words.normalizer = tokenizers.normalizers.Lowercase()
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
+    )
+
+
+def classifier(seed: int, dropout: float = 0.0) -> Any:
+    torch.manual_seed(seed)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(
+        vocab_size=len(VOCABULARY), intermediate_size=8, max_position_embeddings=32,
+        initializer_range=1.0, hidden_dropout_prob=dropout, **size,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+@st.composite
+def payoffs(draw: Any, learners: int | None = None) -> torch.Tensor:
+    m = learners or draw(st.integers(1, 6))
+    n, seed = draw(st.integers(1, 12)), draw(st.integers(0, 10**6))
+    return torch.rand(m, n, generator=torch.Generator().manual_seed(seed)).round(decimals=2)
+
+
+def game(payoff: torch.Tensor) -> SubstitutionGame:
+    return SubstitutionGame(tuple(f"text {j}" for j in range(payoff.shape[1])), payoff)
+
+
+def value(payoff: np.ndarray) -> float:
+    """Return the value by linear programming: max v with Ay ≥ v, from the adversary's side."""
+    m, n = payoff.shape
+    found = linprog(
+        np.r_[np.zeros(n), -1], A_ub=np.c_[-payoff, np.ones(m)], b_ub=np.zeros(m),
+        A_eq=[np.r_[np.ones(n), 0]], b_eq=[1], bounds=[(0, None)] * n + [(None, None)],
+    )  # fmt: skip
+    assert found.status == 0
+    return -found.fun
+
+
+# Mixtures --------------------------------------------------------------------------------------
+
+
+@given(payoffs())
+@settings(max_examples=25)
+def test_mixtures_are_no_worse_than_pure_strategies_and_bracket_the_value(payoff: torch.Tensor):
+    found, exact = game(payoff).solve(), value(payoff.double().numpy())
+    assert found.guaranteed >= found.best_single - 1e-12
+    assert found.worst <= found.best_row + 1e-12
+    assert found.guaranteed <= exact + 1e-9
+    assert found.worst >= exact - 1e-9
+    assert found.gap <= 1e-6
+    for weights in (found.learner, found.adversary):
+        assert weights.min() >= 0
+        assert weights.sum().item() == pytest.approx(1)
+
+
+@given(payoffs())
+@settings(max_examples=25)
+def test_what_is_reported_is_what_the_weights_do(payoff: torch.Tensor):
+    found, a = game(payoff).solve(), payoff.double().numpy()
+    x, y = found.learner.numpy(), found.adversary.numpy()
+    assert found.worst == pytest.approx(max(x @ a[:, j] for j in range(a.shape[1])))
+    assert found.guaranteed == pytest.approx(min(a[i] @ y for i in range(len(a))))
+    assert found.value == pytest.approx(x @ a @ y)
+    assert found.gap == pytest.approx(found.worst - found.guaranteed)
+    assert found.best_single == pytest.approx(max(a[:, j].min() for j in range(a.shape[1])))
+    assert found.best_row == pytest.approx(min(a[i].max() for i in range(len(a))))
+
+
+@given(payoffs(2))
+@settings(max_examples=25)
+def test_the_exploitability_of_a_pair_is_its_gap(payoff: torch.Tensor):
+    """However few steps are played, no mixture is worse than a pure strategy."""
+    found = game(payoff).solve(steps=1)
+    assert found.gap >= value(payoff.double().numpy()) - found.guaranteed - 1e-9
+    assert found.guaranteed >= found.best_single - 1e-12
+    assert found.worst <= found.best_row + 1e-12
+
+
+@given(st.lists(payoffs(3), min_size=2, max_size=5))
+@settings(max_examples=15)
+def test_games_of_different_widths_are_solved_together_as_alone(several: list[torch.Tensor]):
+    together = solve_all([game(payoff) for payoff in several])
+    for payoff, found in zip(several, together, strict=True):
+        assert len(found.adversary) == payoff.shape[1]
+        assert found.adversary.sum().item() == pytest.approx(1)
+        assert found.value == pytest.approx(value(payoff.double().numpy()), abs=1e-6)
+
+
+def test_matching_pennies_wants_both_to_mix():
+    found = game(torch.eye(2)).solve()
+    assert found.learner.tolist() == pytest.approx([0.5, 0.5], abs=1e-5)
+    assert found.guaranteed == pytest.approx(0.5)
+    assert found.best_single == 0
+    assert found.best_row == 1
+
+
+# The matrix ------------------------------------------------------------------------------------
+
+
+def test_the_columns_are_the_text_and_single_substitutions():
+    texts = substitutions(TEXT, SimilarWords(TABLE))
+    assert texts[0] == TEXT
+    expected = {TEXT.replace(old, new) for old, news in TABLE.items() for new in news}
+    assert set(texts[1:]) == expected
+    few = substitutions(TEXT, SimilarWords(TABLE), most=4)
+    assert len(few) == 4
+    assert few[0] == TEXT
+    assert set(few) <= set(texts)
+    assert few == substitutions(TEXT, SimilarWords(TABLE), most=4)
+    kept = substitutions(TEXT, SimilarWords(TABLE), protected=frozenset({"film"}))
+    assert set(kept) == {t for t in texts if "film" in t}
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_of_a_pair_one_text_changes(column: int):
+    pair = ("the good plot", "a good film")
+    texts = substitutions(pair, SimilarWords(TABLE), column=column)
+    assert len(texts) > 1
+    assert all(text[1 - column] == pair[1 - column] for text in texts)
+
+
+def test_entries_are_the_errors_of_each_learner_at_each_text():
+    models, texts = [classifier(s) for s in range(3)], substitutions(TEXT, SimilarWords(TABLE))
+    found = play(models, tokenizer(), texts, 1, batch_size=2)
+    for i, model in enumerate(models):
+        for j, text in enumerate(texts):
+            inputs = tokenizer()(text, return_tensors="pt")
+            with torch.no_grad():
+                logits = model.eval()(**inputs).logits[0]
+            wrong = logits.double().exp()[0] / logits.double().exp().sum()
+            assert found.payoff[i, j].item() == pytest.approx(wrong.item(), abs=1e-6)
+
+
+def test_a_dropout_row_is_one_function_of_the_text_whatever_is_read_beside_it():
+    model, texts = classifier(0, dropout=0.3), substitutions(TEXT, SimilarWords(TABLE))
+    learners = dropout_masks(model, [0, 1])
+    whole = play(learners, tokenizer(), texts, 0).payoff
+    torch.testing.assert_close(play(learners, tokenizer(), texts, 0, batch_size=1).payoff, whole)
+    torch.testing.assert_close(play(learners, tokenizer(), texts[::-1], 0).payoff, whole.flip(1))
+    assert (whole[0] - whole[1]).abs().max() > 1e-3
+
+
+def test_the_rows_of_mat_are_the_samples_that_it_keeps():
+    model, words = classifier(0), tokenizer()
+    base = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = mixadv.wrap(base, model, mixadv.MAT(samples=3))
+    batch = {**words([TEXT, "the plot"], padding=True, return_tensors="pt")}
+    for _ in range(3):
+        optimizer.step(lambda: model(**batch, labels=torch.tensor([0, 1])))
+    texts = substitutions(TEXT, SimilarWords(TABLE))
+    found = play(learner_samples(optimizer.game), words, texts, 0).payoff
+    inputs = words(list(texts), padding=True, return_tensors="pt")
+    mixed = optimizer.game.mixture(lambda: model.eval()(**inputs))
+    torch.testing.assert_close(1 - found.mean(0), mixed.double().exp()[:, 0], atol=1e-6, rtol=0)
+    assert len(found) == 3
+    with pytest.raises(mixadv.GameError):
+        learner_samples(mixadv.Game(model, mixadv.PGD()))
+
+
+def test_models_and_random_state_are_left_as_they_were():
+    model = classifier(0, dropout=0.3).train()
+    model.dropout.eval()
+    state = torch.get_rng_state()
+    play([model, *dropout_masks(model, [0])], tokenizer(), (TEXT,), 0)
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert not model.dropout.training
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_wrong_games_are_refused():
+    model = classifier(0)
+    with pytest.raises(ValueError, match=r"label must be 0 to 1, a learner's, got 2"):
+        play([model], tokenizer(), (TEXT,), 2)
+    with pytest.raises(ValueError, match="rows and columns, got 0 and 1"):
+        play([], tokenizer(), (TEXT,), 0)
+    with pytest.raises(ValueError, match=r"each of the 1 texts, got shape \[2, 3\]"):
+        SubstitutionGame(("a",), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"2 games with \[1, 2\] learners"):
+        solve_all([game(torch.zeros(1, 2)), game(torch.zeros(2, 2))])
+    with pytest.raises(ValueError, match="got 0 games"):
+        solve_all([])
