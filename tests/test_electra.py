@@ -297,6 +297,12 @@ def test_rows_without_ordinary_tokens_leave_the_loss_finite(objective, counts):
         assert model.baseline == torch.tensor(math.log(2))
 
 
+def test_a_batch_of_nothing_but_padding_has_no_loss():
+    inputs = batch([9, 3])
+    inputs["attention_mask"].zero_()
+    assert game()(**inputs).loss == 0
+
+
 def test_only_logits_at_drawn_positions_are_computed():
     model, rows = game(), []
     head = model.generator.get_output_embeddings()

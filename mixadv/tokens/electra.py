@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,6 @@ from mixadv.tokens.drawing import draw_positions, sample
 from mixadv.tokens.masked import output_layer, predictions_at
 from mixadv.tokens.ties import save_once, share_embeddings
 
-Objective = Literal["mle", "reinforce"]
-
 
 class Detection(NamedTuple):
     """What a pass of `ReplacedTokenDetection` returns.
@@ -38,8 +36,7 @@ class Detection(NamedTuple):
     Attributes:
         loss: generator_loss + discriminator_weight · discriminator_loss, 0-d.
         logits: `[B, n]`, the discriminator's; above 0 where it takes a token for a replaced one.
-        generator_loss: mean over the drawn positions, 0-d: cross-entropy, or the surrogate whose
-            gradient is REINFORCE's.
+        generator_loss: mean over drawn positions, 0-d: cross-entropy, or REINFORCE's surrogate.
         discriminator_loss: mean cross-entropy over the tokens that are no padding, 0-d.
         generator_accuracy: part of the drawn positions where the sample is the original, 0-d.
         corrupted: `[B, n]`, the token ids that the discriminator read.
@@ -91,7 +88,6 @@ class ReplacedTokenDetection(nn.Module):
         >>> output = model(torch.randint(5, 30, (2, 20)))
         >>> output.logits.shape, bool((output.replaced.sum(1) <= 3).all())
         (torch.Size([2, 20]), True)
-        >>> output.loss.backward()
     """
 
     baseline: Tensor
@@ -107,7 +103,7 @@ class ReplacedTokenDetection(nn.Module):
         rate: float = 0.15,
         mask_probability: float = 1.0,
         discriminator_weight: float = 50.0,
-        generator_objective: Objective = "mle",
+        generator_objective: Literal["mle", "reinforce"] = "mle",
         temperature: float = 1.0,
         tie: Literal["embeddings"] | None = "embeddings",
         baseline_decay: float | None = 0.99,
@@ -119,7 +115,7 @@ class ReplacedTokenDetection(nn.Module):
         self.rate = rate
         self.mask_probability = mask_probability
         self.discriminator_weight = discriminator_weight
-        self.generator_objective: Objective = generator_objective
+        self.generator_objective = generator_objective
         self.temperature = temperature
         self.baseline_decay = baseline_decay
         self._check(tie)
@@ -174,22 +170,20 @@ class ReplacedTokenDetection(nn.Module):
         """
         given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs = {name: value for name, value in given.items() if value is not None}
-        present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        present = present.bool()
+        present = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         positions = draw_positions(present & ~torch.isin(input_ids, self.special), self.rate)
         guesses, asked = self._guess(input_ids, positions, inputs), input_ids[positions]
         logits = guesses / self.temperature
         samples = sample(logits)
         corrupted = input_ids.masked_scatter(positions, samples)
         replaced = corrupted != input_ids
-        detected = self._detect(input_ids=corrupted, **inputs)
-        labels = replaced.float()
-        errors = F.binary_cross_entropy_with_logits(detected.float(), labels, reduction="none")
+        detected, errors = self._detect(replaced, input_ids=corrupted, **inputs)
         discriminator_loss = errors.where(present, 0.0).sum() / present.sum().clamp(min=1)
-        surprise = F.cross_entropy(guesses, asked, reduction="sum")
-        generator_loss = surprise / max(1, len(asked))
-        if self.generator_objective == "reinforce":
-            generator_loss = self._reinforce(logits, samples, errors.detach()[positions])
+        if self.generator_objective == "mle":
+            summed = F.cross_entropy(guesses, asked, reduction="sum")
+        else:
+            summed = self._reinforce(logits, samples, errors.detach()[positions])
+        generator_loss = summed / max(1, len(asked))
         return Detection(
             loss=generator_loss + self.discriminator_weight * discriminator_loss,
             logits=detected,
@@ -216,28 +210,30 @@ class ReplacedTokenDetection(nn.Module):
         masked = ids.masked_fill(drawn & hidden, self.mask_token_id)
         return predictions_at(self.generator, drawn, input_ids=masked, **inputs).float()
 
-    def _detect(self, **inputs: Tensor) -> Tensor:
-        logits, shape = self.discriminator(**inputs).logits, inputs["input_ids"].shape
+    def _detect(self, replaced: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and cross-entropies, `[B, n]`."""
+        logits, shape = self.discriminator(**inputs).logits, replaced.shape
         if logits.shape not in (shape, (*shape, 1)):
             raise ValueError(
                 f"The discriminator gives logits {list(logits.shape)} for tokens {list(shape)}, "
                 "not one each: take ElectraForPreTraining, or token classification, num_labels=1."
             )
-        return logits.reshape(shape)
+        logits, truth = logits.reshape(shape), replaced.float()
+        errors = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none")
+        return logits, errors
 
     def _reinforce(self, logits: Tensor, samples: Tensor, rewards: Tensor) -> Tensor:
-        """Return what has the gradient −mean (reward − baseline)·∇log p(sample).
+        """Return what has the gradient −Σ (reward − baseline)·∇log p(sample).
 
-        A sample's reward is the discriminator's loss at its own position; what it does to the
-        loss elsewhere is left out, as in the paper.
+        A reward is the discriminator's loss at the sample's own position, as in the paper.
         """
         surprise = F.cross_entropy(logits, samples, reduction="none")
         baseline = 0.0 if self.baseline_decay is None else self.baseline
-        loss = ((rewards - baseline) * surprise).sum() / max(1, len(samples))
+        summed = ((rewards - baseline) * surprise).sum()
         if self.training and self.baseline_decay is not None and len(samples) > 0:
             # after use: a baseline that knew its sample would bias the gradient
             self.baseline += (1 - self.baseline_decay) * (rewards.mean() - self.baseline)
-        return loss
+        return summed
 
     def _check(self, tie: str | None) -> None:
         who = type(self).__name__
@@ -249,7 +245,7 @@ class ReplacedTokenDetection(nn.Module):
         check_number(who, "temperature", self.temperature, least=1e-3)
         if self.baseline_decay is not None:
             check_number(who, "baseline_decay", self.baseline_decay, most=1.0)
-        if (goal := self.generator_objective) not in get_args(Objective):
+        if (goal := self.generator_objective) not in ("mle", "reinforce"):
             raise ValueError(f"{who}: generator_objective is 'mle' or 'reinforce', got {goal!r}.")
         if tie not in ("embeddings", None):
             raise ValueError(f"{who}: tie must be 'embeddings' or None, got {tie!r}.")
