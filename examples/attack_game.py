@@ -147,12 +147,10 @@ def work(options: Namespace) -> str:
     texts, labels = attack.chosen(options, task)
     lines = [list(HEAD), ["---"] * len(HEAD)]
     for name, (rows, tokenizer) in learners(options, task).items():
-        games = [
-            substitution_game(
-                rows, tokenizer, substitutions(text, source, most=options.columns), label
-            )
-            for text, label in zip(tqdm(texts, desc=name, disable=None), labels, strict=True)
-        ]
+        games = []
+        for text, label in zip(tqdm(texts, desc=name, disable=None), labels, strict=True):
+            columns = substitutions(text, source, most=options.columns)
+            games.append(substitution_game(rows, tokenizer, columns, label))
         found = solve_all(games)
         lines.append(row(name, games, found))
         if options.output:
