@@ -28,6 +28,7 @@ from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
 from mixadv.explain import solver_table
 from mixadv.games import METHODS, PARTICLE_METHODS
+from tests.substitution_zoo import word_tokenizer
 from tests.zoo import player
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,13 @@ def blocks(*languages: str) -> Iterator[tuple[int, str]]:
 def prelude() -> dict[str, Any]:
     """Return what the text of README takes for granted: a model, its data, a training loop."""
     model, batch, _ = player("bert", rows=8)
+    tokenizer, words = word_tokenizer(), {"num_hidden_layers": 1, "hidden_dropout_prob": 0.1}
+    size = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=12, intermediate_size=12, **words
+    )
+    texts = ["The film was really good", "A slow plot and a bad actor"]
+    masks = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=0)
+    masked = masks([dict(tokenizer(text)) for text in texts])
     quiet: Any = {"use_cpu": True, "disable_tqdm": True, "report_to": []}
     return {
         "arguments": transformers.TrainingArguments(max_steps=3, **quiet),  # resets accelerators
@@ -61,6 +69,12 @@ def prelude() -> dict[str, Any]:
         "scheduler": SimpleNamespace(step=lambda: None),
         "accelerator": accelerate.Accelerator(cpu=True),
         "device": "cpu",
+        "tokenizer": tokenizer,
+        "texts": texts,
+        "labels": [1, 0],
+        "classifier": transformers.BertForSequenceClassification(size),
+        "language_model": transformers.BertForMaskedLM(size),
+        "masked_loader": [masked, masked],
         "rows": [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)],
     }
 
