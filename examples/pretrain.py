@@ -8,7 +8,7 @@ and macbert. Without arguments a tiny model learns the manual that each Python c
     python examples/pretrain.py --objective alum --curriculum 300
     python examples/pretrain.py --objective mlm --model minilm --data path/to/texts --only-new
     python examples/pretrain.py --objective mlm --solver freelb --set radius=0.3 --data books.txt
-    accelerate launch --num-processes 2 examples/pretrain.py --objective electra --steps 2000
+    accelerate launch --multi_gpu --num_processes 2 examples/pretrain.py --objective electra
     python examples/glue.py --task cola --model runs/pretrain/mlm/model
 
 OUTPUT gets model/ (weights and tokenizer, for from_pretrained), curves.png, log.json with all
@@ -160,13 +160,14 @@ def train(options: argparse.Namespace) -> str:
         (output / "settings.json").write_text(json.dumps(asked, indent=1))
         task.tokenizer.save_pretrained(output / tasks.TOKENIZER)
     trainer.train(resume_from_checkpoint=latest(output / "checkpoints"))
-    found = [*trainer.state.log_history]
+    facts = {"chance": task.objective.chance, "processes": trainer.args.world_size}
+    found = [facts, *trainer.state.log_history]
     if trainer.is_world_process_zero():
         task.save(output / "model")
         title = f"{options.objective}, {options.model} on {Path(options.data).name}"
         curves.draw(found, task.objective.chance, title, output / "curves.png")
-        log.write_text(json.dumps([{"chance": task.objective.chance}, *found], indent=1))
-    return table([{"chance": task.objective.chance}, *found])
+        log.write_text(json.dumps(found, indent=1))
+    return table(found)
 
 
 def prepared(

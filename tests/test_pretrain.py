@@ -236,21 +236,51 @@ def test_a_finished_run_is_not_repeated_and_another_needs_its_own_folder(text: s
     assert "with seed=0, not 1: choose another --output" in refused(*arguments, "--seed", "1")
 
 
+def launch(script: str, *arguments: str) -> str:
+    """Run a script on two processes; return what it printed."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1",
+        "--multi_gpu", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no",
+        script, *arguments,
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{EXAMPLES.parent}:{EXAMPLES}",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize("objective", ["alum", "electra"])
 def test_two_processes_train_and_measure_as_one(objective: str, text: str, tmp_path: Path):
     folder = tmp_path / "out"
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1",
-        "--main_process_port", "0", str(EXAMPLES / "pretrain.py"), *TINY,
-        "--objective", objective, "--data", text, "--steps", "3", "--output", str(folder),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "c")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("| chance |") == 1
+    arguments = ["--objective", objective, "--data", text, "--steps", "3", "--output", str(folder)]
+    printed = launch(str(EXAMPLES / "pretrain.py"), *TINY, *arguments)
+    assert printed.count("| chance |") == 1
+    assert json.loads((folder / "log.json").read_text())[0]["processes"] == 2
     assert all(np.isfinite(entry["eval_loss"]) for entry in held_out(folder))
     assert weights(folder)
+
+
+def test_processes_share_the_tokenizer_that_one_of_them_learns(text: str, tmp_path: Path):
+    """Learned twice it would differ: ties between pieces are broken by chance."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""from pathlib import Path
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from pretraining import models
+PartialState(cpu=True)
+texts = Path({text!r}).read_text().split(chr(10) * 2)
+found = models.find("tiny", False, 120, texts, Path("none")).tokenizer
+first, second = gather_object([found.get_vocab()])
+print(first == second)
+PartialState().destroy_process_group()
+"""
+    )
+    assert launch(str(script)).split() == ["True"] * 2
 
 
 # Text ------------------------------------------------------------------------------------------
@@ -272,6 +302,21 @@ def test_folders_and_json_lines_are_read(tmp_path: Path):
     alone = corpus.read(str(tmp_path / "train.jsonl"))
     assert alone.held_out == ["train 9", "train 19", "train 29"]
     assert len(alone.train) == 27
+
+
+def test_a_set_of_the_hub_is_read_by_its_name_and_configuration(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def load(*name: str, **_: Any) -> Any:
+        asked.append(name)
+        rows = {"train": ["one"] * 30, "validation": ["two"]}
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in rows.items()}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert corpus.read("Salesforce/wikitext:wikitext-2-raw-v1").held_out == ["two"]
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1")]
 
 
 @given(st.text(max_size=200), st.integers(1, 9))
