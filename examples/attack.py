@@ -131,6 +131,8 @@ def path(options: Namespace, victim: torch.nn.Module) -> Path:
     """Return the file of an attack: the same for the same weights and settings."""
     settings = {k: str(v) for k, v in vars(options).items() if k not in ("model", "output")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    if Path(options.neighbours).is_file():
+        digest.update(Path(options.neighbours).read_bytes())
     for tensor in victim.state_dict().values():
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     source = Path(options.neighbours.replace(":", "-")).name.split(".")[0]

@@ -46,6 +46,7 @@ HEAD = (
     "learners", "texts", "adversary: best single", "mixture", "value by LP",
     "learner: mixture", "best row", "largest gap", "helps adversary, %", "helps learner, %",
 )  # fmt: skip
+LENGTH = 128  # tokens of a text; the rest is cut, as in training
 HELPS = 0.001  # in probability, from which a mixture is said to help
 
 
@@ -150,7 +151,8 @@ def work(options: Namespace) -> str:
         games = []
         for text, label in zip(tqdm(texts, desc=name, disable=None), labels, strict=True):
             columns = substitutions(text, source, most=options.columns)
-            games.append(substitution_game(rows, tokenizer, columns, label))
+            game = substitution_game(rows, tokenizer, columns, label, max_length=LENGTH)
+            games.append(game)
         found = solve_all(games)
         lines.append(row(name, games, found))
         if options.output:

@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLanguageModeling
+from transformers import DataCollatorForLanguageModeling
 
 import mixadv
 from mixadv.equilibrium import best_response
 from mixadv.tokens.masked import IGNORED, masked_predictions
 from pretraining import corpus
-from pretraining.models import quiet
 from pretraining.tasks import encoder
 from training import model as finetuning
 from training.command import answer
@@ -74,23 +73,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="add the results to a file, as JSON lines")
     return parser.parse_args(argv)
-
-
-def load(name: str) -> tuple[Any, Any]:
-    """Return a masked-language model and its tokenizer."""
-    where = finetuning.path(name)
-    try:
-        with quiet():
-            model, info = AutoModelForMaskedLM.from_pretrained(where, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The model {name} cannot be loaded: {error}") from error
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{name} has no language-model head, among others {min(info['missing_keys'])} is "
-            "missing: train one first, with pretrain.py --only-new."
-        )
-    return model.eval(), tokenizer
 
 
 def batches(options: argparse.Namespace, tokenizer: Any) -> list[Batch]:
@@ -152,7 +134,7 @@ def compare(options: argparse.Namespace) -> str:
     found: list[Batch] = []
     unit, first, results = 1.0, {}, []
     for name in options.models:
-        model, tokenizer = load(name)
+        model, tokenizer = finetuning.load_masked(name)
         if not found:
             found, vocabulary = batches(options, tokenizer), tokenizer.get_vocab()
             inputs = {n: v for n, v in found[0].items() if n != "labels"}

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from accelerate.utils import set_seed
+from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 import mixadv
 from pretraining import corpus, curves, models, tasks
@@ -149,6 +150,7 @@ def train(options: argparse.Namespace) -> str:
     output: Path = options.output
     log = output / "log.json"
     asked = {name: str(value) for name, value in vars(options).items() if name != "output"}
+    asked["processes"] = str(PartialState().num_processes)
     if same(output, asked) and log.is_file():
         return table(json.loads(log.read_text()))
     texts = corpus.read(options.data)
@@ -159,7 +161,13 @@ def train(options: argparse.Namespace) -> str:
         output.mkdir(parents=True, exist_ok=True)
         (output / "settings.json").write_text(json.dumps(asked, indent=1))
         task.tokenizer.save_pretrained(output / tasks.TOKENIZER)
-    trainer.train(resume_from_checkpoint=latest(output / "checkpoints"))
+    last = latest(output / "checkpoints")
+    if last is not None and step(last) == options.steps:  # killed after its last step
+        trainer._load_from_checkpoint(str(last))
+        trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    else:
+        set_seed(options.seed, device_specific=True)  # other draws on each process
+        trainer.train(resume_from_checkpoint=last and str(last))
     facts = {"chance": task.objective.chance, "processes": trainer.args.world_size}
     found = [facts, *trainer.state.log_history]
     if trainer.is_world_process_zero():
@@ -232,10 +240,16 @@ def same(output: Path, asked: dict[str, str]) -> bool:
     return True
 
 
-def latest(folder: Path) -> str | None:
+def latest(folder: Path) -> Path | None:
     """Return the last checkpoint that was written to its end, if there is one."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    return max(
+        (p.parent for p in folder.glob("checkpoint-*/trainer_state.json")), key=step, default=None
+    )
+
+
+def step(checkpoint: Path) -> int:
+    """Return the step of a checkpoint."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def table(log: list[dict[str, Any]]) -> str:

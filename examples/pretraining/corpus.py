@@ -41,9 +41,11 @@ def read(source: str, split: str = "dev") -> Corpus:
     Raises:
         DataError: if the source cannot be read or holds no text.
     """
-    splits = _splits(source)
+    splits = {
+        name: [text for text in texts if text.strip()] for name, texts in _splits(source).items()
+    }
     for name, texts in splits.items():
-        if not any(text.strip() for text in texts):
+        if not texts:
             raise DataError(f"{source} holds no text in {name}: it is empty, or only spaces.")
     if len(splits) == 1:
         texts = next(iter(splits.values()))
@@ -75,7 +77,7 @@ def _splits(source: str) -> dict[str, list[str]]:
             raise DataError(f"{source} is no text in UTF-8: {error}.") from error
     if path.suffix in (".txt", ".jsonl", ".gz") or path.is_absolute():
         raise DataError(f"There is no file {source}.")
-    found = data.from_hub(*source.split(":"))
+    found = data.from_hub(*source.split(":", 1))
     return {name: _texts(rows, source) for name, rows in found.items()}
 
 
@@ -102,12 +104,17 @@ def rows(texts: list[str], encode: Any, most: int = 0) -> Dataset:
         texts: paragraphs.
         encode: takes a list of texts; returns columns of lists, several rows for a long text.
         most: rows wanted, evenly spaced; 0 for all.
+
+    Raises:
+        DataError: if there is not text enough for a row.
     """
     together = [
         "\n".join(texts[start : start + TOGETHER]) for start in range(0, len(texts), TOGETHER)
     ]
     whole = Dataset.from_dict({"text": together})
     found = whole.map(lambda batch: encode(batch["text"]), batched=True, remove_columns=["text"])
+    if len(found) == 0:
+        raise DataError(f"{len(texts)} paragraphs are too short for a row: give more text.")
     if 0 < most < len(found):
         found = found.select([i * len(found) // most for i in range(most)])
     return found

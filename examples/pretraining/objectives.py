@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from mixadv.tokens.masked import IGNORED, masked_predictions
+from training.data import DataError
 
 Items = dict[str, Tensor]
 """Measures by name, one value per position `[N]`."""
@@ -114,5 +115,7 @@ def guess(train: Rows, held_out: Rows, vocabulary: int) -> Guess:
     for count, rows in zip(counts, (train, held_out), strict=True):
         for ids in rows:
             np.add.at(count, ids, 1)
+    if counts[1].sum() == 0:
+        raise DataError("The held-out text has no word to be predicted: give more text.")
     shares, asked = (counts[0] + 1) / (counts[0] + 1).sum(), counts[1] / counts[1].sum()
     return Guess(float(-(asked * np.log(shares)).sum()), float(asked[shares.argmax()]))

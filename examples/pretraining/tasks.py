@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from training import model as finetuning
 from training.results import EMBEDDED_MODEL
 
 TOKENIZER = "tokenizer"  # the folder of it in that of the run
+GENERATOR = "generator"  # likewise, in that of the model
 WORDS_PER_TOKEN = 0.7  # of running English, so that few pieces are cut
 
 
@@ -49,6 +50,7 @@ class Task:
         held_out: rows likewise.
         exported: what is fine-tuned of the model.
         tokenizer: of the model.
+        besides: what continual training needs besides, by the name of its folder.
     """
 
     model: Any
@@ -58,11 +60,14 @@ class Task:
     held_out: Dataset
     exported: Any
     tokenizer: Any
+    besides: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Save weights and tokenizer for `from_pretrained`."""
         for thing in (self.exported, self.tokenizer):
             thing.save_pretrained(folder)
+        for name, thing in self.besides.items():
+            thing.save_pretrained(folder / name)
 
 
 def _rows(options: Namespace, texts: Corpus, encode: Any) -> tuple[Dataset, Dataset]:
@@ -77,13 +82,24 @@ def _rows(options: Namespace, texts: Corpus, encode: Any) -> tuple[Dataset, Data
 
 
 def _source(options: Namespace, texts: Corpus) -> models.Source:
-    return models.find(
+    """Return the tokenizer and shape of the model; raise if it cannot read rows of that length."""
+    source = models.find(
         options.model,
         options.from_scratch,
         options.vocabulary,
         texts.train,
         options.output / TOKENIZER,
     )
+    least = source.tokenizer.num_special_tokens_to_add(pair=True) + 2
+    most = min(
+        source.tokenizer.model_max_length,
+        getattr(source.config, "max_position_embeddings", source.tokenizer.model_max_length),
+    )
+    if not least <= options.length <= most:
+        raise ValueError(
+            f"--length must be {least} to {most} for {options.model}, got {options.length}."
+        )
+    return source
 
 
 def encoder(tokenizer: Any, length: int) -> Any:
@@ -161,7 +177,10 @@ def _of_words(rows: Dataset) -> Iterator[list[int]]:
 
 
 def detection(options: Namespace, texts: Corpus) -> Task:
-    """Return ELECTRA's: which tokens a small generator has replaced."""
+    """Return ELECTRA's: which tokens a small generator has replaced.
+
+    A checkpoint of this script brings its generator, of others' a new one is trained.
+    """
     source = _source(options, texts)
     config = source.config
     if options.model == models.TINY:
@@ -175,13 +194,29 @@ def detection(options: Namespace, texts: Corpus) -> Task:
         )
     source = source._replace(config=config)
     discriminator, new = models.build(source, AutoModelForPreTraining)
-    generator, _ = models.build(source, AutoModelForMaskedLM, generator_config(config))
+    kept = Path(source.folder or "") / GENERATOR
+    if source.folder and kept.is_dir():
+        generator, _ = models.build(source._replace(folder=str(kept)), AutoModelForMaskedLM)
+        unknown = set()
+    else:
+        generator, _ = models.build(source, AutoModelForMaskedLM, generator_config(config))
+        unknown = {f"generator.{name}" for name, _ in generator.named_parameters()}
     model = ReplacedTokenDetection.between(generator, discriminator, source.tokenizer)
     train, held_out = _rows(options, texts, encoder(source.tokenizer, options.length))
     train, held_out = (rows.remove_columns("special_tokens_mask") for rows in (train, held_out))
     objective = Detection(DataCollatorWithPadding(source.tokenizer), {"AUC": 0.5})
-    new = [f"discriminator.{name}" for name in new]
-    return Task(model, new, objective, train, held_out, discriminator, source.tokenizer)
+    unknown |= {f"discriminator.{name}" for name in new}
+    new = [name for name, _ in model.named_parameters() if name in unknown]
+    return Task(
+        model,
+        new,
+        objective,
+        train,
+        held_out,
+        discriminator,
+        source.tokenizer,
+        {GENERATOR: generator},
+    )
 
 
 def similar_words(path: str) -> Neighbours:

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from mixadv.integrations.transformers import Adversarial
@@ -18,7 +18,7 @@ SEED = 0  # of what held-out rows get: masks, replacements; the same at each eva
 
 
 class Repeatable:
-    """A collator whose draws follow from the seed and from the rows of a batch.
+    """A collator whose draws follow from the seed, the epoch and the rows of a batch.
 
     A batch is collated before the one in front of it is trained on, so that draws from the shared
     generator would differ where a run is resumed; and by the number of workers.
@@ -27,13 +27,25 @@ class Repeatable:
     def __init__(self, collator: Any, seed: int) -> None:
         self.collator = collator
         self.seed = seed
+        self.epoch = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         """Return the batch; the random state is left as it was."""
-        text = repr((self.seed, [row["input_ids"] for row in rows]))
+        text = repr((self.seed, self.epoch, [row["input_ids"] for row in rows]))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(text.encode()))
+            torch.default_generator.manual_seed(zlib.crc32(text.encode()))  # the CPU's alone
             return self.collator(rows)
+
+
+class Counting(TrainerCallback):
+    """Tells a collator the epoch."""
+
+    def __init__(self, collator: Repeatable) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
+        """Tell it; of a resumed run the epoch is a part of one more."""
+        self.collator.epoch = int(state.epoch or 0)
 
 
 class PretrainingTrainer(Trainer):
@@ -42,6 +54,7 @@ class PretrainingTrainer(Trainer):
     def __init__(self, *arguments: Any, objective: Objective, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.data_collator = Repeatable(objective.collator, self.args.seed)
+        self.add_callback(Counting(self.data_collator))
         self.objective = objective
         # The loss is the mean of a micro-batch, and Trainer takes the mean of theirs.
         self.model_accepts_loss_kwargs = False
@@ -74,7 +87,8 @@ class PretrainingTrainer(Trainer):
         """Return the metrics of the objective; training's own draws go on as if none was made."""
         self.model.eval()
         found: list[dict[str, np.ndarray]] = []
-        with torch.random.fork_rng():
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(SEED)
             for batch in dataloader:
                 inputs = {name: values.to(self.args.device) for name, values in batch.items()}

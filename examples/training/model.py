@@ -55,6 +55,35 @@ def load(run: Run, task: Task) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def load_masked(name: str) -> tuple[Any, Any]:
+    """Return a masked-language model in evaluation mode, and its tokenizer.
+
+    Raises:
+        ValueError: if there is no such model, or it has no language-model head.
+    """
+    where = path(name)
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model, info = transformers.AutoModelForMaskedLM.from_pretrained(
+            where, output_loading_info=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The model {name} cannot be loaded: {error}") from error
+    finally:
+        logging.set_verbosity(level)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{name} has no language-model head, among others {min(info['missing_keys'])} is "
+            "missing: train one first, with pretrain.py --only-new."
+        )
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return model.eval().to(device), tokenizer
+
+
 def _positions(model: Any) -> float:
     return getattr(model.config, "max_position_embeddings", None) or math.inf
 

@@ -20,7 +20,7 @@ from mixadv.tokens import (
     adversarial_rows,
 )
 from mixadv.tokens.augmentation import copies
-from training import data
+from training import data, model
 from training.results import Run
 
 BUILTIN = Path(__file__).parent.parent / "data" / "neighbours" / "neighbours.jsonl"
@@ -35,18 +35,8 @@ def candidates(name: str) -> Candidates:
     if name == "typos":
         return Typos()
     if name.startswith("mlm:"):
-        return _masked(name.removeprefix("mlm:"))
+        return MaskedCandidates(*model.load_masked(name.removeprefix("mlm:")))
     return SimilarWords(_table(BUILTIN if name == "builtin" else Path(name)))
-
-
-def _masked(name: str) -> Candidates:
-    import transformers
-
-    try:
-        model = transformers.AutoModelForMaskedLM.from_pretrained(name)
-        return MaskedCandidates(model, transformers.AutoTokenizer.from_pretrained(name))
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"The masked language model {name} cannot be used: {error}") from error
 
 
 def _table(path: Path) -> Neighbours:

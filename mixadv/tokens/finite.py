@@ -22,7 +22,7 @@ from torch.func import functional_call
 from mixadv.game import Game
 from mixadv.games import MatrixGame, solve
 from mixadv.modules import unwrap
-from mixadv.tokens.candidates import Candidates
+from mixadv.tokens.candidates import Candidates, check_most
 from mixadv.tokens.constraints import FUNCTION_WORDS, Similarity
 from mixadv.tokens.reader import Text, evaluating, longest, tokens
 from mixadv.tokens.words import Words
@@ -177,6 +177,7 @@ def substitutions(
         >>> substitutions("a fine film", SimilarWords({"film": ["movie"], "fine": ["good"]}))
         ('a fine film', 'a good film', 'a fine movie')
     """
+    check_most(most)
     words = Words(text if isinstance(text, str) else text[column])
     at = [i for i in range(len(words)) if words[i].lower() not in protected]
     found = [
@@ -211,14 +212,13 @@ def dropout_masks(model: nn.Module, seeds: Sequence[int]) -> list[Learner]:
             logits = []
             with evaluating(model):
                 model.train()
-                for row in range(len(encoding["input_ids"])):
+                for row, real in enumerate(encoding["attention_mask"].bool()):
                     torch.manual_seed(seed)
-                    real = int(encoding["attention_mask"][row].sum())
-                    one = {n: v[row : row + 1, :real] for n, v in encoding.items()}
+                    one = {n: v[row : row + 1, real] for n, v in encoding.items()}
                     logits.append(_logits(model(**one)))
             return torch.cat(logits)
 
-        return read
+        return _Sample(model, read)
 
     return [learner(seed) for seed in seeds]
 
@@ -236,7 +236,7 @@ def learner_samples(game: Game) -> list[Learner]:
             with evaluating(model):
                 return _logits(functional_call(model, sample, (), encoding))
 
-        return read
+        return _Sample(model, read)
 
     return [learner(sample) for sample in game.learner_samples]
 
@@ -268,7 +268,7 @@ def substitution_game(
     """
     if not learners or not texts:
         raise ValueError(f"A game needs rows and columns, got {len(learners)} and {len(texts)}.")
-    models = [learner for learner in learners if isinstance(learner, nn.Module)]
+    models = [model for learner in learners if (model := _model(learner)) is not None]
     limit = max_length or longest(models[0] if models else nn.Identity(), tokenizer)
     errors: list[Tensor] = []
     with evaluating(*models), torch.no_grad():
@@ -278,9 +278,27 @@ def substitution_game(
     return SubstitutionGame(tuple(texts), torch.cat(errors, 1))
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """A learner that reads with a model in another state."""
+
+    model: nn.Module
+    read: Learner
+
+    def __call__(self, **encoding: Tensor) -> Any:
+        return self.read(**encoding)
+
+
+def _model(learner: Learner) -> nn.Module | None:
+    """Return the model that a learner reads with, where that is known."""
+    found = learner.model if isinstance(learner, _Sample) else learner
+    return found if isinstance(found, nn.Module) else None
+
+
 def _errors(learner: Learner, encoding: Any, label: int) -> Tensor:
-    device = next(learner.parameters()).device if isinstance(learner, nn.Module) else None
-    logits = _logits(learner(**{n: v.to(device) if device else v for n, v in encoding.items()}))
+    model = _model(learner)
+    device = encoding["input_ids"].device if model is None else next(model.parameters()).device
+    logits = _logits(learner(**{name: values.to(device) for name, values in encoding.items()}))
     if not 0 <= label < logits.shape[-1]:
         raise ValueError(f"label must be 0 to {logits.shape[-1] - 1}, a learner's, got {label}.")
     return 1 - logits.double().softmax(-1)[:, label].cpu()

@@ -95,10 +95,11 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
             raise FileNotFoundError(f"There is no file {path} to read neighbours from.")
         read = _from_json if path.name.removesuffix(".gz").endswith(".jsonl") else _from_text
         table: dict[str, list[str]] = {}
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
-                    for word, neighbours in read(line) if line.strip() else ():
+                    text = line.decode("utf-8")
+                    for word, neighbours in read(text) if text.strip() else ():
                         table.setdefault(_checked(word), []).extend(_listed(word, neighbours))
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number}, {line!r:.80}: {error}") from error

@@ -64,6 +64,8 @@ class WordTokenizer:
         """
         if isinstance(texts, str):
             raise TypeError(f"texts must be a list of texts, got the text {texts!r:.40}.")
+        if not texts:
+            return {"input_ids": [], "word_ids": []}
         encoded = self.tokenizer(
             list(texts),
             None if pairs is None else list(pairs),

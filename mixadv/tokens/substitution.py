@@ -219,5 +219,5 @@ def _check(texts: Sequence[Text], labels: Sequence[int]) -> None:
         if isinstance(text, str) != isinstance(texts[0], str):
             raise TypeError(f"Text {i} is {text!r}, unlike text 0: strings and pairs are mixed.")
     for i, label in enumerate(labels):
-        if isinstance(label, bool) or not isinstance(label, int):
+        if isinstance(label, bool) or not hasattr(label, "__index__"):
             raise TypeError(f"Label {i} is {label!r}: labels must be whole numbers.")
