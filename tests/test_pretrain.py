@@ -25,7 +25,8 @@ import glue
 import masked_loss
 import pretrain
 from pretraining import corpus, models, tasks
-from pretraining.objectives import guess
+from pretraining.objectives import Masked, guess
+from pretraining.trainer import PretrainingTrainer, Repeatable
 from training.data import DataError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -201,8 +202,6 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
     class KilledError(Exception):
         pass
 
-    from pretraining.trainer import PretrainingTrainer
-
     plain, calls = PretrainingTrainer.compute_loss, []
 
     def killed(self: Any, *given: Any, **more: Any) -> Any:
@@ -223,6 +222,65 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
         if "pooler" not in name or objective == "macbert":
             assert torch.equal(value, weights(cut)[name]), name
     assert held_out(whole)[-1]["eval_loss"] == held_out(cut)[-1]["eval_loss"]
+
+
+def test_a_run_killed_after_its_last_step_takes_no_step_more(text: str, tmp_path: Path):
+    folder = tmp_path / "out"
+    arguments = ["--data", text, "--steps", "4", "--checkpoint-every", "2", "--output", str(folder)]
+    assert run(*arguments, "--solver", "mat")[0] == 0
+    log, before = (folder / "log.json").read_text(), weights(folder)
+    (folder / "log.json").unlink()
+    shutil.rmtree(folder / "model")
+    assert run(*arguments, "--solver", "mat")[0] == 0
+    assert [e for e in json.loads(log) if "eval_loss" in e] == held_out(folder)
+    for name, value in before.items():
+        assert "pooler" in name or torch.equal(value, weights(folder)[name])
+
+
+def test_a_batch_draws_anew_in_each_epoch_and_the_same_where_a_run_goes_on():
+    def drawn(_: list[dict[str, Any]]) -> float:
+        return float(torch.rand(()))
+
+    collator, rows = Repeatable(drawn, 0), [{"input_ids": [1, 2, 3]}]
+    state = torch.get_rng_state()
+    first = [collator(rows), collator(rows)]
+    collator.epoch = 1
+    second = collator(rows)
+    assert first[0] == first[1] != second
+    assert second != Repeatable(drawn, 1)(rows)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_with_one_row_in_a_batch_masks_differ_from_epoch_to_epoch(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    plain = Masked.__call__
+
+    def noting(self: Any, model: Any, batch: dict[str, Any]) -> Any:
+        seen.setdefault(batch["attention_mask"].shape, set()).add(
+            tuple(batch["labels"][0].tolist())
+        )
+        return plain(self, model, batch)
+
+    monkeypatch.setattr(Masked, "__call__", noting)
+    short = tmp_path / "short.txt"
+    short.write_text("\n\n".join(["the cat sees the dog"] * 11))
+    arguments = ["--data", str(short), "--steps", "30", "--output", str(tmp_path / "out")]
+    assert run(*arguments, "--batch-size", "1", "--evaluate-every", "30")[0] == 0
+    rows = len(tasks.corpus.read(str(short)).train)
+    assert sum(map(len, seen.values())) > 2 * rows
+
+
+def test_electra_goes_on_with_its_generator(text: str, tmp_path: Path):
+    arguments = ["--objective", "electra", "--data", text, "--steps", "30", "--lr", "3e-3"]
+    assert run(*arguments, "--output", str(tmp_path / "one"))[0] == 0
+    model = ["--model", str(tmp_path / "one" / "model")]
+    assert run(*arguments, *model, "--output", str(tmp_path / "two"))[0] == 0
+    last, first = held_out(tmp_path / "one")[-1], held_out(tmp_path / "two")[0]
+    assert first["eval_generator loss"] == pytest.approx(last["eval_generator loss"], rel=1e-4)
+    where = ["--output", str(tmp_path / "x")]
+    assert "lacks nothing" in refused(*arguments, *model, "--only-new", *where)
 
 
 def test_a_finished_run_is_not_repeated_and_another_needs_its_own_folder(text: str, tmp_path: Path):
@@ -376,6 +434,10 @@ def test_wrong_text_is_answered_with_one_line(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text('{"words": "x"}\n' * 40)
     assert "holds no text" in refused("--data", str(empty))
     assert "holds 2 paragraphs, and every 10th" in refused("--data", str(short))
+    short.write_text("\n\n".join(["one two"] * 12))
+    assert "too short for a row" in refused("--data", str(short), "--objective", "macbert")
+    short.write_text("\n\n".join(["one two"] * 9 + ["  "] * 9))
+    assert "holds 9 paragraphs" in refused("--data", str(short), "--objective", "electra")
     assert "no text in UTF-8" in refused("--data", str(binary))
     assert "There is no file" in refused("--data", str(tmp_path / "none.txt"))
     assert "no column 'text', it has words" in refused("--data", str(tmp_path / "rows.jsonl"))
@@ -400,6 +462,8 @@ def test_wrong_text_is_answered_with_one_line(tmp_path: Path):
         (["--curriculum", "3"], "for an adversary: choose a --solver"),
         (["--curriculum", "-3", "--objective", "alum"], "at least 0, got -3"),
         (["--lr", "0"], "--lr must be positive, got 0"),
+        (["--length", "600"], "--length must be 5 to 512 for tiny, got 600"),
+        (["--length", "2"], "--length must be 5 to 512 for tiny, got 2"),
         (["--warmup", "1"], "[0, 1), got 1"),
         (["--only-new"], "for a checkpoint"),
         (["--substitute", "2"], "a share in [0, 1], got 2"),

@@ -169,6 +169,23 @@ def test_a_dropout_row_is_one_function_of_the_text_whatever_is_read_beside_it():
     assert (whole[0] - whole[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_dropout_row_reads_no_padding(side: str, monkeypatch: pytest.MonkeyPatch):
+    words, learners = word_tokenizer(), dropout_masks(classifier(0, dropout=0.3), [0])
+    monkeypatch.setattr(words, "padding_side", side)
+    alone = substitution_game(learners, words, ("the film",), 0).payoff[0, 0]
+    beside = substitution_game(learners, words, ("the film", f"{TEXT} {TEXT}"), 0).payoff[0, 0]
+    assert alone == pytest.approx(beside.item(), abs=1e-9)
+
+
+def test_learners_that_are_functions_are_cut_as_models_are(monkeypatch: pytest.MonkeyPatch):
+    words, model = word_tokenizer(), classifier(0)
+    monkeypatch.setattr(words, "model_max_length", int(1e30))
+    long = " ".join([TEXT] * 60)
+    found = substitution_game(dropout_masks(model, [0]), words, (long, f"{long} movie"), 0)
+    assert found.payoff[0, 0] == found.payoff[0, 1]  # what differs lies beyond
+
+
 def test_the_rows_of_mat_are_the_samples_that_it_keeps():
     model, words = classifier(0), word_tokenizer()
     base = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -207,6 +224,8 @@ def test_wrong_games_are_refused():
         SubstitutionGame(("a",), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"2 games with \[1, 2\] learners"):
         solve_all([game(torch.zeros(1, 2)), game(torch.zeros(2, 2))])
+    with pytest.raises(ValueError, match="most must be at least 1, got 0"):
+        substitutions(TEXT, SimilarWords(TABLE), most=0)
     with pytest.raises(ValueError, match="got 0 games"):
         solve_all([])
 

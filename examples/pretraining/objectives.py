@@ -1,5 +1,6 @@
 """What is learned in pre-training, and how it is measured on held-out text."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Objective:
 
     def metrics(self, items: dict[str, np.ndarray]) -> Numbers:
         """Return the metrics of the measures of all batches."""
-        return {name: float(values.mean()) for name, values in items.items()}
+        return {name: float(v.mean()) if len(v) else math.nan for name, v in items.items()}
 
 
 class Masked(Objective):

@@ -102,7 +102,8 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
                     for word, neighbours in read(text) if text.strip() else ():
                         table.setdefault(_checked(word), []).extend(_listed(word, neighbours))
                 except ValueError as error:
-                    raise ValueError(f"{path}, line {number}, {line!r:.80}: {error}") from error
+                    shown = repr(line.decode("utf-8", "replace"))
+                    raise ValueError(f"{path}, line {number}, {shown:.80}: {error}") from error
         return cls(table)
 
     @classmethod
