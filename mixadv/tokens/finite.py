@@ -74,7 +74,7 @@ class SubstitutionGame:
                 f"{list(self.payoff.shape)}."
             )
 
-    def solve(self, steps: int = 2000, tolerance: float = 1e-7) -> Equilibrium:
+    def solve(self, steps: int = 20_000, tolerance: float = 1e-7) -> Equilibrium:
         """Return both players' mixtures; see `solve_all`.
 
         Example:
@@ -87,7 +87,7 @@ class SubstitutionGame:
 
 
 def solve_all(
-    games: Sequence[SubstitutionGame], steps: int = 2000, tolerance: float = 1e-7
+    games: Sequence[SubstitutionGame], steps: int = 20_000, tolerance: float = 1e-7
 ) -> list[Equilibrium]:
     """Return both players' mixtures in each game; all are solved at once.
 
