@@ -23,6 +23,7 @@ from torch import nn
 import directions
 import games_compared
 import mixadv
+import pretrain
 import training
 from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
@@ -156,9 +157,15 @@ def test_measured_tables_are_those_of_the_results(name: str):
     assert training.table([json.loads(line) for line in lines]) in README
 
 
-@pytest.mark.parametrize("name", ["equilibrium", "bounds"])
+@pytest.mark.parametrize("name", ["equilibrium", "bounds", "attack", "attack_game"])
 def test_tables_of_games_are_those_of_the_results(name: str):
     assert (ROOT / "examples" / "results" / f"{name}.md").read_text() in README
+
+
+@pytest.mark.parametrize("objective", ["mlm", "alum", "electra", "macbert"])
+def test_tables_of_pre_training_are_those_of_the_results(objective: str):
+    log = ROOT / "examples" / "results" / "pretrain" / f"{objective}.json"
+    assert pretrain.table(json.loads(log.read_text())) in README
 
 
 def test_the_table_of_other_solvers_is_that_of_the_results():
