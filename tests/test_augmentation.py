@@ -299,7 +299,7 @@ def test_runs_without_substitution_have_the_keys_they_had():
         (["--neighbours", ""], ("substitute", "both or none")),
         (["--substitute", "0"], ("substitute", "both or none")),
         (["--neighbours", "nowhere.jsonl"], ("nowhere.jsonl", "no such file", "builtin")),
-        (["--neighbours", "mlm:./nowhere"], ("./nowhere", "cannot be used")),
+        (["--neighbours", "mlm:./nowhere"], ("./nowhere", "cannot be loaded")),
     ],
 )
 def test_wrong_sources_are_answered_with_one_line(
@@ -315,7 +315,7 @@ def test_a_line_that_is_no_entry_is_named(tmp_path: Path):
     for line in ("film", '{"word": "film"}', '["film"]', '{"word": "film", "neighbors": 3}'):
         path = tmp_path / "table.jsonl"
         path.write_text('{"word": "Film", "neighbors": ["movie"]}\n' + line)
-        with pytest.raises(ValueError, match="line 2 is not an object with word and neighbors"):
+        with pytest.raises(ValueError, match=r"table\.jsonl, line 2, "):
             candidates(str(path))
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 import directions
 import games_compared
+import masked_loss
 import mixadv
 import pretrain
 import training
@@ -151,7 +152,7 @@ def test_the_table_of_solvers_is_that_of_the_registry():
     assert found[0].strip() == solver_table()
 
 
-@pytest.mark.parametrize("name", ["demo", "banking77", "cola", "anli", "fast"])
+@pytest.mark.parametrize("name", ["demo", "banking77", "cola", "anli", "fast", "pretrained"])
 def test_measured_tables_are_those_of_the_results(name: str):
     lines = (ROOT / "examples" / "results" / f"{name}.jsonl").read_text().splitlines()
     assert training.table([json.loads(line) for line in lines]) in README
@@ -160,6 +161,11 @@ def test_measured_tables_are_those_of_the_results(name: str):
 @pytest.mark.parametrize("name", ["equilibrium", "bounds", "attack", "attack_game"])
 def test_tables_of_games_are_those_of_the_results(name: str):
     assert (ROOT / "examples" / "results" / f"{name}.md").read_text() in README
+
+
+def test_the_table_of_masked_losses_is_that_of_the_results():
+    lines = (ROOT / "examples" / "results" / "masked_loss.jsonl").read_text().splitlines()
+    assert masked_loss.table([json.loads(line) for line in lines]) in README
 
 
 @pytest.mark.parametrize("objective", ["mlm", "alum", "electra", "macbert"])
