@@ -190,7 +190,9 @@ def test_only_new_trains_the_head_and_continual_training_goes_on_from_it(text: s
 # Going on after a kill -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["alum", "electra", "macbert"])
+@pytest.mark.parametrize(
+    "objective", [pytest.param("alum", marks=pytest.mark.slow), "electra", "macbert"]
+)
 def test_a_killed_run_ends_as_an_uninterrupted_one(
     objective: str, text: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -311,6 +313,7 @@ def launch(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["alum", "electra"])
 def test_two_processes_train_and_measure_as_one(objective: str, text: str, tmp_path: Path):
     folder = tmp_path / "out"
@@ -322,6 +325,7 @@ def test_two_processes_train_and_measure_as_one(objective: str, text: str, tmp_p
     assert weights(folder)
 
 
+@pytest.mark.slow
 def test_processes_share_the_tokenizer_that_one_of_them_learns(text: str, tmp_path: Path):
     """Learned twice it would differ: ties between pieces are broken by chance."""
     script = tmp_path / "script.py"
