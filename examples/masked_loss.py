@@ -88,6 +88,11 @@ def batches(options: argparse.Namespace, tokenizer: Any) -> list[Batch]:
     return [batch for batch in found if (batch["labels"] != IGNORED).any()]
 
 
+def on(device: torch.device, batch: Batch) -> Batch:
+    """Return a batch on a device."""
+    return {name: values.to(device) for name, values in batch.items()}
+
+
 def attacked(model: Any, batch: Batch, radius: float) -> Tensor:
     """Return the logits `[B, k, C]` at the masked positions, at the end of PGD."""
     closure = lambda: masked_predictions(model, **batch)  # noqa: E731
@@ -106,7 +111,7 @@ def measure(model: Any, found: list[Batch], radius: float) -> Rows:
     for batch in tqdm(found, desc=f"radius {radius:g}", leave=False, disable=None):
         chosen = batch["labels"] != IGNORED
         labels = batch["labels"][chosen]
-        logits = attacked(model, batch, radius).float()
+        logits = attacked(model, on(model.device, batch), radius).float().cpu()
         real = torch.arange(logits.shape[1]) < chosen.sum(1, keepdim=True)
         logits = logits[real]
         loss = F.cross_entropy(logits, labels, reduction="none")
@@ -137,9 +142,7 @@ def compare(options: argparse.Namespace) -> str:
         model, tokenizer = finetuning.load_masked(name)
         if not found:
             found, vocabulary = batches(options, tokenizer), tokenizer.get_vocab()
-            inputs = {n: v for n, v in found[0].items() if n != "labels"}
-            labels = found[0]["labels"]
-            unit = mean_token_norm(model, {**inputs, "labels": labels})
+            unit = mean_token_norm(model, on(model.device, found[0]))
         elif tokenizer.get_vocab() != vocabulary:
             raise ValueError(f"{name} has another tokenizer than {options.models[0]}.")
         for radius in options.radii:
