@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from scipy.optimize import linprog
 from tqdm.auto import tqdm
 
 import attack
@@ -34,6 +33,7 @@ from mixadv.tokens import (
     substitutions,
 )
 from mixadv.tokens.finite import Equilibrium, Learner, SubstitutionGame
+from theory import oracles
 from training import command
 from training.data import Task
 from training.loop import Keeping, Training
@@ -116,22 +116,10 @@ def learners(options: Namespace, task: Task) -> dict[str, tuple[list[Learner], A
     return {f"{len(found)} checkpoints": ([victim for victim, _ in found], found[0][1])}
 
 
-def lp(payoff: np.ndarray) -> float:
-    """Return the value of a game by linear programming."""
-    rows, columns = payoff.shape
-    found = linprog(
-        np.r_[np.zeros(columns), -1], A_ub=np.c_[-payoff, np.ones(rows)], b_ub=np.zeros(rows),
-        A_eq=[np.r_[np.ones(columns), 0]], b_eq=[1], bounds=[(0, None)] * columns + [(None, None)],
-    )  # fmt: skip
-    if found.status != 0:
-        raise ValueError(f"The linear program was not solved: {found.message}")
-    return -found.fun
-
-
 def row(name: str, games: list[SubstitutionGame], found: list[Equilibrium]) -> list[str]:
     """Return a row of the table."""
     mean = {n: np.mean([getattr(one, n) for one in found]) for n in NAMES}
-    exact = np.mean([lp(game.payoff.numpy()) for game in games])
+    exact = np.mean([oracles.equilibrium(game.payoff).value for game in games])
     adversary = np.mean([one.guaranteed - one.best_single > HELPS for one in found])
     learner = np.mean([one.best_row - one.worst > HELPS for one in found])
     numbers = [mean["best_single"], mean["guaranteed"], exact, mean["worst"], mean["best_row"]]

@@ -5,7 +5,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
-import datasets
 from datasets import Dataset
 
 from mixadv.tokens import Words
@@ -69,7 +68,7 @@ def _splits(source: str) -> dict[str, list[str]]:
     if path.is_dir():
         return {name: _texts(rows, source) for name, rows in data.from_folder(path).items()}
     if path.is_file() and ".jsonl" in path.suffixes:
-        return {"train": _texts(_json(path), source)}
+        return {"train": _texts(data.from_file(path), source)}
     if path.is_file():
         try:
             return {"train": path.read_text("utf-8").split("\n\n")}
@@ -79,13 +78,6 @@ def _splits(source: str) -> dict[str, list[str]]:
         raise DataError(f"There is no file {source}.")
     found = data.from_hub(*source.split(":", 1))
     return {name: _texts(rows, source) for name, rows in found.items()}
-
-
-def _json(path: Path) -> Dataset:
-    try:
-        return datasets.load_dataset("json", data_files=str(path), split="train")
-    except Exception as error:  # of many kinds, by where in the file it breaks
-        raise DataError(f"{path} cannot be read: {error.__cause__ or error}.") from error
 
 
 def _texts(rows: Dataset, source: str) -> list[str]:

@@ -1,16 +1,15 @@
 """Models to pre-train: a tiny one built here, or a checkpoint and its tokenizer."""
 
 import copy
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, AutoTokenizer, BertConfig
 
 from training import model as finetuning
+from training.model import quiet
 from training.results import EMBEDDED_MODEL
 
 TINY = "tiny"
@@ -95,18 +94,3 @@ def _learned(like: str, vocabulary: int, texts: list[str], folder: Path) -> Any:
     if PartialState().is_main_process:
         made = AutoTokenizer.from_pretrained(like).train_new_from_iterator(texts, vocabulary)
     return broadcast_object_list([made])[0]
-
-
-@contextmanager
-def quiet() -> Any:
-    """Leave out what transformers says of heads that are new."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

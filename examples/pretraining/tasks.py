@@ -223,7 +223,7 @@ def similar_words(path: str) -> Neighbours:
     """Return the table in a file, or one by the embedded encoder's own embeddings of words."""
     if path:
         return Neighbours.read(path)
-    with models.quiet():
+    with finetuning.quiet():
         where = finetuning.path(EMBEDDED_MODEL)
         encoder, tokenizer = AutoModel.from_pretrained(where), AutoTokenizer.from_pretrained(where)
     return Neighbours.from_encoder(encoder, tokenizer)

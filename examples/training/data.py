@@ -73,13 +73,18 @@ def from_folder(folder: Path) -> dict[str, Dataset]:
         split = NAMES.get(name, name)
         if split in splits:
             raise DataError(f"{folder} holds two files for {split}: remove {path.name}.")
-        try:
-            splits[split] = datasets.load_dataset("json", data_files=str(path), split="train")
-        except StopIteration:
-            raise DataError(f"{path} holds no rows.") from None
-        except Exception as error:  # of many kinds, by where in the file it breaks
-            raise DataError(f"{path} cannot be read: {error.__cause__ or error}.") from error
+        splits[split] = from_file(path)
     return splits
+
+
+def from_file(path: Path) -> Dataset:
+    """Return the rows of a file of JSON lines."""
+    try:
+        return datasets.load_dataset("json", data_files=str(path), split="train")
+    except StopIteration:
+        raise DataError(f"{path} holds no rows.") from None
+    except Exception as error:  # of many kinds, by where in the file it breaks
+        raise DataError(f"{path} cannot be read: {error.__cause__ or error}.") from error
 
 
 def find(folder: str, name: str, itself: bool = True) -> Path:

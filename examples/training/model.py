@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,14 @@ def load_masked(name: str) -> tuple[Any, Any]:
         ValueError: if there is no such model, or it has no language-model head.
     """
     where = path(name)
-    logging = transformers.utils.logging
-    level = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
-        model, info = transformers.AutoModelForMaskedLM.from_pretrained(
-            where, output_loading_info=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        with quiet():
+            model, info = transformers.AutoModelForMaskedLM.from_pretrained(
+                where, output_loading_info=True
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise ValueError(f"The model {name} cannot be loaded: {error}") from error
-    finally:
-        logging.set_verbosity(level)
     if info["missing_keys"]:
         raise ValueError(
             f"{name} has no language-model head, among others {min(info['missing_keys'])} is "
@@ -82,6 +78,21 @@ def load_masked(name: str) -> tuple[Any, Any]:
         )
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     return model.eval().to(device), tokenizer
+
+
+@contextmanager
+def quiet() -> Any:
+    """Leave out what transformers says of heads that are new."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _positions(model: Any) -> float:

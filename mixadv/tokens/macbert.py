@@ -20,13 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixadv.tokens.masked import IGNORED
 from mixadv.tokens.neighbours import Neighbours
 from mixadv.tokens.selection import WordSelection, check_distribution, whole_words
 from mixadv.tokens.vocabulary import Vocabulary
 from mixadv.tokens.words import cased_like
-
-IGNORED = -100
-"""The label of tokens without a loss, as torch's cross-entropy has it."""
 
 CONTEXTS = ("", " ", ".")
 """What a word may stand after for a tokenizer to write it as it does."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.tokens.candidates import check_most, usable
+from mixadv.tokens.masked import output_layer
 from mixadv.tokens.reader import evaluating, longest, tokens
 from mixadv.tokens.words import Words
 
@@ -54,12 +55,7 @@ class MaskedCandidates:
                 f"{type(self.tokenizer).__name__} does not tell where the mask lies: use the fast "
                 "tokenizer of the model."
             )
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        if head is None:
-            raise TypeError(
-                f"{type(self.model).__name__} has no language-model head: load the model with "
-                "AutoModelForMaskedLM."
-            )
+        output_layer(self.model)
         object.__setattr__(self, "_vocabulary", _whole_words(self.tokenizer))
 
     def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
