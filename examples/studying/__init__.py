@@ -1,0 +1,1 @@
+"""Parts of study.py: what is to be run, running it, and the report."""

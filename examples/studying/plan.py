@@ -1,0 +1,242 @@
+"""What a study runs: methods × tasks × seeds at two budgets, from a TOML file."""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import mixadv
+from mixadv.explain import passes
+from training.parameters import PLAIN, known
+from training.results import EMBEDDED_MODEL, Run
+
+Budget = Literal["epochs", "compute", "half"]
+BUDGETS: dict[Budget, str] = {
+    "epochs": "equal epochs",
+    "compute": "equal compute",
+    "half": "half of the rows",
+}
+SCRIPTS = ("glue", "intent", "anli")
+SETTINGS = ("train", "shots", "limit", "max_length", "batch_size", "warmup", "weight_decay")
+"""What a task may set of a run, besides what the study sets."""
+Results = Mapping[str, Mapping[str, Any]]
+"""Lines of results by their key."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        solver: a name in `mixadv.SOLVERS`, or "plain".
+        parameters: of the solver that are not the defaults.
+    """
+
+    solver: str = PLAIN
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.solver == PLAIN and self.parameters:
+            raise ValueError(f"plain training has no parameters, got {dict(self.parameters)}.")
+        if self.solver != PLAIN:
+            known("solver", self.solver, mixadv.SOLVERS)
+            self.played  # noqa: B018  raises for parameters that the solver does not take
+
+    @property
+    def played(self) -> mixadv.Solver | None:
+        """The solver; None for plain training."""
+        return None if self.solver == PLAIN else mixadv.solver(self.solver, **self.parameters)
+
+    @property
+    def cost(self) -> float:
+        """Pass-units of an update, in those of a plain one: a backward counts as two forwards."""
+        return 1.0 if self.played is None else passes(self.played).plain_steps
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A task of the study.
+
+    Attributes:
+        script: that loads it, "glue", "intent" or "anli".
+        epochs: of every method at equal epochs.
+        learning_rates: that every method chooses from.
+        evaluate: splits; the first metric of the first one is the official metric.
+        settings: of its runs, see `SETTINGS`.
+        half: methods that are trained on half of the rows too.
+        shifted: sets of other rows with the same labels by name: a folder of the data and a split.
+        attacks: names of sources of words, see `training.substitution.SOURCES`.
+    """
+
+    script: str
+    epochs: float
+    learning_rates: tuple[float, ...]
+    evaluate: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    half: tuple[str, ...] = ()
+    shifted: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    attacks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        known("script", self.script, SCRIPTS)
+        for name, value in self.settings.items():
+            known("setting", name, SETTINGS)
+            Run(task="", **{name: value})  # raises for a value out of range
+        for name in ("learning_rates", "evaluate"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: give at least one.")
+        for rate in self.learning_rates:
+            Run(task="", learning_rate=rate, epochs=self.epochs)
+        if self.half and not (self.settings.get("shots") or self.settings.get("limit")):
+            raise ValueError("half needs shots or limit: of which number it is the half.")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Methods × tasks × seeds.
+
+    Attributes:
+        methods: by name; "plain" is among them, differences are taken to it.
+        tasks: by name.
+        seeds: of the runs that are reported.
+        search_seed: of the runs that the learning rate is chosen by.
+        hold_out: training rows that those are judged on.
+        compute: pass-units that every method gets at equal compute, in those of plain training at
+            equal epochs.
+        model: a hub model or a folder; "minilm" for the embedded encoder.
+        measure: settings of the robust measures, see `studying.work`.
+    """
+
+    methods: Mapping[str, Method]
+    tasks: Mapping[str, Subject]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    search_seed: int = 100
+    hold_out: int = 300
+    compute: float = 3.0
+    model: str = EMBEDDED_MODEL
+    measure: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if PLAIN not in self.methods:
+            raise ValueError("methods have no plain, which the others are compared with.")
+        if not self.tasks or not self.seeds:
+            raise ValueError("A study needs tasks and seeds, and one of them is empty.")
+        if len(set(self.seeds)) < len(self.seeds) or self.search_seed in self.seeds:
+            raise ValueError(
+                f"seeds {list(self.seeds)} and search_seed {self.search_seed} must all differ: "
+                "what is chosen on may not be reported."
+            )
+        if self.compute <= 0:
+            raise ValueError(f"compute must be positive, got {self.compute}.")
+        for name, subject in self.tasks.items():
+            for method in subject.half:
+                known(f"{name}: half", method, self.methods)
+
+    # Runs ------------------------------------------------------------------------------------
+
+    def search(self, task: str, method: str) -> list[Run]:
+        """Return the runs that the learning rate of a method is chosen by."""
+        rates = self.tasks[task].learning_rates
+        if len(rates) == 1:
+            return []
+        changes = {"seed": self.search_seed, "hold_out": self.hold_out}
+        return [self._run(task, method, learning_rate=rate, **changes) for rate in rates]
+
+    def chosen(self, task: str, method: str, results: Results) -> float | None:
+        """Return the learning rate with the best score on the held-out rows; None before it is
+        known. The first of several that score the same.
+        """
+        rates = self.tasks[task].learning_rates
+        runs = self.search(task, method)
+        if any(run.key not in results for run in runs):
+            return None
+        scores = [next(iter(results[r.key]["last"]["held-out"].values())) for r in runs]
+        return rates[scores.index(max(scores))] if scores else rates[0]
+
+    def reported(
+        self, task: str, method: str, budget: Budget, seed: int, results: Results
+    ) -> Run | None:
+        """Return a run of the report; None before its learning rate is known."""
+        rate = self.chosen(task, method, results)
+        if rate is None:
+            return None
+        subject, changes = self.tasks[task], {}
+        if budget == "compute":
+            changes["epochs"] = subject.epochs * self.compute / self.methods[method].cost
+        if budget == "half":
+            few = "shots" if subject.settings.get("shots") else "limit"
+            changes[few] = subject.settings[few] // 2
+        return self._run(task, method, learning_rate=rate, seed=seed, **changes)
+
+    def budgets(self, task: str, method: str) -> list[Budget]:
+        """Return the budgets that a method is reported at."""
+        half: list[Budget] = ["half"] if method in self.tasks[task].half else []
+        return ["epochs", "compute", *half]
+
+    def cells(self) -> Iterator[tuple[int, str, str, Budget]]:
+        """Yield seed, task, method and budget of all that is reported, a whole seed at a time."""
+        for seed in self.seeds:
+            for task in self.tasks:
+                for method in self.methods:
+                    for budget in self.budgets(task, method):
+                        yield seed, task, method, budget
+
+    def runs(self, results: Results) -> list[Run]:
+        """Return the runs known so far: the search, and what follows from it."""
+        searched = [r for task in self.tasks for m in self.methods for r in self.search(task, m)]
+        found = [self.reported(task, m, b, seed, results) for seed, task, m, b in self.cells()]
+        return list({r.key: r for r in [*searched, *found] if r is not None}.values())
+
+    def _run(self, task: str, method: str, **changes: Any) -> Run:
+        subject, way = self.tasks[task], self.methods[method]
+        settings = {
+            "task": task,
+            "model": self.model,
+            "solver": way.solver,
+            "parameters": dict(way.parameters),
+            "epochs": float(subject.epochs),  # 3 and 3.0 would have two keys
+        }
+        return Run(**{**settings, **subject.settings, **changes})
+
+
+# Reading ---------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Study:
+    """Return the study of a TOML file.
+
+    Raises:
+        ValueError: if it cannot be read, or says what is not known.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no study {path}.")
+    try:
+        tables = tomllib.loads(path.read_text())
+        _only(tables, {f.name for f in fields(Study)}, "study")
+        methods = {name: _build(Method, table) for name, table in tables.pop("methods").items()}
+        tasks = {name: _subject(table) for name, table in tables.pop("tasks").items()}
+        return Study(methods, tasks, **_tuples(tables))
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error.args[0]}.") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _subject(table: dict[str, Any]) -> Subject:
+    settings = {name: table.pop(name) for name in SETTINGS if name in table}
+    return _build(Subject, table | {"settings": _tuples(settings)})
+
+
+def _build(kind: type[Any], table: dict[str, Any]) -> Any:
+    _only(table, {f.name for f in fields(kind)}, kind.__name__.lower())
+    return kind(**_tuples(table))
+
+
+def _only(table: dict[str, Any], names: set[str], where: str) -> None:
+    for name in table:
+        known(f"of a {where}:", name, sorted(names))
+
+
+def _tuples(table: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}

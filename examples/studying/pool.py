@@ -1,0 +1,68 @@
+"""Jobs side by side, one on each core or GPU."""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any
+
+import torch
+
+Job = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function and its arguments."""
+
+
+def devices() -> int:
+    """Return how many jobs can run side by side: one on each GPU, without one on each core."""
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+def side_by_side(ready: Callable[[], Iterable[tuple[str, Job]]], workers: int) -> Iterator[Any]:
+    """Yield the results of jobs as they come.
+
+    Args:
+        ready: returns the jobs that can be started, by key, in order; asked again after each
+            result, since one may make others possible. It leaves out those whose results were
+            yielded.
+        workers: jobs at a time.
+    """
+    context = multiprocessing.get_context("spawn")  # a GPU does not survive a fork
+    numbers = context.Queue()
+    for number in range(workers):
+        numbers.put(number)
+    running: dict[Future[Any], str] = {}
+    with ProcessPoolExecutor(workers, context, _prepare, (numbers, workers, os.getpid())) as pool:
+        try:
+            while True:
+                for key, (function, arguments) in ready():
+                    if len(running) == workers:
+                        break
+                    if key not in running.values():
+                        running[pool.submit(function, *arguments)] = key
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    yield future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _prepare(numbers: Any, workers: int, parent: int) -> None:
+    """Give a worker its share of the machine; end it with its parent."""
+    number = numbers.get()
+    if torch.cuda.device_count():
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+    os.environ["TQDM_DISABLE"] = "1"  # one bar is enough
+
+    def watch() -> None:
+        # A parent that was killed starts its jobs again: two of one would write one checkpoint.
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
