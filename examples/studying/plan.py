@@ -1,8 +1,10 @@
 """What a study runs: methods × tasks × seeds at two budgets, from a TOML file."""
 
+import hashlib
+import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +67,8 @@ class Subject:
         evaluate: splits; the first metric of the first one is the official metric.
         settings: of its runs, see `SETTINGS`.
         half: methods that are trained on half of the rows too.
-        shifted: sets of other rows with the same labels by name: a folder of the data and a split.
+        shifted: sets of other rows with the same labels by name, each with its `split`, its name
+            on the `hub` and its `folder` of the data.
         attacks: names of sources of words, see `training.substitution.SOURCES`.
     """
 
@@ -75,7 +78,7 @@ class Subject:
     evaluate: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     half: tuple[str, ...] = ()
-    shifted: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    shifted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -88,8 +91,47 @@ class Subject:
                 raise ValueError(f"{name} is empty: give at least one.")
         for rate in self.learning_rates:
             Run(task="", learning_rate=rate, epochs=self.epochs)
-        if self.half and not (self.settings.get("shots") or self.settings.get("limit")):
-            raise ValueError("half needs shots or limit: of which number it is the half.")
+        for name, at in self.shifted.items():
+            if set(at) != {"split", "hub", "folder"}:
+                raise ValueError(f"shifted {name} needs split, hub and folder, got {list(at)}.")
+        if self.half:
+            self.fewer(0.5)
+
+    def fewer(self, share: float) -> dict[str, int]:
+        """Return the settings of runs that get a share of the rows."""
+        for name in ("shots", "limit"):
+            if self.settings.get(name):
+                return {name: max(1, int(share * self.settings[name]))}
+        raise ValueError("A share of the rows needs shots or limit: of which number it is a share.")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of every model, in balls around the embeddings of the same rows.
+
+    Attributes:
+        rows: attacked, of those evaluated.
+        clean_rows: evaluated for calibration and, beside shifted sets, for the drop.
+        radii: of PGD, in token norms of the untrained encoder.
+        increase_radius: of the loss increase.
+        steps: of each ascent.
+        restarts: of the loss increase.
+    """
+
+    rows: int = 64
+    clean_rows: int = 1000
+    radii: tuple[float, ...] = (0.05, 0.1)
+    increase_radius: float = 0.1
+    steps: int = 5
+    restarts: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "clean_rows", "steps", "restarts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for radius in (*self.radii, self.increase_radius):
+            if radius < 0:
+                raise ValueError(f"A radius must be at least 0, got {radius}.")
 
 
 @dataclass(frozen=True)
@@ -101,21 +143,23 @@ class Study:
         tasks: by name.
         seeds: of the runs that are reported.
         search_seed: of the runs that the learning rate is chosen by.
-        hold_out: training rows that those are judged on.
+        search_share: of the training rows, that those runs get.
+        hold_out: training rows that they are judged on.
         compute: pass-units that every method gets at equal compute, in those of plain training at
             equal epochs.
         model: a hub model or a folder; "minilm" for the embedded encoder.
-        measure: settings of the robust measures, see `studying.work`.
+        measure: what is measured of every model.
     """
 
     methods: Mapping[str, Method]
     tasks: Mapping[str, Subject]
     seeds: tuple[int, ...] = (0, 1, 2)
     search_seed: int = 100
+    search_share: float = 1.0
     hold_out: int = 300
     compute: float = 3.0
     model: str = EMBEDDED_MODEL
-    measure: Mapping[str, Any] = field(default_factory=dict)
+    measure: Measures = Measures()
 
     def __post_init__(self) -> None:
         if PLAIN not in self.methods:
@@ -129,6 +173,8 @@ class Study:
             )
         if self.compute <= 0:
             raise ValueError(f"compute must be positive, got {self.compute}.")
+        if not 0 < self.search_share <= 1:
+            raise ValueError(f"search_share is a share in (0, 1], got {self.search_share}.")
         for name, subject in self.tasks.items():
             for method in subject.half:
                 known(f"{name}: half", method, self.methods)
@@ -141,6 +187,8 @@ class Study:
         if len(rates) == 1:
             return []
         changes = {"seed": self.search_seed, "hold_out": self.hold_out}
+        if self.search_share < 1:
+            changes |= self.tasks[task].fewer(self.search_share)
         return [self._run(task, method, learning_rate=rate, **changes) for rate in rates]
 
     def chosen(self, task: str, method: str, results: Results) -> float | None:
@@ -165,8 +213,7 @@ class Study:
         if budget == "compute":
             changes["epochs"] = subject.epochs * self.compute / self.methods[method].cost
         if budget == "half":
-            few = "shots" if subject.settings.get("shots") else "limit"
-            changes[few] = subject.settings[few] // 2
+            changes |= subject.fewer(0.5)
         return self._run(task, method, learning_rate=rate, seed=seed, **changes)
 
     def budgets(self, task: str, method: str) -> list[Budget]:
@@ -187,6 +234,12 @@ class Study:
         searched = [r for task in self.tasks for m in self.methods for r in self.search(task, m)]
         found = [self.reported(task, m, b, seed, results) for seed, task, m, b in self.cells()]
         return list({r.key: r for r in [*searched, *found] if r is not None}.values())
+
+    def measured(self, run: Run) -> str:
+        """Return the key of the line of what is measured of a run's model."""
+        subject = self.tasks[run.task]
+        asked = [asdict(self.measure), dict(subject.shifted), subject.attacks]
+        return f"{run.key}-measured-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]}"
 
     def _run(self, task: str, method: str, **changes: Any) -> Run:
         subject, way = self.tasks[task], self.methods[method]
@@ -216,7 +269,8 @@ def read(path: Path) -> Study:
         _only(tables, {f.name for f in fields(Study)}, "study")
         methods = {name: _build(Method, table) for name, table in tables.pop("methods").items()}
         tasks = {name: _subject(table) for name, table in tables.pop("tasks").items()}
-        return Study(methods, tasks, **_tuples(tables))
+        measure = _build(Measures, tables.pop("measure", {}))
+        return Study(methods, tasks, measure=measure, **_tuples(tables))
     except KeyError as error:
         raise ValueError(f"{path} has no {error.args[0]}.") from None
     except (TypeError, ValueError) as error:
