@@ -13,7 +13,6 @@ report.md is written, with tables and pictures.
 """
 
 import argparse
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -22,8 +21,11 @@ from pathlib import Path
 import transformers
 from tqdm.auto import tqdm
 
-from studying import plan, pool, work
+from studying import plan, pool
+from studying.measure import measure
 from studying.plan import Study
+from studying.render import render
+from studying.work import train
 from training import command
 from training.options import Parser, positive
 from training.results import append, finished
@@ -45,40 +47,50 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--workers", type=positive, default=pool.devices(), metavar="N", help=text)
     text = "folder of checkpoints and models (default: %(default)s)"
     add("--runs", type=Path, default=Path("runs/study"), metavar="FOLDER", help=text)
+    add("--report", action="store_true", help="write report.md of the results that there are")
     return parser.parse_args(argv)
 
 
-def train(study: Study, path: Path, options: Namespace) -> None:
-    """Train what has no line yet."""
+def work_through(study: Study, path: Path, options: Namespace) -> None:
+    """Train and measure what has no line yet."""
     results = finished(path)
-    bar = tqdm(desc=study_name(options), unit="run", disable=None)
+    bar = tqdm(desc=options.study.stem, unit="job", disable=None)
 
     def ready() -> Iterator[tuple[str, pool.Job]]:
-        for run in study.runs(results):
-            if run.key not in results:
-                subject = study.tasks[run.task]
-                given = (run, subject.script, options.data, subject.evaluate, options.runs)
-                yield run.key, (work.train, given)
+        for runs in study.stages(results):
+            for run in runs:
+                if run.key not in results:
+                    subject = study.tasks[run.task]
+                    given = (run, subject.script, options.data, subject.evaluate, options.runs)
+                    yield run.key, (train, given)
+            for run in runs:
+                key = study.measured(run)
+                saved = (options.runs / run.key / "last").is_dir()
+                if run.key in results and key not in results and saved:
+                    subject = study.tasks[run.task]
+                    given = (run, key, subject, study.measure, options.data, options.runs)
+                    yield key, (measure, given)
 
     for result in pool.side_by_side(ready, options.workers):
+        result["machine"] = pool.machine()
         append(path, result)
         results[result["key"]] = result
         bar.update()
     bar.close()
 
 
-def study_name(options: Namespace) -> str:
-    """Return the name of a study."""
-    return options.study.stem
-
-
 def run(options: Namespace) -> str:
-    """Run what the study asks for."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if options.data else "0")
+    """Run what the study asks for; return its report."""
     transformers.utils.logging.disable_progress_bar()
     study = plan.read(options.study)
-    train(study, options.study.parent / "results.jsonl", options)
-    return ""
+    folder = options.study.parent
+    path = folder / "results.jsonl"
+    if not options.report:
+        work_through(study, path, options)
+    results = finished(path)
+    if not results:
+        raise ValueError(f"{path} has no results yet: run without --report.")
+    return render(study, results, folder, options.study.name)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -216,24 +216,24 @@ class Study:
             changes |= subject.fewer(0.5)
         return self._run(task, method, learning_rate=rate, seed=seed, **changes)
 
-    def budgets(self, task: str, method: str) -> list[Budget]:
-        """Return the budgets that a method is reported at."""
-        half: list[Budget] = ["half"] if method in self.tasks[task].half else []
-        return ["epochs", "compute", *half]
+    def cells(self) -> Iterator[tuple[Budget, int, str, str]]:
+        """Yield budget, seed, task and method of all that is reported, a budget at a time."""
+        for budget in BUDGETS:
+            for seed in self.seeds:
+                for task, subject in self.tasks.items():
+                    for method in subject.half if budget == "half" else self.methods:
+                        yield budget, seed, task, method
 
-    def cells(self) -> Iterator[tuple[int, str, str, Budget]]:
-        """Yield seed, task, method and budget of all that is reported, a whole seed at a time."""
-        for seed in self.seeds:
-            for task in self.tasks:
-                for method in self.methods:
-                    for budget in self.budgets(task, method):
-                        yield seed, task, method, budget
-
-    def runs(self, results: Results) -> list[Run]:
-        """Return the runs known so far: the search, and what follows from it."""
-        searched = [r for task in self.tasks for m in self.methods for r in self.search(task, m)]
-        found = [self.reported(task, m, b, seed, results) for seed, task, m, b in self.cells()]
-        return list({r.key: r for r in [*searched, *found] if r is not None}.values())
+    def stages(self, results: Results) -> Iterator[list[Run]]:
+        """Yield the runs of the search, then those of each budget that are known so far."""
+        yield [r for task in self.tasks for m in self.methods for r in self.search(task, m)]
+        for stage in BUDGETS:
+            found = [
+                self.reported(task, method, budget, seed, results)
+                for budget, seed, task, method in self.cells()
+                if budget == stage
+            ]
+            yield [run for run in found if run is not None]
 
     def measured(self, run: Run) -> str:
         """Return the key of the line of what is measured of a run's model."""

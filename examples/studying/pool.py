@@ -19,6 +19,13 @@ def devices() -> int:
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
+def machine() -> str:
+    """Return the machine in words."""
+    cores = f"{len(os.sched_getaffinity(0))} cores"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join([*gpus, cores, f"torch {torch.__version__}"])
+
+
 def side_by_side(ready: Callable[[], Iterable[tuple[str, Job]]], workers: int) -> Iterator[Any]:
     """Yield the results of jobs as they come.
 

@@ -1,0 +1,109 @@
+"""How robust the model of a finished run is: one line, without the texts it was measured on."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from mixadv.robustness import evaluate, text_batches, token_norm
+from mixadv.robustness.data import read
+
+from mixadv.tokens import WordSubstitution
+from studying.plan import Measures, Subject
+from studying.work import load
+from training import data, model
+from training.data import DataError
+from training.results import Run
+from training.substitution import candidates
+
+ROWS = 64  # whose tokens the unit is measured on
+DIGITS = 5  # of numbers of single rows
+
+
+def measure(
+    run: Run, key: str, subject: Subject, asked: Measures, folder: str, output: Path
+) -> dict[str, Any]:
+    """Return the line of what was measured of a saved model.
+
+    Args:
+        run: that saved it.
+        key: of the line.
+        subject: the task.
+        asked: what is measured.
+        folder: of the data; "" for the hub.
+        output: where the run saved its model.
+    """
+    where = output / run.key / "last"
+    with model.quiet():
+        classifier = transformers.AutoModelForSequenceClassification.from_pretrained(where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    classifier.to(torch.accelerator.current_accelerator() or "cpu")
+    split = load(subject.script, run.task, folder, run.train).splits[subject.evaluate[0]]
+    rows = split.shuffle(seed=0).select(range(min(asked.clean_rows, len(split))))
+    report = evaluate(
+        classifier,
+        tokenizer,
+        rows,
+        shifted={name: other(name, at, folder) for name, at in subject.shifted.items()},
+        attacks={name: WordSubstitution(candidates(name)) for name in subject.attacks},
+        radii=asked.radii,
+        increase_radius=asked.increase_radius,
+        steps=asked.steps,
+        restarts=asked.restarts,
+        unit=unit(run.model, subject.script, run.task, folder, run.train),
+        rows=asked.rows,
+        max_length=run.max_length,
+        folder=output / run.key / "measured",
+        progress=False,
+        name=run.key,
+    )
+    return {"key": key, "of": run.key, "sections": compact(report.sections)}
+
+
+def other(name: str, at: Mapping[str, Any], folder: str) -> Dataset:
+    """Return a shifted set: a split of a data set of the hub, or of one in the folder."""
+    splits = (
+        data.from_folder(data.find(folder, at["folder"], itself=False))
+        if folder
+        else data.from_hub(*at["hub"])
+    )
+    if at["split"] not in splits:
+        raise DataError(f"{name} has no split {at['split']}, it has {', '.join(splits)}.")
+    return splits[at["split"]]
+
+
+@cache
+def unit(name: str, script: str, task: str, folder: str, train: tuple[str, ...]) -> float:
+    """Return the mean norm of a token of the untrained encoder: one ball for all of a task."""
+    subject = load(script, task, folder, train)
+    network, tokenizer = model.load(Run(task=task, model=name), subject)
+    split = next(iter(subject.splits.values()))
+    rows = read(split.select(range(min(ROWS, len(split)))), network)
+    return token_norm(network, text_batches(network, tokenizer, rows))
+
+
+def compact(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections without what they hold of single rows, but for the loss increase.
+
+    That one is compared on the rows that all models get right, which are known in the end alone.
+    """
+    increase = sections.get("loss increase")
+    found = _without(sections)
+    if increase is not None:
+        each = {k: [_rounded(v) for v in values] for k, values in increase["per row"].items()}
+        found["loss increase"]["per row"] = each
+    return found
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        hidden = ("per row", "attacked")
+        return {k: _without(v) for k, v in value.items() if k not in hidden}
+    return value
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, DIGITS) if isinstance(value, float) else value

@@ -1,0 +1,103 @@
+"""report.md: the summary, the tables and the pictures of a study."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from studying import pictures, report, summary
+from studying.plan import BUDGETS, Study
+from studying.report import Findings
+
+PICTURES = {
+    "gains.png": "Difference to plain training, with 95 % intervals over seeds",
+    "attacked.png": "Accuracy against the radius of PGD at equal epochs, mean over seeds",
+}
+GROUPS = (
+    "Groups are means over their methods, seed by seed. Pure: {pure}. Mixed: {mixed}. Noise is in "
+    "neither: it does not look at the loss."
+)
+OFFICIAL = (
+    "Mean over seeds ± half of Student's 95 % interval, times 100, of the last weights: no "
+    "checkpoint is chosen. Differences to plain training are paired: the same seed draws the same "
+    "training rows and their order. An interval is that of a single comparison, and of twenty one "
+    "misses by chance: the summary corrects for their number. `passes`: what an update costs in "
+    "plain updates, a backward counted as two forwards. At equal compute every method gets {:g} "
+    "times the passes of plain training at equal epochs, so that a cheap one reads the rows more "
+    "often."
+)
+ROBUST = (
+    "Means over seeds ± half of Student's 95 % interval. `PGD r`: accuracy at the end of {steps} "
+    "steps in an L2 ball of r token norms of the untrained encoder, on {rows} rows. `loss "
+    "increase`: median of the largest found in a ball of {increase_radius:g}, from δ = 0 and from "
+    "{restarts} random starts, on the rows that all methods get right with a seed; `from random`: "
+    "by the random starts alone; `clean loss`: median on these rows. Shifted sets: accuracy, and "
+    "the drop from that on {clean_rows} clean rows. `under`: accuracy under attack by that source "
+    "of words, words changed in a success, texts read per row. `ECE`: expected calibration error. "
+    "`exploitability`: lower bound of what the adversary gains by leaving the solver's own "
+    "strategy, in units of its payoff."
+)
+LEARNERS = (
+    "At equal epochs. `mean`: the running average of the weights. `mixture`: the mean probability "
+    "of the last samples of them."
+)
+HALF = "At as many epochs, so half of the updates."
+RATES = (
+    "Score of one run with seed {} on {} training rows held out, for each rate, trained on {:.0%} "
+    "of the rows; the one chosen is bold."
+)
+
+
+def render(study: Study, results: Mapping[str, Any], folder: Path, name: str) -> str:
+    """Write report.md and the pictures of a study beside it; return the report."""
+    findings = Findings(study, results)
+    drawn = {path.name for path in pictures.draw(findings, folder)}
+    parts = [
+        "# What adversarial training bought",
+        about(findings, name),
+        "## Summary",
+        "\n".join(summary.verdict(findings, budget) for budget in ("epochs", "compute")),
+        summary.grouped(findings),
+        GROUPS.format(**{group: ", ".join(of) for group, of in report.groups(study).items()}),
+        *(f"![{text}]({file})" for file, text in PICTURES.items() if file in drawn),
+        "## Official metrics",
+        OFFICIAL.format(study.compute),
+        *(part for task in study.tasks for part in _official(findings, task)),
+        "## Robust measures",
+        ROBUST.format(**asdict(study.measure)),
+        *(part for task in study.tasks for part in _robust(findings, task)),
+        *_part("## Learners", LEARNERS, report.learners(findings, "epochs")),
+        *_part("## Half of the rows", HALF, report.half(findings)),
+        "## Learning rates",
+        RATES.format(study.search_seed, study.hold_out, study.search_share),
+        report.rates(findings),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (folder / "report.md").write_text(text)
+    return text
+
+
+def about(findings: Findings, name: str) -> str:
+    """Return how the study was made, and what is missing."""
+    study = findings.study
+    machines = {line["machine"] for line in findings.results.values() if "machine" in line}
+    seeds = ", ".join(map(str, study.seeds))
+    return (
+        f"`python examples/study.py {name}`: {study.model}, seeds {seeds}, "
+        f"on {'; '.join(sorted(machines)) or 'a machine that is not known'}. "
+        f"Missing: {summary.missing(findings)}."
+    )
+
+
+def _official(findings: Findings, task: str) -> list[str]:
+    return [f"### {task}: {findings.metric(task)}", report.official(findings, task)]
+
+
+def _robust(findings: Findings, task: str) -> list[str]:
+    found = {b: report.robust(findings, task, b) for b in ("epochs", "compute")}
+    titles = {f"### {task}, {BUDGETS[b]}": text for b, text in found.items() if text}
+    return [part for pair in titles.items() for part in pair]
+
+
+def _part(title: str, text: str, found: str) -> list[str]:
+    return [title, text, found] if found else []

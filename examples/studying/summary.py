@@ -1,0 +1,60 @@
+"""The summary of a study: what its tables answer, in sentences that follow from the numbers."""
+
+from collections.abc import Callable, Iterable
+
+from studying.plan import BUDGETS, Budget
+from studying.report import CONTRASTS, Findings, adjusted, contrasts, differences, signed, table
+
+ALPHA = 0.05
+Pair = tuple[str, str]
+
+
+def verdict(findings: Findings, budget: Budget) -> str:
+    """Return how many methods differ from plain training, before and after the correction."""
+    found = differences(findings, budget)
+    if not found:
+        return f"- {BUDGETS[budget].capitalize()}: nothing to compare yet."
+    corrected = adjusted(found)
+    above = _named(found, lambda pair: found[pair].difference.low > 0)
+    below = _named(found, lambda pair: found[pair].difference.high < 0)
+    sure = _named(found, lambda pair: corrected[pair] < ALPHA)
+    higher = sum(c.difference.value > 0 for c in found.values())
+    return (
+        f"- {BUDGETS[budget].capitalize()}: of {len(found)} comparisons with plain training, "
+        f"{higher} have a higher mean. The 95 % interval of the difference is above 0 for {above}; "
+        f"below 0 for {below}. After Holm's correction, at {ALPHA:g}, what differs is: {sure}."
+    )
+
+
+def _named(pairs: Iterable[Pair], holds: Callable[[Pair], bool]) -> str:
+    names = [f"{method} on {task}" for task, method in pairs if holds((task, method))]
+    return ", ".join(names) or "none"
+
+
+def grouped(findings: Findings) -> str:
+    """Return the table of differences between groups of methods."""
+    rows = []
+    for task in findings.study.tasks:
+        for budget in ("epochs", "compute"):
+            found = contrasts(findings, task, budget)
+            if any(found.values()):
+                rows.append([task, BUDGETS[budget], *(signed(one) for one in found.values())])
+    return table(["task", "budget", *CONTRASTS], rows) if rows else ""
+
+
+def missing(findings: Findings) -> str:
+    """Return what the study asks for and results do not hold."""
+    study = findings.study
+    lost: dict[str, int] = {}
+    for budget, seed, task, method in study.cells():
+        if not findings.line(task, method, budget, seed):
+            kind = f"runs at {BUDGETS[budget]}"
+        elif not findings.measured(task, method, budget, seed):
+            kind = f"measures of runs at {BUDGETS[budget]}"
+        else:
+            continue
+        lost[kind] = lost.get(kind, 0) + 1
+    if not lost:
+        return "nothing"
+    named = ", ".join(f"{number} {kind}" for kind, number in lost.items())
+    return f"{named}, of {len(list(study.cells()))} runs"
