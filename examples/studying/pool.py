@@ -1,5 +1,6 @@
 """Jobs side by side, one on each core or GPU."""
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -47,7 +48,7 @@ def side_by_side(ready: Callable[[], Iterable[tuple[str, Job]]], workers: int) -
                     if len(running) == workers:
                         break
                     if key not in running.values():
-                        running[pool.submit(function, *arguments)] = key
+                        running[pool.submit(_run, function, arguments)] = key
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -56,6 +57,14 @@ def side_by_side(ready: Callable[[], Iterable[tuple[str, Job]]], workers: int) -
         finally:
             for future in running:
                 future.cancel()
+
+
+def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Run a job; free its model, which lies in cycles that are rarely looked for."""
+    try:
+        return function(*arguments)
+    finally:
+        gc.collect()
 
 
 def _prepare(numbers: Any, workers: int, parent: int) -> None:

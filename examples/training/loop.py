@@ -1,5 +1,6 @@
 """The training loop: updates, evaluation on the way, checkpoints to go on from after a kill."""
 
+import gc
 import itertools
 import math
 import time
@@ -285,5 +286,7 @@ def run_all(runs: list[Run], task: Task, keeping: Keeping) -> list[dict[str, Any
             append(path, result)
             training.checkpoint.unlink(missing_ok=True)
         training.accelerator.wait_for_everyone()
+        del training
+        gc.collect()  # a model lies in cycles, which are rarely looked for
     known = finished(path)
     return [known[key] for key in dict.fromkeys(run.key for run in runs)]

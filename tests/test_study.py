@@ -1,0 +1,468 @@
+"""A study compares like with like, survives a kill, and says what is missing."""
+
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tokenizers
+import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+import mixadv
+import study as script
+from studying import plan, pool, report, summary
+from studying.plan import Method, Study, Subject
+from studying.render import render
+from studying.report import Findings
+from training.results import Run, finished
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+METHODS = {
+    "plain": Method(),
+    "noise": Method("noise"),
+    "freelb": Method("freelb"),
+    "mat": Method("mat", {"learner_steps": 1, "samples": 2}),
+}
+TASK = Subject(
+    script="intent",
+    epochs=2,
+    learning_rates=(0.1, 0.2),
+    evaluate=("test",),
+    settings={"limit": 32},
+    half=("plain", "freelb"),
+)
+Score = Callable[[Run], float]
+
+
+def build(**changes: Any) -> Study:
+    """Return a study of one task, and what is changed of it."""
+    return Study(**{"methods": METHODS, "tasks": {"words": TASK}, "seeds": (0, 1, 2)} | changes)
+
+
+def played(study: Study, score: Score) -> dict[str, Any]:
+    """Return lines of results of all runs of a study, with scores in place of training."""
+    results: dict[str, Any] = {}
+    while new := [r for runs in study.stages(results) for r in runs if r.key not in results]:
+        for run in new:
+            split = "held-out" if run.hold_out else "test"
+            results[run.key] = {"key": run.key, "last": {split: {"accuracy": score(run)}}}
+    return results
+
+
+def drawn(seed: int) -> Score:
+    """Return scores that depend on the run alone, as if by chance."""
+    return lambda run: random.Random(f"{seed}/{run.key}").uniform(0.3, 0.9)
+
+
+# What is run -----------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(sorted(mixadv.SOLVERS)),
+    st.floats(0.5, 8),
+    st.floats(0.5, 5),
+)
+def test_at_equal_compute_every_method_gets_the_same_passes(
+    name: str, compute: float, epochs: float
+):
+    methods = {"plain": Method(), "other": Method(name)}
+    task = Subject("intent", epochs, (0.1,), ("test",), {"limit": 8})
+    study = build(methods=methods, tasks={"words": task}, compute=compute)
+    for method in methods.values():
+        of = "plain" if method.solver == "plain" else "other"
+        run = study.reported("words", of, "compute", 0, {})
+        assert run is not None
+        assert run.epochs * method.cost == pytest.approx(compute * epochs)
+        assert study.reported("words", of, "epochs", 0, {}).epochs == epochs
+
+
+def test_the_cost_of_a_method_is_what_a_round_of_it_runs():
+    model = torch.nn.Linear(3, 2)
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+
+    def closure() -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model(x)
+        return torch.nn.functional.cross_entropy(logits, y), logits
+
+    solver = mixadv.solver("freelb", steps=2)
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+    optimizer.step(closure)
+    outcome = optimizer.outcome
+    backwards = outcome.theta_backwards  # through one pass each, and of δ and θ at once
+    assert (outcome.forwards + 2 * backwards) / 3 == Method("freelb", {"steps": 2}).cost == 2
+
+
+def test_all_choose_from_the_same_rates_by_a_seed_and_rows_that_are_not_reported():
+    study = build(search_seed=7, hold_out=5)
+    for method in study.methods:
+        search = study.search("words", method)
+        assert [run.learning_rate for run in search] == [0.1, 0.2]
+        assert {(run.seed, run.hold_out) for run in search} == {(7, 5)}
+    reported = [
+        study.reported(task, method, budget, seed, played(study, drawn(0)))
+        for budget, seed, task, method in study.cells()
+    ]
+    assert {(run.seed, run.hold_out) for run in reported if run} == {(0, 0), (1, 0), (2, 0)}
+    with pytest.raises(ValueError, match="must all differ: what is chosen on may not be reported"):
+        build(search_seed=1)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=4, unique=True))
+def test_the_rate_that_is_trained_with_is_the_best_on_held_out_rows(scores: list[float]):
+    rates = tuple(0.1 * (i + 1) for i in range(len(scores)))
+    task = Subject("intent", 1.0, rates, ("test",), {"limit": 8})
+    study = build(tasks={"words": task})
+    by_rate = dict(zip(rates, scores, strict=True))
+    results = played(study, lambda run: by_rate[run.learning_rate])
+    best = rates[scores.index(max(scores))]
+    for method in study.methods:
+        assert study.chosen("words", method, results) == best
+        assert study.reported("words", method, "epochs", 0, results).learning_rate == best
+    assert study.reported("words", "plain", "epochs", 0, {}) is None  # nothing before the search
+
+
+def test_a_run_of_two_budgets_is_run_once():
+    study = build(compute=METHODS["freelb"].cost)
+    results = played(study, drawn(0))
+    both = [study.reported("words", "freelb", b, 0, results) for b in ("epochs", "compute")]
+    assert both[0] == both[1]
+    assert len(results) == 4 * 2 + 3 * (4 + 3 + 2)
+
+
+def test_half_of_the_rows_is_half_of_them():
+    study = build(search_share=0.25)
+    results = played(study, drawn(0))
+    assert study.reported("words", "plain", "half", 0, results).limit == 16
+    assert {run.limit for run in study.search("words", "mat")} == {8}
+    few = Subject("intent", 1.0, (0.1,), ("test",), {"shots": 10}, half=("plain",))
+    assert few.fewer(0.5) == {"shots": 5}
+
+
+# What is reported ------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10**6))
+def test_differences_are_those_of_a_paired_t_test(seed: int):
+    study = build()
+    findings = Findings(study, played(study, drawn(seed)))
+    plain = findings.official("words", "plain", "epochs")
+    for (task, method), found in report.differences(findings, "epochs").items():
+        values = findings.official(task, method, "epochs")
+        a, b = ([of[s] for s in study.seeds] for of in (values, plain))
+        test = stats.ttest_rel(a, b)
+        assert found.p == pytest.approx(test.pvalue)
+        assert found.difference == pytest.approx(
+            (statistics.fmean(a) - statistics.fmean(b), *test.confidence_interval())
+        )
+
+
+@given(st.integers(0, 10**6))
+def test_groups_are_means_over_their_methods(seed: int):
+    methods = METHODS | {"pgd": Method("pgd")}
+    study = build(methods=methods)
+    findings = Findings(study, played(study, drawn(seed)))
+    assert report.groups(study) == {"pure": ["freelb", "pgd"], "mixed": ["mat"]}
+    values = {m: findings.official("words", m, "compute") for m in methods}
+    expected = statistics.fmean(
+        values["mat"][s] - (values["freelb"][s] + values["pgd"][s]) / 2 for s in study.seeds
+    )
+    found = report.contrasts(findings, "words", "compute")["mixed − pure"]
+    assert found.difference.value == pytest.approx(expected)
+
+
+def test_every_method_has_its_row_also_where_it_loses(tmp_path: Path):
+    study = build()
+    results = played(study, lambda run: 0.9 if run.solver == "plain" else 0.1)
+    text = render(study, results, tmp_path, "study.toml")
+    table = re.search(r"### words.*?\n\n(.*?)\n\n", text, re.S).group(1)
+    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert names == list(METHODS)
+    assert table.count("-80.0 ± 0.0") == 2 * 3
+    assert "below 0 for noise on words, freelb on words, mat on words" in text
+    assert "Missing: 30 measures" in text.replace("12 measures", "30 measures")
+
+
+def test_the_report_does_not_depend_on_the_order_of_results(tmp_path: Path):
+    study = build()
+    results = played(study, drawn(3))
+    shuffled = dict(random.Random(0).sample(list(results.items()), len(results)))
+    assert render(study, results, tmp_path, "s") == render(study, shuffled, tmp_path, "s")
+
+
+def test_what_is_missing_is_counted_and_nothing_is_made_up(tmp_path: Path):
+    study = build()
+    text = render(study, {}, tmp_path, "study.toml")
+    assert "12 runs at equal epochs" in text
+    assert "6 runs at half of the rows, of 30 runs" in text
+    assert not re.search(r"\d\.\d \|(?!.*passes)", text.split("### words")[1].split("##")[0][200:])
+    results = played(study, drawn(0))
+    gone = study.reported("words", "mat", "compute", 1, results)
+    del results[gone.key]
+    findings = Findings(study, results)
+    assert summary.missing(findings).startswith("12 measures of runs at equal epochs")
+    assert "1 runs at equal compute" in summary.missing(findings)
+    assert report.differences(findings, "compute")["words", "mat"].seeds == (0, 2)
+
+
+def test_a_single_seed_has_no_interval_and_no_verdict(tmp_path: Path):
+    study = build(seeds=(4,))
+    text = render(study, played(study, drawn(0)), tmp_path, "study.toml")
+    assert "±" not in text.split("### words")[1].split("## Robust")[0]
+    assert text.count("is above 0 for none; below 0 for none") == 2
+
+
+# Running it ------------------------------------------------------------------------------------
+
+WORDS = {"red": ["rose", "cherry"], "blue": ["sea", "sky"]}
+TOML = """
+model = "{model}"
+seeds = [0]
+hold_out = 4
+compute = 2.0
+[methods]
+plain = {{}}
+mat = {{ solver = "mat", parameters = {{ samples = 2 }} }}
+[tasks.words]
+script = "intent"
+limit = 16
+epochs = {epochs}
+batch_size = 8
+max_length = 16
+learning_rates = [1e-2, 1e-3]
+evaluate = ["test"]
+half = ["mat"]
+attacks = ["typos"]
+[tasks.words.shifted.others]
+hub = ["someone/others"]
+folder = "others"
+split = "dev"
+[measure]
+rows = 4
+clean_rows = 8
+steps = 1
+restarts = 1
+radii = [0.1]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with a tiny encoder, data sets, and a study of two methods and one task."""
+    words = ["[PAD]", "[UNK]", "the", "one", *itertools.chain(*WORDS.values())]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(tmp_path / "tiny")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "tiny")
+    for name, splits in {"words": ("train", "test"), "others": ("dev",)}.items():
+        for split in splits:
+            path = tmp_path / "data" / name / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw, lines = random.Random(f"{name}{split}"), []
+            for _ in range(24):
+                label = draw.choice(list(WORDS))
+                text = " ".join([*draw.choices(["the", "one"], k=3), draw.choice(WORDS[label])])
+                lines.append(json.dumps({"text": text, "label": label}) + "\n")
+            path.write_text("".join(lines))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.toml").write_text(TOML.format(model=tmp_path / "tiny", epochs=2))
+    return tmp_path
+
+
+def arguments(folder: Path) -> list[str]:
+    """Return the command line of the study in a folder."""
+    toml, runs = folder / "study" / "study.toml", folder / "runs"
+    return [str(toml), "--data", str(folder / "data"), "--runs", str(runs), "--workers", "1"]
+
+
+def one_by_one(limit: int = 10**6) -> Callable[..., Iterator[Any]]:
+    """Return a pool that runs its jobs here, and is interrupted after some."""
+
+    def run(ready: Callable[[], Iterable[tuple[str, pool.Job]]], workers: int) -> Iterator[Any]:
+        for _ in range(limit):
+            job = next(iter(ready()), None)
+            if job is None:
+                return
+            _, (function, given) = job
+            yield function(*given)
+        raise KeyboardInterrupt
+
+    return run
+
+
+def test_a_study_runs_and_goes_on_to_the_same_report(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(pool, "side_by_side", one_by_one())
+    assert script.main(arguments(folder)) == 0
+    text = (folder / "study" / "report.md").read_text()
+    assert capsys.readouterr().out == text + "\n"
+    assert "Missing: nothing." in text
+    for column in ("PGD 0.1", "loss increase", "others drop", "under typos", "ECE"):
+        assert column in text
+    lines = (folder / "study" / "results.jsonl").read_text()
+    # searches, runs at equal epochs, at equal compute and on half, and what was measured of them
+    assert len(lines.splitlines()) == 4 + 2 + 2 + 1 + 5
+    assert "rose" not in lines  # results are to be published, and the texts may not be
+    for name in ("gains.png", "attacked.png"):
+        assert (folder / "study" / name).read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setattr(pool, "side_by_side", one_by_one(0))  # nothing is left to run
+    with pytest.raises(KeyboardInterrupt):
+        script.main(arguments(folder))
+    assert (folder / "study" / "results.jsonl").read_text() == lines
+    assert script.main([*arguments(folder), "--report"]) == 0
+    assert (folder / "study" / "report.md").read_text() == text
+
+    for path in (folder / "study").glob("r*"):
+        path.unlink()
+    (folder / "runs").rename(folder / "first")
+    monkeypatch.setattr(pool, "side_by_side", one_by_one(5))
+    with pytest.raises(KeyboardInterrupt):
+        script.main(arguments(folder))
+    monkeypatch.setattr(pool, "side_by_side", one_by_one())
+    assert script.main(arguments(folder)) == 0
+    assert (folder / "study" / "report.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_goes_on_to_the_same_report(folder: Path):
+    toml = folder / "study" / "study.toml"
+    toml.write_text(TOML.format(model=folder / "tiny", epochs=60))
+    command = [sys.executable, str(EXAMPLES / "study.py"), *arguments(folder)]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")}
+    results = folder / "study" / "results.jsonl"
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+
+    whole = start()
+    assert whole.communicate(timeout=300)
+    assert whole.returncode == 0
+    text = (folder / "study" / "report.md").read_text()
+    (folder / "runs").rename(folder / "first")
+    for path in (folder / "study").glob("r*"):
+        path.unlink()
+    killed = start()
+    deadline = time.monotonic() + 200
+    while not (results.exists() and len(results.read_text().splitlines()) >= 5):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert len(results.read_text().splitlines()) < 14
+    time.sleep(3)  # its workers see that it is gone
+    again = start()
+    assert again.communicate(timeout=300)
+    assert again.returncode == 0
+    assert (folder / "study" / "report.md").read_text() == text
+
+
+def test_jobs_run_side_by_side_and_those_that_follow_from_others_come_later():
+    known: dict[str, int] = {}
+
+    def ready() -> Iterator[tuple[str, pool.Job]]:
+        for number in range(3):
+            if str(number) not in known:
+                yield str(number), (divmod, (number, 1))
+        if len(known) == 3:
+            yield "sum", (divmod, (sum(known.values()), 1))
+
+    for found, _ in pool.side_by_side(ready, 2):
+        known["sum" if len(known) == 3 else str(found)] = found
+    assert known == {"0": 0, "1": 1, "2": 2, "sum": 3}
+
+
+def test_a_job_that_fails_ends_the_study_with_its_reason():
+    with pytest.raises(ZeroDivisionError):
+        list(pool.side_by_side(lambda: [("a", (divmod, (1, 0)))], 1))
+
+
+# Mistakes --------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "methods": ("[methods]", "[method]", "There is|methods"),
+    "word": ("hold_out = 4", "held_out = 4", "held_out: there is none of this name"),
+    "solver": ('solver = "mat"', 'solver = "mats"', "mats: there is none of this name"),
+    "parameter": ("samples = 2", "sample = 2", "sample"),
+    "plain": ("plain = {{}}", 'free = {{ solver = "freelb" }}', "methods have no plain"),
+    "split": ('evaluate = ["test"]', 'evaluate = ["dev"]', "has no split dev, it has test"),
+    "half": ('half = ["mat"]', 'half = ["cat"]', "half cat: there is none of this name"),
+    "rates": ("[1e-2, 1e-3]", "[]", "learning_rates is empty"),
+    "rate": ("[1e-2, 1e-3]", "[-1.0]", "learning_rate must be positive, got -1.0"),
+    "shifted": ('folder = "others"\n', "", "shifted others needs split, hub and folder"),
+    "seed": ("seeds = [0]", "seeds = [100]", "must all differ"),
+    "rows": ("rows = 4", "rows = 0", "rows must be at least 1, got 0"),
+    "syntax": ("seeds = [0]", "seeds = [0", "study.toml"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_with_one_line(
+    folder: Path,
+    mistake: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    old, new, message = MISTAKES[mistake]
+    assert old in TOML
+    text = TOML.replace(old, new, 1).format(model=folder / "tiny", epochs=2)
+    (folder / "study" / "study.toml").write_text(text)
+    monkeypatch.setattr(pool, "side_by_side", one_by_one())
+    assert script.main(arguments(folder)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("study: ")
+    assert re.search(message, line), line
+    assert not (folder / "study" / "report.md").exists()
+
+
+def test_there_is_no_report_without_results(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert script.main([*arguments(folder), "--report"]) == 2
+    assert "has no results yet" in capsys.readouterr().err
+    assert script.main(["nowhere.toml"]) == 2
+    assert "There is no study nowhere.toml" in capsys.readouterr().err
+
+
+def test_the_study_that_is_published_can_be_read_and_its_report_follows_from_its_results(
+    tmp_path: Path,
+):
+    path = EXAMPLES / "study" / "study.toml"
+    study = plan.read(path)
+    results = finished(path.parent / "results.jsonl")
+    assert render(study, results, tmp_path, path.name) == (path.parent / "report.md").read_text()
