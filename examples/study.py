@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from studying import plan, pool
 from studying.measure import measure
-from studying.plan import Study
+from studying.plan import MEASURED, Study
 from studying.render import render
 from studying.work import train
 from training import command
@@ -57,13 +57,13 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
     bar = tqdm(desc=options.study.stem, unit="job", disable=None)
 
     def ready() -> Iterator[tuple[str, pool.Job]]:
-        for runs in study.stages(results):
+        for budget, runs in study.stages(results):
             for run in runs:
                 if run.key not in results:
                     subject = study.tasks[run.task]
                     given = (run, subject.script, options.data, subject.evaluate, options.runs)
                     yield run.key, (train, given)
-            for run in runs:
+            for run in runs if budget in MEASURED else ():
                 key = study.measured(run)
                 saved = (options.runs / run.key / "last").is_dir()
                 if run.key in results and key not in results and saved:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+
 from mixadv.robustness import evaluate, text_batches, token_norm
 from mixadv.robustness.data import read
-
 from mixadv.tokens import WordSubstitution
 from studying.plan import Measures, Subject
 from studying.work import load
@@ -53,7 +53,7 @@ def measure(
         increase_radius=asked.increase_radius,
         steps=asked.steps,
         restarts=asked.restarts,
-        unit=unit(run.model, subject.script, run.task, folder, run.train),
+        unit=unit(run.model, run.max_length, subject.script, run.task, folder, run.train),
         rows=asked.rows,
         max_length=run.max_length,
         folder=output / run.key / "measured",
@@ -76,13 +76,13 @@ def other(name: str, at: Mapping[str, Any], folder: str) -> Dataset:
 
 
 @cache
-def unit(name: str, script: str, task: str, folder: str, train: tuple[str, ...]) -> float:
+def unit(name: str, length: int, script: str, task: str, folder: str, train: Any) -> float:
     """Return the mean norm of a token of the untrained encoder: one ball for all of a task."""
     subject = load(script, task, folder, train)
-    network, tokenizer = model.load(Run(task=task, model=name), subject)
+    network, tokenizer = model.load(Run(task=task, model=name, max_length=length), subject)
     split = next(iter(subject.splits.values()))
     rows = read(split.select(range(min(ROWS, len(split)))), network)
-    return token_norm(network, text_batches(network, tokenizer, rows))
+    return token_norm(network, text_batches(network, tokenizer, rows, max_length=length))
 
 
 def compact(sections: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ BUDGETS: dict[Budget, str] = {
     "compute": "equal compute",
     "half": "half of the rows",
 }
+MEASURED: tuple[Budget, ...] = ("epochs", "compute")
+"""Budgets at which robust measures are taken."""
 SCRIPTS = ("glue", "intent", "anli")
 SETTINGS = ("train", "shots", "limit", "max_length", "batch_size", "warmup", "weight_decay")
 """What a task may set of a run, besides what the study sets."""
@@ -224,16 +226,16 @@ class Study:
                     for method in subject.half if budget == "half" else self.methods:
                         yield budget, seed, task, method
 
-    def stages(self, results: Results) -> Iterator[list[Run]]:
+    def stages(self, results: Results) -> Iterator[tuple[Budget | None, list[Run]]]:
         """Yield the runs of the search, then those of each budget that are known so far."""
-        yield [r for task in self.tasks for m in self.methods for r in self.search(task, m)]
+        yield None, [r for task in self.tasks for m in self.methods for r in self.search(task, m)]
         for stage in BUDGETS:
             found = [
                 self.reported(task, method, budget, seed, results)
                 for budget, seed, task, method in self.cells()
                 if budget == stage
             ]
-            yield [run for run in found if run is not None]
+            yield stage, [run for run in found if run is not None]
 
     def measured(self, run: Run) -> str:
         """Return the key of the line of what is measured of a run's model."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from studying.plan import BUDGETS, Budget
+from studying.plan import BUDGETS, MEASURED, Budget
 from studying.report import CONTRASTS, Findings, adjusted, contrasts, differences, signed, table
 
 ALPHA = 0.05
@@ -49,7 +49,7 @@ def missing(findings: Findings) -> str:
     for budget, seed, task, method in study.cells():
         if not findings.line(task, method, budget, seed):
             kind = f"runs at {BUDGETS[budget]}"
-        elif not findings.measured(task, method, budget, seed):
+        elif budget in MEASURED and not findings.measured(task, method, budget, seed):
             kind = f"measures of runs at {BUDGETS[budget]}"
         else:
             continue
