@@ -367,7 +367,7 @@ def test_a_study_runs_and_goes_on_to_the_same_report(
 @pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_to_the_same_report(folder: Path):
     toml = folder / "study" / "study.toml"
-    toml.write_text(TOML.format(model=folder / "tiny", epochs=60))
+    toml.write_text(TOML.format(model=folder / "tiny", epochs=20))
     command = [sys.executable, str(EXAMPLES / "study.py"), *arguments(folder)]
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")}
     results = folder / "study" / "results.jsonl"
@@ -376,15 +376,15 @@ def test_a_study_that_is_killed_goes_on_to_the_same_report(folder: Path):
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
 
     whole = start()
-    assert whole.communicate(timeout=300)
+    assert whole.communicate(timeout=900)
     assert whole.returncode == 0
     text = (folder / "study" / "report.md").read_text()
     (folder / "runs").rename(folder / "first")
     for path in (folder / "study").glob("r*"):
         path.unlink()
     killed = start()
-    deadline = time.monotonic() + 200
-    while not (results.exists() and len(results.read_text().splitlines()) >= 5):
+    deadline = time.monotonic() + 600
+    while not (results.exists() and len(results.read_text().splitlines()) >= 3):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
@@ -392,7 +392,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_report(folder: Path):
     assert len(results.read_text().splitlines()) < 13
     time.sleep(3)  # its workers see that it is gone
     again = start()
-    assert again.communicate(timeout=300)
+    assert again.communicate(timeout=900)
     assert again.returncode == 0
     assert (folder / "study" / "report.md").read_text() == text
 
