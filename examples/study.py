@@ -21,9 +21,10 @@ from pathlib import Path
 import transformers
 from tqdm.auto import tqdm
 
-from studying import plan, pool
+from studying import pool
 from studying.measure import measure
 from studying.plan import MEASURED, Study
+from studying.reading import read
 from studying.render import render
 from studying.work import train
 from training import command
@@ -82,7 +83,7 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
 def run(options: Namespace) -> str:
     """Run what the study asks for; return its report."""
     transformers.utils.logging.disable_progress_bar()
-    study = plan.read(options.study)
+    study = read(options.study)
     folder = options.study.parent
     path = folder / "results.jsonl"
     if not options.report:

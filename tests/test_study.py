@@ -26,10 +26,11 @@ from scipy import stats
 
 import mixadv
 import study as script
-from studying import plan, pool, report, summary
+from studying import pool, summary
+from studying.findings import Findings, contrasts, differences, groups
 from studying.plan import Method, Study, Subject
+from studying.reading import read
 from studying.render import render
-from studying.report import Findings
 from training.results import Run, finished
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -162,7 +163,7 @@ def test_differences_are_those_of_a_paired_t_test(seed: int):
     study = build()
     findings = Findings(study, played(study, drawn(seed)))
     plain = findings.official("words", "plain", "epochs")
-    for (task, method), found in report.differences(findings, "epochs").items():
+    for (task, method), found in differences(findings, "epochs").items():
         values = findings.official(task, method, "epochs")
         a, b = ([of[s] for s in study.seeds] for of in (values, plain))
         test = stats.ttest_rel(a, b)
@@ -177,12 +178,12 @@ def test_groups_are_means_over_their_methods(seed: int):
     methods = METHODS | {"pgd": Method("pgd")}
     study = build(methods=methods)
     findings = Findings(study, played(study, drawn(seed)))
-    assert report.groups(study) == {"pure": ["freelb", "pgd"], "mixed": ["mat"]}
+    assert groups(study) == {"pure": ["freelb", "pgd"], "mixed": ["mat"]}
     values = {m: findings.official("words", m, "compute") for m in methods}
     expected = statistics.fmean(
         values["mat"][s] - (values["freelb"][s] + values["pgd"][s]) / 2 for s in study.seeds
     )
-    found = report.contrasts(findings, "words", "compute")["mixed − pure"]
+    found = contrasts(findings, "words", "compute")["mixed − pure"]
     assert found.difference.value == pytest.approx(expected)
 
 
@@ -220,7 +221,7 @@ def test_what_is_missing_is_counted_and_nothing_is_made_up(tmp_path: Path):
     findings = Findings(study, results)
     assert summary.missing(findings).startswith("12 measures of runs at equal epochs")
     assert "1 runs at equal compute" in summary.missing(findings)
-    assert report.differences(findings, "compute")["words", "mat"].seeds == (0, 2)
+    assert differences(findings, "compute")["words", "mat"].seeds == (0, 2)
 
 
 def test_a_single_seed_has_no_interval_and_no_verdict(tmp_path: Path):
@@ -466,6 +467,6 @@ def test_the_study_that_is_published_can_be_read_and_its_report_follows_from_its
     tmp_path: Path,
 ):
     path = EXAMPLES / "study" / "study.toml"
-    study = plan.read(path)
+    study = read(path)
     results = finished(path.parent / "results.jsonl")
     assert render(study, results, tmp_path, path.name) == (path.parent / "report.md").read_text()

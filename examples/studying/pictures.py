@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from studying.findings import Findings, differences
 from studying.plan import BUDGETS, Budget
-from studying.report import Findings, differences
 
 
 def draw(findings: Findings, folder: Path) -> list[Path]:

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from studying import pictures, report, summary
+from studying import pictures, summary, tables
+from studying.findings import Findings, groups
 from studying.plan import BUDGETS, Study
-from studying.report import Findings
 
 PICTURES = {
     "gains.png": "Difference to plain training, with 95 % intervals over seeds",
@@ -58,7 +58,7 @@ def render(study: Study, results: Mapping[str, Any], folder: Path, name: str) ->
         "## Summary",
         "\n".join(summary.verdict(findings, budget) for budget in ("epochs", "compute")),
         summary.grouped(findings),
-        GROUPS.format(**{group: ", ".join(of) for group, of in report.groups(study).items()}),
+        GROUPS.format(**{group: ", ".join(of) for group, of in groups(study).items()}),
         *(f"![{text}]({file})" for file, text in PICTURES.items() if file in drawn),
         "## Official metrics",
         OFFICIAL.format(study.compute),
@@ -66,11 +66,11 @@ def render(study: Study, results: Mapping[str, Any], folder: Path, name: str) ->
         "## Robust measures",
         ROBUST.format(**asdict(study.measure)),
         *(part for task in study.tasks for part in _robust(findings, task)),
-        *_part("## Learners", LEARNERS, report.learners(findings, "epochs")),
-        *_part("## Half of the rows", HALF, report.half(findings)),
+        *_part("## Learners", LEARNERS, tables.learners(findings, "epochs")),
+        *_part("## Half of the rows", HALF, tables.half(findings)),
         "## Learning rates",
         RATES.format(study.search_seed, study.hold_out, study.search_share),
-        report.rates(findings),
+        tables.rates(findings),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "report.md").write_text(text)
@@ -90,11 +90,11 @@ def about(findings: Findings, name: str) -> str:
 
 
 def _official(findings: Findings, task: str) -> list[str]:
-    return [f"### {task}: {findings.metric(task)}", report.official(findings, task)]
+    return [f"### {task}: {findings.metric(task)}", tables.official(findings, task)]
 
 
 def _robust(findings: Findings, task: str) -> list[str]:
-    found = {b: report.robust(findings, task, b) for b in ("epochs", "compute")}
+    found = {b: tables.robust(findings, task, b) for b in ("epochs", "compute")}
     titles = {f"### {task}, {BUDGETS[b]}": text for b, text in found.items() if text}
     return [part for pair in titles.items() for part in pair]
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable
 
+from studying.findings import CONTRASTS, Findings, adjusted, contrasts, differences
 from studying.plan import BUDGETS, MEASURED, Budget
-from studying.report import CONTRASTS, Findings, adjusted, contrasts, differences, signed, table
+from studying.tables import signed, table
 
 ALPHA = 0.05
 Pair = tuple[str, str]

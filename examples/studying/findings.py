@@ -1,0 +1,116 @@
+"""What a study found: values by method and seed, and their differences."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mixadv
+from mixadv.robustness.statistics import Comparison, holm, paired
+from studying.plan import Budget, Results, Study
+from training.parameters import PLAIN
+
+NOISE = "noise"
+CONTRASTS = {
+    f"{a} − {b}": (a, b) for a, b in (("pure", PLAIN), ("mixed", PLAIN), ("mixed", "pure"))
+}
+"""Groups that are compared."""
+Values = dict[int, float]
+"""By seed."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The results of a study, by what they are of.
+
+    Attributes:
+        study: what was to be run.
+        results: lines by key, those of training and those of measuring.
+    """
+
+    study: Study
+    results: Results
+
+    def line(self, task: str, method: str, budget: Budget, seed: int) -> Mapping[str, Any]:
+        """Return the line of a run; an empty one if it is missing."""
+        run = self.study.reported(task, method, budget, seed, self.results)
+        return self.results.get(run.key, {}) if run else {}
+
+    def measured(self, task: str, method: str, budget: Budget, seed: int) -> Mapping[str, Any]:
+        """Return the sections that were measured of a run; none if they are missing."""
+        run = self.study.reported(task, method, budget, seed, self.results)
+        line = self.results.get(self.study.measured(run), {}) if run else {}
+        return line.get("sections", {})
+
+    def values(
+        self, task: str, method: str, budget: Budget, read: Callable[[Mapping[str, Any]], Any]
+    ) -> Values:
+        """Return what is read of a method's lines, by seed; in per cent."""
+        lines = {s: self.line(task, method, budget, s) for s in self.study.seeds}
+        return {seed: 100 * read(line) for seed, line in lines.items() if line}
+
+    def official(self, task: str, method: str, budget: Budget) -> Values:
+        """Return the official metric by seed, in per cent."""
+        split = self.study.tasks[task].evaluate[0]
+        return self.values(task, method, budget, lambda line: first(line["last"][split]))
+
+    def metric(self, task: str) -> str:
+        """Return the name of the official metric, and of its split."""
+        split = self.study.tasks[task].evaluate[0]
+        for budget, _, name, method in self.study.cells():
+            for seed in self.study.seeds if name == task else ():
+                if line := self.line(task, method, budget, seed):
+                    return f"{next(iter(line['last'][split]))}, {split}"
+        return split
+
+
+def first(metrics: Mapping[str, float]) -> float:
+    """Return the first of the metrics, the official one."""
+    return next(iter(metrics.values()))
+
+
+# Differences -----------------------------------------------------------------------------------
+
+
+def differences(findings: Findings, budget: Budget) -> dict[tuple[str, str], Comparison]:
+    """Return the difference of each method to plain training, by task and method."""
+    found = {}
+    for task in findings.study.tasks:
+        plain = findings.official(task, PLAIN, budget)
+        for method in findings.study.methods:
+            values = findings.official(task, method, budget)
+            if method != PLAIN and plain.keys() & values.keys():
+                found[task, method] = paired(values, plain)
+    return found
+
+
+def adjusted(found: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str], float]:
+    """Return Holm's p-values of the comparisons of a table."""
+    names = {f"{task}/{method}": (task, method) for task, method in found}
+    p = {name: found[pair].p for name, pair in names.items()}
+    return {names[name]: value for name, value in holm(p).items()}
+
+
+def groups(study: Study) -> dict[str, list[str]]:
+    """Return the methods that play pure strategies and those that play mixed ones.
+
+    Noise is neither: it does not look at the loss.
+    """
+    found: dict[str, list[str]] = {"pure": [], "mixed": []}
+    for name, method in study.methods.items():
+        if method.solver not in (PLAIN, NOISE):
+            mixed = mixadv.SOLVERS[method.solver].mixed
+            found["mixed" if mixed else "pure"].append(name)
+    return found
+
+
+def contrasts(findings: Findings, task: str, budget: Budget) -> dict[str, Comparison | None]:
+    """Return how groups of methods differ, each the mean over its methods, seed by seed."""
+    means = {PLAIN: findings.official(task, PLAIN, budget)}
+    for group, methods in groups(findings.study).items():
+        of = [findings.official(task, method, budget) for method in methods]
+        seeds = set.intersection(*(set(values) for values in of)) if of else set()
+        means[group] = {seed: sum(v[seed] for v in of) / len(of) for seed in seeds}
+    return {
+        name: paired(means[a], means[b]) if means[a].keys() & means[b].keys() else None
+        for name, (a, b) in CONTRASTS.items()
+    }
