@@ -1,0 +1,130 @@
+"""Ascents of the loss in balls around the rows of batches.
+
+An ascent moves as
+
+    δ_{t+1} = Π( δ_t + η_t·g_t/‖g_t‖ ),     g_t = ∇_δ L(x + δ_t, y),     η_t = ε·(1 − t/K)
+
+The first step is as long as the radius ε: where the loss is monotone in one direction, as that of a
+linear model is, it ends in the maximum. The later ones shrink, as an ascent has to that shall
+settle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mixadv.ascent import Ascent, check_integer, check_number
+from mixadv.contexts import no_grad
+from mixadv.game import Game
+from mixadv.replay import Noise
+from mixadv.robustness.batches import Batch, check_reading, in_order
+from mixadv.site import Call
+from mixadv.solvers import PGD
+from mixadv.stage import Stage
+from mixadv.strategy import Strategy
+from mixadv.tokens.reader import evaluating
+from mixadv.validate import check_seed
+
+Measure = Callable[[Stage, Batch], Sequence[Tensor]]
+"""Plays on a batch in a round of its own and returns columns `[B, ...]`."""
+
+
+def ascents_of(
+    who: str,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    radii: Sequence[float],
+    steps: int,
+    unit: float | None,
+    seed: int,
+) -> tuple[list[Ascent], list[Batch]]:
+    """Check arguments; return the ascent in each ball, lengths as they stand, and the batches."""
+    check_integer(who, "steps", steps, 1)
+    check_seed(seed)
+    for radius in radii:
+        check_number(who, "radius", radius)
+    if unit is not None:
+        check_number(who, "unit", unit)
+    batches = list(batches)
+    scale = token_norm(model, batches) if unit is None else unit
+    return [Ascent(steps=steps, radius=scale * r, unit="absolute") for r in radii], batches
+
+
+def play(
+    model: nn.Module, batches: Iterable[Batch], measure: Measure, what: str, progress: bool
+) -> list[NDArray[Any]]:
+    """Measure on each batch and return the columns, rows in order; the model is left as it was."""
+    rows, columns = [], []
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        game = Game(model, PGD(unit="absolute", start="zero", start_size=0.0))
+        try:
+            for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
+                with game.rehearsal(batch.closure) as stage, stage.frozen():
+                    clean = stage.clean()
+                    if clean.predictions is None:
+                        raise ValueError(
+                            "A batch's closure must return losses and logits, not losses alone."
+                        )
+                    check_reading(batch, clean.loss, clean.predictions)
+                    measured = measure(stage, batch)
+                rows.append(batch.rows)
+                columns.append([_wide(column.detach()).cpu() for column in measured])
+        finally:
+            game.close()
+    return in_order(rows, columns)
+
+
+def climb(stage: Stage, ascent: Ascent, q: Strategy) -> tuple[Tensor, Tensor]:
+    """Return the largest loss visited, `[B]`, and the predictions at the end, `[B, C]`."""
+    visited = []
+    for step in range(ascent.steps):
+        losses, gradients = stage.payoffs(q, "loss", ascent)
+        visited.append(losses[0])
+        size = float(ascent.radius or 0.0) * (1 - step / ascent.steps)
+        q = stage.move(q, replace(ascent, step_size=size), gradients)
+    with no_grad():
+        end = stage.run(stage.at(q, 0))
+    assert end.predictions is not None
+    last = torch.where(end.loss.isfinite(), end.loss, visited[-1])
+    return torch.stack([*visited, last]).amax(0), end.predictions
+
+
+def start(stage: Stage, ascent: Ascent, batch: Batch, seed: int, number: int) -> Strategy:
+    """Return a random start, uniform as that of `Ascent`; a row's depends on its place alone."""
+    noise = Noise(seed)
+
+    def begin(index: int, call: Call) -> Tensor:
+        def draw(kind: str, like: Tensor) -> Tensor:
+            real = torch.ones_like(like) if call.mask is None else call.mask.expand_as(like)
+            drawn = torch.zeros_like(like)
+            each = max(1, len(like) // len(batch.rows))  # a sample has several rows at some sites
+            for i, own in enumerate(real > 0):
+                row = batch.rows[min(i // each, len(batch.rows) - 1)]
+                noise.begin(f"start {number}, call {index}, {i % each}", row)
+                drawn[i][own] = noise(kind, like.new_empty(int(own.sum())))
+            return drawn
+
+        return ascent.begin(call.empty(), call.mask, draw)
+
+    return stage.start(ascent, begin)
+
+
+def token_norm(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Return the mean L2 norm of a real token's embedding in the first batch: the unit of radii."""
+    for batch in batches:
+        with evaluating(model):
+            unit = Game(model, PGD()).explain(batch.closure).unit
+        assert unit is not None
+        return unit
+    raise ValueError("There are no rows to measure on: the batches are empty.")
+
+
+def _wide(column: Tensor) -> Tensor:
+    return column if column.dtype == torch.bool else column.double()

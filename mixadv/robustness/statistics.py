@@ -1,0 +1,240 @@
+"""How sure a measured number is: intervals over samples, intervals and tests over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from mixadv.ascent import check_integer
+
+Statistic = Literal["mean", "median"] | Callable[..., Any]
+"""A name, or a function of an array and `axis=`."""
+
+_CHUNK = 4_000_000  # numbers that are resampled at a time
+
+
+class Estimate(NamedTuple):
+    """A number and its confidence interval; the bounds are nan where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Comparison(NamedTuple):
+    """How two methods differ over the seeds that both were run with.
+
+    Attributes:
+        difference: mean of a − b, with Student's interval.
+        p: of the two-sided paired t test; nan for a single seed.
+        seeds: those that both have, in order.
+    """
+
+    difference: Estimate
+    p: float
+    seeds: tuple[int, ...]
+
+
+def bootstrap(
+    values: ArrayLike,
+    statistic: Statistic = "mean",
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Return a statistic of samples with its bootstrap interval.
+
+    A resample draws as many of the samples as there are, with replacement; the interval is that of
+    the percentiles (Efron 1979). Where all values are equal every resample is the same, and the
+    interval would be a point: for an accuracy (Boolean values, all true or all false) it is
+    Wilson's then, for other values it is that point. A single value that is not Boolean has no
+    interval.
+
+    Args:
+        values: `[N]`, numbers or Booleans.
+        statistic: `"mean"`, `"median"`, or a function `(values [..., N], axis=) -> [...]`.
+        level: probability with which the interval covers the statistic of what was sampled from.
+        resamples: how many are drawn.
+        seed: of the draws.
+
+    Raises:
+        ValueError: without values, or for values that are not finite.
+
+    Example:
+        >>> found = bootstrap([0.0, 1.0, 2.0, 3.0, 4.0] * 20)
+        >>> found.value, found.low < 2 < found.high
+        (2.0, True)
+        >>> print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap([True] * 20)))
+        1.00 [0.84, 1.00]
+    """
+    return _bootstrap([_values(values)], _named(statistic), level, resamples, seed)
+
+
+def bootstrap_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    statistic: Statistic = "mean",
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Return statistic(a) − statistic(b) with its bootstrap interval, two sets resampled apart.
+
+    Arguments and errors are those of `bootstrap`. Where both sets are constant accuracies the
+    interval is Newcombe's (1998), of Wilson's for each.
+
+    Example:
+        >>> found = bootstrap_difference([1.0, 2.0, 3.0] * 20, [0.0, 1.0, 2.0] * 20)
+        >>> found.value, found.low < 1 < found.high
+        (1.0, True)
+    """
+    of = _named(statistic)
+
+    def difference(x: NDArray[Any], y: NDArray[Any], axis: int = -1) -> Any:
+        return of(x, axis=axis) - of(y, axis=axis)
+
+    return _bootstrap([_values(a), _values(b)], difference, level, resamples, seed)
+
+
+def t_interval(values: ArrayLike, level: float = 0.95) -> Estimate:
+    """Return the mean of a few values, such as those of several seeds, with Student's interval.
+
+    A single value has no interval.
+
+    Example:
+        >>> found = t_interval([70.0, 72.0, 74.0])
+        >>> print(f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]")
+        72.0 [67.0, 77.0]
+    """
+    found = _values(values)
+    _check_level(level)
+    mean, error = float(found.mean()), _standard_error(found)
+    half = error * float(stats.t.ppf((1 + level) / 2, max(len(found) - 1, 1)))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def paired(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.95) -> Comparison:
+    """Return how two methods differ over the seeds that both were run with.
+
+    Args:
+        a: a number for each seed.
+        b: those of the other method.
+        level: of the interval.
+
+    Raises:
+        ValueError: if no seed is in both.
+
+    Example:
+        >>> found = paired({1: 72.0, 2: 74.0, 3: 73.5}, {1: 71.0, 2: 72.0, 3: 72.0, 4: 70.0})
+        >>> found.seeds, f"{found.difference.value:.2f}", f"{found.p:.3f}"
+        ((1, 2, 3), '1.50', '0.035')
+    """
+    seeds = tuple(sorted(a.keys() & b.keys()))
+    if not seeds:
+        raise ValueError(
+            f"No seed is in both: {sorted(a)} and {sorted(b)}. Methods are compared seed by seed."
+        )
+    gains = _values([a[seed] - b[seed] for seed in seeds])
+    difference, error = t_interval(gains, level), _standard_error(gains)
+    if error == 0:  # the same gain with every seed
+        p = float(difference.value == 0)
+    else:
+        p = float(2 * stats.t.sf(abs(difference.value) / error, max(len(seeds) - 1, 1)))
+    return Comparison(difference, p, seeds)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Return p-values adjusted for there being several of them (Holm 1979).
+
+    Rejecting where the adjusted value is below α makes any false rejection at most α likely,
+    however the tests depend on each other. nan, of a test that could not be made, stays nan and
+    does not count.
+
+    Example:
+        >>> holm({"pgd": 0.01, "freelb": 0.04, "mat": 0.03})
+        {'pgd': 0.03, 'freelb': 0.06, 'mat': 0.06}
+    """
+    for name, value in p.items():
+        if not (math.isnan(value) or 0 <= value <= 1):
+            raise ValueError(f"holm: the p-value of {name} must be between 0 and 1, got {value}.")
+    tests = sorted((value, name) for name, value in p.items() if not math.isnan(value))
+    adjusted, least = dict.fromkeys(p, math.nan), 0.0
+    for before, (value, name) in enumerate(tests):
+        least = max(least, min(1.0, (len(tests) - before) * value))
+        adjusted[name] = least
+    return adjusted
+
+
+def _bootstrap(
+    sets: Sequence[NDArray[Any]], of: Callable[..., Any], level: float, resamples: int, seed: int
+) -> Estimate:
+    _check_level(level)
+    check_integer("bootstrap", "resamples", resamples, 1)
+    numbers = [x.astype(np.float64) for x in sets]
+    value = float(of(*numbers, axis=-1))
+    if all((x == x[0]).all() for x in sets):
+        return _of_constants(sets, value, level)
+    found: Any = stats.bootstrap(
+        numbers,
+        of,
+        n_resamples=resamples,
+        batch=max(1, _CHUNK // max(map(len, sets))),
+        confidence_level=level,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return Estimate(value, *map(float, found.confidence_interval))
+
+
+def _of_constants(sets: Sequence[NDArray[Any]], value: float, level: float) -> Estimate:
+    """Return the interval where every resample is like every other."""
+    if not all(x.dtype == bool for x in sets):
+        bound = math.nan if min(map(len, sets)) == 1 else value
+        return Estimate(value, bound, bound)
+    low, high = value, value
+    for sign, x in zip((1, -1), sets, strict=False):
+        interval = stats.binomtest(int(x.sum()), len(x)).proportion_ci(level, "wilson")
+        # One of the distances is 0: the accuracy is 0 or 1.
+        below, above = float(x[0]) - interval.low, interval.high - float(x[0])
+        low -= below if sign > 0 else above
+        high += above if sign > 0 else below
+    return Estimate(value, low, high)
+
+
+def _named(statistic: Statistic) -> Callable[..., Any]:
+    names = {"mean": np.mean, "median": np.median}
+    if not callable(statistic) and statistic not in names:
+        raise ValueError(f"statistic must be 'mean', 'median' or a function, got {statistic!r}.")
+    return statistic if callable(statistic) else names[statistic]
+
+
+def _values(values: ArrayLike) -> NDArray[Any]:
+    found = np.asarray(values)
+    if found.ndim != 1 or not len(found):
+        raise ValueError(f"values must be a row of at least one, got shape {list(found.shape)}.")
+    if found.dtype != bool:
+        found = found.astype(np.float64)
+    if not np.isfinite(found).all():
+        place = int(np.flatnonzero(~np.isfinite(found))[0])
+        raise ValueError(f"values must be finite: number {place} is {found[place]}.")
+    return found
+
+
+def _check_level(level: float) -> None:
+    if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level!r}.")
+
+
+def _standard_error(values: NDArray[Any]) -> float:
+    """Return that of the mean, nan of a single value."""
+    if len(values) == 1:
+        return math.nan
+    return float(values.std(ddof=1)) / math.sqrt(len(values))
