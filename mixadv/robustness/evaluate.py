@@ -109,9 +109,7 @@ def evaluate(
         check_number("evaluate", "unit", unit)
     _check_players(model, attacks, game)
     clean, *others = (
-        source
-        if isinstance(source, Rows)
-        else read(source, model, text=text, label=label, name=of)
+        source if isinstance(source, Rows) else read(source, model, text=text, label=label, name=of)
         for of, source in {"": data, **shifted}.items()
     )
     sets = dict(zip(shifted, others, strict=True))

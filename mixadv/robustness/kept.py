@@ -189,7 +189,7 @@ def _parts(value: Any) -> Sequence[Any]:
 
 
 def _tokenizer(tokenizer: Any) -> Any:
-    """Return what a tokenizer does, without the padding and cutting that its last call asked for."""
+    """Return what a tokenizer does, without the padding and cutting of its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return dict(sorted(tokenizer.get_vocab().items()))

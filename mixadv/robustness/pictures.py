@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixadv.robustness.predictions import BINS
 from mixadv.robustness.sections import increase_of
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 """Of Okabe and Ito, which colour-blind readers tell apart."""
+BINS = 15  # of the calibration error
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -109,7 +109,9 @@ def loss_increase(axes: Any, reports: Mapping[str, Report]) -> bool:
             values = np.sort(getattr(of, kind)[rows])
             share = 100 * np.arange(1, len(values) + 1) / len(values)
             label = name if kind == "increase" else f"{name}, random starts"
-            axes.step(np.maximum(values, FLOOR), share, line, where="post", color=colour, label=label)
+            axes.step(
+                np.maximum(values, FLOOR), share, line, where="post", color=colour, label=label
+            )
     radius = next(iter(held.values()))["radius"]
     axes.set(xscale="log", ylim=(0, 101), ylabel="rows, %")
     axes.set_xlabel(f"loss increase within {radius:g} {_units(reports)}, nats")

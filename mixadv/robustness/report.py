@@ -106,7 +106,9 @@ def compare(reports: Mapping[str, Report]) -> str:
     for name, more in _increases(sections, notes).items():
         cells[name].update(more)
     columns = dict.fromkeys(column for row in cells.values() for column in row)
-    rows = [[name, *(row.get(column, NOTHING) for column in columns)] for name, row in cells.items()]
+    rows = [
+        [name, *(row.get(column, NOTHING) for column in columns)] for name, row in cells.items()
+    ]
     return "\n\n".join([Table("", ["model", *columns], rows).markdown(), *notes]) + "\n"
 
 
@@ -170,7 +172,9 @@ def _increases(
     )
     names = {"increase": "loss increase", "from_random": "from random", "clean_loss": "clean loss"}
     return {
-        model: {f"{what} {radii[model]:g}" if of != "clean_loss" else what: quartiles(row[of])
-                for of, what in names.items()}
+        model: {
+            f"{what} {radii[model]:g}" if of != "clean_loss" else what: quartiles(row[of])
+            for of, what in names.items()
+        }
         for model, row in sums.items()
     }

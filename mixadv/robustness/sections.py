@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +15,13 @@ from tqdm.auto import tqdm
 from mixadv.certificate import Exploitability
 from mixadv.equilibrium import exploitability
 from mixadv.game import Game
-from mixadv.robustness.data import Batch, Rows, text_batches
+from mixadv.robustness.ascents import token_norm
+from mixadv.robustness.batches import Batch, text_batches
+from mixadv.robustness.data import Rows
 from mixadv.robustness.kept import Kept, digest
 from mixadv.robustness.predictions import predict
 from mixadv.robustness.statistics import Estimate, bootstrap, bootstrap_difference
-from mixadv.robustness.vicinity import LossIncrease, accuracy_at_radii, loss_increase, token_norm
+from mixadv.robustness.vicinity import LossIncrease, accuracy_at_radii, loss_increase
 from mixadv.tokens import Attack, WordSubstitution, summary
 
 STEP = 32  # rows attacked between two writes
@@ -59,7 +60,9 @@ class Sections:
 
     # Predictions -------------------------------------------------------------------------------
 
-    def predictions(self, name: str, rows: Rows, game: Game | None = None, what: str = "") -> Record:
+    def predictions(
+        self, name: str, rows: Rows, game: Game | None = None, what: str = ""
+    ) -> Record:
         """Return how rows are predicted.
 
         Args:
@@ -256,9 +259,7 @@ def estimate(found: Estimate) -> dict[str, float]:
 
 
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[Record]:
-    return [
-        dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-    ]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _columns(rows: Sequence[Record], names: Iterable[str]) -> dict[str, list[Any]]:
