@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.substitution_zoo import TABLE, VOCABULARY, tiny, word_tokenizer
-from tests.zoo import assert_same, fingerprint
 
+import evaluate as script
 import mixadv
 from mixadv.equilibrium import exploitability
 from mixadv.robustness import (
@@ -31,6 +30,8 @@ from mixadv.robustness import (
 from mixadv.robustness.kept import digest
 from mixadv.tokens import SimilarWords, Typos, WordSubstitution, summary
 from mixadv.tokens.reader import evaluating
+from tests.substitution_zoo import TABLE, VOCABULARY, tiny, word_tokenizer
+from tests.zoo import assert_same, fingerprint
 
 ROWS = 40  # two parts of an attack
 LABELS = {"negative": 0, "neutral": 1, "positive": 2}
@@ -81,6 +82,10 @@ def measured(model, game=None, **changes):
     return evaluate(model, word_tokenizer(), DATA, **{**settings, **changes})
 
 
+class Killed(BaseException):
+    """What ends an evaluation at any pass."""
+
+
 class Passes:
     """Counts a model's forward passes, and breaks the one after `left`."""
 
@@ -90,7 +95,7 @@ class Passes:
 
     def note(self, *_):
         if self.count == self.left:
-            raise KeyboardInterrupt
+            raise Killed
         self.count += 1
 
     def __enter__(self):
@@ -196,13 +201,13 @@ def test_a_unit_given_is_the_ball_of_the_unit_measured(whole):
 # Kept ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.98, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.5, 0.7, 0.85, 0.98])
 def test_a_killed_evaluation_goes_on_to_the_numbers_of_a_whole_one(tmp_path, whole, share):
     report, forwards = whole
     model, game = trained()
     left = int(share * forwards)
     before = fingerprint(model)
-    with Passes(model, left), pytest.raises(KeyboardInterrupt):
+    with Passes(model, left), pytest.raises(Killed):
         measured(model, game, folder=tmp_path)
     assert_same(fingerprint(model), before)
     for path in tmp_path.iterdir():
@@ -250,6 +255,27 @@ def test_what_changes_a_number_is_computed_anew(tmp_path):
     assert passes() > 0
 
 
+def test_keys_do_not_depend_on_the_order_of_sets_nor_on_the_last_call():
+    first, other = frozenset([0, 8]), frozenset([8, 0])
+    assert list(first) != list(other)
+    assert digest(first) == digest(other) != digest(frozenset([0]))
+    tokenizer = word_tokenizer()
+    before = digest(tokenizer)
+    tokenizer(["film", "a bad film"], padding=True, truncation=True, max_length=3)
+    assert digest(tokenizer) == before
+
+
+def test_keys_tell_apart_what_does_different_things():
+    cyclic = [1]
+    cyclic.append(cyclic)
+    values = [1, 1.0, "1", True, None, [1], (1,), [[1]], {1: 2}, {2: 1}, torch.ones(1), cyclic]
+    values += [torch.ones(1, 1), torch.ones(1, dtype=torch.int32), np.ones(1), frozenset([1])]
+    values += [ATTACK, ATTACK.attack, WordSubstitution, Typos(), Typos(seed=1)]
+    values += [[(lambda by: lambda: by)(i)] for i in range(2)]
+    assert len({digest(value) for value in values}) == len(values)
+
+
+@pytest.mark.slow
 def test_keys_are_those_of_another_process():
     program = """
 from mixadv.robustness.kept import digest
@@ -257,17 +283,14 @@ from mixadv.tokens import SimilarWords, WordSubstitution
 from tests.substitution_zoo import TABLE, word_tokenizer
 print(digest([WordSubstitution(SimilarWords(TABLE)), word_tokenizer()]))
 """
-    path = os.pathsep.join([*sys.path, os.path.dirname(__file__)])
     run = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": path},
+        env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,
     )
-    attack, tokenizer = WordSubstitution(SimilarWords(TABLE)), word_tokenizer()
-    tokenizer(["film", "a bad film"], padding=True, truncation=True, max_length=3)
-    assert run.stdout.strip() == digest([attack, tokenizer])
+    assert run.stdout.strip() == digest([WordSubstitution(SimilarWords(TABLE)), word_tokenizer()])
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}, "found": 1}', "\x00"])
@@ -292,7 +315,7 @@ REFUSED = {
     "ball": ({"increase_radius": float("nan")}, ValueError, "radius must be finite"),
     "rows": ({"rows": 0}, ValueError, "rows must be at least 1, got 0"),
     "steps": ({"steps": 0}, ValueError, "steps must be at least 1"),
-    "seed": ({"seed": -1}, ValueError, "seed"),
+    "seed": ({"seed": "one"}, TypeError, "seed"),
     "unit": ({"unit": -1.0}, ValueError, "unit must be"),
     "empty": ({"shifted": {"twins": []}}, DataError, "twins holds no rows"),
     "label": (
@@ -416,10 +439,73 @@ def test_models_of_other_rows_or_radii_are_not_compared():
 def test_where_no_row_is_right_there_is_no_loss_increase():
     model = classifier()
     with torch.no_grad():
-        model.classifier.weight.zero_()
+        model.classifier.weight.mul_(0.01)
         model.classifier.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
     wrong = {**DATA, "label": [1] * ROWS}
     report = evaluate(model, word_tokenizer(), wrong, radii=(), steps=1, restarts=1, rows=4)
     assert report.sections["loss increase"]["n"] == 0
     assert "0 rows that are classified correctly" in report.markdown()
     assert "no loss increase" in compare({"a": report})
+
+
+# The script ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder with two models and the files of both sets, labels by name."""
+    root = tmp_path_factory.mktemp("evaluate")
+    for seed in (0, 1):
+        classifier(seed).save_pretrained(root / f"run-{seed}" / "last")
+        word_tokenizer().save_pretrained(root / f"run-{seed}" / "last")
+    for name, rows in {"test": DATA, "twins": TWINS}.items():
+        labels = [list(LABELS)[label] for label in rows["label"]]
+        pairs = zip(rows["text"], labels, strict=True)
+        lines = [json.dumps({"utterance": text, "label": label}) + "\n" for text, label in pairs]
+        (root / f"{name}.jsonl").write_text("".join(lines))
+    return root
+
+
+def command(folder, output, *more):
+    models = [str(folder / f"run-{seed}" / "last") for seed in (0, 1)]
+    argv = ["--model", *models, "--data", str(folder / "test.jsonl"), "--output", str(output)]
+    argv += ["--shifted", f"twins={folder / 'twins.jsonl'}", "--text", "utterance"]
+    return script.main([*argv, "--rows", "6", "--steps", "1", "--restarts", "1", *more])
+
+
+def test_the_script_compares_saved_models_in_one_ball(folder, tmp_path, capsys):
+    assert command(folder, tmp_path, "--attack", "builtin", "--radii", "0.1") == 0
+    printed = capsys.readouterr().out
+    [lines] = markdown_tables(printed)
+    assert [line[0].strip() for line in lines[2:]] == ["run-0/last", "run-1/last"]
+    assert {"twins drop", "PGD 0.1 %", "under builtin %"} <= {cell.strip() for cell in lines[0]}
+    assert "different size" not in printed
+    first, other = (Report.load(tmp_path / f"run-{seed}-last").sections for seed in (0, 1))
+    assert first["about"]["unit"] == other["about"]["unit"]
+    assert first["about"]["measured"]
+    assert not other["about"]["measured"]
+    assert (tmp_path / "compared.md").read_text().strip() == printed.strip()
+    assert (tmp_path / "accuracy_at_radii.png").is_file()
+
+    again = command(folder, tmp_path, "--radii", "0.1", "--unit-of", str(folder / "run-1" / "last"))
+    assert again == 0
+    lengths = {Report.load(tmp_path / f"run-{i}-last").sections["about"]["unit"] for i in (0, 1)}
+    assert len(lengths) == 1
+    assert lengths != {first["about"]["unit"]}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--data", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
+        (["--model", "nowhere"], "nowhere cannot be loaded"),
+        (["--text", "a", "b", "c"], "one column or two"),
+        (["--attack", "nowhere"], "there is no such file"),
+        (["--radii", "-1"], "radius must be finite"),
+    ],
+)
+def test_the_script_answers_a_mistake_with_one_line(folder, tmp_path, capsys, more, said):
+    assert command(folder, tmp_path, *more) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.strip().splitlines()) == 1

@@ -134,7 +134,7 @@ def evaluate(
             "data": clean.name,
             "rows": len(clean),
             "attacked": places,
-            "texts": digest(clean),
+            "texts": digest([clean.texts, clean.labels]),
             "unit": own,
             "measured": unit is None,
             "steps": steps,

@@ -56,7 +56,10 @@ class Sections:
 
     def __post_init__(self) -> None:
         self.attacked = taken(self.rows, self.places)
-        self.key = {"rows": digest([self.attacked, self.places]), "seed": self.seed}
+        self.key = {
+            "rows": digest([self.attacked.texts, self.attacked.labels, self.places]),
+            "seed": self.seed,
+        }
 
     # Predictions -------------------------------------------------------------------------------
 
@@ -85,7 +88,8 @@ class Sections:
             sums = {"accuracy": estimate(found.accuracy), "loss": estimate(found.loss)}
             return {"rows": len(rows), **sums, "ece": found.ece, "per row": each}
 
-        return self.kept.once(name, {"rows": digest(rows), "learner": what}, compute)
+        key = {"rows": digest([rows.texts, rows.labels]), "learner": what}
+        return self.kept.once(name, key, compute)
 
     def shifted(self, clean: Record, sets: Mapping[str, Rows]) -> dict[str, Record]:
         """Return how shifted sets are predicted, and the drop against the clean rows."""
