@@ -100,7 +100,7 @@ def check_reading(batch: Batch, losses: Tensor, logits: Tensor) -> None:
 
 def in_order(
     rows: Sequence[Sequence[int]], columns: Sequence[Sequence[Tensor]]
-) -> list[NDArray[np.generic]]:
+) -> list[NDArray[Any]]:
     """Return columns of all batches as arrays, their rows as in the data set."""
     places = [place for batch in rows for place in batch]
     if not places:

@@ -127,16 +127,19 @@ def _labels_of(model: nn.Module) -> dict[str, int]:
 def _columns(source: Any, name: str) -> dict[str, list[Any]]:
     if isinstance(source, (str, Path)):
         source = _lines(Path(source).expanduser(), name)
+    names: Any = getattr(source, "column_names", None)
+    if isinstance(names, Mapping):
+        raise DataError(f"{name} has splits {', '.join(names)}: give one of them.")
     if isinstance(source, Mapping):
         columns = {str(column): list(values) for column, values in source.items()}
-    elif hasattr(source, "column_names") and not isinstance(source.column_names, Mapping):
-        columns = {column: list(source[column]) for column in source.column_names}
+    elif isinstance(names, Sequence) and hasattr(source, "__getitem__"):
+        columns = {column: list(source[column]) for column in names}
     elif isinstance(source, Sequence):
         return _of_rows(source, name)
     else:
         raise DataError(
-            f"{name}: rows are read from a file of JSON lines, a datasets.Dataset (one split), a "
-            f"list of dicts or a dict of columns, not from {type(source).__name__}."
+            f"{name}: rows are read from a file of JSON lines, a datasets.Dataset, a list of dicts "
+            f"or a dict of columns, not from {type(source).__name__}."
         )
     lengths = {column: len(values) for column, values in columns.items()}
     if len(set(lengths.values())) > 1:

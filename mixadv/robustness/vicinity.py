@@ -1,4 +1,4 @@
-"""How a model does in the vicinity of its inputs: what the worst perturbation in a ball costs."""
+"""The vicinity of inputs: what the worst perturbation found in a ball costs."""
 
 from __future__ import annotations
 
