@@ -200,7 +200,7 @@ def test_labels_without_names_go_by_the_names_that_transformers_gives():
 
 # Batches ---------------------------------------------------------------------------------------
 
-words = "a fine film and bad long story he rests she sings".split()
+words = ["a", "fine", "film", "and", "bad", "long", "story", "he", "rests", "she", "sings"]
 
 
 def reader(length=40):

@@ -96,9 +96,9 @@ def test_bootstrap_moves_with_the_values(values, shift, statistic):
 
 @given(numbers)
 def test_a_bootstrap_is_repeatable_and_draws_from_its_own_generator(values):
-    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    before = np.random.get_state()[1].copy()
     assert bootstrap(values, resamples=50, seed=3) == bootstrap(values, resamples=50, seed=3)
-    assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == before).all()
 
 
 def test_more_confidence_takes_a_wider_interval_and_more_samples_a_narrower_one():

@@ -13,10 +13,11 @@ from torch import nn
 from mixadv.ascent import check_integer, check_number
 from mixadv.game import Game
 from mixadv.modules import unwrap
+from mixadv.robustness.attacked import STEP, Attacked
 from mixadv.robustness.data import Rows, read
 from mixadv.robustness.kept import Kept, as_json, digest
+from mixadv.robustness.measured import Measured
 from mixadv.robustness.report import Report
-from mixadv.robustness.sections import STEP, Sections
 from mixadv.tokens import WordSubstitution
 from mixadv.tokens.reader import Reader, evaluating, longest
 from mixadv.validate import check_seed
@@ -126,9 +127,10 @@ def evaluate(
         progress,
     )
     places = _drawn(clean, rows, seed)
-    made = Sections(model, tokenizer, clean, places, kept, batch_size, max_length, seed)
+    made = Measured(model, tokenizer, kept, batch_size, max_length)
+    under = Attacked(made, clean, places, seed)
     with evaluating(model):
-        own = made.unit() if unit is None else unit
+        own = under.unit() if unit is None else unit
         about = {
             "model": name or _name(model),
             "data": clean.name,
@@ -144,13 +146,13 @@ def evaluate(
         if sets:
             found["shifted"] = made.shifted(found[CLEAN], sets)
         if len(radii):
-            found["radii"] = made.radii(found[CLEAN], radii, steps, own)
+            found["radii"] = under.radii(found[CLEAN], radii, steps, own)
         if increase_radius is not None:
-            found["loss increase"] = made.loss_increase(increase_radius, steps, restarts, own)
+            found["loss increase"] = under.loss_increase(increase_radius, steps, restarts, own)
         if attacks:
-            found["attacks"] = {of: made.attack(of, attack) for of, attack in attacks.items()}
+            found["attacks"] = {of: under.attack(of, attack) for of, attack in attacks.items()}
         if game is not None and game.solver.radius is not None:
-            found["exploitability"] = made.exploitability(game, steps, restarts + 1)
+            found["exploitability"] = under.exploitability(game, steps, restarts + 1)
         if game is not None:
             last = {CLEAN: found[CLEAN], **found.get("shifted", {})}
             found["learners"] = made.learners(game, {CLEAN: clean, **sets}, last)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixadv.robustness.sections import increase_of
+from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.tables import unit
 
 if TYPE_CHECKING:

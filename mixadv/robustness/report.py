@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.kept import write
-from mixadv.robustness.sections import increase_of
 from mixadv.robustness.tables import NOTHING, Table, number, quartiles, share, success, tables
 from mixadv.robustness.vicinity import all_correct
 
