@@ -780,7 +780,8 @@ def test_the_game_is_there_when_training_begins(tmp_path: Path):
 def test_a_missing_package_is_named_with_its_extra_and_the_core_does_without():
     program = """
 import sys
-sys.modules["transformers"] = sys.modules["trl"] = None
+for name in ("transformers", "trl", "scipy", "sklearn", "matplotlib"):
+    sys.modules[name] = None
 import mixadv
 for name in ("transformers", "trl"):
     try:

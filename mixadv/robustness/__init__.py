@@ -3,12 +3,14 @@
 from mixadv.robustness.ascents import token_norm
 from mixadv.robustness.batches import Batch, text_batches
 from mixadv.robustness.data import DataError, Rows, read
+from mixadv.robustness.evaluate import evaluate
 from mixadv.robustness.predictions import (
     Predictions,
     drop,
     expected_calibration_error,
     predict,
 )
+from mixadv.robustness.report import Report, compare
 from mixadv.robustness.statistics import (
     Comparison,
     Estimate,
@@ -32,12 +34,15 @@ __all__ = [
     "Estimate",
     "LossIncrease",
     "Predictions",
+    "Report",
     "Rows",
     "accuracy_at_radii",
     "all_correct",
     "bootstrap",
     "bootstrap_difference",
+    "compare",
     "drop",
+    "evaluate",
     "expected_calibration_error",
     "holm",
     "loss_increase",

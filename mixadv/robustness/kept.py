@@ -1,0 +1,197 @@
+"""What an evaluation has found so far, kept in a folder so that a killed one goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+FORMAT = 1  # of the files; a change in what sections hold makes the old ones unknown
+
+
+class Kept:
+    """Finished parts by name and key, as JSON files; without a folder nothing is kept.
+
+    A file is written whole or not at all. What is found is returned as it will be read, so that a
+    resumed evaluation has the numbers of an uninterrupted one.
+
+    Args:
+        folder: made when the first part is finished.
+        key: what all parts depend on.
+        progress: show bars in a terminal.
+    """
+
+    def __init__(self, folder: Path | None, key: Mapping[str, Any], progress: bool = True) -> None:
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"folder is {folder}, a file: name a folder, or none.")
+        self.folder = folder
+        self.key = {"format": FORMAT, **key}
+        self.progress = progress
+
+    def once(self, name: str, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """Return a part, computed unless it is kept."""
+        path, whole = self._path(name, key)
+        found = self._read(path, whole)
+        return self._write(path, whole, compute()) if found is None else found
+
+    def rows(
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        count: int,
+        compute: Callable[[slice], Iterable[Any]],
+        step: int,
+    ) -> list[Any]:
+        """Return one record for each of `count` rows, computed and kept `step` at a time.
+
+        Raises:
+            ValueError: if a file of the folder is not what was written there.
+        """
+        path, whole = self._path(name, key)
+        found = self._read(path, whole) or []
+        hidden = None if self.progress else True  # None: hidden where there is no terminal
+        with tqdm(total=count, initial=len(found), desc=name, unit="row", disable=hidden) as bar:
+            while len(found) < count:
+                part = slice(len(found), min(len(found) + step, count))
+                found = self._write(path, whole, [*found, *compute(part)])
+                bar.update(part.stop - part.start)
+        return found
+
+    def _path(self, name: str, key: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+        whole = {"part": name, **self.key, **key}
+        file = re.sub(r"[^\w.-]+", "-", name) + f"-{digest(whole)[:12]}.json"
+        return None if self.folder is None else self.folder / file, as_json(whole)
+
+    def _read(self, path: Path | None, key: dict[str, Any]) -> Any:
+        if path is None or not path.exists():
+            return None
+        try:
+            kept = json.loads(path.read_text("utf-8"))
+            if kept["key"] != key:
+                raise ValueError("it is of another evaluation")
+            return kept["found"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not what an evaluation wrote there ({error}): remove it, and that part "
+                "is computed again."
+            ) from None
+
+    def _write(self, path: Path | None, key: dict[str, Any], found: Any) -> Any:
+        found = as_json(found)
+        if path is not None:
+            write(path, json.dumps({"key": key, "found": found}, allow_nan=False))
+        return found
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def as_json(value: Any) -> Any:
+    """Return the value as JSON has it: lists, numbers that are finite or None, keys as strings.
+
+    Example:
+        >>> as_json({1: (np.float64(0.5), math.nan)})
+        {'1': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        return as_json(value.tolist())
+    if isinstance(value, list | tuple):
+        return [as_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# Keys ------------------------------------------------------------------------------------------
+
+
+def digest(value: Any) -> str:
+    """Return a name that is the same for values that do the same, in another process too.
+
+    Modules count by their type and state, tokenizers by what they write, other objects by their
+    type and attributes, functions by their code and what they enclose.
+
+    Example:
+        >>> digest({"radius": 0.1}) == digest({"radius": 0.1}), digest([1]) == digest([2])
+        (True, False)
+    """
+    seen: dict[int, Any] = {}
+    known = hashlib.sha256()
+    _add(value, known.update, seen)
+    return known.hexdigest()
+
+
+def _add(value: Any, add: Callable[[bytes], object], seen: dict[int, Any]) -> None:
+    """Feed a hash; `seen` holds the objects on the way, so that a cycle ends."""
+    add(f"<{type(value).__module__}.{type(value).__qualname__}>".encode())
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        add(value if isinstance(value, bytes) else repr(value).encode())
+        return
+    if id(value) in seen:
+        add(str(list(seen).index(id(value))).encode())
+        return
+    seen[id(value)] = value
+    for part in _parts(value):
+        _add(part, add, seen)
+    del seen[id(value)]
+    add(b"</>")
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """Return what an object is made of."""
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return [str(value.dtype), list(value.shape), raw.numpy().tobytes()]
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), list(value.shape), value.tobytes()]
+    if isinstance(value, nn.Module):
+        return [dict(value.state_dict())]
+    if hasattr(value, "get_vocab"):
+        return [_tokenizer(value)]
+    if isinstance(value, Mapping):
+        return [part for item in value.items() for part in item]
+    if isinstance(value, AbstractSet):
+        return sorted(digest(part) for part in value)  # whose order differs between processes
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, CodeType):
+        return [value.co_code, value.co_names, value.co_consts]
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return [getattr(value, "__qualname__", repr(value))]
+    return [vars(value)]
+
+
+def _tokenizer(tokenizer: Any) -> Any:
+    """Return what a tokenizer does, without the padding and cutting of its last call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return dict(sorted(tokenizer.get_vocab().items()))
+    kept = json.loads(backend.to_str())
+    return {k: v for k, v in kept.items() if k not in ("padding", "truncation")}

@@ -1,0 +1,145 @@
+"""Pictures of what evaluations found, of one model or of several. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mixadv.robustness.attacked import increase_of
+from mixadv.robustness.tables import unit
+
+if TYPE_CHECKING:
+    from mixadv.robustness.report import Report
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+"""Of Okabe and Ito, which colour-blind readers tell apart."""
+BINS = 15  # of the calibration error
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.dpi": 150,
+}
+
+
+def save(reports: Mapping[str, Report], folder: Path) -> list[Path]:
+    """Draw what the reports hold; return the paths of the pictures."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    written = []
+    with mpl.rc_context(STYLE):
+        for name, draw in PICTURES.items():
+            figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+            FigureCanvasAgg(figure)
+            axes = figure.subplots()
+            if draw(axes, reports):
+                path = folder / f"{name}.png"
+                figure.savefig(path)
+                written.append(path)
+    return written
+
+
+def accuracy_at_radii(axes: Any, reports: Mapping[str, Report]) -> bool:
+    """Draw accuracy against radius, with intervals as bands; return whether there is any."""
+    held = {n: r.sections["radii"] for n, r in reports.items() if "radii" in r.sections}
+    for (name, found), colour in zip(held.items(), _colours(held), strict=True):
+        values, low, high = (
+            [100 * one[key] for one in found["accuracy"]] for key in ("value", "low", "high")
+        )
+        axes.plot(found["radii"], values, "o-", c=colour, label=name, ms=4, clip_on=False)
+        axes.fill_between(found["radii"], low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.set(xlabel=f"radius, in {_units(reports)}", ylabel="accuracy under PGD, %", ylim=(0, 100))
+    axes.set_xlim(left=0)
+    _legend(axes)
+    return bool(held)
+
+
+def reliability(axes: Any, reports: Mapping[str, Report]) -> bool:
+    """Draw accuracy against confidence in the bins of the calibration error.
+
+    Of one model for all sets, of several on the clean one. The area of a dot is its share of rows.
+    """
+    sets = {name: report.sections["clean"] for name, report in reports.items()}
+    if len(reports) == 1:
+        [found] = (report.sections for report in reports.values())
+        sets = {"clean": found["clean"], **found.get("shifted", {})}
+    axes.plot([0, 100], [0, 100], color="#999999", linewidth=0.8, linestyle="--")
+    for (name, one), colour in zip(sets.items(), _colours(sets), strict=True):
+        confidence = np.array(one["per row"]["confidence"], np.float64)
+        which = np.digitize(confidence, np.linspace(0, 1, BINS + 1)[1:-1], right=True)
+        counts = np.bincount(which, minlength=BINS)
+        filled = counts > 0
+        x, y = (
+            100 * np.bincount(which, values, minlength=BINS)[filled] / counts[filled]
+            for values in (confidence, one["per row"]["correct"])
+        )
+        label = f"{name} (ECE {one['ece']:.3f})"
+        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
+        sizes = 4 + 300 * counts[filled] / len(confidence)
+        axes.scatter(x, y, sizes, color=colour, alpha=0.7, linewidth=0, label=label, clip_on=False)
+    axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
+    for handle in _legend(axes).legend_handles:
+        handle.set_sizes([25])
+    return True
+
+
+def loss_increase(axes: Any, reports: Mapping[str, Report]) -> bool:
+    """Draw the distribution of the loss increase over rows that are classified correctly by all.
+
+    Increases that are not positive lie at the left edge.
+    """
+    held = {n: r.sections[INCREASE] for n, r in reports.items() if INCREASE in r.sections}
+    found = {name: increase_of(section) for name, section in held.items()}
+    if not found:
+        return False
+    rows = np.logical_and.reduce([of.correct for of in found.values()])
+    everything = np.concatenate([of.increase[rows] for of in found.values()])
+    if not (everything > 0).any():
+        return False
+    least = float(everything[everything > 0].min())
+    for (name, of), colour in zip(found.items(), _colours(found), strict=True):
+        for what, line in {"increase": "-", "from_random": ":"}.items():
+            values = np.sort(np.maximum(getattr(of, what)[rows], least))
+            share = np.linspace(0, 100, len(values) + 1)
+            label = name if what == "increase" else f"{name}, random starts"
+            axes.step([values[0], *values], share, line, where="post", c=colour, label=label)
+    ends = math.floor(math.log10(least)), math.ceil(math.log10(everything.max() * 1.001))
+    axes.set(xscale="log", xlim=[10.0**end for end in ends], ylim=(0, 101))
+    radius = next(iter(held.values()))["radius"]
+    axes.set(ylabel=f"share of {rows.sum()} rows, %")
+    axes.set(xlabel=f"loss increase within {radius:g} {_units(reports)}, nats")
+    for quartile in (25, 50, 75):
+        axes.axhline(quartile, color="#CCCCCC", linewidth=0.5, zorder=0)
+    _legend(axes)
+    return True
+
+
+INCREASE = "loss increase"
+PICTURES: dict[str, Callable[[Any, Mapping[str, Report]], bool]] = {
+    "accuracy_at_radii": accuracy_at_radii,
+    "reliability": reliability,
+    "loss_increase": loss_increase,
+}
+
+
+def _legend(axes: Any) -> Any:
+    """Place the legend under the axes, where it hides nothing."""
+    return axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+
+
+def _colours(names: Mapping[str, Any]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(names))]
+
+
+def _units(reports: Mapping[str, Report]) -> str:
+    about = [report.sections["about"] for report in reports.values()]
+    if len({one["unit"] for one in about}) > 1:
+        return "token norms of each model"
+    return unit(about[0])

@@ -1,0 +1,180 @@
+"""What an evaluation found: to read, to paste, to keep, and to compare models by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixadv.robustness.attacked import increase_of
+from mixadv.robustness.kept import write
+from mixadv.robustness.tables import NOTHING, Table, number, quartiles, share, success, tables
+from mixadv.robustness.vicinity import all_correct
+
+FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `evaluate` measured of one model.
+
+    Attributes:
+        sections: by name, as JSON has them: `about` and `clean`; `shifted`, `radii`,
+            `loss increase`, `attacks`, `exploitability` and `learners` where they were asked for.
+            Sums with their intervals, and what they sum up under `per row`: of the data in its
+            order, of attacks in the order of `about`'s `attacked`.
+    """
+
+    sections: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return self.sections["about"]["model"]
+
+    def table(self) -> str:
+        """Return tables to read in a terminal."""
+        return "\n\n".join(table.text() for table in tables(self.sections))
+
+    __str__ = table
+
+    def markdown(self) -> str:
+        """Return tables to paste."""
+        return "\n\n".join(table.markdown() for table in tables(self.sections)) + "\n"
+
+    def json(self) -> str:
+        """Return the sections as JSON."""
+        return json.dumps(self.sections, allow_nan=False)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write report.json, report.md and the pictures; return their paths.
+
+        Needs matplotlib.
+        """
+        from mixadv.robustness import pictures
+
+        folder = Path(folder)
+        written = {folder / FILE: self.json(), folder / "report.md": self.markdown()}
+        for path, text in written.items():
+            write(path, text)
+        return [*written, *pictures.save({self.name: self}, folder)]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Return the report of a file or folder that `save` wrote.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        path = Path(path)
+        path = path / FILE if path.is_dir() else path
+        try:
+            report = cls(json.loads(path.read_text("utf-8")))
+            report.markdown()
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no report of an evaluation: {type(error).__name__}, {error}."
+            ) from error
+        return report
+
+
+def compare(reports: Mapping[str, Report]) -> str:
+    """Return a Markdown table of several models, one in each row, and what to know of it.
+
+    Accuracies are in per cent, with 95 % intervals over rows. The loss increase is the median, with
+    quartiles, over the rows that all models classify correctly (Zhu et al. 2020, table 5).
+
+    Args:
+        reports: by the name of the model, on the same data with the same rows attacked.
+
+    Raises:
+        ValueError: for reports of other rows, and for loss increases at different radii.
+
+    Example:
+        >>> print(compare({"plain": plain, "freelb": freelb}))  # doctest: +SKIP
+    """
+    if not reports:
+        raise ValueError("There are no reports to compare: give at least one.")
+    sections = {name: report.sections for name, report in reports.items()}
+    _check_alike(sections)
+    cells = {name: _cells(found) for name, found in sections.items()}
+    notes = _unit_notes(sections)
+    for name, more in _increases(sections, notes).items():
+        cells[name].update(more)
+    columns = dict.fromkeys(column for row in cells.values() for column in row)
+    rows = [
+        [name, *(row.get(column, NOTHING) for column in columns)] for name, row in cells.items()
+    ]
+    return "\n\n".join([Table("", ["model", *columns], rows).markdown(), *notes]) + "\n"
+
+
+def _check_alike(sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise unless all reports are of the same rows."""
+    first, *others = sections
+    for key, what in {"texts": "on other data", "attacked": "with other rows attacked"}.items():
+        for name in others:
+            if sections[name]["about"][key] != sections[first]["about"][key]:
+                raise ValueError(
+                    f"{name} was evaluated {what} than {first}: evaluate both with the same data, "
+                    "rows and seed."
+                )
+
+
+def _unit_notes(sections: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a line if models were not perturbed in the same balls."""
+    units = {name: found["about"]["unit"] for name, found in sections.items()}
+    if len(set(units.values())) == 1:
+        return []
+    each = ", ".join(f"{name} {number(value)}" for name, value in units.items())
+    return [f"Radii are in token norms of each model, balls of different size: {each}."]
+
+
+def _cells(sections: Mapping[str, Any]) -> dict[str, str]:
+    """Return the cells of one model by column."""
+    clean = sections["clean"]
+    cells = {"clean %": share(clean["accuracy"]), "ECE": number(clean["ece"])}
+    for name, one in sections.get("shifted", {}).items():
+        cells |= {f"{name} %": share(one["accuracy"]), f"{name} drop": share(one["drop"])}
+    found = sections.get("radii", {"radii": [], "accuracy": []})
+    for radius, accuracy in zip(found["radii"], found["accuracy"], strict=True):
+        if radius:
+            cells[f"PGD {radius:g} %"] = share(accuracy)
+    for name, one in sections.get("attacks", {}).items():
+        cells[f"under {name} %"] = share(one["accuracy_under_attack"])
+        cells[f"{name} success %"] = success(one)
+    if "exploitability" in sections:
+        cells["exploitability ≥"] = number(sections["exploitability"]["gain"])
+    return cells
+
+
+def _increases(
+    sections: Mapping[str, Mapping[str, Any]], notes: list[str]
+) -> dict[str, dict[str, str]]:
+    """Return cells of the loss increase, over rows that all models classify correctly."""
+    held = {n: found["loss increase"] for n, found in sections.items() if "loss increase" in found}
+    radii = {name: section["radius"] for name, section in held.items()}
+    if len(set(radii.values())) > 1:
+        raise ValueError(f"Loss increases were measured at different radii, {radii}: choose one.")
+    found = {name: increase_of(section) for name, section in held.items()}
+    if not found:
+        return {}
+    if not np.logical_and.reduce([of.correct for of in found.values()]).any():
+        notes.append("No attacked row is classified correctly by all: there is no loss increase.")
+        return {}
+    sums = all_correct(found)
+    count = next(iter(sums.values()))["n"]
+    notes.append(
+        f"Loss increase: median (quartiles) of {count} rows that are classified correctly by all."
+    )
+    names = {"increase": "loss increase", "from_random": "from random", "clean_loss": "clean loss"}
+    return {
+        model: {
+            f"{what} {radii[model]:g}" if of != "clean_loss" else what: quartiles(row[of])
+            for of, what in names.items()
+        }
+        for model, row in sums.items()
+    }
