@@ -1,0 +1,1 @@
+"""What adversarial training bought: robustness, calibration, and what the neurons know."""
