@@ -111,11 +111,13 @@ def tagged(rows: data.Dataset, where: str) -> Tagged:
 
 
 def load_model(name: str) -> tuple[Any, Any]:
-    """Return an encoder without a head, and its tokenizer."""
+    """Return a model as it was saved, so that no part of it is new, and its tokenizer."""
     where = model.path(name)
     try:
         with model.quiet():
-            encoder = transformers.AutoModel.from_pretrained(where)
+            saved = (transformers.AutoConfig.from_pretrained(where).architectures or [""])[0]
+            kind = getattr(transformers, saved, transformers.AutoModel)
+            encoder = kind.from_pretrained(where)
             tokenizer = transformers.AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise ValueError(f"The model {name} cannot be loaded: {error}") from error

@@ -189,6 +189,8 @@ def _read(
     owners = encoding.pop("overflow_to_sample_mapping").tolist()
     offsets = encoding.pop("offset_mapping").tolist()
     rows = [owners.index(i) for i in range(len(sentences))]
+    if not encoding["input_ids"].shape[1]:  # which models cannot read
+        return [{} for _ in sentences]
     device = next(encoder.parameters()).device
     inputs = {name: tensor[rows].to(device) for name, tensor in encoding.items()}
     states = _states(encoder, inputs)

@@ -109,8 +109,6 @@ class _Probing:
         neurons = smallest(score, sizes, len(every), best - tolerance)
         top = ranking[:neurons]
         orders = [draw.permutation(every) for _ in range(draws)]
-        control, shuffled = _control(train, held_out, draw), _shuffled(train, held_out, draw)
-        majority = np.bincount(train.tags).argmax()
         return NeuronAnalysis(
             layers=train.layers,
             hidden=train.hidden,
@@ -123,10 +121,7 @@ class _Probing:
                 "all": best,
                 "top": score(neurons) if neurons < len(every) else best,
                 "last": self.accuracy(ranking[-neurons:]),
-                "control": self.accuracy(every, control),
-                "control top": self.accuracy(top, control),
-                "shuffled": self.accuracy(every, shuffled),
-                "majority": float((held_out.tags == majority).mean()),
+                **self.controls(top, draw),
             },
             random=[self.accuracy(order[:neurons]) for order in orders],
             per_layer=np.bincount(top // train.hidden, minlength=train.layers).tolist(),
@@ -136,6 +131,19 @@ class _Probing:
             random_curves=[[*(self.accuracy(o[:k]) for k in sizes), best] for o in orders],
             converged=self.converged,  # last: all probes are trained by now
         )
+
+    def controls(self, top: np.ndarray, draw: np.random.Generator) -> dict[str, float]:
+        """Return accuracies where there is nothing to know of tags, or nothing is known."""
+        every = np.arange(self.train.values.shape[1])
+        control = _control(self.train, self.held_out, draw)
+        shuffled = draw.permutation(self.train.tags), draw.permutation(self.held_out.tags)
+        majority = np.bincount(self.train.tags).argmax()
+        return {
+            "control": self.accuracy(every, control),
+            "control top": self.accuracy(top, control),
+            "shuffled": self.accuracy(every, shuffled),
+            "majority": float((self.held_out.tags == majority).mean()),
+        }
 
 
 def smallest(score: Callable[[int], float], sizes: list[int], most: int, enough: float) -> int:
@@ -181,12 +189,6 @@ def _control(
     tag = dict(zip(types, draw.choice(len(shares), len(types), p=shares), strict=True))
     own, others = (np.array([tag[word] for word in part.words]) for part in (train, held_out))
     return own, others
-
-
-def _shuffled(
-    train: Activations, held_out: Activations, draw: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    return draw.permutation(train.tags), draw.permutation(held_out.tags)
 
 
 def _checked(

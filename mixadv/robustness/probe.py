@@ -21,9 +21,8 @@ class Probe:
         + \lambda \Big( \rho \lVert W \rVert_1 + \tfrac{1 - \rho}{2} \lVert W \rVert_2^2 \Big).
 
     Minimised by L-BFGS-B of scipy over the positive and the negative part of W, so that weights
-    are exactly 0 where the l1-norm wants them to be. On the activations of a small encoder that
-    takes a small part of the time that scikit-learn's saga, its one solver of this problem, needs for
-    the same value.
+    are exactly 0 where the l1-norm wants them to be. On the activations of a small encoder this
+    takes a small part of the time that scikit-learn's saga, its one solver of this problem, does.
 
     Attributes:
         weights: W, [classes, features], fp64.
