@@ -52,7 +52,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
         "with train and dev .jsonl or .jsonl.gz, or NAME:CONFIG of the hub (default: %(default)s)"
     )
     add("--data", default=HUB, metavar="FOLDER", help=text)
-    text = "to train the probes on, half as many of dev are held out (default: %(default)s)"
+    text = "of train for the probes, and of dev to measure on (default: %(default)s)"
     add("--tokens", type=positive, default=8000, metavar="WORDS", help=text)
     text = "of the probes (default: chosen for each model on words of train)"
     add("--penalty", type=float, metavar="LAMBDA", help=text)
@@ -145,8 +145,8 @@ def run(name: str, where: str, options: Namespace, rows: dict[str, Tagged]) -> N
         return NeuronAnalysis(**json.loads(file.read_text()))
     settings = {k: getattr(options, k) for k in ("max_length", "batch_size", "seed")}
     train, held_out = (
-        activations(encoder, tokenizer, *rows[split], max_tokens=words, **settings)
-        for split, words in zip(SPLITS, (options.tokens, max(1, options.tokens // 2)), strict=True)
+        activations(encoder, tokenizer, *rows[split], max_tokens=options.tokens, **settings)
+        for split in SPLITS
     )
     settings = {k: getattr(options, k) for k in ("penalty", "tolerance", "draws", "seed")}
     known = held_out.with_tags(train.names)  # the rarest tags may be missing in a small draw

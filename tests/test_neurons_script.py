@@ -30,7 +30,7 @@ def write(path, rows):
 @pytest.fixture
 def folder(tmp_path):
     rare = {"tokens": ["oh"], "upos": ["INTJ"]}  # unseen in train
-    for split, rows in (("train", sentences(60, 0)), ("dev", [*sentences(30, 1), rare])):
+    for split, rows in (("train", sentences(60, 0)), ("dev", [*rare, *sentences(60, 1)])):
         write(tmp_path / "data" / f"{split}.jsonl", rows)
     return tmp_path / "data"
 
@@ -83,8 +83,7 @@ def test_words_that_activations_tell_apart_are_told_apart(folder, classifier, tm
     [file] = (tmp_path / "out").glob("tiny-*.json")
     found = json.loads(file.read_text())
     assert found["accuracy"]["all"] > 0.9
-    assert found["words"][0] <= 150
-    assert found["words"][1] <= 75
+    assert all(100 < words <= 150 for words in found["words"])
 
 
 def test_tags_of_the_hub_are_numbers_with_names(folder, classifier, tmp_path, monkeypatch):

@@ -19,7 +19,9 @@ TOP, RANDOM, OTHER = COLOURS[0], COLOURS[1], "#666666"
 def draw(analysis: NeuronAnalysis, path: Path) -> None:
     """Save accuracy against neurons, and neurons of the smallest set per layer and per tag."""
     figure = _figure(12, 4.2)
-    curves, layers, tags = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+    curves, layers, tags = panels = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
     _curves(curves, analysis)
     layers.bar(range(analysis.layers), analysis.per_layer, color=TOP)
     layers.set(xlabel="layer (0: embeddings)", xticks=range(analysis.layers))
@@ -68,7 +70,8 @@ def _compare(
     axes.set_xticks(range(len(places)), [str(place) for place in places])
     axes.set(xlabel=what)
     axes.set_title("Neurons of the smallest set", loc="left")
-    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -85,6 +88,7 @@ def _curves(axes: Any, analysis: NeuronAnalysis) -> None:
     high = 100 * analysis.accuracy["majority"]
     axes.text(1, high, "most frequent tag ", color=OTHER, transform=right, ha="right", va="bottom")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="neurons", xlim=(1, sizes[-1]))
     axes.set_title("Accuracy of a probe, %", loc="left")
     axes.legend(frameon=False, loc="upper left")
