@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mixadv.robustness import all_correct
-from mixadv.robustness.sections import increase_of
+from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.statistics import Comparison, paired, t_interval
 from studying.findings import Findings, Values, differences, first
 from studying.plan import BUDGETS, PLAIN, Budget

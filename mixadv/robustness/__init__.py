@@ -1,4 +1,4 @@
-"""What training bought: predictions, calibration, and losses in the vicinity of the inputs."""
+"""What adversarial training bought: robustness, calibration, statistics, and what neurons know."""
 
 from mixadv.robustness.ascents import token_norm
 from mixadv.robustness.batches import Batch, text_batches

@@ -1,0 +1,182 @@
+r"""Find the neurons that know the parts of speech, in several models, and how few are enough.
+
+The models are folders or hub names of encoders, with a head or without, each with a name for
+tables and pictures: those that the other scripts write with --save, or "minilm" for the embedded
+encoder. They read sentences with `tokens` and `upos`, from a folder of JSON lines or from the hub.
+Prints Markdown tables and writes pictures. A finished analysis is a file of JSON in the output
+folder, and is not repeated.
+
+    python examples/glue.py --task sst2 --limit 2000 --solver plain freelb --save
+    python examples/neurons.py --data path/to/en_ewt --model before=minilm \
+        plain=runs/glue/sst2-plain-0-*/last freelb=runs/glue/sst2-freelb-0-*/last
+    python examples/neurons.py --data universal_dependencies:en_ewt --model before=minilm
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from mixadv.robustness.activations import activations
+from mixadv.robustness.neuron_analysis import NeuronAnalysis, counts, table
+from mixadv.robustness.neuron_pictures import compare_layers, compare_tags
+from mixadv.robustness.neurons import analyse
+from training import command, data, model
+from training.data import DataError
+from training.options import Parser, positive
+
+HUB = "universal_dependencies:en_ewt"
+SPLITS = ("train", "dev")
+Tagged = tuple[list[list[str]], list[list[str]]]
+
+
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
+    parser = Parser(
+        prog="neurons.py",
+        usage="%(prog)s --model NAME=FOLDER ... [options]",
+        description=__doc__,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
+    )
+    add = parser.add_argument
+    text = "models, each with a name for the tables"
+    add("--model", nargs="+", required=True, metavar="NAME=FOLDER", help=text)
+    text = (
+        "with train and dev .jsonl or .jsonl.gz, or NAME:CONFIG of the hub (default: %(default)s)"
+    )
+    add("--data", default=HUB, metavar="FOLDER", help=text)
+    text = "of train for the probes, and of dev to measure on (default: %(default)s)"
+    add("--tokens", type=positive, default=8000, metavar="WORDS", help=text)
+    text = "of the probes (default: chosen for each model on words of train)"
+    add("--penalty", type=float, metavar="LAMBDA", help=text)
+    text = "that the smallest set of neurons may lack, a share (default: %(default)g)"
+    add("--tolerance", type=float, default=0.01, metavar="ACCURACY", help=text)
+    text = "of random neurons (default: %(default)s)"
+    add("--draws", type=positive, default=3, metavar="N", help=text)
+    text = "of sentences, random neurons and control tasks (default: %(default)s)"
+    add("--seed", type=int, default=0, metavar="N", help=text)
+    add("--max-length", type=positive, default=128, metavar="TOKENS", help="(default: %(default)s)")
+    add("--batch-size", type=positive, default=32, metavar="N", help="sentences in a pass")
+    text = "folder of analyses and pictures (default: %(default)s)"
+    add("--output", type=Path, default=Path("runs/neurons"), metavar="FOLDER", help=text)
+    return parser.parse_args(argv)
+
+
+def named(models: list[str]) -> dict[str, str]:
+    """Return the models by name."""
+    found: dict[str, str] = {}
+    for given in models:
+        name, separator, where = given.partition("=")
+        if not (name and separator and where) or "/" in name:
+            raise ValueError(
+                f"--model {given}: give a name and a model, as in plain=runs/sst2/last."
+            )
+        if name in found:
+            raise ValueError(f"--model {given}: {name} is the name of {found[name]} already.")
+        found[name] = where
+    return found
+
+
+def load_data(where: str) -> dict[str, Tagged]:
+    """Return words and tags of the sentences of train and dev."""
+    if Path(where).expanduser().is_dir():
+        splits = data.from_folder(Path(where).expanduser())
+    elif ":" in where:
+        splits = data.from_hub(*where.split(":", 1))
+    else:
+        raise DataError(f"There is no folder {where}; a hub data set is given as {HUB}.")
+    missing = [split for split in SPLITS if split not in splits]
+    if missing:
+        raise DataError(f"{where} has no {missing[0]}, it has {', '.join(splits) or 'no rows'}.")
+    return {split: tagged(splits[split], f"{where}, {split}") for split in SPLITS}
+
+
+def tagged(rows: data.Dataset, where: str) -> Tagged:
+    """Return words and tags; the hub has tags as numbers, with names beside them."""
+    for column in ("tokens", "upos"):
+        if column not in rows.column_names:
+            raise DataError(f"{where} has no column {column!r}: {', '.join(rows.column_names)}.")
+    names = getattr(getattr(rows.features["upos"], "feature", None), "names", None)
+    tags = rows["upos"][:]
+    if names:
+        tags = [[names[tag] for tag in own] for own in tags]
+    return rows["tokens"][:], tags
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """Return a model as it was saved, so that no part of it is new, and its tokenizer."""
+    where = model.path(name)
+    try:
+        with model.quiet():
+            saved = (transformers.AutoConfig.from_pretrained(where).architectures or [""])[0]
+            kind = getattr(transformers, saved, transformers.AutoModel)
+            encoder = kind.from_pretrained(where)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The model {name} cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return encoder.to(device), tokenizer
+
+
+def path(name: str, options: Namespace, encoder: torch.nn.Module, rows: Any) -> Path:
+    """Return the file of an analysis: the same for the same weights, settings and rows."""
+    hidden = ("model", "data", "output", "batch_size")
+    settings = {k: v for k, v in vars(options).items() if k not in hidden}
+    digest = hashlib.sha256(json.dumps([settings, rows], sort_keys=True).encode())
+    for tensor in encoder.state_dict().values():
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return options.output / f"{name}-{digest.hexdigest()[:10]}.json"
+
+
+def run(name: str, where: str, options: Namespace, rows: dict[str, Tagged]) -> NeuronAnalysis:
+    """Return the analysis of a model, made now unless its file is there."""
+    encoder, tokenizer = load_model(where)
+    file = path(name, options, encoder, rows)
+    if file.exists():
+        return NeuronAnalysis(**json.loads(file.read_text()))
+    settings = {k: getattr(options, k) for k in ("max_length", "batch_size", "seed")}
+    train, held_out = (
+        activations(encoder, tokenizer, *rows[split], max_tokens=options.tokens, **settings)
+        for split in SPLITS
+    )
+    settings = {k: getattr(options, k) for k in ("penalty", "tolerance", "draws", "seed")}
+    known = held_out.with_tags(train.names)  # the rarest tags may be missing in a small draw
+    found = analyse(train, known, progress=sys.stderr.isatty(), **settings)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found.as_dict()))
+    temporary.replace(file)
+    return found
+
+
+def work(options: Namespace) -> str:
+    """Analyse all models; return the tables."""
+    models, rows = named(options.model), load_data(options.data)
+    options.output.mkdir(parents=True, exist_ok=True)
+    analyses = {
+        name: run(name, where, options, rows)
+        for name, where in tqdm(models.items(), unit="model", disable=None)
+    }
+    for name, found in analyses.items():
+        found.picture(options.output / f"{name}.png")
+    compare_layers(analyses, options.output / "layers.png")
+    compare_tags(analyses, options.output / "tags.png")
+    return f"{table(analyses)}\n\n{counts(analyses)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return 2 for what it cannot run."""
+    options = arguments(argv)
+    return command.answer("neurons", lambda: work(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

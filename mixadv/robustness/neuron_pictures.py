@@ -1,0 +1,101 @@
+"""Pictures of analyses of neurons. Figures are made without pyplot, so nothing global changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mixadv.robustness.neuron_analysis import NeuronAnalysis
+
+# Colours of Okabe and Ito, which colour-blind readers tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4488", "#E69F00", "#56B4E9", "#666666")
+TOP, RANDOM, OTHER = COLOURS[0], COLOURS[1], "#666666"
+
+
+def draw(analysis: NeuronAnalysis, path: Path) -> None:
+    """Save accuracy against neurons, and neurons of the smallest set per layer and per tag."""
+    figure = _figure(12, 4.2)
+    curves, layers, tags = panels = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    _curves(curves, analysis)
+    layers.bar(range(analysis.layers), analysis.per_layer, color=TOP)
+    layers.set(xlabel="layer (0: embeddings)", xticks=range(analysis.layers))
+    layers.set_title(f"Layers of the {analysis.neurons}", loc="left")
+    names = sorted(analysis.per_tag, key=analysis.per_tag.__getitem__)
+    tags.barh(names, [analysis.per_tag[name] for name in names], color=TOP)
+    tags.set(xlabel="neurons, some of several tags")
+    tags.set_title("Neurons of each tag", loc="left")
+    figure.savefig(path, dpi=150)
+
+
+def compare_layers(analyses: Mapping[str, NeuronAnalysis], path: str | Path) -> None:
+    """Save how many neurons of each layer are in the smallest set of each model.
+
+    Args:
+        analyses: by the name of the model.
+        path: of the picture.
+    """
+    bars = {name: dict(enumerate(found.per_layer)) for name, found in analyses.items()}
+    sizes = {name: found.neurons for name, found in analyses.items()}
+    _compare(bars, sizes, "layer (0: embeddings)", Path(path))
+
+
+def compare_tags(analyses: Mapping[str, NeuronAnalysis], path: str | Path) -> None:
+    """Save how many neurons each tag has in the smallest set of each model.
+
+    Args:
+        analyses: by the name of the model.
+        path: of the picture.
+    """
+    sizes = {name: found.neurons for name, found in analyses.items()}
+    _compare({n: a.per_tag for n, a in analyses.items()}, sizes, "tag", Path(path))
+
+
+def _compare(
+    bars: Mapping[str, Mapping[Any, int]], sizes: Mapping[str, int], what: str, path: Path
+) -> None:
+    """Draw groups of bars, one for each model."""
+    places = sorted({place for own in bars.values() for place in own})
+    figure = _figure(max(6.0, 0.25 * len(places) * (len(bars) + 1)), 3.6)
+    axes, width = figure.subplots(), 0.8 / max(1, len(bars))
+    for i, (name, own) in enumerate(bars.items()):
+        at = np.arange(len(places)) + (i + 0.5) * width - 0.4
+        heights, colour = [own.get(place, 0) for place in places], COLOURS[i % len(COLOURS)]
+        axes.bar(at, heights, width, label=f"{name} ({sizes[name]})", color=colour)
+    axes.set_xticks(range(len(places)), [str(place) for place in places])
+    axes.set(xlabel=what)
+    axes.set_title("Neurons of the smallest set", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _curves(axes: Any, analysis: NeuronAnalysis) -> None:
+    """Draw accuracies against numbers of neurons."""
+    sizes, random = analysis.sizes, 100 * np.array(analysis.random_curves)
+    axes.plot(sizes, 100 * np.array(analysis.top_curve), "o-", ms=3, color=TOP, label="first")
+    axes.plot(sizes, random.mean(0), "o-", ms=3, color=RANDOM, label="random")
+    axes.fill_between(sizes, random.min(0), random.max(0), color=RANDOM, alpha=0.25, lw=0)
+    axes.axhline(100 * analysis.accuracy["majority"], color=OTHER, lw=0.8, ls=":")
+    axes.axvline(analysis.neurons, color=TOP, lw=0.8, ls="--")
+    below, right = axes.get_xaxis_transform(), axes.get_yaxis_transform()
+    axes.text(analysis.neurons, 0.02, f" {analysis.neurons}", color=TOP, transform=below)
+    high = 100 * analysis.accuracy["majority"]
+    axes.text(1, high, "most frequent tag ", color=OTHER, transform=right, ha="right", va="bottom")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="neurons", xlim=(1, sizes[-1]))
+    axes.set_title("Accuracy of a probe, %", loc="left")
+    axes.legend(frameon=False, loc="upper left")
+
+
+def _figure(width: float, height: float) -> Any:
+    """Return an empty figure."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
