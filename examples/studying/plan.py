@@ -216,24 +216,25 @@ class Study:
             changes |= subject.fewer(0.5)
         return self._run(task, method, learning_rate=rate, seed=seed, **changes)
 
-    def cells(self) -> Iterator[tuple[Budget, int, str, str]]:
-        """Yield budget, seed, task and method of all that is reported, a budget at a time."""
-        for budget in BUDGETS:
-            for seed in self.seeds:
-                for task, subject in self.tasks.items():
+    def cells(self) -> Iterator[tuple[str, Budget, int, str]]:
+        """Yield task, budget, seed and method of all that is reported, a task at a time."""
+        for task, subject in self.tasks.items():
+            for budget in BUDGETS:
+                for seed in self.seeds:
                     for method in subject.half if budget == "half" else self.methods:
-                        yield budget, seed, task, method
+                        yield task, budget, seed, method
 
     def stages(self, results: Results) -> Iterator[tuple[Budget | None, list[Run]]]:
-        """Yield the runs of the search, then those of each budget that are known so far."""
-        yield None, [r for task in self.tasks for m in self.methods for r in self.search(task, m)]
-        for stage in BUDGETS:
-            found = [
-                self.reported(task, method, budget, seed, results)
-                for budget, seed, task, method in self.cells()
-                if budget == stage
-            ]
-            yield stage, [run for run in found if run is not None]
+        """Yield the runs of each task's search and of its budgets, as far as they are known."""
+        for task in self.tasks:
+            yield None, [run for method in self.methods for run in self.search(task, method)]
+            for stage in BUDGETS:
+                found = [
+                    self.reported(task, method, budget, seed, results)
+                    for of, budget, seed, method in self.cells()
+                    if (of, budget) == (task, stage)
+                ]
+                yield stage, [run for run in found if run is not None]
 
     def measured(self, run: Run) -> str:
         """Return the key of the line of what is measured of a run's model."""
