@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from mixadv.robustness import (
     read,
     text_batches,
 )
-from mixadv.robustness.kept import digest
+from mixadv.robustness.kept import digest, write
 from mixadv.tokens import SimilarWords, Typos, WordSubstitution, summary
 from mixadv.tokens.reader import evaluating
 from tests.substitution_zoo import TABLE, VOCABULARY, tiny, word_tokenizer
@@ -278,7 +279,7 @@ def test_keys_tell_apart_what_does_different_things():
 @pytest.mark.slow
 def test_keys_are_those_of_another_process():
     program = """
-from mixadv.robustness.kept import digest
+from mixadv.robustness.kept import digest, write
 from mixadv.tokens import SimilarWords, WordSubstitution
 from tests.substitution_zoo import TABLE, word_tokenizer
 print(digest([WordSubstitution(SimilarWords(TABLE)), word_tokenizer()]))
@@ -305,6 +306,19 @@ def test_a_file_that_no_evaluation_wrote_is_named(tmp_path, text):
     assert "remove it" in str(caught.value)
     path.unlink()
     assert measured(model, **few) == report
+
+
+def test_a_write_that_breaks_leaves_no_half_of_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    write(path, "before")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        write(path, "after")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
 
 
 # Refusals --------------------------------------------------------------------------------------

@@ -131,7 +131,9 @@ PICTURES: dict[str, Callable[[Any, Mapping[str, Report]], bool]] = {
 
 def _legend(axes: Any) -> Any:
     """Place the legend under the axes, where it hides nothing."""
-    return axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
+    columns = 2 if longest < 25 else 1
+    return axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
 
 
 def _colours(names: Mapping[str, Any]) -> list[str]:
