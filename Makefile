@@ -26,6 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip uninstall -q -y data-science-types  # of smart-pytorch: old stubs hide numpy's types
 	touch $(READY)
 
 clean:
