@@ -303,11 +303,14 @@ def test_words_that_are_cut_are_left_out_with_their_tags(bert, side):
     tokenizer = word_pieces("good", "film", "##ing", "un", "a", "bad")
     tokenizer.truncation_side = side
     sentences, tags = [["a", "filming", "good"], ["filming", "bad"]], [["1", "2", "3"], ["4", "5"]]
-    read = activations(bert, tokenizer, sentences, tags, max_length=2)
-    kept = {"right": (("a", "bad"), ["1", "5"]), "left": (("good", "bad"), ["3", "5"])}[side]
-    if side == "right":
-        kept = (("a", "filming"), ["1", "4"])  # of "a film|ing good" and "film ing|bad"
+    read = activations(bert, tokenizer, sentences, tags, max_length=3)
+    partly = activations(bert, tokenizer, sentences[:1], tags[:1], max_length=2)
+    kept = {  # of "a film|ing good" and "film|ing bad", three tokens are read
+        "right": (("a", "filming", "filming", "bad"), ["1", "2", "4", "5"]),
+        "left": (("filming", "good", "filming", "bad"), ["2", "3", "4", "5"]),
+    }[side]
     assert (read.words, [read.names[i] for i in read.tags]) == kept
+    assert partly.words == (("a",) if side == "right" else ("good",))  # of filming a part is read
 
 
 def test_sentences_are_taken_whole_and_drawn_by_the_seed(bert, tokenizer):
