@@ -28,10 +28,10 @@ def batches_of(model, x, y, size=4, start=0):
 
 
 def test_the_calibration_error_is_that_computed_by_hand():
-    """Two bins of two classes: (0, 0.5] holds nobody but 0.5, (0.5, 1] the other four."""
+    """Of two bins (0, 0.5] holds the first row, which is timid, and (0.5, 1] four bold ones."""
     probabilities = [[0.5, 0.5], [0.6, 0.4], [0.2, 0.8], [0.9, 0.1], [0.05, 0.95]]
-    labels = [1, 0, 0, 0, 1]
-    first = abs(0 - 0.5)
+    labels = [0, 0, 0, 0, 1]
+    first = abs(1 - 0.5)
     second = abs(3 / 4 - (0.6 + 0.8 + 0.9 + 0.95) / 4)
     wanted = first / 5 + second * 4 / 5
     assert expected_calibration_error(probabilities, labels, bins=2) == pytest.approx(wanted)

@@ -247,21 +247,18 @@ def test_more_restarts_find_no_less():
 
 
 def test_every_point_visited_counts_not_the_last_alone():
-    """The loss of cos(δ) is highest on the way; steps as long as the ball end beyond it."""
+    """Where the loss is a cosine, steps of 3, −2 and −1 from −0.9 come past 0.1 and end at −0.9."""
     model = nn.Linear(1, 1, bias=False).double()
     with torch.no_grad():
         model.weight.fill_(1.0)
-    x, y = torch.full((1, 1), -0.3, dtype=torch.double), torch.zeros(1, dtype=torch.long)
+    x, y = torch.full((1, 1), -0.9, dtype=torch.double), torch.zeros(1, dtype=torch.long)
 
     def peaked(output, y, reduction):
         return output[:, 0].cos()
 
     batches = batches_of(model, x, y, loss=peaked)
-    found = loss_increase(model, batches, radius=3.0, steps=1, unit=1.0)
-    assert found.from_zero == 0  # at 2.7 the cosine is below that of −0.3
-    assert loss_increase(model, batches, radius=0.3, steps=1, unit=1.0).from_zero == pytest.approx(
-        1 - math.cos(0.3)
-    )
+    found = loss_increase(model, batches, radius=3.0, steps=3, unit=1.0)
+    assert found.from_zero == pytest.approx(math.cos(0.1) - math.cos(0.9))
 
 
 def test_radii_are_in_token_norms_unless_a_unit_is_given():
