@@ -30,7 +30,7 @@ def write(path, rows):
 @pytest.fixture
 def folder(tmp_path):
     rare = {"tokens": ["oh"], "upos": ["INTJ"]}  # unseen in train
-    for split, rows in (("train", sentences(60, 0)), ("dev", [*rare, *sentences(60, 1)])):
+    for split, rows in (("train", sentences(60, 0)), ("dev", [*[rare] * 30, *sentences(60, 1)])):
         write(tmp_path / "data" / f"{split}.jsonl", rows)
     return tmp_path / "data"
 
