@@ -117,7 +117,7 @@ def test_all_choose_from_the_same_rates_by_a_seed_and_rows_that_are_not_reported
         assert {(run.seed, run.hold_out) for run in search} == {(7, 5)}
     reported = [
         study.reported(task, method, budget, seed, played(study, drawn(0)))
-        for task, budget, seed, method in study.cells()
+        for budget, task, seed, method in study.cells()
     ]
     assert {(run.seed, run.hold_out) for run in reported if run} == {(0, 0), (1, 0), (2, 0)}
     with pytest.raises(ValueError, match="must all differ: what is chosen on may not be reported"):

@@ -56,7 +56,7 @@ class Findings:
     def metric(self, task: str) -> str:
         """Return the name of the official metric, and of its split."""
         split = self.study.tasks[task].evaluate[0]
-        for name, budget, _, method in self.study.cells():
+        for budget, name, _, method in self.study.cells():
             for seed in self.study.seeds if name == task else ():
                 if line := self.line(task, method, budget, seed):
                     return f"{next(iter(line['last'][split]))}, {split}"

@@ -216,25 +216,26 @@ class Study:
             changes |= subject.fewer(0.5)
         return self._run(task, method, learning_rate=rate, seed=seed, **changes)
 
-    def cells(self) -> Iterator[tuple[str, Budget, int, str]]:
-        """Yield task, budget, seed and method of all that is reported, a task at a time."""
-        for task, subject in self.tasks.items():
-            for budget in BUDGETS:
+    def cells(self) -> Iterator[tuple[Budget, str, int, str]]:
+        """Yield budget, task, seed and method of all that is reported, a task at a time."""
+        for budget in BUDGETS:
+            for task, subject in self.tasks.items():
                 for seed in self.seeds:
                     for method in subject.half if budget == "half" else self.methods:
-                        yield task, budget, seed, method
+                        yield budget, task, seed, method
 
     def stages(self, results: Results) -> Iterator[tuple[Budget | None, list[Run]]]:
-        """Yield the runs of each task's search and of its budgets, as far as they are known."""
-        for task in self.tasks:
-            yield None, [run for method in self.methods for run in self.search(task, method)]
-            for stage in BUDGETS:
+        """Yield the runs of each budget and task as far as they are known, after its search."""
+        for budget in BUDGETS:
+            for task in self.tasks:
+                if budget == "epochs":
+                    yield None, [r for method in self.methods for r in self.search(task, method)]
                 found = [
                     self.reported(task, method, budget, seed, results)
-                    for of, budget, seed, method in self.cells()
-                    if (of, budget) == (task, stage)
+                    for *where, seed, method in self.cells()
+                    if where == [budget, task]
                 ]
-                yield stage, [run for run in found if run is not None]
+                yield budget, [run for run in found if run is not None]
 
     def measured(self, run: Run) -> str:
         """Return the key of the line of what is measured of a run's model."""

@@ -47,7 +47,7 @@ def missing(findings: Findings) -> str:
     """Return what the study asks for and results do not hold."""
     study = findings.study
     lost: dict[str, int] = {}
-    for task, budget, seed, method in study.cells():
+    for budget, task, seed, method in study.cells():
         if not findings.line(task, method, budget, seed):
             kind = f"runs at {BUDGETS[budget]}"
         elif budget in MEASURED and not findings.measured(task, method, budget, seed):
