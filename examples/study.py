@@ -13,23 +13,27 @@ report.md is written, with tables and pictures.
 """
 
 import argparse
+import fcntl
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
 from tqdm.auto import tqdm
 
 from studying import pool
-from studying.measure import measure
+from studying.measure import measure, other
 from studying.plan import MEASURED, Study
 from studying.reading import read
 from studying.render import render
-from studying.work import train
+from studying.work import load, train
 from training import command
 from training.options import Parser, positive
 from training.results import append, finished
+from training.substitution import candidates
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
@@ -52,32 +56,67 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
+def check(study: Study, options: Namespace) -> None:
+    """Raise before the first job for data and words that a later one would miss."""
+    for name, subject in study.tasks.items():
+        task = load(subject.script, name, options.data, subject.settings.get("train", ()))
+        for split in subject.evaluate:
+            if split not in task.splits:
+                raise ValueError(f"{name} has no split {split}, it has {', '.join(task.splits)}.")
+        for of, at in subject.shifted.items():
+            other(of, at, options.data)
+        for source in subject.attacks:
+            candidates(source)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep a second study away from the same results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by a study that runs already.") from None
+        yield
+
+
 def work_through(study: Study, path: Path, options: Namespace) -> None:
     """Train and measure what has no line yet."""
     results = finished(path)
+    lost: set[str] = set()
     bar = tqdm(desc=options.study.stem, unit="job", disable=None)
 
     def ready() -> Iterator[tuple[str, pool.Job]]:
         for budget, runs in study.stages(results):
             for run in runs:
-                if run.key not in results:
-                    subject = study.tasks[run.task]
+                subject = study.tasks[run.task]
+                if not study.done(run, results):
                     given = (run, subject.script, options.data, subject.evaluate, options.runs)
                     yield run.key, (train, given)
             for run in runs if budget in MEASURED else ():
-                key = study.measured(run)
-                saved = (options.runs / run.key / "last").is_dir()
-                if run.key in results and key not in results and saved:
-                    subject = study.tasks[run.task]
+                key, subject = study.measured(run), study.tasks[run.task]
+                if key in results or not results.get(run.key, {}).get("classifies", True):
+                    continue
+                if (options.runs / run.key / "last").is_dir():
                     given = (run, key, subject, study.measure, options.data, options.runs)
                     yield key, (measure, given)
+                elif study.done(run, results):
+                    lost.add(run.key)
 
     for result in pool.side_by_side(ready, options.workers):
         result["machine"] = pool.machine()
         append(path, result)
         results[result["key"]] = result
+        (options.runs / f"{result['key']}.pt").unlink(missing_ok=True)
         bar.update()
     bar.close()
+    if lost:
+        print(
+            f"study: {len(lost)} models to measure are not in {options.runs}: to train them again, "
+            f"remove their lines from {path}, such as that of {min(lost)}.",
+            file=sys.stderr,
+        )
 
 
 def run(options: Namespace) -> str:
@@ -87,17 +126,36 @@ def run(options: Namespace) -> str:
     folder = options.study.parent
     path = folder / "results.jsonl"
     if not options.report:
-        work_through(study, path, options)
+        with alone(path):
+            check(study, options)
+            work_through(study, path, options)
     results = finished(path)
     if not results:
         raise ValueError(f"{path} has no results yet: run without --report.")
-    return render(study, results, folder, options.study.name)
+    return render(study, results, folder, command_of(options.study))
+
+
+def command_of(path: Path) -> str:
+    """Return the command that runs the study of a file, from the folder above the examples."""
+    root = Path(__file__).absolute().parent.parent
+    inside = path.absolute().is_relative_to(root)
+    return f"python examples/study.py {path.absolute().relative_to(root) if inside else path.name}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 2 for what it cannot run."""
     options = arguments(argv)
-    return command.answer("study", lambda: run(options))
+
+    def job() -> str:
+        try:
+            return run(options)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "A job was killed, perhaps for want of memory: take fewer --workers. What is "
+                "finished is kept; the same command goes on."
+            ) from error
+
+    return command.answer("study", job)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import queue
 import random
 import re
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,11 @@ import mixadv
 import study as script
 from studying import pool, summary
 from studying.findings import Findings, contrasts, differences, groups
-from studying.plan import Method, Study, Subject
+from studying.parts import Measures, Method, Subject
+from studying.plan import Study
 from studying.reading import read
 from studying.render import render
-from training.results import Run, finished
+from training.results import Run, append, finished
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 METHODS = {
@@ -146,6 +149,37 @@ def test_a_run_of_two_budgets_is_run_once():
     assert len(results) == 4 * 2 + 3 * (4 + 3 + 2)
 
 
+def test_where_texts_are_attacked_passes_cannot_be_equal(tmp_path: Path):
+    words = Method(substitute=0.2, neighbours="builtin")
+    study = build(methods=METHODS | {"words": words})
+    results = played(study, drawn(0))
+    assert study.reported("words", "words", "compute", 0, results) is None
+    assert ("compute", "words") not in {(cell[0], cell[-1]) for cell in study.cells()}
+    run = study.reported("words", "words", "epochs", 0, results)
+    assert (run.substitute, run.neighbours) == (0.2, "builtin")
+    text = render(study, results, tmp_path, "command")
+    [row] = re.findall(r"^\| words \|.*$", text.split("### words")[1], re.M)[:1]
+    assert [cell.strip() for cell in row.split("|")[2:-1]][3:] == ["–", "–"]
+
+
+def test_what_is_measured_is_told_apart_by_split_attacks_and_settings():
+    tasks = [TASK, replace(TASK, evaluate=("dev", "test")), replace(TASK, attacks=("typos",))]
+    studies = [build(tasks={"words": task}) for task in tasks]
+    studies.append(build(measure=Measures(steps=2)))
+    run = studies[0].search("words", "plain")[0]
+    assert len({study.measured(run) for study in studies}) == 4
+
+
+def test_a_line_without_a_split_that_is_asked_for_is_run_again():
+    study = build()
+    results = played(study, drawn(0))
+    more = build(tasks={"words": replace(TASK, evaluate=("test", "other"))})
+    run = study.reported("words", "plain", "epochs", 0, results)
+    assert study.done(run, results)
+    assert not more.done(run, results)
+    assert Findings(more, results).official("words", "plain", "epochs") == {}
+
+
 def test_half_of_the_rows_is_half_of_them():
     study = build(search_share=0.25)
     results = played(study, drawn(0))
@@ -222,6 +256,14 @@ def test_what_is_missing_is_counted_and_nothing_is_made_up(tmp_path: Path):
     assert summary.missing(findings).startswith("12 measures of runs at equal epochs")
     assert "1 runs at equal compute" in summary.missing(findings)
     assert differences(findings, "compute")["words", "mat"].seeds == (0, 2)
+
+
+def test_regressions_are_trained_and_not_measured():
+    study = build()
+    results = played(study, drawn(0))
+    for line in results.values():
+        line["classifies"] = False
+    assert summary.missing(Findings(study, results)) == "nothing"
 
 
 def test_a_single_seed_has_no_interval_and_no_verdict(tmp_path: Path):
@@ -413,9 +455,49 @@ def test_jobs_run_side_by_side_and_those_that_follow_from_others_come_later():
     assert known == {"0": 0, "1": 1, "2": 2, "sum": 3}
 
 
-def test_a_job_that_fails_ends_the_study_with_its_reason():
+def test_a_job_that_fails_ends_the_study_and_loses_nothing_of_others():
+    jobs = {"fails": (divmod, (1, 0)), "works": (time.sleep, (1,)), "later": (divmod, (3, 2))}
+    results = pool.side_by_side(jobs.items, 2)
+    assert next(results) is None  # that of time.sleep
     with pytest.raises(ZeroDivisionError):
-        list(pool.side_by_side(lambda: [("a", (divmod, (1, 0)))], 1))
+        next(results)
+
+
+@pytest.mark.parametrize(
+    ("visible", "given"), [("2,3", "3"), (None, "1"), ("GPU-a,GPU-b", "GPU-b")]
+)
+def test_a_worker_takes_a_gpu_of_those_that_are_allowed(
+    visible: str | None, given: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    numbers: queue.Queue[int] = queue.Queue()
+    numbers.put(1)
+    pool._prepare(numbers, 2, os.getppid())
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == given
+
+
+def test_a_line_that_a_kill_has_torn_is_written_anew(tmp_path: Path):
+    path = tmp_path / "results.jsonl"
+    for key in "ab":
+        append(path, {"key": key})
+    path.write_text(path.read_text()[:-4])
+    assert list(finished(path)) == ["a"]
+    append(path, {"key": "c"})
+    assert list(finished(path)) == ["a", "c"]
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_second_study_stays_away_from_the_results_of_one_that_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    with script.alone(folder / "study" / "results.jsonl"):
+        assert script.main(arguments(folder)) == 2
+    assert "is being written by a study that runs already" in capsys.readouterr().err
 
 
 # Mistakes --------------------------------------------------------------------------------------
@@ -425,7 +507,17 @@ MISTAKES = {
     "word": ("hold_out = 4", "held_out = 4", "held_out: there is none of this name"),
     "solver": ('solver = "mat"', 'solver = "mats"', "mats: there is none of this name"),
     "parameter": ("samples = 2", "sample = 2", "sample"),
-    "plain": ("plain = {{}}", 'free = {{ solver = "freelb" }}', "methods have no plain"),
+    "plain": ("plain = {{}}", 'free = {{ solver = "freelb" }}', "methods need plain"),
+    "no plain": ("plain = {{}}", 'plain = {{ solver = "freelb" }}', "methods need plain"),
+    "no list": ('evaluate = ["test"]', 'evaluate = "test"', "evaluate must be a list, got 'test'"),
+    "seeds": ("seeds = [0]", "seeds = 0", "seeds must be a list, got 0"),
+    "no epochs": ("epochs = {epochs}\n", "", "a subject has no epochs"),
+    "share": ("limit = 16", "", "A share of the rows needs shots or limit"),
+    "no radii": ("radii = [0.1]", "radii = []", "radii is empty"),
+    "words": ('attacks = ["typos"]', 'attacks = ["typo"]', "--neighbours typo: there is no such"),
+    "other": ('split = "dev"', 'split = "test"', "others has no split test, it has dev"),
+    "anli": ('script = "intent"', 'script = "anli"', "anli needs train"),
+    "one alone": ("plain = {{}}", "plain = {{}}\nw = {{ substitute = 0.2 }}", "give both or none"),
     "split": ('evaluate = ["test"]', 'evaluate = ["dev"]', "has no split dev, it has test"),
     "half": ('half = ["mat"]', 'half = ["cat"]', "half cat: there is none of this name"),
     "rates": ("[1e-2, 1e-3]", "[]", "learning_rates is empty"),
@@ -469,4 +561,5 @@ def test_the_study_that_is_published_can_be_read_and_its_report_follows_from_its
     path = EXAMPLES / "study" / "study.toml"
     study = read(path)
     results = finished(path.parent / "results.jsonl")
-    assert render(study, results, tmp_path, path.name) == (path.parent / "report.md").read_text()
+    text = render(study, results, tmp_path, script.command_of(path))
+    assert text == (path.parent / "report.md").read_text()

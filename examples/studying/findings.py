@@ -6,7 +6,7 @@ from typing import Any
 
 import mixadv
 from mixadv.robustness.statistics import Comparison, holm, paired
-from studying.plan import Budget, Results, Study
+from studying.plan import MEASURED, Budget, Results, Study
 from training.parameters import PLAIN
 
 NOISE = "noise"
@@ -33,13 +33,19 @@ class Findings:
     def line(self, task: str, method: str, budget: Budget, seed: int) -> Mapping[str, Any]:
         """Return the line of a run; an empty one if it is missing."""
         run = self.study.reported(task, method, budget, seed, self.results)
-        return self.results.get(run.key, {}) if run else {}
+        return self.results[run.key] if run and self.study.done(run, self.results) else {}
 
     def measured(self, task: str, method: str, budget: Budget, seed: int) -> Mapping[str, Any]:
         """Return the sections that were measured of a run; none if they are missing."""
         run = self.study.reported(task, method, budget, seed, self.results)
         line = self.results.get(self.study.measured(run), {}) if run else {}
         return line.get("sections", {})
+
+    def to_measure(self, task: str, method: str, budget: Budget, seed: int) -> bool:
+        """Return whether the model of a run is still to be measured."""
+        asked = budget in MEASURED
+        asked = asked and self.line(task, method, budget, seed).get("classifies", True)
+        return asked and not self.measured(task, method, budget, seed)
 
     def values(
         self, task: str, method: str, budget: Budget, read: Callable[[Mapping[str, Any]], Any]

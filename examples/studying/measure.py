@@ -12,7 +12,7 @@ from datasets import Dataset
 from mixadv.robustness import evaluate, text_batches, token_norm
 from mixadv.robustness.data import read
 from mixadv.tokens import WordSubstitution
-from studying.plan import Measures, Subject
+from studying.parts import Measures, Subject
 from studying.work import load
 from training import data, model
 from training.data import DataError
@@ -20,7 +20,7 @@ from training.results import Run
 from training.substitution import candidates
 
 ROWS = 64  # whose tokens the unit is measured on
-DIGITS = 5  # of numbers of single rows
+DIGITS = 4  # that count, of numbers of single rows
 
 
 def measure(
@@ -106,4 +106,4 @@ def _without(value: Any) -> Any:
 
 
 def _rounded(value: Any) -> Any:
-    return round(value, DIGITS) if isinstance(value, float) else value
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

@@ -77,8 +77,11 @@ def _panels(names: Iterable[str], height: float) -> tuple[Any, dict[str, Any]]:
 
 
 def _save(figure: Any, panels: dict[str, Any], path: Path) -> Path:
-    handles, labels = next(iter(panels.values())).get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
+    shown: dict[str, Any] = {}
+    for axes in panels.values():
+        handles, labels = axes.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=7, frameon=False)
     figure.savefig(path, dpi=120)
     _forget(figure)
     return path

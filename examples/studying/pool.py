@@ -35,28 +35,37 @@ def side_by_side(ready: Callable[[], Iterable[tuple[str, Job]]], workers: int) -
             result, since one may make others possible. It leaves out those whose results were
             yielded.
         workers: jobs at a time.
+
+    Raises:
+        Exception: that of the first job that failed, after the others that ran were yielded.
     """
     context = multiprocessing.get_context("spawn")  # a GPU does not survive a fork
     numbers = context.Queue()
     for number in range(workers):
         numbers.put(number)
     running: dict[Future[Any], str] = {}
+    failures: list[BaseException] = []
     with ProcessPoolExecutor(workers, context, _prepare, (numbers, workers, os.getpid())) as pool:
         try:
             while True:
-                for key, (function, arguments) in ready():
+                for key, (function, arguments) in ready() if not failures else ():
                     if len(running) == workers:
                         break
                     if key not in running.values():
                         running[pool.submit(_run, function, arguments)] = key
                 if not running:
-                    return
+                    break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
-                    yield future.result()
+                    if error := future.exception():
+                        failures.append(error)
+                    else:
+                        yield future.result()
         finally:
             for future in running:
                 future.cancel()
+    if failures:
+        raise failures[0]
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -70,8 +79,9 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 def _prepare(numbers: Any, workers: int, parent: int) -> None:
     """Give a worker its share of the machine; end it with its parent."""
     number = numbers.get()
-    if torch.cuda.device_count():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    if count := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % count]
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
     os.environ["TQDM_DISABLE"] = "1"  # one bar is enough
 

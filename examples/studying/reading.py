@@ -1,11 +1,12 @@
 """A study from its TOML file."""
 
 import tomllib
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from studying.plan import SETTINGS, Measures, Method, Study, Subject
+from studying.parts import SETTINGS, Measures, Method, Subject
+from studying.plan import Study
 from training.parameters import known
 
 
@@ -19,11 +20,11 @@ def read(path: Path) -> Study:
         raise ValueError(f"There is no study {path}.")
     try:
         tables = tomllib.loads(path.read_text())
-        _only(tables, {f.name for f in fields(Study)}, "study")
-        methods = {name: _build(Method, table) for name, table in tables.pop("methods").items()}
-        tasks = {name: _subject(table) for name, table in tables.pop("tasks").items()}
-        measure = _build(Measures, tables.pop("measure", {}))
-        return Study(methods, tasks, measure=measure, **_tuples(tables))
+        methods = {name: _build(Method, table) for name, table in tables["methods"].items()}
+        tasks = {name: _subject(table) for name, table in tables["tasks"].items()}
+        measure = _build(Measures, tables.get("measure", {}))
+        parts = {"methods": methods, "tasks": tasks, "measure": measure}
+        return _build(Study, tables | parts)
     except KeyError as error:
         raise ValueError(f"{path} has no {error.args[0]}.") from None
     except (TypeError, ValueError) as error:
@@ -31,12 +32,22 @@ def read(path: Path) -> Study:
 
 
 def _subject(table: dict[str, Any]) -> Subject:
-    settings = {name: table.pop(name) for name in SETTINGS if name in table}
-    return _build(Subject, table | {"settings": _tuples(settings)})
+    settings = {name: table[name] for name in SETTINGS if name in table}
+    if not isinstance(settings.get("train", []), list):
+        raise ValueError(f"train must be a list, got {settings['train']!r}.")
+    others = {name: value for name, value in table.items() if name not in SETTINGS}
+    return _build(Subject, others | {"settings": _tuples(settings)})
 
 
 def _build(kind: type[Any], table: dict[str, Any]) -> Any:
-    _only(table, {f.name for f in fields(kind)}, kind.__name__.lower())
+    where = kind.__name__.lower()
+    _only(table, {f.name for f in fields(kind)}, where)
+    for f in fields(kind):
+        needed = f.default is MISSING and f.default_factory is MISSING
+        if needed and f.name not in table:
+            raise ValueError(f"a {where} has no {f.name}.")
+        if str(f.type).startswith("tuple") and not isinstance(table.get(f.name, []), list):
+            raise ValueError(f"{f.name} must be a list, got {table[f.name]!r}.")
     return kind(**_tuples(table))
 
 

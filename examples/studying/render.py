@@ -8,6 +8,7 @@ from typing import Any
 from studying import pictures, summary, tables
 from studying.findings import Findings, groups
 from studying.plan import BUDGETS, Study
+from studying.work import COUNT, RESTARTS, STEPS
 
 PICTURES = {
     "gains.png": "Difference to plain training, with 95 % intervals over seeds",
@@ -22,9 +23,10 @@ OFFICIAL = (
     "checkpoint is chosen. Differences to plain training are paired: the same seed draws the same "
     "training rows and their order. An interval is that of a single comparison, and of twenty one "
     "misses by chance: the summary corrects for their number. `passes`: what an update costs in "
-    "plain updates, a backward counted as two forwards. At equal compute every method gets {:g} "
-    "times the passes of plain training at equal epochs, so that a cheap one reads the rows more "
-    "often."
+    "plain updates; a forward, a backward to the activations and one to the weights count alike. "
+    "At equal compute every method gets {compute:g} times the passes of plain training at equal "
+    "epochs: one that costs less than {compute:g} reads the rows more often than at equal epochs, "
+    "one that costs more less often."
 )
 ROBUST = (
     "Means over seeds ± half of Student's 95 % interval. `PGD r`: accuracy at the end of {steps} "
@@ -33,43 +35,55 @@ ROBUST = (
     "{restarts} random starts, on the rows that all methods get right with a seed; `from random`: "
     "by the random starts alone; `clean loss`: median on these rows. Shifted sets: accuracy, and "
     "the drop from that on {clean_rows} clean rows. `under`: accuracy under attack by that source "
-    "of words, words changed in a success, texts read per row. `ECE`: expected calibration error. "
-    "`exploitability`: lower bound of what the adversary gains by leaving the solver's own "
-    "strategy, in units of its payoff."
+    "of words, with the words changed in a success and the texts read per row that was right. "
+    "`ECE`: expected calibration error, in per cent."
+)
+EXPLOITED = (
+    "Lower bound of what the adversary gains by leaving the solver's own strategy for the end of "
+    f"{STEPS} steps from {RESTARTS} starts in its own ball, at equal epochs, on {COUNT} rows. Each "
+    "row has the payoff and the radius (in token norms) of its solver: rows do not compare."
 )
 LEARNERS = (
-    "At equal epochs. `mean`: the running average of the weights. `mixture`: the mean probability "
-    "of the last samples of them."
+    "At equal epochs. `mean`: the running average of the weights, over all updates alike. "
+    "`mixture`: the mean probability of the last samples of the weights; these are of the last "
+    "updates, where the rate has decayed, and so are almost the last weights."
 )
 HALF = "At as many epochs, so half of the updates."
 RATES = (
     "Score of one run with seed {} on {} training rows held out, for each rate, trained on {:.0%} "
-    "of the rows; the one chosen is bold."
+    "of the rows; the one chosen is bold, the smaller of equals."
+)
+DAMPED = (
+    "MAT pulls the weights back within and between rounds: with its default damping and one sample "
+    "of the weights per round it moves 0.49 of each step, so that its rates are to be read as half "
+    "as large."
 )
 
 
-def render(study: Study, results: Mapping[str, Any], folder: Path, name: str) -> str:
-    """Write report.md and the pictures of a study beside it; return the report."""
+def render(study: Study, results: Mapping[str, Any], folder: Path, command: str) -> str:
+    """Write report.md and the pictures of a study in a folder; return the report."""
     findings = Findings(study, results)
     drawn = {path.name for path in pictures.draw(findings, folder)}
     parts = [
         "# What adversarial training bought",
-        about(findings, name),
+        about(findings, command),
         "## Summary",
         "\n".join(summary.verdict(findings, budget) for budget in ("epochs", "compute")),
         summary.grouped(findings),
         GROUPS.format(**{group: ", ".join(of) for group, of in groups(study).items()}),
         *(f"![{text}]({file})" for file, text in PICTURES.items() if file in drawn),
         "## Official metrics",
-        OFFICIAL.format(study.compute),
+        OFFICIAL.format(compute=study.compute),
         *(part for task in study.tasks for part in _official(findings, task)),
         "## Robust measures",
         ROBUST.format(**asdict(study.measure)),
         *(part for task in study.tasks for part in _robust(findings, task)),
         *_part("## Learners", LEARNERS, tables.learners(findings, "epochs")),
+        *_part("## Exploitability", EXPLOITED, tables.exploitability(findings, "epochs")),
         *_part("## Half of the rows", HALF, tables.half(findings)),
         "## Learning rates",
         RATES.format(study.search_seed, study.hold_out, study.search_share),
+        DAMPED if any(way.solver == "mat" for way in study.methods.values()) else "",
         tables.rates(findings),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -77,13 +91,13 @@ def render(study: Study, results: Mapping[str, Any], folder: Path, name: str) ->
     return text
 
 
-def about(findings: Findings, name: str) -> str:
+def about(findings: Findings, command: str) -> str:
     """Return how the study was made, and what is missing."""
     study = findings.study
     machines = {line["machine"] for line in findings.results.values() if "machine" in line}
     seeds = ", ".join(map(str, study.seeds))
     return (
-        f"`python examples/study.py {name}`: {study.model}, seeds {seeds}, "
+        f"`{command}`: {study.model}, seeds {seeds}, "
         f"on {'; '.join(sorted(machines)) or 'a machine that is not known'}. "
         f"Missing: {summary.missing(findings)}."
     )

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 
 from studying.findings import CONTRASTS, Findings, adjusted, contrasts, differences
-from studying.plan import BUDGETS, MEASURED, Budget
-from studying.tables import signed, table
+from studying.plan import BUDGETS, Budget
+from studying.tables import markdown, signed
 
 ALPHA = 0.05
 Pair = tuple[str, str]
@@ -40,7 +40,7 @@ def grouped(findings: Findings) -> str:
             found = contrasts(findings, task, budget)
             if any(found.values()):
                 rows.append([task, BUDGETS[budget], *(signed(one) for one in found.values())])
-    return table(["task", "budget", *CONTRASTS], rows) if rows else ""
+    return markdown(["task", "budget", *CONTRASTS], rows) if rows else ""
 
 
 def missing(findings: Findings) -> str:
@@ -50,7 +50,7 @@ def missing(findings: Findings) -> str:
     for budget, task, seed, method in study.cells():
         if not findings.line(task, method, budget, seed):
             kind = f"runs at {BUDGETS[budget]}"
-        elif budget in MEASURED and not findings.measured(task, method, budget, seed):
+        elif findings.to_measure(task, method, budget, seed):
             kind = f"measures of runs at {BUDGETS[budget]}"
         else:
             continue

@@ -1,14 +1,15 @@
 """The tables of a study's report."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mixadv.robustness import all_correct
 from mixadv.robustness.attacked import increase_of
-from mixadv.robustness.statistics import Comparison, paired, t_interval
+from mixadv.robustness.statistics import Comparison, paired
+from mixadv.robustness.tables import Table
 from studying.findings import Findings, Values, differences, first
 from studying.plan import BUDGETS, PLAIN, Budget
 from training.results import over_seeds
@@ -17,10 +18,9 @@ NONE = "–"
 """A cell without a number."""
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table to paste."""
+    return Table("", list(head), [list(row) for row in rows]).markdown()
 
 
 def signed(comparison: Comparison | None) -> str:
@@ -38,41 +38,33 @@ def official(findings: Findings, task: str) -> str:
     rows = []
     found = {b: differences(findings, b) for b in ("epochs", "compute")}
     for name, method in study.methods.items():
-        cells = [name, f"{method.cost:.1f}"]
+        cells = [name, NONE if method.cost is None else f"{method.cost:.1f}"]
         for budget in ("epochs", "compute"):
             values = findings.official(task, name, budget)
-            cells += [over_seeds(list(values.values())), signed(found[budget].get((task, name)))]
+            cells += [over_seeds(values.values()), signed(found[budget].get((task, name)))]
         rows.append(cells)
     head = ["method", "passes", BUDGETS["epochs"], "− plain", BUDGETS["compute"], "− plain"]
-    return table(head, rows)
+    return markdown(head, rows)
 
 
 def robust(findings: Findings, task: str, budget: Budget) -> str:
     """Return the table of what was measured of a task's models, means over seeds."""
     columns = _columns(findings, task, budget)
     rows = [
-        [name, *(_mean(column.get(name, {}), digits) for column, digits in columns.values())]
+        [name, *(over_seeds(of.get(name, {}).values(), digits) for of, digits in columns.values())]
         for name in findings.study.methods
     ]
-    return table(["method", *columns], rows) if columns else ""
-
-
-def _mean(values: Values, digits: int) -> str:
-    found = t_interval(list(values.values())) if values else None
-    if found is None:
-        return NONE
-    half = "" if math.isnan(found.high) else f" ± {found.high - found.value:.{digits}f}"
-    return f"{found.value:.{digits}f}{half}"
+    return markdown(["method", *columns], rows) if columns else ""
 
 
 def _columns(
     findings: Findings, task: str, budget: Budget
-) -> dict[str, tuple[dict[str, Values], int]]:
-    """Return what was measured, by column: values by method and seed, and digits to show."""
+) -> dict[str, tuple[dict[str, Values], str]]:
+    """Return what was measured, by column: values by method and seed, and how they are shown."""
     study = findings.study
-    columns: dict[str, tuple[dict[str, Values], int]] = {}
+    columns: dict[str, tuple[dict[str, Values], str]] = {}
 
-    def put(column: str, method: str, seed: int, value: float | None, digits: int = 1) -> None:
+    def put(column: str, method: str, seed: int, value: float | None, digits: str = ".1f") -> None:
         if value is not None:
             columns.setdefault(column, ({}, digits))[0].setdefault(method, {})[seed] = value
 
@@ -85,17 +77,15 @@ def _columns(
             for radius, accuracy in zip(radii["radii"], radii["accuracy"], strict=True):
                 put(f"PGD {radius:g}", method, seed, 100 * accuracy["value"])
             for column, value in increase.get(method, {}).items():
-                put(column, method, seed, value, 3)
+                put(column, method, seed, value, ".3g")
             for name, shifted in found.get("shifted", {}).items():
                 put(name, method, seed, 100 * shifted["accuracy"]["value"])
                 put(f"{name} drop", method, seed, 100 * shifted["drop"]["value"])
             for name, attack in found.get("attacks", {}).items():
                 put(f"under {name}", method, seed, 100 * attack["accuracy_under_attack"])
-                put("words", method, seed, attack["words_changed"])
-                put("queries", method, seed, attack["queries"])
+                put(f"{name}: words", method, seed, attack["words_changed"])
+                put(f"{name}: queries", method, seed, attack["queries"])
             put("ECE", method, seed, 100 * found["clean"]["ece"])
-            exploited = findings.line(task, method, budget, seed).get("exploitability")
-            put("exploitability", method, seed, exploited and exploited["gain"], 4)
     return columns
 
 
@@ -124,14 +114,29 @@ def learners(findings: Findings, budget: Budget) -> str:
                     kept.setdefault(name, {})[seed] = 100 * first(metrics[split])
             if kept:
                 last = findings.official(task, method, budget)
-                cells = [over_seeds(list(last.values()))]
+                cells = [over_seeds(last.values())]
                 for name in ("mean", "mixture"):
                     other = kept.get(name)
-                    cells.append(over_seeds(list(other.values())) if other else NONE)
+                    cells.append(over_seeds(other.values()) if other else NONE)
                     cells.append(signed(paired(other, last) if other else None))
                 rows.append([task, method, *cells])
     head = ["task", "method", "last", "mean", "− last", "mixture", "− last"]
-    return table(head, rows) if rows else ""
+    return markdown(head, rows) if rows else ""
+
+
+def exploitability(findings: Findings, budget: Budget) -> str:
+    """Return the table of lower bounds of what adversaries gain by leaving their strategies."""
+    study, rows = findings.study, []
+    for method, way in study.methods.items():
+        gains: list[str] = []
+        for task in study.tasks:
+            lines = [findings.line(task, method, budget, seed) for seed in study.seeds]
+            found = [line["exploitability"] for line in lines if line.get("exploitability")]
+            gains.append(over_seeds((one["gain"] for one in found), ".3g"))
+        if way.played is not None and any(gain != NONE for gain in gains):
+            payoff = "loss" if way.played.gain == "loss" else "divergence"
+            rows.append([method, payoff, f"{way.played.radius:g}", *gains])
+    return markdown(["method", "payoff", "radius", *study.tasks], rows) if rows else ""
 
 
 def half(findings: Findings) -> str:
@@ -143,10 +148,10 @@ def half(findings: Findings) -> str:
             few = findings.official(task, method, "half")
             every = findings.official(task, method, "epochs")
             to = paired(few, plain) if few.keys() & plain.keys() else None
-            numbers = [over_seeds(list(values.values())) for values in (few, every)]
+            numbers = [over_seeds(values.values()) for values in (few, every)]
             rows.append([task, method, *numbers, signed(to)])
     head = ["task", "method", "half of the rows", "all rows", "half − plain on all"]
-    return table(head, rows) if rows else ""
+    return markdown(head, rows) if rows else ""
 
 
 def rates(findings: Findings) -> str:
@@ -165,4 +170,4 @@ def rates(findings: Findings) -> str:
                 scores.append(f"{bold}{run.learning_rate:g}: {score}{bold}")
             cells.append(", ".join(scores) or f"{chosen:g}")
         rows.append(cells)
-    return table(["method", *study.tasks], rows)
+    return markdown(["method", *study.tasks], rows)

@@ -18,7 +18,7 @@ from training.loop import Keeping, Training
 from training.results import Run
 
 STEPS, RESTARTS = 5, 2  # of the response that exploitability is measured by
-ROWS = 16  # of a batch of it
+COUNT, ROWS = 64, 16  # rows, of which in a batch
 
 
 @cache
@@ -32,33 +32,30 @@ def load(script: str, name: str, folder: str, train: tuple[str, ...] = ()) -> Ta
 
 
 def train(run: Run, script: str, folder: str, evaluate: tuple[str, ...], output: Path) -> Any:
-    """Train a run to its end; return its line of results.
+    """Train a run to its end; return its line of results. Its checkpoint stays until that is kept.
 
     A run with held-out rows is evaluated on these alone; others save their model. Where the solver
     keeps a mean or samples of the weights, `learners` holds the metrics of these.
     """
     task = load(script, run.task, folder, run.train)
-    for split in evaluate:
-        if split not in task.splits:
-            raise ValueError(f"{run.task} has no split {split}, it has {', '.join(task.splits)}.")
     reported = not run.hold_out
     splits = {name: task.splits[name] for name in evaluate} if reported else {}
     training = Training(run, replace(task, splits=splits), Keeping(output, save=reported))
     result = training.train()
+    result["classifies"] = task.labels is not None
     if reported and training.game is not None:
         result["learners"] = learners(training)
         result["exploitability"] = exploited(training, task.splits[evaluate[0]])
-    training.checkpoint.unlink(missing_ok=True)
     return result
 
 
 def learners(training: Training) -> dict[str, Any]:
     """Return the metrics of the mean and of the mixture of the weights, where they are kept."""
-    learner = training.solver.learner() if training.solver else None
+    learner = training.game.learner if training.game else None
     kept = []
     if learner is not None and learner.average_decay is not None:
         kept.append("mean")
-    if learner is not None and learner.samples.maxlen:
+    if learner is not None and learner.samples.maxlen and training.task.labels is not None:
         kept.append("mixture")
     found = {}
     for name in kept:
@@ -69,12 +66,12 @@ def learners(training: Training) -> dict[str, Any]:
     return found
 
 
-def exploited(training: Training, rows: data.Dataset, count: int = 64) -> Any:
+def exploited(training: Training, rows: data.Dataset) -> Any:
     """Return the lower bound of what the adversary gains by leaving the solver's strategy."""
     game = training.game
     if game is None or not game.solver.radius or training.task.labels is None:
         return None
-    starts = range(0, min(count, len(rows)), ROWS)
+    starts = range(0, min(COUNT, len(rows)), ROWS)
     closures = (losses(training.model, training.encode(rows[i : i + ROWS])) for i in starts)
     with training.evaluator.weights():
         found = exploitability(game, closures, steps=STEPS, restarts=RESTARTS)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+from mixadv.robustness.statistics import t_interval
 
 EMBEDDED_MODEL = "minilm"
 LATER = {"substitute": 0.0, "neighbours": ""}
@@ -112,17 +112,25 @@ class Run:
 
 
 def append(path: Path, result: dict[str, Any]) -> None:
-    """Add a result as one JSON line."""
+    """Add a result as one JSON line, in place of one that a kill has torn."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    whole = len(_lines(path).encode())
+    with path.open("r+" if path.exists() else "w") as file:
+        file.truncate(whole)
+        file.seek(whole)
         file.write(json.dumps(result) + "\n")
+
+
+def _lines(path: Path) -> str:
+    """Return the lines of a file that end; a kill may have torn the last one."""
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1]
 
 
 def finished(path: Path) -> dict[str, dict[str, Any]]:
     """Return the results written so far by the key of their run."""
     results = {}
-    lines = path.read_text().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path).splitlines(), 1):
         try:
             result = json.loads(line)
             results[result["key"]] = result
@@ -202,12 +210,12 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def over_seeds(values: list[float]) -> str:
+def over_seeds(values: Iterable[float], digits: str = ".1f") -> str:
     """Return the mean and, of several values, the half width of Student's 95 % interval."""
+    values = list(values)
     if not values:
         return "–"
-    mean = sum(values) / len(values)
+    found = t_interval(values)
     if len(values) == 1:
-        return f"{mean:.1f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return f"{mean:.1f} ± {half:.1f}"
+        return f"{found.value:{digits}}"
+    return f"{found.value:{digits}} ± {found.high - found.value:{digits}}"
