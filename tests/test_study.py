@@ -28,7 +28,7 @@ from scipy import stats
 
 import mixadv
 import study as script
-from studying import pool, summary
+from studying import pool, summary, tables
 from studying.findings import Findings, contrasts, differences, groups
 from studying.parts import Measures, Method, Subject
 from studying.plan import Study
@@ -563,3 +563,9 @@ def test_the_study_that_is_published_can_be_read_and_its_report_follows_from_its
     results = finished(path.parent / "results.jsonl")
     text = render(study, results, tmp_path, script.command_of(path))
     assert text == (path.parent / "report.md").read_text()
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    findings = Findings(study, results)
+    for task in study.tasks:
+        if findings.official(task, "plain", "epochs"):
+            assert tables.official(findings, task) in readme
+    assert summary.grouped(findings) in readme
