@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +52,7 @@ class Attacked:
     # In balls around the embeddings ------------------------------------------------------------
 
     def unit(self) -> float:
-        """Return the mean L2 norm of a token's embedding."""
+        """Return the mean L2 norm of a token's embedding in the rows that are attacked."""
 
         def measure() -> float:
             return token_norm(self.by.model, self.by.batches(self.attacked, self.places))
@@ -158,6 +159,19 @@ class Attacked:
 
 INCREASE = ("clean_loss", "correct", "from_zero", "from_random")
 PAYOFFS = ("played", "reached")
+
+
+def drawn(rows: Rows, count: int | None, seed: int) -> list[int]:
+    """Return the places of the rows that are attacked: in parts of like length, longest first.
+
+    What does not fit in memory breaks at once; in a part they are in the order of the data.
+    """
+    lengths = [len(text) if isinstance(text, str) else sum(map(len, text)) for text in rows.texts]
+    every = range(len(rows))
+    drawn = random.Random(seed).sample(every, min(count or len(rows), len(rows)))
+    order = sorted(drawn, key=lambda place: (-lengths[place], place))
+    parts = [sorted(order[start : start + STEP]) for start in range(0, len(order), STEP)]
+    return [place for part in parts for place in part]
 
 
 def taken(rows: Rows, places: Iterable[int]) -> Rows:
