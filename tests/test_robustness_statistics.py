@@ -123,7 +123,7 @@ def test_an_accuracy_of_one_or_nothing_has_wilsons_interval(correct, rows):
 
 
 def test_two_accuracies_without_spread_have_newcombes_interval():
-    """The root of the sum of squares of what Wilson's intervals reach (Newcombe 1998, method 10)."""
+    """What Wilson's intervals reach adds up as squares do (Newcombe 1998, method 10)."""
     _, low = bootstrap([True] * 20)[:2]
     _, _, high = bootstrap([False] * 30)
     found = bootstrap_difference([True] * 20, [False] * 30)

@@ -17,7 +17,6 @@ from mixadv.game import Game
 from mixadv.robustness.ascents import token_norm
 from mixadv.robustness.batches import Batch
 from mixadv.robustness.data import Rows
-from mixadv.robustness.kept import digest
 from mixadv.robustness.measured import Measured, Record, estimate
 from mixadv.robustness.statistics import Estimate, bootstrap
 from mixadv.robustness.vicinity import LossIncrease, accuracy_at_radii, loss_increase
@@ -47,7 +46,7 @@ class Attacked:
     def __post_init__(self) -> None:
         self.attacked = taken(self.rows, self.places)
         rows = [self.attacked.texts, self.attacked.labels, self.places]
-        self.key = {"rows": digest(rows), "seed": self.seed}
+        self.key = {"rows": rows, "seed": self.seed}
 
     # In balls around the embeddings ------------------------------------------------------------
 
@@ -111,7 +110,7 @@ class Attacked:
         """Return what word substitution makes of the rows."""
         if attack.max_length is None:
             attack = dataclasses.replace(attack, max_length=self.by.max_length)
-        key = {"attack": digest(dataclasses.replace(attack, batch_size=1))}
+        key = {"attack": dataclasses.replace(attack, batch_size=1)}
 
         def compute(part: slice) -> list[Record]:
             texts, labels = self.attacked.texts[part], self.attacked.labels[part]
@@ -132,7 +131,7 @@ class Attacked:
             columns = {name: getattr(found, name)[order].tolist() for name in PAYOFFS}
             return [{**row, "response": found.response} for row in _rows(columns)]
 
-        key = {"game": digest([game.solver, game.state_dict()]), "steps": steps}
+        key = {"game": [game.solver, game.state_dict()], "steps": steps}
         records = self._records("exploitability", {**key, "restarts": restarts}, compute)
         each = _columns(records, PAYOFFS)
         played, reached = (torch.tensor(_floats(each[name])) for name in PAYOFFS)

@@ -122,11 +122,8 @@ def evaluate(
     if max_length and most and max_length > most:
         raise ValueError(f"max_length is {max_length}, and the model reads {most} tokens.")
 
-    kept = Kept(
-        None if folder is None else Path(folder),
-        {"weights": digest(model), "tokenizer": digest(tokenizer), "tokens": reader.max_length},
-        progress,
-    )
+    key = {"model": model, "tokenizer": tokenizer, "tokens": reader.max_length}
+    kept = Kept(None if folder is None else Path(folder), key, progress)
     places = drawn(clean, rows, seed)
     made = Measured(model, tokenizer, kept, batch_size, max_length)
     under = Attacked(made, clean, places, seed)
