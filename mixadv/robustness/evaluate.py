@@ -21,7 +21,7 @@ from mixadv.tokens import WordSubstitution
 from mixadv.tokens.reader import Reader, evaluating, longest
 from mixadv.validate import check_seed
 
-NONE: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 CLEAN = "clean"
 
 
@@ -32,8 +32,8 @@ def evaluate(
     *,
     text: str | tuple[str, str] | None = None,
     label: str = "label",
-    shifted: Mapping[str, Any] = NONE,
-    attacks: Mapping[str, WordSubstitution] = NONE,
+    shifted: Mapping[str, Any] = EMPTY,
+    attacks: Mapping[str, WordSubstitution] = EMPTY,
     radii: Sequence[float] = (0.05, 0.1, 0.2),
     increase_radius: float | None = 0.1,
     steps: int = 10,
