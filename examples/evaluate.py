@@ -25,6 +25,7 @@ import torch
 import transformers
 
 from mixadv.robustness import Report, compare, evaluate, pictures, read, text_batches, token_norm
+from mixadv.robustness.attacked import drawn, taken
 from mixadv.robustness.kept import write
 from mixadv.tokens import WordSubstitution
 from training import command, model
@@ -108,14 +109,15 @@ def shortened(names: list[str], parts: int) -> dict[str, str]:
 
 
 def unit(options: Namespace, labels: Any, columns: dict[str, Any]) -> float | None:
-    """Return the mean token norm of the model that is named for it."""
+    """Return the mean token norm, on the rows attacked, of the model that is named for it."""
     if not options.unit_of:
         return None
     head = {"num_labels": labels.num_labels, "label2id": labels.label2id}
     found, tokenizer = load(options.unit_of, ignore_mismatched_sizes=True, **head)
     rows = read(options.data, found, **columns)
+    attacked = taken(rows, drawn(rows, options.rows, seed=0))
     batches = text_batches(
-        found, tokenizer, rows, batch_size=options.batch_size, max_length=options.max_length
+        found, tokenizer, attacked, batch_size=options.batch_size, max_length=options.max_length
     )
     return token_norm(found, batches)
 

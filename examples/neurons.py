@@ -13,8 +13,6 @@ folder, and is not repeated.
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -24,10 +22,10 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from mixadv.robustness.activations import activations
-from mixadv.robustness.neuron_analysis import NeuronAnalysis, counts, table
+from mixadv.robustness import NeuronAnalysis, activations, analyse_neurons
+from mixadv.robustness.kept import Kept
+from mixadv.robustness.neuron_analysis import counts, table
 from mixadv.robustness.neuron_pictures import compare_layers, compare_tags
-from mixadv.robustness.neurons import analyse
 from training import command, data, model
 from training.data import DataError
 from training.options import Parser, positive
@@ -127,34 +125,23 @@ def load_model(name: str) -> tuple[Any, Any]:
     return encoder.to(device), tokenizer
 
 
-def path(name: str, options: Namespace, encoder: torch.nn.Module, rows: Any) -> Path:
-    """Return the file of an analysis: the same for the same weights, settings and rows."""
-    hidden = ("model", "data", "output", "batch_size")
-    settings = {k: v for k, v in vars(options).items() if k not in hidden}
-    digest = hashlib.sha256(json.dumps([settings, rows], sort_keys=True).encode())
-    for tensor in encoder.state_dict().values():
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return options.output / f"{name}-{digest.hexdigest()[:10]}.json"
-
-
 def run(name: str, where: str, options: Namespace, rows: dict[str, Tagged]) -> NeuronAnalysis:
     """Return the analysis of a model, made now unless its file is there."""
     encoder, tokenizer = load_model(where)
-    file = path(name, options, encoder, rows)
-    if file.exists():
-        return NeuronAnalysis(**json.loads(file.read_text()))
-    settings = {k: getattr(options, k) for k in ("max_length", "batch_size", "seed")}
-    train, held_out = (
-        activations(encoder, tokenizer, *rows[split], max_tokens=options.tokens, **settings)
-        for split in SPLITS
-    )
-    settings = {k: getattr(options, k) for k in ("penalty", "tolerance", "draws", "seed")}
-    known = held_out.with_tags(train.names)  # the rarest tags may be missing in a small draw
-    found = analyse(train, known, progress=sys.stderr.isatty(), **settings)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found.as_dict()))
-    temporary.replace(file)
-    return found
+    reading = {k: getattr(options, k) for k in ("max_length", "seed")}
+    probing = {k: getattr(options, k) for k in ("penalty", "tolerance", "draws", "seed")}
+    reading["max_tokens"] = options.tokens
+
+    def compute() -> dict[str, Any]:
+        train, held_out = (
+            activations(encoder, tokenizer, *rows[split], batch_size=options.batch_size, **reading)
+            for split in SPLITS
+        )
+        known = held_out.with_tags(train.names)  # the rarest tags may be missing in a small draw
+        return analyse_neurons(train, known, progress=sys.stderr.isatty(), **probing).as_dict()
+
+    kept = Kept(options.output, {"model": encoder, "tokenizer": tokenizer, "rows": rows})
+    return NeuronAnalysis(**kept.once(name, {**reading, **probing}, compute))
 
 
 def work(options: Namespace) -> str:

@@ -96,7 +96,7 @@ def explain(game: Game, closure: Closure | None) -> Explanation:
     if game.solver.unit == "absolute":
         unit, measured = 1.0, True
     elif unit is None and closure is not None:
-        unit, measured = first_round.measure_unit(game, closure), True
+        unit, measured = first_round.measure_unit(game, [closure]), True
     elif unit is None:
         unit = _estimated(game)
     return Explanation(game.solver, game.site.names, unit, measured, passes(game.solver))

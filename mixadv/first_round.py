@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -114,14 +114,17 @@ def _no_trace(stage: Stage) -> Iterator[Stage]:
         stage.game.site.detach()
 
 
-def measure_unit(game: Game, closure: Closure) -> float:
+def measure_unit(game: Game, closures: Iterable[Closure]) -> float:
     """Return the mean L2 norm of a real token's output at the site, on this process alone.
 
-    Nothing is left changed.
+    The mean is over the tokens of all closures. Nothing is left changed.
     """
     lengths: list[Tensor] = []
-    with _no_trace(Stage(game, closure)) as stage, no_grad(), game.site.learning():
-        stage.run(_measuring(lengths, add=False))
+    for closure in closures:
+        own: list[Tensor] = []
+        with _no_trace(Stage(game, closure)) as stage, no_grad(), game.site.learning():
+            stage.run(_measuring(own, add=False))
+        lengths += own
     return _mean_length(game, lengths, everywhere=False)
 
 

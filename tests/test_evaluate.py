@@ -1,11 +1,20 @@
 """An evaluation measures what its parts measure, once, and goes on after a kill."""
 
+import cmath
+import collections
+import copy
 import dataclasses
+import functools
 import json
+import logging
+import math
 import os
+import random
 import re
+import string
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -273,7 +282,59 @@ def test_keys_tell_apart_what_does_different_things():
     values += [torch.ones(1, 1), torch.ones(1, dtype=torch.int32), np.ones(1), frozenset([1])]
     values += [ATTACK, ATTACK.attack, WordSubstitution, Typos(), Typos(seed=1)]
     values += [[(lambda by: lambda: by)(i)] for i in range(2)]
+    values += [make(i) for make in ALIKE for i in range(2)]
+    values += [math.log, cmath.log, logging.Formatter, string.Formatter]
     assert len({digest(value) for value in values}) == len(values)
+    assert [digest(make(0)) for make in ALIKE] == [digest(make(0)) for make in ALIKE]
+
+
+def test_keys_do_not_depend_on_where_a_model_was_saved(tmp_path):
+    model = classifier()
+    model.save_pretrained(tmp_path)
+    assert digest(type(model).from_pretrained(tmp_path)) == digest(model)
+
+
+def test_what_cannot_be_told_apart_is_measured_where_nothing_is_kept(tmp_path):
+    attacks = {"similar": WordSubstitution(SimilarWords(locked(threading.Lock())))}
+    few = {"attacks": attacks, "radii": (), "increase_radius": None, "rows": 2, "shifted": {}}
+    assert measured(classifier(), **few).sections["attacks"]
+    with pytest.raises(TypeError, match=r"lock.* cannot be told apart .*leave folder out"):
+        measured(classifier(), folder=tmp_path, **few)
+
+
+def locked(lock):
+    def source(word):
+        with lock:
+            return ["movie"]
+
+    return source
+
+
+def precise(epsilon):
+    model = classifier()
+    model.config.layer_norm_eps = epsilon
+    return model
+
+
+def cut(side):
+    tokenizer = copy.deepcopy(word_tokenizer())
+    tokenizer.truncation_side = side
+    return tokenizer
+
+
+ALIKE = (
+    lambda i: functools.partial(pow, i),
+    lambda i: collections.deque([i]),
+    lambda i: re.compile("ab"[i]),
+    lambda i: np.array([str(i)], object),
+    lambda i: random.Random(i),
+    lambda i: Path("ab"[i]),
+    lambda i: torch.nn.Sequential((torch.nn.ReLU, torch.nn.Tanh)[i]()),
+    lambda i: precise((1e-12, 1e-3)[i]),
+    lambda i: cut(("left", "right")[i]),
+    lambda i: [b"a", b"b"] if i else [b"a<builtins.bytes>b"],
+)
+"""Makers of two objects of a kind that differ."""
 
 
 @pytest.mark.slow
@@ -282,7 +343,9 @@ def test_keys_are_those_of_another_process():
 from mixadv.robustness.kept import digest, write
 from mixadv.tokens import SimilarWords, WordSubstitution
 from tests.substitution_zoo import TABLE, word_tokenizer
-print(digest([WordSubstitution(SimilarWords(TABLE)), word_tokenizer()]))
+from tests.test_evaluate import ALIKE, classifier
+made = [make(0) for make in ALIKE]
+print(digest([WordSubstitution(SimilarWords(TABLE)), word_tokenizer(), classifier(), made]))
 """
     run = subprocess.run(
         [sys.executable, "-c", program],
@@ -291,7 +354,8 @@ print(digest([WordSubstitution(SimilarWords(TABLE)), word_tokenizer()]))
         text=True,
         check=True,
     )
-    assert run.stdout.strip() == digest([WordSubstitution(SimilarWords(TABLE)), word_tokenizer()])
+    own = [WordSubstitution(SimilarWords(TABLE)), word_tokenizer(), classifier()]
+    assert run.stdout.strip() == digest([*own, [make(0) for make in ALIKE]])
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}, "found": 1}', "\x00"])
@@ -458,7 +522,7 @@ def test_where_no_row_is_right_there_is_no_loss_increase():
     wrong = {**DATA, "label": [1] * ROWS}
     report = evaluate(model, word_tokenizer(), wrong, radii=(), steps=1, restarts=1, rows=4)
     assert report.sections["loss increase"]["n"] == 0
-    assert "0 rows that are classified correctly" in report.markdown()
+    assert "(1 random starts, 0 rows that are classified correctly)" in report.markdown()
     assert "no loss increase" in compare({"a": report})
 
 
@@ -504,8 +568,10 @@ def test_the_script_compares_saved_models_in_one_ball(folder, tmp_path, capsys):
     again = command(folder, tmp_path, "--radii", "0.1", "--unit-of", str(folder / "run-1" / "last"))
     assert again == 0
     lengths = {Report.load(tmp_path / f"run-{i}-last").sections["about"]["unit"] for i in (0, 1)}
-    assert len(lengths) == 1
     assert lengths != {first["about"]["unit"]}
+    words = {"radii": (), "increase_radius": None, "rows": 6}
+    alone = evaluate(classifier(1), word_tokenizer(), DATA, batch_size=2, **words)
+    assert list(lengths) == [pytest.approx(alone.sections["about"]["unit"], rel=1e-6)]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from mixadv.robustness.activations import Activations, activations
-from mixadv.robustness.neuron_analysis import NeuronAnalysis, counts, table
+from mixadv.robustness import Activations, NeuronAnalysis, activations, analyse_neurons
+from mixadv.robustness.neuron_analysis import counts, table
 from mixadv.robustness.neuron_pictures import compare_layers, compare_tags
-from mixadv.robustness.neurons import analyse, smallest
+from mixadv.robustness.neurons import smallest
 from mixadv.robustness.probe import Probe
 from mixadv.robustness.ranking import before, claims, rank
 from tests.tokenizers_zoo import byte_level, word_pieces
@@ -50,7 +50,7 @@ def held_out():
 
 @pytest.fixture(scope="module")
 def found(train, held_out):
-    return analyse(train, held_out, tolerance=0.02, draws=4)
+    return analyse_neurons(train, held_out, tolerance=0.02, draws=4)
 
 
 # The analysis ----------------------------------------------------------------------------------
@@ -99,18 +99,18 @@ def test_a_control_task_can_only_be_memorised(train, found):
         np.eye(50, dtype=np.float32)[[int(word[1:]) for word in train.words]],
         train.tags, train.names, train.words, 1, 50,
     )  # fmt: skip
-    memorised = analyse(telling, telling, penalty=1e-4, draws=1)
+    memorised = analyse_neurons(telling, telling, penalty=1e-4, draws=1)
     assert memorised.accuracy["control"] == 1
     assert memorised.selectivity < -0.4
 
 
 def test_an_analysis_is_the_same_again_and_in_json(train, held_out, found):
-    assert analyse(train, held_out, tolerance=0.02, draws=4) == found
+    assert analyse_neurons(train, held_out, tolerance=0.02, draws=4) == found
     assert NeuronAnalysis(**json.loads(json.dumps(found.as_dict()))) == found
 
 
 def test_the_penalty_is_chosen_without_the_held_out_words(train, found):
-    other = analyse(train, planted(100, 7), draws=1)
+    other = analyse_neurons(train, planted(100, 7), draws=1)
     assert (other.penalty, other.ranking) == (found.penalty, found.ranking)
 
 
@@ -121,7 +121,7 @@ def test_scale_and_shift_of_neurons_do_not_matter(train, held_out, found):
         for part in (train, held_out)
     ]
     assert rank_of(moved[0])[:4].tolist() == rank_of(train)[:4].tolist()
-    again = analyse(*moved, tolerance=0.02, draws=4)
+    again = analyse_neurons(*moved, tolerance=0.02, draws=4)
     assert (again.neurons, again.per_layer) == (found.neurons, found.per_layer)
 
 
@@ -397,26 +397,26 @@ def test_what_cannot_be_analysed_is_refused(train, held_out):
 
     for tolerance in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="tolerance is a share"):
-            analyse(train, held_out, tolerance=tolerance)
+            analyse_neurons(train, held_out, tolerance=tolerance)
     with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
-        analyse(train, held_out, draws=0)
+        analyse_neurons(train, held_out, draws=0)
     with pytest.raises(ValueError, match="penalty must be at least 0"):
-        analyse(train, held_out, penalty=-1.0)
+        analyse_neurons(train, held_out, penalty=-1.0)
     with pytest.raises(ValueError, match="tags that training lacks: Z"):
-        analyse(train, with_names(held_out, ("A", "B", "C", "Z")))
+        analyse_neurons(train, with_names(held_out, ("A", "B", "C", "Z")))
     with pytest.raises(ValueError, match="All training words have the tag 'B'"):
-        analyse(train.with_tags(["B"]), held_out)
+        analyse_neurons(train.with_tags(["B"]), held_out)
     with pytest.raises(ValueError, match="held_out has no words"):
-        analyse(train, held_out.with_tags(["other"]))
+        analyse_neurons(train, held_out.with_tags(["other"]))
     values = held_out.values[:, :HIDDEN]
     other = Activations(values, held_out.tags, held_out.names, held_out.words, 1, HIDDEN)
     with pytest.raises(ValueError, match="3 × 20 neurons and held_out 1 × 20"):
-        analyse(train, other)
+        analyse_neurons(train, other)
 
 
 def test_tags_are_matched_by_name(train, held_out, found):
     order = random.Random(0).sample(held_out.names, TAGS)
-    assert analyse(train, held_out.with_tags(order), tolerance=0.02, draws=4) == found
+    assert analyse_neurons(train, held_out.with_tags(order), tolerance=0.02, draws=4) == found
 
 
 # Tables and pictures ---------------------------------------------------------------------------
@@ -431,6 +431,7 @@ def test_tables_have_a_row_for_each_model_layer_and_tag(found):
     assert rows[3] == "| layer 1 | 2 | 2 |"
     assert rows[-1] == "| D | 1 | 1 |"
     assert found.table().splitlines()[2].startswith("| model | 4 of 60 | ")
+    assert table({"a|b": found}).splitlines()[2].startswith("| a\\|b | 4 of 60 | ")
 
 
 def test_pictures_are_written(found, tmp_path):

@@ -71,7 +71,7 @@ def test_models_are_compared_and_analysed_once(folder, classifier, tmp_path, mon
     }  # fmt: skip
     assert len(list(output.glob("*.json"))) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(neurons, "analyse", None)
+        patch.setattr(neurons, "analyse_neurons", None)
         assert run(folder, output, *both) == 0
     assert capsys.readouterr().out == text
     assert run(folder, output, both[0], more=("--tolerance", "0.1")) == 0
@@ -81,7 +81,7 @@ def test_models_are_compared_and_analysed_once(folder, classifier, tmp_path, mon
 def test_words_that_activations_tell_apart_are_told_apart(folder, classifier, tmp_path):
     assert run(folder, tmp_path / "out", f"tiny={classifier}") == 0
     [file] = (tmp_path / "out").glob("tiny-*.json")
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text())["found"]
     assert found["accuracy"]["all"] > 0.9
     assert all(100 < words <= 150 for words in found["words"])
 

@@ -275,3 +275,10 @@ def test_a_sure_prediction_has_a_loss_above_zero_in_fp32():
 def test_batches_need_a_size():
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         text_batches(reader(), zoo.word_pieces(*words), Rows(["a"], [0]), batch_size=0)
+
+
+def test_texts_without_a_token_are_named():
+    bare, model = zoo.word_pieces("fine", "film"), classifier()
+    for texts in ([""], ["fine film", "fine", " "]):
+        with pytest.raises(DataError, match=f"set, row {len(texts)}: .* no token in {texts[-1]!r}"):
+            text_batches(model, bare, Rows(texts, [0] * len(texts), "set"), batch_size=2)

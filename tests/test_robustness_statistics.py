@@ -123,14 +123,25 @@ def test_an_accuracy_of_one_or_nothing_has_wilsons_interval(correct, rows):
 
 
 def test_two_accuracies_without_spread_have_newcombes_interval():
+    """What Wilson's intervals reach adds up as squares do (Newcombe 1998, method 10)."""
     _, low = bootstrap([True] * 20)[:2]
     _, _, high = bootstrap([False] * 30)
     found = bootstrap_difference([True] * 20, [False] * 30)
-    assert found == pytest.approx((1.0, 1 - (1 - low) - high, 1.0))
+    assert found == pytest.approx((1.0, 1 - math.hypot(1 - low, high), 1.0))
     back = bootstrap_difference([False] * 30, [True] * 20)
     assert back == pytest.approx((-1.0, -1.0, -found.low))
     same = bootstrap_difference([True] * 20, [True] * 20)
     assert same == pytest.approx((0.0, low - 1, 1 - low))
+    alike = bootstrap_difference([True] * 20, [False] * 20)
+    assert alike.low == pytest.approx(0.772, abs=5e-4)
+
+
+def test_estimates_are_numbers_of_python():
+    right = np.array([True] * 5)
+    found = [bootstrap(right), bootstrap(np.ones(3)), bootstrap(np.arange(5)), t_interval([1, 2])]
+    found += [bootstrap_difference(right, ~right), bootstrap_difference(np.arange(5), np.arange(4))]
+    found.append(paired({1: np.float64(1), 2: np.float64(3)}, {1: 0.0, 2: 1.0}).difference)
+    assert {type(number) for estimate in found for number in estimate} == {float}
 
 
 def test_losses_without_spread_have_a_point_for_an_interval_and_one_alone_none():

@@ -783,12 +783,19 @@ import sys
 for name in ("transformers", "trl", "scipy", "sklearn", "matplotlib"):
     sys.modules[name] = None
 import mixadv
-for name in ("transformers", "trl"):
+def tried(name):
     try:
-        __import__(f"mixadv.integrations.{name}")
+        __import__(name)
     except ImportError as error:
         print(error)
+for name in ("transformers", "trl"):
+    tried(f"mixadv.integrations.{name}")
+tried("mixadv.robustness")
+del sys.modules["scipy"]
+tried("mixadv.robustness")
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    for extra in ("transformers", "trl"):
+    for extra in ("transformers", "trl", "robustness"):
         assert f"pip install 'mixadv[{extra}]'" in run.stdout, run.stderr
+    for cause in ("import of scipy halted", "No module named 'sklearn'"):
+        assert f"mixadv.robustness needs numpy, scipy, scikit-learn and tqdm ({cause}" in run.stdout

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tests.tokenizers_zoo as tokenizers
-from mixadv import GameError
+from mixadv import GameError, parallel
 from mixadv.robustness import (
     Batch,
     LossIncrease,
@@ -274,6 +274,21 @@ def test_radii_are_in_token_norms_unless_a_unit_is_given():
     assert relative.increase == pytest.approx(absolute.increase)
     right = accuracy_at_radii(model, batches, [0.2])
     assert (right == accuracy_at_radii(model, batches, [0.1], unit=2 * unit)).all()
+
+
+@few
+@given(seeds, st.integers(1, ROWS), st.permutations(range(ROWS)))
+def test_the_unit_is_the_mean_over_all_tokens_however_they_are_batched(seed, size, order):
+    whole = token_norm(*curved(seed))
+    model, batches = curved(seed, size, order)
+    assert token_norm(model, batches) == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_process_that_measures_waits_for_no_other(monkeypatch):
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)  # with no group to talk to
+    model, batches = curved(0)
+    for measure in MEASURES.values():
+        measure(model, batches)
 
 
 def test_texts_are_measured_through_their_tokenizer():

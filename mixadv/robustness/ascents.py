@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from mixadv.ascent import Ascent, check_integer, check_number
 from mixadv.contexts import no_grad
+from mixadv.first_round import measure_unit
 from mixadv.game import Game
 from mixadv.replay import Noise
 from mixadv.robustness.batches import Batch, check_reading, in_order
@@ -64,6 +65,7 @@ def play(
     rows, columns = [], []
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         game = Game(model, PGD(unit="absolute", start="zero", start_size=0.0))
+        game.unit = 1.0  # never used, and measured it would be on all processes together
         try:
             for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
                 with game.rehearsal(batch.closure) as stage, stage.frozen():
@@ -117,13 +119,19 @@ def start(stage: Stage, ascent: Ascent, batch: Batch, seed: int, number: int) ->
 
 
 def token_norm(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Return the mean L2 norm of a real token's embedding in the first batch: the unit of radii."""
-    for batch in batches:
-        with evaluating(model):
-            unit = Game(model, PGD()).explain(batch.closure).unit
-        assert unit is not None
-        return unit
-    raise ValueError("There are no rows to measure on: the batches are empty.")
+    """Return the mean L2 norm of a real token's embedding: the unit of radii.
+
+    The mean is over the tokens of all rows, however they are batched. It costs a forward pass for
+    each batch: a few hundred rows are enough.
+
+    Raises:
+        ValueError: without a batch.
+    """
+    closures = [batch.closure for batch in batches]
+    if not closures:
+        raise ValueError("There are no rows to measure on: the batches are empty.")
+    with evaluating(model):
+        return measure_unit(Game(model, PGD()), closures)
 
 
 def _wide(column: Tensor) -> Tensor:

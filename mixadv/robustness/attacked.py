@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,6 @@ from mixadv.game import Game
 from mixadv.robustness.ascents import token_norm
 from mixadv.robustness.batches import Batch
 from mixadv.robustness.data import Rows
-from mixadv.robustness.kept import digest
 from mixadv.robustness.measured import Measured, Record, estimate
 from mixadv.robustness.statistics import Estimate, bootstrap
 from mixadv.robustness.vicinity import LossIncrease, accuracy_at_radii, loss_increase
@@ -46,12 +46,12 @@ class Attacked:
     def __post_init__(self) -> None:
         self.attacked = taken(self.rows, self.places)
         rows = [self.attacked.texts, self.attacked.labels, self.places]
-        self.key = {"rows": digest(rows), "seed": self.seed}
+        self.key = {"rows": rows, "seed": self.seed}
 
     # In balls around the embeddings ------------------------------------------------------------
 
     def unit(self) -> float:
-        """Return the mean L2 norm of a token's embedding."""
+        """Return the mean L2 norm of a token's embedding in the rows that are attacked."""
 
         def measure() -> float:
             return token_norm(self.by.model, self.by.batches(self.attacked, self.places))
@@ -110,7 +110,7 @@ class Attacked:
         """Return what word substitution makes of the rows."""
         if attack.max_length is None:
             attack = dataclasses.replace(attack, max_length=self.by.max_length)
-        key = {"attack": digest(dataclasses.replace(attack, batch_size=1))}
+        key = {"attack": dataclasses.replace(attack, batch_size=1)}
 
         def compute(part: slice) -> list[Record]:
             texts, labels = self.attacked.texts[part], self.attacked.labels[part]
@@ -131,7 +131,7 @@ class Attacked:
             columns = {name: getattr(found, name)[order].tolist() for name in PAYOFFS}
             return [{**row, "response": found.response} for row in _rows(columns)]
 
-        key = {"game": digest([game.solver, game.state_dict()]), "steps": steps}
+        key = {"game": [game.solver, game.state_dict()], "steps": steps}
         records = self._records("exploitability", {**key, "restarts": restarts}, compute)
         each = _columns(records, PAYOFFS)
         played, reached = (torch.tensor(_floats(each[name])) for name in PAYOFFS)
@@ -158,6 +158,19 @@ class Attacked:
 
 INCREASE = ("clean_loss", "correct", "from_zero", "from_random")
 PAYOFFS = ("played", "reached")
+
+
+def drawn(rows: Rows, count: int | None, seed: int) -> list[int]:
+    """Return the places of the rows that are attacked: in parts of like length, longest first.
+
+    What does not fit in memory breaks at once; in a part they are in the order of the data.
+    """
+    lengths = [len(text) if isinstance(text, str) else sum(map(len, text)) for text in rows.texts]
+    every = range(len(rows))
+    drawn = random.Random(seed).sample(every, min(count or len(rows), len(rows)))
+    order = sorted(drawn, key=lambda place: (-lengths[place], place))
+    parts = [sorted(order[start : start + STEP]) for start in range(0, len(order), STEP)]
+    return [place for part in parts for place in part]
 
 
 def taken(rows: Rows, places: Iterable[int]) -> Rows:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mixadv.ascent import check_integer
-from mixadv.robustness.data import Rows
+from mixadv.robustness.data import DataError, Rows
 from mixadv.tokens.reader import Text, longest, tokens
 
 
@@ -50,6 +50,9 @@ def text_batches(
         rows: as `read` returns them.
         batch_size: rows that the model reads at a time.
         max_length: tokens; the rest of a text is cut. None asks model and tokenizer.
+
+    Raises:
+        DataError: for a text without tokens, which no model can read.
     """
     check_integer("text_batches", "batch_size", batch_size, 1)
     device = next(model.parameters()).device
@@ -62,9 +65,21 @@ def text_batches(
         places = order[start : start + batch_size]
         chunk: list[Text] = [texts[i] for i in places]
         encoding = {k: v.to(device) for k, v in tokens(tokenizer, chunk, most).items()}
+        _check_tokens(encoding, rows, places)
         labels = torch.tensor([rows.labels[i] for i in places], device=device)
         made.append(Batch(_closure(model, encoding, labels), labels, places))
     return made
+
+
+def _check_tokens(encoding: Mapping[str, Tensor], rows: Rows, places: Sequence[int]) -> None:
+    """Raise DataError for a row that the tokenizer makes nothing of."""
+    counts = encoding.get("attention_mask", torch.ones_like(encoding["input_ids"])).sum(1).tolist()
+    for count, place in zip(counts, places, strict=True):
+        if not count:
+            raise DataError(
+                f"{rows.name}, row {place + 1}: the tokenizer finds no token in "
+                f"{rows.texts[place]!r:.60}, and a model cannot read nothing: leave the row out."
+            )
 
 
 def _closure(

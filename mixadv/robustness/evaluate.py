@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +12,7 @@ from torch import nn
 from mixadv.ascent import check_integer, check_number
 from mixadv.game import Game
 from mixadv.modules import unwrap
-from mixadv.robustness.attacked import STEP, Attacked
+from mixadv.robustness.attacked import Attacked, drawn
 from mixadv.robustness.data import Rows, read
 from mixadv.robustness.kept import Kept, as_json, digest
 from mixadv.robustness.measured import Measured
@@ -22,7 +21,7 @@ from mixadv.tokens import WordSubstitution
 from mixadv.tokens.reader import Reader, evaluating, longest
 from mixadv.validate import check_seed
 
-NONE: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 CLEAN = "clean"
 
 
@@ -33,8 +32,8 @@ def evaluate(
     *,
     text: str | tuple[str, str] | None = None,
     label: str = "label",
-    shifted: Mapping[str, Any] = NONE,
-    attacks: Mapping[str, WordSubstitution] = NONE,
+    shifted: Mapping[str, Any] = EMPTY,
+    attacks: Mapping[str, WordSubstitution] = EMPTY,
     radii: Sequence[float] = (0.05, 0.1, 0.2),
     increase_radius: float | None = 0.1,
     steps: int = 10,
@@ -60,7 +59,9 @@ def evaluate(
        predict, where it keeps them.
 
     Attacks, in embedding space too, are on the same rows. The model is in evaluation mode
-    meanwhile; it and the random state are left as they were, after an exception too.
+    meanwhile; it and the random state are left as they were, after an exception too. Of several
+    processes one alone may call this, unless the model is sharded or in fp16, or the game has not
+    played yet: they wait for each other then.
 
     Args:
         model: a sequence classifier of transformers.
@@ -76,8 +77,8 @@ def evaluate(
         steps: of each ascent.
         restarts: how many ascents of the loss increase start at random; of the best response, how
             many besides that from the strategy in play.
-        unit: the length of which radii are multiples; None measures the mean L2 norm of a token's
-            embedding in this model. To compare models in one ball, give each the unit of one.
+        unit: the length of which radii are multiples; None takes the `token_norm` of this model on
+            the rows that are attacked. To compare models in one ball, give each the unit of one.
         rows: how many are attacked, drawn by the seed alone; None takes all.
         game: that trained the model, such as `optimizer.game`.
         folder: keeps each part when it is finished, and an attack every 32 rows, under weights,
@@ -121,12 +122,9 @@ def evaluate(
     if max_length and most and max_length > most:
         raise ValueError(f"max_length is {max_length}, and the model reads {most} tokens.")
 
-    kept = Kept(
-        None if folder is None else Path(folder),
-        {"weights": digest(model), "tokenizer": digest(tokenizer), "tokens": reader.max_length},
-        progress,
-    )
-    places = _drawn(clean, rows, seed)
+    key = {"model": model, "tokenizer": tokenizer, "tokens": reader.max_length}
+    kept = Kept(None if folder is None else Path(folder), key, progress)
+    places = drawn(clean, rows, seed)
     made = Measured(model, tokenizer, kept, batch_size, max_length)
     under = Attacked(made, clean, places, seed)
     with evaluating(model):
@@ -177,19 +175,6 @@ def _check_players(
             "The game is played on another model than the one evaluated: pass the game that "
             "trained this model, or leave game out."
         )
-
-
-def _drawn(rows: Rows, count: int | None, seed: int) -> list[int]:
-    """Return the places of the rows that are attacked: in parts of like length, longest first.
-
-    What does not fit in memory breaks at once; in a part they are in the order of the data.
-    """
-    lengths = [len(text) if isinstance(text, str) else sum(map(len, text)) for text in rows.texts]
-    every = range(len(rows))
-    drawn = random.Random(seed).sample(every, min(count or len(rows), len(rows)))
-    order = sorted(drawn, key=lambda place: (-lengths[place], place))
-    parts = [sorted(order[start : start + STEP]) for start in range(0, len(order), STEP)]
-    return [place for part in parts for place in part]
 
 
 def _name(model: nn.Module) -> str:

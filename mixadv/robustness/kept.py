@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-FORMAT = 1  # of the files; a change in what sections hold makes the old ones unknown
+FORMAT = 2  # of the files; a change in what sections hold makes the old ones unknown
+SAVED = ("_name_or_path", "transformers_version", "architectures", "dtype")
+"""What a configuration says of where it was saved; the tensors have a dtype of their own."""
 
 
 class Kept:
@@ -29,7 +32,7 @@ class Kept:
 
     Args:
         folder: made when the first part is finished.
-        key: what all parts depend on.
+        key: what all parts depend on, any objects that `digest` knows.
         progress: show bars in a terminal.
     """
 
@@ -37,7 +40,7 @@ class Kept:
         if folder is not None and folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"folder is {folder}, a file: name a folder, or none.")
         self.folder = folder
-        self.key = {"format": FORMAT, **key}
+        self.key = "" if folder is None else digest([FORMAT, key])
         self.progress = progress
 
     def once(self, name: str, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
@@ -69,12 +72,13 @@ class Kept:
                 bar.update(part.stop - part.start)
         return found
 
-    def _path(self, name: str, key: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
-        whole = {"part": name, **self.key, **key}
-        file = re.sub(r"[^\w.-]+", "-", name) + f"-{digest(whole)[:12]}.json"
-        return None if self.folder is None else self.folder / file, as_json(whole)
+    def _path(self, name: str, key: Mapping[str, Any]) -> tuple[Path | None, str]:
+        if self.folder is None:
+            return None, ""
+        whole = digest([self.key, name, key])
+        return self.folder / (re.sub(r"[^\w.-]+", "-", name) + f"-{whole[:12]}.json"), whole
 
-    def _read(self, path: Path | None, key: dict[str, Any]) -> Any:
+    def _read(self, path: Path | None, key: str) -> Any:
         if path is None or not path.exists():
             return None
         try:
@@ -88,7 +92,7 @@ class Kept:
                 "is computed again."
             ) from None
 
-    def _write(self, path: Path | None, key: dict[str, Any], found: Any) -> Any:
+    def _write(self, path: Path | None, key: str, found: Any) -> Any:
         found = as_json(found)
         if path is not None:
             write(path, json.dumps({"key": key, "found": found}, allow_nan=False))
@@ -130,24 +134,27 @@ def as_json(value: Any) -> Any:
 def digest(value: Any) -> str:
     """Return a name that is the same for values that do the same, in another process too.
 
-    Modules count by their type and state, tokenizers by what they write, other objects by their
-    type and attributes, functions by their code and what they enclose.
+    Modules count by type, state and config, tokenizers by what they write, functions by their code
+    and what they enclose, classes by name, other objects by what a pickle would restore them from.
+
+    Raises:
+        TypeError: for an object that does not say what it is made of, such as an open file.
 
     Example:
         >>> digest({"radius": 0.1}) == digest({"radius": 0.1}), digest([1]) == digest([2])
         (True, False)
     """
-    seen: dict[int, Any] = {}
     known = hashlib.sha256()
-    _add(value, known.update, seen)
+    _add(value, known.update, {})
     return known.hexdigest()
 
 
 def _add(value: Any, add: Callable[[bytes], object], seen: dict[int, Any]) -> None:
     """Feed a hash; `seen` holds the objects on the way, so that a cycle ends."""
-    add(f"<{type(value).__module__}.{type(value).__qualname__}>".encode())
+    add(f"<{_name(type(value))}>".encode())
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        add(value if isinstance(value, bytes) else repr(value).encode())
+        raw = value if isinstance(value, bytes) else repr(value).encode()
+        add(b"%d:%b" % (len(raw), raw))
         return
     if id(value) in seen:
         add(str(list(seen).index(id(value))).encode())
@@ -159,15 +166,13 @@ def _add(value: Any, add: Callable[[bytes], object], seen: dict[int, Any]) -> No
     add(b"</>")
 
 
-def _parts(value: Any) -> Sequence[Any]:
+def _parts(value: Any) -> Iterable[Any]:
     """Return what an object is made of."""
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return [str(value.dtype), list(value.shape), raw.numpy().tobytes()]
-    if isinstance(value, np.ndarray):
-        return [str(value.dtype), list(value.shape), value.tobytes()]
     if isinstance(value, nn.Module):
-        return [dict(value.state_dict())]
+        return [[type(part) for part in value.modules()], dict(value.state_dict()), _config(value)]
     if hasattr(value, "get_vocab"):
         return [_tokenizer(value)]
     if isinstance(value, Mapping):
@@ -176,22 +181,43 @@ def _parts(value: Any) -> Sequence[Any]:
         return sorted(digest(part) for part in value)  # whose order differs between processes
     if isinstance(value, list | tuple):
         return value
+    if isinstance(value, type):
+        return [_name(value)]
     if isinstance(value, CodeType):
         return [value.co_code, value.co_names, value.co_consts]
-    if isinstance(value, MethodType):
-        return [value.__func__, value.__self__]
-    if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
-        return [getattr(value, "__qualname__", repr(value))]
-    return [vars(value)]
+    try:
+        if isinstance(value, FunctionType):
+            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            return [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
+        reduce = copyreg.dispatch_table.get(type(value))
+        made = reduce(value) if reduce else value.__reduce_ex__(4)
+    except Exception as error:
+        raise TypeError(
+            f"{value!r:.80} cannot be told apart from others of its kind ({error}), so that what "
+            "is measured with it cannot be kept: leave folder out."
+        ) from error
+    if isinstance(made, str):  # the name of something global
+        return [getattr(value, "__module__", None), made, getattr(value, "__wrapped__", None)]
+    return [list(part) if isinstance(part, Iterator) else part for part in made]
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _config(model: nn.Module) -> Any:
+    """Return a model's configuration, whatever folder and version it was saved by."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return config
+    return {k: v for k, v in config.to_dict().items() if k not in SAVED}
 
 
 def _tokenizer(tokenizer: Any) -> Any:
     """Return what a tokenizer does, without the padding and cutting of its last call."""
+    sides = [getattr(tokenizer, f"{what}_side", None) for what in ("padding", "truncation")]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return dict(sorted(tokenizer.get_vocab().items()))
+        return [sides, dict(sorted(tokenizer.get_vocab().items()))]
     kept = json.loads(backend.to_str())
-    return {k: v for k, v in kept.items() if k not in ("padding", "truncation")}
+    return [sides, {k: v for k, v in kept.items() if k not in ("padding", "truncation")}]

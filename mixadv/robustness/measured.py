@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from mixadv.game import Game
 from mixadv.robustness.batches import Batch, text_batches
 from mixadv.robustness.data import Rows
-from mixadv.robustness.kept import Kept, digest
+from mixadv.robustness.kept import Kept
 from mixadv.robustness.predictions import predict
 from mixadv.robustness.statistics import Estimate, bootstrap_difference
 
@@ -39,7 +39,7 @@ class Measured:
     max_length: int | None
 
     def predictions(
-        self, name: str, rows: Rows, game: Game | None = None, what: str = ""
+        self, name: str, rows: Rows, game: Game | None = None, what: Any = None
     ) -> Record:
         """Return how rows are predicted.
 
@@ -47,7 +47,7 @@ class Measured:
             name: of the rows.
             rows: to read.
             game: the mixture of whose samples predicts, in place of the model.
-            what: the learner that predicts, as its weights are digested; empty for those there are.
+            what: the learner that predicts; None for the model as it was given.
         """
 
         def compute() -> Record:
@@ -63,7 +63,7 @@ class Measured:
             sums = {"accuracy": estimate(found.accuracy), "loss": estimate(found.loss)}
             return {"rows": len(rows), **sums, "ece": found.ece, "per row": each}
 
-        key = {"rows": digest([rows.texts, rows.labels]), "learner": what}
+        key = {"rows": [rows.texts, rows.labels], "learner": what}
         return self.kept.once(name, key, compute)
 
     def shifted(self, clean: Record, sets: Mapping[str, Rows]) -> dict[str, Record]:
@@ -81,15 +81,13 @@ class Measured:
         learner = game.learner
         if learner is not None and learner.average_decay is not None:
             with game.averaged():
-                weights = digest(self.model)
                 found["mean"] = {
-                    name: self.predictions(f"{name}, mean", rows, what=weights)
+                    name: self.predictions(f"{name}, mean", rows, what=self.model)
                     for name, rows in sets.items()
                 }
         if learner is not None and learner.samples:
-            weights = digest(game.learner_samples)
             found["mixture"] = {
-                name: self.predictions(f"{name}, mixture", rows, game, weights)
+                name: self.predictions(f"{name}, mixture", rows, game, game.learner_samples)
                 for name, rows in sets.items()
             }
         sums = ("rows", "accuracy", "loss", "ece")

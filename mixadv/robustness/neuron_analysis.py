@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mixadv.robustness.tables import DASH, Table
+
 
 @dataclass(frozen=True)
 class NeuronAnalysis:
@@ -85,7 +87,7 @@ def table(analyses: Mapping[str, NeuronAnalysis]) -> str:
         }
         size = [f"{found.neurons} of {len(found.ranking)}"]
         rows.append([name, *size, *(f"{100 * numbers[kind]:.1f}" for kind in kinds)])
-    return _markdown(["model", "neurons", *kinds], rows)
+    return Table("", ["model", "neurons", *kinds], rows).markdown()
 
 
 def counts(analyses: Mapping[str, NeuronAnalysis]) -> str:
@@ -93,13 +95,8 @@ def counts(analyses: Mapping[str, NeuronAnalysis]) -> str:
     layers = max((found.layers for found in analyses.values()), default=0)
     tags = sorted({tag for found in analyses.values() for tag in found.tags})
     rows = [
-        [f"layer {i}", *(str(dict(enumerate(a.per_layer)).get(i, "–")) for a in analyses.values())]
+        [f"layer {i}", *(str(dict(enumerate(a.per_layer)).get(i, DASH)) for a in analyses.values())]
         for i in range(layers)
     ]
-    rows += [[tag, *(str(a.per_tag.get(tag, "–")) for a in analyses.values())] for tag in tags]
-    return _markdown(["neurons", *analyses], rows)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rows += [[tag, *(str(a.per_tag.get(tag, DASH)) for a in analyses.values())] for tag in tags]
+    return Table("", ["neurons", *analyses], rows).markdown()

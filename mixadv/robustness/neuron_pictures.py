@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mixadv.robustness.pictures import COLOURS
+
 if TYPE_CHECKING:
     from mixadv.robustness.neuron_analysis import NeuronAnalysis
 
-# Colours of Okabe and Ito, which colour-blind readers tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4488", "#E69F00", "#56B4E9", "#666666")
-TOP, RANDOM, OTHER = COLOURS[0], COLOURS[1], "#666666"
+TOP, RANDOM, OTHER = COLOURS[0], COLOURS[1], COLOURS[-1]
 
 
 def draw(analysis: NeuronAnalysis, path: Path) -> None:

@@ -25,7 +25,7 @@ PENALTIES = (1e-2, 3e-3, 1e-3)
 """What the penalty of the probe is chosen from."""
 
 
-def analyse(
+def analyse_neurons(
     train: Activations,
     held_out: Activations,
     *,

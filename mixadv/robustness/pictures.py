@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mixadv.robustness.attacked import increase_of
+from mixadv.robustness.predictions import BINS
 from mixadv.robustness.tables import unit
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 """Of Okabe and Ito, which colour-blind readers tell apart."""
-BINS = 15  # of the calibration error
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,

@@ -17,6 +17,8 @@ from mixadv.robustness.batches import Batch, check_reading, in_order
 from mixadv.robustness.statistics import Estimate, bootstrap, bootstrap_difference
 from mixadv.tokens.reader import evaluating
 
+BINS = 15  # of the calibration error, as in Guo et al.
+
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
@@ -95,7 +97,7 @@ def predict(
 
 
 def expected_calibration_error(
-    probabilities: ArrayLike, labels: ArrayLike, bins: int = 15
+    probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS
 ) -> float:
     """Return by how much confidence and accuracy differ.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax
-from sklearn.preprocessing import StandardScaler
+
+if TYPE_CHECKING:
+    from sklearn.preprocessing import StandardScaler
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Probe:
             raise ValueError(
                 f"penalty must be at least 0 and l1_ratio in [0, 1], got {penalty} and {l1_ratio}."
             )
+        from sklearn.preprocessing import StandardScaler  # slow to import
+
         scaler = StandardScaler().fit(features)
         x = np.asarray(scaler.transform(features), np.float32)
         size = x.shape[1] * classes

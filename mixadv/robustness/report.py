@@ -12,7 +12,16 @@ import numpy as np
 
 from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.kept import write
-from mixadv.robustness.tables import NOTHING, Table, number, quartiles, share, success, tables
+from mixadv.robustness.tables import (
+    DASH,
+    INCREASES,
+    Table,
+    number,
+    quartiles,
+    share,
+    success,
+    tables,
+)
 from mixadv.robustness.vicinity import all_correct
 
 FILE = "report.json"
@@ -106,9 +115,7 @@ def compare(reports: Mapping[str, Report]) -> str:
     for name, more in _increases(sections, notes).items():
         cells[name].update(more)
     columns = dict.fromkeys(column for row in cells.values() for column in row)
-    rows = [
-        [name, *(row.get(column, NOTHING) for column in columns)] for name, row in cells.items()
-    ]
+    rows = [[name, *(row.get(column, DASH) for column in columns)] for name, row in cells.items()]
     return "\n\n".join([Table("", ["model", *columns], rows).markdown(), *notes]) + "\n"
 
 
@@ -170,11 +177,11 @@ def _increases(
     notes.append(
         f"Loss increase: median (quartiles) of {count} rows that are classified correctly by all."
     )
-    names = {"increase": "loss increase", "from_random": "from random", "clean_loss": "clean loss"}
     return {
         model: {
             f"{what} {radii[model]:g}" if of != "clean_loss" else what: quartiles(row[of])
-            for of, what in names.items()
+            for of, what in INCREASES.items()
+            if of != "from_zero"  # random starts alone are the published measure
         }
         for model, row in sums.items()
     }

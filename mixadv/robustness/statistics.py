@@ -199,14 +199,13 @@ def _of_constants(sets: Sequence[NDArray[Any]], value: float, level: float) -> E
     if not all(x.dtype == bool for x in sets):
         bound = math.nan if min(map(len, sets)) == 1 else value
         return Estimate(value, bound, bound)
-    low, high = value, value
-    for sign, x in zip((1, -1), sets, strict=False):
+    below, above = [], []
+    for sign, x in zip((1, -1), sets, strict=False):  # the second set is taken away
         interval = stats.binomtest(int(x.sum()), len(x)).proportion_ci(level, "wilson")
-        # One of the distances is 0: the accuracy is 0 or 1.
-        below, above = float(x[0]) - interval.low, interval.high - float(x[0])
-        low -= below if sign > 0 else above
-        high += above if sign > 0 else below
-    return Estimate(value, low, high)
+        down, up = (float(x[0]) - interval.low, interval.high - float(x[0]))[::sign]
+        below.append(down)
+        above.append(up)
+    return Estimate(value, value - math.hypot(*below), value + math.hypot(*above))
 
 
 def _named(statistic: Statistic) -> Callable[..., Any]:

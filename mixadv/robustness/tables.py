@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-NOTHING = "–"
+DASH = "–"  # where there is no number
+INCREASES = {
+    "increase": "loss increase",
+    "from_zero": "from zero",
+    "from_random": "from random",
+    "clean_loss": "clean loss",
+}
+"""What a loss increase measures, in words."""
 
 
 class Table(NamedTuple):
@@ -61,7 +68,7 @@ def quartiles(found: Mapping[str, Any]) -> str:
 
 def _estimate(value: Any, write: Any) -> str:
     if not isinstance(value, Mapping):
-        return NOTHING if value is None else write(value)
+        return DASH if value is None else write(value)
     if value["value"] is None or value["low"] is None:
         return _estimate(value["value"], write)
     return f"{write(value['value'])} ({write(value['low'])} to {write(value['high'])})"
@@ -115,17 +122,12 @@ def _increase(sections: Mapping[str, Any]) -> Table | None:
     found, about = sections["loss increase"], sections["about"]
     rows = [
         [what, *(number(found[name][key]) for key in ("lower", "median", "upper"))]
-        for name, what in {
-            "increase": "largest increase",
-            "from_zero": "from zero",
-            "from_random": f"from {found['restarts']} random starts",
-            "clean_loss": "clean loss",
-        }.items()
+        for name, what in INCREASES.items()
         if name in found
     ]
     title = (
         f"Loss increase within {found['radius']:g} {unit(about)} "
-        f"({found['n']} rows that are classified correctly)"
+        f"({found['restarts']} random starts, {found['n']} rows that are classified correctly)"
     )
     return Table(title, ("", "lower quartile", "median", "upper quartile"), rows)
 

@@ -84,7 +84,8 @@ def loss_increase(
 
     The model is in evaluation mode meanwhile and left as it was. A row's random starts depend on
     the seed and its place in the data set, not on its batch. Costs `(steps + 1)·(restarts + 1)`
-    forwards and nearly as many backwards.
+    forwards and nearly as many backwards. Of several processes each measures its own batches and
+    waits for no other, unless the model is sharded or in fp16.
 
     Args:
         model: which the closures call.
@@ -92,7 +93,8 @@ def loss_increase(
         radius: ε, in units.
         steps: K of each ascent.
         restarts: how many ascents start at random.
-        unit: a length; None takes `token_norm`. Give one where models are compared in one ball.
+        unit: a length; None takes the `token_norm` of these batches, a forward for each. Give one
+            where models are compared in one ball.
         seed: of the random starts.
         progress: whether to show a bar.
 
