@@ -9,13 +9,10 @@ import numpy as np
 from mixadv.robustness import all_correct
 from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.statistics import Comparison, paired
-from mixadv.robustness.tables import Table
+from mixadv.robustness.tables import DASH, INCREASES, Table
 from studying.findings import Findings, Values, differences, first
 from studying.plan import BUDGETS, PLAIN, Budget
 from training.results import over_seeds
-
-NONE = "–"
-"""A cell without a number."""
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -26,7 +23,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def signed(comparison: Comparison | None) -> str:
     """Return a difference and the half width of its interval."""
     if comparison is None:
-        return NONE
+        return DASH
     value, _, high = comparison.difference
     half = "" if math.isnan(high) else f" ± {high - value:.1f}"
     return f"{value:+.1f}{half}"
@@ -38,7 +35,7 @@ def official(findings: Findings, task: str) -> str:
     rows = []
     found = {b: differences(findings, b) for b in ("epochs", "compute")}
     for name, method in study.methods.items():
-        cells = [name, NONE if method.cost is None else f"{method.cost:.1f}"]
+        cells = [name, DASH if method.cost is None else f"{method.cost:.1f}"]
         for budget in ("epochs", "compute"):
             values = findings.official(task, name, budget)
             cells += [over_seeds(values.values()), signed(found[budget].get((task, name)))]
@@ -94,9 +91,8 @@ def _increases(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     found = {method: increase_of(one["loss increase"]) for method, one in sections.items()}
     if not found or not np.all([one.correct for one in found.values()], axis=0).any():
         return {}
-    names = {"increase": "loss increase", "from_random": "from random", "clean_loss": "clean loss"}
     return {
-        method: {column: one[name]["median"] for name, column in names.items()}
+        method: {column: one[name]["median"] for name, column in INCREASES.items()}
         for method, one in all_correct(found).items()
     }
 
@@ -117,7 +113,7 @@ def learners(findings: Findings, budget: Budget) -> str:
                 cells = [over_seeds(last.values())]
                 for name in ("mean", "mixture"):
                     other = kept.get(name)
-                    cells.append(over_seeds(other.values()) if other else NONE)
+                    cells.append(over_seeds(other.values()) if other else DASH)
                     cells.append(signed(paired(other, last) if other else None))
                 rows.append([task, method, *cells])
     head = ["task", "method", "last", "mean", "− last", "mixture", "− last"]
@@ -133,7 +129,7 @@ def exploitability(findings: Findings, budget: Budget) -> str:
             lines = [findings.line(task, method, budget, seed) for seed in study.seeds]
             found = [line["exploitability"] for line in lines if line.get("exploitability")]
             gains.append(over_seeds((one["gain"] for one in found), ".3g"))
-        if way.played is not None and any(gain != NONE for gain in gains):
+        if way.played is not None and any(gain != DASH for gain in gains):
             payoff = "loss" if way.played.gain == "loss" else "divergence"
             rows.append([method, payoff, f"{way.played.radius:g}", *gains])
     return markdown(["method", "payoff", "radius", *study.tasks], rows) if rows else ""
@@ -165,7 +161,7 @@ def rates(findings: Findings) -> str:
             scores = []
             for run in study.search(task, method):
                 line = findings.results.get(run.key)
-                score = f"{100 * first(line['last']['held-out']):.1f}" if line else NONE
+                score = f"{100 * first(line['last']['held-out']):.1f}" if line else DASH
                 bold = "**" if run.learning_rate == chosen else ""
                 scores.append(f"{bold}{run.learning_rate:g}: {score}{bold}")
             cells.append(", ".join(scores) or f"{chosen:g}")
