@@ -30,6 +30,7 @@ from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
 from mixadv.explain import solver_table
 from mixadv.games import METHODS, PARTICLE_METHODS
+from mixadv.robustness import NeuronAnalysis, neuron_analysis
 from tests.substitution_zoo import word_tokenizer
 from tests.zoo import player
 
@@ -188,6 +189,15 @@ def test_the_table_of_methods_is_that_of_the_registry():
         proved = getattr(method, "bound", "none")
         assert bound == ("–" if proved == "none" else proved)
         assert (output, paper) == (method.output, method.paper)
+
+
+def test_the_table_of_neurons_is_that_of_the_analyses():
+    folder = ROOT / "examples" / "results" / "neurons"
+    names = ("before", "plain", "freelb", "words")
+    found = {
+        name: NeuronAnalysis(**json.loads((folder / f"{name}.json").read_text())) for name in names
+    }
+    assert neuron_analysis.table(found) in README
 
 
 def anchor(heading: str) -> str:
