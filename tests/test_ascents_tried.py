@@ -87,6 +87,7 @@ def test_without_dropout_the_ascent_is_that_of_evaluation_mode():
         assert all(module.training for module in stage.game.model.modules())
 
 
+@pytest.mark.slow
 def test_it_trains_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -8,6 +8,7 @@ import pytest
 import directions
 
 
+@pytest.mark.slow
 def test_it_trains_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

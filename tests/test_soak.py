@@ -89,7 +89,13 @@ def assert_nothing_is_held(run: Run, steps: int) -> None:
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+USUAL = ("pgd", "freelb", "cat", "mat")  # each keeps something else; the others are slow tests
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in SOLVERS],
+)
 def test_fifty_steps_hold_no_more_than_twelve(name: str):
     run = Run(name)
     run.train(WARM_UP)

@@ -22,7 +22,7 @@ import tokenizers
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -127,6 +127,7 @@ def test_all_choose_from_the_same_rates_by_a_seed_and_rows_that_are_not_reported
         build(search_seed=1)
 
 
+@settings(max_examples=10)  # a study is played for each
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=4, unique=True))
 def test_the_rate_that_is_trained_with_is_the_best_on_held_out_rows(scores: list[float]):
     rates = tuple(0.1 * (i + 1) for i in range(len(scores)))
@@ -192,6 +193,7 @@ def test_half_of_the_rows_is_half_of_them():
 # What is reported ------------------------------------------------------------------------------
 
 
+@settings(max_examples=10)  # a study is played for each
 @given(st.integers(0, 10**6))
 def test_differences_are_those_of_a_paired_t_test(seed: int):
     study = build()
@@ -207,6 +209,7 @@ def test_differences_are_those_of_a_paired_t_test(seed: int):
         )
 
 
+@settings(max_examples=10)  # a study is played for each
 @given(st.integers(0, 10**6))
 def test_groups_are_means_over_their_methods(seed: int):
     methods = METHODS | {"pgd": Method("pgd")}
