@@ -29,13 +29,14 @@ OFFICIAL = (
     "one that costs more less often."
 )
 ROBUST = (
-    "Means over seeds ± half of Student's 95 % interval. `PGD r`: accuracy at the end of {steps} "
-    "steps in an L2 ball of r token norms of the untrained encoder, on {rows} rows. `loss "
-    "increase`: median of the largest found in a ball of {increase_radius:g}, from δ = 0 and from "
-    "{restarts} random starts, on the rows that all methods get right with a seed; `from zero`, "
-    "`from random`: by these starts alone; `clean loss`: median on these rows. Shifted sets: "
-    "accuracy, and the drop from that on {clean_rows} clean rows. `under`: accuracy under attack by that source "
-    "of words, with the words changed in a success and the texts read per row that was right. "
+    "Means over seeds ± half of Student's 95 % interval. `PGD r`: accuracy at the end of "
+    "{steps} steps in an L2 ball of r token norms of the untrained encoder, on {rows} rows. "
+    "`loss increase`: median of the largest found in a ball of {increase_radius:g}, from δ = "
+    "0 and from {restarts} random starts, on the rows that all methods get right with a seed;"
+    " `from zero`, `from random`: by these starts alone; `clean loss`: median on these rows. "
+    "Shifted sets: accuracy, and the drop from that on {clean_rows} clean rows. `under`: "
+    "accuracy under attack by that source of words, with the words changed in a success and "
+    "the texts read per row that was right. "
     "`ECE`: expected calibration error, in per cent."
 )
 EXPLOITED = (
