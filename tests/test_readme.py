@@ -159,8 +159,8 @@ def test_measured_tables_are_those_of_the_results(name: str):
     assert training.table([json.loads(line) for line in lines]) in README
 
 
-@pytest.mark.parametrize("name", ["equilibrium", "bounds", "attack", "attack_game"])
-def test_tables_of_games_are_those_of_the_results(name: str):
+@pytest.mark.parametrize("name", ["equilibrium", "bounds", "attack", "attack_game", "evaluate"])
+def test_tables_are_those_of_the_results(name: str):
     assert (ROOT / "examples" / "results" / f"{name}.md").read_text() in README
 
 
