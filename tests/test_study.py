@@ -566,7 +566,7 @@ def test_the_study_that_is_published_can_be_read_and_its_report_follows_from_its
     assert text == (path.parent / "report.md").read_text()
     readme = (EXAMPLES.parent / "README.md").read_text()
     findings = Findings(study, results)
-    for task in study.tasks:
-        if findings.official(task, "plain", "epochs"):
+    if summary.missing(findings) == "nothing":
+        for task in study.tasks:
             assert tables.official(findings, task) in readme
-    assert summary.grouped(findings) in readme
+        assert summary.grouped(findings) in readme
