@@ -33,7 +33,7 @@ def gains(findings: Findings, path: Path) -> Path | None:
             )
         axes.axvline(0, color="0.4", linewidth=1)
         axes.set_yticks(range(len(methods)), methods)
-        axes.invert_yaxis()
+        axes.set_ylim(len(methods) - 0.5, -0.5)
         axes.set(
             title=task, xlabel=f"difference to plain training, points\n({findings.metric(task)})"
         )
