@@ -12,7 +12,6 @@ JSON line per row, so that a killed attack goes on where it was when the same co
     python examples/attack.py --model runs/intent/*/last --task intents --neighbours typos
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -33,7 +32,7 @@ import intent
 from mixadv.tokens import Attack, Similarity, WordSubstitution, summary
 from training import command, data, model
 from training.data import Task
-from training.options import Parser, positive
+from training.options import positive, script
 from training.results import EMBEDDED_MODEL
 from training.substitution import SOURCES, candidates
 
@@ -43,12 +42,7 @@ HEAD = ("model", "rows", "clean", "under attack", "success %", "words", "queries
 
 def arguments(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
-    parser = Parser(
-        prog="attack.py",
-        usage="%(prog)s --model FOLDER ... [options]",
-        description=__doc__,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
-    )
+    parser = script("attack", "--model FOLDER ... [options]", __doc__)
     add = parser.add_argument
     text = "fine-tuned classifiers, folders or hub names"
     add("--model", nargs="+", required=True, metavar="FOLDER", help=text)

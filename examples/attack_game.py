@@ -11,7 +11,6 @@ duality gap, and the value by linear programming for comparison.
     python examples/attack_game.py --mat 8 --updates 60 --neighbours typos
 """
 
-import argparse
 import json
 import sys
 from argparse import Namespace
@@ -37,7 +36,7 @@ from theory import oracles
 from training import command
 from training.data import Task
 from training.loop import Keeping, Training
-from training.options import Parser, positive
+from training.options import positive, script
 from training.results import EMBEDDED_MODEL, Run
 from training.substitution import SOURCES, candidates
 
@@ -52,12 +51,7 @@ HELPS = 0.001  # in probability, from which a mixture is said to help
 
 def arguments(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
-    parser = Parser(
-        prog="attack_game.py",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
-    )
+    parser = script("attack_game", "[options]", __doc__)
     add = parser.add_argument
     text = "fine-tuned classifiers, folders or hub names: a row each, or with --dropout a game each"
     add("--model", nargs="+", default=[], metavar="FOLDER", help=text)

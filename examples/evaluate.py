@@ -29,18 +29,13 @@ from mixadv.robustness.attacked import drawn, taken
 from mixadv.robustness.kept import write
 from mixadv.tokens import WordSubstitution
 from training import command, model
-from training.options import Parser, positive
+from training.options import positive, script
 from training.substitution import SOURCES, candidates
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
-    parser = Parser(
-        prog="evaluate.py",
-        usage="%(prog)s --model FOLDER ... --data FILE [options]",
-        description=__doc__,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
-    )
+    parser = script("evaluate", "--model FOLDER ... --data FILE [options]", __doc__)
     add = parser.add_argument
     text = "fine-tuned classifiers, folders or hub names"
     add("--model", nargs="+", required=True, metavar="FOLDER", help=text)

@@ -30,7 +30,7 @@ from pretraining.tasks import encoder
 from training import model as finetuning
 from training.command import answer
 from training.evaluation import mean_token_norm
-from training.options import WIDTH, Parser, positive
+from training.options import positive, script
 
 STEPS = 5  # of the attack
 Batch = dict[str, Tensor]
@@ -52,14 +52,7 @@ class Rows(NamedTuple):
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(
-        prog="masked_loss.py",
-        description=__doc__,
-        usage="%(prog)s MODEL ... [options]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=28, width=WIDTH
-        ),
-    )
+    parser = script("masked_loss", "MODEL ... [options]", __doc__, column=28)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folders or hub models, with one tokenizer")
     text = "as for pretrain.py (default: %(default)s)"

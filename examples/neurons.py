@@ -12,7 +12,6 @@ folder, and is not repeated.
     python examples/neurons.py --data universal_dependencies:en_ewt --model before=minilm
 """
 
-import argparse
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -28,7 +27,7 @@ from mixadv.robustness.neuron_analysis import counts, table
 from mixadv.robustness.neuron_pictures import compare_layers, compare_tags
 from training import command, data, model
 from training.data import DataError
-from training.options import Parser, positive
+from training.options import positive, script
 
 HUB = "universal_dependencies:en_ewt"
 SPLITS = ("train", "dev")
@@ -37,12 +36,7 @@ Tagged = tuple[list[list[str]], list[list[str]]]
 
 def arguments(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
-    parser = Parser(
-        prog="neurons.py",
-        usage="%(prog)s --model NAME=FOLDER ... [options]",
-        description=__doc__,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
-    )
+    parser = script("neurons", "--model NAME=FOLDER ... [options]", __doc__)
     add = parser.add_argument
     text = "models, each with a name for the tables"
     add("--model", nargs="+", required=True, metavar="NAME=FOLDER", help=text)

@@ -31,7 +31,7 @@ import mixadv
 from pretraining import corpus, curves, models, tasks
 from pretraining.trainer import AdversarialPretrainingTrainer, PretrainingTrainer
 from training.command import answer
-from training.options import WIDTH, Parser, positive
+from training.options import positive, script
 from training.parameters import PLAIN, known, parameters
 
 LOGGED = 100  # points of the training loss in a curve
@@ -39,14 +39,7 @@ LOGGED = 100  # points of the training loss in a curve
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(
-        prog="pretrain.py",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=28, width=WIDTH
-        ),
-    )
+    parser = script("pretrain", "[options]", __doc__, column=28)
     add = parser.add_argument_group("text and model").add_argument
     text = f"{', '.join(tasks.OBJECTIVES)} (default: %(default)s)"
     add("--objective", default="mlm", metavar="NAME", help=text)

@@ -12,7 +12,6 @@ report.md is written, with tables and pictures.
     python examples/study.py examples/study/study.toml --report
 """
 
-import argparse
 import fcntl
 import sys
 from argparse import Namespace
@@ -31,19 +30,14 @@ from studying.reading import read
 from studying.render import render
 from studying.work import load, train
 from training import command
-from training.options import Parser, positive
+from training.options import positive, script
 from training.results import append, finished
 from training.substitution import candidates
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
-    parser = Parser(
-        prog="study.py",
-        usage="%(prog)s STUDY [options]",
-        description=__doc__,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
-    )
+    parser = script("study", "STUDY [options]", __doc__)
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY", help="a TOML file; results are written beside it")
     text = "in place of the hub: a folder with a folder for each data set, as for the other scripts"

@@ -38,6 +38,29 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{Path(self.prog).stem}: {message}\n")
 
 
+def script(
+    name: str, usage: str, manual: str, epilog: str | None = None, column: int = 24
+) -> Parser:
+    """Return a parser that prints a manual as it is written.
+
+    Args:
+        name: of the script.
+        usage: what comes after its name.
+        manual: what it does, and examples.
+        epilog: the manual's end.
+        column: where the help of options begins.
+    """
+    return Parser(
+        prog=f"{name}.py",
+        usage=f"%(prog)s {usage}",
+        description=manual,
+        epilog=epilog,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=column, width=WIDTH
+        ),
+    )
+
+
 def _epilog() -> str:
     """Return the manual's end, with the solvers and parameters that there are."""
     shared = [f.name for f in fields(Ascent)]
@@ -72,15 +95,7 @@ def parser(
         own: adds the script's own options to a group.
         defaults: of settings, where they are not those of `Run`.
     """
-    parser = Parser(
-        prog=f"{name}.py",
-        usage="%(prog)s [options]",
-        description=manual,
-        epilog=_epilog(),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=28, width=WIDTH
-        ),
-    )
+    parser = script(name, "[options]", manual, _epilog(), column=28)
     default = {f.name: f.default for f in fields(Run)} | defaults
 
     group = parser.add_argument_group("task and model")
