@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 import glue
 import intent
+from mixadv.robustness import kept
 from mixadv.tokens import Attack, Similarity, WordSubstitution, summary
 from training import command, data, model
 from training.data import Task
@@ -148,11 +149,8 @@ def read(file: Path) -> list[tuple[Attack, float]]:
 
 def write(file: Path, found: Sequence[tuple[Attack, float]]) -> None:
     """Write attacks as JSON lines, all or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({**asdict(one), "seconds": seconds}) + "\n" for one, seconds in found]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(lines))
-    temporary.replace(file)
+    kept.write(file, "".join(lines))
 
 
 def run(
@@ -194,7 +192,7 @@ def row(name: str, found: Sequence[tuple[Attack, float]]) -> list[str]:
 def work(options: Namespace) -> str:
     """Attack all models; return the table."""
     transformers.utils.logging.disable_progress_bar()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = model.device()
     task, attack = load_task(options), load_attack(options, device)
     rows = [run(name, options, attack, task, device) for name in options.model]
     lines = [list(HEAD), ["---"] * len(HEAD), *rows]

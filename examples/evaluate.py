@@ -21,7 +21,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from mixadv.robustness import Report, compare, evaluate, pictures, read, text_batches, token_norm
@@ -94,7 +93,7 @@ def load(name: str, **head: Any) -> tuple[Any, Any]:
             f"The model {name} has no head for classes, {min(info['missing_keys'])} is missing: "
             "fine-tune it first, with glue.py or intent.py and --save."
         )
-    return found.to(torch.accelerator.current_accelerator() or torch.device("cpu")), tokenizer
+    return found.to(model.device()), tokenizer
 
 
 def shortened(names: list[str], parts: int) -> dict[str, str]:

@@ -17,7 +17,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from tqdm.auto import tqdm
 
@@ -115,8 +114,7 @@ def load_model(name: str) -> tuple[Any, Any]:
         raise ValueError(f"The model {name} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return encoder.to(device), tokenizer
+    return encoder.to(model.device()), tokenizer
 
 
 def run(name: str, where: str, options: Namespace, rows: dict[str, Tagged]) -> NeuronAnalysis:

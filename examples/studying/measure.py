@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from datasets import Dataset
 
@@ -40,7 +39,7 @@ def measure(
     with model.quiet():
         classifier = transformers.AutoModelForSequenceClassification.from_pretrained(where)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    classifier.to(torch.accelerator.current_accelerator() or "cpu")
+    classifier.to(model.device())
     split = load(subject.script, run.task, folder, run.train).splits[subject.evaluate[0]]
     rows = split.shuffle(seed=0).select(range(min(asked.clean_rows, len(split))))
     report = evaluate(

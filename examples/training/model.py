@@ -76,8 +76,12 @@ def load_masked(name: str) -> tuple[Any, Any]:
             f"{name} has no language-model head, among others {min(info['missing_keys'])} is "
             "missing: train one first, with pretrain.py --only-new."
         )
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return model.eval().to(device), tokenizer
+    return model.eval().to(device()), tokenizer
+
+
+def device() -> torch.device:
+    """Return where models are evaluated: the accelerator, without one the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 @contextmanager
