@@ -59,6 +59,16 @@ class Findings:
         split = self.study.tasks[task].evaluate[0]
         return self.values(task, method, budget, lambda line: first(line["last"][split]))
 
+    def attacked(self, task: str, method: str, budget: Budget) -> Values:
+        """Return the accuracy under PGD in the largest ball by seed, in per cent."""
+        found = {s: self.measured(task, method, budget, s) for s in self.study.seeds}
+        largest = max(self.study.measure.radii)
+        return {
+            seed: 100 * of["radii"]["accuracy"][of["radii"]["radii"].index(largest)]["value"]
+            for seed, of in found.items()
+            if of
+        }
+
     def metric(self, task: str) -> str:
         """Return the name of the official metric, and of its split."""
         split = self.study.tasks[task].evaluate[0]
@@ -76,14 +86,19 @@ def first(metrics: Mapping[str, float]) -> float:
 
 # Differences -----------------------------------------------------------------------------------
 
+Read = Callable[[Findings, str, str, Budget], Values]
+"""What is compared: the values by seed of a task, a method and a budget."""
 
-def differences(findings: Findings, budget: Budget) -> dict[tuple[str, str], Comparison]:
+
+def differences(
+    findings: Findings, budget: Budget, read: Read = Findings.official
+) -> dict[tuple[str, str], Comparison]:
     """Return the difference of each method to plain training, by task and method."""
     found = {}
     for task in findings.study.tasks:
-        plain = findings.official(task, PLAIN, budget)
+        plain = read(findings, task, PLAIN, budget)
         for method in findings.study.methods:
-            values = findings.official(task, method, budget)
+            values = read(findings, task, method, budget)
             if method != PLAIN and plain.keys() & values.keys():
                 found[task, method] = paired(values, plain)
     return found
@@ -109,11 +124,13 @@ def groups(study: Study) -> dict[str, list[str]]:
     return found
 
 
-def contrasts(findings: Findings, task: str, budget: Budget) -> dict[str, Comparison | None]:
+def contrasts(
+    findings: Findings, task: str, budget: Budget, read: Read = Findings.official
+) -> dict[str, Comparison | None]:
     """Return how groups of methods differ, each the mean over its methods, seed by seed."""
-    means = {PLAIN: findings.official(task, PLAIN, budget)}
+    means = {PLAIN: read(findings, task, PLAIN, budget)}
     for group, methods in groups(findings.study).items():
-        of = [findings.official(task, method, budget) for method in methods]
+        of = [read(findings, task, method, budget) for method in methods]
         seeds = set.intersection(*(set(values) for values in of)) if of else set()
         means[group] = {seed: sum(v[seed] for v in of) / len(of) for seed in seeds}
     return {

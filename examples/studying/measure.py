@@ -25,7 +25,9 @@ DIGITS = 4  # that count, of numbers of single rows
 def measure(
     run: Run, key: str, subject: Subject, asked: Measures, folder: str, output: Path
 ) -> dict[str, Any]:
-    """Return the line of what was measured of a saved model.
+    """Return the line of what was measured of a saved model, on rows that the run's seed draws.
+
+    So the spread over seeds has that of the rows in it, and methods still share those of a seed.
 
     Args:
         run: that saved it.
@@ -41,7 +43,7 @@ def measure(
         tokenizer = transformers.AutoTokenizer.from_pretrained(where)
     classifier.to(model.device())
     split = load(subject.script, run.task, folder, run.train).splits[subject.evaluate[0]]
-    rows = split.shuffle(seed=0).select(range(min(asked.clean_rows, len(split))))
+    rows = split.shuffle(seed=run.seed).select(range(min(asked.clean_rows, len(split))))
     report = evaluate(
         classifier,
         tokenizer,
@@ -55,6 +57,7 @@ def measure(
         unit=unit(run.model, run.max_length, subject.script, run.task, folder, run.train),
         rows=asked.rows,
         max_length=run.max_length,
+        seed=run.seed,
         folder=output / run.key / "measured",
         progress=False,
         name=run.key,

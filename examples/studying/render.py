@@ -21,7 +21,8 @@ GROUPS = (
 OFFICIAL = (
     "Mean over seeds ± half of Student's 95 % interval, times 100, of the last weights: no "
     "checkpoint is chosen. Differences to plain training are paired: the same seed draws the same "
-    "training rows and their order. An interval is that of a single comparison, and of twenty one "
+    "training rows and their order; the test rows are the same for all, and their choice is in no "
+    "interval. An interval is that of a single comparison, and of twenty one "
     "misses by chance: the summary corrects for their number. `passes`: what an update costs in "
     "plain updates; a forward, a backward to the activations and one to the weights count alike. "
     "At equal compute every method gets {compute:g} times the passes of plain training at equal "
@@ -30,7 +31,8 @@ OFFICIAL = (
 )
 ROBUST = (
     "Means over seeds ± half of Student's 95 % interval. `PGD r`: accuracy at the end of "
-    "{steps} steps in an L2 ball of r token norms of the untrained encoder, on {rows} rows. "
+    "{steps} steps in an L2 ball of r token norms of the untrained encoder, on {rows} rows, others "
+    "for each seed. "
     "`loss increase`: median of the largest found in a ball of {increase_radius:g}, from δ = "
     "0 and from {restarts} random starts, on the rows that all methods get right with a seed;"
     " `from zero`, `from random`: by these starts alone; `clean loss`: median on these rows. "
@@ -69,7 +71,7 @@ def render(study: Study, results: Mapping[str, Any], folder: Path, command: str)
         "# What adversarial training bought",
         about(findings, command),
         "## Summary",
-        "\n".join(summary.verdict(findings, budget) for budget in ("epochs", "compute")),
+        "\n".join(summary.verdict(findings, *of) for of in summary.compared(findings)),
         summary.grouped(findings),
         GROUPS.format(**{group: ", ".join(of) for group, of in groups(study).items()}),
         *(f"![{text}]({file})" for file, text in PICTURES.items() if file in drawn),

@@ -1,27 +1,36 @@
 """The summary of a study: what its tables answer, in sentences that follow from the numbers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
-from studying.findings import CONTRASTS, Findings, adjusted, contrasts, differences
-from studying.plan import BUDGETS, Budget
+from studying.findings import CONTRASTS, Findings, Read, adjusted, contrasts, differences
+from studying.plan import BUDGETS, MEASURED, Budget
 from studying.tables import markdown, signed
 
 ALPHA = 0.05
 Pair = tuple[str, str]
 
 
-def verdict(findings: Findings, budget: Budget) -> str:
+def compared(findings: Findings) -> Iterator[tuple[str, Budget, Read]]:
+    """Yield what is compared at which budget: the official metric, accuracy under PGD."""
+    for budget in ("epochs", "compute"):
+        yield "official metric", budget, Findings.official
+    for budget in MEASURED:
+        yield f"PGD {max(findings.study.measure.radii):g}", budget, Findings.attacked
+
+
+def verdict(findings: Findings, what: str, budget: Budget, read: Read) -> str:
     """Return how many methods differ from plain training, before and after the correction."""
-    found = differences(findings, budget)
+    found = differences(findings, budget, read)
+    title = f"{what[0].upper()}{what[1:]}, {BUDGETS[budget]}"
     if not found:
-        return f"- {BUDGETS[budget].capitalize()}: nothing to compare yet."
+        return f"- {title}: nothing to compare yet."
     corrected = adjusted(found)
     above = _named(found, lambda pair: found[pair].difference.low > 0)
     below = _named(found, lambda pair: found[pair].difference.high < 0)
     sure = _named(found, lambda pair: corrected[pair] < ALPHA)
     higher = sum(c.difference.value > 0 for c in found.values())
     return (
-        f"- {BUDGETS[budget].capitalize()}: of {len(found)} comparisons with plain training, "
+        f"- {title}: of {len(found)} comparisons with plain training, "
         f"{higher} have a higher mean. The 95 % interval of the difference is above 0 for {above}; "
         f"below 0 for {below}. After Holm's correction, at {ALPHA:g}, what differs is: {sure}."
     )
@@ -36,11 +45,12 @@ def grouped(findings: Findings) -> str:
     """Return the table of differences between groups of methods."""
     rows = []
     for task in findings.study.tasks:
-        for budget in ("epochs", "compute"):
-            found = contrasts(findings, task, budget)
+        for what, budget, read in compared(findings):
+            found = contrasts(findings, task, budget, read)
             if any(found.values()):
-                rows.append([task, BUDGETS[budget], *(signed(one) for one in found.values())])
-    return markdown(["task", "budget", *CONTRASTS], rows) if rows else ""
+                signs = [signed(one) for one in found.values()]
+                rows.append([task, what, BUDGETS[budget], *signs])
+    return markdown(["task", "what", "budget", *CONTRASTS], rows) if rows else ""
 
 
 def missing(findings: Findings) -> str:
