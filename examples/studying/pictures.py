@@ -57,7 +57,7 @@ def attacked(findings: Findings, path: Path, budget: Budget = "epochs") -> Path 
                 drawn = True
                 mean = [sum(column) / len(curves) for column in zip(*curves, strict=True)]
                 axes.plot(radii, mean, marker=marker, label=method)
-        axes.set(title=task, xlabel="radius, token norms", ylim=(0, 100))
+        axes.set(title=task, xlabel="radius, token norms")
         axes.grid(alpha=0.3)
     next(iter(panels.values())).set_ylabel("accuracy under PGD, %")
     return _save(figure, panels, path) if drawn else _forget(figure)
