@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from studying import pool
 from studying.measure import measure, other
-from studying.plan import MEASURED, Study
+from studying.plan import COMPARED, Study
 from studying.reading import read
 from studying.render import render
 from studying.work import load, train
@@ -88,7 +88,7 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
                 if not study.done(run, results):
                     given = (run, subject.script, options.data, subject.evaluate, options.runs)
                     yield run.key, (train, given)
-            for run in runs if budget in MEASURED else ():
+            for run in runs if budget in COMPARED else ():
                 key, subject = study.measured(run), study.tasks[run.task]
                 if key in results or not results.get(run.key, {}).get("classifies", True):
                     continue

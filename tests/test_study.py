@@ -224,7 +224,7 @@ def test_groups_are_means_over_their_methods(seed: int):
     assert found.difference.value == pytest.approx(expected)
 
 
-def test_under_pgd_accuracies_in_the_largest_ball_are_compared(tmp_path: Path):
+def test_under_pgd_accuracies_in_the_largest_ball_are_compared():
     study = build()
     results = played(study, drawn(0))
     found = {}
@@ -593,7 +593,7 @@ def test_the_study_that_is_published_can_be_read_and_its_report_follows_from_its
     assert text == (path.parent / "report.md").read_text()
     readme = (EXAMPLES.parent / "README.md").read_text()
     findings = Findings(study, results)
-    if summary.missing(findings) == "nothing":
-        for task in study.tasks:
+    for task in study.tasks:
+        if findings.official(task, "plain", "epochs"):
             assert tables.official(findings, task) in readme
-        assert summary.grouped(findings) in readme
+    assert summary.grouped(findings) in readme

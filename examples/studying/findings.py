@@ -6,7 +6,7 @@ from typing import Any
 
 import mixadv
 from mixadv.robustness.statistics import Comparison, holm, paired
-from studying.plan import MEASURED, Budget, Results, Study
+from studying.plan import COMPARED, Budget, Results, Study
 from training.parameters import PLAIN
 
 NOISE = "noise"
@@ -43,7 +43,7 @@ class Findings:
 
     def to_measure(self, task: str, method: str, budget: Budget, seed: int) -> bool:
         """Return whether the model of a run is still to be measured."""
-        asked = budget in MEASURED
+        asked = budget in COMPARED
         asked = asked and self.line(task, method, budget, seed).get("classifies", True)
         return asked and not self.measured(task, method, budget, seed)
 

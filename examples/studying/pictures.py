@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from studying.findings import Findings, differences
-from studying.plan import BUDGETS, Budget
+from studying.plan import BUDGETS, COMPARED, Budget
 
 
 def draw(findings: Findings, folder: Path) -> list[Path]:
@@ -16,7 +16,7 @@ def draw(findings: Findings, folder: Path) -> list[Path]:
 
 def gains(findings: Findings, path: Path) -> Path | None:
     """Draw differences to plain training with their intervals, a panel for each task."""
-    found = {b: differences(findings, b) for b in ("epochs", "compute")}
+    found = {b: differences(findings, b) for b in COMPARED}
     if not any(found.values()):
         return None
     methods = list(dict.fromkeys(m for of in found.values() for _, m in of))

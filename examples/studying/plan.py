@@ -16,8 +16,8 @@ BUDGETS: dict[Budget, str] = {
     "compute": "equal compute",
     "half": "half of the rows",
 }
-MEASURED: tuple[Budget, ...] = ("epochs", "compute")
-"""Budgets at which robust measures are taken."""
+COMPARED: tuple[Budget, ...] = ("epochs", "compute")
+"""Budgets at which all methods are trained, measured and compared."""
 Results = Mapping[str, Mapping[str, Any]]
 """Lines of results by their key."""
 

@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mixadv.robustness import kept
 from studying import pictures, summary, tables
 from studying.findings import Findings, groups
-from studying.plan import BUDGETS, Study
+from studying.plan import BUDGETS, COMPARED, Study
 from studying.work import COUNT, RESTARTS, STEPS
 
 PICTURES = {
@@ -30,16 +31,14 @@ OFFICIAL = (
     "one that costs more less often."
 )
 ROBUST = (
-    "Means over seeds ± half of Student's 95 % interval. `PGD r`: accuracy at the end of "
-    "{steps} steps in an L2 ball of r token norms of the untrained encoder, on {rows} rows, others "
-    "for each seed. "
-    "`loss increase`: median of the largest found in a ball of {increase_radius:g}, from δ = "
-    "0 and from {restarts} random starts, on the rows that all methods get right with a seed;"
-    " `from zero`, `from random`: by these starts alone; `clean loss`: median on these rows. "
-    "Shifted sets: accuracy, and the drop from that on {clean_rows} clean rows. `under`: "
-    "accuracy under attack by that source of words, with the words changed in a success and "
-    "the texts read per row that was right. "
-    "`ECE`: expected calibration error, in per cent."
+    "Means over seeds ± half of Student's 95 % interval. `PGD r`: accuracy at the end of {steps} "
+    "steps in an L2 ball of r token norms of the untrained encoder, on {rows} rows, others for "
+    "each seed. `loss increase`: median of the largest found in a ball of {increase_radius:g}, "
+    "from δ = 0 and from {restarts} random starts, on the rows that all methods get right with a "
+    "seed; `from zero`, `from random`: by these starts alone; `clean loss`: median on these rows. "
+    "Shifted sets: accuracy, and the drop from that on {clean_rows} clean rows. `under`: accuracy "
+    "under attack by that source of words, with the words changed in a success and the texts read "
+    "per row that was right. `ECE`: expected calibration error, in per cent."
 )
 EXPLOITED = (
     "Lower bound of what the adversary gains by leaving the solver's own strategy for the end of "
@@ -90,7 +89,7 @@ def render(study: Study, results: Mapping[str, Any], folder: Path, command: str)
         tables.rates(findings),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
-    (folder / "report.md").write_text(text)
+    kept.write(folder / "report.md", text)
     return text
 
 
@@ -111,7 +110,7 @@ def _official(findings: Findings, task: str) -> list[str]:
 
 
 def _robust(findings: Findings, task: str) -> list[str]:
-    found = {b: tables.robust(findings, task, b) for b in ("epochs", "compute")}
+    found = {b: tables.robust(findings, task, b) for b in COMPARED}
     titles = {f"### {task}, {BUDGETS[b]}": text for b, text in found.items() if text}
     return [part for pair in titles.items() for part in pair]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from studying.findings import CONTRASTS, Findings, Read, adjusted, contrasts, differences
-from studying.plan import BUDGETS, MEASURED, Budget
+from studying.plan import BUDGETS, COMPARED, Budget
 from studying.tables import markdown, signed
 
 ALPHA = 0.05
@@ -12,16 +12,16 @@ Pair = tuple[str, str]
 
 def compared(findings: Findings) -> Iterator[tuple[str, Budget, Read]]:
     """Yield what is compared at which budget: the official metric, accuracy under PGD."""
-    for budget in ("epochs", "compute"):
-        yield "official metric", budget, Findings.official
-    for budget in MEASURED:
-        yield f"PGD {max(findings.study.measure.radii):g}", budget, Findings.attacked
+    attack = f"PGD {max(findings.study.measure.radii):g}"
+    for what, read in (("official metric", Findings.official), (attack, Findings.attacked)):
+        for budget in COMPARED:
+            yield what, budget, read
 
 
 def verdict(findings: Findings, what: str, budget: Budget, read: Read) -> str:
     """Return how many methods differ from plain training, before and after the correction."""
     found = differences(findings, budget, read)
-    title = f"{what[0].upper()}{what[1:]}, {BUDGETS[budget]}"
+    title = f"{BUDGETS[budget].capitalize()}, {what}"
     if not found:
         return f"- {title}: nothing to compare yet."
     corrected = adjusted(found)

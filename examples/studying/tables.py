@@ -11,7 +11,7 @@ from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.statistics import Comparison, paired
 from mixadv.robustness.tables import DASH, INCREASES, Table
 from studying.findings import Findings, Values, differences, first
-from studying.plan import BUDGETS, PLAIN, Budget
+from studying.plan import BUDGETS, COMPARED, PLAIN, Budget
 from training.results import over_seeds
 
 
@@ -33,14 +33,14 @@ def official(findings: Findings, task: str) -> str:
     """Return the table of a task: the official metric at both budgets, beside plain training."""
     study = findings.study
     rows = []
-    found = {b: differences(findings, b) for b in ("epochs", "compute")}
+    found = {b: differences(findings, b) for b in COMPARED}
     for name, method in study.methods.items():
         cells = [name, DASH if method.cost is None else f"{method.cost:.1f}"]
-        for budget in ("epochs", "compute"):
+        for budget in COMPARED:
             values = findings.official(task, name, budget)
             cells += [over_seeds(values.values()), signed(found[budget].get((task, name)))]
         rows.append(cells)
-    head = ["method", "passes", BUDGETS["epochs"], "− plain", BUDGETS["compute"], "− plain"]
+    head = ["method", "passes", *(cell for b in COMPARED for cell in (BUDGETS[b], "− plain"))]
     return markdown(head, rows)
 
 
