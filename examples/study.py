@@ -1,11 +1,11 @@
 r"""Compare methods on tasks over seeds, at equal epochs and at equal compute.
 
-A study is a TOML file: methods, tasks, seeds. Every method chooses its learning rate from the same
-few, by one run each on training rows held out for it, with a seed that is not reported; then it is
-trained with every seed, at two budgets: equal epochs, and equal compute, where every method gets
-the same number of passes. Each run adds a line to results.jsonl, beside the study; what has a line
-is not run again, so that a killed study goes on when the same command comes again. At the end
-report.md is written, with tables and pictures.
+A study is a TOML file: methods, tasks, seeds. There are two budgets: equal epochs, and equal
+compute, where every method gets the same number of passes. At each, every method chooses its
+learning rate from the same few, by one run each on training rows held out for it, with a seed that
+is not reported; then it is trained with every seed. Each run adds a line to results.jsonl, beside
+the study; what has a line is not run again, so that a killed study goes on when the same command
+comes again. At the end report.md is written, with tables and pictures.
 
     python examples/study.py examples/study/study.toml
     python examples/study.py examples/study/study.toml --data path/to/folders --workers 2
@@ -23,13 +23,14 @@ from pathlib import Path
 import transformers
 from tqdm.auto import tqdm
 
+from mixadv.robustness import data
 from studying import pool
 from studying.measure import measure, other
 from studying.plan import COMPARED, Study
 from studying.reading import read
 from studying.render import render
 from studying.work import load, train
-from training import command
+from training import command, loop, model
 from training.options import positive, script
 from training.results import append, finished
 from training.substitution import candidates
@@ -51,14 +52,21 @@ def arguments(argv: list[str] | None = None) -> Namespace:
 
 
 def check(study: Study, options: Namespace) -> None:
-    """Raise before the first job for data and words that a later one would miss."""
+    """Raise before the first job for a model, data and words that a later one would miss."""
     for name, subject in study.tasks.items():
         task = load(subject.script, name, options.data, subject.settings.get("train", ()))
         for split in subject.evaluate:
             if split not in task.splits:
                 raise ValueError(f"{name} has no split {split}, it has {', '.join(task.splits)}.")
+        runs = study.first(name)
+        for run in runs:
+            try:
+                loop.check(run, task)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        network, _ = model.load(runs[0], task)
         for of, at in subject.shifted.items():
-            other(of, at, options.data)
+            data.read(other(of, at, options.data), network, name=of)
         for source in subject.attacks:
             candidates(source)
 
@@ -90,12 +98,14 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
                     yield run.key, (train, given)
             for run in runs if budget in COMPARED else ():
                 key, subject = study.measured(run), study.tasks[run.task]
-                if key in results or not results.get(run.key, {}).get("classifies", True):
+                if key in results or not study.done(run, results):
+                    continue
+                if not results[run.key].get("classifies", True):
                     continue
                 if (options.runs / run.key / "last").is_dir():
                     given = (run, key, subject, study.measure, options.data, options.runs)
                     yield key, (measure, given)
-                elif study.done(run, results):
+                else:
                     lost.add(run.key)
 
     for result in pool.side_by_side(ready, options.workers):

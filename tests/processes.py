@@ -3,7 +3,7 @@
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import ProcessException
@@ -31,6 +32,21 @@ WORDS, CLASSES, LENGTH = 20, 3, 5
 WAIT = timedelta(seconds=60)  # for a process that waits in vain: a hang is an error
 
 
+@contextmanager
+def one_process(folder: Path) -> Iterator[None]:
+    """Be a group of one process.
+
+    The last to hold a group may be a replica, which then waits for the group's threads with the
+    GIL, and they may need that to let go of what they worked on: a barrier has them do it before.
+    """
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 class Verdict(NamedTuple):
     """What came of a case on two processes."""
 
@@ -45,9 +61,17 @@ class Verdict(NamedTuple):
 
 
 def judge(cases: dict[str, Case], folder: Path) -> dict[str, Verdict]:
-    """Run cases on two processes; a case that is refused returns the reason."""
-    with suppress(ProcessException):  # written down, and the cases that follow are not run
-        torch.multiprocessing.spawn(_work, (cases, str(folder)), nprocs=2)
+    """Run cases on two processes; a case that is refused returns the reason.
+
+    Those who ask for the same folder, such as several workers, have them run once.
+    """
+    folder.mkdir(exist_ok=True)
+    run = folder / "run"
+    # A failure is written down, and the cases that follow are not run.
+    with FileLock(folder / "lock"), suppress(ProcessException):
+        if not run.exists():
+            run.touch()
+            torch.multiprocessing.spawn(_work, (cases, str(folder)), nprocs=2)
     verdicts = {}
     for number, name in enumerate(cases):
         wrong = [_read(folder / f"{number}.{rank}", "not run") for rank in range(2)]

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import mixadv
-from tests.zoo import Vision, player
+from tests.zoo import USUAL, Vision, player, slow_but
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_other_compilers_play_the_same_rounds(name: str, backend: str) -> None:
     same(*seen)
 
 
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("name", slow_but(USUAL, mixadv.SOLVERS))
 def test_batches_of_other_shapes_play_the_same_rounds(name: str) -> None:
     shapes = [(4, 5), (4, 7), (6, 5)]
     seen = []

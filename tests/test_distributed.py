@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,8 +259,8 @@ CASES |= {n: c for n, c in SLOW.items() if n[:2] != "50" and n.split(": ")[1] in
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: Any) -> dict[str, Verdict]:
-    return judge(CASES, tmp_path_factory.mktemp("two"))
+def verdicts(together: Path) -> dict[str, Verdict]:
+    return judge(CASES, together / "distributed")
 
 
 @pytest.mark.parametrize("case", CASES)

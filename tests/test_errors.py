@@ -37,6 +37,7 @@ from mixadv import (
     solver,
     wrap,
 )
+from tests.processes import one_process
 from tests.zoo import CANNOT, Player, assert_same, fingerprint, player, small
 
 NAN, INF = float("nan"), float("inf")
@@ -700,12 +701,7 @@ def test_batches_may_call_the_site_more_or_less_often():
 
 
 def test_static_graphs_are_refused(tmp_path: Any):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
+    with one_process(tmp_path):
         parallel = nn.parallel.DistributedDataParallel(small().model, static_graph=True)
         with pytest.raises(ValueError, match=r"static_graph=True.*drift apart"):
             Game(parallel, PGD())
-    finally:
-        torch.distributed.destroy_process_group()

@@ -33,7 +33,7 @@ import glue
 import intent
 import mixadv
 from mixadv.games import METHODS, PARTICLE_METHODS, Particles
-from tests.zoo import assert_same
+from tests.zoo import assert_same, slow_but
 from training import data, evaluation, model, results
 from training.data import DataError, Task
 from training.loop import Keeping, Training
@@ -828,6 +828,7 @@ SETTINGS = {
     "mat, accumulated": ["mat", *PARTICLES, "--accumulate", "2"],
     "mat, bf16": ["mat", "--bf16", "--set", "start_size=1.0", "radius=2"],
 }
+USUAL = ("plain", "freelb", "mat")  # the others are slow tests
 
 
 def interrupt(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -869,7 +870,7 @@ def weights_of(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, to
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", slow_but(USUAL, SETTINGS))
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     setting: str,
     moment: str,

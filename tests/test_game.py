@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mixadv
 from mixadv import MAT, PGD, Game, Step, Strategy
 from mixadv.equilibrium import best_response
+from tests.processes import one_process
 from tests.zoo import Player, assert_same, fingerprint, or_refused, small, stepwise, without_dropout
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
@@ -206,11 +207,8 @@ def test_a_round_leaves_what_one_forward_leaves(name: str, fresh: bool):
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
+    with one_process(tmp_path):
+        yield
 
 
 @each_solver

@@ -15,7 +15,6 @@ import accelerate
 import lightning
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import nn
@@ -31,6 +30,7 @@ from benchmark_parts.contenders import CONTENDERS
 from mixadv.explain import solver_table
 from mixadv.games import METHODS, PARTICLE_METHODS
 from mixadv.robustness import NeuronAnalysis, neuron_analysis
+from tests.processes import one_process
 from tests.substitution_zoo import word_tokenizer
 from tests.zoo import player
 
@@ -102,9 +102,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with one_process(tmp_path):
+        yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
 

@@ -217,12 +217,16 @@ def test_a_paired_test_is_that_of_scipy(values, others):
     assert swapped.difference.low == pytest.approx(-found.difference.high)
 
 
-def test_one_seed_tells_no_interval_and_equal_gains_are_certain():
+def test_one_seed_tells_no_interval_and_nor_do_equal_gains():
     one = paired({1: 0.5}, {1: 0.25, 2: 0.5})
     assert one.difference.value == 0.25
     assert math.isnan(one.p)
     assert math.isnan(one.difference.low)
-    assert paired({1: 1.5, 2: 2.5}, {1: 1.0, 2: 2.0}) == ((0.5, 0.5, 0.5), 0.0, (1, 2))
+    equal = paired({1: 1.5, 2: 2.5}, {1: 1.0, 2: 2.0})  # as of accuracies on few rows, by chance
+    assert equal.difference.value == 0.5
+    assert math.isnan(equal.p)
+    assert math.isnan(equal.difference.low)
+    assert math.isnan(equal.difference.high)
     assert paired({1: 1.5, 2: 2.5}, {1: 1.5, 2: 2.5}).p == 1
 
 

@@ -3,6 +3,7 @@
 import io
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -269,8 +270,8 @@ CASES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: Any) -> dict[str, Verdict]:
-    return judge(CASES, tmp_path_factory.mktemp("two"))
+def verdicts(together: Path) -> dict[str, Verdict]:
+    return judge(CASES, together / "sharded")
 
 
 @pytest.mark.parametrize("case", CASES)

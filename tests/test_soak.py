@@ -12,7 +12,7 @@ import torch
 from torch.optim import AdamW
 
 import mixadv
-from tests.zoo import CANNOT, small
+from tests.zoo import CANNOT, slow_but, small
 
 WARM_UP = 12  # fills what is kept: samples, the table of hooks, torch's own caches
 SOLVERS: dict[str, dict[str, Any]] = {name: {} for name in mixadv.SOLVERS}
@@ -89,13 +89,10 @@ def assert_nothing_is_held(run: Run, steps: int) -> None:
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 
 
-USUAL = ("pgd", "freelb", "cat", "mat")  # each keeps something else; the others are slow tests
+USUAL = ("cat", "mat")  # each keeps something else; the others are slow tests
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in SOLVERS],
-)
+@pytest.mark.parametrize("name", slow_but(USUAL, SOLVERS))
 def test_fifty_steps_hold_no_more_than_twelve(name: str):
     run = Run(name)
     run.train(WARM_UP)

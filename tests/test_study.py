@@ -28,6 +28,7 @@ from scipy import stats
 
 import mixadv
 import study as script
+from mixadv.robustness import paired
 from studying import pool, summary, tables
 from studying.findings import Findings, contrasts, differences, groups
 from studying.parts import Measures, Method, Subject
@@ -65,7 +66,9 @@ def played(study: Study, score: Score) -> dict[str, Any]:
     while new := [r for _, runs in study.stages(results) for r in runs if r.key not in results]:
         for run in new:
             split = "held-out" if run.hold_out else "test"
-            results[run.key] = {"key": run.key, "last": {split: {"accuracy": score(run)}}}
+            seconds = 1.0 if run.solver == "plain" else 2.5 + 0.1 * run.seed
+            last = {split: {"accuracy": score(run)}}
+            results[run.key] = {"key": run.key, "last": last, "seconds_per_update": seconds}
     return results
 
 
@@ -115,9 +118,10 @@ def test_the_cost_of_a_method_is_what_a_round_of_it_runs():
 def test_all_choose_from_the_same_rates_by_a_seed_and_rows_that_are_not_reported():
     study = build(search_seed=7, hold_out=5)
     for method in study.methods:
-        search = study.search("words", method)
-        assert [run.learning_rate for run in search] == [0.1, 0.2]
-        assert {(run.seed, run.hold_out) for run in search} == {(7, 5)}
+        for budget in ("epochs", "compute"):
+            search = study.search("words", method, budget)
+            assert [run.learning_rate for run in search] == [0.1, 0.2]
+            assert {(run.seed, run.hold_out) for run in search} == {(7, 5)}
     reported = [
         study.reported(task, method, budget, seed, played(study, drawn(0)))
         for budget, task, seed, method in study.cells()
@@ -136,10 +140,20 @@ def test_the_rate_that_is_trained_with_is_the_best_on_held_out_rows(scores: list
     by_rate = dict(zip(rates, scores, strict=True))
     results = played(study, lambda run: by_rate[run.learning_rate])
     best = rates[scores.index(max(scores))]
-    for method in study.methods:
-        assert study.chosen("words", method, results) == best
-        assert study.reported("words", method, "epochs", 0, results).learning_rate == best
+    for budget, method in itertools.product(("epochs", "compute"), study.methods):
+        assert study.chosen("words", method, budget, results) == best
+        assert study.reported("words", method, budget, 0, results).learning_rate == best
     assert study.reported("words", "plain", "epochs", 0, {}) is None  # nothing before the search
+
+
+def test_a_rate_is_chosen_at_the_budget_that_it_is_trained_with():
+    study = build()
+    longer = played(study, lambda run: 0.5 + (run.learning_rate - 0.15) * (2.5 - run.epochs))
+    chosen = {b: study.chosen("words", "plain", b, longer) for b in ("epochs", "compute", "half")}
+    assert chosen == {"epochs": 0.2, "compute": 0.1, "half": 0.2}
+    run = study.reported("words", "plain", "compute", 0, longer)
+    assert (run.epochs, run.learning_rate) == (6.0, 0.1)
+    assert {r.epochs for r in study.search("words", "plain", "compute")} == {6.0}
 
 
 def test_a_run_of_two_budgets_is_run_once():
@@ -147,7 +161,8 @@ def test_a_run_of_two_budgets_is_run_once():
     results = played(study, drawn(0))
     both = [study.reported("words", "freelb", b, 0, results) for b in ("epochs", "compute")]
     assert both[0] == both[1]
-    assert len(results) == 4 * 2 + 3 * (4 + 3 + 2)
+    searches = 2 * (4 + 3 + 2)  # at equal epochs, equal compute, on half of the rows
+    assert len(results) == searches + 3 * (4 + 3 + 2)
 
 
 def test_where_texts_are_attacked_passes_cannot_be_equal(tmp_path: Path):
@@ -160,14 +175,14 @@ def test_where_texts_are_attacked_passes_cannot_be_equal(tmp_path: Path):
     assert (run.substitute, run.neighbours) == (0.2, "builtin")
     text = render(study, results, tmp_path, "command")
     [row] = re.findall(r"^\| words \|.*$", text.split("### words")[1], re.M)[:1]
-    assert [cell.strip() for cell in row.split("|")[2:-1]][3:] == ["–", "–"]
+    assert [cell.strip() for cell in row.split("|")[2:-1]][4:] == ["–", "–"]
 
 
 def test_what_is_measured_is_told_apart_by_split_attacks_and_settings():
     tasks = [TASK, replace(TASK, evaluate=("dev", "test")), replace(TASK, attacks=("typos",))]
     studies = [build(tasks={"words": task}) for task in tasks]
     studies.append(build(measure=Measures(steps=2)))
-    run = studies[0].search("words", "plain")[0]
+    run = studies[0].search("words", "plain", "epochs")[0]
     assert len({study.measured(run) for study in studies}) == 4
 
 
@@ -182,10 +197,10 @@ def test_a_line_without_a_split_that_is_asked_for_is_run_again():
 
 
 def test_half_of_the_rows_is_half_of_them():
-    study = build(search_share=0.25)
+    study = build()
     results = played(study, drawn(0))
     assert study.reported("words", "plain", "half", 0, results).limit == 16
-    assert {run.limit for run in study.search("words", "mat")} == {8}
+    assert {run.limit for run in study.search("words", "plain", "half")} == {16}
     few = Subject("intent", 1.0, (0.1,), ("test",), {"shots": 10}, half=("plain",))
     assert few.fewer(0.5) == {"shots": 5}
 
@@ -212,16 +227,17 @@ def test_differences_are_those_of_a_paired_t_test(seed: int):
 @settings(max_examples=10)  # a study is played for each
 @given(st.integers(0, 10**6))
 def test_groups_are_means_over_their_methods(seed: int):
-    methods = METHODS | {"pgd": Method("pgd")}
-    study = build(methods=methods)
+    several = Method("mat", {"learner_steps": 1, "samples": 2, "particles": 2})
+    study = build(methods=METHODS | {"several": several}, pairs=(("several", "mat"),))
     findings = Findings(study, played(study, drawn(seed)))
-    assert groups(study) == {"pure": ["freelb", "pgd"], "mixed": ["mat"]}
-    values = {m: findings.official("words", m, "compute") for m in methods}
+    assert groups(study) == {"pure": ["freelb", "mat"], "mixed": ["several"]}
+    values = {m: findings.official("words", m, "compute") for m in study.methods}
     expected = statistics.fmean(
-        values["mat"][s] - (values["freelb"][s] + values["pgd"][s]) / 2 for s in study.seeds
+        values["several"][s] - (values["freelb"][s] + values["mat"][s]) / 2 for s in study.seeds
     )
-    found = contrasts(findings, "words", "compute")["mixed − pure"]
-    assert found.difference.value == pytest.approx(expected)
+    found = contrasts(findings, "words", "compute")
+    assert found["mixed − pure"].difference.value == pytest.approx(expected)
+    assert found["several − mat"] == paired(values["several"], values["mat"])
 
 
 def test_under_pgd_accuracies_in_the_largest_ball_are_compared():
@@ -242,22 +258,28 @@ def test_under_pgd_accuracies_in_the_largest_ball_are_compared():
         found["epochs", "mat", s] - found["epochs", "plain", s] for s in study.seeds
     )
     assert of["words", "mat"].difference.value == pytest.approx(100 * expected)
-    grouped = contrasts(findings, "words", "epochs", Findings.attacked)
-    assert grouped["mixed − plain"].difference.value == pytest.approx(100 * expected)
-    table = summary.grouped(findings)
+    pair = replace(study, pairs=(("mat", "plain"),))
+    grouped = contrasts(Findings(pair, results), "words", "epochs", Findings.attacked)
+    assert grouped["mat − plain"].difference.value == pytest.approx(100 * expected)
+    table = summary.grouped(Findings(pair, results))
     assert "| words | PGD 0.1 | equal epochs |" in table
     assert f"{100 * expected:+.1f}" in table
 
 
 def test_every_method_has_its_row_also_where_it_loses(tmp_path: Path):
     study = build()
-    results = played(study, lambda run: 0.9 if run.solver == "plain" else 0.1)
+    noise = drawn(0)  # without a spread nothing could be compared
+    results = played(
+        study, lambda run: (0.9 if run.solver == "plain" else 0.1) + noise(run) / 10**4
+    )
     text = render(study, results, tmp_path, "study.toml")
     table = re.search(r"### words.*?\n\n(.*?)\n\n", text, re.S).group(1)
-    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
-    assert names == list(METHODS)
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]]
+    assert [row[1] for row in rows] == list(METHODS)
+    assert [row[2:4] for row in rows[1:]] == [["1.0", "2.5"], ["3.0", "2.5"], ["3.3", "2.5"]]
     assert table.count("-80.0 ± 0.0") == 2 * 3
-    assert "below 0 for noise on words, freelb on words, mat on words" in text
+    assert text.count("below 0 for freelb on words, mat on words. ") == 2  # noise is no adversary
+    assert text.count("is shown to differ is: freelb on words, mat on words.") == 2
     measures = "12 measures of runs at equal epochs, 12 measures of runs at equal compute"
     assert f"Missing: {measures}, of 30 runs." in text
 
@@ -276,7 +298,7 @@ def test_what_is_missing_is_counted_and_nothing_is_made_up(tmp_path: Path):
     assert "6 runs at half of the rows, of 30 runs" in text
     table = text.split("### words")[1].split("##")[0].strip()
     for line in table.splitlines()[4:]:
-        assert [cell.strip() for cell in line.split("|")[3:-1]] == ["–"] * 4
+        assert [cell.strip() for cell in line.split("|")[3:-1]] == ["–"] * 5
     results = played(study, drawn(0))
     gone = study.reported("words", "mat", "compute", 1, results)
     del results[gone.key]
@@ -385,6 +407,14 @@ def arguments(folder: Path) -> list[str]:
     return [str(toml), "--data", str(folder / "data"), "--runs", str(runs), "--workers", "1"]
 
 
+def report(folder: Path) -> str:
+    """Return the report in a folder, without what an update took, which no two runs share."""
+    text = (folder / "study" / "report.md").read_text()
+    text, count = re.subn(r"(?m)^(\| [\w-]+ \| \d\.\d) \| \d+\.\d \|", r"\1 | time |", text)
+    assert count == 2
+    return text
+
+
 def one_by_one(limit: int = 10**6) -> Callable[..., Iterator[Any]]:
     """Return a pool that runs its jobs here, and is interrupted after some."""
 
@@ -405,14 +435,14 @@ def test_a_study_runs_and_goes_on_to_the_same_report(
 ):
     monkeypatch.setattr(pool, "side_by_side", one_by_one())
     assert script.main(arguments(folder)) == 0
-    text = (folder / "study" / "report.md").read_text()
-    assert capsys.readouterr().out == text + "\n"
+    text = report(folder)
+    assert capsys.readouterr().out == (folder / "study" / "report.md").read_text() + "\n"
     assert "Missing: nothing." in text
     for column in ("PGD 0.1", "loss increase", "others drop", "under typos", "ECE"):
         assert column in text
     lines = (folder / "study" / "results.jsonl").read_text()
-    # searches, runs at equal epochs, at equal compute and on half, and what was measured of them
-    assert len(lines.splitlines()) == 4 + 2 + 2 + 1 + 4
+    # runs at equal epochs, at equal compute and on half after searches, and what was measured
+    assert len(lines.splitlines()) == (4 + 2) + (4 + 2) + (2 + 1) + 4
     measured = [of for of in map(json.loads, lines.splitlines()) if "sections" in of]
     assert {of["sections"]["about"]["seed"] for of in measured} == {2}  # its rows, not those of all
     assert "rose" not in lines  # results are to be published, and the texts may not be
@@ -424,7 +454,7 @@ def test_a_study_runs_and_goes_on_to_the_same_report(
         script.main(arguments(folder))
     assert (folder / "study" / "results.jsonl").read_text() == lines
     assert script.main([*arguments(folder), "--report"]) == 0
-    assert (folder / "study" / "report.md").read_text() == text
+    assert report(folder) == text
 
     for path in (folder / "study").glob("r*"):
         path.unlink()
@@ -434,7 +464,7 @@ def test_a_study_runs_and_goes_on_to_the_same_report(
         script.main(arguments(folder))
     monkeypatch.setattr(pool, "side_by_side", one_by_one())
     assert script.main(arguments(folder)) == 0
-    assert (folder / "study" / "report.md").read_text() == text
+    assert report(folder) == text
 
 
 @pytest.mark.slow
@@ -450,7 +480,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_report(folder: Path):
 
     whole = start()
     assert whole.wait(timeout=900) == 0
-    text = (folder / "study" / "report.md").read_text()
+    text = report(folder)
     (folder / "runs").rename(folder / "first")
     for path in (folder / "study").glob("r*"):
         path.unlink()
@@ -461,11 +491,11 @@ def test_a_study_that_is_killed_goes_on_to_the_same_report(folder: Path):
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert len(results.read_text().splitlines()) < 13
+    assert len(results.read_text().splitlines()) < 19
     time.sleep(3)  # its workers see that it is gone
     again = start()
     assert again.wait(timeout=900) == 0
-    assert (folder / "study" / "report.md").read_text() == text
+    assert report(folder) == text
 
 
 def test_jobs_run_side_by_side_and_those_that_follow_from_others_come_later():
@@ -487,8 +517,9 @@ def test_a_job_that_fails_ends_the_study_and_loses_nothing_of_others():
     jobs = {"fails": (divmod, (1, 0)), "works": (time.sleep, (1,)), "later": (divmod, (3, 2))}
     results = pool.side_by_side(jobs.items, 2)
     assert next(results) is None  # that of time.sleep
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as failure:
         next(results)
+    assert failure.value.__notes__ == ["In fails."]
 
 
 @pytest.mark.parametrize(
@@ -499,7 +530,6 @@ def test_a_worker_takes_a_gpu_of_those_that_are_allowed(
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    monkeypatch.setenv("TQDM_DISABLE", "")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -541,6 +571,18 @@ MISTAKES = {
     "seeds": ("seeds = [2]", "seeds = 0", "seeds must be a list, got 0"),
     "no epochs": ("epochs = {epochs}\n", "", "a subject has no epochs"),
     "share": ("limit = 16", "", "A share of the rows needs shots or limit"),
+    "no hold-out": ("hold_out = 4", "hold_out = 0", "hold_out must be at least 1, got 0"),
+    "hold-out": ("hold_out = 4", "hold_out = 400", "words: .*400"),
+    "pair": ("hold_out = 4", 'hold_out = 4\npairs = [["mat"]]', "pairs are of two methods each"),
+    "pairs": ("hold_out = 4", 'hold_out = 4\npairs = [["mat", "cat"]]', "pairs: cat: there is no"),
+    "table": (
+        "[methods]\nplain = {{}}",
+        "methods = 3\n[o]\nplain = {{}}",
+        "methods must be a table",
+    ),
+    "method": ("plain = {{}}", "plain = 3", "a method must be a table, got 3"),
+    "length": ("max_length = 16", "max_length = 160", "max_length is 160, and .* reads 32 tokens"),
+    "model": ('model = "{model}"', 'model = "{model}r"', "The model .*tinyr cannot be loaded"),
     "no radii": ("radii = [0.1]", "radii = []", "radii is empty"),
     "words": ('attacks = ["typos"]', 'attacks = ["typo"]', "--neighbours typo: there is no such"),
     "other": ('split = "dev"', 'split = "test"', "others has no split test, it has dev"),
@@ -574,6 +616,47 @@ def test_a_mistake_is_answered_with_one_line(
     assert line.startswith("study: ")
     assert re.search(message, line), line
     assert not (folder / "study" / "report.md").exists()
+
+
+def test_a_shifted_set_with_other_labels_is_refused_before_the_first_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(pool, "side_by_side", one_by_one(0))
+    path = folder / "data" / "others" / "dev.jsonl"
+    path.write_text(path.read_text().replace('"blue"', '"green"'))
+    assert script.main(arguments(folder)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search("others, row .*green", line), line
+
+
+def test_a_model_is_measured_when_its_run_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that was killed between its model and its line leaves a model that is written again."""
+    study = read(folder / "study" / "study.toml")
+    results: dict[str, Any] = {}
+    score = drawn(0)
+    for run in (r for _, runs in study.stages({}) for r in runs):
+        results[run.key] = {"key": run.key, "last": {"held-out": {"accuracy": score(run)}}}
+    reported = [r for budget, runs in study.stages(results) if budget for r in runs]
+    for run in reported:
+        (folder / "runs" / run.key / "last").mkdir(parents=True, exist_ok=True)
+    asked: list[str] = []
+
+    def only_asked(
+        ready: Callable[[], Iterable[tuple[str, pool.Job]]], workers: int
+    ) -> Iterator[Any]:
+        asked.extend(key for key, _ in ready())
+        yield from ()
+
+    monkeypatch.setattr(pool, "side_by_side", only_asked)
+    monkeypatch.setattr(script, "finished", lambda path: results)
+    options = script.arguments(arguments(folder))
+    script.work_through(study, folder / "study" / "results.jsonl", options)
+    assert set(asked) == {run.key for run in reported}
+    done = reported[0]
+    results[done.key] = {"key": done.key, "last": {"test": {"accuracy": 0.5}}}
+    asked.clear()
+    script.work_through(study, folder / "study" / "results.jsonl", options)
+    assert set(asked) == {run.key for run in reported[1:]} | {study.measured(done)}
 
 
 def test_there_is_no_report_without_results(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixadv
-from tests.zoo import FAMILIES, PAD, Player, or_refused, player, stepwise, without_dropout
+from tests.zoo import (
+    FAMILIES,
+    PAD,
+    Player,
+    or_refused,
+    pairs,
+    player,
+    stepwise,
+    without_dropout,
+)
 
 TEXT = [family for family in FAMILIES if family != "vision"]
 MIXED = {"mat": {"particles": 2, "learner_temperature": 1e-8}}
@@ -36,8 +45,7 @@ def evaluate(p: Player) -> float:
     return value
 
 
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "name"), pairs(FAMILIES))
 @or_refused()
 def test_every_solver_halves_the_loss_and_perturbs_every_sample(family: str, name: str) -> None:
     p = player(family)
@@ -109,8 +117,7 @@ def padded(batch: dict[str, Tensor], extra: int) -> dict[str, Tensor]:
     return {k: F.pad(v, (0, extra), value=fill[k]) if v.dim() == 2 else v for k, v in batch.items()}
 
 
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
-@pytest.mark.parametrize("family", TEXT)
+@pytest.mark.parametrize(("family", "name"), pairs(TEXT))
 def test_more_padding_on_the_right_changes_nothing(family: str, name: str) -> None:
     rounds = []
     for extra in (0, 4):
@@ -149,8 +156,7 @@ RETURNS: dict[str, Callable[[nn.Module, dict[str, Tensor]], Any]] = {
 
 
 @pytest.mark.parametrize("returns", RETURNS)
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
-@pytest.mark.parametrize("family", ["bert", "bart", "llama-causal"])
+@pytest.mark.parametrize(("family", "name"), pairs(["bert", "bart", "llama-causal"]))
 def test_the_form_in_which_a_model_returns_its_loss_does_not_matter(
     family: str, name: str, returns: str
 ) -> None:

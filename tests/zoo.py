@@ -3,7 +3,7 @@
 import copy
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -205,6 +205,26 @@ TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
     "bart": _bart,
 }
 FAMILIES = [*TRANSFORMERS, "llama-causal", "vision"]
+USUAL = ("freelb", "smart", "mat")  # one of each kind: the loss, a divergence, mixed
+
+
+def slow_but(usual: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """Return names to test; those that are not of the usual are slow tests."""
+    return [_test(name, usual=name in usual) for name in names]
+
+
+def pairs(families: Iterable[str]) -> list[Any]:
+    """Return each family with each solver; BERT plays all, the others' unusual ones are slow."""
+    return [
+        _test(family, name, usual=family == "bert" or name in USUAL)
+        for family in families
+        for name in mixadv.SOLVERS
+    ]
+
+
+def _test(*values: str, usual: bool) -> Any:
+    marks = () if usual else pytest.mark.slow
+    return pytest.param(*values, marks=marks, id="-".join(values))
 
 
 def text_batch(rows: int, length: int = 9, side: str = "right", seed: int = 0) -> dict[str, Tensor]:

@@ -4,16 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import mixadv
 from mixadv.robustness.statistics import Comparison, holm, paired
-from studying.plan import COMPARED, Budget, Results, Study
+from studying.plan import BUDGETS, COMPARED, Budget, Results, Study
 from training.parameters import PLAIN
 
 NOISE = "noise"
-CONTRASTS = {
-    f"{a} − {b}": (a, b) for a, b in (("pure", PLAIN), ("mixed", PLAIN), ("mixed", "pure"))
-}
-"""Groups that are compared."""
+PAIRS = (("pure", PLAIN), ("mixed", PLAIN), ("mixed", "pure"))
+"""Groups that are compared in every study."""
 Values = dict[int, float]
 """By seed."""
 
@@ -69,6 +66,11 @@ class Findings:
             if of
         }
 
+    def seconds(self, task: str, method: str) -> float | None:
+        """Return the least seconds of an update over a method's runs, the machine being shared."""
+        lines = [self.line(task, method, b, s) for b in BUDGETS for s in self.study.seeds]
+        return min((of["seconds_per_update"] for of in lines if of), default=None)
+
     def metric(self, task: str) -> str:
         """Return the name of the official metric, and of its split."""
         split = self.study.tasks[task].evaluate[0]
@@ -112,28 +114,31 @@ def adjusted(found: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str
 
 
 def groups(study: Study) -> dict[str, list[str]]:
-    """Return the methods that play pure strategies and those that play mixed ones.
+    """Return the methods whose adversary plays one particle, and those that play several.
 
     Noise is neither: it does not look at the loss.
     """
     found: dict[str, list[str]] = {"pure": [], "mixed": []}
     for name, method in study.methods.items():
-        if method.solver not in (PLAIN, NOISE):
-            mixed = mixadv.SOLVERS[method.solver].mixed
-            found["mixed" if mixed else "pure"].append(name)
+        if method.played is not None and method.solver != NOISE:
+            found["mixed" if method.played.particles > 1 else "pure"].append(name)
     return found
 
 
 def contrasts(
     findings: Findings, task: str, budget: Budget, read: Read = Findings.official
 ) -> dict[str, Comparison | None]:
-    """Return how groups of methods differ, each the mean over its methods, seed by seed."""
-    means = {PLAIN: read(findings, task, PLAIN, budget)}
-    for group, methods in groups(findings.study).items():
-        of = [read(findings, task, method, budget) for method in methods]
+    """Return how groups of methods differ, each the mean over its methods, seed by seed; and how
+    the pairs of methods do that the study asks for.
+    """
+    study = findings.study
+    means = {m: read(findings, task, m, budget) for m in study.methods}
+    trained = study.trained(task, budget)
+    for group, methods in groups(study).items():
+        of = [means[method] for method in methods if method in trained]
         seeds = set.intersection(*(set(values) for values in of)) if of else set()
         means[group] = {seed: sum(v[seed] for v in of) / len(of) for seed in seeds}
     return {
-        name: paired(means[a], means[b]) if means[a].keys() & means[b].keys() else None
-        for name, (a, b) in CONTRASTS.items()
+        f"{a} − {b}": paired(means[a], means[b]) if means[a].keys() & means[b].keys() else None
+        for a, b in (*PAIRS, *study.pairs)
     }

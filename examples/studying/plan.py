@@ -31,10 +31,10 @@ class Study:
         tasks: by name.
         seeds: of the runs that are reported.
         search_seed: of the runs that the learning rate is chosen by.
-        search_share: of the training rows, that those runs get.
         hold_out: training rows that they are judged on.
         compute: pass-units that every method gets at equal compute, in those of plain training at
             equal epochs.
+        pairs: of methods, the second to be taken from the first.
         model: a hub model or a folder; "minilm" for the embedded encoder.
         measure: what is measured of every model.
     """
@@ -43,9 +43,9 @@ class Study:
     tasks: Mapping[str, Subject]
     seeds: tuple[int, ...] = (0, 1, 2)
     search_seed: int = 100
-    search_share: float = 1.0
     hold_out: int = 300
     compute: float = 3.0
+    pairs: tuple[tuple[str, str], ...] = ()
     model: str = EMBEDDED_MODEL
     measure: Measures = field(default_factory=Measures)
 
@@ -63,32 +63,45 @@ class Study:
             )
         if self.compute <= 0:
             raise ValueError(f"compute must be positive, got {self.compute}.")
-        if not 0 < self.search_share <= 1:
-            raise ValueError(f"search_share is a share in (0, 1], got {self.search_share}.")
+        for pair in self.pairs:
+            if len(pair) != 2:
+                raise ValueError(f"pairs are of two methods each, got {pair!r}.")
+            for method in pair:
+                known("pairs:", method, self.methods)
         for name, subject in self.tasks.items():
             for method in subject.half:
                 known(f"{name}: half", method, self.methods)
-            if self.search_share < 1:
-                subject.fewer(self.search_share)
+            if self.hold_out < 1 and len(subject.learning_rates) > 1:
+                raise ValueError(
+                    f"{name} has rates to choose from, which takes rows to choose them on: "
+                    f"hold_out must be at least 1, got {self.hold_out}."
+                )
 
     # Runs ------------------------------------------------------------------------------------
 
-    def search(self, task: str, method: str) -> list[Run]:
-        """Return the runs that the learning rate of a method is chosen by."""
+    def trained(self, task: str, budget: Budget) -> list[str]:
+        """Return the methods that are trained at a budget."""
+        if budget == "half":
+            return list(self.tasks[task].half)
+        return [m for m, way in self.methods.items() if budget == "epochs" or way.cost is not None]
+
+    def search(self, task: str, method: str, budget: Budget) -> list[Run]:
+        """Return the runs that the learning rate of a method at a budget is chosen by.
+
+        Each budget has its own, since longer training wants smaller rates.
+        """
         rates = self.tasks[task].learning_rates
         if len(rates) == 1:
             return []
-        changes = {"seed": self.search_seed, "hold_out": self.hold_out}
-        if self.search_share < 1:
-            changes |= self.tasks[task].fewer(self.search_share)
-        return [self._run(task, method, learning_rate=rate, **changes) for rate in rates]
+        seed, rows = self.search_seed, self.hold_out
+        return [self._run(task, method, budget, rate, seed, hold_out=rows) for rate in rates]
 
-    def chosen(self, task: str, method: str, results: Results) -> float | None:
+    def chosen(self, task: str, method: str, budget: Budget, results: Results) -> float | None:
         """Return the learning rate with the best score on the held-out rows; None before it is
         known. The first of several that score the same.
         """
         rates = self.tasks[task].learning_rates
-        runs = self.search(task, method)
+        runs = self.search(task, method, budget)
         if not all(self.done(run, results) for run in runs):
             return None
         scores = [next(iter(results[r.key]["last"]["held-out"].values())) for r in runs]
@@ -98,39 +111,39 @@ class Study:
         self, task: str, method: str, budget: Budget, seed: int, results: Results
     ) -> Run | None:
         """Return a run of the report; None before its learning rate is known."""
-        rate = self.chosen(task, method, results)
-        if rate is None:
+        if method not in self.trained(task, budget):
             return None
-        subject, changes = self.tasks[task], {}
-        if budget == "compute":
-            cost = self.methods[method].cost
-            if cost is None:
-                return None
-            changes["epochs"] = subject.epochs * self.compute / cost
-        if budget == "half":
-            changes |= subject.fewer(0.5)
-        return self._run(task, method, learning_rate=rate, seed=seed, **changes)
+        rate = self.chosen(task, method, budget, results)
+        return None if rate is None else self._run(task, method, budget, rate, seed)
+
+    def first(self, task: str) -> list[Run]:
+        """Return a run of each method at each budget; the others have another rate or seed."""
+        found: list[Run] = []
+        for budget in BUDGETS:
+            for method in self.trained(task, budget):
+                search = self.search(task, method, budget)
+                run = self.reported(task, method, budget, self.seeds[0], {})
+                found += search[:1] or ([run] if run else [])
+        return found
 
     def cells(self) -> Iterator[tuple[Budget, str, int, str]]:
         """Yield budget, task, seed and method of all that is reported, a task at a time."""
         for budget in BUDGETS:
-            for task, subject in self.tasks.items():
-                methods = subject.half if budget == "half" else self.methods
+            for task in self.tasks:
                 for seed in self.seeds:
-                    for method in methods:
-                        if budget != "compute" or self.methods[method].cost is not None:
-                            yield budget, task, seed, method
+                    for method in self.trained(task, budget):
+                        yield budget, task, seed, method
 
     def stages(self, results: Results) -> Iterator[tuple[Budget | None, list[Run]]]:
         """Yield the runs of each budget and task as far as they are known, after its search."""
         for budget in BUDGETS:
             for task in self.tasks:
-                if budget == "epochs":
-                    yield None, [r for method in self.methods for r in self.search(task, method)]
+                methods = self.trained(task, budget)
+                yield None, [run for m in methods for run in self.search(task, m, budget)]
                 found = [
                     self.reported(task, method, budget, seed, results)
-                    for *where, seed, method in self.cells()
-                    if where == [budget, task]
+                    for seed in self.seeds
+                    for method in methods
                 ]
                 yield budget, [run for run in found if run is not None]
 
@@ -145,8 +158,13 @@ class Study:
         asked = [asdict(self.measure), dict(subject.shifted), subject.attacks, subject.evaluate[0]]
         return f"{run.key}-measured-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]}"
 
-    def _run(self, task: str, method: str, **changes: Any) -> Run:
+    def _run(
+        self, task: str, method: str, budget: Budget, rate: float, seed: int, **changes: Any
+    ) -> Run:
         subject, way = self.tasks[task], self.methods[method]
+        epochs = float(subject.epochs)  # 3 and 3.0 would have two keys
+        if budget == "compute" and way.cost is not None:
+            epochs = epochs * self.compute / way.cost
         settings = {
             "task": task,
             "model": self.model,
@@ -154,6 +172,9 @@ class Study:
             "parameters": dict(way.parameters),
             "substitute": way.substitute,
             "neighbours": way.neighbours,
-            "epochs": float(subject.epochs),  # 3 and 3.0 would have two keys
+            "epochs": epochs,
+            "learning_rate": rate,
+            "seed": seed,
         }
-        return Run(**{**settings, **subject.settings, **changes})
+        fewer = subject.fewer(0.5) if budget == "half" else {}
+        return Run(**{**settings, **subject.settings, **fewer, **changes})

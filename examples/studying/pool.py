@@ -37,7 +37,8 @@ def side_by_side(ready: Callable[[], Iterable[tuple[str, Job]]], workers: int) -
         workers: jobs at a time.
 
     Raises:
-        Exception: that of the first job that failed, after the others that ran were yielded.
+        Exception: that of the first job that failed, with a note of its key, after the others that
+            ran were yielded.
     """
     context = multiprocessing.get_context("spawn")  # a GPU does not survive a fork
     numbers = context.Queue()
@@ -56,8 +57,9 @@ def side_by_side(ready: Callable[[], Iterable[tuple[str, Job]]], workers: int) -
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[future]
+                    key = running.pop(future)
                     if error := future.exception():
+                        error.add_note(f"In {key}.")
                         failures.append(error)
                     else:
                         yield future.result()
@@ -83,7 +85,6 @@ def _prepare(numbers: Any, workers: int, parent: int) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % count]
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-    os.environ["TQDM_DISABLE"] = "1"  # one bar is enough
 
     def watch() -> None:
         # A parent that was killed starts its jobs again: two of one would write one checkpoint.

@@ -20,8 +20,8 @@ def read(path: Path) -> Study:
         raise ValueError(f"There is no study {path}.")
     try:
         tables = tomllib.loads(path.read_text())
-        methods = {name: _build(Method, table) for name, table in tables["methods"].items()}
-        tasks = {name: _subject(table) for name, table in tables["tasks"].items()}
+        methods = {n: _build(Method, of) for n, of in _table("methods", tables["methods"]).items()}
+        tasks = {name: _subject(of) for name, of in _table("tasks", tables["tasks"]).items()}
         measure = _build(Measures, tables.get("measure", {}))
         parts = {"methods": methods, "tasks": tasks, "measure": measure}
         return _build(Study, tables | parts)
@@ -31,7 +31,14 @@ def read(path: Path) -> Study:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _subject(table: dict[str, Any]) -> Subject:
+def _table(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a table, got {value!r}.")
+    return value
+
+
+def _subject(table: Any) -> Subject:
+    table = _table("a subject", table)
     settings = {name: table[name] for name in SETTINGS if name in table}
     if not isinstance(settings.get("train", []), list):
         raise ValueError(f"train must be a list, got {settings['train']!r}.")
@@ -39,9 +46,10 @@ def _subject(table: dict[str, Any]) -> Subject:
     return _build(Subject, others | {"settings": _tuples(settings)})
 
 
-def _build(kind: type[Any], table: dict[str, Any]) -> Any:
+def _build(kind: type[Any], table: Any) -> Any:
     where = kind.__name__.lower()
-    _only(table, {f.name for f in fields(kind)}, where)
+    for name in _table(f"a {where}", table):
+        known(f"of a {where}:", name, sorted(f.name for f in fields(kind)))
     for f in fields(kind):
         needed = f.default is MISSING and f.default_factory is MISSING
         if needed and f.name not in table:
@@ -49,11 +57,6 @@ def _build(kind: type[Any], table: dict[str, Any]) -> Any:
         if str(f.type).startswith("tuple") and not isinstance(table.get(f.name, []), list):
             raise ValueError(f"{f.name} must be a list, got {table[f.name]!r}.")
     return kind(**_tuples(table))
-
-
-def _only(table: dict[str, Any], names: set[str], where: str) -> None:
-    for name in table:
-        known(f"of a {where}:", name, sorted(names))
 
 
 def _tuples(table: dict[str, Any]) -> dict[str, Any]:

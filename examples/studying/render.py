@@ -8,7 +8,7 @@ from typing import Any
 from mixadv.robustness import kept
 from studying import pictures, summary, tables
 from studying.findings import Findings, groups
-from studying.plan import BUDGETS, COMPARED, Study
+from studying.plan import BUDGETS, COMPARED, Budget, Study
 from studying.work import COUNT, RESTARTS, STEPS
 
 PICTURES = {
@@ -16,8 +16,9 @@ PICTURES = {
     "attacked.png": "Accuracy against the radius of PGD at equal epochs, mean over seeds",
 }
 GROUPS = (
-    "Groups are means over their methods, seed by seed. Pure: {pure}. Mixed: {mixed}. Noise is in "
-    "neither: it does not look at the loss."
+    "Groups are means over their methods, seed by seed. Pure, the adversary plays one particle: "
+    "{pure}. Mixed, it plays several: {mixed}. Noise is in neither and in no count above: it does "
+    "not look at the loss. Each line corrects for its own comparisons."
 )
 OFFICIAL = (
     "Mean over seeds ± half of Student's 95 % interval, times 100, of the last weights: no "
@@ -26,6 +27,7 @@ OFFICIAL = (
     "interval. An interval is that of a single comparison, and of twenty one "
     "misses by chance: the summary corrects for their number. `passes`: what an update costs in "
     "plain updates; a forward, a backward to the activations and one to the weights count alike. "
+    "`time`: what it took, the least over runs. "
     "At equal compute every method gets {compute:g} times the passes of plain training at equal "
     "epochs: one that costs less than {compute:g} reads the rows more often than at equal epochs, "
     "one that costs more less often."
@@ -38,12 +40,15 @@ ROBUST = (
     "seed; `from zero`, `from random`: by these starts alone; `clean loss`: median on these rows. "
     "Shifted sets: accuracy, and the drop from that on {clean_rows} clean rows. `under`: accuracy "
     "under attack by that source of words, with the words changed in a success and the texts read "
-    "per row that was right. `ECE`: expected calibration error, in per cent."
+    "per row that was right. `ECE`: expected calibration error, in per cent. A model that always "
+    "answers the same, whose Matthews' correlation is 0, cannot be attacked: it is right on the "
+    "share of that answer at every radius."
 )
 EXPLOITED = (
     "Lower bound of what the adversary gains by leaving the solver's own strategy for the end of "
-    f"{STEPS} steps from {RESTARTS} starts in its own ball, at equal epochs, on {COUNT} rows. Each "
-    "row has the payoff and the radius (in token norms) of its solver: rows do not compare."
+    f"{STEPS} steps from {RESTARTS} starts in its own ball, at equal epochs, on the first {COUNT} "
+    "rows. Each line of the table has the payoff and the radius (in token norms) of its solver: "
+    "they do not compare."
 )
 LEARNERS = (
     "At equal epochs. `mean`: the running average of the weights, over all updates alike. "
@@ -52,8 +57,9 @@ LEARNERS = (
 )
 HALF = "At as many epochs, so half of the updates."
 RATES = (
-    "Score of one run with seed {} on {} training rows held out, for each rate, trained on {:.0%} "
-    "of the rows; the one chosen is bold, the smaller of equals."
+    "Score of one run with seed {} on {} training rows held out, for each rate, at the budget of "
+    "the runs that it is chosen for; the one chosen is bold, the first of equals. A rate at an end "
+    "of the grid may not be the best."
 )
 DAMPED = (
     "MAT pulls the weights back within and between rounds: with its default damping and one sample "
@@ -71,6 +77,7 @@ def render(study: Study, results: Mapping[str, Any], folder: Path, command: str)
         about(findings, command),
         "## Summary",
         "\n".join(summary.verdict(findings, *of) for of in summary.compared(findings)),
+        summary.power(findings),
         summary.grouped(findings),
         GROUPS.format(**{group: ", ".join(of) for group, of in groups(study).items()}),
         *(f"![{text}]({file})" for file, text in PICTURES.items() if file in drawn),
@@ -84,9 +91,9 @@ def render(study: Study, results: Mapping[str, Any], folder: Path, command: str)
         *_part("## Exploitability", EXPLOITED, tables.exploitability(findings, "epochs")),
         *_part("## Half of the rows", HALF, tables.half(findings)),
         "## Learning rates",
-        RATES.format(study.search_seed, study.hold_out, study.search_share),
+        RATES.format(study.search_seed, study.hold_out),
         DAMPED if any(way.solver == "mat" for way in study.methods.values()) else "",
-        tables.rates(findings),
+        *(part for budget, text in BUDGETS.items() for part in _rates(findings, budget, text)),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     kept.write(folder / "report.md", text)
@@ -113,6 +120,10 @@ def _robust(findings: Findings, task: str) -> list[str]:
     found = {b: tables.robust(findings, task, b) for b in COMPARED}
     titles = {f"### {task}, {BUDGETS[b]}": text for b, text in found.items() if text}
     return [part for pair in titles.items() for part in pair]
+
+
+def _rates(findings: Findings, budget: Budget, title: str) -> list[str]:
+    return _part(f"### {title.capitalize()}", "", tables.rates(findings, budget))
 
 
 def _part(title: str, text: str, found: str) -> list[str]:

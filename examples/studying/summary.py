@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from studying.findings import CONTRASTS, Findings, Read, adjusted, contrasts, differences
+from scipy import stats
+
+from mixadv.robustness.statistics import Comparison
+from studying.findings import NOISE, Findings, Read, adjusted, contrasts, differences
 from studying.plan import BUDGETS, COMPARED, Budget
 from studying.tables import markdown, signed
 
@@ -20,7 +23,7 @@ def compared(findings: Findings) -> Iterator[tuple[str, Budget, Read]]:
 
 def verdict(findings: Findings, what: str, budget: Budget, read: Read) -> str:
     """Return how many methods differ from plain training, before and after the correction."""
-    found = differences(findings, budget, read)
+    found = _judged(findings, budget, read)
     title = f"{BUDGETS[budget].capitalize()}, {what}"
     if not found:
         return f"- {title}: nothing to compare yet."
@@ -32,7 +35,31 @@ def verdict(findings: Findings, what: str, budget: Budget, read: Read) -> str:
     return (
         f"- {title}: of {len(found)} comparisons with plain training, "
         f"{higher} have a higher mean. The 95 % interval of the difference is above 0 for {above}; "
-        f"below 0 for {below}. After Holm's correction, at {ALPHA:g}, what differs is: {sure}."
+        f"below 0 for {below}. After Holm's correction, at {ALPHA:g}, what is shown to differ is: "
+        f"{sure}."
+    )
+
+
+def _judged(findings: Findings, budget: Budget, read: Read) -> dict[Pair, Comparison]:
+    """Return the differences of the methods whose adversary looks at the loss."""
+    methods, found = findings.study.methods, differences(findings, budget, read)
+    return {pair: of for pair, of in found.items() if methods[pair[1]].solver != NOISE}
+
+
+def power(findings: Findings) -> str:
+    """Return how large the first of the differences must be for Holm's correction to let it pass.
+
+    The largest of N passes where its p-value is below α / N.
+    """
+    seeds = len(findings.study.seeds)
+    number = max(len(_judged(findings, budget, Findings.official)) for budget in COMPARED)
+    if seeds < 2 or not number:
+        return ""
+    needed, single = (stats.t.isf(ALPHA / 2 / n, seeds - 1) for n in (number, 1))
+    return (
+        f"With {seeds} seeds, one of {number} differences has to be {needed / single:.1f} times "
+        "its ± to be shown after the correction: that none is shown does not say that there is "
+        "none."
     )
 
 
@@ -43,14 +70,15 @@ def _named(pairs: Iterable[Pair], holds: Callable[[Pair], bool]) -> str:
 
 def grouped(findings: Findings) -> str:
     """Return the table of differences between groups of methods."""
-    rows = []
+    rows, head = [], []
     for task in findings.study.tasks:
         for what, budget, read in compared(findings):
             found = contrasts(findings, task, budget, read)
             if any(found.values()):
                 signs = [signed(one) for one in found.values()]
                 rows.append([task, what, BUDGETS[budget], *signs])
-    return markdown(["task", "what", "budget", *CONTRASTS], rows) if rows else ""
+                head = ["task", "what", "budget", *found]
+    return markdown(head, rows) if rows else ""
 
 
 def missing(findings: Findings) -> str:

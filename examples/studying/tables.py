@@ -34,14 +34,17 @@ def official(findings: Findings, task: str) -> str:
     study = findings.study
     rows = []
     found = {b: differences(findings, b) for b in COMPARED}
+    plain = findings.seconds(task, PLAIN)
     for name, method in study.methods.items():
         cells = [name, DASH if method.cost is None else f"{method.cost:.1f}"]
+        seconds = findings.seconds(task, name)
+        cells.append(f"{seconds / plain:.1f}" if seconds and plain else DASH)
         for budget in COMPARED:
             values = findings.official(task, name, budget)
             cells += [over_seeds(values.values()), signed(found[budget].get((task, name)))]
         rows.append(cells)
-    head = ["method", "passes", *(cell for b in COMPARED for cell in (BUDGETS[b], "− plain"))]
-    return markdown(head, rows)
+    budgets = [cell for b in COMPARED for cell in (BUDGETS[b], "− plain")]
+    return markdown(["method", "passes", "time", *budgets], rows)
 
 
 def robust(findings: Findings, task: str, budget: Budget) -> str:
@@ -150,20 +153,24 @@ def half(findings: Findings) -> str:
     return markdown(head, rows) if rows else ""
 
 
-def rates(findings: Findings) -> str:
+def rates(findings: Findings, budget: Budget) -> str:
     """Return the table of the learning rates chosen, and the scores that they were chosen by."""
     study = findings.study
     rows = []
     for method in study.methods:
         cells = [method]
         for task in study.tasks:
-            chosen = study.chosen(task, method, findings.results)
+            if method not in study.trained(task, budget):
+                cells.append(DASH)
+                continue
+            chosen = study.chosen(task, method, budget, findings.results)
             scores = []
-            for run in study.search(task, method):
+            for run in study.search(task, method, budget):
                 line = findings.results.get(run.key)
                 score = f"{100 * first(line['last']['held-out']):.1f}" if line else DASH
                 bold = "**" if run.learning_rate == chosen else ""
                 scores.append(f"{bold}{run.learning_rate:g}: {score}{bold}")
             cells.append(", ".join(scores) or f"{chosen:g}")
-        rows.append(cells)
-    return markdown(["method", *study.tasks], rows)
+        if set(cells[1:]) != {DASH}:
+            rows.append(cells)
+    return markdown(["method", *study.tasks], rows) if rows else ""

@@ -40,7 +40,8 @@ def train(run: Run, script: str, folder: str, evaluate: tuple[str, ...], output:
     task = load(script, run.task, folder, run.train)
     reported = not run.hold_out
     splits = {name: task.splits[name] for name in evaluate} if reported else {}
-    training = Training(run, replace(task, splits=splits), Keeping(output, save=reported))
+    keeping = Keeping(output, save=reported, silent=True)
+    training = Training(run, replace(task, splits=splits), keeping)
     result = training.train()
     result["classifies"] = task.labels is not None
     if reported and training.game is not None:

@@ -86,7 +86,8 @@ def answer(name: str, job: Callable[[], str]) -> int:
     try:
         text = job()
     except REFUSALS as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        said = " ".join([str(error), *getattr(error, "__notes__", ())])
+        print(f"{name}: {' '.join(said.split())}", file=sys.stderr)
         return 2
     if PartialState().is_main_process:
         print(text)

@@ -31,12 +31,14 @@ class Keeping:
         checkpoint_every: updates.
         save: the models evaluated.
         tensorboard: whether runs are written for it.
+        silent: whether runs show no bar, as where several are trained side by side.
     """
 
     output: Path
     checkpoint_every: int = 100
     save: bool = False
     tensorboard: bool = False
+    silent: bool = False
 
 
 @dataclass
@@ -133,7 +135,7 @@ class Training:
             self.updates,
             self.progress.updates,
             folder if self.keeping.tensorboard else None,
-            silent=not self.accelerator.is_main_process,
+            silent=self.keeping.silent or not self.accelerator.is_main_process,
         )
 
     def update(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:

@@ -128,6 +128,9 @@ def paired(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.95) 
         b: those of the other method.
         level: of the interval.
 
+    Gains that are equal, and not 0, have neither interval nor p-value: without a spread a t-test
+    cannot be made, and a few seeds gain as many rows of a small set by chance.
+
     Raises:
         ValueError: if no seed is in both.
 
@@ -143,10 +146,12 @@ def paired(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.95) 
         )
     gains = _values([a[seed] - b[seed] for seed in seeds])
     difference, error = t_interval(gains, level), _standard_error(gains)
-    if error == 0:  # the same gain with every seed
-        p = float(difference.value == 0)
+    if error > 0:
+        p = float(2 * stats.t.sf(abs(difference.value) / error, len(seeds) - 1))
+    elif difference.value == 0:
+        p = 1.0
     else:
-        p = float(2 * stats.t.sf(abs(difference.value) / error, max(len(seeds) - 1, 1)))
+        p, difference = math.nan, Estimate(difference.value, math.nan, math.nan)
     return Comparison(difference, p, seeds)
 
 
