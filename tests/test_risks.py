@@ -79,7 +79,9 @@ def parametrized(module, function) -> list:
     values = []
     for mark in getattr(function, "pytestmark", []):
         if mark.name == "parametrize":
-            values += [x for v in mark.args[1] for x in (v if isinstance(v, tuple) else (v,))]
+            for value in mark.args[1]:  # a bare one, one for each argument, or either with marks
+                bare = value.values if isinstance(value, type(pytest.param())) else value
+                values += bare if isinstance(bare, tuple) else (bare,)
     fixture = getattr(module, "solver", None)
     marker = getattr(fixture, "_fixture_function_marker", None)
     return [*values, *(marker.params or [] if marker is not None else [])]
