@@ -248,6 +248,23 @@ def test_the_longest_texts_come_first_and_rows_of_a_length_together():
     assert [batch.rows for batch in batches] == [[3, 1], [2, 4], [0]]
 
 
+@pytest.mark.parametrize(
+    ("family", "most"), [("bert", 14), ("roberta", 13), ("xlm-roberta", 13), ("mpnet", 12)]
+)
+def test_texts_are_cut_to_what_a_model_reads_where_positions_count_from_the_padding(family, most):
+    """RoBERTa's 514 positions read 512 tokens, which not every tokenizer says."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 8, "vocab_size": 16, "max_position_embeddings": 14}
+    config = transformers.AutoConfig.for_model(family, **sizes, pad_token_id=0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    rows = Rows([" ".join(words * 3)], [0])
+    predict(model, text_batches(model, zoo.word_pieces(*words), rows))
+    ids = torch.full((1, most + 1), 5)
+    model(ids[:, :most])
+    with pytest.raises((IndexError, RuntimeError)):
+        model(ids)
+
+
 def test_pairs_are_read_as_pairs_and_cut_to_what_the_model_reads():
     model, tokenizer = reader(length=12).eval(), zoo.word_pieces(*words)
     first, second = "a fine film", " ".join(words * 3)

@@ -1,6 +1,5 @@
 """The model, its tokenizer, and rows as tensors."""
 
-import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from mixadv.tokens.reader import longest
 from training.data import Task
 from training.results import EMBEDDED_MODEL, Run
 
@@ -30,29 +30,25 @@ def load(run: Run, task: Task) -> tuple[Any, Any]:
     if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
         raise ValueError(f"The folder {run.model} holds no model: it has no config.json.")
     labels = list(task.labels or ["score"])
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # a new head is what is wanted
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            where,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-            problem_type="regression" if task.labels is None else "single_label_classification",
-            ignore_mismatched_sizes=True,
-        )
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                where,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={label: i for i, label in enumerate(labels)},
+                problem_type="regression" if task.labels is None else "single_label_classification",
+                ignore_mismatched_sizes=True,
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"The model {run.model} cannot be loaded: {error}") from error
-    finally:
-        transformers.utils.logging.set_verbosity(level)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    longest = min(tokenizer.model_max_length, _positions(model))
-    if run.max_length > longest:
-        raise ValueError(f"max_length is {run.max_length}, and {run.model} reads {longest} tokens.")
+    most = longest(model, tokenizer)
+    if most is not None and run.max_length > most:
+        raise ValueError(f"max_length is {run.max_length}, and {run.model} reads {most} tokens.")
     return model, tokenizer
 
 
@@ -97,10 +93,6 @@ def quiet() -> Any:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _positions(model: Any) -> float:
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
 class Encoder:

@@ -51,7 +51,12 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 def longest(model: nn.Module, tokenizer: Any) -> int | None:
     """Return how many tokens a model reads at most, as far as it and its tokenizer say."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    least = min(tokenizer.model_max_length, positions or math.inf)
+    limits = [tokenizer.model_max_length, positions or math.inf]
+    for name, part in model.named_modules():
+        padding = getattr(part, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            limits.append(part.num_embeddings - padding - 1)  # RoBERTa counts on from the padding's
+    least = min(limits)
     return int(least) if least < 1e9 else None  # tokenizers that know no limit name a huge one
 
 
