@@ -89,30 +89,21 @@ def chosen(options: Namespace, task: Task) -> tuple[list[Any], list[int]]:
     return texts, [labels[i] for i in numbers]
 
 
-def load_victim(name: str, labels: Sequence[str], device: torch.device) -> tuple[Any, Any]:
-    """Return a fine-tuned classifier and its tokenizer."""
-    try:
-        victim = transformers.AutoModelForSequenceClassification.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name} cannot be loaded: {error}") from error
+def load_victim(name: str, labels: Sequence[str]) -> tuple[Any, Any]:
+    """Return a classifier that was fine-tuned on the task, and its tokenizer."""
+    victim, tokenizer = model.load_classifier(name)
     own = [victim.config.id2label[i] for i in range(victim.config.num_labels)]
     if own != list(labels):
         raise ValueError(f"--model {name} tells {own} apart, and the task {list(labels)}.")
-    return victim.to(device), tokenizer
+    return victim, tokenizer
 
 
-def load_attack(options: Namespace, device: torch.device) -> WordSubstitution:
+def load_attack(options: Namespace) -> WordSubstitution:
     """Return the attack that the command line asks for."""
     similarity = None
     if options.similarity:
-        where = model.path(options.encoder)
-        try:
-            encoder = transformers.AutoModel.from_pretrained(where).to(device)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--encoder {options.encoder} cannot be loaded: {error}") from error
-        similarity = Similarity(encoder, tokenizer, options.similarity)
+        encoder, tokenizer, _ = model.pretrained(transformers.AutoModel, options.encoder)
+        similarity = Similarity(encoder.to(model.device()), tokenizer, options.similarity)
     return WordSubstitution(
         candidates(options.neighbours),
         max_share=options.max_share,
@@ -153,12 +144,10 @@ def write(file: Path, found: Sequence[tuple[Attack, float]]) -> None:
     kept.write(file, "".join(lines))
 
 
-def run(
-    name: str, options: Namespace, attack: WordSubstitution, task: Task, device: torch.device
-) -> list[str]:
+def run(name: str, options: Namespace, attack: WordSubstitution, task: Task) -> list[str]:
     """Attack a model on the rows that it was not attacked on yet; return its row of the table."""
     texts, labels = chosen(options, task)
-    victim, tokenizer = load_victim(name, task.labels or (), device)
+    victim, tokenizer = load_victim(name, task.labels or ())
     file = path(options, victim)
     found = read(file)
     for start in tqdm(
@@ -191,10 +180,8 @@ def row(name: str, found: Sequence[tuple[Attack, float]]) -> list[str]:
 
 def work(options: Namespace) -> str:
     """Attack all models; return the table."""
-    transformers.utils.logging.disable_progress_bar()
-    device = model.device()
-    task, attack = load_task(options), load_attack(options, device)
-    rows = [run(name, options, attack, task, device) for name in options.model]
+    task, attack = load_task(options), load_attack(options)
+    rows = [run(name, options, attack, task) for name in options.model]
     lines = [list(HEAD), ["---"] * len(HEAD), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from tqdm.auto import tqdm
 
@@ -90,8 +89,7 @@ def learners(options: Namespace, task: Task) -> dict[str, tuple[list[Learner], A
         return {f"{len(rows)} samples of MAT": (rows, training.tokenizer)}
     if not options.model:
         raise ValueError("Name the learners: --model FOLDER ..., or --mat N.")
-    device = torch.device("cpu")
-    found = [attack.load_victim(name, task.labels or (), device) for name in options.model]
+    found = [attack.load_victim(name, task.labels or ()) for name in options.model]
     if options.dropout:
         return {
             f"{options.dropout} dropout masks of {name}": (

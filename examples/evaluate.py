@@ -15,7 +15,6 @@ command goes on where it was when it comes again.
         --shifted anli=path/to/anli/test_r3.jsonl --text premise hypothesis
 """
 
-import argparse
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -28,7 +27,7 @@ from mixadv.robustness.attacked import drawn, taken
 from mixadv.robustness.kept import write
 from mixadv.tokens import WordSubstitution
 from training import command, model
-from training.options import positive, script
+from training.options import Named, positive, script
 from training.substitution import SOURCES, candidates
 
 
@@ -41,7 +40,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     text = "JSON lines, also as .jsonl.gz: a text, or two, and a label by its number or name"
     add("--data", type=Path, required=True, metavar="FILE", help=text)
     text = "other sets, with the same columns: adversarial ones, of another domain, ..."
-    add("--shifted", nargs="+", type=named, default=[], metavar="NAME=FILE", help=text)
+    add("--shifted", nargs="+", action=Named, default={}, metavar="NAME=FILE", help=text)
     text = "the column of the texts, or the two of pairs (default: the usual ones)"
     add("--text", nargs="+", metavar="COLUMN", help=text)
     add("--label", default="label", metavar="COLUMN", help="(default: %(default)s)")
@@ -69,33 +68,6 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def named(text: str) -> tuple[str, Path]:
-    """Return the name and the file of an option."""
-    name, equals, file = text.partition("=")
-    if not (name and equals and file):
-        raise argparse.ArgumentTypeError(f"must be NAME=FILE, got {text}")
-    return name, Path(file)
-
-
-def load(name: str, **head: Any) -> tuple[Any, Any]:
-    """Return a classifier, with a new head if one is asked for, and its tokenizer."""
-    where = model.path(name)
-    try:
-        with model.quiet():
-            found, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                where, output_loading_info=True, **head
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The model {name} cannot be loaded: {error}") from error
-    if info["missing_keys"] and not head:
-        raise ValueError(
-            f"The model {name} has no head for classes, {min(info['missing_keys'])} is missing: "
-            "fine-tune it first, with glue.py or intent.py and --save."
-        )
-    return found.to(model.device()), tokenizer
-
-
 def shortened(names: list[str], parts: int) -> dict[str, str]:
     """Return names by their last parts, if these tell them apart."""
     short = {"/".join(Path(name).parts[-parts:]).removesuffix(".jsonl"): name for name in names}
@@ -106,8 +78,14 @@ def unit(options: Namespace, labels: Any, columns: dict[str, Any]) -> float | No
     """Return the mean token norm, on the rows attacked, of the model that is named for it."""
     if not options.unit_of:
         return None
-    head = {"num_labels": labels.num_labels, "label2id": labels.label2id}
-    found, tokenizer = load(options.unit_of, ignore_mismatched_sizes=True, **head)
+    found, tokenizer, _ = model.pretrained(
+        transformers.AutoModelForSequenceClassification,
+        options.unit_of,
+        num_labels=labels.num_labels,
+        label2id=labels.label2id,
+        ignore_mismatched_sizes=True,
+    )
+    found.to(model.device())
     rows = read(options.data, found, **columns)
     attacked = taken(rows, drawn(rows, options.rows, seed=0))
     batches = text_batches(
@@ -128,14 +106,14 @@ def work(options: Namespace) -> str:
     reports: dict[str, Report] = {}
     length = None
     for short, name in shortened(options.model, 2).items():
-        found, tokenizer = load(name)
+        found, tokenizer = model.load_classifier(name)
         length = unit(options, found.config, columns) if length is None else length
         reports[short] = evaluate(
             found,
             tokenizer,
             options.data,
             **columns,
-            shifted=dict(options.shifted),
+            shifted=options.shifted,
             attacks=attacks,
             radii=options.radii,
             increase_radius=options.increase_radius,

@@ -26,7 +26,7 @@ from mixadv.robustness.neuron_analysis import counts, table
 from mixadv.robustness.neuron_pictures import compare_layers, compare_tags
 from training import command, data, model
 from training.data import DataError
-from training.options import positive, script
+from training.options import Named, positive, script
 
 HUB = "universal_dependencies:en_ewt"
 SPLITS = ("train", "dev")
@@ -38,7 +38,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     parser = script("neurons", "--model NAME=FOLDER ... [options]", __doc__)
     add = parser.add_argument
     text = "models, each with a name for the tables"
-    add("--model", nargs="+", required=True, metavar="NAME=FOLDER", help=text)
+    add("--model", nargs="+", action=Named, required=True, metavar="NAME=FOLDER", help=text)
     text = (
         "with train and dev .jsonl or .jsonl.gz, or NAME:CONFIG of the hub (default: %(default)s)"
     )
@@ -58,21 +58,6 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     text = "folder of analyses and pictures (default: %(default)s)"
     add("--output", type=Path, default=Path("runs/neurons"), metavar="FOLDER", help=text)
     return parser.parse_args(argv)
-
-
-def named(models: list[str]) -> dict[str, str]:
-    """Return the models by name."""
-    found: dict[str, str] = {}
-    for given in models:
-        name, separator, where = given.partition("=")
-        if not (name and separator and where) or "/" in name:
-            raise ValueError(
-                f"--model {given}: give a name and a model, as in plain=runs/sst2/last."
-            )
-        if name in found:
-            raise ValueError(f"--model {given}: {name} is the name of {found[name]} already.")
-        found[name] = where
-    return found
 
 
 def load_data(where: str) -> dict[str, Tagged]:
@@ -101,25 +86,21 @@ def tagged(rows: data.Dataset, where: str) -> Tagged:
     return rows["tokens"][:], tags
 
 
-def load_model(name: str) -> tuple[Any, Any]:
-    """Return a model as it was saved, so that no part of it is new, and its tokenizer."""
-    where = model.path(name)
-    try:
-        with model.quiet():
-            saved = (transformers.AutoConfig.from_pretrained(where).architectures or [""])[0]
-            kind = getattr(transformers, saved, transformers.AutoModel)
-            encoder = kind.from_pretrained(where)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The model {name} cannot be loaded: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return encoder.to(model.device()), tokenizer
+class AsSaved:
+    """Loads a model as the class that it was saved from, so that no part of it is new."""
+
+    @staticmethod
+    def from_pretrained(where: str, **settings: Any) -> Any:
+        """Return the model, with what transformers returns beside it."""
+        saved = transformers.AutoConfig.from_pretrained(where).architectures or [""]
+        kind = getattr(transformers, saved[0], transformers.AutoModel)
+        return kind.from_pretrained(where, **settings)
 
 
 def run(name: str, where: str, options: Namespace, rows: dict[str, Tagged]) -> NeuronAnalysis:
     """Return the analysis of a model, made now unless its file is there."""
-    encoder, tokenizer = load_model(where)
+    encoder, tokenizer, _ = model.pretrained(AsSaved, where)
+    encoder.to(model.device())
     reading = {k: getattr(options, k) for k in ("max_length", "seed")}
     probing = {k: getattr(options, k) for k in ("penalty", "tolerance", "draws", "seed")}
     reading["max_tokens"] = options.tokens
@@ -138,11 +119,11 @@ def run(name: str, where: str, options: Namespace, rows: dict[str, Tagged]) -> N
 
 def work(options: Namespace) -> str:
     """Analyse all models; return the tables."""
-    models, rows = named(options.model), load_data(options.data)
+    rows = load_data(options.data)
     options.output.mkdir(parents=True, exist_ok=True)
     analyses = {
         name: run(name, where, options, rows)
-        for name, where in tqdm(models.items(), unit="model", disable=None)
+        for name, where in tqdm(options.model.items(), unit="model", disable=None)
     }
     for name, found in analyses.items():
         found.picture(options.output / f"{name}.png")

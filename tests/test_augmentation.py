@@ -420,11 +420,11 @@ def test_every_source_attacks_pairs_and_intents(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--model", "./nowhere"], ("--model ./nowhere", "cannot be loaded")),
+        (["--model", "./nowhere"], ("The model ./nowhere", "cannot be loaded")),
         (["--task", "stsb"], ("stsb is a regression", "labels")),
         (["--task", "mrpc"], ("['negative', 'positive']", "['not_equivalent', 'equivalent']")),
         (["--split", "trial"], ("--split trial", "dev, test")),
-        (["--encoder", "./nowhere"], ("--encoder ./nowhere", "cannot be loaded")),
+        (["--encoder", "./nowhere"], ("The model ./nowhere", "cannot be loaded")),
         (["--similarity", "2"], ("cosine", "2.0")),
         (["--rows", "0"], ("--rows", "at least 1")),
         (["--neighbours", "nobody"], ("nobody", "no such file", "typos")),

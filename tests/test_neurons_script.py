@@ -112,16 +112,20 @@ def test_tags_of_the_hub_are_numbers_with_names(folder, classifier, tmp_path, mo
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        (["runs/last"], "--model runs/last: give a name and a model"),
+        (["runs/last"], "--model runs/last: write NAME=FOLDER"),
+        (["a/b=runs/last"], "--model a/b=runs/last: write NAME=FOLDER, a name without /"),
         (["a=b", "a=c"], "--model a=c: a is the name of b already"),
-        (["a=missing/folder"], "The model missing/folder cannot be loaded"),
     ],
 )
-def test_models_that_cannot_be_named_or_loaded_are_refused(
-    folder, tmp_path, capsys, models, message
-):
-    assert run(folder, tmp_path / "out", *models) == 2
+def test_models_that_cannot_be_named_are_refused(folder, tmp_path, capsys, models, message):
+    with pytest.raises(SystemExit, match="2"):
+        run(folder, tmp_path / "out", *models)
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_is_refused(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "out", "a=missing/folder") == 2
+    assert "The model missing/folder cannot be loaded" in capsys.readouterr().err
 
 
 def test_data_that_cannot_be_read_are_refused(folder, classifier, tmp_path, capsys):

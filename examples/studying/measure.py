@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import transformers
 from datasets import Dataset
 
 from mixadv.robustness import evaluate, text_batches, token_norm
@@ -38,10 +37,7 @@ def measure(
         output: where the run saved its model.
     """
     where = output / run.key / "last"
-    with model.quiet():
-        classifier = transformers.AutoModelForSequenceClassification.from_pretrained(where)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    classifier.to(model.device())
+    classifier, tokenizer = model.load_classifier(str(where))
     split = load(subject.script, run.task, folder, run.train).splits[subject.evaluate[0]]
     rows = split.shuffle(seed=run.seed).select(range(min(asked.clean_rows, len(split))))
     report = evaluate(

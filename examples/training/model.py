@@ -26,25 +26,16 @@ def load(run: Run, task: Task) -> tuple[Any, Any]:
     """Return a model with a new head for the task, and its tokenizer."""
     if run.model == EMBEDDED_MODEL:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    where = path(run.model)
-    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
-        raise ValueError(f"The folder {run.model} holds no model: it has no config.json.")
     labels = list(task.labels or ["score"])
-    try:
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                where,
-                num_labels=len(labels),
-                id2label=dict(enumerate(labels)),
-                label2id={label: i for i, label in enumerate(labels)},
-                problem_type="regression" if task.labels is None else "single_label_classification",
-                ignore_mismatched_sizes=True,
-            )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The model {run.model} cannot be loaded: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    model, tokenizer, _ = pretrained(
+        transformers.AutoModelForSequenceClassification,
+        run.model,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        problem_type="regression" if task.labels is None else "single_label_classification",
+        ignore_mismatched_sizes=True,
+    )
     model.config.pad_token_id = tokenizer.pad_token_id
     most = longest(model, tokenizer)
     if most is not None and run.max_length > most:
@@ -52,27 +43,50 @@ def load(run: Run, task: Task) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def load_classifier(name: str) -> tuple[Any, Any]:
+    """Return a fine-tuned classifier on the device, and its tokenizer.
+
+    Raises:
+        ValueError: if there is no such model, or its head is not trained.
+    """
+    model, tokenizer, new = pretrained(transformers.AutoModelForSequenceClassification, name)
+    if new:
+        raise ValueError(
+            f"The model {name} has no head for classes, {new[0]} is missing: fine-tune it first, "
+            "with glue.py or intent.py and --save."
+        )
+    return model.to(device()), tokenizer
+
+
 def load_masked(name: str) -> tuple[Any, Any]:
-    """Return a masked-language model in evaluation mode, and its tokenizer.
+    """Return a masked-language model in evaluation mode on the device, and its tokenizer.
 
     Raises:
         ValueError: if there is no such model, or it has no language-model head.
     """
-    where = path(name)
-    try:
-        with quiet():
-            model, info = transformers.AutoModelForMaskedLM.from_pretrained(
-                where, output_loading_info=True
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The model {name} cannot be loaded: {error}") from error
-    if info["missing_keys"]:
+    model, tokenizer, new = pretrained(transformers.AutoModelForMaskedLM, name)
+    if new:
         raise ValueError(
-            f"{name} has no language-model head, among others {min(info['missing_keys'])} is "
-            "missing: train one first, with pretrain.py --only-new."
+            f"{name} has no language-model head, among others {new[0]} is missing: train one "
+            "first, with pretrain.py --only-new."
         )
     return model.eval().to(device()), tokenizer
+
+
+def pretrained(kind: Any, name: str, **settings: Any) -> tuple[Any, Any, list[str]]:
+    """Return a model of a class of transformers, its tokenizer, and the names of what is new."""
+    where = path(name)
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        raise ValueError(f"The folder {name} holds no model: it has no config.json.")
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+            model, info = kind.from_pretrained(where, output_loading_info=True, **settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The model {name} cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer, sorted(info["missing_keys"])
 
 
 def device() -> torch.device:

@@ -38,6 +38,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{Path(self.prog).stem}: {message}\n")
 
 
+class Named(argparse.Action):
+    """Gathers values of the form NAME=WHERE by their names, which become parts of file names."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Set the option, or end with what is wrong with a value."""
+        found: dict[str, str] = {}
+        for given in values:
+            name, _, where = given.partition("=")
+            if not (name and where) or "/" in name:
+                parser.error(f"{option} {given}: write {self.metavar}, a name without /.")
+            if name in found:
+                parser.error(f"{option} {given}: {name} is the name of {found[name]} already.")
+            found[name] = where
+        setattr(namespace, self.dest, found)
+
+
 def script(
     name: str, usage: str, manual: str, epilog: str | None = None, column: int = 24
 ) -> Parser:
