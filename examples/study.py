@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from mixadv.robustness import data
 from studying import pool
 from studying.measure import measure, other
-from studying.plan import COMPARED, Study
+from studying.plan import COMPARED, Study, measurable
 from studying.reading import read
 from studying.render import render
 from studying.work import load, train
@@ -100,7 +100,7 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
                 key, subject = study.measured(run), study.tasks[run.task]
                 if key in results or not study.done(run, results):
                     continue
-                if not results[run.key].get("classifies", True):
+                if not measurable(results[run.key]):
                     continue
                 if (options.runs / run.key / "last").is_dir():
                     given = (run, key, subject, study.measure, options.data, options.runs)

@@ -417,6 +417,15 @@ def test_what_cannot_be_measured_is_refused_before_any_pass(tmp_path, case):
     assert not (tmp_path / "kept").exists()
 
 
+def test_a_model_that_has_diverged_is_refused_in_words_and_keeps_its_mode():
+    model = classifier().train()
+    with torch.no_grad():
+        model.classifier.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite on [0-9]+ of .* has diverged"):
+        measured(model)
+    assert model.training
+
+
 def test_a_game_of_another_model_is_refused():
     game = mixadv.Game(classifier(), mixadv.PGD())
     with pytest.raises(ValueError, match="another model than the one evaluated"):

@@ -467,6 +467,19 @@ def test_a_study_runs_and_goes_on_to_the_same_report(
     assert report(folder) == text
 
 
+def test_runs_that_diverge_are_named_and_stop_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pool, "side_by_side", one_by_one())
+    toml = folder / "study" / "study.toml"
+    toml.write_text(toml.read_text().replace("[1e-2, 1e-3]", "[1e30]"))
+    assert script.main(arguments(folder)) == 0
+    text = report(folder)
+    assert "Missing: nothing. Diverged, so that robustness was not measured: plain on" in text
+    for method, budget in itertools.product(("plain", "mat"), ("epochs", "compute")):
+        assert f"{method} on words with seed 2 at equal {budget}" in text
+
+
 @pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_to_the_same_report(folder: Path):
     toml = folder / "study" / "study.toml"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixadv.robustness.statistics import Comparison, holm, paired
-from studying.plan import BUDGETS, COMPARED, Budget, Results, Study
+from studying.plan import BUDGETS, COMPARED, Budget, Results, Study, measurable
 from training.parameters import PLAIN
 
 NOISE = "noise"
@@ -40,8 +40,7 @@ class Findings:
 
     def to_measure(self, task: str, method: str, budget: Budget, seed: int) -> bool:
         """Return whether the model of a run is still to be measured."""
-        asked = budget in COMPARED
-        asked = asked and self.line(task, method, budget, seed).get("classifies", True)
+        asked = budget in COMPARED and measurable(self.line(task, method, budget, seed))
         return asked and not self.measured(task, method, budget, seed)
 
     def values(

@@ -22,6 +22,11 @@ Results = Mapping[str, Mapping[str, Any]]
 """Lines of results by their key."""
 
 
+def measurable(line: Mapping[str, Any]) -> bool:
+    """Return whether the model of a line is one whose robustness can be measured."""
+    return line.get("classifies", True) and not line.get("diverged", False)
+
+
 @dataclass(frozen=True)
 class Study:
     """Methods × tasks × seeds.

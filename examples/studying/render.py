@@ -108,7 +108,7 @@ def about(findings: Findings, command: str) -> str:
     return (
         f"`{command}`: {study.model}, seeds {seeds}, "
         f"on {'; '.join(sorted(machines)) or 'a machine that is not known'}. "
-        f"Missing: {summary.missing(findings)}."
+        f"Missing: {summary.missing(findings)}.{summary.diverged(findings)}"
     )
 
 

@@ -81,6 +81,16 @@ def grouped(findings: Findings) -> str:
     return markdown(head, rows) if rows else ""
 
 
+def diverged(findings: Findings) -> str:
+    """Return the runs whose weights are not finite in the end."""
+    found = [
+        f"{method} on {task} with seed {seed} at {BUDGETS[budget]}"
+        for budget, task, seed, method in findings.study.cells()
+        if findings.line(task, method, budget, seed).get("diverged")
+    ]
+    return f" Diverged, so that robustness was not measured: {', '.join(found)}." if found else ""
+
+
 def missing(findings: Findings) -> str:
     """Return what the study asks for and results do not hold."""
     study = findings.study

@@ -35,7 +35,8 @@ def train(run: Run, script: str, folder: str, evaluate: tuple[str, ...], output:
     """Train a run to its end; return its line of results. Its checkpoint stays until that is kept.
 
     A run with held-out rows is evaluated on these alone; others save their model. Where the solver
-    keeps a mean or samples of the weights, `learners` holds the metrics of these.
+    keeps a mean or samples of the weights, `learners` holds the metrics of these. Weights that
+    `diverged` are evaluated, as what the method leads to, and not measured further.
     """
     task = load(script, run.task, folder, run.train)
     reported = not run.hold_out
@@ -44,7 +45,8 @@ def train(run: Run, script: str, folder: str, evaluate: tuple[str, ...], output:
     training = Training(run, replace(task, splits=splits), keeping)
     result = training.train()
     result["classifies"] = task.labels is not None
-    if reported and training.game is not None:
+    result["diverged"] = not all(p.isfinite().all() for p in training.model.parameters())
+    if reported and training.game is not None and not result["diverged"]:
         result["learners"] = learners(training)
         result["exploitability"] = exploited(training, task.splits[evaluate[0]])
     return result

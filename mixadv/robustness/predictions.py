@@ -69,7 +69,8 @@ def predict(
             instead of the model as it is.
 
     Raises:
-        ValueError: for logits or labels that are not those of classes, or rows that come twice.
+        ValueError: for logits or labels that are not those of classes, rows that come twice, or
+            losses that are not finite.
 
     Example:
         >>> import torch
@@ -93,7 +94,13 @@ def predict(
             logits = logits.double().cpu()
             kept.append(batch.rows)
             columns.append([logits.softmax(-1), batch.labels.cpu(), losses.double().cpu()])
-    return Predictions(*in_order(kept, columns))
+    found = Predictions(*in_order(kept, columns))
+    if wrong := int((~np.isfinite(found.losses)).sum()):
+        raise ValueError(
+            f"The loss is not finite on {wrong} of {len(found.losses)} rows: the model has "
+            "diverged, or its logits overflow. Train it with a smaller rate, or measure it in fp32."
+        )
+    return found
 
 
 def expected_calibration_error(
