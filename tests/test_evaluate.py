@@ -421,7 +421,7 @@ def test_a_model_that_has_diverged_is_refused_in_words_and_keeps_its_mode():
     model = classifier().train()
     with torch.no_grad():
         model.classifier.weight.fill_(math.nan)
-    with pytest.raises(ValueError, match="not finite on [0-9]+ of .* has diverged"):
+    with pytest.raises(ValueError, match=r"not finite on [0-9]+ of .* has diverged"):
         measured(model)
     assert model.training
 
