@@ -27,7 +27,7 @@ OFFICIAL = (
     "interval. An interval is that of a single comparison, and of twenty one "
     "misses by chance: the summary corrects for their number. `passes`: what an update costs in "
     "plain updates; a forward, a backward to the activations and one to the weights count alike. "
-    "`time`: what it took, the least over runs. "
+    "`time`: what it took, the least over the seeds at equal epochs, beside other jobs. "
     "At equal compute every method gets {compute:g} times the passes of plain training at equal "
     "epochs: one that costs less than {compute:g} reads the rows more often than at equal epochs, "
     "one that costs more less often."
