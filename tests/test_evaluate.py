@@ -517,6 +517,11 @@ def test_models_of_other_rows_or_radii_are_not_compared():
         compare({"first": first, "other": measured(model, **few, seed=1)})
     with pytest.raises(ValueError, match="different radii"):
         compare({"first": first, "other": measured(model, **few, increase_radius=0.3)})
+    with pytest.raises(ValueError, match="other was evaluated with other restarts than first"):
+        compare({"first": first, "other": measured(model, **{**few, "restarts": 3})})
+    shorter = {"twins": {name: column[:4] for name, column in TWINS.items()}}
+    with pytest.raises(ValueError, match="other has other rows in twins than first"):
+        compare({"first": first, "other": measured(model, **{**few, "shifted": shorter})})
     with pytest.raises(ValueError, match="no reports"):
         compare({})
     wider = measured(classifier(1), **few)

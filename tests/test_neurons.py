@@ -5,6 +5,7 @@ import json
 import math
 import random
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -389,6 +390,18 @@ def test_a_model_without_hidden_states_is_refused(tokenizer):
 def test_values_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"2 words and 3 × 4 neurons need values \(2, 12\)"):
         Activations(np.zeros((2, 11)), np.zeros(2, int), ("A",), ("a", "b"), 3, 4)
+
+
+def test_activations_of_a_model_that_diverged_are_refused():
+    values = np.zeros((2, 12), np.float32)
+    values[1, 3] = math.nan
+    with pytest.raises(ValueError, match="1 activations are not finite: the model has diverged"):
+        Activations(values, np.zeros(2, int), ("A",), ("a", "b"), 3, 4)
+
+
+def test_a_table_says_where_a_probe_did_not_converge(found):
+    assert "not converged" not in found.table()
+    assert "of 60, not converged |" in replace(found, converged=False).table()
 
 
 def test_what_cannot_be_analysed_is_refused(train, held_out):

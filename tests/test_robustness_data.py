@@ -118,6 +118,15 @@ def test_columns_can_be_named():
     assert read(rows, classifier(), text=("title", "body")).texts == [("t", "b")]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_unlabelled_row_says_nothing_of_how_the_others_are_labelled(first):
+    unlabelled = {"text": "a", "label": -1}
+    for label, number in (("neutral", 1), (2, 2)):
+        rows = [{"text": "b", "label": label}]
+        rows.insert(first, unlabelled)
+        assert read(rows, classifier()) == Rows(["b"], [number], "rows")
+
+
 def row(**changes):
     return [{"text": "fine", "label": 0}, {"text": "bad", "label": 1} | changes]
 

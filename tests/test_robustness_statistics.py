@@ -136,6 +136,46 @@ def test_two_accuracies_without_spread_have_newcombes_interval():
     assert alike.low == pytest.approx(0.772, abs=5e-4)
 
 
+def of_small_sets(n, share, other, sets):
+    random = np.random.default_rng(0)
+    return [
+        bootstrap_difference(
+            random.random(n) < share, random.random(60) < other, resamples=300, seed=i
+        )
+        for i in range(sets)
+    ]
+
+
+def test_accuracies_of_few_rows_are_covered_also_where_all_of_them_are_right():
+    """Of 12 clean rows at 0.95 more than half of the draws are all right: resampled alone, these
+    say that the accuracy is 1 for sure.
+    """
+    found = of_small_sets(12, 0.95, 0.6, 300)
+    assert coverage(found, 0.95 - 0.6) >= band(300)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "share"), [(10, 0.9), (20, 0.95), (50, 0.98)])
+def test_differences_of_accuracies_are_covered(n, share):
+    assert coverage(of_small_sets(n, share, 0.6, 2000), share - 0.6) >= band(2000)[0]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9), st.booleans(), st.integers(1, 9))
+def test_a_set_without_spread_has_its_own_part_in_the_interval(values, correct, rows):
+    for a, b in ((values, [correct] * rows), ([correct] * rows, values)):
+        value, low, high = bootstrap_difference(a, b, resamples=20)
+        assert low < value + 1e-12
+        assert high > value - 1e-12
+        assert high - low > 0.1
+
+
+def test_a_single_loss_has_no_spread_that_its_difference_could_have():
+    value, low, high = bootstrap_difference([1.0, 2.0, 3.0], [1.0])
+    assert value == 1
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
 def test_estimates_are_numbers_of_python():
     right = np.array([True] * 5)
     found = [bootstrap(right), bootstrap(np.ones(3)), bootstrap(np.arange(5)), t_interval([1, 2])]
@@ -228,6 +268,29 @@ def test_one_seed_tells_no_interval_and_nor_do_equal_gains():
     assert math.isnan(equal.difference.low)
     assert math.isnan(equal.difference.high)
     assert paired({1: 1.5, 2: 2.5}, {1: 1.5, 2: 2.5}).p == 1
+
+
+@given(
+    st.integers(2, 4000),
+    st.lists(st.floats(0, 1), min_size=2, max_size=5),
+    st.floats(0, 1),
+    st.sampled_from([1, 100]),
+)
+def test_as_many_rows_more_for_every_seed_are_equal_gains_however_they_are_rounded(
+    rows, shares, gain, scale
+):
+    """Of 872 rows, three more for each seed would be sure at p = 1e-28."""
+    theirs = [int(share * rows) for share in shares]
+    more = int(gain * (rows - max(theirs)))
+    a = {seed: scale * ((of + more) / rows) for seed, of in enumerate(theirs)}
+    b = {seed: scale * (of / rows) for seed, of in enumerate(theirs)}
+    found = paired(a, b)
+    if more:
+        assert found.difference.value == pytest.approx(scale * more / rows)
+        assert math.isnan(found.p)
+        assert math.isnan(found.difference.low)
+    else:
+        assert (found.difference, found.p) == ((0, 0, 0), 1)
 
 
 def test_methods_without_a_common_seed_are_not_compared():

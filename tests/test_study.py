@@ -608,6 +608,9 @@ MISTAKES = {
     "shifted": ('folder = "others"\n', "", "shifted others needs split, hub and folder"),
     "seed": ("seeds = [2]", "seeds = [100]", "must all differ"),
     "rows": ("rows = 4", "rows = 0", "rows must be at least 1, got 0"),
+    "half a step": ("steps = 1", "steps = 1.5", "measure: steps must be an integer, got 1.5"),
+    "no radius": ("radii = [0.1]", "radii = [nan]", "measure: a radius must be finite"),
+    "settings": ("limit = 16", "settings = {{ limit = 16 }}", "of a subject: settings: there is"),
     "syntax": ("seeds = [2]", "seeds = [2", "study.toml"),
 }
 

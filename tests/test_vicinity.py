@@ -391,6 +391,24 @@ def test_a_measurement_leaves_nothing_behind(measure, grad):
         assert_untouched(before, state_of(model))
 
 
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_a_frozen_model_is_measured_as_another_and_stays_frozen(measure):
+    model, frozen = with_state(), with_state()
+    frozen.load_state_dict(model.state_dict())
+    frozen.requires_grad_(False)
+    before = state_of(frozen)
+    one, other = (str(measure(of, batches_for(of))) for of in (model, frozen))
+    assert one == other
+    assert_untouched(before, state_of(frozen))
+
+
+def test_the_unit_of_a_compiled_model_leaves_no_hook_behind():
+    model = Everything()
+    compiled = torch.compile(model, backend="eager")
+    token_norm(compiled, batches_for(compiled))
+    assert not any(len(part._forward_hooks) for part in model.modules())
+
+
 @pytest.mark.parametrize("call", [1, 2, 4, 8])
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
 def test_nor_does_one_that_breaks(measure, call):

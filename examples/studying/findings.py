@@ -65,6 +65,15 @@ class Findings:
             if of
         }
 
+    def answers_alike(self, task: str, method: str, budget: Budget) -> bool:
+        """Return whether the correlation of a method's answers with the labels is 0 for a seed.
+
+        As of a model that answers the same whatever it reads: no attack changes that.
+        """
+        split = self.study.tasks[task].evaluate[0]
+        lines = [self.line(task, method, budget, seed) for seed in self.study.seeds]
+        return any(line["last"][split].get("Matthews") == 0 for line in lines if line)
+
     def seconds(self, task: str, method: str) -> float | None:
         """Return the least seconds of an update over the seeds, the machine being shared.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mixadv
+from mixadv.ascent import check_integer, check_number
 from mixadv.explain import passes
 from training.parameters import PLAIN, known
 from training.results import Run
@@ -126,10 +127,8 @@ class Measures:
 
     def __post_init__(self) -> None:
         for name in ("rows", "clean_rows", "steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            check_integer("measure", name, getattr(self, name), 1)
         if not self.radii:
             raise ValueError("radii is empty: give at least one.")
         for radius in (*self.radii, self.increase_radius):
-            if radius < 0:
-                raise ValueError(f"A radius must be at least 0, got {radius}.")
+            check_number("measure", "a radius", radius)

@@ -43,6 +43,9 @@ def _subject(table: Any) -> Subject:
     if not isinstance(settings.get("train", []), list):
         raise ValueError(f"train must be a list, got {settings['train']!r}.")
     others = {name: value for name, value in table.items() if name not in SETTINGS}
+    names = [f.name for f in fields(Subject) if f.name != "settings"]
+    for name in others:
+        known("of a subject:", name, sorted([*names, *SETTINGS]))
     return _build(Subject, others | {"settings": _tuples(settings)})
 
 

@@ -18,7 +18,8 @@ PICTURES = {
 GROUPS = (
     "Groups are means over their methods, seed by seed. Pure, the adversary plays one particle: "
     "{pure}. Mixed, it plays several: {mixed}. Noise is in neither and in no count above: it does "
-    "not look at the loss. Each line corrects for its own comparisons."
+    "not look at the loss. Each line of the list corrects for its own comparisons. Where the "
+    "correlation with the labels is 0, PGD finds nothing to change, which is not robustness."
 )
 OFFICIAL = (
     "Mean over seeds ± half of Student's 95 % interval, times 100, of the last weights: no "

@@ -10,6 +10,7 @@ from studying.plan import BUDGETS, COMPARED, Budget
 from studying.tables import markdown, signed
 
 ALPHA = 0.05
+NONE = "none"
 Pair = tuple[str, str]
 
 
@@ -32,11 +33,14 @@ def verdict(findings: Findings, what: str, budget: Budget, read: Read) -> str:
     below = _named(found, lambda pair: found[pair].difference.high < 0)
     sure = _named(found, lambda pair: corrected[pair] < ALPHA)
     higher = sum(c.difference.value > 0 for c in found.values())
+    alike = _named(found, lambda pair: findings.answers_alike(*pair, budget))
+    attacked = read is not Findings.official and alike != NONE
+    immune = f" With some seed these always answer the same, which no attack changes: {alike}."
     return (
         f"- {title}: of {len(found)} comparisons with plain training, "
         f"{higher} have a higher mean. The 95 % interval of the difference is above 0 for {above}; "
         f"below 0 for {below}. After Holm's correction, at {ALPHA:g}, what is shown to differ is: "
-        f"{sure}."
+        f"{sure}.{immune if attacked else ''}"
     )
 
 
@@ -65,7 +69,7 @@ def power(findings: Findings) -> str:
 
 def _named(pairs: Iterable[Pair], holds: Callable[[Pair], bool]) -> str:
     names = [f"{method} on {task}" for task, method in pairs if holds((task, method))]
-    return ", ".join(names) or "none"
+    return ", ".join(names) or NONE
 
 
 def grouped(findings: Findings) -> str:

@@ -4,6 +4,7 @@ import argparse
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +40,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class Named(argparse.Action):
-    """Gathers values of the form NAME=WHERE by their names, which become parts of file names."""
+    """Gathers values of the form NAME=WHERE by their names, which become parts of file names.
+
+    A pattern such as runs/plain-0-*/last stands for the one path that it matches: behind NAME= the
+    shell leaves it as it is.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         """Set the option, or end with what is wrong with a value."""
@@ -50,7 +55,13 @@ class Named(argparse.Action):
                 parser.error(f"{option} {given}: write {self.metavar}, a name without /.")
             if name in found:
                 parser.error(f"{option} {given}: {name} is the name of {found[name]} already.")
-            found[name] = where
+            matching = sorted(glob(where)) if has_magic(where) else [where]
+            if len(matching) != 1:
+                parser.error(
+                    f"{option} {given}: one path is wanted, and {len(matching)} match, "
+                    f"{', '.join(matching[:3]) or 'none'}."
+                )
+            found[name] = matching[0]
         setattr(namespace, self.dest, found)
 
 

@@ -44,6 +44,11 @@ class Activations:
                 f"{shape[0]} words and {self.layers} × {self.hidden} neurons need values {shape} "
                 f"and tags {shape[:1]}, got {self.values.shape} and {self.tags.shape}."
             )
+        if not np.isfinite(self.values).all():
+            raise ValueError(
+                f"{int((~np.isfinite(self.values)).sum())} activations are not finite: the model "
+                "has diverged, or its number format overflows."
+            )
 
     def __len__(self) -> int:
         return len(self.words)

@@ -11,7 +11,8 @@ settle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -63,7 +64,7 @@ def play(
 ) -> list[NDArray[Any]]:
     """Measure on each batch and return the columns, rows in order; the model is left as it was."""
     rows, columns = [], []
-    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+    with evaluating(model), _learnable(model), torch.inference_mode(False), torch.enable_grad():
         game = Game(model, PGD(unit="absolute", start="zero", start_size=0.0))
         game.unit = 1.0  # never used, and measured it would be on all processes together
         try:
@@ -131,7 +132,25 @@ def token_norm(model: nn.Module, batches: Iterable[Batch]) -> float:
     if not closures:
         raise ValueError("There are no rows to measure on: the batches are empty.")
     with evaluating(model):
-        return measure_unit(Game(model, PGD()), closures)
+        game = Game(model, PGD())
+        try:
+            return measure_unit(game, closures)
+        finally:
+            game.close()
+
+
+@contextmanager
+def _learnable(model: nn.Module) -> Iterator[None]:
+    """Let the loss of a frozen model depend on its weights meanwhile, as a game checks it does."""
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    frozen = not any(p.requires_grad for p in weights)
+    try:
+        for parameter in weights if frozen else ():
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in weights if frozen else ():
+            parameter.requires_grad_(False)
 
 
 def _wide(column: Tensor) -> Tensor:

@@ -218,12 +218,12 @@ def _number(value: Any, known: Mapping[str, int]) -> int | None:
 
 def _numbers(values: list[Any], known: Mapping[str, int], label: str, name: str) -> list[int]:
     numbers = []
-    first = isinstance(values[0], str)
+    first = next((i for i, value in enumerate(values) if value != UNLABELLED), 0)
     for i, value in enumerate(values, 1):
-        if isinstance(value, str) != first and value != UNLABELLED:
+        if isinstance(value, str) != isinstance(values[first], str) and value != UNLABELLED:
             raise DataError(
-                f"{name}, row {i}: {label} is {value!r}, and in row 1 it is {values[0]!r}: give "
-                "names of labels, or their numbers."
+                f"{name}, row {i}: {label} is {value!r}, and in row {first + 1} it is "
+                f"{values[first]!r}: give names of labels, or their numbers."
             )
         number = _number(value, known)
         if number is None:

@@ -138,6 +138,7 @@ def evaluate(
             "unit": own,
             "measured": unit is None,
             "steps": steps,
+            "restarts": restarts,
             "seed": seed,
         }
         found: dict[str, Any] = {"about": about, CLEAN: made.predictions(CLEAN, clean)}

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from mixadv.game import Game
 from mixadv.robustness.batches import Batch, text_batches
 from mixadv.robustness.data import Rows
-from mixadv.robustness.kept import Kept
+from mixadv.robustness.kept import Kept, digest
 from mixadv.robustness.predictions import predict
 from mixadv.robustness.statistics import Estimate, bootstrap_difference
 
@@ -70,9 +70,10 @@ class Measured:
         """Return how shifted sets are predicted, and the drop against the clean rows."""
         right = np.array(clean["per row"]["correct"])
         found = {name: self.predictions(name, rows) for name, rows in sets.items()}
-        for one in found.values():
+        for name, one in found.items():
             drop = bootstrap_difference(right, np.array(one["per row"]["correct"]))
             one["drop"] = estimate(drop)
+            one["texts"] = digest([sets[name].texts, sets[name].labels])
         return found
 
     def learners(self, game: Game, sets: Mapping[str, Rows], last: Mapping[str, Record]) -> Record:

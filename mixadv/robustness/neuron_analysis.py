@@ -85,7 +85,8 @@ def table(analyses: Mapping[str, NeuronAnalysis]) -> str:
             "random": sum(found.random) / len(found.random),
             "selectivity": found.selectivity,
         }
-        size = [f"{found.neurons} of {len(found.ranking)}"]
+        stopped = "" if found.converged else ", not converged"
+        size = [f"{found.neurons} of {len(found.ranking)}{stopped}"]
         rows.append([name, *size, *(f"{100 * numbers[kind]:.1f}" for kind in kinds)])
     return Table("", ["model", "neurons", *kinds], rows).markdown()
 

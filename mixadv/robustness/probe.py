@@ -48,7 +48,7 @@ class Probe:
         *,
         penalty: float = 3e-3,
         l1_ratio: float = 0.5,
-        tolerance: float = 1e-4,
+        tolerance: float = 1e-6,
         max_steps: int = 500,
     ) -> Probe:
         """Fit a probe.

@@ -26,6 +26,14 @@ from mixadv.robustness.vicinity import all_correct
 
 FILE = "report.json"
 
+ALIKE = {
+    "texts": "on other data",
+    "attacked": "with other rows attacked",
+    "steps": "with other steps",
+    "restarts": "with other restarts",
+}
+ALIKE_HOW = "evaluate both with the same data, rows, seed, steps and restarts."
+
 
 @dataclass(frozen=True)
 class Report:
@@ -98,10 +106,12 @@ def compare(reports: Mapping[str, Report]) -> str:
     quartiles, over the rows that all models classify correctly (Zhu et al. 2020, table 5).
 
     Args:
-        reports: by the name of the model, on the same data with the same rows attacked.
+        reports: by the name of the model, on the same data with the same rows attacked. Attacks of
+            one name are taken to be the same.
 
     Raises:
-        ValueError: for reports of other rows, and for loss increases at different radii.
+        ValueError: for reports of other rows, steps or restarts, and for loss increases at
+            different radii.
 
     Example:
         >>> print(compare({"plain": plain, "freelb": freelb}))  # doctest: +SKIP
@@ -120,15 +130,17 @@ def compare(reports: Mapping[str, Report]) -> str:
 
 
 def _check_alike(sections: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise unless all reports are of the same rows."""
+    """Raise unless all reports are of the same rows, attacked with the same effort."""
     first, *others = sections
-    for key, what in {"texts": "on other data", "attacked": "with other rows attacked"}.items():
-        for name in others:
-            if sections[name]["about"][key] != sections[first]["about"][key]:
-                raise ValueError(
-                    f"{name} was evaluated {what} than {first}: evaluate both with the same data, "
-                    "rows and seed."
-                )
+    for name in others:
+        one, other = sections[name], sections[first]
+        for key, what in ALIKE.items():
+            if one["about"][key] != other["about"][key]:
+                raise ValueError(f"{name} was evaluated {what} than {first}: {ALIKE_HOW}")
+        shifted = one.get("shifted", {}), other.get("shifted", {})
+        for key in shifted[0].keys() & shifted[1].keys():
+            if shifted[0][key]["texts"] != shifted[1][key]["texts"]:
+                raise ValueError(f"{name} has other rows in {key} than {first}: {ALIKE_HOW}")
 
 
 def _unit_notes(sections: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -87,8 +87,9 @@ def bootstrap_difference(
 ) -> Estimate:
     """Return statistic(a) − statistic(b) with its bootstrap interval, two sets resampled apart.
 
-    Arguments and errors are those of `bootstrap`. Where both sets are constant accuracies the
-    interval is Newcombe's (1998), of Wilson's for each.
+    Arguments and errors are those of `bootstrap`. Of two accuracies (Boolean values) one of which
+    is all true or all false the interval is Newcombe's (1998), of Wilson's for each: resamples of
+    that set are all alike. A single value that is not Boolean gives no interval.
 
     Example:
         >>> found = bootstrap_difference([1.0, 2.0, 3.0] * 20, [0.0, 1.0, 2.0] * 20)
@@ -128,8 +129,8 @@ def paired(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.95) 
         b: those of the other method.
         level: of the interval.
 
-    Gains that are equal, and not 0, have neither interval nor p-value: without a spread a t-test
-    cannot be made, and a few seeds gain as many rows of a small set by chance.
+    Gains that are equal up to rounding, and not 0, have neither interval nor p-value: without a
+    spread a t-test cannot be made, and a few seeds gain as many rows of a small set by chance.
 
     Raises:
         ValueError: if no seed is in both.
@@ -144,12 +145,14 @@ def paired(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.95) 
         raise ValueError(
             f"No seed is in both: {sorted(a)} and {sorted(b)}. Methods are compared seed by seed."
         )
-    gains = _values([a[seed] - b[seed] for seed in seeds])
+    ours, theirs = (_values([of[seed] for seed in seeds]) for of in (a, b))
+    gains = ours.astype(np.float64) - theirs
     difference, error = t_interval(gains, level), _standard_error(gains)
-    if error > 0:
+    rounding = 8 * float(np.finfo(np.float64).eps * np.abs([ours, theirs]).max())
+    if len(seeds) == 1 or np.ptp(gains) > rounding:
         p = float(2 * stats.t.sf(abs(difference.value) / error, len(seeds) - 1))
-    elif difference.value == 0:
-        p = 1.0
+    elif abs(difference.value) <= rounding:
+        p, difference = 1.0, Estimate(0.0, 0.0, 0.0)
     else:
         p, difference = math.nan, Estimate(difference.value, math.nan, math.nan)
     return Comparison(difference, p, seeds)
@@ -184,8 +187,14 @@ def _bootstrap(
     check_integer("bootstrap", "resamples", resamples, 1)
     numbers = [x.astype(np.float64) for x in sets]
     value = float(of(*numbers, axis=-1))
-    if all((x == x[0]).all() for x in sets):
-        return _of_constants(sets, value, level)
+    constant = [bool((x == x[0]).all()) for x in sets]
+    if all(x.dtype == bool for x in sets):
+        if any(constant):
+            return _of_accuracies(sets, value, level)
+    elif min(map(len, sets)) == 1:
+        return Estimate(value, math.nan, math.nan)
+    elif all(constant):
+        return Estimate(value, value, value)
     found: Any = stats.bootstrap(
         numbers,
         of,
@@ -199,15 +208,12 @@ def _bootstrap(
     return Estimate(value, *map(float, found.confidence_interval))
 
 
-def _of_constants(sets: Sequence[NDArray[Any]], value: float, level: float) -> Estimate:
-    """Return the interval where every resample is like every other."""
-    if not all(x.dtype == bool for x in sets):
-        bound = math.nan if min(map(len, sets)) == 1 else value
-        return Estimate(value, bound, bound)
+def _of_accuracies(sets: Sequence[NDArray[Any]], value: float, level: float) -> Estimate:
+    """Return Wilson's interval of an accuracy, Newcombe's of a difference of two."""
     below, above = [], []
     for sign, x in zip((1, -1), sets, strict=False):  # the second set is taken away
         interval = stats.binomtest(int(x.sum()), len(x)).proportion_ci(level, "wilson")
-        down, up = (float(x[0]) - interval.low, interval.high - float(x[0]))[::sign]
+        down, up = (x.mean() - interval.low, interval.high - x.mean())[::sign]
         below.append(down)
         above.append(up)
     return Estimate(value, value - math.hypot(*below), value + math.hypot(*above))
