@@ -116,13 +116,20 @@ def test_tags_of_the_hub_are_numbers_with_names(folder, classifier, tmp_path, mo
         (["runs/last"], "--model runs/last: write NAME=FOLDER"),
         (["a/b=runs/last"], "--model a/b=runs/last: write NAME=FOLDER, a name without /"),
         (["a=b", "a=c"], "--model a=c: a is the name of b already"),
-        (["a=/no/*/last"], "--model a=/no/*/last: one path is wanted, and 0 match, none."),
     ],
 )
 def test_models_that_cannot_be_named_are_refused(folder, tmp_path, capsys, models, message):
     with pytest.raises(SystemExit, match="2"):
         run(folder, tmp_path / "out", *models)
     assert message in capsys.readouterr().err
+
+
+def test_a_pattern_that_could_be_several_models_is_refused(folder, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        run(folder, tmp_path / "out", f"tiny={tmp_path}/[ab]")
+    assert f"[ab]: 2 match, {tmp_path}/a, {tmp_path}/b." in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_be_loaded_is_refused(folder, tmp_path, capsys):

@@ -266,6 +266,29 @@ def test_under_pgd_accuracies_in_the_largest_ball_are_compared():
     assert f"{100 * expected:+.1f}" in table
 
 
+def test_a_model_that_always_answers_the_same_is_not_compared_under_attack():
+    """As one that has collapsed to the most frequent label: right on its share at any radius."""
+    study = build()
+    results = played(study, drawn(0))
+    for budget, task, seed, method in study.cells():
+        run = study.reported(task, method, budget, seed, results)
+        score = 0.0 if (budget, method, seed) == ("epochs", "mat", 1) else 0.3 + 0.1 * seed
+        results[run.key]["last"] = {"test": {"Matthews": score}}
+        radii = {"radii": [0.0, 0.1, 0.05], "accuracy": [{"value": 0.5 + 0.1 * seed}] * 3}
+        results[study.measured(run)] = {"sections": {"radii": radii}}
+    findings = Findings(study, results)
+    assert ("words", "mat") not in differences(findings, "epochs", Findings.attacked)
+    assert ("words", "mat") in differences(findings, "epochs")
+    assert ("words", "mat") in differences(findings, "compute", Findings.attacked)
+    assert contrasts(findings, "words", "epochs", Findings.attacked)["pure − plain"] is None
+    said = summary.verdict(findings, "PGD", "epochs", Findings.attacked)
+    assert "of 1 comparisons" in said
+    assert "Left out for always the same answer with some seed" in said
+    assert said.endswith(": mat on words.")
+    assert "Left out" not in summary.verdict(findings, "PGD", "compute", Findings.attacked)
+    assert "Left out" not in summary.verdict(findings, "metric", "epochs", Findings.official)
+
+
 def test_every_method_has_its_row_also_where_it_loses(tmp_path: Path):
     study = build()
     noise = drawn(0)  # without a spread nothing could be compared

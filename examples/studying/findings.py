@@ -56,7 +56,12 @@ class Findings:
         return self.values(task, method, budget, lambda line: first(line["last"][split]))
 
     def attacked(self, task: str, method: str, budget: Budget) -> Values:
-        """Return the accuracy under PGD in the largest ball by seed, in per cent."""
+        """Return the accuracy under PGD in the largest ball by seed, in per cent.
+
+        None where answers are alike: an accuracy that nothing can change is no robustness.
+        """
+        if self.answers_alike(task, method, budget):
+            return {}
         found = {s: self.measured(task, method, budget, s) for s in self.study.seeds}
         largest = max(self.study.measure.radii)
         return {

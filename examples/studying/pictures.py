@@ -56,7 +56,8 @@ def attacked(findings: Findings, path: Path, budget: Budget = "epochs") -> Path 
             if curves:
                 drawn = True
                 mean = [sum(column) / len(curves) for column in zip(*curves, strict=True)]
-                axes.plot(radii, mean, marker=marker, label=method)
+                line = ":" if findings.answers_alike(task, method, budget) else "-"
+                axes.plot(radii, mean, line, marker=marker, label=method)
         axes.set(title=task, xlabel="radius, token norms")
         axes.grid(alpha=0.3)
     next(iter(panels.values())).set_ylabel("accuracy under PGD, %")

@@ -13,13 +13,13 @@ from studying.work import COUNT, RESTARTS, STEPS
 
 PICTURES = {
     "gains.png": "Difference to plain training, with 95 % intervals over seeds",
-    "attacked.png": "Accuracy against the radius of PGD at equal epochs, mean over seeds",
+    "attacked.png": "Accuracy against the radius of PGD at equal epochs, mean over seeds; dotted "
+    "where a model always answers the same",
 }
 GROUPS = (
     "Groups are means over their methods, seed by seed. Pure, the adversary plays one particle: "
     "{pure}. Mixed, it plays several: {mixed}. Noise is in neither and in no count above: it does "
-    "not look at the loss. Each line of the list corrects for its own comparisons. Where the "
-    "correlation with the labels is 0, PGD finds nothing to change, which is not robustness."
+    "not look at the loss. Each line of the list corrects for its own comparisons."
 )
 OFFICIAL = (
     "Mean over seeds ± half of Student's 95 % interval, times 100, of the last weights: no "

@@ -33,15 +33,21 @@ def verdict(findings: Findings, what: str, budget: Budget, read: Read) -> str:
     below = _named(found, lambda pair: found[pair].difference.high < 0)
     sure = _named(found, lambda pair: corrected[pair] < ALPHA)
     higher = sum(c.difference.value > 0 for c in found.values())
-    alike = _named(found, lambda pair: findings.answers_alike(*pair, budget))
-    attacked = read is not Findings.official and alike != NONE
-    immune = f" With some seed these always answer the same, which no attack changes: {alike}."
     return (
         f"- {title}: of {len(found)} comparisons with plain training, "
         f"{higher} have a higher mean. The 95 % interval of the difference is above 0 for {above}; "
         f"below 0 for {below}. After Holm's correction, at {ALPHA:g}, what is shown to differ is: "
-        f"{sure}.{immune if attacked else ''}"
+        f"{sure}.{'' if read is Findings.official else _left_out(findings, budget)}"
     )
+
+
+def _left_out(findings: Findings, budget: Budget) -> str:
+    """Return which methods have no accuracy under attack that could be compared."""
+    study = findings.study
+    pairs = [(task, method) for task in study.tasks for method in study.trained(task, budget)]
+    alike = _named(pairs, lambda pair: findings.answers_alike(*pair, budget))
+    why = "always the same answer with some seed, which no attack changes"
+    return "" if alike == NONE else f" Left out for {why}: {alike}."
 
 
 def _judged(findings: Findings, budget: Budget, read: Read) -> dict[Pair, Comparison]:

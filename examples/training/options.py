@@ -4,7 +4,7 @@ import argparse
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from glob import glob, has_magic
+from glob import glob
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,12 +55,9 @@ class Named(argparse.Action):
                 parser.error(f"{option} {given}: write {self.metavar}, a name without /.")
             if name in found:
                 parser.error(f"{option} {given}: {name} is the name of {found[name]} already.")
-            matching = sorted(glob(where)) if has_magic(where) else [where]
-            if len(matching) != 1:
-                parser.error(
-                    f"{option} {given}: one path is wanted, and {len(matching)} match, "
-                    f"{', '.join(matching[:3]) or 'none'}."
-                )
+            matching = sorted(glob(where)) or [where]
+            if len(matching) > 1:
+                parser.error(f"{option} {given}: {len(matching)} match, {', '.join(matching[:3])}.")
             found[name] = matching[0]
         setattr(namespace, self.dest, found)
 
