@@ -81,7 +81,7 @@ def _save(figure: Any, panels: dict[str, Any], path: Path) -> Path:
     shown: dict[str, Any] = {}
     for axes in panels.values():
         handles, labels = axes.get_legend_handles_labels()
-        shown |= dict(zip(labels, handles, strict=True))
+        shown = dict(zip(labels, handles, strict=True)) | shown
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=7, frameon=False)
     figure.savefig(path, dpi=120)
     _forget(figure)
