@@ -42,6 +42,7 @@ from mixadv.tokens import SimilarWords, Typos, WordSubstitution, summary
 from mixadv.tokens.reader import evaluating
 from tests.substitution_zoo import TABLE, VOCABULARY, tiny, word_tokenizer
 from tests.zoo import assert_same, fingerprint
+from training.model import load_classifier
 
 ROWS = 40  # two parts of an attack
 LABELS = {"negative": 0, "neutral": 1, "positive": 2}
@@ -586,6 +587,28 @@ def test_the_script_compares_saved_models_in_one_ball(folder, tmp_path, capsys):
     words = {"radii": (), "increase_radius": None, "rows": 6}
     alone = evaluate(classifier(1), word_tokenizer(), DATA, batch_size=2, **words)
     assert list(lengths) == [pytest.approx(alone.sections["about"]["unit"], rel=1e-6)]
+
+
+@pytest.mark.parametrize(("labels", "fits"), [(2, True), (3, False)])
+def test_an_adapter_is_loaded_with_its_model_or_refused_in_words(tmp_path, labels, fits):
+    """Its head is in its file; how many labels that has is known to the model's config alone."""
+    peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+    body = tiny(transformers.BertModel, word_tokenizer(), 0)
+    for folder in ("body", "adapter"):
+        word_tokenizer().save_pretrained(tmp_path / folder)
+    body.save_pretrained(tmp_path / "body")
+    kind = transformers.AutoModelForSequenceClassification
+    network = kind.from_pretrained(tmp_path / "body", num_labels=labels)
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    adapted = peft.get_peft_model(network, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[3, 4, 5]])
+    if fits:
+        found, _ = load_classifier(str(tmp_path / "adapter"))
+        assert torch.allclose(found.cpu().eval()(ids).logits, adapted(ids).logits)
+    else:
+        with pytest.raises(ValueError, match="adapter cannot be loaded"):
+            load_classifier(str(tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize(

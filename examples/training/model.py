@@ -12,6 +12,8 @@ from mixadv.tokens.reader import longest
 from training.data import Task
 from training.results import EMBEDDED_MODEL, Run
 
+CONFIGS = ("config.json", "adapter_config.json")  # of a model, and of an adapter to one
+
 
 def path(name: str) -> str:
     """Return the folder of the embedded encoder for "minilm", else the name as it is."""
@@ -76,13 +78,13 @@ def load_masked(name: str) -> tuple[Any, Any]:
 def pretrained(kind: Any, name: str, **settings: Any) -> tuple[Any, Any, list[str]]:
     """Return a model of a class of transformers, its tokenizer, and the names of what is new."""
     where = path(name)
-    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
-        raise ValueError(f"The folder {name} holds no model: it has no config.json.")
+    if Path(where).is_dir() and not any((Path(where) / file).is_file() for file in CONFIGS):
+        raise ValueError(f"The folder {name} holds no model: it has no {CONFIGS[0]}.")
     try:
         with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(where)
             model, info = kind.from_pretrained(where, output_loading_info=True, **settings)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"The model {name} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
