@@ -13,6 +13,7 @@ comes again. At the end report.md is written, with tables and pictures.
 """
 
 import fcntl
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -26,10 +27,10 @@ from tqdm.auto import tqdm
 from mixadv.robustness import data
 from studying import pool
 from studying.measure import measure, other
-from studying.plan import COMPARED, Study, measurable
+from studying.plan import COMPARED, Results, Study, measurable
 from studying.reading import read
 from studying.render import render
-from studying.work import load, train
+from studying.work import load, sizes, train
 from training import command, loop, model
 from training.options import positive, script
 from training.results import append, finished
@@ -51,10 +52,24 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def check(study: Study, options: Namespace) -> None:
-    """Raise before the first job for a model, data and words that a later one would miss."""
+def check(study: Study, options: Namespace, results: Results) -> None:
+    """Raise before the first job for what a later one would miss, and for results of other data."""
     for name, subject in study.tasks.items():
         task = load(subject.script, name, options.data, subject.settings.get("train", ()))
+        limit, rows = subject.settings.get("limit", 0), len(task.train)
+        if subject.half and limit > rows:
+            raise ValueError(
+                f"{name}: half of limit = {limit} is not half of the {rows} rows that there are: "
+                f"limit must be at most {rows}."
+            )
+        now = sizes(task)
+        for run in study.runs(name, results):
+            then = results.get(run.key, {}).get("sizes", now)
+            if then != now:
+                raise ValueError(
+                    f"{name} has {now} rows, and results hold {run.key} of {then}: for other data "
+                    "give the study a folder of its own."
+                )
         for split in subject.evaluate:
             if split not in task.splits:
                 raise ValueError(f"{name} has no split {split}, it has {', '.join(task.splits)}.")
@@ -129,14 +144,23 @@ def run(options: Namespace) -> str:
     study = read(options.study)
     folder = options.study.parent
     path = folder / "results.jsonl"
+    keep(folder / "report.md", options.study.name)
     if not options.report:
         with alone(path):
-            check(study, options)
+            check(study, options, finished(path))
             work_through(study, path, options)
     results = finished(path)
     if not results:
         raise ValueError(f"{path} has no results yet: run without --report.")
     return render(study, results, folder, command_of(options.study))
+
+
+def keep(report: Path, name: str) -> None:
+    """Raise if there is a report that is not of the study of this name."""
+    text = report.read_text() if report.exists() else ""
+    of = re.search(r"study\.py (?:[^`]*/)?([^`/]+)`", text)
+    if of and of[1] != name:
+        raise ValueError(f"{report} is of {of[1]} and would be lost: give {name} its own folder.")
 
 
 def command_of(path: Path) -> str:

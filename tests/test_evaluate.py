@@ -17,6 +17,7 @@ import sys
 import threading
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,7 @@ from mixadv.robustness import (
     compare,
     evaluate,
     loss_increase,
+    pictures,
     predict,
     read,
     text_batches,
@@ -341,6 +343,7 @@ ALIKE = (
 @pytest.mark.slow
 def test_keys_are_those_of_another_process():
     program = """
+from mixadv.robustness import pictures
 from mixadv.robustness.kept import digest, write
 from mixadv.tokens import SimilarWords, WordSubstitution
 from tests.substitution_zoo import TABLE, word_tokenizer
@@ -404,6 +407,11 @@ REFUSED = {
     ),
     "column": ({"text": "sentence"}, DataError, "no column 'sentence'"),
     "name": ({"shifted": {"clean": TWINS}}, ValueError, "named 'clean'"),
+    "pairs": (
+        {"shifted": {"twins": [{"premise": "a", "hypothesis": "b", "label": 0}]}},
+        DataError,
+        "twins has two texts in a row, and the data have one text",
+    ),
     "tokens": ({"max_length": 1000}, ValueError, "max_length is 1000, and the model reads 48"),
     "no game": ({"game": "mat"}, TypeError, "got 'mat'"),
 }
@@ -439,6 +447,29 @@ def test_a_game_without_a_ball_is_evaluated_without_a_bound():
     found = measured(model, game, radii=(), increase_radius=None, attacks={}, rows=4).sections
     assert "exploitability" not in found
     assert found["learners"].keys() == {"last"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_many_models_with_any_names_have_pictures_with_a_legend_that_hides_nothing(tmp_path):
+    """A layout that collapses, and an empty legend, are warned of; $ would be mathematics."""
+    settings = {"attacks": {}, "shifted": {}, "rows": 8}
+    one = measured(classifier(), **settings)
+    names = [r"c$\foo$", "_hidden", *(f"intents-plain-{i}-1a1135079e/last" for i in range(10))]
+    for reports in ({"one": one}, dict.fromkeys(names, one)):
+        assert len(pictures.save(reports, tmp_path)) == 3
+    heights = {path.name: plt.imread(path).shape[0] for path in tmp_path.glob("*.png")}
+    assert min(heights.values()) > 3.3 * 150 + 12 * 0.19 * 150 - 2
+    without = measured(classifier(), **settings | {"radii": (), "increase_radius": None})
+    (tmp_path / "none").mkdir()
+    [path] = pictures.save({"one": without}, tmp_path / "none")
+    assert path.name == "reliability.png"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_pass(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, how: False)
+    model = classifier()
+    with Passes(model, 0), pytest.raises(PermissionError, match="cannot be written in"):
+        measured(model, folder=tmp_path / "none" / "kept")
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):

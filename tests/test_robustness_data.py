@@ -274,6 +274,18 @@ def test_texts_are_cut_to_what_a_model_reads_where_positions_count_from_the_padd
         model(ids)
 
 
+def test_texts_are_not_cut_for_a_model_that_reads_any_length():
+    """XLNet's max_position_embeddings are -1."""
+    config = transformers.XLNetConfig(vocab_size=16, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    model = transformers.XLNetForSequenceClassification(config)
+    assert config.max_position_embeddings == -1
+    text = " ".join(words * 3)
+    [batch] = text_batches(model, zoo.word_pieces(*words), Rows([text], [0]))
+    ids = zoo.word_pieces(*words)(text, return_tensors="pt").input_ids
+    model.eval()
+    assert torch.allclose(batch.closure()[1], model(ids).logits)
+
+
 def test_pairs_are_read_as_pairs_and_cut_to_what_the_model_reads():
     model, tokenizer = reader(length=12).eval(), zoo.word_pieces(*words)
     first, second = "a fine film", " ".join(words * 3)

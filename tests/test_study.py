@@ -29,7 +29,7 @@ from scipy import stats
 import mixadv
 import study as script
 from mixadv.robustness import paired
-from studying import pool, summary, tables
+from studying import pool, summary, tables, work
 from studying.findings import Findings, contrasts, differences, groups
 from studying.parts import Measures, Method, Subject
 from studying.plan import Study
@@ -266,14 +266,19 @@ def test_under_pgd_accuracies_in_the_largest_ball_are_compared():
     assert f"{100 * expected:+.1f}" in table
 
 
-def test_a_model_that_always_answers_the_same_is_not_compared_under_attack():
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_model_that_always_answers_the_same_is_not_compared_under_attack(counted: bool):
     """As one that has collapsed to the most frequent label: right on its share at any radius."""
     study = build()
     results = played(study, drawn(0))
     for budget, task, seed, method in study.cells():
         run = study.reported(task, method, budget, seed, results)
-        score = 0.0 if (budget, method, seed) == ("epochs", "mat", 1) else 0.3 + 0.1 * seed
-        results[run.key]["last"] = {"test": {"Matthews": score}}
+        same = (budget, method, seed) == ("epochs", "mat", 1)
+        if counted:
+            results[run.key]["answers"] = {"test": 1 if same else 2}
+        else:
+            score = 0.0 if same else 0.3 + 0.1 * seed
+            results[run.key]["last"] = {"test": {"Matthews": score}}
         radii = {"radii": [0.0, 0.1, 0.05], "accuracy": [{"value": 0.5 + 0.1 * seed}] * 3}
         results[study.measured(run)] = {"sections": {"radii": radii}}
     findings = Findings(study, results)
@@ -287,6 +292,28 @@ def test_a_model_that_always_answers_the_same_is_not_compared_under_attack():
     assert said.endswith(": mat on words.")
     assert "Left out" not in summary.verdict(findings, "PGD", "compute", Findings.attacked)
     assert "Left out" not in summary.verdict(findings, "metric", "epochs", Findings.official)
+
+
+def test_power_is_that_of_the_seeds_there_are():
+    results = played(build(seeds=(0, 1)), drawn(0))
+    some = Findings(build(seeds=(0, 1, 2, 3)), results)
+    said = summary.power(some)
+    assert said.startswith("With 2 seeds, one of 2 differences")
+    needed, single = (stats.t.isf(0.025 / n, 1) for n in (2, 1))
+    assert f"{needed / single:.1f} times" in said
+    assert summary.power(Findings(build(seeds=(7, 8)), results)) == ""
+
+
+def test_a_task_can_have_methods_of_its_own(tmp_path: Path):
+    """As a regression, whose predictions word substitution cannot attack."""
+    own = replace(TASK, methods=("plain", "mat"), half=("mat",))
+    study = build(tasks={"words": TASK, "numbers": own})
+    assert {m for _, task, _, m in study.cells() if task == "numbers"} == {"plain", "mat"}
+    assert {m for _, task, _, m in study.cells() if task == "words"} == {*METHODS}
+    text = render(study, played(study, drawn(0)), tmp_path, "study.toml")
+    table = text.split("### numbers: ")[1].split("##")[0]
+    assert "| mat |" in table
+    assert "freelb" not in table
 
 
 def test_every_method_has_its_row_also_where_it_loses(tmp_path: Path):
@@ -479,6 +506,21 @@ def test_a_study_runs_and_goes_on_to_the_same_report(
     assert script.main([*arguments(folder), "--report"]) == 0
     assert report(folder) == text
 
+    toml = folder / "study" / "study.toml"
+    toml.with_name("other.toml").write_text(toml.read_text())
+    other = [str(toml.with_name("other.toml")), *arguments(folder)[1:]]
+    assert script.main(other) == 2  # the report of the first would be lost
+    assert "report.md is of study.toml and would be lost" in capsys.readouterr().err
+
+    train = folder / "data" / "words" / "train.jsonl"
+    train.write_text(train.read_text() + train.read_text().splitlines()[0] + "\n")
+    work.load.cache_clear()  # it is another process that finds other data
+    assert script.main(arguments(folder)) == 2
+    message = capsys.readouterr().err
+    assert "words has {'train': 25, 'test': 24} rows, and results hold words-" in message
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[:24]))
+    work.load.cache_clear()
+
     for path in (folder / "study").glob("r*"):
         path.unlink()
     (folder / "runs").rename(folder / "first")
@@ -633,6 +675,19 @@ MISTAKES = {
     "rows": ("rows = 4", "rows = 0", "rows must be at least 1, got 0"),
     "half a step": ("steps = 1", "steps = 1.5", "measure: steps must be an integer, got 1.5"),
     "no radius": ("radii = [0.1]", "radii = [nan]", "measure: a radius must be finite"),
+    "a share of a row": ("limit = 16", "limit = 16.0", "limit must be a whole number, got 16.0"),
+    "no name": ('model = "{model}"', "model = 3", "model must be a name or a folder, got 3"),
+    "a seed": ("seeds = [2]", 'seeds = ["a"]', "seed must be a whole number, got 'a'"),
+    "below": ("seeds = [2]", "seeds = [-1]", "seed must be at least 0, got -1"),
+    "hub": ('hub = ["someone/others"]', 'hub = "others"', "hub must be a list, got 'others'"),
+    "too few": ("limit = 16", "limit = 25", "half of limit = 25 is not half of the 24 rows"),
+    "own": ('half = ["mat"]', 'half = ["mat"]\nmethods = ["plain"]', "half mat: there is none"),
+    "no own": ('half = ["mat"]', 'half = ["mat"]\nmethods = ["mat"]', "words: methods need plain"),
+    "one epoch": (
+        "plain = {{}}",
+        'plain = {{}}\nw = {{ substitute = 0.2, neighbours = "typos" }}\n',
+        "words: substitute perturbs rows before each epoch but the first, .* epochs is 1",
+    ),
     "settings": ("limit = 16", "settings = {{ limit = 16 }}", "of a subject: settings: there is"),
     "syntax": ("seeds = [2]", "seeds = [2", "study.toml"),
 }
@@ -647,7 +702,8 @@ def test_a_mistake_is_answered_with_one_line(
 ):
     old, new, message = MISTAKES[mistake]
     assert old in TOML
-    text = TOML.replace(old, new, 1).format(model=folder / "tiny", epochs=2)
+    epochs = 1 if mistake == "one epoch" else 2
+    text = TOML.replace(old, new, 1).format(model=folder / "tiny", epochs=epochs)
     (folder / "study" / "study.toml").write_text(text)
     monkeypatch.setattr(pool, "side_by_side", one_by_one())
     assert script.main(arguments(folder)) == 2

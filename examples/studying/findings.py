@@ -71,13 +71,17 @@ class Findings:
         }
 
     def answers_alike(self, task: str, method: str, budget: Budget) -> bool:
-        """Return whether the correlation of a method's answers with the labels is 0 for a seed.
+        """Return whether a method's model answers the same whatever it reads, for a seed.
 
-        As of a model that answers the same whatever it reads: no attack changes that.
+        No attack changes that. Lines that do not count answers tell it by a correlation of 0.
         """
         split = self.study.tasks[task].evaluate[0]
         lines = [self.line(task, method, budget, seed) for seed in self.study.seeds]
-        return any(line["last"][split].get("Matthews") == 0 for line in lines if line)
+        return any(
+            line.get("answers", {}).get(split) == 1 or line["last"][split].get("Matthews") == 0
+            for line in lines
+            if line
+        )
 
     def seconds(self, task: str, method: str) -> float | None:
         """Return the least seconds of an update over the seeds, the machine being shared.

@@ -64,6 +64,7 @@ class Subject:
         learning_rates: that every method chooses from.
         evaluate: splits; the first metric of the first one is the official metric.
         settings: of its runs, see `SETTINGS`.
+        methods: that are trained, all without a list of them.
         half: methods that are trained on half of the rows too.
         shifted: sets of other rows with the same labels by name, each with its `split`, its name
             on the `hub` and its `folder` of the data.
@@ -75,6 +76,7 @@ class Subject:
     learning_rates: tuple[float, ...]
     evaluate: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
     half: tuple[str, ...] = ()
     shifted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attacks: tuple[str, ...] = ()
@@ -94,6 +96,8 @@ class Subject:
         for name, at in self.shifted.items():
             if set(at) != {"split", "hub", "folder"}:
                 raise ValueError(f"shifted {name} needs split, hub and folder, got {list(at)}.")
+            if isinstance(at["hub"], str):
+                raise ValueError(f"shifted {name}: hub must be a list, got {at['hub']!r}.")
         if self.half:
             self.fewer(0.5)
 

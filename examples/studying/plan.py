@@ -61,6 +61,10 @@ class Study:
             )
         if not self.tasks or not self.seeds:
             raise ValueError("A study needs tasks and seeds, and one of them is empty.")
+        for seed in (*self.seeds, self.search_seed):
+            Run(task="", seed=seed)  # raises for what is no seed
+        if not isinstance(self.model, str):
+            raise ValueError(f"model must be a name or a folder, got {self.model!r}.")
         if len(set(self.seeds)) < len(self.seeds) or self.search_seed in self.seeds:
             raise ValueError(
                 f"seeds {list(self.seeds)} and search_seed {self.search_seed} must all differ: "
@@ -74,8 +78,12 @@ class Study:
             for method in pair:
                 known("pairs:", method, self.methods)
         for name, subject in self.tasks.items():
+            for method in subject.methods:
+                known(f"{name}: methods", method, self.methods)
+            if subject.methods and PLAIN not in subject.methods:
+                raise ValueError(f"{name}: methods need plain, which the others are compared with.")
             for method in subject.half:
-                known(f"{name}: half", method, self.methods)
+                known(f"{name}: half", method, self.trained(name, "epochs"))
             if self.hold_out < 1 and len(subject.learning_rates) > 1:
                 raise ValueError(
                     f"{name} has rates to choose from, which takes rows to choose them on: "
@@ -86,9 +94,11 @@ class Study:
 
     def trained(self, task: str, budget: Budget) -> list[str]:
         """Return the methods that are trained at a budget."""
+        subject = self.tasks[task]
         if budget == "half":
-            return list(self.tasks[task].half)
-        return [m for m, way in self.methods.items() if budget == "epochs" or way.cost is not None]
+            return list(subject.half)
+        methods = [method for method in self.methods if method in (subject.methods or self.methods)]
+        return [m for m in methods if budget == "epochs" or self.methods[m].cost is not None]
 
     def search(self, task: str, method: str, budget: Budget) -> list[Run]:
         """Return the runs that the learning rate of a method at a budget is chosen by.
@@ -130,6 +140,10 @@ class Study:
                 run = self.reported(task, method, budget, self.seeds[0], {})
                 found += search[:1] or ([run] if run else [])
         return found
+
+    def runs(self, task: str, results: Results) -> list[Run]:
+        """Return all runs of a task that are known, of searches and reported."""
+        return [run for _, runs in self.stages(results) for run in runs if run.task == task]
 
     def cells(self) -> Iterator[tuple[Budget, str, int, str]]:
         """Yield budget, task, seed and method of all that is reported, a task at a time."""

@@ -42,8 +42,7 @@ ROBUST = (
     "Shifted sets: accuracy, and the drop from that on {clean_rows} clean rows. `under`: accuracy "
     "under attack by that source of words, with the words changed in a success and the texts read "
     "per row that was right. `ECE`: expected calibration error, in per cent. A model that always "
-    "answers the same, whose Matthews' correlation is 0, cannot be attacked: it is right on the "
-    "share of that answer at every radius."
+    "answers the same cannot be attacked: it is right on the share of that answer at every radius."
 )
 EXPLOITED = (
     "Lower bound of what the adversary gains by leaving the solver's own strategy for the end of "
@@ -85,9 +84,7 @@ def render(study: Study, results: Mapping[str, Any], folder: Path, command: str)
         "## Official metrics",
         OFFICIAL.format(compute=study.compute),
         *(part for task in study.tasks for part in _official(findings, task)),
-        "## Robust measures",
-        ROBUST.format(**asdict(study.measure)),
-        *(part for task in study.tasks for part in _robust(findings, task)),
+        *_part("## Robust measures", ROBUST.format(**asdict(study.measure)), _robust(findings)),
         *_part("## Learners", LEARNERS, tables.learners(findings, "epochs")),
         *_part("## Exploitability", EXPLOITED, tables.exploitability(findings, "epochs")),
         *_part("## Half of the rows", HALF, tables.half(findings)),
@@ -117,10 +114,13 @@ def _official(findings: Findings, task: str) -> list[str]:
     return [f"### {task}: {findings.metric(task)}", tables.official(findings, task)]
 
 
-def _robust(findings: Findings, task: str) -> list[str]:
-    found = {b: tables.robust(findings, task, b) for b in COMPARED}
-    titles = {f"### {task}, {BUDGETS[b]}": text for b, text in found.items() if text}
-    return [part for pair in titles.items() for part in pair]
+def _robust(findings: Findings) -> str:
+    found = {
+        f"### {task}, {BUDGETS[budget]}": tables.robust(findings, task, budget)
+        for task in findings.study.tasks
+        for budget in COMPARED
+    }
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in found.items() if table)
 
 
 def _rates(findings: Findings, budget: Budget, title: str) -> list[str]:

@@ -27,7 +27,7 @@ def verdict(findings: Findings, what: str, budget: Budget, read: Read) -> str:
     found = _judged(findings, budget, read)
     title = f"{BUDGETS[budget].capitalize()}, {what}"
     if not found:
-        return f"- {title}: nothing to compare yet."
+        return f"- {title}: nothing to compare."
     corrected = adjusted(found)
     above = _named(found, lambda pair: found[pair].difference.low > 0)
     below = _named(found, lambda pair: found[pair].difference.high < 0)
@@ -61,9 +61,10 @@ def power(findings: Findings) -> str:
 
     The largest of N passes where its p-value is below α / N.
     """
-    seeds = len(findings.study.seeds)
-    number = max(len(_judged(findings, budget, Findings.official)) for budget in COMPARED)
-    if seeds < 2 or not number:
+    judged = [_judged(findings, budget, Findings.official) for budget in COMPARED]
+    number = max(map(len, judged))
+    seeds = min((len(one.seeds) for found in judged for one in found.values()), default=0)
+    if seeds < 2:
         return ""
     needed, single = (stats.t.isf(ALPHA / 2 / n, seeds - 1) for n in (number, 1))
     return (

@@ -35,7 +35,8 @@ def official(findings: Findings, task: str) -> str:
     rows = []
     found = {b: differences(findings, b) for b in COMPARED}
     plain = findings.seconds(task, PLAIN)
-    for name, method in study.methods.items():
+    for name in study.trained(task, "epochs"):
+        method = study.methods[name]
         cells = [name, DASH if method.cost is None else f"{method.cost:.1f}"]
         seconds = findings.seconds(task, name)
         cells.append(f"{seconds / plain:.1f}" if seconds and plain else DASH)
@@ -52,7 +53,7 @@ def robust(findings: Findings, task: str, budget: Budget) -> str:
     columns = _columns(findings, task, budget)
     rows = [
         [name, *(over_seeds(of.get(name, {}).values(), digits) for of, digits in columns.values())]
-        for name in findings.study.methods
+        for name in findings.study.trained(task, budget)
     ]
     return markdown(["method", *columns], rows) if columns else ""
 

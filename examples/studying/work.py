@@ -45,11 +45,18 @@ def train(run: Run, script: str, folder: str, evaluate: tuple[str, ...], output:
     training = Training(run, replace(task, splits=splits), keeping)
     result = training.train()
     result["classifies"] = task.labels is not None
+    result["answers"] = dict(training.evaluator.different)
+    result["sizes"] = sizes(task)
     result["diverged"] = not all(p.isfinite().all() for p in training.model.parameters())
     if reported and training.game is not None and not result["diverged"]:
         result["learners"] = learners(training)
         result["exploitability"] = exploited(training, task.splits[evaluate[0]])
     return result
+
+
+def sizes(task: Task) -> dict[str, int]:
+    """Return how many rows a task has in training and in each split."""
+    return {"train": len(task.train), **{name: len(rows) for name, rows in task.splits.items()}}
 
 
 def learners(training: Training) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Evaluator:
         self.encode = encode
         self.game = game
         self.part = part  # of the rows that this process predicts
+        self.different: dict[str, int] = {}  # answers, by the split that they were given to last
         self.unit = mean_token_norm(model, encode(task.train[:64])) if run.radii else 0.0
 
     @contextmanager
@@ -54,9 +55,14 @@ class Evaluator:
         self.model.train(training)
 
     def metrics(self, splits: Mapping[str, Dataset], names: Iterable[str]) -> Metrics:
-        """Return the metrics of the splits named."""
+        """Return the metrics of the splits named; note how many answers differ in each."""
+        found = {}
         with self.weights():
-            return {name: self.measure(splits[name], self.predict) for name in names}
+            for name in names:
+                answers = self.answers(splits[name], self.predict)
+                self.different[name] = len(np.unique(answers))
+                found[name] = self.task_measure(answers, splits[name])
+        return found
 
     def attacked(self, rows: Dataset) -> Metrics:
         """Return the metrics at the end of PGD at each radius, by the name of the radius."""
@@ -85,7 +91,11 @@ class Evaluator:
         return lambda batch: best_response(attacker, lambda: self.model(**batch)).predictions
 
     def measure(self, rows: Dataset, predict: Predict) -> dict[str, float]:
-        """Return the task's metrics of predictions; each process predicts its part of the rows."""
+        """Return the task's metrics of predictions."""
+        return self.task_measure(self.answers(rows, predict), rows)
+
+    def answers(self, rows: Dataset, predict: Predict) -> np.ndarray:
+        """Return a label or number for each row; each process predicts its part of the rows."""
         characters = lengths(rows)
         order = sorted(range(len(rows)), key=characters.__getitem__)[self.part]
         found: list[tuple[int, float]] = []
@@ -94,8 +104,7 @@ class Evaluator:
             logits = predict(self.encode(rows[chunk]))
             answers = logits.squeeze(-1) if self.regression else logits.argmax(-1)
             found += zip(chunk, answers.tolist(), strict=True)
-        predictions = np.array([answer for _, answer in sorted(gather_object(found))])
-        return self.task_measure(predictions, rows)
+        return np.array([answer for _, answer in sorted(gather_object(found))])
 
 
 def mean_token_norm(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:

@@ -270,6 +270,11 @@ def check(run: Run, task: Task) -> None:
     if run.substitute:
         if task.labels is None:
             raise ValueError(f"substitute attacks predicted labels, and {task.name} has none.")
+        if run.epochs <= 1 and not run.updates:
+            raise ValueError(
+                "substitute perturbs rows before each epoch but the first, and there is none: "
+                f"epochs is {run.epochs:g}."
+            )
         candidates(run.neighbours)  # raises if they cannot be read
 
 

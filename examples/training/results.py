@@ -74,10 +74,15 @@ class Run:
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "accumulate": 1, "max_length": 3, "updates": 0, "hold_out": 0}
-        least |= {"shots": 0, "limit": 0, "evaluate_every": 0, "attack_rows": 0}
+        least |= {"shots": 0, "limit": 0, "evaluate_every": 0, "attack_rows": 0, "seed": 0}
         for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number, got {value!r}.")
+            if value < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}.")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}.")
         for name in ("learning_rate", *(() if self.updates else ("epochs",))):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")

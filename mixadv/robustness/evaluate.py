@@ -13,7 +13,7 @@ from mixadv.ascent import check_integer, check_number
 from mixadv.game import Game
 from mixadv.modules import unwrap
 from mixadv.robustness.attacked import Attacked, drawn
-from mixadv.robustness.data import Rows, read
+from mixadv.robustness.data import DataError, Rows, read
 from mixadv.robustness.kept import Kept, as_json, digest
 from mixadv.robustness.measured import Measured
 from mixadv.robustness.report import Report
@@ -115,6 +115,14 @@ def evaluate(
         for of, source in {"": data, **shifted}.items()
     )
     sets = dict(zip(shifted, others, strict=True))
+    for of, rows_of in sets.items():
+        one, other = (isinstance(found.texts[0], str) for found in (rows_of, clean))
+        if one != other:
+            kinds = {True: "one text", False: "two texts"}
+            raise DataError(
+                f"{of} has {kinds[one]} in a row, and the data have {kinds[other]}: name the "
+                "columns by text=."
+            )
     if CLEAN in sets:
         raise ValueError(f"A shifted set is named {CLEAN!r}, as the data are: name it otherwise.")
     reader = Reader(model, tokenizer, max_length, batch_size, 0)  # refuses slow tokenizers

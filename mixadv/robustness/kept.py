@@ -39,6 +39,10 @@ class Kept:
     def __init__(self, folder: Path | None, key: Mapping[str, Any], progress: bool = True) -> None:
         if folder is not None and folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"folder is {folder}, a file: name a folder, or none.")
+        if folder is not None and not folder.exists():
+            parent = next(above for above in folder.absolute().parents if above.exists())
+            if not os.access(parent, os.W_OK):
+                raise PermissionError(f"folder is {folder}, and {parent} cannot be written in.")
         self.folder = folder
         self.key = "" if folder is None else digest([FORMAT, key])
         self.progress = progress

@@ -16,6 +16,7 @@ from mixadv.robustness.tables import unit
 if TYPE_CHECKING:
     from mixadv.robustness.report import Report
 
+MARKERS = "os^Dv*P"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 """Of Okabe and Ito, which colour-blind readers tell apart."""
 STYLE: Any = {
@@ -36,10 +37,11 @@ def save(reports: Mapping[str, Report], folder: Path) -> list[Path]:
     written = []
     with mpl.rc_context(STYLE):
         for name, draw in PICTURES.items():
-            figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+            figure = Figure(figsize=(4.6, 3.3), layout="constrained")
             FigureCanvasAgg(figure)
             axes = figure.subplots()
             if draw(axes, reports):
+                _legend(figure, axes)
                 path = folder / f"{name}.png"
                 figure.savefig(path)
                 written.append(path)
@@ -49,15 +51,15 @@ def save(reports: Mapping[str, Report], folder: Path) -> list[Path]:
 def accuracy_at_radii(axes: Any, reports: Mapping[str, Report]) -> bool:
     """Draw accuracy against radius, with intervals as bands; return whether there is any."""
     held = {n: r.sections["radii"] for n, r in reports.items() if "radii" in r.sections}
-    for (name, found), colour in zip(held.items(), _colours(held), strict=True):
+    for (name, found), (colour, marker) in zip(held.items(), _styles(held), strict=True):
         values, low, high = (
             [100 * one[key] for one in found["accuracy"]] for key in ("value", "low", "high")
         )
-        axes.plot(found["radii"], values, "o-", c=colour, label=name, ms=4, clip_on=False)
+        style = {"marker": marker, "markersize": 4, "color": colour, "clip_on": False}
+        axes.plot(found["radii"], values, label=_label(name), **style)
         axes.fill_between(found["radii"], low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel=f"radius, in {_units(reports)}", ylabel="accuracy under PGD, %", ylim=(0, 100))
     axes.set_xlim(left=0)
-    _legend(axes)
     return bool(held)
 
 
@@ -71,7 +73,7 @@ def reliability(axes: Any, reports: Mapping[str, Report]) -> bool:
         [found] = (report.sections for report in reports.values())
         sets = {"clean": found["clean"], **found.get("shifted", {})}
     axes.plot([0, 100], [0, 100], color="#999999", linewidth=0.8, linestyle="--")
-    for (name, one), colour in zip(sets.items(), _colours(sets), strict=True):
+    for (name, one), (colour, marker) in zip(sets.items(), _styles(sets), strict=True):
         confidence = np.array(one["per row"]["confidence"], np.float64)
         which = np.digitize(confidence, np.linspace(0, 1, BINS + 1)[1:-1], right=True)
         counts = np.bincount(which, minlength=BINS)
@@ -80,13 +82,13 @@ def reliability(axes: Any, reports: Mapping[str, Report]) -> bool:
             100 * np.bincount(which, values, minlength=BINS)[filled] / counts[filled]
             for values in (confidence, one["per row"]["correct"])
         )
-        label = f"{name} (ECE {one['ece']:.3f})"
+        label = _label(f"{name} (ECE {one['ece']:.3f})")
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
         sizes = 4 + 300 * counts[filled] / len(confidence)
-        axes.scatter(x, y, sizes, color=colour, alpha=0.7, linewidth=0, label=label, clip_on=False)
+        style = {"color": colour, "marker": marker, "alpha": 0.7, "linewidth": 0, "clip_on": False}
+        axes.scatter(x, y, sizes, **style)
+        axes.scatter([], [], 25, label=label, **style)  # in the legend all dots have one size
     axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
-    for handle in _legend(axes).legend_handles:
-        handle.set_sizes([25])
     return True
 
 
@@ -104,12 +106,14 @@ def loss_increase(axes: Any, reports: Mapping[str, Report]) -> bool:
     if not (everything > 0).any():
         return False
     least = float(everything[everything > 0].min())
-    for (name, of), colour in zip(found.items(), _colours(found), strict=True):
+    for (name, of), (colour, marker) in zip(found.items(), _styles(found), strict=True):
+        style = {"color": colour, "marker": marker, "markersize": 4, "markevery": 0.25}
+        style = style if marker != MARKERS[0] else {"color": colour}
         for what, line in {"increase": "-", "from_random": ":"}.items():
             values = np.sort(np.maximum(getattr(of, what)[rows], least))
             share = np.linspace(0, 100, len(values) + 1)
-            label = name if what == "increase" else f"{name}, random starts"
-            axes.step([values[0], *values], share, line, where="post", c=colour, label=label)
+            label = _label(name if what == "increase" else f"{name}, random starts")
+            axes.step([values[0], *values], share, line, where="post", label=label, **style)
     ends = math.floor(math.log10(least)), math.ceil(math.log10(everything.max() * 1.001))
     axes.set(xscale="log", xlim=[10.0**end for end in ends], ylim=(0, 101))
     radius = next(iter(held.values()))["radius"]
@@ -117,7 +121,6 @@ def loss_increase(axes: Any, reports: Mapping[str, Report]) -> bool:
     axes.set(xlabel=f"loss increase within {radius:g} {_units(reports)}, nats")
     for quartile in (25, 50, 75):
         axes.axhline(quartile, color="#CCCCCC", linewidth=0.5, zorder=0)
-    _legend(axes)
     return True
 
 
@@ -129,15 +132,24 @@ PICTURES: dict[str, Callable[[Any, Mapping[str, Report]], bool]] = {
 }
 
 
-def _legend(axes: Any) -> Any:
-    """Place the legend under the axes, where it hides nothing."""
-    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
-    columns = 2 if longest < 25 else 1
-    return axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+def _legend(figure: Any, axes: Any) -> None:
+    """Place the legend under the axes, and make room for it there."""
+    labels = axes.get_legend_handles_labels()[1]
+    columns = 2 if max(map(len, labels)) < 25 else 1
+    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(labels) / columns))
+    figure.legend(loc="outside lower center", ncols=columns)
 
 
-def _colours(names: Mapping[str, Any]) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(names))]
+def _label(name: str) -> str:
+    """Return a name as it is to be read: no mathematics, and none that the legend leaves out."""
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
+def _styles(names: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a colour for each of seven, which come again with another marker."""
+    count = len(COLOURS)
+    return [(COLOURS[i % count], MARKERS[i // count % len(MARKERS)]) for i in range(len(names))]
 
 
 def _units(reports: Mapping[str, Report]) -> str:

@@ -51,7 +51,8 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 def longest(model: nn.Module, tokenizer: Any) -> int | None:
     """Return how many tokens a model reads at most, as far as it and its tokenizer say."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    limits = [tokenizer.model_max_length, positions or math.inf]
+    known = isinstance(positions, int) and positions > 0  # XLNet's are -1
+    limits = [tokenizer.model_max_length, positions if known else math.inf]
     for name, part in model.named_modules():
         padding = getattr(part, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
