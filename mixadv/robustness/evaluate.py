@@ -93,6 +93,7 @@ def evaluate(
         ValueError: before any pass, for data or arguments that nothing can be measured with; for a
             file in the folder that no evaluation wrote.
         TypeError: for an attack or a game that is none, or a slow tokenizer.
+        OSError: for a folder that is a file or cannot be made.
 
     Example:
         >>> from mixadv.robustness import evaluate
