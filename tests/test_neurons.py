@@ -1,5 +1,6 @@
 """Neurons that know tags: planted ones are found, controls stay at chance, words are read right."""
 
+import copy
 import itertools
 import json
 import math
@@ -268,6 +269,16 @@ def by_hand(model, tokenizer, words):
     owners = encoding.word_ids(0)
     rows = [[t for t, at in enumerate(owners) if at == i] for i in range(len(words))]
     return torch.stack([states[own].mean(0) for own in rows]).numpy()
+
+
+def test_words_have_the_states_of_their_sentence_alone_though_it_is_padded_on_the_left(tokenizer):
+    """GPT-2 counts positions from the start of the row, padding and all."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2)
+    model, left = transformers.GPT2Model(config), copy.deepcopy(tokenizer)
+    left.padding_side = "left"
+    one, together = (activations(model, left, SENTENCES, NUMBERED, batch_size=n) for n in (1, 32))
+    assert one.values == pytest.approx(together.values, abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])

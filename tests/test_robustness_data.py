@@ -286,6 +286,32 @@ def test_texts_are_not_cut_for_a_model_that_reads_any_length():
     assert torch.allclose(batch.closure()[1], model(ids).logits)
 
 
+SMALL = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+PADDED = {
+    "gpt2": {"vocab_size": 16, "n_embd": 8, "n_layer": 1, "n_head": 2},
+    "bert": SMALL | {"intermediate_size": 8},
+    "llama": SMALL | {"intermediate_size": 8},
+    "xlnet": {"vocab_size": 16, "d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 8},
+}
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_a_row_does_not_depend_on_the_longest_of_its_batch_though_it_is_padded_on_the_left(family):
+    """Where positions count from the start of the row, padding there would shift them."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **PADDED[family], pad_token_id=0)
+    config.initializer_range = 1.0
+    model = transformers.AutoModelForSequenceClassification.from_config(config).double()
+    tokenizer = zoo.word_pieces(*words)
+    tokenizer.padding_side = "left"
+    rows = Rows([" ".join(words[:n]) for n in (1, 4, 9)], [0, 1, 0])
+    one, together = (
+        predict(model, text_batches(model, tokenizer, rows, batch_size=n)) for n in (1, 3)
+    )
+    assert one.losses == pytest.approx(together.losses, abs=1e-6)  # RoPE is in fp32
+    assert tokenizer.padding_side == "left"
+
+
 def test_pairs_are_read_as_pairs_and_cut_to_what_the_model_reads():
     model, tokenizer = reader(length=12).eval(), zoo.word_pieces(*words)
     first, second = "a fine film", " ".join(words * 3)

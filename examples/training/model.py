@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from mixadv.tokens.reader import longest
+from mixadv.tokens.reader import longest, padding_side
 from training.data import Task
 from training.results import EMBEDDED_MODEL, Run
 
@@ -88,6 +88,7 @@ def pretrained(kind: Any, name: str, **settings: Any) -> tuple[Any, Any, list[st
         raise ValueError(f"The model {name} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = padding_side(model, tokenizer)
     return model, tokenizer, sorted(info["missing_keys"])
 
 

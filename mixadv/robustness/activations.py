@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.modules import unwrap
-from mixadv.tokens.reader import evaluating, longest
+from mixadv.tokens.reader import evaluating, longest, padding_side
 
 Sentences = Sequence[Sequence[str]]
 
@@ -186,6 +186,7 @@ def _read(
         [" ".join(words) for words in sentences],
         return_tensors="pt",
         padding=True,
+        padding_side=padding_side(encoder, tokenizer),
         truncation=max_length is not None,
         max_length=max_length,
         return_overflowing_tokens=True,  # what is cut, in rows of its own

@@ -64,7 +64,7 @@ def text_batches(
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         chunk: list[Text] = [texts[i] for i in places]
-        encoding = {k: v.to(device) for k, v in tokens(tokenizer, chunk, most).items()}
+        encoding = {k: v.to(device) for k, v in tokens(model, tokenizer, chunk, most).items()}
         _check_tokens(encoding, rows, places)
         labels = torch.tensor([rows.labels[i] for i in places], device=device)
         made.append(Batch(_closure(model, encoding, labels), labels, places))

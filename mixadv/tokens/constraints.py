@@ -84,7 +84,8 @@ class Similarity:
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
                 read = [texts[i] for i in rows]
-                encoding = tokens(self.tokenizer, read, longest(self.encoder, self.tokenizer))
+                most = longest(self.encoder, self.tokenizer)
+                encoding = tokens(self.encoder, self.tokenizer, read, most)
                 inputs = {name: tensor.to(device) for name, tensor in encoding.items()}
                 states = getattr(self.encoder(**inputs), "last_hidden_state", None)
                 if states is None:

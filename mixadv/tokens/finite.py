@@ -269,11 +269,12 @@ def substitution_game(
     if not learners or not texts:
         raise ValueError(f"A game needs rows and columns, got {len(learners)} and {len(texts)}.")
     models = [model for learner in learners if (model := _model(learner)) is not None]
-    limit = max_length or longest(models[0] if models else nn.Identity(), tokenizer)
+    like = models[0] if models else nn.Identity()
+    limit = max_length or longest(like, tokenizer)
     errors: list[Tensor] = []
     with evaluating(*models), torch.no_grad():
         for start in range(0, len(texts), batch_size):
-            encoding = tokens(tokenizer, texts[start : start + batch_size], limit)
+            encoding = tokens(like, tokenizer, texts[start : start + batch_size], limit)
             errors.append(torch.stack([_errors(learner, encoding, label) for learner in learners]))
     return SubstitutionGame(tuple(texts), torch.cat(errors, 1))
 

@@ -70,7 +70,8 @@ class MaskedCandidates:
     def _batch(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
         mask = self.tokenizer.mask_token
         texts = [text.replaced({i: mask}) for text, i in zip(words, indices, strict=True)]
-        encoding = tokens(self.tokenizer, texts, longest(self.model, self.tokenizer))
+        most = longest(self.model, self.tokenizer)
+        encoding = tokens(self.model, self.tokenizer, texts, most)
         device = next(self.model.parameters()).device
         logits = self.model(**{k: v.to(device) for k, v in encoding.items()}).logits
         found = []

@@ -61,11 +61,27 @@ def longest(model: nn.Module, tokenizer: Any) -> int | None:
     return int(least) if least < 1e9 else None  # tokenizers that know no limit name a huge one
 
 
-def tokens(tokenizer: Any, texts: Sequence[Text], max_length: int | None, **more: Any) -> Any:
+def padding_side(model: nn.Module, tokenizer: Any) -> str:
+    """Return on which side a model's rows are padded.
+
+    Where positions are counted from the start of a row (GPT-2), padding there would shift them, and
+    what a text means to the model would depend on the longest of its batch.
+    """
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return "right" if names & _COUNTED else tokenizer.padding_side
+
+
+_COUNTED = {"wpe", "position_embeddings", "positions_embed", "embed_positions"}
+
+
+def tokens(
+    model: nn.Module, tokenizer: Any, texts: Sequence[Text], max_length: int | None, **more: Any
+) -> Any:
     """Return the tokenizer's encoding of texts or pairs as tensors, padded, and cut if need be."""
     first = [text if isinstance(text, str) else text[0] for text in texts]
     second = None if isinstance(texts[0], str) else [text[1] for text in texts]
     cut = {"truncation": max_length is not None, "max_length": max_length}
+    cut |= {"padding_side": padding_side(model, tokenizer)}
     return tokenizer(first, second, padding=True, return_tensors="pt", **cut, **more)
 
 
@@ -126,6 +142,7 @@ class Reader:
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             encoding = tokens(
+                self.model,
                 self.tokenizer,
                 [texts[i] for i in rows],
                 self.max_length,
