@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
 from tqdm.auto import tqdm
 
 import attack
@@ -89,7 +88,8 @@ def learners(options: Namespace, task: Task) -> dict[str, tuple[list[Learner], A
         return {f"{len(rows)} samples of MAT": (rows, training.tokenizer)}
     if not options.model:
         raise ValueError("Name the learners: --model FOLDER ..., or --mat N.")
-    found = [attack.load_victim(name, task.labels or ()) for name in options.model]
+    loaded = (attack.load_victim(name, task.labels or ()) for name in options.model)
+    found = [(victim.cpu(), tokenizer) for victim, tokenizer in loaded]
     if options.dropout:
         return {
             f"{options.dropout} dropout masks of {name}": (
@@ -123,7 +123,6 @@ def row(name: str, games: list[SubstitutionGame], found: list[Equilibrium]) -> l
 
 def work(options: Namespace) -> str:
     """Play and solve; return the table."""
-    transformers.utils.logging.disable_progress_bar()
     task, source = attack.load_task(options), candidates(options.neighbours)
     texts, labels = attack.chosen(options, task)
     lines = [list(HEAD), ["---"] * len(HEAD)]

@@ -21,7 +21,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
-import transformers
 from tqdm.auto import tqdm
 
 from mixadv.robustness import data
@@ -140,7 +139,6 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
 
 def run(options: Namespace) -> str:
     """Run what the study asks for; return its report."""
-    transformers.utils.logging.disable_progress_bar()
     study = read(options.study)
     folder = options.study.parent
     path = folder / "results.jsonl"

@@ -343,7 +343,6 @@ ALIKE = (
 @pytest.mark.slow
 def test_keys_are_those_of_another_process():
     program = """
-from mixadv.robustness import pictures
 from mixadv.robustness.kept import digest, write
 from mixadv.tokens import SimilarWords, WordSubstitution
 from tests.substitution_zoo import TABLE, word_tokenizer

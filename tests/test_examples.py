@@ -714,11 +714,12 @@ def test_models_are_saved_with_their_tokenizer_and_predict_what_was_measured(
 
 
 def test_a_finished_run_whose_model_is_missing_is_trained_again(
-    folder: Path, encoder: str, tmp_path: Path
+    folder: Path, encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     argv = command(folder, encoder, tmp_path)
     assert intent.main(argv) == 0
     assert intent.main([*argv, "--save"]) == 0
+    assert "model shards" not in capsys.readouterr().err  # no bar but the run's own
     first, again = written(tmp_path)
     assert first == again
     assert (tmp_path / first["key"] / "last" / "config.json").is_file()

@@ -279,6 +279,7 @@ def test_the_script_trains_mat_for_its_samples(tmp_path: Path, capsys: Any, monk
 
 def test_the_script_answers_mistakes_with_one_line(tmp_path: Path, capsys: Any):
     (name,), task = models(tmp_path, range(1)), arguments(tmp_path / "data")
+    capsys.readouterr()  # what saving the model shows
     for named, answer in {
         (): "Name the learners",
         ("--model", name): "One checkpoint is one row",

@@ -43,16 +43,13 @@ def _subject(table: Any) -> Subject:
     if not isinstance(settings.get("train", []), list):
         raise ValueError(f"train must be a list, got {settings['train']!r}.")
     others = {name: value for name, value in table.items() if name not in SETTINGS}
-    names = [f.name for f in fields(Subject) if f.name != "settings"]
-    for name in others:
-        known("of a subject:", name, sorted([*names, *SETTINGS]))
+    _only(table, _names(Subject) - {"settings"} | {*SETTINGS}, "subject")
     return _build(Subject, others | {"settings": _tuples(settings)})
 
 
 def _build(kind: type[Any], table: Any) -> Any:
     where = kind.__name__.lower()
-    for name in _table(f"a {where}", table):
-        known(f"of a {where}:", name, sorted(f.name for f in fields(kind)))
+    _only(_table(f"a {where}", table), _names(kind), where)
     for f in fields(kind):
         needed = f.default is MISSING and f.default_factory is MISSING
         if needed and f.name not in table:
@@ -60,6 +57,15 @@ def _build(kind: type[Any], table: Any) -> Any:
         if str(f.type).startswith("tuple") and not isinstance(table.get(f.name, []), list):
             raise ValueError(f"{f.name} must be a list, got {table[f.name]!r}.")
     return kind(**_tuples(table))
+
+
+def _names(kind: type[Any]) -> set[str]:
+    return {f.name for f in fields(kind)}
+
+
+def _only(table: dict[str, Any], names: set[str], where: str) -> None:
+    for name in table:
+        known(f"of a {where}:", name, sorted(names))
 
 
 def _tuples(table: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The summary of a study: what its tables answer, in sentences that follow from the numbers."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from scipy import stats
 
@@ -10,7 +10,6 @@ from studying.plan import BUDGETS, COMPARED, Budget
 from studying.tables import markdown, signed
 
 ALPHA = 0.05
-NONE = "none"
 Pair = tuple[str, str]
 
 
@@ -29,9 +28,9 @@ def verdict(findings: Findings, what: str, budget: Budget, read: Read) -> str:
     if not found:
         return f"- {title}: nothing to compare."
     corrected = adjusted(found)
-    above = _named(found, lambda pair: found[pair].difference.low > 0)
-    below = _named(found, lambda pair: found[pair].difference.high < 0)
-    sure = _named(found, lambda pair: corrected[pair] < ALPHA)
+    above = _named(pair for pair in found if found[pair].difference.low > 0)
+    below = _named(pair for pair in found if found[pair].difference.high < 0)
+    sure = _named(pair for pair in found if corrected[pair] < ALPHA)
     higher = sum(c.difference.value > 0 for c in found.values())
     return (
         f"- {title}: of {len(found)} comparisons with plain training, "
@@ -45,9 +44,9 @@ def _left_out(findings: Findings, budget: Budget) -> str:
     """Return which methods have no accuracy under attack that could be compared."""
     study = findings.study
     pairs = [(task, method) for task in study.tasks for method in study.trained(task, budget)]
-    alike = _named(pairs, lambda pair: findings.answers_alike(*pair, budget))
+    alike = [pair for pair in pairs if findings.answers_alike(*pair, budget)]
     why = "always the same answer with some seed, which no attack changes"
-    return "" if alike == NONE else f" Left out for {why}: {alike}."
+    return f" Left out for {why}: {_named(alike)}." if alike else ""
 
 
 def _judged(findings: Findings, budget: Budget, read: Read) -> dict[Pair, Comparison]:
@@ -74,9 +73,8 @@ def power(findings: Findings) -> str:
     )
 
 
-def _named(pairs: Iterable[Pair], holds: Callable[[Pair], bool]) -> str:
-    names = [f"{method} on {task}" for task, method in pairs if holds((task, method))]
-    return ", ".join(names) or NONE
+def _named(pairs: Iterable[Pair]) -> str:
+    return ", ".join(f"{method} on {task}" for task, method in pairs) or "none"
 
 
 def grouped(findings: Findings) -> str:

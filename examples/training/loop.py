@@ -228,7 +228,7 @@ class Training:
         """Save the weights that are evaluated, and the tokenizer, if models are saved."""
         if self.keeping.save and self.accelerator.is_main_process:
             folder = self.keeping.output / self.run.key / name
-            with self.evaluator.weights() as network:
+            with self.evaluator.weights() as network, model.quiet():
                 network.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 

@@ -99,7 +99,7 @@ def device() -> torch.device:
 
 @contextmanager
 def quiet() -> Any:
-    """Leave out what transformers says of heads that are new."""
+    """Leave out the bars of transformers, and what it says of heads that are new."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

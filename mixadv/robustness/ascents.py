@@ -143,13 +143,13 @@ def token_norm(model: nn.Module, batches: Iterable[Batch]) -> float:
 def _learnable(model: nn.Module) -> Iterator[None]:
     """Let the loss of a frozen model depend on its weights meanwhile, as a game checks it does."""
     weights = [p for p in model.parameters() if p.is_floating_point()]
-    frozen = not any(p.requires_grad for p in weights)
+    frozen = [] if any(p.requires_grad for p in weights) else weights
     try:
-        for parameter in weights if frozen else ():
+        for parameter in frozen:
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter in weights if frozen else ():
+        for parameter in frozen:
             parameter.requires_grad_(False)
 
 

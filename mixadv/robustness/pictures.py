@@ -107,8 +107,9 @@ def loss_increase(axes: Any, reports: Mapping[str, Report]) -> bool:
         return False
     least = float(everything[everything > 0].min())
     for (name, of), (colour, marker) in zip(found.items(), _styles(found), strict=True):
-        style = {"color": colour, "marker": marker, "markersize": 4, "markevery": 0.25}
-        style = style if marker != MARKERS[0] else {"color": colour}
+        style = {"color": colour}
+        if marker != MARKERS[0]:  # the first seven have colours enough
+            style |= {"marker": marker, "markersize": 4, "markevery": 0.25}
         for what, line in {"increase": "-", "from_random": ":"}.items():
             values = np.sort(np.maximum(getattr(of, what)[rows], least))
             share = np.linspace(0, 100, len(values) + 1)

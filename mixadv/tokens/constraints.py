@@ -80,11 +80,11 @@ class Similarity:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         found: list[Tensor] = [torch.empty(0)] * len(texts)
         device = next(self.encoder.parameters()).device
+        most = longest(self.encoder, self.tokenizer)
         with evaluating(self.encoder), torch.no_grad():
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
                 read = [texts[i] for i in rows]
-                most = longest(self.encoder, self.tokenizer)
                 encoding = tokens(self.encoder, self.tokenizer, read, most)
                 inputs = {name: tensor.to(device) for name, tensor in encoding.items()}
                 states = getattr(self.encoder(**inputs), "last_hidden_state", None)
