@@ -83,7 +83,7 @@ def first_layer(steps: int, inner: int) -> Way:
         q = stage.start(ascent)
         for _ in range(steps):
             with listening(stage.game.model, lambda output: output.register_hook(pulls.append)):
-                _, gradients = stage.payoffs(q, PAYOFF, ascent)
+                _, _, gradients = stage.payoffs(q, PAYOFF, ascent)
             q = stage.move(q, ascent, gradients)
             for _ in range(inner):
                 q = stage.move(q, ascent, inner_gradients(stage, q, pulls[-1]))
@@ -168,7 +168,7 @@ def reached(played: mixadv.Game, batch: Batch, way: Way, kept: Tensor | None) ->
         seconds = time.process_time() - started
     with played.rehearsal(closure) as stage, torch.no_grad():
         clean, moved = stage.clean(), stage.run(stage.at(q, 0))
-        values = mixadv.divergence.symmetric_kl(moved.predictions, clean.predictions)
+        values = mixadv.maths.divergence.symmetric_kl(moved.predictions, clean.predictions)
     return {"delta": q.points[0][0], "divergence": values.tolist(), "seconds": seconds}
 
 

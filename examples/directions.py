@@ -38,7 +38,7 @@ ASCENTS: dict[str, dict[str, Any]] = {
     for name, words in {
         "gradient, K=1": {"steps": 1},
         "gradient, K=3": {"steps": 3},
-        "gradient, K=3, bf16": {"steps": 3, "dtype": torch.bfloat16},
+        "gradient, K=3, bf16": {"steps": 3, "ascent_dtype": torch.bfloat16},
         "gradient, K=10": {"steps": 10},
         "Gauss–Newton, K=1": {"steps": 1, "direction": "gauss_newton"},
         "Gauss–Newton, K=2": {"steps": 2, "direction": "gauss_newton"},
@@ -104,7 +104,7 @@ def reached(
             clean = stage.clean().predictions.log_softmax(-1)
             moved = stage.run(stage.at(q, 0)).predictions.log_softmax(-1)
     label = clean.argmax(-1, keepdim=True)
-    values = mixadv.divergence.symmetric_kl(moved, clean)
+    values = mixadv.maths.divergence.symmetric_kl(moved, clean)
     towards = moved.gather(-1, label) < clean.gather(-1, label)
     return {
         "divergence": values.tolist(),

@@ -6,7 +6,7 @@ mnli on the matched rows (dev) and on the mismatched ones. All are times 100 in 
 
     python examples/glue.py --task cola --solver plain freelb mat --seeds 0 1 2
     python examples/glue.py --task rte --model roberta-base --lr 2e-5 --epochs 10 --bf16 \
-        --hold-out 200 --evaluate-every 50 --save --solver smart --set smoothness=3
+        --hold-out 200 --evaluate-every 50 --save --solver smart --set smoothness_weight=3
     python examples/glue.py --task mrpc --data path/to/glue --limit 1000 --config solvers.toml
     python examples/glue.py --report
 """

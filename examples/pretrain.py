@@ -129,7 +129,7 @@ def player(options: argparse.Namespace) -> mixadv.Solver | None:
             "--solver is for mlm, alum and macbert: the adversary of electra is its generator, "
             "which replaces tokens."
         )
-    solver = mixadv.solver(chosen, **parameters([chosen], options.set, None)[chosen])
+    solver = mixadv.make_solver(chosen, **parameters([chosen], options.set, None)[chosen])
     if solver.replays_batch:
         raise ValueError(f"--solver {chosen} steps several times on a batch; Trainer steps once.")
     return solver

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         network, tokenizer = model.load(Run(task="intents", model=EMBEDDED_MODEL), task)
         encode = lambda rows: tokenizer(rows["text"], truncation=True)  # noqa: B023, E731
         splits = {s: r.map(encode, batched=True) for s, r in task.splits.items()}
-        game = {} if name == "plain" else {"solver": mixadv.solver(name)}
+        game = {} if name == "plain" else {"solver": mixadv.make_solver(name)}
         trainer = (AdversarialTrainer if game else Trainer)(
             network, args, DataCollatorWithPadding(tokenizer), compute_metrics=accuracy,
             train_dataset=task.train.map(encode, batched=True), **game,

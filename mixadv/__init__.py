@@ -1,11 +1,13 @@
 """mixadv: adversarial training as a game between the learner and an adversary."""
 
-from mixadv.ascent import Ascent
 from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.optimizer import GameOptimizer, wrap
-from mixadv.outcome import Outcome
-from mixadv.schedule import Schedule
+from mixadv.players.ascent import Ascent
+from mixadv.players.strategy import Strategy
+from mixadv.round.outcome import Outcome
+from mixadv.round.schedule import Schedule
+from mixadv.round.stage import Stage
 from mixadv.solvers import (
     ALUM,
     CAT,
@@ -21,11 +23,10 @@ from mixadv.solvers import (
     FreeLB,
     TextAT,
     UniformNoise,
-    solver,
+    make_solver,
 )
 from mixadv.solvers.base import Solver
-from mixadv.stage import Stage, Step
-from mixadv.strategy import Strategy
+from mixadv.solvers.play import Step
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,6 @@ __all__ = [
     "Strategy",
     "TextAT",
     "UniformNoise",
-    "solver",
+    "make_solver",
     "wrap",
 ]

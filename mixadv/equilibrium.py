@@ -11,16 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixadv import routes
-from mixadv.ascent import Ascent, check_integer
-from mixadv.certificate import Exploitability
-from mixadv.closure import Closure
-from mixadv.contexts import no_grad
+from mixadv.checks import check_integer
+from mixadv.exploited import Exploitability
 from mixadv.game import Game
-from mixadv.replay import Buffers
+from mixadv.model.closure import Closure
+from mixadv.model.contexts import no_grad
+from mixadv.model.replay import Buffers
+from mixadv.players.ascent import Ascent
+from mixadv.players.strategy import Strategy
+from mixadv.round import routes
+from mixadv.round.stage import Stage
 from mixadv.solvers.base import Solver
-from mixadv.stage import Stage, Step
-from mixadv.strategy import Strategy
+from mixadv.solvers.play import Step
 
 
 class BestResponse(NamedTuple):
@@ -140,7 +142,7 @@ def exploitability(
         raise ValueError("exploitability: no closure was given, so nothing was measured.")
     played, reached = (torch.cat(payoffs) for payoffs in zip(*found, strict=True))
     where = f"{ascent.norm} ball of {ascent.radius:g}"
-    where += " token norms" * (ascent.unit == "site") + " per token" * (ascent.per == "token")
+    where += " token norms" * (ascent.unit == "relative") + " per token" * (ascent.per == "token")
     response = f"projected ascent, {steps} steps × {restarts} restarts, {where}"
     return Exploitability(played, reached, response, level)
 

@@ -22,29 +22,6 @@ def nearest(name: object, known: Iterable[str], most: int = 1) -> str:
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def check_entries(what: str, state: Any, needed: Iterable[str]) -> None:
-    """Raise ValueError unless a part of a checkpoint has the entries that it is written with."""
-    missing = [key for key in needed if not isinstance(state, Mapping) or key not in state]
-    if missing:
-        found = list(state) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(
-            f"The checkpoint's {what} lacks {', '.join(missing)} and has {found}: load what "
-            "state_dict() returned."
-        )
-
-
-def check_kinds(what: str, state: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Raise ValueError unless entries of a checkpoint are of their kinds; `int` is a count."""
-    for name, kind in kinds.items():
-        value = state[name]
-        fits = isinstance(value, kind) and not isinstance(value, bool)
-        if not fits or (kind is int and not 0 <= value < 2**63) or value != value:
-            raise ValueError(
-                f"The checkpoint's {what} has {value!s:.40} as {name}: load what state_dict() "
-                "returned."
-            )
-
-
 def build(
     what: str, registry: Mapping[str, type[Any]], name: Any, parameters: dict[str, Any]
 ) -> Any:

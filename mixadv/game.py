@@ -13,22 +13,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixadv import first_round, parallel, scaling, validate
-from mixadv.ascent import check_flag
-from mixadv.carried import Carried
-from mixadv.closure import Closure, read
-from mixadv.compiled_site import place
-from mixadv.contexts import no_grad
-from mixadv.errors import GameError, check_entries, check_kinds
-from mixadv.explain import Explanation, ascends, explain, passes, recomputes
-from mixadv.modules import INPUT, functional, weak_hook
-from mixadv.outcome import Outcome
-from mixadv.replay import Noise, Slot
-from mixadv.representation import Representation
-from mixadv.schedule import Schedule
+from mixadv.checks import check_entries, check_flag, check_kinds
+from mixadv.errors import GameError
+from mixadv.model import parallel, scaling
+from mixadv.model.closure import Closure, read
+from mixadv.model.compiled_site import place
+from mixadv.model.contexts import no_grad
+from mixadv.model.modules import INPUT, functional, weak_hook
+from mixadv.model.replay import Noise, Slot
+from mixadv.model.representation import Representation
+from mixadv.players.strategy import Strategy
+from mixadv.round import first_round, validate
+from mixadv.round.carried import Carried
+from mixadv.round.cost import ascends, passes, recomputes
+from mixadv.round.explain import Explanation, explain
+from mixadv.round.outcome import Outcome
+from mixadv.round.schedule import Schedule
+from mixadv.round.stage import Stage
 from mixadv.solvers.base import Solver
-from mixadv.stage import Stage, Step
-from mixadv.strategy import Strategy
+from mixadv.solvers.play import Step
 
 _KINDS = {  # of what a game saves
     "round": int,
@@ -45,7 +48,7 @@ class Game:
     Args:
         model: the module that closures call.
         solver: how a round is played.
-        site: where δ acts; see `mixadv.site.Site`.
+        site: where δ acts; see `mixadv.model.site.Site`.
         seed: of the players' draws.
         schedule: when the adversary plays; None is always.
         optimizer: needed by solvers with a learner part; `mixadv.wrap` gives it.
@@ -73,10 +76,10 @@ class Game:
         validate.game_arguments(model, solver, optimizer, seed)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a mixadv.Schedule or None, got {schedule!r}.")
-        if solver.dtype is not None and not ascends(solver):
+        if solver.ascent_dtype is not None and not ascends(solver):
             raise ValueError(
-                f"{type(solver).__name__} finds δ in the learner's own passes, and dtype= acts on "
-                "others: leave it out, or put autocast around the round."
+                f"{type(solver).__name__} finds δ in the learner's own passes, and ascent_dtype= "
+                "acts on others: leave it out, or put autocast around the round."
             )
         if solver.recompute and not recomputes(solver):
             raise ValueError(

@@ -5,18 +5,24 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixadv import first_round, parallel, validate
-from mixadv.closure import Closure
-from mixadv.errors import GameError, check_entries
+from mixadv.checks import check_entries
+from mixadv.errors import GameError
 from mixadv.game import Game
-from mixadv.outcome import Outcome
-from mixadv.schedule import Schedule
+from mixadv.model import parallel
+from mixadv.model.closure import Closure
+from mixadv.model.gradients import gradients_kept
+from mixadv.model.replay import Replay
+from mixadv.model.site import sequence_number
+from mixadv.round import validate
+from mixadv.round.outcome import Outcome
+from mixadv.round.schedule import Schedule
 from mixadv.solvers.base import Solver
 
 STATE_KEY = "mixadv"
@@ -201,7 +207,7 @@ class GameOptimizer(Optimizer):
 
     def _first_call(self, closure: Callable[[], Any]) -> Any:
         """Find out whether the closure plays a round itself, as under Lightning's optimization."""
-        result, self._closure_plays = first_round.plays_itself(self.game, closure)
+        result, self._closure_plays = plays_itself(self.game, closure)
         return result
 
     def _round(self, closure: Closure, check: bool) -> Tensor:
@@ -286,3 +292,30 @@ class GameOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_hooks()
+
+
+def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
+    """Run a closure once and return its result, and whether it plays rounds itself, or nothing.
+
+    If it does not, random state, buffers and gradients are put back. Lightning gives a closure that
+    does nothing where the loop has played by hand.
+    """
+    validate.closure(closure)
+    replay = Replay(game.model)
+    before = game.round, sequence_number()
+    with gradients_kept(game.parameters()) as gradients:
+        try:
+            with ExitStack() as game.probing:
+                game.probing.enter_context(parallel.local(game.model))
+                result = closure()
+            idle = result is None and sequence_number() == before[1]
+            played = game.round > before[0] or idle
+        except BaseException:
+            replay.undo()
+            raise
+        finally:
+            game.probing = None
+        gradients.keep_new = played
+        if not played:
+            replay.undo()
+    return result, played

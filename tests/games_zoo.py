@@ -41,7 +41,7 @@ def gain(perturbed: Tensor, clean: Tensor) -> Tensor:
 FREE = {"unit": "absolute", "normalize": "none", "radius": None, "start": "normal"}
 RAW = mixadv.MAT(**FREE, start_size=0.5, divergence=gain, mirror_step=0.0)
 BOXED = {"unit": "absolute", "normalize": "none", "radius": 1.0, "norm": "linf"}
-PARTICLES = {"particles": 32, "play_as": "ensemble", "route": "stack"}
+PARTICLES = {"particles": 32, "play_as": "ensemble", "particle_batching": "stack"}
 
 
 def train(

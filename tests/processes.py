@@ -23,7 +23,7 @@ import mixadv
 from tests.zoo import CANNOT, note_refusal
 
 Case = Callable[[int], Any]  # of the rank; a function of a module, or a partial one
-SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixadv.SOLVERS} | {
+SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.make_solver(name) for name in mixadv.SOLVERS} | {
     "ensemble": mixadv.MAT(particles=2, play_as="ensemble", learner_temperature=1e-6, samples=2),
     "leap": mixadv.ALUM(direction="gauss_newton", sign="boundary"),
     "recomputed": mixadv.ALUM(direction="gauss_newton", recompute=True),

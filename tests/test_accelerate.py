@@ -33,7 +33,7 @@ def weights(player: Player) -> list[Tensor]:
 @pytest.fixture(params=list(mixadv.SOLVERS))
 def solver(request: pytest.FixtureRequest) -> mixadv.Solver:
     head = torch.nn.Linear(3, 2).double()
-    return mixadv.CAT(head=head) if request.param == "cat" else mixadv.solver(request.param)
+    return mixadv.CAT(head=head) if request.param == "cat" else mixadv.make_solver(request.param)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def test_an_inner_step_where_p_was_found_is_the_ordinary_step(family: str):
     with game.rehearsal(lambda: forward(model, batch)) as stage:
         q, pulls = stage.start(game.solver), []
         with tried.listening(model, lambda output: output.register_hook(pulls.append)):
-            _, expected = stage.payoffs(q, tried.PAYOFF, game.solver)
+            _, _, expected = stage.payoffs(q, tried.PAYOFF, game.solver)
         later = []
         tried.layers_of(model)[1].register_forward_hook(lambda *_: later.append(1))
         found = tried.inner_gradients(stage, q, pulls[0])

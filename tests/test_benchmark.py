@@ -16,7 +16,7 @@ from benchmark_parts import checks, contenders, measure, picture, results, scali
 from benchmark_parts.contenders import CONTENDERS
 from benchmark_parts.picture import Point
 from benchmark_parts.work import PARTS, Setting, Work
-from mixadv.explain import passes
+from mixadv.round.cost import passes
 
 SECONDS = st.floats(0.1, 10)
 COUNTS = ["forwards", "delta_backwards", "theta_backwards", "branches", "steps", "draws"]

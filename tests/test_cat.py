@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.optim import SGD, AdamW
 
 import mixadv
-from mixadv.contrastive import nt_xent
+from mixadv.maths.contrastive import nt_xent
 from tests.zoo import assert_same, player, small, without_dropout
 
 ENCODERS = ["bert", "roberta", "distilbert", "deberta", "electra", "albert", "modernbert"]
@@ -74,7 +74,9 @@ def by_hand(model, closure, source: nn.Module, name: str, solver) -> tuple[Tenso
     perturbed = loss(V + solver.radius * slope.sign())
     hook.remove()
     contrast = nt_xent(*kept, solver.contrast_temperature, solver.negatives)
-    objective = (1 - solver.contrast) / 2 * (clean + perturbed) + solver.contrast * contrast
+    objective = (1 - solver.contrast_weight) / 2 * (
+        clean + perturbed
+    ) + solver.contrast_weight * contrast
     objective.backward()
     return objective.detach(), gradients(model)
 
@@ -107,7 +109,7 @@ def test_the_embedding_matrix_itself_is_perturbed(family):
 @pytest.mark.parametrize("contrast", [0.0, 0.3, 1.0])
 def test_weights_and_negatives_are_those_asked_for(contrast, negatives):
     one = small()
-    words = {"contrast": contrast, "negatives": negatives, "contrast_temperature": 0.5}
+    words = {"contrast_weight": contrast, "negatives": negatives, "contrast_temperature": 0.5}
     assert_played_by_hand(one.model, one.closure(), "hidden", "embedding.weight", **words)
 
 
@@ -168,7 +170,7 @@ def test_two_embeddings_of_one_size_have_perturbations_of_their_own():
         return F.cross_entropy(logits, labels)
 
     slopes = torch.autograd.grad(closure(), list(model.parameters()))
-    words = {"radius": RADIUS, "unit": "absolute", "contrast": 0.0, "source": "one"}
+    words = {"radius": RADIUS, "unit": "absolute", "contrast_weight": 0.0, "source": "one"}
     game = mixadv.Game(model, mixadv.CAT(**words), site=["one", "other"])
     game.backward(closure)
     for call, slope in enumerate(slopes):
@@ -231,7 +233,7 @@ def projected(seed=0, base=SGD, **words):
 
 
 def test_the_loss_is_that_of_the_projected_views():
-    one, head, optimizer = projected(contrast=1.0)
+    one, head, optimizer = projected(contrast_weight=1.0)
     torch.manual_seed(3)
     outcome = optimizer.game.backward(one.closure())
     found = [head.weight.grad.clone(), one.model.hidden.weight.grad.clone()]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixadv import langevin
+from mixadv.maths import langevin
 from theory import bounds, oracles
 
 seeds = st.integers(0, 2**32 - 1)

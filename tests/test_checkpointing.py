@@ -76,7 +76,7 @@ def closure(model: nn.Module, seed: int = 0, twice: bool = False) -> Callable[[]
 def wrapped(model: nn.Module, name: str, site: Any = None, **settings: Any) -> mixadv.GameOptimizer:
     torch.manual_seed(2)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    return mixadv.wrap(base, model, mixadv.solver(name, **settings), site=site)
+    return mixadv.wrap(base, model, mixadv.make_solver(name, **settings), site=site)
 
 
 def play(optimizer: mixadv.GameOptimizer, call: Callable[[], Any], way: str) -> list[Tensor]:

@@ -95,9 +95,9 @@ def test_fast_gradient_adds_the_robust_loss_to_the_clean_one(norm):
 
 HALVES = {
     "CreAT": lambda **words: mixadv.CreAT(
-        deviation=0.0, start="zero", step_size=0.3, projection="sphere", **words
+        deviation_weight=0.0, start="zero", step_size=0.3, projection="sphere", **words
     ),
-    "CAT": lambda **words: mixadv.CAT(contrast=0.0, shared=False, **words),
+    "CAT": lambda **words: mixadv.CAT(contrast_weight=0.0, shared=False, **words),
 }
 
 
@@ -163,7 +163,7 @@ def test_normalised_steps_turn_towards_the_worst_direction_at_the_known_rate(ste
 
 
 SMOOTH = {
-    "SMART": lambda **words: mixadv.SMART(proximal=0.0, **words),
+    "SMART": lambda **words: mixadv.SMART(proximal_weight=0.0, **words),
     "ALUM": mixadv.ALUM,
 }
 
@@ -177,7 +177,7 @@ def test_smoothness_of_an_affine_model_is_its_squared_dual_norm(build, norm):
         radius=0.3,
         steps=8,
         step_size=30.0,
-        smoothness=2.0,
+        smoothness_weight=2.0,
         divergence="squared_error",
         unit="absolute",
     )
@@ -220,7 +220,7 @@ def test_power_iteration_finds_the_top_eigenvector_of_the_fisher_matrix(kind):
         start_size=1e-4,
         step_size=1e3,
         steps=100,
-        proximal=0.0,
+        proximal_weight=0.0,
         unit="absolute",
     )
     game = mixadv.Game(model, solver)
@@ -245,8 +245,8 @@ PLAIN_STEP |= {"learner_temperature": 0.0}
 PLAIN = {
     "FreeLB that never moves": mixadv.FreeLB(start="zero", step_size=0.0, steps=3),
     "PGD without steps": mixadv.PGD(start="zero", steps=0),
-    "SMART without smoothness": mixadv.SMART(smoothness=0.0, proximal=0.0),
-    "MAT without smoothness": mixadv.MAT(smoothness=0.0, **PLAIN_STEP),
+    "SMART without smoothness": mixadv.SMART(smoothness_weight=0.0, proximal_weight=0.0),
+    "MAT without smoothness": mixadv.MAT(smoothness_weight=0.0, **PLAIN_STEP),
     "MAT without ascent": mixadv.MAT(start="zero", steps=0, **PLAIN_STEP),
 }
 AT_START = {

@@ -56,7 +56,7 @@ def compiled(model: nn.Module, backend: str = "eager") -> Any:
 def wrapped(model: nn.Module, name: str, site: Any = None, **settings: Any) -> mixadv.GameOptimizer:
     torch.manual_seed(2)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    return mixadv.wrap(base, model, mixadv.solver(name, **settings), site=site)
+    return mixadv.wrap(base, model, mixadv.make_solver(name, **settings), site=site)
 
 
 def rounds(optimizer: mixadv.GameOptimizer, closures: list[Callable[[], Any]]) -> list[Tensor]:

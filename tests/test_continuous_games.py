@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixadv import mirror
 from mixadv.games import (
     BestResponse,
     Box,
@@ -30,6 +29,7 @@ from mixadv.games import (
     solve,
 )
 from mixadv.games.method import Answer, Scene
+from mixadv.maths import mirror
 from theory import bounds, oracles
 
 seeds = st.integers(0, 2**32 - 1)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixadv.contrastive import nt_xent
+from mixadv.maths.contrastive import nt_xent
 
 NEGATIVES = ["all", "cross"]
 either = pytest.mark.parametrize("negatives", NEGATIVES)

@@ -23,7 +23,7 @@ def test_it_is_projected_ascent_and_half_of_each_loss(deviation):
     mask = batch["attention_mask"][..., None].double()
     radius, step_size, steps = 0.3, 0.2, 3
     words = {"radius": radius, "step_size": step_size, "steps": steps, "start": "zero"}
-    solver = mixadv.CreAT(deviation=deviation, unit="absolute", **words)
+    solver = mixadv.CreAT(deviation_weight=deviation, unit="absolute", **words)
     torch.manual_seed(3)
     outcome = mixadv.Game(model, solver).backward(one.closure())
     found = gradients(model)
@@ -60,7 +60,7 @@ def test_the_more_it_weighs_the_further_the_representation_moves():
     one.model.eval()
     distances = []
     for deviation in (0.0, 1.0, 1e3):
-        solver = mixadv.CreAT(deviation=deviation, source="hidden", radius=0.5, steps=5)
+        solver = mixadv.CreAT(deviation_weight=deviation, source="hidden", radius=0.5, steps=5)
         game = mixadv.Game(one.model, solver)
         game.backward(one.closure())
         delta, seen = game.unit * game.strategy.points[0][0], []
@@ -84,7 +84,7 @@ def test_the_distance_of_half_precision_representations_is_more_than_rounding(si
     game = mixadv.Game(model, solver)
     with game.stage(lambda: model(x).float().square().mean()) as stage:
         q = stage.start(solver)
-        _, (found,) = stage.payoffs(q, "loss", solver, deviation=1e6)  # all that counts
+        _, _, (found,) = stage.payoffs(q, "loss", solver, deviation_weight=1e6)  # all that counts
         delta = q.points[0][0].detach().requires_grad_()
     perturbed = model((x.float() + delta).bfloat16()).double()
     distance = 1 - F.cosine_similarity(perturbed, model(x).detach().double())

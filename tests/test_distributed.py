@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import mixadv
-from mixadv.explain import passes
-from mixadv.replay import Noise
+from mixadv.model.replay import Noise
+from mixadv.round.cost import passes
 from tests.processes import (
     SOLVERS,
     Net,
@@ -107,7 +107,7 @@ def only_the_contrast_depends_on_the_split(rank: int) -> None:
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     for contrast in (0.0, 0.1):
         # With shared=True a token's places in the batch of a process share one perturbation.
-        solver = mixadv.CAT(contrast=contrast, shared=False)
+        solver = mixadv.CAT(contrast_weight=contrast, shared=False)
         two = weights_after(replicated(), solver, "step", mine)
         one = weights_after(Net(), solver, "step", slice(0, 2 * ROWS))
         pairs = zip(two, one, strict=True)

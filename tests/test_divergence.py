@@ -15,8 +15,8 @@ from torch import nn
 from torch.func import jacrev
 
 import mixadv
-from mixadv.closure import Reading, read
-from mixadv.divergence import DIVERGENCES, js, kl, symmetric_kl
+from mixadv.maths.divergence import DIVERGENCES, js, kl, symmetric_kl
+from mixadv.model.closure import Reading, read
 
 SOFTMAX = [name for name in DIVERGENCES if name != "squared_error"]
 SYMMETRIC = [name for name in DIVERGENCES if name != "kl"]

@@ -34,7 +34,7 @@ from mixadv import (
     GameError,
     TextAT,
     UniformNoise,
-    solver,
+    make_solver,
     wrap,
 )
 from tests.processes import one_process
@@ -72,7 +72,11 @@ VALUES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "norm as a number": (lambda: PGD(norm=2), ValueError, ("norm=2", "'l2'")),
     "group": (lambda: PGD(per="tokens"), ValueError, ("per='tokens'", "Did you mean 'token'?")),
     "start": (lambda: PGD(start="zeros"), ValueError, ("start='zeros'", "Did you mean 'zero'?")),
-    "route": (lambda: MAT(route="vmaps"), ValueError, ("route='vmaps'", "'vmap'?")),
+    "particle_batching": (
+        lambda: MAT(particle_batching="vmaps"),
+        ValueError,
+        ("particle_batching='vmaps'", "'vmap'?"),
+    ),
     "sphere": (lambda: PGD(radius=None, projection="sphere"), ValueError, ("sphere", "None")),
     "divergence": (
         lambda: SMART(divergence="symetric_kl"),
@@ -87,13 +91,13 @@ VALUES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
         ("start='zero'", "zero gradient", "'uniform' or 'normal'"),
     ),
     "vanishing proximal term": (
-        lambda: SMART(momentum=0.0, inner_steps=1),
+        lambda: SMART(ema_decay=0.0, teacher_every=1),
         ValueError,
-        ("momentum=0", "inner_steps=1", "proximal=0"),
+        ("ema_decay=0", "teacher_every=1", "proximal_weight=0"),
     ),
-    "momentum": (lambda: SMART(momentum=1.5), ValueError, ("momentum", "between 0 and 1", "1.5")),
-    "inner steps": (lambda: SMART(inner_steps=0), ValueError, ("inner_steps", "0")),
-    "smoothness": (lambda: MAT(smoothness=-1.0), ValueError, ("smoothness", "-1.0")),
+    "momentum": (lambda: SMART(ema_decay=1.5), ValueError, ("ema_decay", "between 0 and 1", "1.5")),
+    "inner steps": (lambda: SMART(teacher_every=0), ValueError, ("teacher_every", "0")),
+    "smoothness_weight": (lambda: MAT(smoothness_weight=-1.0), ValueError, ("smoothness", "-1.0")),
     "mirror step": (lambda: MAT(mirror_step=NAN), ValueError, ("mirror_step", "nan")),
     "damping": (lambda: MAT(damping=1.0), ValueError, ("damping", "1")),
     "damping by name": (lambda: MAT(damping="unifrom"), ValueError, ("'unifrom'", "'uniform'")),
@@ -109,7 +113,11 @@ VALUES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "no pass over tokens": (lambda: TextAT(steps=0), ValueError, ("TextAT", "steps", "0")),
     "writing": (lambda: TextAT(write="sum"), ValueError, ("write='sum'", "'mean'", "'accumulate'")),
     "excluded tokens": (lambda: TextAT(exclude=[0]), TypeError, ("exclude", "tuple", "[0]")),
-    "deviation": (lambda: CreAT(deviation=-1), ValueError, ("CreAT", "deviation", "-1")),
+    "deviation_weight": (
+        lambda: CreAT(deviation_weight=-1),
+        ValueError,
+        ("CreAT", "deviation", "-1"),
+    ),
     "source": (lambda: CreAT(source=3), TypeError, ("CreAT", "source", "name", "3")),
     "representation": (lambda: CAT(representation=3), TypeError, ("CAT", "representation", "3")),
     "two CAT steps": (lambda: CAT(steps=2), ValueError, ("CAT", "steps=2")),
@@ -119,7 +127,11 @@ VALUES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
         ValueError,
         ("norm='l2', per='sample'", "per='token'", "shared=False"),
     ),
-    "contrast": (lambda: CAT(contrast=1.5), ValueError, ("contrast", "between 0 and 1", "1.5")),
+    "contrast_weight": (
+        lambda: CAT(contrast_weight=1.5),
+        ValueError,
+        ("contrast", "between 0 and 1", "1.5"),
+    ),
     "contrast temperature": (
         lambda: CAT(contrast_temperature=0),
         ValueError,
@@ -131,12 +143,20 @@ VALUES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "VAT standing still": (lambda: VAT(step_size=0), ValueError, ("step_size=0", "radius")),
     "VAT from zero": (lambda: VAT(start="zero"), ValueError, ("zero gradient", "'normal'")),
     "R3F with steps": (lambda: R3F(steps=1), ValueError, ("steps=1", "ALUM")),
-    "smoothness of noise": (lambda: R3F(smoothness=-1), ValueError, ("R3F", "smoothness", "-1")),
+    "smoothness of noise": (
+        lambda: R3F(smoothness_weight=-1),
+        ValueError,
+        ("R3F", "smoothness", "-1"),
+    ),
     "ALUM's divergence": (lambda: ALUM(divergence="k1"), ValueError, ("'k1'", "'kl'")),
-    "solver": (lambda: solver("freelp"), ValueError, ("'freelp'", "Did you mean 'freelb'?", "mat")),
-    "solver as a class": (lambda: solver(PGD), ValueError, ("PGD", "pgd")),
+    "solver": (
+        lambda: make_solver("freelp"),
+        ValueError,
+        ("'freelp'", "Did you mean 'freelb'?", "mat"),
+    ),
+    "solver as a class": (lambda: make_solver(PGD), ValueError, ("PGD", "pgd")),
     "parameter": (
-        lambda: solver("pgd", raduis=1),
+        lambda: make_solver("pgd", raduis=1),
         ValueError,
         ("PGD", "'raduis'", "Did you mean 'radius'?", "step_size"),
     ),
@@ -158,7 +178,7 @@ JUNK += [set(), object(), torch.ones(2), print]
 def test_any_value_is_taken_or_refused_by_name(name: str):
     for parameter, value in itertools.product(fields(mixadv.SOLVERS[name]), JUNK):
         try:
-            built = solver(name, **{parameter.name: value})
+            built = make_solver(name, **{parameter.name: value})
         except (TypeError, ValueError) as error:
             assert re.search(f"{parameter.name}|payoff|divergence", str(error))  # noqa: PT017
         else:
@@ -172,7 +192,7 @@ def test_any_combination_is_taken_or_refused(name: str, data: st.DataObject):
     names = st.sampled_from([f.name for f in fields(mixadv.SOLVERS[name])])
     chosen = data.draw(st.dictionaries(names, st.one_of(numbers, st.sampled_from(JUNK))))
     with contextlib.suppress(TypeError, ValueError):
-        solver(name, **chosen)
+        make_solver(name, **chosen)
 
 
 @given(*[st.one_of(st.integers(), st.text(), st.sampled_from(JUNK))] * 4)
@@ -186,7 +206,7 @@ def test_any_argument_is_taken_or_refused(first: Any, rule: Any, site: Any, seed
         lambda: wrap(base, model, PGD(), site=site),
         lambda: wrap(base, model, PGD(), seed=seed),
         lambda: Game(model, PGD(), site, seed=seed, optimizer=rule),
-        lambda: solver(site),
+        lambda: make_solver(site),
     ):
         with contextlib.suppress(TypeError, ValueError):
             build()
@@ -453,7 +473,7 @@ def test_what_a_solver_cannot_play_leaves_no_trace(name: str, word: str):
     elif word == "reentrant":
         hidden = p.model.hidden
         hidden.forward = functools.partial(checkpoint, hidden.forward, use_reentrant=True)
-    optimizer = wrap(SGD(p.model.parameters(), lr=0.1), p.model, solver(name), site=site)
+    optimizer = wrap(SGD(p.model.parameters(), lr=0.1), p.model, make_solver(name), site=site)
     found = fingerprint(p.model)
     with pytest.raises(GameError, match=CANNOT[name, word]):
         play(optimizer, how)(p.closure())
@@ -575,7 +595,7 @@ def test_a_radius_below_the_noise_floor_is_warned_of():
 def test_a_head_that_starts_at_zero_is_warned_of_and_trained(name: str):
     player = small()
     nn.init.zeros_(player.model.head.weight)
-    optimizer = wrap(SGD(player.model.parameters(), lr=0.1), player.model, mixadv.solver(name))
+    optimizer = wrap(SGD(player.model.parameters(), lr=0.1), player.model, mixadv.make_solver(name))
     with pytest.warns(UserWarning, match=words("gradient", "exactly zero", "start at zero")):
         optimizer.step(player.closure())
     assert player.model.head.weight.any()
@@ -612,7 +632,7 @@ def test_a_mean_is_not_taken_of_particles_that_share_no_rows():
 def test_a_closure_that_zeroes_gradients_is_refused(name: str, whose: str, to_none: bool):
     """The habit from LBFGS; it would wipe the gradients of the earlier passes of the round."""
     player = small()
-    optimizer = wrap(SGD(player.model.parameters(), lr=0.1), player.model, solver(name))
+    optimizer = wrap(SGD(player.model.parameters(), lr=0.1), player.model, make_solver(name))
     owner = optimizer if whose == "optimizer" else player.model
 
     def closure() -> Any:
@@ -632,7 +652,7 @@ def test_a_closure_that_zeroes_gradients_is_refused(name: str, whose: str, to_no
     assert_same(fingerprint(earlier.model), found)
 
 
-@pytest.mark.parametrize("kind", ["symmetric_kl", mixadv.divergence.symmetric_kl])
+@pytest.mark.parametrize("kind", ["symmetric_kl", mixadv.maths.divergence.symmetric_kl])
 @pytest.mark.parametrize("start", [{"start": "zero"}, {"start_size": 0.0}])
 @pytest.mark.parametrize("build", [SMART, MAT, ALUM, VAT])
 def test_an_ascent_that_could_never_leave_zero_is_refused(build: Any, start: Any, kind: Any):

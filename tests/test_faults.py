@@ -34,7 +34,7 @@ class Run:
             chosen["head"] = nn.Linear(3, 2).double()
             chosen["head"].register_forward_pre_hook(lambda *_: self.count())
         base = SGD(self.player.model.parameters(), lr=0.1, momentum=0.5)
-        self.optimizer = mixadv.wrap(base, self.player.model, mixadv.solver(name, **chosen))
+        self.optimizer = mixadv.wrap(base, self.player.model, mixadv.make_solver(name, **chosen))
         base.register_step_post_hook(self.after_step)
         self.player.model.normalise.register_forward_hook(self.after_hidden)
 
@@ -128,7 +128,7 @@ def test_memory_that_runs_out_on_a_route_is_no_fault_of_the_route():
     """Which the first round checks, and reports what does not run on it."""
     at, refused = 0, True
     while refused:
-        run, at = Run("mat", "step", particles=2, route="vmap"), at + 1
+        run, at = Run("mat", "step", particles=2, particle_batching="vmap"), at + 1
         run.broken_at = at
         run.player.model.eval()  # running statistics do not run through vmap
         try:
@@ -202,7 +202,7 @@ def train(name, path, fatal=None):
     player = small()
     base = torch.optim.AdamW(player.model.parameters(), lr=0.01)
     schedule = mixadv.Schedule(start=1)
-    optimizer = mixadv.wrap(base, player.model, mixadv.solver(name), schedule=schedule)
+    optimizer = mixadv.wrap(base, player.model, mixadv.make_solver(name), schedule=schedule)
     live = {"model": player.model, "optimizer": optimizer}
     done = checkpoint.load(path, live).get("update", 0)
     for update in range(done + 1, UPDATES + 1):

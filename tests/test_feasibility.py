@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mixadv
-from mixadv import site
-from mixadv.ascent import Ascent
-from mixadv.replay import Noise
-from mixadv.site import Call
-from mixadv.strategy import Strategy
+from mixadv.model import site
+from mixadv.model.replay import Noise
+from mixadv.model.site import Call
+from mixadv.players.ascent import Ascent
+from mixadv.players.strategy import Strategy
 from tests.zoo import stepwise
 
 ORDER = {"l1": 1, "l2": 2, "linf": float("inf")}
@@ -25,13 +25,13 @@ MASK = torch.tensor([[1] * n + [0] * (5 - n) for n in (5, 3, 4, 1, 5, 2)])
 APART = {
     "carry": False,
     "shared": False,
-    "contrast": 0.0,
-    "deviation": 0.0,  # a distance that the loss is weighed against
+    "contrast_weight": 0.0,
+    "deviation_weight": 0.0,  # a distance that the loss is weighed against
 }
 # What makes the learner take a plain step.
 PLAIN = {
     **APART,
-    "proximal": 0.0,
+    "proximal_weight": 0.0,
     "learner_steps": 1,
     "learner_temperature": 0.0,
     "damping": 0.0,
@@ -84,7 +84,7 @@ def build(name, **parameters):
     """Build a solver with those of the parameters that it has."""
     known = {f.name for f in fields(mixadv.SOLVERS[name])}
     parameters = {"shared": False, **parameters}  # which few sets of the adversary allow
-    return mixadv.solver(name, **{k: v for k, v in parameters.items() if k in known})
+    return mixadv.make_solver(name, **{k: v for k, v in parameters.items() if k in known})
 
 
 def batch(rows=range(ROWS), length=5):
@@ -317,7 +317,7 @@ WHOLE = [list(range(ROWS))]
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_normalised_ascent_ignores_the_scale_of_the_loss(name, scale, reduction):
-    solver = build(name, play_as="ensemble", deviation=0.0)
+    solver = build(name, play_as="ensemble", deviation_weight=0.0)
     one, other = (play(solver, WHOLE, s, reduction)[0] for s in (1.0, scale))
     torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
 

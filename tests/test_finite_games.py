@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixadv import mirror
 from mixadv.games import METHODS, MatrixGame, duality_gap, solve
 from mixadv.games.method import Answer, Scene
+from mixadv.maths import mirror
 from theory import bounds, oracles
 
 BOUNDED = ("hedge", "anytime_hedge", "optimistic_hedge", "mirror_prox", "magnetic")

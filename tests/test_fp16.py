@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
-from mixadv.divergence import symmetric_kl
+from mixadv.maths.divergence import symmetric_kl
 from tests.test_game import HostReads
 from tests.zoo import assert_same, or_refused, player
 
@@ -80,7 +80,7 @@ def gradients(
     closure = classify(model, weight, reduction)
     with fp16(half == "autocast", device), game.rehearsal(closure) as stage:
         stage.clean()
-        _, slopes = stage.payoffs(stage.start(solver), solver.gain, solver)
+        _, _, slopes = stage.payoffs(stage.start(solver), solver.gain, solver)
     assert game.scaling == (None if not half else "batch" if coupled else "sample")
     assert slopes[0].dtype == torch.float32
     return slopes[0]
@@ -107,7 +107,7 @@ def weighted(weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("half", ["autocast", "weights"])
-@pytest.mark.parametrize("route", ["sequential", "vmap", "stack"])
+@pytest.mark.parametrize("route", ["loop", "vmap", "stack"])
 @given(exponents=st.lists(st.integers(-60, 60), min_size=4, max_size=4))
 @example([-30, 0, 10, 30])
 def test_each_samples_divergence_has_its_gradient_whatever_its_size(
@@ -116,7 +116,7 @@ def test_each_samples_divergence_has_its_gradient_whatever_its_size(
     weights = 2.0 ** torch.tensor(exponents)
     solver = mixadv.MAT(
         particles=2,
-        route=route,
+        particle_batching=route,
         divergence=weighted(weights),
         start_size=0.5,
         learner_steps=1,
@@ -193,7 +193,7 @@ def test_a_gradient_that_shrinks_on_its_way_to_delta_neither_vanishes_nor_overfl
 def test_on_long_texts_a_scaler_skips_no_step_more_than_in_plain_training(name: str) -> None:
     model, scales = Bag(), []
     base: Any = torch.optim.SGD(model.parameters(), lr=1e-3)
-    optimizer = base if name == "plain" else mixadv.wrap(base, model, mixadv.solver(name))
+    optimizer = base if name == "plain" else mixadv.wrap(base, model, mixadv.make_solver(name))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
     for _ in range(3):
         with fp16():
@@ -261,7 +261,7 @@ def test_scales_are_measured_where_autocast_begins_within_the_model() -> None:
 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_wider_formats_are_not_scaled(name: str) -> None:
-    model, solver = Bag(), mixadv.solver(name, radius=0.2)
+    model, solver = Bag(), mixadv.make_solver(name, radius=0.2)
     optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), 0.1), model, solver)
     with torch.autocast("cpu", torch.bfloat16):
         optimizer.step(classify(model))
@@ -274,7 +274,7 @@ def test_resuming_in_fp16_is_not_interrupting(name: str) -> None:
     def begin() -> tuple[Bag, mixadv.GameOptimizer]:
         model = Bag()
         base = torch.optim.SGD(model.parameters(), lr=0.1)
-        return model, mixadv.wrap(base, model, mixadv.solver(name))
+        return model, mixadv.wrap(base, model, mixadv.make_solver(name))
 
     def go(model: Bag, optimizer: mixadv.GameOptimizer) -> None:
         for size in (1.0, 1e-3, 1e-5):
@@ -307,7 +307,7 @@ def test_an_evaluation_in_fp16_leaves_no_scale_behind() -> None:
 def test_rounds_in_fp16_read_nothing_from_the_device(name: str, monkeypatch: Any) -> None:
     model = Bag()
     base = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
-    game = mixadv.wrap(base, model, mixadv.solver(name)).game
+    game = mixadv.wrap(base, model, mixadv.make_solver(name)).game
     with fp16():
         game.loss(classify(model)).backward()
 
@@ -341,7 +341,7 @@ def train(
     model = Bag().to(device)
     base = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = mixadv.Schedule(start=start)
-    optimizer = mixadv.wrap(base, model, mixadv.solver(name), schedule=schedule)
+    optimizer = mixadv.wrap(base, model, mixadv.make_solver(name), schedule=schedule)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**12, growth_interval=growth)
     game, scales, first = optimizer.game, [], []
 
@@ -457,7 +457,7 @@ def test_transformers_play_in_fp16(family: str) -> None:
     for name in ("pgd", "smart", "freelb"):
         p = player(family, rows=4)
         base = torch.optim.SGD(p.model.parameters(), lr=0.1)
-        optimizer = mixadv.wrap(base, p.model, mixadv.solver(name))
+        optimizer = mixadv.wrap(base, p.model, mixadv.make_solver(name))
         with fp16():
             outcome = optimizer.game.backward(p.closure())
         assert outcome.nonfinite == 0
@@ -470,7 +470,7 @@ def test_a_stack_that_cannot_replay_dropout_is_refused_in_low_formats_too(
 ) -> None:
     model = Bag()
     model.normalise = nn.Dropout(0.5)
-    solver = mixadv.MAT(particles=3, route="stack", start_size=0.5)
+    solver = mixadv.MAT(particles=3, particle_batching="stack", start_size=0.5)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     with (
         torch.autocast("cpu", dtype),

@@ -194,7 +194,7 @@ def test_what_is_refused_leaves_no_trace(use: str, name: str):
     """In a later round, whose checks are fewer."""
     player = small()
     base = SGD(player.model.parameters(), lr=0.1, momentum=0.5)
-    optimizer = mixadv.wrap(base, player.model, mixadv.solver(name))
+    optimizer = mixadv.wrap(base, player.model, mixadv.make_solver(name))
     optimizer.step(player.closure())
     saved = copy.deepcopy([player.model.state_dict(), optimizer.state_dict()])
     found, count = fingerprint(player.model, optimizer), 0

@@ -24,7 +24,7 @@ from tests.zoo import Player, assert_same, fingerprint, or_refused, small, stepw
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 # One optimizer step per round, so that a step and a backward play the same.
-SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixadv.SOLVERS} | {
+SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.make_solver(name) for name in mixadv.SOLVERS} | {
     "mat": MAT(learner_steps=1),
     "ensemble": MAT(learner_steps=1, particles=3, play_as="ensemble", temperature=0.01),
     "divergence": PGD(payoff="js", steps=2),
@@ -157,7 +157,7 @@ def test_micro_batches_accumulate(name: str):
 @pytest.mark.parametrize("name", ["freelb", "fgm", "pgd"])
 def test_a_raw_ascent_does_not_see_the_scale_of_the_backward(name: str):
     """δ's gradient is that of each sample's loss, whatever the loop multiplies the loss with."""
-    solver = mixadv.solver(name, normalize="none", step_size=3.0)
+    solver = mixadv.make_solver(name, normalize="none", step_size=3.0)
     plain, player = start(solver, reduction="none")
     plain.game.backward(player.closure())
     once = gradients(player)
@@ -556,7 +556,7 @@ def test_public_names_exist():
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_the_registry_tells_name_paper_and_summary(name: str):
     cls = mixadv.SOLVERS[name]
-    built = mixadv.solver(name, radius=0.125)
+    built = mixadv.make_solver(name, radius=0.125)
     assert type(built) is cls
     assert cls.name == name == name.lower()
     assert built.radius == 0.125

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixadv import mirror
 from mixadv.games import MatrixGame, solve
+from mixadv.maths import mirror
 from tests.test_finite_games import trajectory
 from theory import bounds, oracles, worst
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
-from mixadv import gauss_newton
-from mixadv.divergence import DIVERGENCES
+from mixadv.maths import gauss_newton
+from mixadv.maths.divergence import DIVERGENCES
 from tests.zoo import fingerprint, player, small, stepwise
 
 FACTOR = {"kl": 1.0, "symmetric_kl": 2.0, "js": 0.25}  # of the Hessian in diag(p) − ppᵀ
@@ -131,7 +131,7 @@ def test_of_sure_predictions_the_direction_is_still_that_of_the_log_odds():
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_first_step_costs_a_backward_and_no_forward(name: str, passes: int, steps: int):
     p = small()
-    game_solver = mixadv.solver(name, direction="gauss_newton", steps=steps)
+    game_solver = mixadv.make_solver(name, direction="gauss_newton", steps=steps)
     optimizer = mixadv.wrap(torch.optim.SGD(p.model.parameters(), 0.1), p.model, game_solver)
     optimizer.step(p.closure())
     outcome, expected = optimizer.outcome, optimizer.game.explain().passes
@@ -179,7 +179,7 @@ def test_a_leap_goes_as_far_as_the_ball_and_off_padding(family: str, per: Any, n
         assert not game.strategy.points[0][0][pads].any()
 
 
-@pytest.mark.parametrize("route", ["sequential", "vmap", "stack"])
+@pytest.mark.parametrize("route", ["loop", "vmap", "stack"])
 @pytest.mark.parametrize("name", ["pgd", "mat"])
 def test_an_ascent_turns_towards_the_boundary(name: str, route: Any):
     model, x = Net(6, 3, 0, deep=True), torch.randn(50, 6, dtype=torch.float64)
@@ -190,8 +190,8 @@ def test_an_ascent_turns_towards_the_boundary(name: str, route: Any):
         return F.cross_entropy(logits, labels, reduction="none"), logits
 
     more = {"payoff": "kl"} if name == "pgd" else {"particles": 3, "play_as": "ensemble"}
-    words = {"sign": "boundary", "start_size": 1e-3, "unit": "absolute", "route": route}
-    game_solver = mixadv.solver(name, **words, **more)
+    words = {"sign": "boundary", "start_size": 1e-3, "unit": "absolute", "particle_batching": route}
+    game_solver = mixadv.make_solver(name, **words, **more)
     base = torch.optim.SGD(model.parameters(), 0.0)
     game = mixadv.wrap(base, model, game_solver, site="input").game
     with game.rehearsal(closure) as stage:
@@ -200,7 +200,7 @@ def test_an_ascent_turns_towards_the_boundary(name: str, route: Any):
         q = stage.start(game_solver)
         for turned in (True, False):  # once, for they lie there then
             found = [p.clone() for p in q.points]
-            _, (slopes,) = stage.payoffs(q, game_solver.gain, game_solver)
+            _, _, (slopes,) = stage.payoffs(q, game_solver.gain, game_solver)
             assert torch.equal(q.points[0], found[0]) != turned or not q.points
             if turned:
                 first = slopes

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mixadv import geometry
-from mixadv.geometry import NORMS, PERS
+from mixadv.maths import geometry
+from mixadv.maths.geometry import NORMS, PERS
 
 ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 DUAL = {"l1": "linf", "l2": "l2", "linf": "l1"}

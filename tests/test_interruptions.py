@@ -14,8 +14,8 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 import mixadv
-from mixadv.divergence import js
 from mixadv.equilibrium import best_response, exploitability
+from mixadv.maths.divergence import js
 from tests.zoo import CANNOT, assert_same, fingerprint, or_refused, small
 
 
@@ -63,7 +63,7 @@ class Run:
         if name == "cat":
             chosen["head"] = nn.Linear(3, 2).double()
         base = Base(self.player.model.parameters(), lr=0.1, momentum=0.5)
-        solver = mixadv.solver(name, **chosen)
+        solver = mixadv.make_solver(name, **chosen)
         self.optimizer = mixadv.wrap(base, self.player.model, solver)
         self.player.model.dropout.eval()  # a mode of its own
         self.player.model.head.bias.requires_grad_(False)
@@ -247,7 +247,7 @@ def test_a_waiting_loss_survives_an_interruption(name: str, interrupted: str):
         player, fault = small(), Fault(2)
         model = Checkpointed(player.model).train()
         player = player._replace(model=model)
-        game = mixadv.wrap(SGD(model.parameters(), lr=0.1), model, mixadv.solver(name)).game
+        game = mixadv.wrap(SGD(model.parameters(), lr=0.1), model, mixadv.make_solver(name)).game
         found = fingerprint(model)["hooks"]
         game.loss(player.closure()).backward()
         waiting = game.loss(player.closure())
@@ -310,7 +310,7 @@ def test_weights_return_when_an_evaluation_of_their_average_fails():
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_a_model_and_its_rounds_are_freed_without_the_garbage_collector(name: str):
     player = small()
-    optimizer = mixadv.wrap(SGD(player.model.parameters()), player.model, mixadv.solver(name))
+    optimizer = mixadv.wrap(SGD(player.model.parameters()), player.model, mixadv.make_solver(name))
     gc.disable()
     try:
         optimizer.step(player.closure())

@@ -11,10 +11,10 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 
 import mixadv
-from mixadv import langevin, mirror
-from mixadv.ascent import Ascent
 from mixadv.equilibrium import best_response
-from mixadv.replay import Noise
+from mixadv.maths import langevin, mirror
+from mixadv.model.replay import Noise
+from mixadv.players.ascent import Ascent
 
 matrices = st.tuples(st.integers(1, 8), st.integers(1, 8)).flatmap(
     lambda shape: arrays(np.float64, shape, elements=st.floats(-1, 1), fill=st.nothing())
@@ -116,7 +116,7 @@ class Finite:
         self.choose(row)
         q = mixadv.Strategy([self.points], log_weights=log_weights[:, None])
         with self.game.stage(self.closure) as stage:
-            payoffs, _ = stage.payoffs(q, "loss", self.game.solver)
+            _, payoffs, _ = stage.payoffs(q, "loss", self.game.solver)
             return payoffs.mean(1), stage.loss(q).detach()
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import SGD
 
 import mixadv
-from mixadv.contrastive import nt_xent
-from mixadv.divergence import kl, symmetric_kl
-from mixadv.site import first_of, with_first
+from mixadv.maths.contrastive import nt_xent
+from mixadv.maths.divergence import kl, symmetric_kl
+from mixadv.model.site import first_of, with_first
 from tests.zoo import Player, player
 
 LAYERS = {
@@ -142,12 +142,12 @@ SOLVERS = {
     "freeat": mixadv.FreeAT(steps=1),
     "freelb": mixadv.FreeLB(steps=1),
     "creat": mixadv.CreAT(steps=2),
-    "cat": mixadv.CAT(contrast=0.2),
+    "cat": mixadv.CAT(contrast_weight=0.2),
     "vat": mixadv.VAT(),
     "r3f": mixadv.R3F(),
     "alum": mixadv.ALUM(steps=2),
-    "smart": mixadv.SMART(proximal=0.0),
-    "mat": mixadv.MAT(steps=2, smoothness=1.0, round_damping=0.0, **PLAIN),
+    "smart": mixadv.SMART(proximal_weight=0.0),
+    "mat": mixadv.MAT(steps=2, smoothness_weight=1.0, round_damping=0.0, **PLAIN),
 }
 AT = ("noise", "pgd", "freeat", "freelb")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 import mixadv
-from mixadv import parallel
+from mixadv.model import parallel
 
 OUTER = 0.4
 COLD = {"learner_temperature": 0.0}
@@ -126,7 +126,7 @@ def test_micro_batches_are_no_samples():
 
 
 HOT = mixadv.MAT(learner_steps=2, learner_temperature=1.0, damping=0.3, round_damping=OUTER)
-SKIPPED = [HOT, mixadv.MAT(**{**PULLED, "damping": "uniform"}), mixadv.SMART(momentum=0.5)]
+SKIPPED = [HOT, mixadv.MAT(**{**PULLED, "damping": "uniform"}), mixadv.SMART(ema_decay=0.5)]
 
 
 def overflow(training: Training, stepped: torch.optim.Optimizer) -> None:
@@ -306,7 +306,7 @@ def test_mixture_averages_the_predictions_of_the_samples():
 
 
 def test_teacher_is_the_exponential_average_of_the_learner():
-    training = Training(mixadv.SMART(momentum=0.9))
+    training = Training(mixadv.SMART(ema_decay=0.9))
     teacher = training.weights
     for _ in range(4):
         training.step()
@@ -315,7 +315,7 @@ def test_teacher_is_the_exponential_average_of_the_learner():
 
 
 def test_teacher_without_momentum_is_the_last_outer_iterate():
-    training = Training(mixadv.SMART(momentum=0.0, inner_steps=3))
+    training = Training(mixadv.SMART(ema_decay=0.0, teacher_every=3))
     iterates = [training.weights]
     for step in range(1, 8):
         training.step()
@@ -350,5 +350,5 @@ def test_average_of_half_precision_weights_is_not_lost_to_rounding():
 
 
 def test_teacher_of_half_precision_weights_is_not_lost_to_rounding():
-    game, _, path = drift(mixadv.SMART(momentum=0.99))
+    game, _, path = drift(mixadv.SMART(ema_decay=0.99))
     assert game.teacher()["weight"].item() == pytest.approx(exponential(path), abs=2**-8)

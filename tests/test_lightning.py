@@ -28,7 +28,7 @@ def build(name: str) -> mixadv.Solver:
     if name == "cat":
         return mixadv.CAT(head=torch.nn.Linear(3, 2).double())
     settings = {"mat": {"particles": 2, "learner_steps": 3, "samples": 2}}
-    return mixadv.solver(name, **settings.get(name, {}))
+    return mixadv.make_solver(name, **settings.get(name, {}))
 
 
 class Module(lightning.LightningModule):

@@ -143,7 +143,7 @@ def test_every_solver_plays_at_masked_positions(solver: str):
     torch.manual_seed(0)
     model, inputs = MODELS["bert"](), batch(3)
     base = torch.optim.SGD(model.parameters(), lr=0.01)
-    optimizer = mixadv.wrap(base, model, mixadv.solver(solver))
+    optimizer = mixadv.wrap(base, model, mixadv.make_solver(solver))
     for _ in range(3):
         loss = optimizer.step(lambda: masked_predictions(model, **inputs))
     assert loss.isfinite()
@@ -155,7 +155,7 @@ def test_virtual_labels_are_those_of_masked_positions_only():
     model, inputs = MODELS["bert"]().double().eval(), batch(5)
     labels = inputs["labels"]
     ids = {name: value for name, value in inputs.items() if name != "labels"}
-    solver = mixadv.ALUM(smoothness=2.0, divergence="kl")
+    solver = mixadv.ALUM(smoothness_weight=2.0, divergence="kl")
     game = mixadv.Game(model, solver)
     objective = game.loss(lambda: masked_predictions(model, **inputs))
 
@@ -186,7 +186,7 @@ def test_the_game_is_that_of_the_model_s_own_output(solver: str):
         torch.manual_seed(0)
         model, inputs = MODELS["bert"]().double().eval(), batch(5)
         base = torch.optim.SGD(model.parameters(), lr=0.01)
-        optimizer = mixadv.wrap(base, model, mixadv.solver(solver))
+        optimizer = mixadv.wrap(base, model, mixadv.make_solver(solver))
         for _ in range(2):
             optimizer.step(lambda: model(**inputs) if own else masked_predictions(model, **inputs))  # noqa: B023
         played.append(optimizer.outcome)

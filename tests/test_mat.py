@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
-from mixadv.learner import Learner
+from mixadv.players.learner import Learner
 from tests.zoo import player
 
 PLAIN = {"learner_steps": 1, "damping": 0.0, "round_damping": 0.0, "average": None}
 COLD = {"learner_temperature": 0.0}
-STILL = {"steps": 0, "smoothness": 0.0, "divergence": "squared_error"}
+STILL = {"steps": 0, "smoothness_weight": 0.0, "divergence": "squared_error"}
 X = torch.ones(2, 3, dtype=torch.float64)
 
 
@@ -103,7 +103,7 @@ def test_one_particle_without_noise_and_damping_is_smart_bit_for_bit(steps, play
         objectives = [optimizer.step(bert.closure()) for _ in range(3)]
         return [*objectives, *bert.model.parameters()]
 
-    smart = trained(mixadv.SMART(steps=steps, step_size=0.1, proximal=0.0))
+    smart = trained(mixadv.SMART(steps=steps, step_size=0.1, proximal_weight=0.0))
     mat = trained(mixadv.MAT(**PLAIN, **COLD, steps=steps, step_size=0.1, play_as=play_as))
     assert all(torch.equal(a, b) for a, b in zip(smart, mat, strict=True))
 
@@ -151,7 +151,7 @@ def test_weights_stay_equal_without_a_mirror_step():
 def test_ensemble_pays_the_mean_and_the_spread_around_it():
     """E‖Wδ‖² = ‖W·Eδ‖² + E‖W(δ − Eδ)‖² for a linear model and squared errors."""
     solver = mixadv.MAT(**PLAIN, particles=4, divergence="squared_error", mirror_step=0.5)
-    solver = replace(solver, radius=2.0, step_size=0.5, unit="absolute", smoothness=0.7)
+    solver = replace(solver, radius=2.0, step_size=0.5, unit="absolute", smoothness_weight=0.7)
     rounds = {}
     for play_as in ("mean", "ensemble"):
         model, _, closure = linear()

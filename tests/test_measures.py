@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixadv import mirror
+from mixadv.maths import mirror
 from tests.test_oracles import interior
 from theory import bounds, oracles
 

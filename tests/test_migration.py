@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import mixadv
-from mixadv.replay import Noise
+from mixadv.model.replay import Noise
 from tests.zoo import player, without_dropout
 
 TEXT = (Path(__file__).parent.parent / "examples" / "MIGRATION.md").read_text()
@@ -169,7 +169,7 @@ def test_a_perturbed_matrix_is_cat_without_contrast():
     model, batch = text_rows(6, padded=True)
     sign = {"weight.grad / weight.grad.norm()": "weight.grad.sign()"}
     before = run(FGM, "Before", model, batch, **sign)
-    cat = {"FGM(radius=1.0,": "CAT(contrast=0.0, radius=1.0,"}
+    cat = {"FGM(radius=1.0,": "CAT(contrast_weight=0.0, radius=1.0,"}
     after = run(FGM, "After", model, batch, **cat)
     torch.testing.assert_close(2 * step(after, model), step(before, model))
 

@@ -46,7 +46,7 @@ def gradients(player: Player) -> list[Tensor | None]:
 @pytest.fixture(params=list(mixadv.SOLVERS))
 def solver(request: pytest.FixtureRequest) -> mixadv.Solver:
     head = torch.nn.Linear(3, 2).double()
-    return mixadv.CAT(head=head) if request.param == "cat" else mixadv.solver(request.param)
+    return mixadv.CAT(head=head) if request.param == "cat" else mixadv.make_solver(request.param)
 
 
 # A torch optimizer ---------------------------------------------------------------------------
@@ -169,7 +169,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
     "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.5, total_steps=8),
     "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
-    "sequential": lambda o: lr_scheduler.SequentialLR(
+    "loop": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.ConstantLR(o, 0.5, 2), lr_scheduler.ExponentialLR(o, 0.5)], [2]
     ),
 }

@@ -33,7 +33,7 @@ def pgd(s: mixadv.PGD) -> Cost:
 
 
 def smart(s: mixadv.SMART) -> Cost:
-    return Cost(2 + s.steps + int(s.proximal > 0), s.steps, 1, 1)
+    return Cost(2 + s.steps + int(s.proximal_weight > 0), s.steps, 1, 1)
 
 
 def mat(s: mixadv.MAT, samples: int | None = None) -> Cost:
@@ -68,12 +68,16 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "freeat": {"steps": st.integers(1, 4), "carry": st.booleans()},
     "freelb": {"steps": st.integers(1, 4)},
     "textat": {"steps": st.integers(1, 4), "write": st.sampled_from(["mean", "accumulate"])},
-    "creat": {"steps": FEW, "deviation": SHARE, "representation": st.just(lambda out: out[1])},
-    "cat": {"contrast": SHARE, "representation": st.just(lambda out: out[1])},
+    "creat": {
+        "steps": FEW,
+        "deviation_weight": SHARE,
+        "representation": st.just(lambda out: out[1]),
+    },
+    "cat": {"contrast_weight": SHARE, "representation": st.just(lambda out: out[1])},
     "vat": {"steps": st.integers(1, 3)},
     "r3f": {"start": st.sampled_from(["uniform", "normal"])},
     "alum": {"steps": FEW},
-    "smart": {"steps": FEW, "proximal": st.sampled_from([0.0, 1.0])},
+    "smart": {"steps": FEW, "proximal_weight": st.sampled_from([0.0, 1.0])},
     "mat": {
         "steps": FEW,
         "particles": st.integers(1, 3),
@@ -158,7 +162,7 @@ def test_every_solver_says_what_it_costs() -> None:
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 @given(data=st.data())
 def test_passes_of_a_step_are_those_of_the_table(name: str, data: st.DataObject) -> None:
-    solver = mixadv.solver(name, **{k: data.draw(v, k) for k, v in SETTINGS[name].items()})
+    solver = mixadv.make_solver(name, **{k: data.draw(v, k) for k, v in SETTINGS[name].items()})
     optimizer, counter, closure = tiny(solver)
     steps: list[int] = []
     optimizer.base.register_step_post_hook(lambda *_: steps.append(1))
@@ -183,7 +187,7 @@ def test_a_loop_that_owns_the_step_pays_for_one_learner_sample(
     name: str, data: st.DataObject
 ) -> None:
     settings = {k: data.draw(v, k) for k, v in SETTINGS[name].items()}
-    solver = mixadv.solver(name, **settings)
+    solver = mixadv.make_solver(name, **settings)
     expected = mat(solver, samples=1) if name == "mat" else TABLE[name](solver)
     optimizer, counter, closure = tiny(solver)
     optimizer.game.backward(closure)
@@ -202,7 +206,7 @@ def test_a_loss_to_differentiate_reports_the_cost_with_its_backward(
     name: str, data: st.DataObject
 ) -> None:
     settings = {k: data.draw(v, k) for k, v in SETTINGS[name].items()}
-    optimizer, _, closure = tiny(mixadv.solver(name, **settings))
+    optimizer, _, closure = tiny(mixadv.make_solver(name, **settings))
     expected = reported(optimizer.game.backward(closure))
     optimizer.game.loss(closure).backward()
     assert reported(optimizer.game.outcome) == expected
@@ -212,7 +216,7 @@ def test_a_loss_to_differentiate_reports_the_cost_with_its_backward(
 def test_passes_of_an_encoder_are_those_of_the_table(name: str) -> None:
     p = player("bert", rows=4)
     counter = Counter(p.model)
-    solver = mixadv.solver(name)
+    solver = mixadv.make_solver(name)
     optimizer = mixadv.wrap(torch.optim.AdamW(p.model.parameters()), p.model, solver)
     optimizer.step(p.closure())
     for _ in range(2):
@@ -222,9 +226,11 @@ def test_passes_of_an_encoder_are_those_of_the_table(name: str) -> None:
 
 
 @pytest.mark.parametrize("play_as", ["mean", "ensemble"])
-@pytest.mark.parametrize("route", ["sequential", "vmap", "stack"])
+@pytest.mark.parametrize("route", ["loop", "vmap", "stack"])
 def test_a_pass_over_many_copies_counts_as_many(route: str, play_as: str) -> None:
-    solver = mixadv.MAT(particles=3, steps=2, learner_steps=2, route=route, play_as=play_as)
+    solver = mixadv.MAT(
+        particles=3, steps=2, learner_steps=2, particle_batching=route, play_as=play_as
+    )
     optimizer, counter, closure = tiny(solver)
     optimizer.step(closure)
     counter.clear()

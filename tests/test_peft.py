@@ -49,7 +49,7 @@ def test_adapters_alone_are_trained(name: str, family: str):
     before, trainable = state(p.model), adapters(p.model)
     base = torch.optim.SGD(p.model.parameters(), lr=0.5)  # frozen ones included
     changes = {"learner_temperature": 1e-4} if name == "mat" else {}
-    optimizer = mixadv.wrap(base, p.model, mixadv.solver(name, **changes))
+    optimizer = mixadv.wrap(base, p.model, mixadv.make_solver(name, **changes))
     for _ in range(2):
         optimizer.step(p.closure())
     assert trainable
@@ -160,7 +160,7 @@ def test_a_base_of_bytes_that_lets_gradients_through_is_played_on(name: str):
         layer.intermediate.dense = Quantised(layer.intermediate.dense)
     before, trainable = state(p.model), adapters(p.model)
     base = torch.optim.SGD(p.model.parameters(), lr=0.5)
-    optimizer = mixadv.wrap(base, p.model, mixadv.solver(name))
+    optimizer = mixadv.wrap(base, p.model, mixadv.make_solver(name))
     for _ in range(2):
         optimizer.step(p.closure())
     assert moved(p.model, before) == trainable

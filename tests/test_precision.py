@@ -22,7 +22,7 @@ def bf16() -> torch.autocast:
 
 def wrapped(model: nn.Module, name: str, **settings: Any) -> mixadv.GameOptimizer:
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    return mixadv.wrap(base, model, mixadv.solver(name, **settings))
+    return mixadv.wrap(base, model, mixadv.make_solver(name, **settings))
 
 
 class Bag(nn.Module):
@@ -405,8 +405,10 @@ def test_an_ascent_in_bf16_leaves_the_learners_passes_alone(name: str):
     p.model.bert.encoder.layer[0].output.dense.register_forward_hook(note)
     points = []
     for dtype in (None, torch.bfloat16):
-        words = {"dtype": dtype, "start_size": 0.2, "radius": 0.2}
-        solver = mixadv.solver(name, **words, **({"proximal": 0.0} if name == "smart" else {}))
+        words = {"ascent_dtype": dtype, "start_size": 0.2, "radius": 0.2}
+        solver = mixadv.make_solver(
+            name, **words, **({"proximal_weight": 0.0} if name == "smart" else {})
+        )
         base = torch.optim.SGD(p.model.parameters(), lr=0.0)
         optimizer = mixadv.wrap(base, p.model, solver)
         optimizer.step(p.closure())
@@ -426,6 +428,6 @@ def test_an_ascent_in_bf16_leaves_the_learners_passes_alone(name: str):
 def test_a_format_for_an_ascent_without_passes_of_its_own_is_refused(solver: Any):
     p = player("bert", rows=2)
     with pytest.raises(ValueError, match=r"in the learner's own passes.*autocast around"):
-        mixadv.Game(p.model, solver(dtype=torch.bfloat16))
+        mixadv.Game(p.model, solver(ascent_dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"dtype must be torch\.bfloat16, 'bfloat16' or None"):
-        solver(dtype=torch.float16)
+        solver(ascent_dtype=torch.float16)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mixadv
 from mixadv import FGM, MAT, PGD, R3F, SOLVERS, FreeAT, FreeLB, Game, Solver, TextAT
-from mixadv.langevin import noise_scale
+from mixadv.maths.langevin import noise_scale
 from tests.zoo import player, without_dropout
 
 ROWS = [
@@ -80,7 +80,7 @@ BY_HAND: dict[str, tuple[Solver, Solver]] = {
     ),
     "noise": (
         R3F.published("rte", model=ROBERTA),
-        R3F(norm="linf", radius=1e-5, unit="absolute", smoothness=0.7, fresh_dropout=True),
+        R3F(norm="linf", radius=1e-5, unit="absolute", smoothness_weight=0.7, fresh_dropout=True),
     ),
     "mixed": (
         replace(
@@ -97,7 +97,7 @@ BY_HAND: dict[str, tuple[Solver, Solver]] = {
             unit="absolute",
             temperature=0.0,
             fresh_dropout=True,
-            smoothness=1.0,
+            smoothness_weight=1.0,
             learner_steps=5,
             learner_temperature=0.0,
             damping=0.5,

@@ -471,7 +471,10 @@ def test_wrong_text_is_answered_with_one_line(tmp_path: Path):
         (["--warmup", "1"], "[0, 1), got 1"),
         (["--only-new"], "for a checkpoint"),
         (["--substitute", "2"], "a share in [0, 1], got 2"),
-        (["--objective", "alum", "--set", "smoothnes=1"], "Did you mean 'smoothness'?"),
+        (
+            ["--objective", "alum", "--set", "smoothness_wieght=1"],
+            "Did you mean 'smoothness_weight'?",
+        ),
         (["--model", "/nowhere"], "cannot be loaded"),
         (["--objective", "macbert", "--neighbours", "/nowhere.jsonl"], "/nowhere.jsonl"),
     ],

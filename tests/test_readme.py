@@ -27,9 +27,9 @@ import pretrain
 import training
 from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
-from mixadv.explain import solver_table
 from mixadv.games import METHODS, PARTICLE_METHODS
 from mixadv.robustness import NeuronAnalysis, neuron_analysis
+from mixadv.round.explain import solver_table
 from tests.processes import one_process
 from tests.substitution_zoo import word_tokenizer
 from tests.zoo import player

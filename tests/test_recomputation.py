@@ -253,7 +253,7 @@ class Formulas:
         delta, clean = self.start(a), self.represent().detach()
         for _ in range(a.steps):
             away = 1 - cosine(self.represent(delta), clean)
-            delta = self.move(delta, self.loss(delta) + a.deviation * away, a)
+            delta = self.move(delta, self.loss(delta) + a.deviation_weight * away, a)
         self.descend((self.loss().mean() + self.loss(delta.detach()).mean()) / 2)
 
     def cat(self, a) -> None:
@@ -266,7 +266,7 @@ class Formulas:
             r = a.radius * g.sign()
         losses = self.loss().mean() + self.loss(r).mean()
         views = contrast(self.represent(), self.represent(r), a)
-        self.descend((1 - a.contrast) / 2 * losses + a.contrast * views)
+        self.descend((1 - a.contrast_weight) / 2 * losses + a.contrast_weight * views)
 
     def vat(self, a) -> None:
         d, clean = self.start(a), self.predict().detach()
@@ -274,18 +274,18 @@ class Formulas:
             (g,) = torch.autograd.grad(kl(self.predict(d), clean).sum(), d)
             d = (a.start_size * g / l2(g)).requires_grad_()
         r = a.radius * (g / l2(g))
-        self.descend(self.loss().mean() + a.smoothness * kl(self.predict(r), clean).mean())
+        self.descend(self.loss().mean() + a.smoothness_weight * kl(self.predict(r), clean).mean())
 
     def r3f(self, a) -> None:
         smooth = symmetric_kl(self.predict(self.start(a).detach()), self.predict()).mean()
-        self.descend(self.loss().mean() + a.smoothness * smooth)
+        self.descend(self.loss().mean() + a.smoothness_weight * smooth)
 
     def alum(self, a) -> None:
         delta, clean = self.start(a), self.predict()
         for _ in range(a.steps):
             delta = self.move(delta, symmetric_kl(self.predict(delta), clean.detach()), a)
         smooth = symmetric_kl(self.predict(delta.detach()), clean).mean()
-        self.descend(self.loss().mean() + a.smoothness * smooth)
+        self.descend(self.loss().mean() + a.smoothness_weight * smooth)
 
     def smart(self, a) -> None:
         delta, clean = self.start(a), self.predict()
@@ -293,10 +293,12 @@ class Formulas:
             delta = self.move(delta, symmetric_kl(self.predict(delta), clean.detach()), a)
         smooth = symmetric_kl(self.predict(delta.detach()), clean).mean()
         proximal = symmetric_kl(clean, self.predict(theta=self.teacher).detach()).mean()
-        self.descend(self.loss().mean() + a.smoothness * smooth + a.proximal * proximal)
-        if (self.round + 1) % a.inner_steps == 0:
+        self.descend(
+            self.loss().mean() + a.smoothness_weight * smooth + a.proximal_weight * proximal
+        )
+        if (self.round + 1) % a.teacher_every == 0:
             pairs = zip(self.theta, self.teacher, strict=True)
-            self.teacher = [(1 - a.momentum) * p.detach() + a.momentum * t for p, t in pairs]
+            self.teacher = [(1 - a.ema_decay) * p.detach() + a.ema_decay * t for p, t in pairs]
 
     def mat(self, a) -> None:
         delta, clean = self.start(a), self.predict().detach()
@@ -315,7 +317,7 @@ class Formulas:
         for _ in range(a.learner_steps):
             gap = symmetric_kl(self.predict(delta), self.predict())
             self.draw.begin("learner", self.count)
-            self.descend(self.loss().mean() + a.smoothness * (weights * gap).sum(0).mean())
+            self.descend(self.loss().mean() + a.smoothness_weight * (weights * gap).sum(0).mean())
             objective = objective + self.objective / a.learner_steps
             scale = math.sqrt(2 * LR * a.learner_temperature)
             noisy = [(p + scale * self.draw("normal", p)).detach() for p in self.theta]
@@ -338,11 +340,11 @@ MAT = {
     "mirror_step": 20.0,
     "radius": 0.5,
     "start_size": 0.3,
-    "smoothness": 1.5,
+    "smoothness_weight": 1.5,
 }
-SMART = {"steps": 2, "start_size": 0.2, "smoothness": 1.5, "proximal": 2.0}
+SMART = {"steps": 2, "start_size": 0.2, "smoothness_weight": 1.5, "proximal_weight": 2.0}
 LAYER = {"source": "layer"}
-CAT = {"radius": 0.3, "contrast": 0.4, **LAYER}
+CAT = {"radius": 0.3, "contrast_weight": 0.4, **LAYER}
 TEXTAT = {"steps": 3, "radius": 0.5, "step_size": 0.3}
 FREEAT = {"steps": 2, "radius": 0.5, "step_size": 0.3}
 CASES = {
@@ -359,19 +361,19 @@ CASES = {
     "textat": mixadv.TextAT(**TEXTAT),
     "textat-tight": mixadv.TextAT(steps=3, radius=0.1, step_size=0.3, exclude=(4, 10)),
     "textat-accumulate": mixadv.TextAT(**TEXTAT, write="accumulate", exclude=(4,)),
-    "creat": mixadv.CreAT(steps=2, radius=0.5, step_size=0.3, deviation=3.0, **LAYER),
-    "creat-loss": mixadv.CreAT(steps=2, radius=0.5, step_size=0.3, deviation=0.0, **LAYER),
+    "creat": mixadv.CreAT(steps=2, radius=0.5, step_size=0.3, deviation_weight=3.0, **LAYER),
+    "creat-loss": mixadv.CreAT(steps=2, radius=0.5, step_size=0.3, deviation_weight=0.0, **LAYER),
     "cat": mixadv.CAT(**CAT),
     "cat-places": mixadv.CAT(**CAT, shared=False),
     "cat-cross": mixadv.CAT(**CAT, negatives="cross", contrast_temperature=0.5),
-    "vat": mixadv.VAT(steps=3, start_size=0.1, radius=0.5, smoothness=1.5),
-    "r3f": mixadv.R3F(radius=0.5, smoothness=1.5),
+    "vat": mixadv.VAT(steps=3, start_size=0.1, radius=0.5, smoothness_weight=1.5),
+    "r3f": mixadv.R3F(radius=0.5, smoothness_weight=1.5),
     "r3f-normal": mixadv.R3F(radius=0.5, start_size=0.2, start="normal"),
-    "alum": mixadv.ALUM(steps=2, start_size=0.2, smoothness=1.5),
+    "alum": mixadv.ALUM(steps=2, start_size=0.2, smoothness_weight=1.5),
     "alum-raw": mixadv.ALUM(normalize="none", norm="linf", start_size=0.1, radius=0.3),
-    "smart": mixadv.SMART(**SMART, momentum=0.9),
-    "smart-last": mixadv.SMART(**SMART, momentum=0.0, inner_steps=2),
-    "smart-raw": mixadv.SMART(**SMART, momentum=0.9, normalize="none", norm="linf"),
+    "smart": mixadv.SMART(**SMART, ema_decay=0.9),
+    "smart-last": mixadv.SMART(**SMART, ema_decay=0.0, teacher_every=2),
+    "smart-raw": mixadv.SMART(**SMART, ema_decay=0.9, normalize="none", norm="linf"),
     "mat-mean": mixadv.MAT(**MAT, normalize="none", step_size=2.0),
     "mat-uniform": mixadv.MAT(**MAT, damping="uniform"),
     "mat-ensemble": mixadv.MAT(**MAT, play_as="ensemble", normalize="none", step_size=2.0),
@@ -415,7 +417,7 @@ def test_three_doors_deliver_the_same_gradients(name):
     one_step = {"learner_steps": 1} if hasattr(mixadv.SOLVERS[name], "learner_steps") else {}
 
     def gradients(play) -> list[Tensor]:
-        solver = mixadv.solver(name, **one_step)
+        solver = mixadv.make_solver(name, **one_step)
         model, optimizer = wrapped(solver)
         seen = []
         optimizer.base.register_step_pre_hook(
@@ -447,9 +449,9 @@ NO_MAT = {"learner_steps": 1, "learner_temperature": 0.0, "damping": 0.0, "round
 PLAIN = {
     "freelb-still": mixadv.FreeLB(start="zero", step_size=0.0),
     "pgd-zero": mixadv.PGD(start="zero", steps=0),
-    "smart-weightless": mixadv.SMART(smoothness=0.0, proximal=0.0),
-    "mat-weightless": mixadv.MAT(**NO_MAT, smoothness=0.0),
-    "mat-zero": mixadv.MAT(**NO_MAT, start="zero", steps=0, smoothness=5.0),
+    "smart-weightless": mixadv.SMART(smoothness_weight=0.0, proximal_weight=0.0),
+    "mat-weightless": mixadv.MAT(**NO_MAT, smoothness_weight=0.0),
+    "mat-zero": mixadv.MAT(**NO_MAT, start="zero", steps=0, smoothness_weight=5.0),
 }
 NOISE = {
     "pgd": mixadv.PGD(steps=0),

@@ -181,12 +181,12 @@ def test_where_nothing_is_to_be_gained_it_is_refused(name: str):
     model = small().model
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="one pass at a time as it is"):
-        mixadv.wrap(base, model, mixadv.solver(name, recompute=True))
+        mixadv.wrap(base, model, mixadv.make_solver(name, recompute=True))
 
 
 def test_a_stack_keeps_all_graphs_and_is_refused():
-    with pytest.raises(ValueError, match="route='stack'"):
-        MAT(particles=3, play_as="ensemble", route="stack", recompute=True)
+    with pytest.raises(ValueError, match="particle_batching='stack'"):
+        MAT(particles=3, play_as="ensemble", particle_batching="stack", recompute=True)
 
 
 # Solvers of a user's own ---------------------------------------------------------------------

@@ -20,8 +20,8 @@ COINCIDE = {
         mixadv.FreeLB(**OPEN),
     ),
     "ALUM is SMART without a teacher": (
-        mixadv.ALUM(steps=2, smoothness=3.0),
-        mixadv.SMART(steps=2, smoothness=3.0, proximal=0.0),
+        mixadv.ALUM(steps=2, smoothness_weight=3.0),
+        mixadv.SMART(steps=2, smoothness_weight=3.0, proximal_weight=0.0),
     ),
     "R3F is ALUM without steps": (
         mixadv.R3F(radius=0.3, start="normal", start_size=0.2),
@@ -32,10 +32,10 @@ PLAIN = {
     "FreeAT without radius": mixadv.FreeAT(steps=1, radius=0.0),
     "FreeAT without radius, replayed": mixadv.FreeAT(steps=3, radius=0.0),
     "FreeAT that never moves": mixadv.FreeAT(steps=2, start="zero", step_size=0.0),
-    "ALUM without smoothness": mixadv.ALUM(smoothness=0.0),
-    "VAT without smoothness": mixadv.VAT(smoothness=0.0),
-    "R3F without smoothness": mixadv.R3F(smoothness=0.0),
-    "R3F without noise": mixadv.R3F(radius=0.0, smoothness=2.0),
+    "ALUM without smoothness": mixadv.ALUM(smoothness_weight=0.0),
+    "VAT without smoothness": mixadv.VAT(smoothness_weight=0.0),
+    "R3F without smoothness": mixadv.R3F(smoothness_weight=0.0),
+    "R3F without noise": mixadv.R3F(radius=0.0, smoothness_weight=2.0),
 }
 bases = pytest.mark.parametrize("base", [SGD, AdamW])
 
@@ -100,7 +100,7 @@ def gradients(one: Player, solver: mixadv.Solver) -> list:
 @pytest.mark.parametrize("radius", [0.01, 0.3])
 def test_contrastive_training_without_contrast_is_half_of_sign_gradient_training(radius):
     words = {"radius": radius, "norm": "linf"}
-    solver = mixadv.CAT(contrast=0.0, shared=False, source="hidden", **words)
+    solver = mixadv.CAT(contrast_weight=0.0, shared=False, source="hidden", **words)
     for one, other in zip(models()[:2], models()[:2], strict=True):
         twice = [None if g is None else 2 * g for g in gradients(one, solver)]
         torch.testing.assert_close(twice, gradients(other, mixadv.FGM(**words)))
@@ -108,7 +108,7 @@ def test_contrastive_training_without_contrast_is_half_of_sign_gradient_training
 
 def test_a_contrastive_loss_alone_leaves_the_head_of_the_task_untrained():
     one = small()
-    gradients(one, mixadv.CAT(contrast=1.0, source="hidden"))
+    gradients(one, mixadv.CAT(contrast_weight=1.0, source="hidden"))
     assert not any(p.grad.any() for p in one.model.head.parameters())
     assert one.model.hidden.weight.grad.any()
 

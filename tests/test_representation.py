@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import mixadv
-from mixadv.representation import first_token
+from mixadv.model.representation import first_token
 from tests.zoo import TRANSFORMERS, assert_same, fingerprint, player, small
 
 ENCODER_DECODER = ("t5", "bart")

@@ -15,12 +15,12 @@ from tests.zoo import CANNOT, Player, assert_same, or_refused, player, small
 ROUNDS = 7
 MAT = {"particles": 2, "temperature": 0.01, "learner_temperature": 1e-4, "samples": 2}
 
-SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.solver(name) for name in mixadv.SOLVERS} | {
+SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.make_solver(name) for name in mixadv.SOLVERS} | {
     "raw Langevin with fresh dropout": mixadv.PGD(
         payoff="js", normalize="none", temperature=0.01, fresh_dropout=True
     ),
     "noise on a frozen set": mixadv.UniformNoise(radius=1.0, unit="absolute"),
-    "proximal point of the last iterate": mixadv.SMART(momentum=0.0, inner_steps=2),
+    "proximal point of the last iterate": mixadv.SMART(ema_decay=0.0, teacher_every=2),
     "mixed, played as its mean": mixadv.MAT(**MAT, learner_steps=3),
     "mixed, played as an ensemble": mixadv.MAT(
         **MAT, learner_steps=3, play_as="ensemble", damping="uniform", average=0.9

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import mixadv
-from mixadv import MAT, GameError, mirror, routes
-from mixadv.routes import ROUTES
+from mixadv import MAT, GameError
+from mixadv.maths import mirror
+from mixadv.round import routes
+from mixadv.round.routes import ROUTES
 from tests.zoo import Player, assert_same, fingerprint, player, small, without_dropout
 
 FAMILIES = ["bert", "distilbert", "gpt2", "t5", "bart"]
@@ -66,7 +68,7 @@ def evaluate(p: Player, closure: Any, payoff: str, route: str) -> tuple[Tensor, 
     with game.stage(closure) as stage:
         stage.clean()
         q = stage.start(solver)
-        return stage.payoffs(q, payoff, solver, route=ROUTES[route])
+        return stage.payoffs(q, payoff, solver, route=ROUTES[route])[1:]
 
 
 def trained(p: Player, closure: Any, **settings: Any) -> list[Any]:
@@ -85,7 +87,7 @@ def trained(p: Player, closure: Any, **settings: Any) -> list[Any]:
 def test_vmap_is_one_after_another_under_dropout(family: str, losses: str, payoff: str):
     p = double(family)
     closure = p.closure() if losses == "by the model" else per_sample(p)
-    one = evaluate(p, closure, payoff, "sequential")
+    one = evaluate(p, closure, payoff, "loop")
     torch.testing.assert_close(evaluate(p, closure, payoff, "vmap"), one, **CLOSE)
     samples = 1 if payoff == "loss" and losses == "by the model" else 4
     assert one[0].shape == (3, samples)
@@ -101,7 +103,7 @@ def test_stack_is_one_after_another_without_dropout(family: str, payoff: str):
         with pytest.raises(GameError, match=r"stack.*one loss per sample"):
             evaluate(p, p.closure(), payoff, "stack")
         return
-    one = evaluate(p, p.closure(), payoff, "sequential")
+    one = evaluate(p, p.closure(), payoff, "loop")
     torch.testing.assert_close(evaluate(p, p.closure(), payoff, "stack"), one, **CLOSE)
 
 
@@ -114,10 +116,10 @@ def test_whole_rounds_agree(family: str, route: str, dropout: bool, play_as: str
         if family == "vision":
             p.model.normalise.eval()  # statistics of a batch know nothing of particles
         if family == "vision":
-            return trained(p, sharpness(p), route=route, play_as=play_as)
-        return trained(p, p.closure(), route=route, play_as=play_as)
+            return trained(p, sharpness(p), particle_batching=route, play_as=play_as)
+        return trained(p, p.closure(), particle_batching=route, play_as=play_as)
 
-    torch.testing.assert_close(run(route), run("sequential"), **CLOSE)
+    torch.testing.assert_close(run(route), run("loop"), **CLOSE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +139,13 @@ def test_routes_agree_on_the_way_of_a_representation(family: str, route: str):
         with wrapped(p, Away()).game.stage(sharpness(p)) as stage:
             stage.clean()
             q = stage.start(stage.game.solver)
-            return stage.payoffs(q, "loss", Away(), route=ROUTES[route], deviation=deviation)
+            return stage.payoffs(
+                q, "loss", Away(), route=ROUTES[route], deviation_weight=deviation
+            )[1:]
 
-    one = payoffs(2.0, "sequential")
+    one = payoffs(2.0, "loop")
     torch.testing.assert_close(payoffs(2.0, route), one, **CLOSE)
-    away = one[0] - payoffs(0.0, "sequential")[0]
+    away = one[0] - payoffs(0.0, "loop")[0]
     assert away.shape == (3, 4)
     assert (away > 0).all()
 
@@ -153,20 +157,22 @@ def test_one_particle_is_played_alike_by_every_route(name: str, route: str):
 
     def rounds(route: str) -> list[Any]:
         p = small()
-        optimizer = wrapped(p, mixadv.solver(name, route=route))
+        optimizer = wrapped(p, mixadv.make_solver(name, particle_batching=route))
         losses = [optimizer.step(p.closure()) for _ in range(2)]
         return [losses, optimizer.game.strategy.points, list(p.model.parameters())]
 
-    assert_same(rounds(route), rounds("sequential"))
+    assert_same(rounds(route), rounds("loop"))
 
 
 @pytest.mark.parametrize("family", ["bert", "t5", "vision"])
 def test_stack_refuses_what_it_cannot_replay(family: str):
     """Dropout differs between the copies, and BatchNorm mixes them."""
     p = double(family)
-    optimizer = wrapped(p, MAT(particles=2, route="stack"))
+    optimizer = wrapped(p, MAT(particles=2, particle_batching="stack"))
     found = fingerprint(p.model, optimizer)
-    with pytest.raises(GameError, match=r"route='stack' (cannot replay|disagrees.*batch stat)"):
+    with pytest.raises(
+        GameError, match=r"particle_batching='stack' (cannot replay|disagrees.*batch stat)"
+    ):
         optimizer.step(sharpness(p))
     assert_same(fingerprint(p.model, optimizer), found)
 
@@ -174,8 +180,10 @@ def test_stack_refuses_what_it_cannot_replay(family: str):
 def test_stack_refuses_a_loss_that_the_closure_computes_for_the_batch():
     p = small()
     p.model.eval()
-    with pytest.raises(GameError, match=r"route='stack' failed.*route='sequential'"):
-        wrapped(p, MAT(particles=2, route="stack")).step(p.closure())
+    with pytest.raises(
+        GameError, match=r"particle_batching='stack' failed.*particle_batching='loop'"
+    ):
+        wrapped(p, MAT(particles=2, particle_batching="stack")).step(p.closure())
 
 
 @pytest.fixture
@@ -191,9 +199,9 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_auto_stacks_a_small_batch(play_as: str, stacks: list[int]):
     def run(route: str) -> list[Any]:
         p = double("bert", dropout=False)
-        return trained(p, sharpness(p), route=route, play_as=play_as)
+        return trained(p, sharpness(p), particle_batching=route, play_as=play_as)
 
-    expected = run("sequential")
+    expected = run("loop")
     assert not stacks
     torch.testing.assert_close(run("auto"), expected, **CLOSE)
     assert len(stacks) > 4
@@ -202,7 +210,7 @@ def test_auto_stacks_a_small_batch(play_as: str, stacks: list[int]):
 def test_auto_leaves_large_batches_apart(monkeypatch: pytest.MonkeyPatch, stacks: list[int]):
     monkeypatch.setattr(routes, "FEW", 3)
     p = double("bert", dropout=False)
-    optimizer = wrapped(p, MAT(particles=2, route="auto"))
+    optimizer = wrapped(p, MAT(particles=2, particle_batching="auto"))
     optimizer.step(sharpness(p))
     stacks.clear()  # of the check
     optimizer.step(sharpness(p))
@@ -213,7 +221,7 @@ def test_auto_never_stacks_under_dropout(stacks: list[int]):
     """Nor where the first round saw none, since the model was in evaluation mode."""
     p = double("bert")
     p.model.eval()
-    optimizer = wrapped(p, MAT(particles=2, route="auto"))
+    optimizer = wrapped(p, MAT(particles=2, particle_batching="auto"))
     optimizer.step(sharpness(p))
     stacks.clear()
     optimizer.step(sharpness(p))
@@ -223,7 +231,7 @@ def test_auto_never_stacks_under_dropout(stacks: list[int]):
     optimizer.step(sharpness(p))
     assert not stacks
     fresh = double("bert")
-    wrapped(fresh, MAT(particles=2, route="auto")).step(sharpness(fresh))
+    wrapped(fresh, MAT(particles=2, particle_batching="auto")).step(sharpness(fresh))
     assert len(stacks) == 1  # the check alone
 
 
@@ -235,7 +243,7 @@ def test_auto_is_not_misled_by_a_head_of_zeros(stacks: list[int]):
         nn.init.zeros_(parameter)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = wrapped(p, MAT(particles=2, route="auto"))
+        optimizer = wrapped(p, MAT(particles=2, particle_batching="auto"))
         optimizer.step(sharpness(p))
     stacks.clear()
     for _ in range(2):
@@ -247,7 +255,7 @@ def test_auto_never_stacks_on_several_processes(monkeypatch: pytest.MonkeyPatch,
     """Their batches differ in tokens: they would run forwards of different numbers, and wait."""
     monkeypatch.setattr(routes, "world_size", lambda: 2)
     p = double("bert", dropout=False)
-    optimizer = wrapped(p, MAT(particles=2, route="auto"))
+    optimizer = wrapped(p, MAT(particles=2, particle_batching="auto"))
     for _ in range(2):
         optimizer.step(sharpness(p))
     assert not stacks
@@ -263,7 +271,7 @@ def test_auto_does_without_stacks_that_do_not_fit(stacks: list[int]):
 
     # After the hook that repeats the rows, which goes before others.
     p.model.bert.register_forward_pre_hook(narrow, with_kwargs=True)
-    optimizer = wrapped(p, MAT(particles=2, route="auto"))
+    optimizer = wrapped(p, MAT(particles=2, particle_batching="auto"))
     for _ in range(2):
         optimizer.step(sharpness(p))
     assert len(stacks) <= 1
@@ -273,9 +281,11 @@ def test_auto_does_without_stacks_that_do_not_fit(stacks: list[int]):
 def test_routes_agree_where_points_are_turned(route: str):
     p = double("bert", dropout=False)
     words: dict[str, Any] = {"sign": "boundary", "radius": 0.2}
-    expected = trained(p, sharpness(p), route="sequential", **words)
+    expected = trained(p, sharpness(p), particle_batching="loop", **words)
     p = double("bert", dropout=False)
-    torch.testing.assert_close(trained(p, sharpness(p), route=route, **words), expected, **CLOSE)
+    torch.testing.assert_close(
+        trained(p, sharpness(p), particle_batching=route, **words), expected, **CLOSE
+    )
 
 
 def test_auto_plays_losses_of_a_batch_one_after_another():
@@ -285,13 +295,13 @@ def test_auto_plays_losses_of_a_batch_one_after_another():
         out = p.model(**p.batch)
         return out.loss, out.logits
 
-    wrapped(p, Losses(particles=2, route="auto")).step(closure)
+    wrapped(p, Losses(particles=2, particle_batching="auto")).step(closure)
 
 
 def test_auto_does_without_stacks_where_a_loss_is_one_number(stacks: list[int]):
     p = small()
     p.model.eval()
-    wrapped(p, MAT(particles=2, route="auto")).step(p.closure())
+    wrapped(p, MAT(particles=2, particle_batching="auto")).step(p.closure())
 
 
 # By hand -------------------------------------------------------------------------------------
@@ -337,11 +347,11 @@ ETA = 2e4
 RULE = {"particles": 3, "mirror_step": ETA, "damping": 0.0, "learner_steps": 1}
 
 
-@pytest.mark.parametrize("route", ["sequential", "vmap"])
+@pytest.mark.parametrize("route", ["loop", "vmap"])
 @pytest.mark.parametrize("choice", [False, True], ids=["one row each", "three rows each"])
 def test_each_sample_has_weights_of_its_own(choice: bool, route: str):
     """w ∝ exp(η·u) over the particles of each sample; played as their mean, or in expectation."""
-    settings = {**RULE, "start_size": 0.1, "route": route}
+    settings = {**RULE, "start_size": 0.1, "particle_batching": route}
 
     def played(**changes: Any) -> mixadv.Game:
         p = still(choice)
@@ -383,7 +393,7 @@ class Hedge(mixadv.Solver):
 
     def play(self, stage: mixadv.Stage) -> Any:
         q = stage.start(self)
-        values, _ = stage.payoffs(q, "loss", self)
+        q, values, _ = stage.payoffs(q, "loss", self)
         q = q.reweight(mirror.step(q.log_weights, values, 20.0))
         yield mixadv.Step(stage.loss(q.detach()))
 
@@ -404,13 +414,13 @@ class Losses(mixadv.Solver):
         yield mixadv.Step(stage.loss(stage.ascend("kl", self)))
 
 
-@pytest.mark.parametrize("route", ["sequential", "vmap"])
+@pytest.mark.parametrize("route", ["loop", "vmap"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_scalar_loss_gives_one_weight_per_batch(reduction: str, route: str):
     """The loss of a batch counts B times, as the sum of its samples' payoffs."""
     p = small(reduction=reduction)
     p.model.eval()
-    game = mixadv.Game(p.model, Hedge(route=route))
+    game = mixadv.Game(p.model, Hedge(particle_batching=route))
     game.backward(p.closure())
     labels = p.batch["labels"]
     points = [game.unit * d for d in game.strategy.points[0]]
@@ -426,9 +436,9 @@ def test_a_scalar_loss_gives_one_weight_per_batch(reduction: str, route: str):
 def test_routes_agree_where_a_prediction_has_several_rows():
     def run(route: str) -> list[Any]:
         p = still(choice=True)
-        return trained(p, sharpness(p), route=route, play_as="ensemble")
+        return trained(p, sharpness(p), particle_batching=route, play_as="ensemble")
 
-    one = run("sequential")
+    one = run("loop")
     for route in ("vmap", "stack"):
         torch.testing.assert_close(run(route), one, **CLOSE)
     assert one[3].shape == (3, 2)

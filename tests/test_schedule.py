@@ -36,7 +36,7 @@ def trained(solver, schedule=None, rounds=4, seed=0):
     return player, payoffs
 
 
-@pytest.mark.parametrize("solver", [PGD(), FreeLB(), mixadv.SMART(proximal=0.0)])
+@pytest.mark.parametrize("solver", [PGD(), FreeLB(), mixadv.SMART(proximal_weight=0.0)])
 def test_training_before_the_start_is_plain_training(solver):
     plain, _ = trained(None)
     later, payoffs = trained(solver, Schedule(start=4))
@@ -49,7 +49,7 @@ def test_every_solver_follows_a_schedule(name):
     player = small()
     optimizer = SGD(player.model.parameters(), lr=0.1)
     schedule = Schedule(start=1, every=2)
-    optimizer = wrap(optimizer, player.model, mixadv.solver(name), schedule=schedule)
+    optimizer = wrap(optimizer, player.model, mixadv.make_solver(name), schedule=schedule)
     played = []
     for _ in range(6):
         optimizer.step(player.closure())

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import mixadv
-from mixadv.replay import Noise
+from mixadv.model.replay import Noise
 from tests.processes import (
     SOLVERS,
     Net,
@@ -105,12 +105,12 @@ def noise_is_that_of_one_process(rank: int) -> None:
 
 def routes_agree_or_are_refused(rank: int) -> None:
     seen = []
-    for route in ("sequential", "stack", "vmap"):
+    for route in ("loop", "stack", "vmap"):
         model = sharded()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        optimizer = start(model, mixadv.MAT(particles=2, route=route))
+        optimizer = start(model, mixadv.MAT(particles=2, particle_batching=route))
         ids, labels = next(batches(rank, 1))
 
         def run(model: nn.Module = model, ids: Tensor = ids, labels: Tensor = labels) -> Any:
@@ -119,7 +119,7 @@ def routes_agree_or_are_refused(rank: int) -> None:
             return F.cross_entropy(logits, targets, reduction="none"), logits
 
         if route == "vmap":
-            with pytest.raises(mixadv.GameError, match=r"fully_shard.*route='sequential'"):
+            with pytest.raises(mixadv.GameError, match=r"fully_shard.*particle_batching='loop'"):
                 optimizer.step(run)
         else:
             seen.append([optimizer.step(run), optimizer.step(run)])

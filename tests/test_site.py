@@ -176,7 +176,7 @@ def test_a_frozen_embedding_is_perturbed_and_stays_frozen(name: str) -> None:
     p = player("bert", rows=4)
     p.model.bert.requires_grad_(False)
     base = torch.optim.SGD(p.model.classifier.parameters(), lr=0.1)
-    optimizer = mixadv.wrap(base, p.model, mixadv.solver(name))
+    optimizer = mixadv.wrap(base, p.model, mixadv.make_solver(name))
     taken = stepwise(optimizer)
     optimizer.step(p.closure())
     assert all((length > 0).all() for length in optimizer.game.strategy.norms())
@@ -196,7 +196,7 @@ def test_a_call_at_the_site_that_the_loss_ignores_is_no_obstacle(name: str) -> N
         model(ids.flip(0)).detach()
         return loss()
 
-    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters()), model, mixadv.solver(name))
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters()), model, mixadv.make_solver(name))
     taken = stepwise(optimizer)
     optimizer.step(closure)
     assert len(optimizer.game.strategy.points) == 2
@@ -223,7 +223,7 @@ def test_no_solver_perturbs_padding_of_a_hidden_layer(name: str, norm: str) -> N
     p.model.double()  # in which a start that small in L1 moves every prediction
     more = {"mat": {"temperature": 0.01, "particles": 2}, "cat": {"per": "token"}}
     settings = more.get(name, {})
-    solver = mixadv.solver(name, norm=norm, **settings)
+    solver = mixadv.make_solver(name, norm=norm, **settings)
     base = torch.optim.SGD(p.model.parameters())
     optimizer = mixadv.wrap(base, p.model, solver, site="bert.encoder.layer.0")
     optimizer.step(p.closure())

@@ -60,7 +60,7 @@ def round_of(bert, divergence: str, steps: int) -> tuple[mixadv.Game, mixadv.Out
         radius=1.0,
         start_size=START,
         divergence=divergence,
-        proximal=0.0,
+        proximal_weight=0.0,
         normalize="none",
         projection="sphere",
         norm="linf",

@@ -23,7 +23,7 @@ SOLVERS["freeat"] = {"carry": True}
 class Run:
     def __init__(self, name: str) -> None:
         self.player = small()
-        solver = mixadv.solver(name, **SOLVERS[name])
+        solver = mixadv.make_solver(name, **SOLVERS[name])
         self.base = AdamW(self.player.model.parameters(), lr=1e-3)
         self.optimizer = mixadv.wrap(self.base, self.player.model, solver)
 

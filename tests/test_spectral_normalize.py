@@ -142,7 +142,7 @@ def test_passes_of_a_step_see_the_same_weights_while_the_norm_is_being_found(sol
     weights = []
     for smoothness in (0.0, 1e3):
         one = normalised()
-        played = solver(radius=0.0, smoothness=smoothness, **words)
+        played = solver(radius=0.0, smoothness_weight=smoothness, **words)
         optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=2.0), one.model, played)
         for _ in range(4):
             optimizer.step(one.closure())

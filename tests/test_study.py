@@ -107,7 +107,7 @@ def test_the_cost_of_a_method_is_what_a_round_of_it_runs():
         logits = model(x)
         return torch.nn.functional.cross_entropy(logits, y), logits
 
-    solver = mixadv.solver("freelb", steps=2)
+    solver = mixadv.make_solver("freelb", steps=2)
     optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
     optimizer.step(closure)
     outcome = optimizer.outcome

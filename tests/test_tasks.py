@@ -217,7 +217,7 @@ def play(name: str, task: str, **settings: Any) -> mixadv.GameOptimizer:
     torch.manual_seed(0)
     model, closure = TASKS[task]()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = mixadv.wrap(base, model.train(), mixadv.solver(name, **settings))
+    optimizer = mixadv.wrap(base, model.train(), mixadv.make_solver(name, **settings))
     before = [p.detach().clone() for p in model.parameters()]
     assert optimizer.step(closure).isfinite()
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
@@ -264,7 +264,7 @@ def test_predictions_count_where_the_loss_reads_them(task: str) -> None:
 
 def test_of_an_answer_the_start_and_the_end_are_compared() -> None:
     model, closure = answers()
-    game = mixadv.Game(model.eval().double(), mixadv.SMART(proximal=0.0))
+    game = mixadv.Game(model.eval().double(), mixadv.SMART(proximal_weight=0.0))
     with game.stage(closure) as stage:
         q = stage.ascend("kl", game.solver)
         found = float(stage.divergence(q, "kl").detach())
@@ -367,7 +367,7 @@ def test_sentence_transformers_play(tmp_path: Any) -> None:
     loss = losses.MultipleNegativesRankingLoss(model)
     embedding = {"source": "1", "representation": lambda out: out["sentence_embedding"]}
     for name in mixadv.SOLVERS:
-        solver = mixadv.solver(name, **(embedding if name in ("cat", "creat") else {}))
+        solver = mixadv.make_solver(name, **(embedding if name in ("cat", "creat") else {}))
         base = torch.optim.SGD(model.parameters(), lr=0.1)
         optimizer = mixadv.wrap(base, model, solver)
 

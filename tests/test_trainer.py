@@ -51,7 +51,7 @@ CLOSE = ["freelb", "textat", "vat"]
 
 def at_zero(name: str) -> mixadv.Solver:
     """Return a solver at radius 0; of MAT the one whose learner is the optimizer alone."""
-    return dataclasses.replace(SINGLE if name == "mat" else mixadv.solver(name), radius=0)
+    return dataclasses.replace(SINGLE if name == "mat" else mixadv.make_solver(name), radius=0)
 
 
 def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -268,8 +268,8 @@ def test_training_is_that_of_the_loop_written_by_hand(name: str, tmp_path: Path)
         torch.manual_seed(3)
         if name == "mat":
             return mixadv.MAT(learner_temperature=0.0)  # drawn in the order of parameter groups
-        head = {"head": nn.Linear(16, 4), "contrast": 0.5} if name == "cat" else {}
-        return mixadv.solver(name, **head)
+        head = {"head": nn.Linear(16, 4), "contrast_weight": 0.5} if name == "cat" else {}
+        return mixadv.make_solver(name, **head)
 
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     options |= {"max_steps": 3, "rows": 12, "optim": "sgd", "max_grad_norm": 0.0}
@@ -401,7 +401,7 @@ def test_gradients_of_a_head_are_clipped_with_the_models(tmp_path: Path):
     head = nn.Linear(16, 4)
     before = copy.deepcopy(head.state_dict())
     options = {"optim": "sgd", "max_steps": 1, "learning_rate": 1.0, "max_grad_norm": 1e-3}
-    trained(tmp_path, mixadv.CAT(head=head, contrast=0.5), **options)
+    trained(tmp_path, mixadv.CAT(head=head, contrast_weight=0.5), **options)
     moved = torch.stack([(v - before[n]).norm() for n, v in head.state_dict().items()]).norm()
     assert 0 < moved < 1e-3
 
@@ -618,7 +618,7 @@ def test_training_stops_early(tmp_path: Path):
 def test_the_log_has_the_round_and_reads_it_only_when_trainer_logs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from mixadv.outcome import Outcome
+    from mixadv.round.outcome import Outcome
 
     as_dict, read = Outcome.as_dict, []
     monkeypatch.setattr(Outcome, "as_dict", lambda self: read.append(1) or as_dict(self))

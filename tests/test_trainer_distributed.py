@@ -31,7 +31,7 @@ from tests.test_trainer import (
 from tests.zoo import assert_same, player, without_dropout
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "trainer.py"
-SOLVERS = {name: mixadv.solver(name) for name in ("pgd", "freelb", "cat", "smart", "mat")}
+SOLVERS = {name: mixadv.make_solver(name) for name in ("pgd", "freelb", "cat", "smart", "mat")}
 OPTIONS: dict[str, Any] = {
     "family": "llama-causal",  # rows have unlike numbers of tokens
     "rows": 12,

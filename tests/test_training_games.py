@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import mixadv
-from mixadv import mirror
+from mixadv.maths import mirror
 from tests.games_zoo import BOXED, PARTICLES, RAW, Duel, train, trajectory
 
 

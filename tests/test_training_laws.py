@@ -59,14 +59,19 @@ class EachOnce:
     round_damping=st.floats(0, 0.9),
     counts=st.tuples(*[st.integers(1, 4)] * 3),
     play_as=st.sampled_from(["mean", "ensemble"]),
-    route=st.sampled_from(["sequential", "stack", "vmap"]),
+    route=st.sampled_from(["loop", "stack", "vmap"]),
 )
 def test_every_draw_enters_a_round_as_the_algorithm_says(
     game, damping, round_damping, counts, play_as, route
 ):
     """The first rows are without noise, from θ = 0 and θ = 1; each other row has one draw."""
     steps, learner_steps, particles = counts
-    words = {"damping": damping, "round_damping": round_damping, "play_as": play_as, "route": route}
+    words = {
+        "damping": damping,
+        "round_damping": round_damping,
+        "play_as": play_as,
+        "particle_batching": route,
+    }
     counts = {"steps": steps, "learner_steps": learner_steps, "particles": particles}
     solver = replace(NOISY, **words, **counts)
     law = laws(game, solver, LEARNER_STEP)
@@ -105,7 +110,7 @@ def assert_law(values, mean, variance):
         UNIFORM,
         replace(NOISY, damping=0.3),
         replace(NOISY, damping=0.0, round_damping=0.0),
-        replace(UNIFORM, play_as="ensemble", particles=8, route="stack"),
+        replace(UNIFORM, play_as="ensemble", particles=8, particle_batching="stack"),
     ],
     ids=["mean", "exponential", "undamped", "ensemble"],
 )

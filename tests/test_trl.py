@@ -121,7 +121,7 @@ def test_a_solver_that_compares_predictions_gets_logits_and_the_same_loss(tmp_pa
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 @or_refused("Trainer")
 def test_every_solver_trains(name: str, tmp_path: Path):
-    given = {"solver": mixadv.solver(name)}
+    given = {"solver": mixadv.make_solver(name)}
     trainer = trained(tmp_path, AdversarialSFTTrainer, given, max_steps=1)
     assert trainer.game.round == 2
     assert logged(trainer, "radius")[0] > 0

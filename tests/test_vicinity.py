@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tests.tokenizers_zoo as tokenizers
-from mixadv import GameError, parallel
+from mixadv import GameError
+from mixadv.model import parallel
 from mixadv.robustness import (
     Batch,
     LossIncrease,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 import mixadv
-from mixadv.divergence import symmetric_kl
-from mixadv.replay import Noise
+from mixadv.maths.divergence import symmetric_kl
+from mixadv.model.replay import Noise
 from tests.zoo import small, text_batch, without_dropout
 
 WIDTH = 5
@@ -138,7 +138,7 @@ def test_the_divergence_there_is_half_the_top_eigenvalue(smoothness):
     player = Softmax()
     top = torch.linalg.eigvalsh(player.fisher())[:, -1].mean()
     for kind, share in [("kl", 0.5), ("symmetric_kl", 1.0), ("js", 0.125)]:
-        solver = vat(300, radius=1e-3, smoothness=smoothness, divergence=kind)
+        solver = vat(300, radius=1e-3, smoothness_weight=smoothness, divergence=kind)
         game, _ = played(player, solver)
         added = game.outcome.objective - game.outcome.clean_loss
         assert float(added / (smoothness * share * 1e-6 * top)) == pytest.approx(1, rel=2e-3)
@@ -166,7 +166,7 @@ def test_in_regression_the_slope_is_found_in_one_iteration(seed):
 def test_noise_is_punished_by_its_quadratic_form(seed, size):
     """A symmetric KL is δᵀHδ to leading order, whatever the noise."""
     player = Softmax(seed=seed)
-    solver = mixadv.R3F(radius=size, norm="linf", unit="absolute", smoothness=2.0)
+    solver = mixadv.R3F(radius=size, norm="linf", unit="absolute", smoothness_weight=2.0)
     game, noise = played(player, solver)
     added = game.outcome.objective - game.outcome.clean_loss
     expected = 2.0 * form(player.fisher(), noise).mean()
@@ -229,7 +229,7 @@ def test_in_pre_training_predictions_are_those_at_masked_places(name):
         logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[masked]
         return F.cross_entropy(logits, labels), logits
 
-    solver = mixadv.solver(name, smoothness=10.0, divergence="symmetric_kl")
+    solver = mixadv.make_solver(name, smoothness_weight=10.0, divergence="symmetric_kl")
     game = mixadv.Game(model, solver)
     game.backward(closure)
     delta = game.unit * game.strategy.points[0][0]

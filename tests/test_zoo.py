@@ -26,7 +26,7 @@ MIXED = {"mat": {"particles": 2, "learner_temperature": 1e-8}}
 
 def build(p: Player, name: str, **settings: Any) -> mixadv.GameOptimizer:
     base = torch.optim.AdamW(p.model.parameters(), lr=1e-2)
-    return mixadv.wrap(base, p.model, mixadv.solver(name, **settings))
+    return mixadv.wrap(base, p.model, mixadv.make_solver(name, **settings))
 
 
 def loss_of(result: Any) -> Tensor:

@@ -73,7 +73,7 @@ def smart_error(work: Work, steps: int) -> float:
         radius=1.0,
         start_size=start,
         divergence="kl",
-        proximal=0.0,
+        proximal_weight=0.0,
         normalize="none",
         projection="sphere",
         norm="linf",

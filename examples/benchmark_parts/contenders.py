@@ -14,7 +14,7 @@ from torch import Tensor
 import mixadv
 from benchmark_parts import straightforward_mat
 from benchmark_parts.work import Work
-from mixadv.divergence import symmetric_kl
+from mixadv.maths.divergence import symmetric_kl
 
 RADIUS = 0.2
 WARM = 2
@@ -80,7 +80,7 @@ def smart_pytorch(work: Work, solver: Any) -> Player:
         optimizer.zero_grad()
         output = work.closure(rows)()
         smoothness = regulariser(work.embed()[:rows], output.logits)
-        (output.loss + solver.smoothness * smoothness).backward()
+        (output.loss + solver.smoothness_weight * smoothness).backward()
         optimizer.step()
         optimizer.zero_grad()
         played[:] = [played[0].detach()]
@@ -130,7 +130,7 @@ def row(solver: mixadv.Solver, **more: Any) -> Contender:
 
 def smart(steps: int, **changes: Any) -> mixadv.Solver:
     """Return SMART without its teacher."""
-    words = {"proximal": 0.0, "step_size": RADIUS, "radius": RADIUS}
+    words = {"proximal_weight": 0.0, "step_size": RADIUS, "radius": RADIUS}
     return mixadv.SMART(steps=steps, **{**words, **changes})
 
 
@@ -142,7 +142,7 @@ def mat(**changes: Any) -> mixadv.Solver:
 
 _BALL: dict[str, Any] = {"radius": RADIUS}
 _LEAP: dict[str, Any] = {"direction": "gauss_newton"}
-_BF16: dict[str, Any] = {"dtype": torch.bfloat16, "start_size": RADIUS}  # above its rounding
+_BF16: dict[str, Any] = {"ascent_dtype": torch.bfloat16, "start_size": RADIUS}  # above its rounding
 _K1, _K3, _MAT = ("smart-pytorch",), ("smart-pytorch, K=3",), ("straightforward mat",)
 _M8 = ("mat, M=8",)
 _ENSEMBLE = mat(steps=1, learner_steps=1, particles=4, play_as="ensemble")
@@ -180,8 +180,8 @@ CONTENDERS: dict[str, Contender] = {
         replace(_ENSEMBLE, recompute=True), rivals=("mat, ensemble of 4",), extra=True
     ),
     "mat, M=8": row(mat(particles=8), extra=True),
-    "mat, M=8, vmap": row(mat(particles=8, route="vmap"), rivals=_M8, extra=True),
-    "mat, M=8, stack": row(mat(particles=8, route="stack"), rivals=_M8, extra=True),
+    "mat, M=8, vmap": row(mat(particles=8, particle_batching="vmap"), rivals=_M8, extra=True),
+    "mat, M=8, stack": row(mat(particles=8, particle_batching="stack"), rivals=_M8, extra=True),
 }
 
 

@@ -15,7 +15,7 @@ import torch
 import mixadv
 from benchmark_parts.contenders import CONTENDERS, WARM, Player, reached
 from benchmark_parts.work import Part, Setting, Work
-from mixadv.explain import passes
+from mixadv.round.cost import passes
 
 BLOCKS = 3
 """Times that each part is measured in a round: before, between and after the halves of the rows."""
@@ -71,7 +71,7 @@ def floor(units: dict[str, float], counts: dict[str, int]) -> float:
 
     Args:
         units: seconds of each of `Work.parts`.
-        counts: passes of a round, as `mixadv.explain` counts them, and draws of noise for θ.
+        counts: passes of a round, as `mixadv.round.explain` counts them, and draws of noise for θ.
     """
     theta_backward = units["S"] - units["F"] - units["O"]
     return (

@@ -24,7 +24,7 @@ VALUES = {
     "steps": (1, 2, 4, 8),
     "particles": (1, 2, 4, 8),
 }
-ROUTES = ("sequential", "vmap", "stack")
+ROUTES = ("loop", "vmap", "stack")
 
 
 class Series(NamedTuple):
@@ -65,7 +65,10 @@ def played(axis: str) -> dict[str, Callable[[int], mixadv.Solver | None]]:
     if axis == "steps":
         return {"pgd": lambda k: mixadv.PGD(steps=k), "smart, no teacher": lambda k: smart(k)}
     if axis == "particles":
-        return {f"mat, {r}": lambda m, r=r: mat(steps=1, particles=m, route=r) for r in ROUTES}
+        return {
+            f"mat, {r}": lambda m, r=r: mat(steps=1, particles=m, particle_batching=r)
+            for r in ROUTES
+        }
     return {
         "ordinary step": lambda value: None,
         "smart, no teacher": lambda value: smart(1),

@@ -77,7 +77,7 @@ def play(
         optimizer.zero_grad()
         output = model(**batch)
         divergence = symmetric_kl(perturbed_logits(model, batch, unit * delta), output.logits)
-        (output.loss + solver.smoothness * divergence).backward()
+        (output.loss + solver.smoothness_weight * divergence).backward()
         optimizer.step()
         scale = (2 * optimizer.param_groups[0]["lr"] * solver.learner_temperature) ** 0.5
         for parameter in model.parameters():

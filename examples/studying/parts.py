@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mixadv
-from mixadv.ascent import check_integer, check_number
-from mixadv.explain import passes
+from mixadv.checks import check_integer, check_number
+from mixadv.round.cost import passes
 from training.parameters import PLAIN, known
 from training.results import Run
 
@@ -42,7 +42,7 @@ class Method:
     @property
     def played(self) -> mixadv.Solver | None:
         """The solver; None for plain training."""
-        return None if self.solver == PLAIN else mixadv.solver(self.solver, **self.parameters)
+        return None if self.solver == PLAIN else mixadv.make_solver(self.solver, **self.parameters)
 
     @property
     def cost(self) -> float | None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import intent
-from mixadv.closure import Closure
 from mixadv.equilibrium import exploitability
+from mixadv.model.closure import Closure
 from training import data
 from training.data import Task
 from training.evaluation import Evaluator

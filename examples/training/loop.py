@@ -254,7 +254,7 @@ def player(run: Run, task: Task) -> mixadv.Solver | None:
     names = {f.name for f in fields(mixadv.SOLVERS[run.solver])}
     number = task.labels is None and "divergence" in names
     default = {"divergence": "squared_error"} if number else {}
-    return mixadv.solver(run.solver, **(default | run.parameters))
+    return mixadv.make_solver(run.solver, **(default | run.parameters))
 
 
 def check(run: Run, task: Task) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import mixadv
-from mixadv.ascent import Ascent
+from mixadv.players.ascent import Ascent
 from training.parameters import PLAIN
 from training.results import Run
 from training.substitution import SOURCES

@@ -85,7 +85,7 @@ def _build(solver: str, given: dict[str, Any], where: str) -> mixadv.Solver | No
     if solver == PLAIN:
         return None
     try:
-        return mixadv.solver(solver, **given)
+        return mixadv.make_solver(solver, **given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -2,8 +2,8 @@
 
     solve(MatrixGame([[0, 1, -1], [-1, 0, 1], [1, -1, 0]]), "mirror_prox").gap
 
-`mixadv.mirror` moves the weights of strategies and `mixadv.langevin` their points, as in `MAT`;
-`theory/statements.md` says what must be true of them, and the tests confront the two.
+`mixadv.maths.mirror` moves the weights of strategies and `mixadv.maths.langevin` their points, as
+in `MAT`; `theory/statements.md` says what must be true of them, and the tests confront the two.
 """
 
 from mixadv.games.certificate import Gap, duality_gap

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, jacrev, vmap
 
-from mixadv.ascent import check_integer, check_number
+from mixadv.checks import check_integer, check_number
 from mixadv.games import deviations
 from mixadv.games.certificate import Gap
 from mixadv.games.matrix import numbers

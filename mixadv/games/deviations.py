@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixadv.ascent import check_integer
+from mixadv.checks import check_integer
 from mixadv.games.certificate import Gap
 from mixadv.games.matrix import gap
 from mixadv.games.spaces import REACH
-from mixadv.geometry import unit
+from mixadv.maths.geometry import unit
 
 if TYPE_CHECKING:
     from mixadv.games.continuous import ContinuousGame, Particles

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mixadv.ascent import check_number
+from mixadv.checks import check_number
 
 StepSize = float | tuple[float, float] | Literal["auto"]
 Output = Literal["average", "last", "best"]

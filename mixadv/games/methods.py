@@ -14,9 +14,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mixadv import mirror
-from mixadv.ascent import check_number
+from mixadv.checks import check_number
 from mixadv.games.method import Answer, Method, Output, Play, Players, Scene, StepSizes
+from mixadv.maths import mirror
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """How both players of a continuous game move particles: Langevin, Wasserstein–Fisher–Rao, pure.
 
 Coroutines, as in `methods`: a method yields both strategies and is sent their payoffs and slopes.
-Positions move by `mixadv.langevin.step`, weights by `mixadv.mirror.step`.
+Positions move by `mixadv.maths.langevin.step`, weights by `mixadv.maths.mirror.step`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mixadv import langevin, mirror
-from mixadv.ascent import check_integer, check_number
+from mixadv.checks import check_integer, check_number
 from mixadv.games.continuous import ContinuousGame, Particles, Slopes
 from mixadv.games.method import Output, StepSize, check_step_size
 from mixadv.games.spaces import Space
+from mixadv.maths import langevin, mirror
 
 
 class Clouds(NamedTuple):

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadv import mirror
-from mixadv.ascent import check_flag, check_integer, check_number
+from mixadv.checks import check_flag, check_integer, check_number
 from mixadv.errors import build
 from mixadv.games.certificate import check_weights, duality_gap
 from mixadv.games.continuous import ContinuousGame, Particles
@@ -26,6 +25,7 @@ from mixadv.games.registry import METHODS, PARTICLE_METHODS
 from mixadv.games.snapshots import Snapshots
 from mixadv.games.solution import Pair, Solution
 from mixadv.games.spaces import check_points
+from mixadv.maths import mirror
 
 RECORDS = 1000
 """Gaps kept of a long solve, evenly spaced."""

@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mixadv import geometry
-from mixadv.ascent import check_integer, check_number
+from mixadv.checks import check_integer, check_number
+from mixadv.maths import geometry
 
 REACH = 6.0
 """A grid on R^d covers this many standard deviations of the reference to either side."""

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from mixadv import parallel
-from mixadv.contexts import no_grad
 from mixadv.errors import GameError
+from mixadv.model import parallel
+from mixadv.model.contexts import no_grad
+from mixadv.model.replay import Replay
 from mixadv.optimizer import GameOptimizer
-from mixadv.replay import Replay
 
 if TYPE_CHECKING:
     from mixadv.integrations.transformers import Adversarial

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixadv import validate
 from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.optimizer import STATE_KEY, wrap
-from mixadv.schedule import Schedule
+from mixadv.round import validate
+from mixadv.round.schedule import Schedule
 from mixadv.solvers.base import Solver
 
 try:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mixadv.modules import unwrap
+from mixadv.model.modules import unwrap
 from mixadv.tokens.reader import evaluating, longest, padding_side
 
 Sentences = Sequence[Sequence[str]]

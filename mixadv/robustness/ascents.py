@@ -21,18 +21,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mixadv.ascent import Ascent, check_integer, check_number
-from mixadv.contexts import no_grad
-from mixadv.first_round import measure_unit
+from mixadv.checks import check_integer, check_number
 from mixadv.game import Game
-from mixadv.replay import Noise
+from mixadv.model.contexts import no_grad
+from mixadv.model.replay import Noise
+from mixadv.model.site import Call
+from mixadv.players.ascent import Ascent
+from mixadv.players.strategy import Strategy
 from mixadv.robustness.batches import Batch, check_reading, in_order
-from mixadv.site import Call
+from mixadv.round.first_round import measure_unit
+from mixadv.round.stage import Stage
+from mixadv.round.validate import check_seed
 from mixadv.solvers import PGD
-from mixadv.stage import Stage
-from mixadv.strategy import Strategy
 from mixadv.tokens.reader import evaluating
-from mixadv.validate import check_seed
 
 Measure = Callable[[Stage, Batch], Sequence[Tensor]]
 """Plays on a batch in a round of its own and returns columns `[B, ...]`."""
@@ -88,7 +89,7 @@ def climb(stage: Stage, ascent: Ascent, q: Strategy) -> tuple[Tensor, Tensor]:
     """Return the largest loss visited, `[B]`, and the predictions at the end, `[B, C]`."""
     visited = []
     for step in range(ascent.steps):
-        losses, gradients = stage.payoffs(q, "loss", ascent)
+        _, losses, gradients = stage.payoffs(q, "loss", ascent)
         visited.append(losses[0])
         size = float(ascent.radius or 0.0) * (1 - step / ascent.steps)
         q = stage.move(q, replace(ascent, step_size=size), gradients)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixadv.certificate import Exploitability
 from mixadv.equilibrium import exploitability
+from mixadv.exploited import Exploitability
 from mixadv.game import Game
 from mixadv.robustness.ascents import token_norm
 from mixadv.robustness.batches import Batch

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mixadv.ascent import check_integer
+from mixadv.checks import check_integer
 from mixadv.robustness.data import DataError, Rows
 from mixadv.tokens.reader import Text, longest, tokens
 

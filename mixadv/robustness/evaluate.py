@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from mixadv.ascent import check_integer, check_number
+from mixadv.checks import check_integer, check_number
 from mixadv.game import Game
-from mixadv.modules import unwrap
+from mixadv.model.modules import unwrap
 from mixadv.robustness.attacked import Attacked, drawn
 from mixadv.robustness.data import DataError, Rows, read
 from mixadv.robustness.kept import Kept, as_json, digest
 from mixadv.robustness.measured import Measured
 from mixadv.robustness.report import Report
+from mixadv.round.validate import check_seed
 from mixadv.tokens import WordSubstitution
 from mixadv.tokens.reader import Reader, evaluating, longest
-from mixadv.validate import check_seed
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 CLEAN = "clean"

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from mixadv.ascent import check_integer
-from mixadv.contexts import no_grad
+from mixadv.checks import check_integer
 from mixadv.game import Game
+from mixadv.model.contexts import no_grad
 from mixadv.robustness.batches import Batch, check_reading, in_order
 from mixadv.robustness.statistics import Estimate, bootstrap, bootstrap_difference
 from mixadv.tokens.reader import evaluating

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from mixadv.ascent import check_integer
+from mixadv.checks import check_integer
 
 Statistic = Literal["mean", "median"] | Callable[..., Any]
 """A name, or a function of an array and `axis=`."""

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mixadv.ascent import check_integer
+from mixadv.checks import check_integer
 from mixadv.robustness.ascents import ascents_of, climb, play, start
 from mixadv.robustness.batches import Batch
-from mixadv.stage import Stage
+from mixadv.round.stage import Stage
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ SOLVERS: dict[str, type[Solver]] = {
 }
 
 
-def solver(name: str, **parameters: Any) -> Solver:
+def make_solver(name: str, **parameters: Any) -> Solver:
     """Build a solver by its registered name.
 
     Args:
@@ -49,7 +49,7 @@ def solver(name: str, **parameters: Any) -> Solver:
         ValueError: for an unknown name or hyper-parameter, with the nearest one.
 
     Example:
-        >>> solver("freelb", steps=2).steps
+        >>> make_solver("freelb", steps=2).steps
         2
     """
     return build("solver", SOLVERS, name, parameters)

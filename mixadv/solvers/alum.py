@@ -14,16 +14,13 @@ adversarial term off.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from mixadv.ascent import Start, check_number
-from mixadv.divergence import Divergence
+from mixadv.checks import check_number
+from mixadv.maths.divergence import Divergence
+from mixadv.players.ascent import Start
 from mixadv.solvers.base import Solver, check_divergence
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +30,7 @@ class ALUM(Solver):
     Passes: 2 + K forwards, K backwards for δ, 1 backward. Needs no wrapped optimizer.
 
     Attributes:
-        smoothness: α.
+        smoothness_weight: α.
         divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
     """
 
@@ -44,20 +41,20 @@ class ALUM(Solver):
     step_size: float = 0.2
     start: Start = "normal"
     start_size: float | None = 0.05
-    smoothness: float = 1.0
+    smoothness_weight: float = 1.0
     divergence: str | Divergence = "symmetric_kl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_divergence(self, "divergence")
-        check_number("ALUM", "smoothness", self.smoothness)
+        check_number("ALUM", "smoothness_weight", self.smoothness_weight)
 
     @property
     def gain(self) -> str | Divergence:
         """What the adversary maximises."""
         return self.divergence
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play `∇θ [ ℓ(X) + α·ℓ_s(X+δ, X) ]`."""
         delta = stage.ascend(self.divergence, self)
-        yield Step(stage.loss() + self.smoothness * stage.divergence(delta, self.divergence))
+        yield Step(stage.loss() + self.smoothness_weight * stage.divergence(delta, self.divergence))

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from torch import Tensor, nn
+from torch import nn
 
-from mixadv.ascent import Ascent, check_flag
-from mixadv.divergence import DIVERGENCES, Divergence, divergence
+from mixadv.checks import check_flag
 from mixadv.errors import nearest
-from mixadv.gauss_newton import CURVED, FLAT
-from mixadv.learner import Learner
-from mixadv.representation import Source
-
-if TYPE_CHECKING:
-    from mixadv.stage import Stage, Step
-
-    Play = Generator[Tensor | Step, None, None]
-
+from mixadv.maths.divergence import DIVERGENCES, Divergence, divergence
+from mixadv.maths.gauss_newton import CURVED, FLAT
+from mixadv.model.representation import Source
+from mixadv.players.ascent import Ascent
+from mixadv.players.learner import Learner
+from mixadv.solvers.play import Moves, Play
 
 Presets = dict[str, dict[str, dict[str, Any]]]
 """Published hyper-parameters, by model and task."""
@@ -51,10 +46,10 @@ class Solver(Ascent, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag(type(self).__name__, "recompute", self.recompute)
-        if self.recompute and self.route == "stack":
+        if self.recompute and self.particle_batching == "stack":
             raise ValueError(
                 f"{type(self).__name__}: recompute=True keeps the graph of one particle at a time, "
-                "and route='stack' that of all: use route='sequential'."
+                "and particle_batching='stack' that of all: use particle_batching='loop'."
             )
         if self.recompute and self.fresh_dropout:
             raise ValueError(
@@ -92,8 +87,8 @@ class Solver(Ascent, ABC):
             )
 
     @abstractmethod
-    def play(self, stage: Stage) -> Play:
-        """Yield the objectives of a round; see `mixadv.stage`."""
+    def play(self, stage: Moves) -> Play:
+        """Yield the objectives of a round; see `mixadv.solvers.play`."""
 
     def learner(self) -> Learner | None:
         """Return what happens to θ after a step; None for the optimizer's step alone."""

@@ -12,23 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mixadv.ascent import Projection, Start, check_flag, check_number
-from mixadv.contrastive import Negatives, check_nt_xent, nt_xent
+from mixadv.checks import check_flag, check_number
 from mixadv.errors import GameError
-from mixadv.geometry import Norm
-from mixadv.representation import Source, check_source, first_token
+from mixadv.maths.contrastive import Negatives, check_nt_xent, nt_xent
+from mixadv.maths.geometry import Norm
+from mixadv.model.representation import Source, check_source, first_token
+from mixadv.model.site import Call
+from mixadv.players.ascent import Projection, Start
 from mixadv.solvers.base import Solver
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.site import Call
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +36,7 @@ class CAT(Solver):
     1 backward for δ, 1 backward.
 
     Attributes:
-        contrast: λ, the weight of the contrastive loss.
+        contrast_weight: λ, the weight of the contrastive loss.
         contrast_temperature: τ of its similarities.
         negatives: `"all"` other 2N − 2 views of the batch, or those of the other kind, `"cross"`.
         shared: one perturbation for all occurrences of a token in the batch (the paper), at sites
@@ -59,7 +56,7 @@ class CAT(Solver):
     norm: Norm = "linf"
     start: Start = "zero"
     projection: Projection = "sphere"
-    contrast: float = 0.1
+    contrast_weight: float = 0.1
     contrast_temperature: float = 0.1
     negatives: Negatives = "all"
     shared: bool = True
@@ -84,7 +81,7 @@ class CAT(Solver):
                 "per='token', or norm='linf' with normalize='steepest', at temperature 0; or "
                 "shared=False."
             )
-        check_number("CAT", "contrast", self.contrast, 0.0, 1.0)
+        check_number("CAT", "contrast_weight", self.contrast_weight, 0.0, 1.0)
         check_nt_xent(self.contrast_temperature, self.negatives, "CAT", name="contrast_temperature")
         check_source(self)
         if self.head is not None and not isinstance(self.head, nn.Module):
@@ -99,7 +96,7 @@ class CAT(Solver):
         """Return the projection head, if there is one."""
         return {} if self.head is None else {"head": self.head}
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play `∇θ [ (1−λ)/2·(ℓ(X) + ℓ(X+r)) + λ·NT-Xent ]`."""
         zero, gradients = stage.clean_gradients(self)
         if self.shared:
@@ -108,7 +105,7 @@ class CAT(Solver):
         views = self.project_views(stage.clean().representation, perturbed.representation)
         contrast = nt_xent(*views, self.contrast_temperature, self.negatives)
         losses = (stage.loss() + perturbed.objective) / 2
-        yield Step((1 - self.contrast) * losses + self.contrast * contrast)
+        yield Step((1 - self.contrast_weight) * losses + self.contrast_weight * contrast)
 
     def project_views(self, clean: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
         """Return both representations after the head, in one call of it."""

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mixadv.ascent import Start, check_number
-from mixadv.representation import Source, check_source, first_token
+from mixadv.checks import check_number
+from mixadv.model.representation import Source, check_source, first_token
+from mixadv.players.ascent import Start
 from mixadv.solvers.base import Solver
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +30,8 @@ class CreAT(Solver):
     Passes: 2 + K forwards, K backwards for δ, 1 backward.
 
     Attributes:
-        deviation: τ of the cosine distance in the adversary's payoff; 0 attacks the loss alone.
+        deviation_weight: τ of the cosine distance in the adversary's payoff; 0 attacks the loss
+            alone.
         source: name of the submodule whose output is read; None for the model's `base_model`.
         representation: called with that output, returns `[B, d]`; None is `first_token`.
     """
@@ -46,13 +44,13 @@ class CreAT(Solver):
     radius: float | None = 0.1
     start: Start = "normal"
     start_size: float | None = 0.05
-    deviation: float = 1.0
+    deviation_weight: float = 1.0
     source: str | None = None
     representation: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("CreAT", "deviation", self.deviation)
+        check_number("CreAT", "deviation_weight", self.deviation_weight)
         check_source(self)
 
     @property
@@ -60,7 +58,7 @@ class CreAT(Solver):
         """Where the representation is read."""
         return Source(self.source, self.representation or first_token)
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play `∇θ ½·[ ℓ(X) + ℓ(X + δ) ]`."""
-        delta = stage.ascend("loss", self, self.deviation)
+        delta = stage.ascend("loss", self, self.deviation_weight)
         yield Step((stage.loss() + stage.loss(delta)) / 2)

@@ -10,15 +10,11 @@ normalised to mean 0 and variance 1, so its ε = 5 does not carry over to other 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from mixadv.ascent import Projection, Start
+from mixadv.players.ascent import Projection, Start
 from mixadv.solvers.base import Solver
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +39,9 @@ class FGM(Solver):
         if self.step_size == 0:
             raise ValueError("FGM: step_size=0 never leaves δ = 0; its size is the radius.")
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play `∇θ ℓ(X) + ∇θ ℓ(X + δ)`."""
         delta = stage.start(self)
-        clean = stage.loss(delta, last=False)
-        stage.clean_loss = clean.detach()
-        yield clean
+        yield stage.loss(delta, last=False, clean=True)
         delta = stage.move(delta, self)
         yield Step(stage.loss(delta.detach()))

@@ -15,19 +15,15 @@ is that of FreeLB (`help(mixadv.solvers.freelb)`), where updates count batches, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from mixadv.ascent import check_flag, check_integer
-from mixadv.learner import Learner
+from torch import Tensor
+
+from mixadv.checks import check_flag, check_integer
+from mixadv.model.site import Call
+from mixadv.players.learner import Learner
 from mixadv.solvers.base import Presets, Solver, row
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mixadv.site import Call
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +69,7 @@ class FreeAT(Solver):
         """Return the learner whose round is m optimizer steps."""
         return Learner(steps=self.steps)
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play m times `∇θ ℓ(X + δ)` and a step."""
 
         def begin(index: int, call: Call) -> Tensor:

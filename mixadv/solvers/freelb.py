@@ -34,15 +34,11 @@ attention dropout 0, for QQP and RTE 0.1) and linear decay; ALBERT and "-fp16" i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from mixadv.ascent import check_integer
+from mixadv.checks import check_integer
 from mixadv.solvers.base import Presets, Solver, row
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +83,7 @@ class FreeLB(Solver):
         super().__post_init__()
         check_integer("FreeLB", "steps (the number of passes)", self.steps, 1)
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play `(1/K) Σ ∇θ ℓ(X + δ_t)`."""
         delta = stage.start(self)
         for _ in range(self.steps - 1):

@@ -37,19 +37,16 @@ is drawn anew in each pass, and moves the predictions far more than δ does. Tra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from mixadv import mirror
-from mixadv.ascent import Start, check_integer, check_number
-from mixadv.divergence import Divergence
-from mixadv.learner import Damping, Learner, check_damping
+from mixadv.checks import check_integer, check_number
+from mixadv.maths import mirror
+from mixadv.maths.divergence import Divergence
+from mixadv.players.ascent import Start
+from mixadv.players.learner import Damping, Learner, check_damping
+from mixadv.players.strategy import Strategy
 from mixadv.solvers.base import Presets, Solver, check_divergence, row
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
-    from mixadv.strategy import Strategy
+from mixadv.solvers.play import Moves, Play, Step
 
 
 def _logged(
@@ -66,7 +63,7 @@ def _logged(
         projection="sphere",
         temperature=(1e-3 * ratio) ** 2,
         fresh_dropout=True,
-        smoothness=smoothness,
+        smoothness_weight=smoothness,
         learner_steps=learner_steps,
         learner_temperature=(1e-5 * ratio) ** 2,
         damping=damping,
@@ -87,7 +84,7 @@ class MAT(Solver):
         mirror_step: η_w of the log-weights, in 1/payoff; no effect for one particle.
         damping: β of both players within a round: 0 keeps the last, `"uniform"` the plain mean.
         play_as: `"mean"` or `"ensemble"`.
-        smoothness: λ.
+        smoothness_weight: λ.
         divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
         learner_steps: K_θ.
         learner_temperature: τ_θ; 1 destroys an encoder, up to 1e-4 costs MiniLM nothing (README).
@@ -120,7 +117,7 @@ class MAT(Solver):
     mirror_step: float = 1.0
     damping: Damping = 0.3
     play_as: Literal["mean", "ensemble"] = "mean"
-    smoothness: float = 1.0
+    smoothness_weight: float = 1.0
     divergence: str | Divergence = "symmetric_kl"
     learner_steps: int = 2
     learner_temperature: float = 1e-5
@@ -132,7 +129,7 @@ class MAT(Solver):
         super().__post_init__()
         check_divergence(self, "divergence")
         check_number("MAT", "mirror_step", self.mirror_step)
-        check_number("MAT", "smoothness", self.smoothness)
+        check_number("MAT", "smoothness_weight", self.smoothness_weight)
         check_number("MAT", "learner_temperature", self.learner_temperature)
         check_integer("MAT", "learner_steps", self.learner_steps, 1)
         check_integer("MAT", "samples", self.samples, 0)
@@ -163,23 +160,24 @@ class MAT(Solver):
             samples=self.samples,
         )
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play K_θ optimizer steps against one strategy."""
         q = self.adversary(stage)
         for _ in range(self.learner_steps):
-            yield Step(stage.loss() + self.smoothness * stage.divergence(q, self.divergence))
+            yield Step(stage.loss() + self.smoothness_weight * stage.divergence(q, self.divergence))
 
-    def adversary(self, stage: Stage) -> Strategy:
+    def adversary(self, stage: Moves) -> Strategy:
         """Return the strategy of this round, pure where the mean is played."""
-        if self.leaps:
-            q = damped = stage.leap(self.divergence, self)
-        else:
+        if not self.leaps:
             stage.clean()
-            q = damped = stage.start(self)
+        q = stage.leap(self.divergence, self) if self.leaps else stage.start(self)
+        damped: Strategy | None = None
         for k in range(self.leaps, self.steps):
-            payoffs, gradients = stage.payoffs(q, self.divergence, self)
+            q, payoffs, gradients = stage.payoffs(q, self.divergence, self)
+            damped = damped or q
             q = q.reweight(mirror.step(q.log_weights, payoffs, self.mirror_step))
             q = stage.move(q, self, gradients)
             keep = k / (k + 1) if self.damping == "uniform" else self.damping
             damped = damped.lerp(q, 1 - keep)
+        damped = damped or q
         return damped.mean() if self.play_as == "mean" else q.detach()

@@ -10,14 +10,10 @@ it. `UniformNoise(radius=5.0, unit="absolute")` is NEFTune with α = 5.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from mixadv.solvers.base import Solver
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +37,6 @@ class UniformNoise(Solver):
                 f"UniformNoise takes no steps, got steps={self.steps}: with steps it is PGD."
             )
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play `∇θ ℓ(X + δ)` with δ at its random start."""
         yield Step(stage.loss(stage.start(self).detach()))

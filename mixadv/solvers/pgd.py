@@ -13,15 +13,11 @@ which matters for CoLA alone. Trained as FreeLB is (`help(mixadv.solvers.freelb)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from mixadv.divergence import Divergence
+from mixadv.maths.divergence import Divergence
 from mixadv.solvers.base import Presets, Solver, check_divergence, row
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +61,7 @@ class PGD(Solver):
         """What the adversary maximises."""
         return self.payoff
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play `∇θ ℓ(X + δ_K)`."""
         delta = stage.ascend(self.payoff, self)
         yield Step(stage.loss(delta))

@@ -19,19 +19,15 @@ Trained with Adam (β 0.9 and 0.98, weight decay 0.1, no clipping) and linear de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from mixadv.ascent import check_number
-from mixadv.divergence import Divergence
+from mixadv.checks import check_number
+from mixadv.maths.divergence import Divergence
 from mixadv.solvers.base import Presets, Solver, check_divergence
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +37,7 @@ class R3F(Solver):
     Passes: 2 forwards, 1 backward.
 
     Attributes:
-        smoothness: λ.
+        smoothness_weight: λ.
         divergence: by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
     """
 
@@ -54,7 +50,7 @@ class R3F(Solver):
                 "norm": "linf",
                 "radius": 1e-5,
                 "unit": "absolute",
-                "smoothness": 0.7,
+                "smoothness_weight": 0.7,
                 "fresh_dropout": True,
             }
         }
@@ -62,7 +58,7 @@ class R3F(Solver):
 
     steps: int = 0
     radius: float | None = 1.0
-    smoothness: float = 1.0
+    smoothness_weight: float = 1.0
     divergence: str | Divergence = "symmetric_kl"
 
     def __post_init__(self) -> None:
@@ -72,17 +68,17 @@ class R3F(Solver):
         if self.start == "zero":
             raise ValueError("R3F: start='zero' draws no noise. Choose 'uniform' or 'normal'.")
         check_divergence(self, "divergence")
-        check_number("R3F", "smoothness", self.smoothness)
+        check_number("R3F", "smoothness_weight", self.smoothness_weight)
 
     @property
     def gain(self) -> str | Divergence:
         """What the learner is compared by."""
         return self.divergence
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play `∇θ [ ℓ(X) + λ·KL_S(X, X+z) ]`."""
         noise = stage.start(self).detach()
-        yield Step(stage.loss() + self.smoothness * stage.divergence(noise, self.divergence))
+        yield Step(stage.loss() + self.smoothness_weight * stage.divergence(noise, self.divergence))
 
 
 def spectral_normalize(head: nn.Module) -> nn.Module:

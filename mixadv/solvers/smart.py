@@ -15,17 +15,14 @@ term; its rescaling is `projection="sphere", norm="linf", per="token", normalize
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from mixadv.ascent import Start, check_integer, check_number
-from mixadv.divergence import Divergence
-from mixadv.learner import Learner
+from mixadv.checks import check_integer, check_number
+from mixadv.maths.divergence import Divergence
+from mixadv.players.ascent import Start
+from mixadv.players.learner import Learner
 from mixadv.solvers.base import Solver, check_divergence
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +32,10 @@ class SMART(Solver):
     Passes: 2 + K forwards (one more for the teacher), K backwards for δ, 1 backward.
 
     Attributes:
-        smoothness: λ.
-        proximal: μ; 0 keeps no teacher and needs no wrapped optimizer.
-        momentum: m of the teacher; the paper uses 0.99, and 0.999 after a tenth of the updates.
-        inner_steps: S, optimizer steps between two updates of the teacher.
+        smoothness_weight: λ.
+        proximal_weight: μ; 0 keeps no teacher and needs no wrapped optimizer.
+        ema_decay: m of the teacher; the paper uses 0.99, and 0.999 after a tenth of the updates.
+        teacher_every: S, optimizer steps between two updates of the teacher.
         divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
     """
 
@@ -49,24 +46,24 @@ class SMART(Solver):
     step_size: float = 0.2
     start: Start = "normal"
     start_size: float | None = 0.05
-    smoothness: float = 1.0
-    proximal: float = 1.0
-    momentum: float = 0.99
-    inner_steps: int = 1
+    smoothness_weight: float = 1.0
+    proximal_weight: float = 1.0
+    ema_decay: float = 0.99
+    teacher_every: int = 1
     divergence: str | Divergence = "symmetric_kl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_divergence(self, "divergence")
-        check_number("SMART", "smoothness", self.smoothness)
-        check_number("SMART", "proximal", self.proximal)
-        check_number("SMART", "momentum", self.momentum, 0.0, 1.0)
-        check_integer("SMART", "inner_steps", self.inner_steps, 1)
-        if self.proximal and self.momentum == 0 and self.inner_steps == 1:
+        check_number("SMART", "smoothness_weight", self.smoothness_weight)
+        check_number("SMART", "proximal_weight", self.proximal_weight)
+        check_number("SMART", "ema_decay", self.ema_decay, 0.0, 1.0)
+        check_integer("SMART", "teacher_every", self.teacher_every, 1)
+        if self.proximal_weight and self.ema_decay == 0 and self.teacher_every == 1:
             raise ValueError(
-                "SMART: with momentum=0 and inner_steps=1 the teacher is the learner itself, so "
-                "the proximal term and its gradient are 0. Set momentum (0.99) or inner_steps > 1, "
-                "or proximal=0."
+                "SMART: with ema_decay=0 and teacher_every=1 the teacher is the learner itself, so "
+                "the proximal term and its gradient are 0. Set ema_decay (0.99) or teacher_every > "
+                "1, or proximal_weight=0."
             )
 
     @property
@@ -76,14 +73,14 @@ class SMART(Solver):
 
     def learner(self) -> Learner | None:
         """Return the teacher, where there is a proximal term."""
-        if self.proximal == 0:
+        if self.proximal_weight == 0:
             return None
-        return Learner(momentum=self.momentum, teacher_every=self.inner_steps)
+        return Learner(ema_decay=self.ema_decay, teacher_every=self.teacher_every)
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play `∇θ [ ℓ + λ·ℓ_s(X+δ, X) + μ·ℓ_s(θ, θ̃) ]`."""
         delta = stage.ascend(self.divergence, self)
-        objective = stage.loss() + self.smoothness * stage.divergence(delta, self.divergence)
-        if self.proximal:
-            objective = objective + self.proximal * stage.proximal(self.divergence)
+        objective = stage.loss() + self.smoothness_weight * stage.divergence(delta, self.divergence)
+        if self.proximal_weight:
+            objective = objective + self.proximal_weight * stage.proximal(self.divergence)
         yield Step(objective)

@@ -30,23 +30,19 @@ decay, clipping at 1) and linear decay, on 4 GPUs:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mixadv import geometry, parallel
-from mixadv.ascent import check_integer
+from mixadv.checks import check_integer
 from mixadv.errors import GameError
-from mixadv.replay import Noise
+from mixadv.maths import geometry
+from mixadv.model import parallel
+from mixadv.model.site import Call
+from mixadv.players.ascent import Draw
 from mixadv.solvers.base import Presets, Solver, row
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.ascent import Draw
-    from mixadv.site import Call
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +95,7 @@ class TextAT(Solver):
                 f"{self.projection!r}: leave it at 'ball'."
             )
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play `(1/K) Σ ∇θ ℓ(X + δ_t + η_t)`."""
         tokens = Tokens(self, stage)
         q = stage.start(self, tokens.begin)
@@ -114,7 +110,7 @@ class TextAT(Solver):
 class Tokens:
     """The two perturbations of a round, and the table of the one of tokens."""
 
-    def __init__(self, solver: TextAT, stage: Stage) -> None:
+    def __init__(self, solver: TextAT, stage: Moves) -> None:
         self.solver = solver
         self.stage = stage
         self.calls: list[Call] = []
@@ -127,7 +123,7 @@ class Tokens:
         if call.ids is None or call.ids.dim() != 2:
             raise GameError(
                 "TextAT keeps a perturbation for each token, and the site "
-                f"{self.stage.game.site.names} is not an embedding that is called with token ids "
+                f"{self.stage.site} is not an embedding that is called with token ids "
                 "[B, n]. Leave site= out, or choose another solver."
             )
         self.calls.append(call)
@@ -177,10 +173,8 @@ class Tokens:
         like = call.empty()
         size = (call.vocabulary, call.shape[-1])
         if "table" not in self.stage.memory:
-            draw = Noise(self.stage.game.seed)
-            draw.begin("table", 0)
             longest = 0.0 if self.solver.start == "zero" else self.solver.initial_size
-            rows = draw("uniform", like.new_empty(size))
+            rows = self.stage.constant("table", "uniform", like.new_empty(size))
             self.stage.memory["table"] = longest * rows / size[1] ** 0.5
         table = self.stage.memory["table"]
         if table.shape != size:

@@ -11,16 +11,13 @@ iteration on the Hessian by finite differences, which needs no second derivative
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from mixadv.ascent import Projection, Start, check_integer, check_number
-from mixadv.divergence import Divergence
+from mixadv.checks import check_integer, check_number
+from mixadv.maths.divergence import Divergence
+from mixadv.players.ascent import Projection, Start
 from mixadv.solvers.base import Solver, check_divergence
-from mixadv.stage import Step
-
-if TYPE_CHECKING:
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +28,7 @@ class VAT(Solver):
     forwards, K backwards for δ, 1 backward.
 
     Attributes:
-        smoothness: α.
+        smoothness_weight: α.
         divergence: by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
     """
 
@@ -43,7 +40,7 @@ class VAT(Solver):
     projection: Projection = "sphere"
     start: Start = "normal"
     start_size: float | None = 0.05
-    smoothness: float = 1.0
+    smoothness_weight: float = 1.0
     divergence: str | Divergence = "kl"
 
     def __post_init__(self) -> None:
@@ -54,7 +51,7 @@ class VAT(Solver):
                 f"start_size={self.start_size}, where the gradient of a divergence is zero."
             )
         check_integer("VAT", "steps (of the power iteration)", self.steps, 1)
-        check_number("VAT", "smoothness", self.smoothness)
+        check_number("VAT", "smoothness_weight", self.smoothness_weight)
         check_divergence(self, "divergence")
         if self.step_size == 0:
             raise ValueError("VAT: step_size=0 never leaves δ = 0; its size is the radius.")
@@ -64,7 +61,7 @@ class VAT(Solver):
         """What the adversary maximises."""
         return self.divergence
 
-    def play(self, stage: Stage) -> Play:
+    def play(self, stage: Moves) -> Play:
         """Play `∇θ [ ℓ(X) + α·KL(p ‖ X + r) ]`."""
         if not self.leaps:
             stage.clean()
@@ -75,7 +72,7 @@ class VAT(Solver):
             if self.leaps and k == 0:
                 zero, gradients = stage.second_order(self.divergence, self)
             else:
-                _, gradients = stage.payoffs(d, self.divergence, self)
+                _, _, gradients = stage.payoffs(d, self.divergence, self)
             d = stage.move(zero, probe if k < self.steps - 1 else self, gradients)
         smoothness = stage.divergence(d, self.divergence, fixed=True)
-        yield Step(stage.loss() + self.smoothness * smoothness)
+        yield Step(stage.loss() + self.smoothness_weight * smoothness)

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixadv.ascent import check_integer, check_number
-from mixadv.modules import unwrap
+from mixadv.checks import check_integer, check_number
+from mixadv.model.modules import unwrap
 from mixadv.tokens.drawing import draw_positions, sample
 from mixadv.tokens.masked import output_layer, predictions_at
 from mixadv.tokens.ties import save_once, share_embeddings

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from mixadv.game import Game
 from mixadv.games import MatrixGame, solve
-from mixadv.modules import unwrap
+from mixadv.model.modules import unwrap
 from mixadv.tokens.candidates import Candidates, check_most
 from mixadv.tokens.constraints import FUNCTION_WORDS, Similarity
 from mixadv.tokens.reader import Text, evaluating, longest, tokens

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixadv.modules import unwrap
+from mixadv.model.modules import unwrap
 
 IGNORED = -100
 """The label of a position that is not predicted, as in transformers."""

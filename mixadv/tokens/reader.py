@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixadv.replay import random_state, set_random_state
+from mixadv.model.replay import random_state, set_random_state
 from mixadv.tokens.words import Words
 
 Text = str | tuple[str, str]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mixadv.ascent import check_number
+from mixadv.checks import check_number
 
 
 def share_embeddings(borrower: nn.Module, owner: nn.Module) -> None:

@@ -8,28 +8,30 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mixadv import parallel, routes, validate
-from mixadv.ascent import Ascent
-from mixadv.carried import Carried
-from mixadv.closure import Closure, Reading, read
-from mixadv.compiled_site import CompiledSite
-from mixadv.contexts import no_grad
-from mixadv.divergence import divergence
 from mixadv.errors import GameError
-from mixadv.explain import passes
-from mixadv.geometry import norms
-from mixadv.replay import Noise, Replay
-from mixadv.scaling import KEY, Formats
-from mixadv.site import Call, Provide, sequence_number
-from mixadv.stage import Stage
-from mixadv.strategy import Strategy
+from mixadv.maths.divergence import divergence
+from mixadv.maths.geometry import norms
+from mixadv.model import parallel
+from mixadv.model.closure import Closure, Reading, read
+from mixadv.model.compiled_site import CompiledSite
+from mixadv.model.contexts import no_grad
+from mixadv.model.gradients import gradients_kept
+from mixadv.model.replay import Noise
+from mixadv.model.scaling import KEY, Formats
+from mixadv.model.site import Call, Provide
+from mixadv.players.ascent import Ascent
+from mixadv.players.strategy import Strategy
+from mixadv.round import routes, validate
+from mixadv.round.carried import Carried
+from mixadv.round.cost import passes
+from mixadv.round.stage import Stage
 
 if TYPE_CHECKING:
     from mixadv.game import Game
@@ -46,33 +48,6 @@ _SHARDED_REENTRANT = (
 )
 
 
-def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
-    """Run a closure once and return its result, and whether it plays rounds itself, or nothing.
-
-    If it does not, random state, buffers and gradients are put back. Lightning gives a closure that
-    does nothing where the loop has played by hand.
-    """
-    validate.closure(closure)
-    replay = Replay(game.model)
-    before = game.round, sequence_number()
-    with _gradients_kept(game) as gradients:
-        try:
-            with ExitStack() as game.probing:
-                game.probing.enter_context(parallel.local(game.model))
-                result = closure()
-            idle = result is None and sequence_number() == before[1]
-            played = game.round > before[0] or idle
-        except BaseException:
-            replay.undo()
-            raise
-        finally:
-            game.probing = None
-        gradients.keep_new = played
-        if not played:
-            replay.undo()
-    return result, played
-
-
 def check(game: Game, closure: Closure) -> None:
     """Check a closure, a site and a solver against each other; nothing is left changed."""
     found = game.unit, game.leaf_backward, game.scaling, game.memory
@@ -80,7 +55,7 @@ def check(game: Game, closure: Closure) -> None:
     try:
         with _no_trace(Stage(game, closure)) as stage:
             stage.replay.fresh = False  # passes are compared
-            with _gradients_kept(game):
+            with gradients_kept(game.parameters()):
                 plain = _plain_pass(stage)
             with game.site.learning():
                 with Formats() as formats:
@@ -230,7 +205,7 @@ def _mean_length(game: Game, lengths: list[Tensor], everywhere: bool = True) -> 
         total = total.to(lengths[0])  # on the device that the processes talk by
         parallel.add_up(total)
     length = float(total[0] / total[1])
-    if (not math.isfinite(length) or length == 0) and game.solver.unit == "site":
+    if (not math.isfinite(length) or length == 0) and game.solver.unit == "relative":
         raise GameError(
             f"The mean norm at the site {game.site.names} is {length}, so a relative radius means "
             "nothing there. Give lengths with unit='absolute'."
@@ -387,17 +362,17 @@ def _check_route(game: Game, closure: Closure, low: bool) -> None:
     Divergences of close predictions are rounded much in a low format; other dropout is far off.
     """
     solver, slack = game.solver, 0.3 if low else 1e-3
-    if solver.particles == 1 or solver.route == "sequential":
+    if solver.particles == 1 or solver.particle_batching == "loop":
         return
-    if solver.route == "auto":
+    if solver.particle_batching == "auto":
         _learn_to_stack(game, closure, slack)
         return
-    if parallel.sharded(game.model) and solver.route == "vmap":
+    if parallel.sharded(game.model) and solver.particle_batching == "vmap":
         raise GameError(
-            "route='vmap' cannot gather weights that are sharded by fully_shard. Use "
-            "route='sequential', or 'stack' where there is no dropout."
+            "particle_batching='vmap' cannot gather weights that are sharded by fully_shard. Use "
+            "particle_batching='loop', or 'stack' where there is no dropout."
         )
-    _compare_routes(game, closure, solver.route, slack)
+    _compare_routes(game, closure, solver.particle_batching, slack)
 
 
 def _learn_to_stack(game: Game, closure: Closure, slack: float) -> None:
@@ -424,51 +399,26 @@ def _compare_routes(game: Game, closure: Closure, route: str, slack: float) -> N
             drawn = stage.replay.drew()
             q = stage.start(solver)
             one, other = (
-                stage.payoffs(q.settled(), solver.gain, solver, route=each)
-                for each in (routes.sequential, routes.ROUTES[route])
+                stage.payoffs(q.settled(), solver.gain, solver, route=each)[1:]
+                for each in (routes.loop, routes.ROUTES[route])
             )
     except (GameError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise GameError(
-            f"route={route!r} failed on this model and closure "
-            f"({type(error).__name__}: {error}). Use route='sequential'."
+            f"particle_batching={route!r} failed on this model and closure "
+            f"({type(error).__name__}: {error}). Use particle_batching='loop'."
         ) from error
     if route == "stack" and drawn:
         raise GameError(
-            "route='stack' cannot replay dropout, and a pass of this model draws random numbers: "
-            "use route='vmap' or 'sequential'."
+            "particle_batching='stack' cannot replay dropout, and a pass of this model draws "
+            "random numbers: use particle_batching='vmap' or 'loop'."
         )
-    instead = "'vmap' or 'sequential'" if route == "stack" else "'sequential'"
+    instead = "'vmap' or 'loop'" if route == "stack" else "'loop'"
     for a, b in zip([one[0], *one[1]], [other[0], *other[1]], strict=True):
         if not torch.allclose(a, b, rtol=1e-2, atol=slack * float(a.abs().max())):
             raise GameError(
-                f"route={route!r} disagrees with one pass after another (largest difference "
+                f"particle_batching={route!r} disagrees with one pass after another (largest difference "
                 f"{float((a - b).abs().max()):.2g} of {float(a.abs().max()):.2g}); batch "
-                f"statistics are a reason. Use route={instead}."
+                f"statistics are a reason. Use particle_batching={instead}."
             )
-
-
-class _Kept:
-    keep_new = False
-
-
-@contextmanager
-def _gradients_kept(game: Game) -> Iterator[_Kept]:
-    """Raise if the body changes a gradient, and put gradients back, unless told to keep them."""
-    live = game.parameters()
-    found = validate.gradients(live)
-    values = [None if gradient is None else gradient.clone() for gradient, _ in found]
-    kept = _Kept()
-    try:
-        yield kept
-    finally:
-        same = validate.unchanged(found, live)
-        if not same and not kept.keep_new:
-            with torch.no_grad():
-                for p, (gradient, _), value in zip(live, found, values, strict=True):
-                    p.grad = gradient
-                    if gradient is not None and value is not None:
-                        gradient.copy_(value)
-    if not same and not kept.keep_new:
-        raise GameError(validate.CHANGES_GRADIENTS)

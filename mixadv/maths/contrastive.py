@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixadv.ascent import check_number
+from mixadv.checks import check_number
 from mixadv.errors import nearest
 
 Negatives = Literal["all", "cross"]

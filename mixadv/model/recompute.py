@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadv.closure import Reading
 from mixadv.errors import GameError
-from mixadv.site import Provide
+from mixadv.model.closure import Reading
+from mixadv.model.site import Provide
 
 NO_GRADIENT = (
     "The backward of the objective left no gradient on {}. A custom `backward=` must call backward "

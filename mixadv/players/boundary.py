@@ -10,10 +10,10 @@ Of a point that a pass has shown to do so, the opposite one is taken, with the o
 import torch
 from torch import Tensor
 
-from mixadv.closure import Reading
-from mixadv.divergence import log_probabilities
 from mixadv.errors import GameError
-from mixadv.strategy import Strategy, by_row
+from mixadv.maths.divergence import log_probabilities
+from mixadv.model.closure import Reading
+from mixadv.players.strategy import Strategy, by_row
 
 
 def turn(q: Strategy, gradients: list[Tensor], predictions: Tensor, clean: Reading) -> list[Tensor]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.modules import INPUT, compiled, find
-from mixadv.site import (
+from mixadv.model.modules import INPUT, compiled, find
+from mixadv.model.site import (
     Call,
     Pass,
     Provide,

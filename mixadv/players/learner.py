@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mixadv.ascent import check_number
-from mixadv.errors import GameError, check_entries, check_kinds
-from mixadv.langevin import noise_scale
-from mixadv.modules import weak_hook
-from mixadv.replay import Noise
+from mixadv.checks import check_entries, check_kinds, check_number
+from mixadv.errors import GameError
+from mixadv.maths.langevin import noise_scale
+from mixadv.model.modules import weak_hook
+from mixadv.model.replay import Noise
 
 Damping = float | Literal["uniform"]
 
@@ -45,7 +45,7 @@ class Learner:
         round_damping: β' between rounds.
         average: None, `"uniform"`, or the decay of an exponential average over closed rounds.
         samples: R, how many of the last samples to keep.
-        momentum: of the teacher `θ̃ ← (1−momentum)·θ + momentum·θ̃`; None keeps no teacher.
+        ema_decay: of the teacher `θ̃ ← (1−ema_decay)·θ + ema_decay·θ̃`; None keeps no teacher.
         teacher_every: samples between two updates of the teacher.
     """
 
@@ -58,7 +58,7 @@ class Learner:
         round_damping: float = 0.0,
         average: Damping | None = None,
         samples: int = 0,
-        momentum: float | None = None,
+        ema_decay: float | None = None,
         teacher_every: int = 1,
     ) -> None:
         self.steps = steps
@@ -66,7 +66,7 @@ class Learner:
         self.damping = damping
         self.round_damping = round_damping
         self.average_decay = average
-        self.momentum = momentum
+        self.ema_decay = ema_decay
         self.teacher_every = teacher_every
         self.samples: deque[Weights] = deque(maxlen=samples)
         self.swapped = False
@@ -146,7 +146,7 @@ class Learner:
                 "An optimizer step within game.averaged() would train the averaged weights and be "
                 "undone at its end: step outside of it."
             )
-        if self.momentum is not None:
+        if self.ema_decay is not None:
             self.teacher_weights()
         if self.position == 0 and (self.damping or self.round_damping or self.steps > 1):
             _copy(self.parameters(), self.backup)
@@ -169,8 +169,8 @@ class Learner:
             self.samples.append(_copy(live, {}))
         if self.position == self.steps:
             self._close(live, keep)
-        if self.momentum is not None and self.count % self.teacher_every == 0:
-            _toward(self.teacher, live, 1 - self.momentum, keep)
+        if self.ema_decay is not None and self.count % self.teacher_every == 0:
+            _toward(self.teacher, live, 1 - self.ema_decay, keep)
 
     def _shake(self, keep: Tensor | None) -> None:
         """Add Langevin noise √(2·lr·τ)·ξ, with the group's learning rate at this moment."""

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadv import parallel, scaling
-from mixadv.contexts import without_autocast
 from mixadv.errors import GameError
-from mixadv.stage import Stage
+from mixadv.model import parallel, scaling
+from mixadv.model.contexts import without_autocast
+from mixadv.round.stage import Stage
 
 _NOT_PASS_BY_PASS = (
     "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss needs for {}: "

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mixadv.ascent import check_integer
+from mixadv.checks import check_integer
 from mixadv.solvers.base import Solver
-from mixadv.stage import Step
+from mixadv.solvers.play import Step
 
 if TYPE_CHECKING:
-    from mixadv.solvers.base import Play
-    from mixadv.stage import Stage
+    from mixadv.round.stage import Stage
+    from mixadv.solvers.play import Play
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Three ways to compute the payoffs of many particles; wherever each is allowed they agree.
 
-* sequential: one pass per particle; always works.
+* loop: one pass per particle; always works.
 * vmap: one vectorised pass over δ (`torch.func.vmap`), with the same dropout for all.
 * stack: one pass over a batch that repeats the model's inputs M times; only without dropout and
   batch statistics, and with predictions or one loss per sample.
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixadv.closure import Reading
-from mixadv.modules import bound, unwrap
-from mixadv.parallel import world_size
-from mixadv.site import Call
-from mixadv.strategy import Strategy
+from mixadv.model.closure import Reading
+from mixadv.model.modules import bound, unwrap
+from mixadv.model.parallel import world_size
+from mixadv.model.site import Call
+from mixadv.players.strategy import Strategy
 
 if TYPE_CHECKING:
-    from mixadv.ascent import Ascent
-    from mixadv.stage import Stage
+    from mixadv.players.ascent import Ascent
+    from mixadv.round.stage import Stage
 
 Gains = Callable[[Reading, int], Tensor]
 
@@ -46,7 +46,7 @@ class Payoffs(NamedTuple):
 RouteFunction = Callable[["Stage", Strategy, Gains], Payoffs]
 
 
-def sequential(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
+def loop(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
     """Evaluate the particles one after another."""
     values, gradients, predictions = [], [], []
     for particle in range(q.size):
@@ -70,7 +70,7 @@ def sequential(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
 def vmapped(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
     """Evaluate the particles by `torch.func.vmap` over δ."""
     if not q.points:  # nothing to map over before the first call at the site
-        return sequential(stage, q, gains)
+        return loop(stage, q, gains)
     leaves = [point.detach().requires_grad_() for point in q.points]
     sources: list[Tensor | None] = []
     told: list[Tensor | None] = []
@@ -92,7 +92,7 @@ def vmapped(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
 def stacked(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
     """Evaluate the particles in one batch of M copies."""
     if not q.points:
-        return sequential(stage, q, gains)
+        return loop(stage, q, gains)
     leaves = [point.detach().flatten(0, 1).requires_grad_() for point in q.points]
     reading = _stacked_pass(stage, q, leaves)
     values = gains(reading, q.size)
@@ -102,7 +102,7 @@ def stacked(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
 
 
 ROUTES: dict[str, RouteFunction] = {
-    "sequential": sequential,
+    "loop": loop,
     "vmap": vmapped,
     "stack": stacked,
 }
@@ -115,11 +115,11 @@ FEW = 256
 def chosen(stage: Stage, q: Strategy, ascent: Ascent) -> str:
     """Return the route of this round: `"auto"` stacks small batches, where that is the same."""
     if q.size == 1:
-        return "sequential"
-    if ascent.route != "auto":
-        return ascent.route
+        return "loop"
+    if ascent.particle_batching != "auto":
+        return ascent.particle_batching
     stacks = few(stage) and stage.game.modes() in stage.game.stackable
-    return "stack" if stacks else "sequential"
+    return "stack" if stacks else "loop"
 
 
 def few(stage: Stage) -> bool:
@@ -140,7 +140,7 @@ def readings(stage: Stage, q: Strategy, gains: Gains, auto: bool = True) -> Tens
     `"auto"` may stack, not so for a loss, which may be a scalar.
     """
     solver = stage.game.solver
-    if chosen(stage, q, solver) == "stack" and (auto or solver.route == "stack"):
+    if chosen(stage, q, solver) == "stack" and (auto or solver.particle_batching == "stack"):
         reading = _stacked_pass(stage, q, [p.flatten(0, 1) for p in q.points])
         return _apart(gains(reading, q.size), q)
     passes = [*[stage.part] * (q.size - 1), stage.run]

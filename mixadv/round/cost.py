@@ -1,26 +1,19 @@
-"""What a round will do, before it is played."""
+"""The passes of a round, counted by playing it without a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mixadv import first_round
-from mixadv.ascent import Ascent
-from mixadv.closure import Closure, Reading
-from mixadv.modules import INPUT
-from mixadv.parallel import is_spread
-from mixadv.site import Call
-from mixadv.solvers import SOLVERS
-from mixadv.stage import Step
-from mixadv.strategy import Strategy
-
-if TYPE_CHECKING:
-    from mixadv.game import Game
-    from mixadv.solvers.base import Solver
+from mixadv.model.closure import Reading
+from mixadv.model.site import Call
+from mixadv.players.ascent import Ascent
+from mixadv.players.strategy import Strategy
+from mixadv.solvers.base import Solver
+from mixadv.solvers.play import Step
 
 
 @dataclass(frozen=True)
@@ -47,59 +40,6 @@ class Passes:
         cost a third of one each (measured: 0.33 to 0.4).
         """
         return (self.forwards + self.delta_backwards + 2 * self.branches) / 3
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a round will do; `str()` of it is a table."""
-
-    solver: Solver
-    site: list[str]
-    unit: float | None
-    measured: bool
-    passes: Passes
-
-    @property
-    def radius(self) -> float | None:
-        """Radius at the site; None without a ball, or while the unit is unknown."""
-        if self.solver.radius is None or self.unit is None:
-            return None
-        return self.solver.radius * self.unit
-
-    def __str__(self) -> str:
-        s, p = self.solver, self.passes
-        ball = "no ball" if s.radius is None else f"{s.radius:g}"
-        if self.radius is not None and s.unit == "site":
-            ball += f" of the unit = {self.radius:.4g}"
-        if s.unit == "absolute":
-            unit = "1 (absolute)"
-        elif self.unit is None:
-            unit = "mean L2 norm of a real token's output, measured at the first round"
-        else:
-            how = "measured" if self.measured else "estimated from the embedding's rows"
-            unit = f"{self.unit:.4g} = mean L2 norm of a real token's output ({how})"
-        rows = {
-            "solver": f"{type(s).__name__} ({s.paper})",
-            "site": ", ".join("the model's own input" if n == INPUT else n for n in self.site),
-            "unit": unit,
-            "radius": f"{ball} ({s.norm} per {s.per})",
-            "passes": f"{p.forwards} forwards, {p.delta_backwards} backwards for δ, "
-            f"{p.theta_backwards} backwards, {p.steps} optimizer steps",
-            "cost": f"about {p.plain_steps:.1f} plain steps",
-        }
-        return "\n".join(f"{name:8}{text}" for name, text in rows.items())
-
-
-def explain(game: Game, closure: Closure | None) -> Explanation:
-    """Return the explanation of a game; see `Game.explain`."""
-    unit, measured = game.unit, game.unit is not None
-    if game.solver.unit == "absolute":
-        unit, measured = 1.0, True
-    elif unit is None and closure is not None:
-        unit, measured = first_round.measure_unit(game, [closure]), True
-    elif unit is None:
-        unit = _estimated(game)
-    return Explanation(game.solver, game.site.names, unit, measured, passes(game.solver))
 
 
 def passes(solver: Solver) -> Passes:
@@ -182,34 +122,34 @@ class _Rehearsal:
         return self.clean_gradients(ascent)
 
     def payoffs(
-        self, q: Strategy, payoff: Any, ascent: Ascent, deviation: float = 0.0
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, q: Strategy, payoff: Any, ascent: Ascent, deviation_weight: float = 0.0
+    ) -> tuple[Strategy, Tensor, list[Tensor]]:
         self.ascends = True
-        if payoff != "loss" or deviation:
+        if payoff != "loss" or deviation_weight:
             self.clean()
         self.forwards += q.size
         self.delta_backwards += q.size
-        return torch.zeros(q.size, 1), [torch.zeros_like(p) for p in q.points]
+        return q, torch.zeros(q.size, 1), [torch.zeros_like(p) for p in q.points]
 
     def move(self, q: Strategy, how: Any, gradients: Any = None) -> Strategy:
         return q
 
     def ascend(
-        self, payoff: Any, ascent: Ascent, deviation: float = 0.0, begin: Any = None
+        self, payoff: Any, ascent: Ascent, deviation_weight: float = 0.0, begin: Any = None
     ) -> Strategy:
         q = self.start(ascent)
         leaps = ascent.leaps and begin is None
         if leaps:
             self.leap(payoff, ascent)
         for _ in range(ascent.steps - leaps):
-            self.payoffs(q, payoff, ascent, deviation)
+            self.payoffs(q, payoff, ascent, deviation_weight)
         return q
 
     def read(self, q: Strategy) -> Reading:
         self.loss(q)
         return _REHEARSED
 
-    def loss(self, q: Strategy | None = None, last: bool = True) -> Tensor:
+    def loss(self, q: Strategy | None = None, last: bool = True, clean: bool = False) -> Tensor:
         if q is None:
             self._learn_clean()
         else:
@@ -232,31 +172,3 @@ class _Rehearsal:
         self.clean()
         self.branches += not self._used_clean
         self._used_clean = True
-
-
-def _estimated(game: Game) -> float | None:
-    """Return the mean norm of the rows of the site, where that is an embedding."""
-    modules = [m for _, m in game.site.targets]
-    if len(modules) != 1 or not isinstance(modules[0], nn.Embedding):
-        return None
-    with torch.no_grad():
-        scale: Any = getattr(modules[0], "embed_scale", 1.0)
-        weight: Any = modules[0].weight
-        # Of sharded weights this process's rows: an estimate should not wait for the others.
-        rows = weight.to_local() if is_spread(weight) else weight
-        return float(rows.float().norm(dim=1).mean() * scale)
-
-
-def solver_table() -> str:
-    """Return a Markdown table of the registered solvers: passes and cost at their defaults.
-
-    The cost is in plain training steps per batch, as `Passes.plain_steps` predicts it.
-    """
-    head = ["name", "class", "what it plays", "forwards", "δ-backwards", "backwards", "steps"]
-    rows = [f"| {' | '.join(head)} | cost | paper |", "|---" * (len(head) + 2) + "|"]
-    for name, cls in SOLVERS.items():
-        p = passes(cls())
-        counts = f"{p.forwards} | {p.delta_backwards} | {p.theta_backwards} | {p.steps}"
-        what = f"`{name}` | `{cls.__name__}` | {cls.summary}"
-        rows.append(f"| {what} | {counts} | {p.plain_steps:.1f} | {cls.paper} |")
-    return "\n".join(rows)

@@ -10,24 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mixadv import boundary, gauss_newton, routes, scaling, validate
-from mixadv.ascent import Ascent
-from mixadv.closure import Closure, Reading, read
-from mixadv.contexts import cast_anew, no_grad, reusable, without_autocast
-from mixadv.contrastive import directions
-from mixadv.divergence import Divergence, divergence
 from mixadv.errors import GameError
-from mixadv.modules import functional, unwrap
-from mixadv.parallel import local
-from mixadv.recompute import NO_GRADIENT, Cut
-from mixadv.replay import Replay
-from mixadv.site import Call, Pass, Provide
-from mixadv.strategy import Begin, Rule, Strategy, by_row
+from mixadv.maths import gauss_newton
+from mixadv.maths.contrastive import directions
+from mixadv.maths.divergence import Divergence, divergence
+from mixadv.model import scaling
+from mixadv.model.closure import Closure, Reading, read
+from mixadv.model.contexts import cast_anew, no_grad, reusable, without_autocast
+from mixadv.model.gradients import gradients_untouched
+from mixadv.model.modules import functional, unwrap
+from mixadv.model.parallel import local
+from mixadv.model.recompute import NO_GRADIENT, Cut
+from mixadv.model.replay import Noise, Replay
+from mixadv.model.site import Call, Pass, Provide
+from mixadv.players import boundary
+from mixadv.players.ascent import Ascent
+from mixadv.players.strategy import Begin, Rule, Strategy, by_row
+from mixadv.round import routes
 
 if TYPE_CHECKING:
     from mixadv.game import Game
@@ -37,12 +41,6 @@ _DIFFERENTIATED_TWICE = (
     "{} differentiates the clean pass twice, which reentrant checkpointing does not allow: set "
     "use_reentrant=False."
 )
-
-
-class Step(NamedTuple):
-    """The objective of the last pass before an optimizer step."""
-
-    objective: Tensor
 
 
 class Stage:
@@ -89,6 +87,17 @@ class Stage:
         """Return δ = 0, as a point that requires grad."""
         return self.start(ascent, lambda index, call: torch.zeros_like(call.empty()))
 
+    @property
+    def site(self) -> list[str]:
+        """Names of the modules at whose output δ is added."""
+        return self.game.site.names
+
+    def constant(self, name: str, kind: str, like: Tensor) -> Tensor:
+        """Return a draw that is the same in every round: it depends on seed and name alone."""
+        noise = Noise(self.game.seed)
+        noise.begin(name, 0)
+        return noise(kind, like)
+
     def draw(self, ascent: Ascent, call: Call) -> Tensor:
         """Return the ascent's own start at a call, `[B, ...]`."""
         return ascent.begin(call.empty(), call.mask, self.game.noise)
@@ -99,23 +108,23 @@ class Stage:
         payoff: str | Divergence,
         ascent: Ascent,
         route: routes.RouteFunction | None = None,
-        deviation: float = 0.0,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return each particle's payoff and its gradient with respect to δ alone.
+        deviation_weight: float = 0.0,
+    ) -> tuple[Strategy, Tensor, list[Tensor]]:
+        """Return the strategy, each particle's payoff and its gradient with respect to δ alone.
 
         Args:
             q: where to evaluate, M particles.
             payoff: `"loss"`, or a divergence from the clean predictions, by name or callable.
             ascent: says by which route many particles are computed.
             route: another route than the ascent's.
-            deviation: weight of the cosine distance between the perturbed and the clean
+            deviation_weight: weight of the cosine distance between the perturbed and the clean
                 representation, added to the payoff.
 
         Returns:
             Payoffs `[M, B]`, or `[M, 1]` where only a scalar loss is known, and per call at the
             site the gradients `[M, B, ...]` of each sample's own payoff.
         """
-        gains = self.reader(payoff, deviation)
+        gains = self.reader(payoff, deviation_weight)
         chosen = route or routes.ROUTES[routes.chosen(self, q, ascent)]
         begun = len(self.passes)
         with self.frozen(), self.format(ascent):
@@ -127,14 +136,14 @@ class Stage:
         # A payoff that is not finite belongs to a δ that falls back to 0, where a divergence is 0.
         values = torch.where(values.isfinite(), values, torch.zeros_like(values))
         self.payoff = (q.weights * values).sum(0).mean() / self.samples_in(values, payoff)
-        return values, gradients
+        return q, values, gradients
 
-    def reader(self, payoff: str | Divergence, deviation: float = 0.0) -> routes.Gains:
+    def reader(self, payoff: str | Divergence, deviation_weight: float = 0.0) -> routes.Gains:
         """Return what reads the payoffs of a pass; the arguments are those of `payoffs`."""
         target = None if payoff == "loss" else self._predictions(self.clean()).detach()
         measure = None if target is None else divergence(payoff)
 
-        clean = directions(self.clean().representation.detach()) if deviation else None
+        clean = directions(self.clean().representation.detach()) if deviation_weight else None
 
         def gains(reading: Reading, copies: int = 1) -> Tensor:
             if target is None or measure is None:
@@ -144,7 +153,7 @@ class Stage:
             if clean is None:
                 return gained
             away = 1 - (directions(reading.representation) * _copies(clean, copies)).sum(-1)
-            return gained + deviation * _spread(away.to(gained.dtype), len(gained))
+            return gained + deviation_weight * _spread(away.to(gained.dtype), len(gained))
 
         return gains
 
@@ -206,14 +215,14 @@ class Stage:
         self,
         payoff: str | Divergence,
         ascent: Ascent,
-        deviation: float = 0.0,
+        deviation_weight: float = 0.0,
         begin: Begin | None = None,
     ) -> Strategy:
         """Return where the ascent ends after its K steps, detached; `begin` as for `start`."""
         leaps = ascent.leaps and begin is None
         q = self.leap(payoff, ascent) if leaps else self.start(ascent, begin)
         for _ in range(ascent.steps - leaps):
-            _, gradients = self.payoffs(q, payoff, ascent, deviation=deviation)
+            q, _, gradients = self.payoffs(q, payoff, ascent, deviation_weight=deviation_weight)
             q = self.move(q, ascent, gradients)
         return q.detach()
 
@@ -254,21 +263,24 @@ class Stage:
         """Return the clean loss, 0-d, as an objective of its own."""
         return self._keep_clean(self.run(_nowhere)).objective
 
-    def loss(self, q: Strategy | None = None, last: bool = True) -> Tensor:
+    def loss(self, q: Strategy | None = None, last: bool = True, clean: bool = False) -> Tensor:
         """Return the task loss, 0-d: clean, or at the strategy (its expectation, if mixed).
 
         A pass before the `last` one only accumulates: its gradients stay on this process.
         """
         if not last:
             with local(self.game.model):
-                return self.loss(q)
+                return self.loss(q, clean=clean)
         if q is None:
             return self.clean().objective
         self.played = q
         if q.size > 1:
             losses = routes.readings(self, q.detach(), _losses, auto=False)
             return (q.weights * losses).mean(1).sum()
-        return self.read(q).objective
+        objective = self.read(q).objective
+        if clean:
+            self.clean_loss = objective.detach()
+        return objective
 
     def read(self, q: Strategy) -> Reading:
         """Return the pass at a point: loss, predictions, and the representation if one is read."""
@@ -328,7 +340,7 @@ class Stage:
             cast_anew(),
             self.replay.run(),
             self.game.site.run(provide) as current,
-            validate.gradients_untouched(self.parameters),
+            gradients_untouched(self.parameters),
             reusable(self.game.solver.differentiates_twice or self.game.solver.leaps),
             represents.run() if represents else nullcontext(),
         ):
@@ -383,7 +395,7 @@ class Stage:
 
     def format(self, ascent: Ascent) -> AbstractContextManager[Any]:
         """Return what to run the ascent's own passes in."""
-        if ascent.dtype is None:
+        if ascent.ascent_dtype is None:
             return nullcontext()
         return torch.autocast(self.parameters[0].device.type, torch.bfloat16)
 
@@ -518,7 +530,7 @@ def _losses(reading: Reading, copies: int) -> Tensor:
     """The losses as `[B]`, or `[1]` for a scalar one."""
     if copies > 1 and not reading.loss.dim():
         raise GameError(
-            "route='stack' needs one loss per sample, and the closure returned a scalar: return "
-            "losses [B] (reduction='none'), or use route='sequential'."
+            "particle_batching='stack' needs one loss per sample, and the closure returned a "
+            "scalar: return losses [B] (reduction='none'), or use particle_batching='loop'."
         )
     return reading.loss.reshape(-1)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadv import mirror
-from mixadv.ascent import Ascent, Draw
-from mixadv.geometry import Norm, Per, norms
-from mixadv.site import Call
+from mixadv.maths import mirror
+from mixadv.maths.geometry import Norm, Per, norms
+from mixadv.model.site import Call
+from mixadv.players.ascent import Ascent, Draw
 
 Begin = Callable[[int, Call], Tensor]
 """`begin(index, call)`: the start `[B, ...]` at a call of the site."""

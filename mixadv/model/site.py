@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.modules import INPUT, around, bound, find, unwrap
+from mixadv.model.modules import INPUT, around, bound, find, unwrap
 
 
 class Call(NamedTuple):

@@ -6,26 +6,25 @@ with u the payoff, d the normalisation of its gradient, Π the projection onto t
 that noise never leaves it), η `step_size` and τ `temperature`.
 """
 
-import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mixadv import geometry, langevin
+from mixadv.checks import check_flag, check_integer, check_number
 from mixadv.errors import nearest
-from mixadv.geometry import Norm, Per
+from mixadv.maths import geometry, langevin
+from mixadv.maths.geometry import Norm, Per
 
 Start = Literal["zero", "uniform", "normal"]
 Normalize = Literal["steepest", "norm", "none"]
 Projection = Literal["ball", "sphere"]
-Unit = Literal["site", "absolute"]
+Unit = Literal["relative", "absolute"]
 Direction = Literal["gradient", "gauss_newton"]
 Sign = Literal["any", "boundary"]
-Route = Literal["auto", "sequential", "vmap", "stack"]
+ParticleBatching = Literal["auto", "loop", "vmap", "stack"]
 
 _CHOICES = {
     "norm": get_args(Norm),
@@ -34,7 +33,7 @@ _CHOICES = {
     "normalize": get_args(Normalize),
     "projection": get_args(Projection),
     "unit": get_args(Unit),
-    "route": get_args(Route),
+    "particle_batching": get_args(ParticleBatching),
     "direction": get_args(Direction),
     "sign": (*get_args(Sign), None),
 }
@@ -45,9 +44,9 @@ class Ascent:
     """Hyper-parameters of the adversary, the same words for every solver.
 
     Lengths (`radius`, `start_size`, `step_size` of a normalised step) are in units of the mean L2
-    norm of a real token's output at the site (`unit="site"`, measured at the first round), or as
-    they stand (`unit="absolute"`, as in papers). In other words: the adversary plays δ/unit. Where
-    the site is called several times, or is several modules, each call has a ball of its own.
+    norm of a real token's output at the site (`unit="relative"`, measured at the first round), or
+    as they stand (`unit="absolute"`, as in papers). So the adversary plays δ/unit. Where the site
+    is called several times, or is several modules, each call has a ball of its own.
 
     Attributes:
         steps: number of moves K; 0 plays the start point.
@@ -68,20 +67,20 @@ class Ascent:
             for divergences, takes the first of the steps from δ = 0 as far as the radius, where
             the likeliest label loses most against the others, for two classes the direction of
             fastest growth to second order: a backward of the clean pass, and no forward
-            (`mixadv.gauss_newton`).
+            (`mixadv.maths.gauss_newton`).
         sign: a divergence is even in δ to second order. `"boundary"` plays that of δ and −δ which
             makes the likeliest label less likely, `"any"` the one that the start happens to be at,
             as papers do. None is `"boundary"` for `direction="gauss_newton"`, else `"any"`.
-        dtype: `torch.bfloat16`, or its name, computes the ascent's own passes under autocast; δ
-            and the learner's passes keep their format. None computes all passes alike.
+        ascent_dtype: `torch.bfloat16`, or its name, computes the ascent's own passes under
+            autocast; δ and the learner's passes keep their format. None computes all alike.
         temperature: τ of the Langevin noise; 0 draws none.
         particles: M, the number of points of a mixed strategy; pure solvers take 1.
         unit: what lengths are measured in.
         fresh_dropout: draw a new dropout mask in every pass, as much released code does; by default
             all passes between two optimizer steps see the same one.
-        route: how the payoffs of many particles are computed: one after another, by
-            `torch.func.vmap`, or stacked in the batch (only without dropout); `"auto"` stacks small
-            batches where the first round finds that it is the same.
+        particle_batching: how the payoffs of many particles are computed: `"loop"`, one after
+            another; `"vmap"`, by `torch.func.vmap`; `"stack"`, in one batch (only without dropout);
+            `"auto"` stacks small batches where the first round finds that it is the same.
     """
 
     steps: int = 1
@@ -95,12 +94,12 @@ class Ascent:
     start_size: float | None = None
     temperature: float = 0.0
     particles: int = 1
-    unit: Unit = "site"
+    unit: Unit = "relative"
     fresh_dropout: bool = False
-    route: Route = "sequential"
+    particle_batching: ParticleBatching = "loop"
     direction: Direction = "gradient"
     sign: Sign | None = None
-    dtype: torch.dtype | Literal["bfloat16"] | None = None
+    ascent_dtype: torch.dtype | Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         who = type(self).__name__
@@ -114,9 +113,10 @@ class Ascent:
         check_integer(who, "steps", self.steps, 0)
         check_integer(who, "particles", self.particles, 1)
         check_flag(who, "fresh_dropout", self.fresh_dropout)
-        if self.dtype not in (None, torch.bfloat16, "bfloat16"):
+        if self.ascent_dtype not in (None, torch.bfloat16, "bfloat16"):
             raise ValueError(
-                f"{who}: dtype must be torch.bfloat16, 'bfloat16' or None, got {self.dtype!r}: "
+                f"{who}: ascent_dtype must be torch.bfloat16, 'bfloat16' or None, got "
+                f"{self.ascent_dtype!r}: "
                 "for other formats put autocast around the round."
             )
         check_number(who, "step_size", self.step_size)
@@ -196,35 +196,3 @@ class Ascent:
 
 
 Draw = Callable[[str, Tensor], Tensor]
-
-
-def check_flag(who: str, name: str, value: Any) -> None:
-    """Raise unless the value is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{who}: {name} must be True or False, got {value!r}.")
-
-
-def check_integer(who: str, name: str, value: Any, least: int) -> None:
-    """Raise unless the value is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{who}: {name} must be an integer, got {value!r}.")
-    if value < least:
-        raise ValueError(f"{who}: {name} must be at least {least}, got {value}.")
-    _check_size(who, name, value)
-
-
-def check_number(
-    who: str, name: str, value: Any, least: float = 0.0, most: float = math.inf
-) -> None:
-    """Raise unless the value is a finite number between `least` and `most`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{who}: {name} must be a number, got {value!r}.")
-    if not abs(value) <= sys.float_info.max or not least <= value <= most:
-        bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise ValueError(f"{who}: {name} must be finite and {bounds}, got {value!r}.")
-    _check_size(who, name, value)
-
-
-def _check_size(who: str, name: str, value: float) -> None:
-    if isinstance(value, int) and abs(value) > sys.maxsize:
-        raise ValueError(f"{who}: {name} must be finite and fit into 64 bits, got {value}.")

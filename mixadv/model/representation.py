@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError, nearest
-from mixadv.modules import compiled, unwrap
-from mixadv.site import first_of, recomputing
+from mixadv.model.modules import compiled, unwrap
+from mixadv.model.site import first_of, recomputing
 
 
 def first_token(output: Any) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixadv.divergence import Divergence
 from mixadv.errors import GameError
+from mixadv.maths.divergence import Divergence
 
 Closure = Callable[[], Any]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixadv.parallel import share
+from mixadv.model.parallel import share
 
 RandomState = list[tuple[torch.device, Tensor]]
 Slot = tuple[nn.Module, str]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mixadv.errors import nearest
-from mixadv.parallel import sharded, swapped
+from mixadv.model.parallel import sharded, swapped
 
 INPUT = "input"
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixadv.divergence import (
+from mixadv.errors import GameError
+from mixadv.maths.divergence import (
     Divergence,
     js,
     kl,
@@ -30,7 +31,6 @@ from mixadv.divergence import (
     squared_error,
     symmetric_kl,
 )
-from mixadv.errors import GameError
 
 CURVED: tuple[str | Divergence, ...] = ("kl", "symmetric_kl", "js", kl, symmetric_kl, js)
 FLAT: tuple[str | Divergence, ...] = ("squared_error", squared_error)

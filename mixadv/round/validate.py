@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from mixadv import parallel
 from mixadv.errors import GameError
+from mixadv.model import parallel
 from mixadv.solvers.base import Solver
-
-CHANGES_GRADIENTS = (
-    "The closure changes gradients: it calls backward or zero_grad. A closure runs the forward "
-    "pass and returns the loss; the round does the rest."
-)
-
-
-Gradients = list[tuple[Tensor | None, int]]
-
-
-def gradients(parameters: list[Tensor]) -> Gradients:
-    """Return the gradients with their version counters, which tell of changes in place."""
-    return [(p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
-
-
-def unchanged(before: Gradients, parameters: list[Tensor]) -> bool:
-    """Return whether each gradient is the one it was, with the values it had."""
-    pairs = zip(before, gradients(parameters), strict=True)
-    return all(a is b and old == new for (a, old), (b, new) in pairs)
-
-
-@contextmanager
-def gradients_untouched(parameters: list[Tensor]) -> Iterator[None]:
-    """Raise if the body replaces or changes a gradient."""
-    before = gradients(parameters)
-    yield
-    if not unchanged(before, parameters):
-        raise GameError(CHANGES_GRADIENTS)
 
 
 def check_seed(seed: Any) -> None:
@@ -98,7 +68,11 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
             f"{type(model).__name__}: build it from the parameters of the model that is trained."
         )
     outside = [p for p in held if id(p) not in own and p.requires_grad]
-    if outside and learner is not None and (learner.momentum is not None or learner.samples.maxlen):
+    if (
+        outside
+        and learner is not None
+        and (learner.ema_decay is not None or learner.samples.maxlen)
+    ):
         raise ValueError(
             f"The optimizer trains {len(outside)} parameters that are not part of the model, and "
             f"{type(solver).__name__} runs the model with other weights (a teacher, or samples), "

@@ -1,0 +1,1 @@
+"""The mathematics of the moves: no model, no game."""

@@ -1,0 +1,101 @@
+"""What a round will do, before it is played."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mixadv.model.closure import Closure
+from mixadv.model.modules import INPUT
+from mixadv.model.parallel import is_spread
+from mixadv.round import first_round
+from mixadv.round.cost import Passes, passes
+from mixadv.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from mixadv.game import Game
+    from mixadv.solvers.base import Solver
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a round will do; `str()` of it is a table."""
+
+    solver: Solver
+    site: list[str]
+    unit: float | None
+    measured: bool
+    passes: Passes
+
+    @property
+    def radius(self) -> float | None:
+        """Radius at the site; None without a ball, or while the unit is unknown."""
+        if self.solver.radius is None or self.unit is None:
+            return None
+        return self.solver.radius * self.unit
+
+    def __str__(self) -> str:
+        s, p = self.solver, self.passes
+        ball = "no ball" if s.radius is None else f"{s.radius:g}"
+        if self.radius is not None and s.unit == "relative":
+            ball += f" of the unit = {self.radius:.4g}"
+        if s.unit == "absolute":
+            unit = "1 (absolute)"
+        elif self.unit is None:
+            unit = "mean L2 norm of a real token's output, measured at the first round"
+        else:
+            how = "measured" if self.measured else "estimated from the embedding's rows"
+            unit = f"{self.unit:.4g} = mean L2 norm of a real token's output ({how})"
+        rows = {
+            "solver": f"{type(s).__name__} ({s.paper})",
+            "site": ", ".join("the model's own input" if n == INPUT else n for n in self.site),
+            "unit": unit,
+            "radius": f"{ball} ({s.norm} per {s.per})",
+            "passes": f"{p.forwards} forwards, {p.delta_backwards} backwards for δ, "
+            f"{p.theta_backwards} backwards, {p.steps} optimizer steps",
+            "cost": f"about {p.plain_steps:.1f} plain steps",
+        }
+        return "\n".join(f"{name:8}{text}" for name, text in rows.items())
+
+
+def explain(game: Game, closure: Closure | None) -> Explanation:
+    """Return the explanation of a game; see `Game.explain`."""
+    unit, measured = game.unit, game.unit is not None
+    if game.solver.unit == "absolute":
+        unit, measured = 1.0, True
+    elif unit is None and closure is not None:
+        unit, measured = first_round.measure_unit(game, [closure]), True
+    elif unit is None:
+        unit = _estimated(game)
+    return Explanation(game.solver, game.site.names, unit, measured, passes(game.solver))
+
+
+def _estimated(game: Game) -> float | None:
+    """Return the mean norm of the rows of the site, where that is an embedding."""
+    modules = [m for _, m in game.site.targets]
+    if len(modules) != 1 or not isinstance(modules[0], nn.Embedding):
+        return None
+    with torch.no_grad():
+        scale: Any = getattr(modules[0], "embed_scale", 1.0)
+        weight: Any = modules[0].weight
+        # Of sharded weights this process's rows: an estimate should not wait for the others.
+        rows = weight.to_local() if is_spread(weight) else weight
+        return float(rows.float().norm(dim=1).mean() * scale)
+
+
+def solver_table() -> str:
+    """Return a Markdown table of the registered solvers: passes and cost at their defaults.
+
+    The cost is in plain training steps per batch, as `Passes.plain_steps` predicts it.
+    """
+    head = ["name", "class", "what it plays", "forwards", "δ-backwards", "backwards", "steps"]
+    rows = [f"| {' | '.join(head)} | cost | paper |", "|---" * (len(head) + 2) + "|"]
+    for name, cls in SOLVERS.items():
+        p = passes(cls())
+        counts = f"{p.forwards} | {p.delta_backwards} | {p.theta_backwards} | {p.steps}"
+        what = f"`{name}` | `{cls.__name__}` | {cls.summary}"
+        rows.append(f"| {what} | {counts} | {p.plain_steps:.1f} | {cls.paper} |")
+    return "\n".join(rows)
