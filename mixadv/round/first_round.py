@@ -418,7 +418,7 @@ def _compare_routes(game: Game, closure: Closure, route: str, slack: float) -> N
     for a, b in zip([one[0], *one[1]], [other[0], *other[1]], strict=True):
         if not torch.allclose(a, b, rtol=1e-2, atol=slack * float(a.abs().max())):
             raise GameError(
-                f"particle_batching={route!r} disagrees with one pass after another (largest difference "
-                f"{float((a - b).abs().max()):.2g} of {float(a.abs().max()):.2g}); batch "
-                f"statistics are a reason. Use particle_batching={instead}."
+                f"particle_batching={route!r} disagrees with one pass after another (largest "
+                f"difference {float((a - b).abs().max()):.2g} of {float(a.abs().max()):.2g}); "
+                f"batch statistics are a reason. Use particle_batching={instead}."
             )
