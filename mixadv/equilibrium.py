@@ -20,6 +20,7 @@ from mixadv.model.replay import Buffers
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.round import routes
+from mixadv.round.gains import gains_of, shared
 from mixadv.round.stage import Stage
 from mixadv.solvers.base import Solver
 from mixadv.solvers.play import Step
@@ -67,12 +68,12 @@ def best_response(game: Game, closure: Closure) -> BestResponse:
         torch.Size([2, 2])
     """
     _check_game(game)
-    with torch.enable_grad(), game.rehearsal(closure) as stage:
+    with torch.enable_grad(), game.rounds.rehearse(closure) as stage:
         strategy = stage.ascend(game.solver.gain, game.solver)
         with no_grad():
             if strategy.size > 1:
                 strategy = _best(strategy, _finite(_payoffs(stage, strategy)))
-            reading = stage.run(stage.at(strategy, 0))
+            reading = stage.passes.run(stage.passes.at(strategy))
     return BestResponse(strategy, reading.loss, reading.predictions)
 
 
@@ -188,10 +189,10 @@ def _each(closures: Closure | Iterable[Closure]) -> Iterator[Closure]:
 
 def _measure(game: Game, closure: Closure, ascent: Ascent, restarts: int) -> tuple[Tensor, Tensor]:
     """Return the payoffs of the strategy in play and of the best response, `[B]` or `[1]`."""
-    with game.rehearsal(closure) as stage, stage.frozen(), warnings.catch_warnings():
+    with game.rounds.rehearse(closure) as stage, stage.passes.frozen(), warnings.catch_warnings():
         # Of reentrant checkpoints: here neither weights nor a fixed δ require grad.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
-        stage.replay.fresh = False  # payoffs are compared
+        stage.passes.replay.fresh = False  # payoffs are compared
         q = _in_play(stage)
         payoffs = _payoffs(stage, q)
         candidates = _finite(payoffs)
@@ -207,23 +208,24 @@ def _measure(game: Game, closure: Closure, ascent: Ascent, restarts: int) -> tup
 
 def _in_play(stage: Stage) -> Strategy:
     """Return what a round leaves as its strategy, against a learner that stands still."""
-    solver = stage.game.solver
+    solver = stage.arena.solver
     with closing(solver.play(stage)) as play:
         for move in play:
             objective = move.objective if isinstance(move, Step) else move
             if isinstance(move, Step) and not solver.replays_batch:
                 break
             if stage.played is not None and objective.requires_grad:
-                stage.differentiate(objective, stage.played.points)
-    return (stage.played or stage.origin(solver)).settled()  # plain training plays δ = 0
+                stage.passes.differentiate(objective, stage.played.points)
+    return (stage.played or stage.origin(solver)).detach()  # plain training plays δ = 0
 
 
 def _payoffs(stage: Stage, q: Strategy) -> Tensor:
     """Return each particle's payoff, `[M, B]`, or `[M, 1]` where only a scalar loss is known."""
-    gain = stage.game.solver.gain
-    values = routes.readings(stage, q, stage.reader(gain)).detach()
+    gain = stage.arena.solver.gain
+    values, samples = routes.readings(stage.passes, q, gains_of(gain, stage.clean))
+    values = values.detach()
     wide = torch.promote_types(values.dtype, torch.float32)
-    return values.to(wide) / stage.samples_in(values, gain)
+    return values.to(wide) / shared(values, gain, samples)
 
 
 def _finite(payoffs: Tensor) -> Tensor:
@@ -246,17 +248,15 @@ def _best(q: Strategy, payoffs: Tensor) -> Strategy:
 @contextmanager
 def _untouched(game: Game) -> Iterator[None]:
     """Put back what a round's play and the check before the first one change in a game."""
-    changed = ("unit", "leaf_backward", "scaling", "memory", "stackable", "_checked")
-    found = {name: getattr(game, name) for name in changed}
+    rounds = game.rounds
+    found = rounds.arena.calibration, rounds.memory
     heads = [Buffers(module) for module in game.solver.modules().values()]
-    random = (
-        torch.get_rng_state()
-    )  # which a loader draws from when closures are made of its batches
+    # A loader draws from the random state when closures are made of its batches.
+    random = torch.get_rng_state()
     try:
         yield
     finally:
         torch.set_rng_state(random)
-        for name, value in found.items():
-            setattr(game, name, value)
+        rounds.arena.calibration, rounds.memory = found
         for buffers in heads:
             buffers.undo()

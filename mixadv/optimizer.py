@@ -212,26 +212,26 @@ class GameOptimizer(Optimizer):
 
     def _round(self, closure: Closure, check: bool) -> Tensor:
         game = self.game
-        alike = not self._compared and parallel.replicas_alike(game.parameters())
+        alike = not self._compared and parallel.replicas_alike(game.rounds.arena.parameters())
         self._compared = True
         try:
-            with game.stage(closure, check) as stage:
+            with game.rounds.open(closure, check) as stage:
                 self.base.zero_grad()
                 total, steps = torch.zeros(()), 0
-                for objective, last in game.plays(stage):
-                    stage.deliver(objective, None)
+                for objective, last in game.rounds.objectives(stage):
+                    stage.passes.deliver(objective, None)
                     total = total.to(objective) + objective.detach()
                     if last:
                         self.base.step()
                         self.base.zero_grad()
                         stage.renew()
                         steps += 1
-                outcome = game.finish(stage, total, steps)
+                outcome = game.rounds.finish(stage, total, steps)
         except BaseException:
             if game.learner is not None:
                 game.learner.abandon()
             raise
-        if alike and not parallel.replicas_alike(game.parameters()):
+        if alike and not parallel.replicas_alike(game.rounds.arena.parameters()):
             warnings.warn(_DRIFTING, stacklevel=4)
         return outcome.objective
 
@@ -264,7 +264,7 @@ class GameOptimizer(Optimizer):
         learner = self.game.learner
         if ours is not None:
             check_entries("entry 'mixadv'", ours, ("game", "learner"))
-            self.game.check_state(ours["game"])
+            self.game.rounds.check_state(ours["game"])
         if ours is not None and (ours["learner"] is None) != (learner is None):
             raise ValueError(
                 f"The checkpoint was written {'without' if learner else 'with'} a learner part and "
@@ -277,7 +277,7 @@ class GameOptimizer(Optimizer):
             state["param_groups"] = [*groups, *own[len(groups) :]]
         part = {} if ours is None or learner is None else learner.read_state(ours["learner"])
         self.base.load_state_dict(state)
-        fresh = {"seed": self.game.seed, "round": 0, "unit": None}
+        fresh = {"seed": self.game.rounds.arena.noise.seed, "round": 0, "unit": None}
         self.game.load_state_dict(fresh if ours is None else ours["game"])
         if learner is not None:
             learner.reset()
@@ -303,10 +303,10 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
     validate.closure(closure)
     replay = Replay(game.model)
     before = game.round, sequence_number()
-    with gradients_kept(game.parameters()) as gradients:
+    with gradients_kept(game.rounds.arena.parameters()) as gradients:
         try:
-            with ExitStack() as game.probing:
-                game.probing.enter_context(parallel.local(game.model))
+            with ExitStack() as game.rounds.probing:
+                game.rounds.probing.enter_context(parallel.local(game.model))
                 result = closure()
             idle = result is None and sequence_number() == before[1]
             played = game.round > before[0] or idle
@@ -314,7 +314,7 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
             replay.undo()
             raise
         finally:
-            game.probing = None
+            game.rounds.probing = None
         gradients.keep_new = played
         if not played:
             replay.undo()

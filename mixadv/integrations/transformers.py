@@ -167,7 +167,7 @@ class Adversarial(Base):
         if not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, items)
         if hasattr(model, "_orig_mod") and model is not self.game.model:
-            self.game.follow(model)  # compiled since the game was made
+            self.game.rounds.arena.follow(model)  # compiled since the game was made
             torch.compiler.reset()  # graphs of an evaluation before lack the hooks
         stock = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
         wanted = stock or return_outputs or self.solver.compares is not None  # elsewhere not free

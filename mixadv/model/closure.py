@@ -27,17 +27,35 @@ class Reading(NamedTuple):
         predictions: `[B, C]` or `[B, n, C]`, None where the closure returned a loss alone.
         mask: `[B, n]`, 1 at tokens that count, where predictions are per token and it is known.
         hidden: the representation `[B, d]`, where the solver reads one from the model.
+        samples: B, counted by losses, else predictions, else rows at the site.
     """
 
     loss: Tensor
     predictions: Tensor | None
     mask: Tensor | None = None
     hidden: Tensor | None = None
+    samples: int = 1
 
     @property
     def objective(self) -> Tensor:
         """The loss as a scalar: its mean, where there is one per sample."""
         return self.loss.mean()
+
+    @property
+    def compared(self) -> Tensor:
+        """The predictions, of a solver that compares them.
+
+        Raises:
+            GameError: if the closure returned none.
+        """
+        if self.predictions is None:
+            raise GameError(
+                "This solver compares predictions, and the closure returned a loss alone. Return "
+                "(loss, logits), or the model's whole output, from the closure; of several heads "
+                "with as many classes (loss, torch.stack([one, other], 1)). In a Trainer: outputs "
+                "with logits, from forward_pass."
+            )
+        return self.predictions
 
     @property
     def representation(self) -> Tensor:

@@ -43,3 +43,11 @@ def no_grad() -> Iterator[None]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         yield
+
+
+def compute_dtype(output: Tensor) -> torch.dtype:
+    """Return the number format that a tensor was computed in: that of autocast, where it is on."""
+    kind = output.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return output.dtype

@@ -7,6 +7,8 @@ boundary, where predictions get surer and the divergence grows slower (`theory/s
 Of a point that a pass has shown to do so, the opposite one is taken, with the opposite gradient.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,26 +18,24 @@ from mixadv.model.closure import Reading
 from mixadv.players.strategy import Strategy, by_row
 
 
-def turn(q: Strategy, gradients: list[Tensor], predictions: Tensor, clean: Reading) -> list[Tensor]:
-    """Turn the points at which the likeliest label got likelier; return the gradients there.
+def turn(
+    q: Strategy, gradients: Sequence[Tensor], predictions: Tensor, clean: Reading
+) -> tuple[Strategy, list[Tensor]]:
+    """Turn the points at which the likeliest label got likelier.
 
     Args:
-        q: the points, which are changed.
+        q: the points.
         gradients: of a divergence there, per call at the site as `[M, B, ...]`.
         predictions: there, `[M, B, C]` or `[M, B, n, C]`.
         clean: the clean pass, with predictions; tokens that count are added up.
 
+    Returns:
+        The strategy at the points turned, and the gradients there.
+
     Raises:
         GameError: if the rows are not as many for each prediction.
     """
-    assert clean.predictions is not None
-    before = clean.predictions.detach()
-    label = before.argmax(-1, keepdim=True).expand(*predictions.shape[:-1], 1)
-    gained = log_probabilities(predictions) - log_probabilities(before)
-    gained = gained.gather(-1, label)[..., 0]
-    if gained.dim() == 3:
-        gained = (gained if clean.mask is None else gained * clean.mask).sum(-1)
-    sign = torch.where(gained > 0, -1.0, 1.0)
+    sign = _signs(predictions, clean)
     for g in gradients:
         if g.shape[1] % sign.shape[1]:
             raise GameError(
@@ -43,8 +43,16 @@ def turn(q: Strategy, gradients: list[Tensor], predictions: Tensor, clean: Readi
                 "each other, so that no sign can be chosen: set sign='any'."
             )
     signs = [by_row(sign.to(g), g) for g in gradients]
-    q.points[:] = [
-        (s * p.detach()).requires_grad_(p.requires_grad)
-        for s, p in zip(signs, q.points, strict=True)
-    ]
-    return [s * g for s, g in zip(signs, gradients, strict=True)]
+    return q.turned(signs), [s * g for s, g in zip(signs, gradients, strict=True)]
+
+
+def _signs(predictions: Tensor, clean: Reading) -> Tensor:
+    """Return −1 where the likeliest label got likelier, else 1, `[M, B]`."""
+    assert clean.predictions is not None
+    before = clean.predictions.detach()
+    label = before.argmax(-1, keepdim=True).expand(*predictions.shape[:-1], 1)
+    gained = log_probabilities(predictions) - log_probabilities(before)
+    gained = gained.gather(-1, label)[..., 0]
+    if gained.dim() == 3:
+        gained = (gained if clean.mask is None else gained * clean.mask).sum(-1)
+    return torch.where(gained > 0, -1.0, 1.0)

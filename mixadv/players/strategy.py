@@ -8,7 +8,7 @@ else one per batch.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,16 @@ Rule = Callable[[int, Tensor, Tensor, Tensor | None, Draw], Tensor]
 class Strategy:
     """Particles `[M, B, ...]` per call at the site, with log-weights `[M, B]` or `[M, 1]`.
 
-    Attributes:
+    Never changed once it is made: what moves or weighs returns another one.
+
+    Args:
         points: one tensor per call at the site, `[M, B, ...]`, in at least fp32.
         masks: one per call, broadcastable to `[B, ...]`, None where all coordinates are real.
-        log_weights: `[M, B]` (per sample) or `[M, 1]` (per batch); they sum to 1 over M.
+        log_weights: `[M, B]` (per sample) or `[M, 1]` (per batch), which sum to 1 over M; None
+            weighs all particles alike.
         unit: what one unit of length of the points is at the site.
+
+    Attributes:
         size: M, the number of particles.
 
     Example:
@@ -44,64 +49,42 @@ class Strategy:
 
     def __init__(
         self,
-        points: list[Tensor],
-        masks: list[Tensor | None] | None = None,
+        points: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
         log_weights: Tensor | None = None,
         unit: float = 1.0,
     ) -> None:
-        self.points = points
-        self.masks: list[Tensor | None] = list(masks or [None] * len(points))
-        self.unit = unit
-        self.size = len(points[0]) if points else 1
+        self._points = tuple(points)
+        self._masks = (None,) * len(self._points) if masks is None else tuple(masks)
         self._log_weights = log_weights
-        self._begin: Callable[[int, Call], Tensor] | None = None
-        self._leaf = False
+        self.unit = unit
 
-    @classmethod
-    def begin(
-        cls,
-        ascent: Ascent,
-        draw: Draw,
-        calls: list[Call],
-        unit: float,
-        begin: Begin | None = None,
-    ) -> "Strategy":
-        """Return the adversary's start; calls not yet known are filled in as they are made.
+    @property
+    def points(self) -> tuple[Tensor, ...]:
+        """The particles of each call at the site, `[M, B, ...]`."""
+        return self._points
 
-        `begin` gives the point of each call, where it is not the ascent's own start.
-        """
+    @property
+    def masks(self) -> tuple[Tensor | None, ...]:
+        """The mask of real coordinates at each call."""
+        return self._masks
 
-        def start(index: int, call: Call) -> Tensor:
-            if begin is not None:
-                return begin(index, call)[None]
-            size = (ascent.particles * call.shape[0], *call.shape[1:])
-            like = call.empty().new_empty(size)
-            point = ascent.begin(like, _repeat(call.mask, ascent.particles), draw)
-            return point.unflatten(0, (ascent.particles, -1))
+    @property
+    def size(self) -> int:
+        """M, the number of particles."""
+        return len(self.points[0])
 
-        strategy = cls([], [], None, unit)
-        strategy._begin, strategy._leaf, strategy.size = start, True, ascent.particles
-        for index, call in enumerate(calls):
-            strategy.fill(index, call)
-        return strategy
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_begin": None}  # a function, which does not pickle
-
-    def fill(self, index: int, call: Call) -> None:
-        """Make the points of a call that was not known when the strategy was begun."""
-        if index == len(self.points) and self._begin is not None:
-            self.points.append(self._begin(index, call).requires_grad_(self._leaf))
-            self.masks.append(call.mask)
+    def point(self, index: int, call: Call) -> Tensor | None:
+        """Return the particles at a call, None at one that the strategy was not made for."""
+        return self.points[index] if index < len(self.points) else None
 
     @property
     def log_weights(self) -> Tensor:
         """Log-weights `[M, B]` or `[M, 1]`."""
-        if self._log_weights is None:
-            like = self.points[0]
-            uniform = mirror.uniform(self.size, dtype=like.dtype, device=like.device)
-            self._log_weights = uniform[:, None]
-        return self._log_weights
+        if self._log_weights is not None:
+            return self._log_weights
+        like = self.points[0]
+        return mirror.uniform(self.size, dtype=like.dtype, device=like.device)[:, None]
 
     @property
     def weights(self) -> Tensor:
@@ -110,20 +93,19 @@ class Strategy:
 
     def detach(self) -> "Strategy":
         """Return the strategy without gradients."""
-        strategy = self._with([p.detach() for p in self.points])
-        strategy._leaf = False
-        return strategy
-
-    def settled(self) -> "Strategy":
-        """Return the strategy without gradients, and without the round that made its start."""
-        return Strategy([p.detach() for p in self.points], self.masks, self._log_weights, self.unit)
+        return self._at([p.detach() for p in self.points])
 
     def reweight(self, log_weights: Tensor) -> "Strategy":
         """Return the same points with other log-weights."""
-        return self._with(self.points, log_weights)
+        return Strategy(self.points, self.masks, log_weights, self.unit)
+
+    def turned(self, signs: Sequence[Tensor]) -> "Strategy":
+        """Return the points times a sign each, per call `[M, B, 1, ...]`; leaves stay leaves."""
+        pairs = zip(signs, self.points, strict=True)
+        return self._at([(s * p.detach()).requires_grad_(p.requires_grad) for s, p in pairs])
 
     def move(
-        self, gradients: list[Tensor], rule: Rule, draw: Draw
+        self, gradients: Sequence[Tensor], rule: Rule, draw: Draw
     ) -> tuple["Strategy", list[Tensor]]:
         """Return the points after one move by the rule, as leaves that require grad.
 
@@ -140,7 +122,7 @@ class Strategy:
             finite = finite.view(-1, *[1] * (flat.dim() - 1))
             new = torch.where(finite, new, torch.zeros_like(new))
             moved.append(new.view_as(point).requires_grad_())
-        return self._with(moved), fallen
+        return self._at(moved), fallen
 
     def mean(self) -> "Strategy":
         """Return the pure strategy at the mean Σ_m w_m δ_m, inside any convex set they lie in."""
@@ -159,8 +141,7 @@ class Strategy:
     def lerp(self, other: "Strategy", weight: float) -> "Strategy":
         """Return `self + weight · (other − self)`, point by point, with the other's weights."""
         pairs = zip(self.points, other.points, strict=True)
-        points = [p.detach().lerp(o.detach(), weight) for p, o in pairs]
-        return other._with(points)
+        return other._at([p.detach().lerp(o.detach(), weight) for p, o in pairs])
 
     def sample(self, generator: torch.Generator | None = None) -> "Strategy":
         """Return a pure strategy that draws one particle for each row, by the weights."""
@@ -196,7 +177,7 @@ class Strategy:
         """Return points, masks, log-weights and unit, for `torch.save`."""
         return {
             "points": [p.detach() for p in self.points],
-            "masks": self.masks,
+            "masks": [*self.masks],
             "log_weights": self.log_weights,
             "unit": self.unit,
         }
@@ -229,11 +210,71 @@ class Strategy:
         axes.legend(frameon=False)
         return axes
 
-    def _with(self, points: list[Tensor], log_weights: Tensor | None = None) -> "Strategy":
-        weights = self._log_weights if log_weights is None else log_weights
-        strategy = Strategy(points, self.masks, weights, self.unit)
-        strategy._begin, strategy._leaf, strategy.size = self._begin, self._leaf, self.size
-        return strategy
+    def _at(self, points: Sequence[Tensor]) -> "Strategy":
+        """Return the same weights at other points."""
+        return Strategy(points, self.masks, self._log_weights, self.unit)
+
+
+class Opening(Strategy):
+    """A start whose points are drawn in a round's first pass, as the site is called.
+
+    Args:
+        begin: draws the points of a call, `[M, B, ...]`.
+        size: M.
+        unit: as in `Strategy`.
+        leaf: whether the points require grad.
+    """
+
+    def __init__(self, begin: Begin, size: int, unit: float, leaf: bool = True) -> None:
+        super().__init__((), (), None, unit)
+        self._begin = begin
+        self._size = size
+        self._leaf = leaf
+
+    @property
+    def size(self) -> int:
+        """M, the number of particles."""
+        return self._size
+
+    def point(self, index: int, call: Call) -> Tensor:
+        """Return the particles at a call, drawn if it is a new one."""
+        if index == len(self._points):
+            drawn = self._begin(index, call).requires_grad_(self._leaf)
+            self._points, self._masks = (*self._points, drawn), (*self._masks, call.mask)
+        return self._points[index]
+
+    def detach(self) -> Strategy:
+        """Return the start without gradients; what was not drawn yet is drawn without them."""
+        if self._points:
+            return super().detach()
+        return Opening(self._begin, self._size, self.unit, leaf=False)
+
+
+def opening(
+    ascent: Ascent, draw: Draw, calls: Sequence[Call], unit: float, begin: Begin | None = None
+) -> Strategy:
+    """Return the adversary's start: at the calls of an earlier pass, else drawn in the first one.
+
+    Args:
+        ascent: how to start.
+        draw: `draw(kind, like)`, as in `Ascent.begin`.
+        calls: at the site, in their order; empty where no pass has shown them yet.
+        unit: as in `Strategy`.
+        begin: gives the one point of each call, where it is not the ascent's own start.
+    """
+
+    def start(index: int, call: Call) -> Tensor:
+        if begin is not None:
+            return begin(index, call)[None]
+        size = (ascent.particles * call.shape[0], *call.shape[1:])
+        like = call.empty().new_empty(size)
+        point = ascent.begin(like, _repeat(call.mask, ascent.particles), draw)
+        return point.unflatten(0, (ascent.particles, -1))
+
+    if not calls:
+        return Opening(start, ascent.particles, unit)
+    points = [start(index, call).requires_grad_() for index, call in enumerate(calls)]
+    return Strategy(points, [call.mask for call in calls], None, unit)
 
 
 def by_row(values: Tensor, like: Tensor) -> Tensor:

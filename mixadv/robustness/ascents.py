@@ -29,8 +29,8 @@ from mixadv.model.site import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.robustness.batches import Batch, check_reading, in_order
-from mixadv.round.first_round import measure_unit
 from mixadv.round.stage import Stage
+from mixadv.round.unit import measure_unit
 from mixadv.round.validate import check_seed
 from mixadv.solvers import PGD
 from mixadv.tokens.reader import evaluating
@@ -67,10 +67,11 @@ def play(
     rows, columns = [], []
     with evaluating(model), _learnable(model), torch.inference_mode(False), torch.enable_grad():
         game = Game(model, PGD(unit="absolute", start="zero", start_size=0.0))
-        game.unit = 1.0  # never used, and measured it would be on all processes together
+        # The unit is never used, and would be measured on all processes together.
+        game.rounds.arena.calibrate(unit=1.0)
         try:
             for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
-                with game.rehearsal(batch.closure) as stage, stage.frozen():
+                with game.rounds.rehearse(batch.closure) as stage, stage.passes.frozen():
                     clean = stage.clean()
                     if clean.predictions is None:
                         raise ValueError(
@@ -94,7 +95,7 @@ def climb(stage: Stage, ascent: Ascent, q: Strategy) -> tuple[Tensor, Tensor]:
         size = float(ascent.radius or 0.0) * (1 - step / ascent.steps)
         q = stage.move(q, replace(ascent, step_size=size), gradients)
     with no_grad():
-        end = stage.run(stage.at(q, 0))
+        end = stage.passes.run(stage.passes.at(q))
     assert end.predictions is not None
     last = torch.where(end.loss.isfinite(), end.loss, visited[-1])
     return torch.stack([*visited, last]).amax(0), end.predictions
@@ -135,7 +136,7 @@ def token_norm(model: nn.Module, batches: Iterable[Batch]) -> float:
     with evaluating(model):
         game = Game(model, PGD())
         try:
-            return measure_unit(game, closures)
+            return measure_unit(game.rounds.arena, closures)
         finally:
             game.close()
 

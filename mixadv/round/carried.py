@@ -1,5 +1,6 @@
 """A loss whose backward also delivers gradients that were computed before it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from mixadv.errors import GameError
 from mixadv.model import parallel, scaling
 from mixadv.model.contexts import without_autocast
-from mixadv.round.stage import Stage
+from mixadv.round.passes import Passes
 
 _NOT_PASS_BY_PASS = (
     "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss needs for {}: "
@@ -50,56 +51,65 @@ def _retained(ctx: Any) -> bool:
 class Carried:
     """Gradients of a round's earlier passes, which ride along with its last objective."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
         self.gradients: dict[Tensor, Tensor] = {}
         self.value = torch.zeros(())
 
-    def add(self, objective: Tensor) -> None:
-        """Differentiate a pass: gradients of weights are carried, others left in `.grad`."""
-        stage, game = self.stage, self.stage.game
-        if parallel.sharded(game.model):
-            raise GameError(_NOT_SHARDED.format(type(game.solver).__name__))
-        if game.leaf_backward:
-            raise GameError(_NOT_PASS_BY_PASS.format(type(game.solver).__name__))
-        cut = stage.cut.leaves()
-        points = [*cut, *([] if stage.played is None else stage.played.points)]
-        inputs = [p for p in [*stage.parameters, *points] if p.requires_grad]
-        scale = scaling.following(stage.memory, objective, 1) if game.scaling else None
+    def add(self, objective: Tensor, points: Sequence[Tensor]) -> None:
+        """Differentiate a pass.
+
+        Args:
+            objective: 0-d.
+            points: of the adversary: their gradients, and those of passes that were cut off, are
+                left in `.grad`. Gradients of weights are carried.
+        """
+        passes, arena = self.passes, self.passes.arena
+        if parallel.sharded(arena.model):
+            raise GameError(_NOT_SHARDED.format(type(arena.solver).__name__))
+        if arena.calibration.leaf_backward:
+            raise GameError(_NOT_PASS_BY_PASS.format(type(arena.solver).__name__))
+        cut = passes.cut.leaves()
+        inputs = [x for x in [*passes.parameters, *cut, *points] if x.requires_grad]
+        scaled = arena.calibration.scaling is not None
+        scale = scaling.following(passes.memory, objective, 1) if scaled else None
+        gradients = self._differentiate(objective, inputs, scale)
+        passes.theta_backwards += 1
+        self.value = self.value.to(objective) + objective.detach()
+        found = [(x, g) for x, g in zip(inputs, gradients, strict=True) if g is not None]
+        outputs, left = ({id(x) for x in xs} for xs in (cut, [*cut, *points]))
+        if scale is not None:
+            whole = [g for x, g in found if id(x) not in outputs]
+            scaling.follow(passes.memory, scale, whole, most=False)
+        for tensor, gradient in found:
+            if id(tensor) in left:
+                tensor.grad = gradient  # the stage divides by what has come in
+                continue
+            part = gradient if scale is None else scaling.divided(gradient, scale)
+            before = self.gradients.get(tensor)
+            self.gradients[tensor] = part if before is None else part + before
+
+    def _differentiate(
+        self, objective: Tensor, inputs: list[Tensor], scale: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         weight = None if scale is None else scale.to(objective.dtype)
         try:
             with without_autocast(objective):
-                gradients = torch.autograd.grad(objective, inputs, weight, allow_unused=True)
+                return torch.autograd.grad(objective, inputs, weight, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
-            raise GameError(_NOT_PASS_BY_PASS.format(type(game.solver).__name__)) from error
-        stage.theta_backwards += 1
-        self.value = self.value.to(objective) + objective.detach()
-        if scale is not None:
-            given = [
-                gradient
-                for tensor, gradient in zip(inputs, gradients, strict=True)
-                if gradient is not None and not any(tensor is leaf for leaf in cut)
-            ]
-            scaling.follow(stage.memory, scale, given, most=False)
-        for tensor, gradient in zip(inputs, gradients, strict=True):
-            if gradient is None:
-                continue
-            if any(tensor is point for point in points):
-                tensor.grad = gradient  # the stage divides by what has come in
-            else:
-                part = gradient if scale is None else scaling.divided(gradient, scale)
-                before = self.gradients.get(tensor)
-                self.gradients[tensor] = part if before is None else part + before
+            solver = type(self.passes.arena.solver).__name__
+            raise GameError(_NOT_PASS_BY_PASS.format(solver)) from error
 
     def attach(self, objective: Tensor) -> Tensor:
         """Return a loss that delivers what is carried, and ends what its backward recomputes."""
-        self.stage.theta_backwards += 1  # the caller's
-        recomputable = [p for p in self.stage.passes if p.recomputable]
+        passes = self.passes
+        passes.theta_backwards += 1  # the caller's
+        recomputable = [p for p in passes.kept if p.recomputable]
         if not self.gradients and not recomputable:
             return objective
-        site = self.stage.game.site
+        site = passes.arena.site
 
         def end() -> None:
             recomputable.clear()

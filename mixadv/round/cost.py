@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from mixadv.errors import GameError
+from mixadv.maths.divergence import Divergence
 from mixadv.model.closure import Reading
 from mixadv.model.site import Call
 from mixadv.players.ascent import Ascent
-from mixadv.players.strategy import Strategy
+from mixadv.players.strategy import Begin, Rule, Strategy
 from mixadv.solvers.base import Solver
-from mixadv.solvers.play import Step
+from mixadv.solvers.play import Moves, Step
 
 
 @dataclass(frozen=True)
-class Passes:
+class Counts:
     """Passes of one round.
 
     Attributes:
@@ -42,87 +46,95 @@ class Passes:
         return (self.forwards + self.delta_backwards + 2 * self.branches) / 3
 
 
-def passes(solver: Solver) -> Passes:
-    """Return the passes of a round, counted by playing it without a model."""
+def count_passes(solver: Solver) -> Counts:
+    """Return the passes of a round.
+
+    Raises:
+        GameError: if the solver does more in a round than `Moves` has.
+    """
     return _rehearse(solver)[0]
 
 
 def ascends(solver: Solver) -> bool:
     """Return whether a round has passes of the ascent's own, beside those of the learner."""
-    played = _tried(solver)
-    return played is None or played[1].ascends
+    return _rehearse(solver)[1].ascends
 
 
 def recomputes(solver: Solver) -> bool:
     """Return whether a backward of a round runs through several passes, which keep their graphs."""
-    played = _tried(replace(solver, recompute=False))
-    return played is None or played[0].branches > played[0].theta_backwards
+    counts = count_passes(replace(solver, recompute=False))
+    return counts.branches > counts.theta_backwards
 
 
-def _tried(solver: Solver) -> tuple[Passes, _Rehearsal] | None:
-    """Return what `_rehearse` returns, None for a solver that plays in a way of its own."""
-    try:
-        return _rehearse(solver)
-    except Exception:
-        return None
-
-
-def _rehearse(solver: Solver) -> tuple[Passes, _Rehearsal]:
-    stage: Any = _Rehearsal()
+def _rehearse(solver: Solver) -> tuple[Counts, Rehearsal]:
+    stage = Rehearsal()
     thetas = steps = 0
     alone = replace(solver, **dict.fromkeys(solver.modules()))  # they have nothing to act on
-    for move in alone.play(stage):
-        thetas += 1
-        if isinstance(move, Step):
-            steps += 1
-            stage.clean_known = False
+    try:
+        for move in alone.play(stage):
+            thetas += 1
+            if isinstance(move, Step):
+                steps += 1
+                stage.clean_known = False
+    except Exception as error:
+        raise GameError(
+            f"The passes of {type(solver).__name__} cannot be counted: its play fails without a "
+            f"model ({type(error).__name__}: {error}). It may call what mixadv.solvers.play.Moves "
+            "has, and what it does must not depend on values."
+        ) from error
     forwards = stage.forwards
     if solver.recompute:  # each pass that another follows is run again, for a backward of its own
         forwards, thetas = forwards + stage.branches - thetas, stage.branches
-    counted = Passes(forwards, stage.delta_backwards, thetas, stage.branches, steps)
-    return counted, stage
+    return Counts(forwards, stage.delta_backwards, thetas, stage.branches, steps), stage
 
 
-_REHEARSED = Reading(torch.zeros(()), None, None, torch.zeros(2, 1))
+_READING = Reading(torch.zeros(()), torch.zeros(2, 2), None, torch.zeros(2, 1), 2)
 
 
-class _Rehearsal:
-    """Stands in for a stage and counts passes."""
+@final
+class Rehearsal(Moves):
+    """Stands in for a stage, and counts the passes that a round would take."""
 
     def __init__(self) -> None:
+        self.memory: dict[str, Any] = {}
         self.forwards = self.delta_backwards = self.branches = 0
         self.ascends = False
         self.clean_known = False
-        self.memory: dict[str, Any] = {}
-        self.calls = [Call(torch.Size([1, 1]), torch.float32, torch.device("cpu"), None)]
         self._used_clean = False
 
-    def start(self, ascent: Ascent, begin: Any = None) -> Strategy:
+    @property
+    @override
+    def site(self) -> list[str]:
+        return ["rehearsal"]
+
+    @property
+    @override
+    def calls(self) -> list[Call]:
+        return [Call(torch.Size([1, 1]), torch.float32, torch.device("cpu"), None)]
+
+    @override
+    def start(self, ascent: Ascent, begin: Begin | None = None) -> Strategy:
         return Strategy([torch.zeros(ascent.particles, 1, 1)])
 
+    @override
     def origin(self, ascent: Ascent) -> Strategy:
-        return self.start(ascent)
+        return Strategy([torch.zeros(1, 1, 1)])
 
-    def clean(self) -> Reading:
-        self.forwards += not self.clean_known
-        self._used_clean &= self.clean_known
-        self.clean_known = True
-        return _REHEARSED
+    @override
+    def draw(self, ascent: Ascent, call: Call) -> Tensor:
+        return torch.zeros(1, 1)
 
-    def clean_gradients(self, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
-        self.clean()
-        self.delta_backwards += 1
-        q = self.start(ascent)
-        return q, q.points
+    @override
+    def constant(self, name: str, kind: str, like: Tensor) -> Tensor:
+        return torch.zeros_like(like)
 
-    def leap(self, kind: Any, ascent: Ascent) -> Strategy:
-        return self.second_order(kind, ascent)[0]
-
-    def second_order(self, kind: Any, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
-        return self.clean_gradients(ascent)
-
+    @override
     def payoffs(
-        self, q: Strategy, payoff: Any, ascent: Ascent, deviation_weight: float = 0.0
+        self,
+        q: Strategy,
+        payoff: str | Divergence,
+        ascent: Ascent,
+        deviation_weight: float = 0.0,
     ) -> tuple[Strategy, Tensor, list[Tensor]]:
         self.ascends = True
         if payoff != "loss" or deviation_weight:
@@ -131,24 +143,55 @@ class _Rehearsal:
         self.delta_backwards += q.size
         return q, torch.zeros(q.size, 1), [torch.zeros_like(p) for p in q.points]
 
-    def move(self, q: Strategy, how: Any, gradients: Any = None) -> Strategy:
+    @override
+    def clean_gradients(self, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
+        self.clean()
+        self.delta_backwards += 1
+        q = self.origin(ascent)
+        return q, [*q.points]
+
+    @override
+    def second_order(self, kind: str | Divergence, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
+        return self.clean_gradients(ascent)
+
+    @override
+    def leap(self, kind: str | Divergence, ascent: Ascent) -> Strategy:
+        self.second_order(kind, ascent)
+        return self.start(ascent)
+
+    @override
+    def move(
+        self, q: Strategy, how: Ascent | Rule, gradients: Sequence[Tensor] | None = None
+    ) -> Strategy:
         return q
 
+    @override
     def ascend(
-        self, payoff: Any, ascent: Ascent, deviation_weight: float = 0.0, begin: Any = None
+        self,
+        payoff: str | Divergence,
+        ascent: Ascent,
+        deviation_weight: float = 0.0,
+        begin: Begin | None = None,
     ) -> Strategy:
-        q = self.start(ascent)
         leaps = ascent.leaps and begin is None
-        if leaps:
-            self.leap(payoff, ascent)
+        q = self.leap(payoff, ascent) if leaps else self.start(ascent)
         for _ in range(ascent.steps - leaps):
             self.payoffs(q, payoff, ascent, deviation_weight)
         return q
 
-    def read(self, q: Strategy) -> Reading:
-        self.loss(q)
-        return _REHEARSED
+    @override
+    def clean(self) -> Reading:
+        self.forwards += not self.clean_known
+        self._used_clean &= self.clean_known
+        self.clean_known = True
+        return _READING
 
+    @override
+    def plain_loss(self) -> Tensor:
+        self.clean_known = False
+        return self.loss()
+
+    @override
     def loss(self, q: Strategy | None = None, last: bool = True, clean: bool = False) -> Tensor:
         if q is None:
             self._learn_clean()
@@ -157,18 +200,27 @@ class _Rehearsal:
             self.branches += q.size
         return torch.zeros(())
 
-    def divergence(self, q: Strategy, kind: Any, fixed: bool = False) -> Tensor:
-        self.clean() if fixed else self._learn_clean()
-        self.forwards += q.size
-        self.branches += q.size
-        return torch.zeros(())
+    @override
+    def read(self, q: Strategy) -> Reading:
+        self.loss(q)
+        return _READING
 
-    def proximal(self, kind: Any) -> Tensor:
+    @override
+    def divergence(self, q: Strategy, kind: str | Divergence, fixed: bool = False) -> Tensor:
+        if fixed:
+            self.clean()
+        else:
+            self._learn_clean()
+        return self.loss(q)
+
+    @override
+    def proximal(self, kind: str | Divergence) -> Tensor:
         self._learn_clean()
         self.forwards += 1
         return torch.zeros(())
 
     def _learn_clean(self) -> None:
+        """Note that the learner's gradient goes through the clean pass."""
         self.clean()
         self.branches += not self._used_clean
         self._used_clean = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,13 +12,10 @@ from torch import nn
 from mixadv.model.closure import Closure
 from mixadv.model.modules import INPUT
 from mixadv.model.parallel import is_spread
-from mixadv.round import first_round
-from mixadv.round.cost import Passes, passes
-from mixadv.solvers import SOLVERS
-
-if TYPE_CHECKING:
-    from mixadv.game import Game
-    from mixadv.solvers.base import Solver
+from mixadv.round.arena import Arena
+from mixadv.round.cost import Counts, count_passes
+from mixadv.round.unit import measure_unit
+from mixadv.solvers.base import Solver
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Explanation:
     site: list[str]
     unit: float | None
     measured: bool
-    passes: Passes
+    passes: Counts
 
     @property
     def radius(self) -> float | None:
@@ -61,21 +59,22 @@ class Explanation:
         return "\n".join(f"{name:8}{text}" for name, text in rows.items())
 
 
-def explain(game: Game, closure: Closure | None) -> Explanation:
+def explain(arena: Arena, closure: Closure | None) -> Explanation:
     """Return the explanation of a game; see `Game.explain`."""
-    unit, measured = game.unit, game.unit is not None
-    if game.solver.unit == "absolute":
+    solver, unit = arena.solver, arena.calibration.unit
+    measured = unit is not None
+    if solver.unit == "absolute":
         unit, measured = 1.0, True
     elif unit is None and closure is not None:
-        unit, measured = first_round.measure_unit(game, [closure]), True
+        unit, measured = measure_unit(arena, [closure]), True
     elif unit is None:
-        unit = _estimated(game)
-    return Explanation(game.solver, game.site.names, unit, measured, passes(game.solver))
+        unit = _estimated(arena)
+    return Explanation(solver, arena.site.names, unit, measured, count_passes(solver))
 
 
-def _estimated(game: Game) -> float | None:
+def _estimated(arena: Arena) -> float | None:
     """Return the mean norm of the rows of the site, where that is an embedding."""
-    modules = [m for _, m in game.site.targets]
+    modules = [m for _, m in arena.site.targets]
     if len(modules) != 1 or not isinstance(modules[0], nn.Embedding):
         return None
     with torch.no_grad():
@@ -86,16 +85,16 @@ def _estimated(game: Game) -> float | None:
         return float(rows.float().norm(dim=1).mean() * scale)
 
 
-def solver_table() -> str:
-    """Return a Markdown table of the registered solvers: passes and cost at their defaults.
+def solver_table(solvers: Iterable[type[Solver]]) -> str:
+    """Return a Markdown table of solvers: passes and cost at their defaults.
 
-    The cost is in plain training steps per batch, as `Passes.plain_steps` predicts it.
+    The cost is in plain training steps per batch, as `Counts.plain_steps` predicts it.
     """
     head = ["name", "class", "what it plays", "forwards", "δ-backwards", "backwards", "steps"]
     rows = [f"| {' | '.join(head)} | cost | paper |", "|---" * (len(head) + 2) + "|"]
-    for name, cls in SOLVERS.items():
-        p = passes(cls())
+    for cls in solvers:
+        p = count_passes(cls())
         counts = f"{p.forwards} | {p.delta_backwards} | {p.theta_backwards} | {p.steps}"
-        what = f"`{name}` | `{cls.__name__}` | {cls.summary}"
+        what = f"`{cls.name}` | `{cls.__name__}` | {cls.summary}"
         rows.append(f"| {what} | {counts} | {p.plain_steps:.1f} | {cls.paper} |")
     return "\n".join(rows)

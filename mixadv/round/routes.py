@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,10 @@ from mixadv.model.closure import Reading
 from mixadv.model.modules import bound, unwrap
 from mixadv.model.parallel import world_size
 from mixadv.model.site import Call
+from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
-
-if TYPE_CHECKING:
-    from mixadv.players.ascent import Ascent
-    from mixadv.round.stage import Stage
-
-Gains = Callable[[Reading, int], Tensor]
+from mixadv.round.gains import Gains
+from mixadv.round.passes import Passes, scaled
 
 
 class Payoffs(NamedTuple):
@@ -36,72 +33,87 @@ class Payoffs(NamedTuple):
         values: `[M, B]`, or fewer where samples share one.
         gradients: per call at the site, `[M, B, ...]`.
         predictions: `[M, B, ...]` of the passes, detached; None where the closure returned none.
+        samples: B.
     """
 
     values: Tensor
     gradients: list[Tensor]
     predictions: Tensor | None
+    samples: int
 
 
-RouteFunction = Callable[["Stage", Strategy, Gains], Payoffs]
+Route = Callable[[Passes, Strategy, Gains], Payoffs]
 
 
-def loop(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
+def loop(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
     """Evaluate the particles one after another."""
-    values, gradients, predictions = [], [], []
+    values, gradients, predictions, samples = [], [], [], 1
     for particle in range(q.size):
         leaves: list[Tensor] = []
 
-        def provide(index: int, call: Call, output: Tensor, m: int = particle) -> Tensor:
-            q.fill(index, call)
-            leaves.append(q.points[index][m].detach().requires_grad_())  # noqa: B023
-            return _scaled(leaves[-1], q.unit)  # noqa: B023
+        def provide(index: int, call: Call, output: Tensor, m: int = particle) -> Tensor | None:
+            points = q.point(index, call)
+            if points is None:
+                return None
+            leaves.append(points[m].detach().requires_grad_())  # noqa: B023
+            return scaled(leaves[-1], q.unit)  # noqa: B023
 
-        reading = stage.run(provide)
-        value = gains(reading, 1)
-        gradients.append(stage.differentiate(value, leaves, _source(reading)))
+        reading = passes.run(provide)
+        value, samples = gains(reading, 1), reading.samples
+        gradients.append(passes.differentiate(value, leaves, samples, _source(reading)))
         values.append(value.detach())
         predictions.append(reading.predictions)
-    told = None if predictions[0] is None else torch.stack(predictions).detach()
+    seen = None if predictions[0] is None else torch.stack(predictions).detach()
     columns = [torch.stack(g) for g in zip(*gradients, strict=True)]
-    return Payoffs(torch.stack(values), columns, told)
+    return Payoffs(torch.stack(values), columns, seen, samples)
 
 
-def vmapped(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
+class _Mapped(NamedTuple):
+    """What is read in a pass that `torch.func.vmap` runs, outside of it."""
+
+    source: Tensor | None
+    predictions: Tensor | None
+    samples: int
+
+
+def vmapped(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
     """Evaluate the particles by `torch.func.vmap` over δ."""
     if not q.points:  # nothing to map over before the first call at the site
-        return loop(stage, q, gains)
+        return loop(passes, q, gains)
     leaves = [point.detach().requires_grad_() for point in q.points]
-    sources: list[Tensor | None] = []
-    told: list[Tensor | None] = []
+    seen: list[_Mapped] = []
 
-    def one(*points: Tensor) -> Tensor:
+    def evaluate(*points: Tensor) -> Tensor:
         # The random state is set inside the mapped function, so that chunks replay it too.
-        reading = stage.run(lambda i, call, output: _scaled(points[i], q.unit))
-        sources.append(_unmapped(_source(reading)))
-        told.append(_unmapped(reading.predictions))
+        reading = passes.run(lambda i, call, output: scaled(points[i], q.unit))
+        source, predictions = _unmapped(_source(reading)), _unmapped(reading.predictions)
+        seen.append(_Mapped(source, predictions, reading.samples))
         return gains(reading, 1)
 
-    before = stage.forwards
-    values = torch.func.vmap(one, randomness="same")(*leaves)
-    stage.forwards = before + q.size
-    gradients = stage.differentiate(values, leaves, sources[0])
-    return Payoffs(values.detach(), gradients, None if told[0] is None else told[0].detach())
+    before = passes.forwards
+    values = torch.func.vmap(evaluate, randomness="same")(*leaves)
+    passes.forwards = before + q.size
+    source, predictions, samples = seen[0]
+    gradients = passes.differentiate(values, leaves, samples, source)
+    predictions = None if predictions is None else predictions.detach()
+    return Payoffs(values.detach(), gradients, predictions, samples)
 
 
-def stacked(stage: Stage, q: Strategy, gains: Gains) -> Payoffs:
+def stacked(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
     """Evaluate the particles in one batch of M copies."""
     if not q.points:
-        return loop(stage, q, gains)
+        return loop(passes, q, gains)
     leaves = [point.detach().flatten(0, 1).requires_grad_() for point in q.points]
-    reading = _stacked_pass(stage, q, leaves)
-    values = gains(reading, q.size)
-    gradients = stage.differentiate(values, leaves, _source(reading))
-    told = None if reading.predictions is None else _apart(reading.predictions.detach(), q)
-    return Payoffs(_apart(values.detach(), q), [_apart(g, q) for g in gradients], told)
+    reading = _stacked_pass(passes, q, leaves)
+    values, samples = gains(reading, q.size), reading.samples
+    gradients = passes.differentiate(values, leaves, samples, _source(reading))
+    predictions = reading.predictions
+    predictions = None if predictions is None else _apart(predictions.detach(), q)
+    columns = [_apart(g, q) for g in gradients]
+    return Payoffs(_apart(values.detach(), q), columns, predictions, samples)
 
 
-ROUTES: dict[str, RouteFunction] = {
+ROUTES: dict[str, Route] = {
     "loop": loop,
     "vmap": vmapped,
     "stack": stacked,
@@ -112,44 +124,51 @@ FEW = 256
 """Tokens of a particle up to which a stack of particles is worth its memory, measured on a CPU."""
 
 
-def chosen(stage: Stage, q: Strategy, ascent: Ascent) -> str:
+def chosen(passes: Passes, q: Strategy, ascent: Ascent) -> str:
     """Return the route of this round: `"auto"` stacks small batches, where that is the same."""
     if q.size == 1:
         return "loop"
     if ascent.particle_batching != "auto":
         return ascent.particle_batching
-    stacks = few(stage) and stage.game.modes() in stage.game.stackable
+    arena = passes.arena
+    stacks = few(passes) and arena.modes in arena.calibration.stackable
     return "stack" if stacks else "loop"
 
 
-def few(stage: Stage) -> bool:
+def few(passes: Passes) -> bool:
     """Return whether a batch is so small that `"auto"` stacks it.
 
     Never on several processes, whose batches differ: they would run forwards of different numbers.
     Never where one graph is kept at a time.
     """
-    tokens = sum(math.prod(call.shape[:2]) for call in stage.calls)
-    return 0 < tokens <= FEW and world_size() == 1 and not stage.game.solver.recompute
+    tokens = sum(math.prod(call.shape[:2]) for call in passes.calls)
+    return 0 < tokens <= FEW and world_size() == 1 and not passes.arena.solver.recompute
 
 
-def readings(stage: Stage, q: Strategy, gains: Gains, auto: bool = True) -> Tensor:
-    """Return each particle's payoff `[M, B]` with gradients to θ: the learner's side.
+def readings(passes: Passes, q: Strategy, gains: Gains, auto: bool = True) -> tuple[Tensor, int]:
+    """Return each particle's payoff `[M, B]` with gradients to θ, and B: the learner's side.
 
     Stacked where the solver's route says so, else one pass after another (`vmap` is not for the
     learner's backward: checkpointing and distributed hooks would not see it). `auto` is whether
     `"auto"` may stack, not so for a loss, which may be a scalar.
     """
-    solver = stage.game.solver
-    if chosen(stage, q, solver) == "stack" and (auto or solver.particle_batching == "stack"):
-        reading = _stacked_pass(stage, q, [p.flatten(0, 1) for p in q.points])
-        return _apart(gains(reading, q.size), q)
-    passes = [*[stage.part] * (q.size - 1), stage.run]
-    return torch.stack([gains(run(stage.at(q, m)), 1) for m, run in enumerate(passes)])
+    solver = passes.arena.solver
+    stacks = chosen(passes, q, solver) == "stack"
+    if stacks and (auto or solver.particle_batching == "stack"):
+        reading = _stacked_pass(passes, q, [p.flatten(0, 1) for p in q.points])
+        return _apart(gains(reading, q.size), q), reading.samples
+    values, samples = [], 1
+    for m in range(q.size):
+        run = passes.run if m == q.size - 1 else passes.part
+        reading = run(passes.at(q, m))
+        values.append(gains(reading, 1))
+        samples = reading.samples
+    return torch.stack(values), samples
 
 
-def _stacked_pass(stage: Stage, q: Strategy, points: list[Tensor]) -> Reading:
-    with _repeated(stage.game.model, q.size):
-        return stage.run(lambda i, call, output: _scaled(points[i], q.unit), copies=q.size)
+def _stacked_pass(passes: Passes, q: Strategy, points: list[Tensor]) -> Reading:
+    with _repeated(passes.arena.model, q.size):
+        return passes.run(lambda i, call, output: scaled(points[i], q.unit), copies=q.size)
 
 
 def _apart(stacked: Tensor, q: Strategy) -> Tensor:
@@ -191,7 +210,3 @@ def _repeated(model: nn.Module, copies: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _scaled(point: Tensor, unit: float) -> Tensor:
-    return point if unit == 1 else unit * point

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from mixadv.checks import check_integer
 from mixadv.solvers.base import Solver
-from mixadv.solvers.play import Step
-
-if TYPE_CHECKING:
-    from mixadv.round.stage import Stage
-    from mixadv.solvers.play import Play
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +48,7 @@ class Schedule:
         """Return whether the adversary plays in an update."""
         return update >= self.start and (update - self.start) % self.every == 0
 
-    def moves(self, solver: Solver, stage: Stage, update: int) -> Play:
+    def moves(self, solver: Solver, stage: Moves, update: int) -> Play:
         """Return the moves of a round."""
         if not self.plays(update):
             learner = solver.learner()
@@ -63,6 +58,6 @@ class Schedule:
         return solver.play(stage)
 
 
-def _plain(stage: Stage, steps: int) -> Play:
+def _plain(stage: Moves, steps: int) -> Play:
     for _ in range(steps):
         yield Step(stage.plain_loss())

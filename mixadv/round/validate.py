@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from mixadv.errors import GameError
 from mixadv.model import parallel
+from mixadv.round.cost import ascends, recomputes
+from mixadv.round.schedule import Schedule
 from mixadv.solvers.base import Solver
 
 
@@ -20,12 +22,15 @@ def check_seed(seed: Any) -> None:
         raise TypeError(f"seed must be an integer, got {seed!r}.")
 
 
-def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
+def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, schedule: Any) -> None:
     """Check the arguments of a game."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     check_solver(solver)
     check_seed(seed)
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a mixadv.Schedule or None, got {schedule!r}.")
+    _check_passes(solver)
     if any(isinstance(m, nn.DataParallel) for m in model.modules()):
         raise TypeError(
             "The model is wrapped in torch.nn.DataParallel, whose replicas would not receive δ. "
@@ -77,6 +82,20 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
             f"The optimizer trains {len(outside)} parameters that are not part of the model, and "
             f"{type(solver).__name__} runs the model with other weights (a teacher, or samples), "
             "which would leave them out. Give the game a module that holds them all."
+        )
+
+
+def _check_passes(solver: Solver) -> None:
+    """Check that what a solver is told of its passes applies to some."""
+    if solver.ascent_dtype is not None and not ascends(solver):
+        raise ValueError(
+            f"{type(solver).__name__} finds δ in the learner's own passes, and ascent_dtype= acts "
+            "on others: leave it out, or put autocast around the round."
+        )
+    if solver.recompute and not recomputes(solver):
+        raise ValueError(
+            f"{type(solver).__name__} keeps the graph of one pass at a time as it is: leave "
+            "recompute=True out."
         )
 
 

@@ -1,0 +1,90 @@
+"""Whether the ways to compute many particles agree on this model and closure."""
+
+from __future__ import annotations
+
+import torch
+
+from mixadv.errors import GameError
+from mixadv.model import parallel
+from mixadv.model.closure import Closure
+from mixadv.round import routes
+from mixadv.round.arena import Arena, Memory, Modes
+from mixadv.round.stage import Stage
+from mixadv.round.unit import no_trace
+
+
+def check_batching(arena: Arena, closure: Closure, memory: Memory, low: bool) -> frozenset[Modes]:
+    """Check that the route for many particles agrees with one pass after another.
+
+    Args:
+        arena: where the round is to be played.
+        closure: what it is played on.
+        memory: what the solver keeps.
+        low: whether the model computes in a low format: divergences of close predictions are
+            rounded much there; other dropout is far off all the same.
+
+    Returns:
+        The modes in which small batches of particles may be stacked, where that is for the first
+        round to find out.
+    """
+    solver, slack = arena.solver, 0.3 if low else 1e-3
+    stackable = arena.calibration.stackable
+    if solver.particles == 1 or solver.particle_batching == "loop":
+        return stackable
+    if solver.particle_batching == "auto":
+        stacks = _stacks(arena, closure, memory, slack)
+        return stackable | {arena.modes} if stacks else stackable - {arena.modes}
+    if parallel.sharded(arena.model) and solver.particle_batching == "vmap":
+        raise GameError(
+            "particle_batching='vmap' cannot gather weights that are sharded by fully_shard. Use "
+            "particle_batching='loop', or 'stack' where there is no dropout."
+        )
+    _compare(arena, closure, memory, solver.particle_batching, slack)
+    return stackable
+
+
+def _stacks(arena: Arena, closure: Closure, memory: Memory, slack: float) -> bool:
+    """Return whether small batches of particles may be stacked, in the modes there are."""
+    stage = Stage(arena, closure, memory)
+    with no_trace(stage.passes):
+        stage.clean()
+        if not routes.few(stage.passes):
+            return False
+    try:
+        _compare(arena, closure, memory, "stack", slack)
+    except (GameError, torch.OutOfMemoryError):
+        return False
+    return True
+
+
+def _compare(arena: Arena, closure: Closure, memory: Memory, route: str, slack: float) -> None:
+    """Raise GameError unless a route gives what one pass after another gives."""
+    solver = arena.solver
+    try:
+        stage = Stage(arena, closure, memory)
+        with no_trace(stage.passes):
+            stage.clean()
+            drawn = stage.passes.replay.drew()
+            q = stage.start(solver).detach()
+            each = (routes.loop, routes.ROUTES[route])
+            looped, routed = (stage.payoffs_by(r, q, solver.gain, solver)[1:] for r in each)
+    except (GameError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise GameError(
+            f"particle_batching={route!r} failed on this model and closure "
+            f"({type(error).__name__}: {error}). Use particle_batching='loop'."
+        ) from error
+    if route == "stack" and drawn:
+        raise GameError(
+            "particle_batching='stack' cannot replay dropout, and a pass of this model draws "
+            "random numbers: use particle_batching='vmap' or 'loop'."
+        )
+    instead = "'vmap' or 'loop'" if route == "stack" else "'loop'"
+    for a, b in zip([looped[0], *looped[1]], [routed[0], *routed[1]], strict=True):
+        if not torch.allclose(a, b, rtol=1e-2, atol=slack * float(a.abs().max())):
+            raise GameError(
+                f"particle_batching={route!r} disagrees with one pass after another (largest "
+                f"difference {float((a - b).abs().max()):.2g} of {float(a.abs().max()):.2g}); "
+                f"batch statistics are a reason. Use particle_batching={instead}."
+            )

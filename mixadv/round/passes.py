@@ -1,0 +1,218 @@
+"""The passes of one round: running the closure, and differentiating what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixadv.errors import GameError
+from mixadv.model import scaling
+from mixadv.model.closure import Closure, Reading, read
+from mixadv.model.contexts import cast_anew, no_grad, reusable, without_autocast
+from mixadv.model.gradients import gradients_untouched
+from mixadv.model.modules import unwrap
+from mixadv.model.parallel import local
+from mixadv.model.recompute import Cut
+from mixadv.model.replay import Replay
+from mixadv.model.site import Call, Pass, Provide
+from mixadv.players.ascent import Ascent
+from mixadv.players.strategy import Strategy
+from mixadv.round.arena import Arena, Memory
+
+
+class Passes:
+    """Runs the closure of one round, as often as the solver asks.
+
+    Attributes:
+        arena: where the round is played.
+        closure: runs the forward pass.
+        memory: a copy of what the solver keeps, which the round may change.
+        replay: random state and buffers.
+        cut: the passes whose graphs were not kept.
+        calls: those at the site in the last pass that was not stacked.
+        kept: the passes that a backward may come back to.
+        forwards: runs of the closure so far; a pass over M stacked copies counts as M.
+        theta_backwards: backwards that build the learner's gradients.
+    """
+
+    def __init__(self, arena: Arena, closure: Closure, memory: Memory) -> None:
+        self.arena = arena
+        self.closure = closure
+        self.memory = dict(memory)
+        slots = arena.stateful.get(arena.modes)
+        self.replay = Replay(arena.model, arena.solver.fresh_dropout, slots)
+        self.cut = Cut()
+        self.parameters = arena.parameters()  # listed once: passes are many
+        self.calls: list[Call] = []
+        self.kept: list[Pass] = []
+        self.forwards = self.theta_backwards = 0
+        self._calls_per_pass: int | None = None
+
+    # Running ---------------------------------------------------------------------------------
+
+    def run(self, provide: Provide, closure: Closure | None = None, copies: int = 1) -> Reading:
+        """Run one pass of the closure and return what it gave."""
+        arena, represents = self.arena, self.arena.representation
+        with (
+            local(arena.model) if self.cut.more else nullcontext(),  # another backward follows
+            cast_anew(),
+            self.replay.run(),
+            arena.site.run(provide) as current,
+            gradients_untouched(self.parameters),
+            reusable(arena.solver.differentiates_twice or arena.solver.leaps),
+            represents.run() if represents else nullcontext(),
+        ):
+            result = (closure or self.closure)()
+        self.kept.append(current)
+        self.forwards += copies
+        self._check_calls(len(current.calls))
+        if copies == 1:
+            self.calls = current.calls
+        reading = read(result, current.tokens(), unwrap(arena.model))
+        if represents is not None:
+            reading = reading._replace(hidden=represents.take())
+        if arena.calibration.scaling is not None:
+            reading = reading.widened()
+        if reading.loss.shape == (1,) and current.calls[0].shape[0] > 1:
+            reading = reading._replace(loss=reading.loss[0])
+        return reading._replace(samples=self._count(reading) // copies)
+
+    def part(self, provide: Provide) -> Reading:
+        """Run a pass of an objective that has another pass after it."""
+        if not self.arena.solver.recompute:
+            return self.run(provide)
+        with no_grad():
+            reading = self.run(provide)
+        return self.cut.off(reading, provide)
+
+    def at(self, q: Strategy, particle: int = 0) -> Provide:
+        """Return what adds one particle of the strategy at the site."""
+
+        def provide(index: int, call: Call, output: Tensor) -> Tensor | None:
+            points = q.point(index, call)
+            return None if points is None else scaled(points[particle], q.unit)
+
+        return provide
+
+    def _check_calls(self, calls: int) -> None:
+        """Check that each pass of the round calls the site as often as its first one."""
+        site = self.arena.site
+        if calls == 0:
+            raise GameError(site.not_called())
+        self._calls_per_pass = self._calls_per_pass or calls
+        if calls != self._calls_per_pass:
+            raise GameError(
+                f"The site {site.names} was called {calls} times in this pass and "
+                f"{self._calls_per_pass} times before. A closure must run the same forward in "
+                "every pass of a round."
+            )
+
+    def _count(self, reading: Reading) -> int:
+        """B: the number of per-sample losses, else of predictions, else of rows at the site."""
+        if reading.loss.dim():
+            return len(reading.loss)
+        if reading.predictions is not None:
+            return len(reading.predictions)
+        return self.calls[0].shape[0] if self.calls else 1
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Freeze the learner's parameters: gradients with respect to δ alone, and less memory."""
+        live = [p for p in self.parameters if p.requires_grad]
+        for parameter in live:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in live:
+                parameter.requires_grad_(True)
+
+    def autocast(self, ascent: Ascent) -> AbstractContextManager[Any]:
+        """Return what to run the ascent's own passes in."""
+        if ascent.ascent_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.parameters[0].device.type, torch.bfloat16)
+
+    # Differentiating -------------------------------------------------------------------------
+
+    def differentiate(
+        self,
+        values: Tensor,
+        leaves: Sequence[Tensor],
+        samples: int = 1,
+        predictions: Tensor | None = None,
+        keep: bool = False,
+    ) -> list[Tensor]:
+        """Return the gradients of a sum of payoffs with respect to leaf perturbations.
+
+        Args:
+            values: the payoffs, of any shape.
+            leaves: the perturbations.
+            samples: of the pass that the payoffs come from.
+            predictions: what the payoffs may be computed from, which tells their scale in fp16.
+            keep: the graph, for another backward.
+        """
+        if not values.requires_grad:
+            raise GameError(
+                f"The payoff has no gradient with respect to δ at {self.arena.site.names}: in this "
+                "round the closure detached it, or ran under no_grad."
+            )
+        way = self.arena.calibration.scaling
+        if way is None:
+            return self._backward(values, leaves, torch.ones_like(values), keep)
+        rows = all(x.shape[: values.dim()] == values.shape for x in leaves)
+        scale = scaling.of_predictions(values, predictions, way if rows else "batch")
+        followed = scale is None
+        if scale is None:
+            scale = scaling.following(self.memory, values, samples)
+        gradients = self._backward(values, leaves, scale.to(values.dtype).expand_as(values), keep)
+        if followed:
+            scaling.follow(self.memory, scale, gradients)
+        return [scaling.divided(g, scale) for g in gradients]
+
+    def _backward(
+        self, values: Tensor, leaves: Sequence[Tensor], weights: Tensor, keep: bool
+    ) -> list[Tensor]:
+        """Return the gradients of a weighted sum."""
+        inputs = None if self.arena.calibration.leaf_backward else leaves
+        with without_autocast(values):
+            torch.autograd.backward(values, weights, retain_graph=keep, inputs=inputs)
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+
+    def deliver(self, objective: Tensor, backward: Callable[[Tensor], object] | None) -> None:
+        """Run the backward pass of an objective."""
+        with without_autocast(objective):
+            (backward or torch.autograd.backward)(objective)
+        self.theta_backwards += 1
+
+    # Between optimizer steps, and at the end -------------------------------------------------
+
+    def renew(self) -> None:
+        """Forget what belongs to the weights before the learner's step."""
+        self.cut.clear()
+        self.kept.clear()
+        self.replay.renew()
+        torch.clear_autocast_cache()  # of a checkpoint's recompute too
+
+    def undo(self) -> None:
+        """Put random state and buffers back to where the round found them."""
+        self.replay.undo()
+        self.arena.site.forget(self.kept)
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        self.kept.clear()
+        self.arena.site.detach()
+
+
+def nowhere(index: int, call: Call, output: Tensor) -> None:
+    """Add nothing at the site."""
+
+
+def scaled(point: Tensor, unit: float) -> Tensor:
+    """Return the δ that a point in units of the site stands for."""
+    return point if unit == 1 else unit * point

@@ -1,0 +1,276 @@
+"""Rounds, one after another: opening and closing them, and what is kept from one to the next."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mixadv.checks import check_entries, check_flag, check_kinds
+from mixadv.errors import GameError
+from mixadv.model import parallel
+from mixadv.model.closure import Closure
+from mixadv.model.modules import weak_hook
+from mixadv.model.replay import Noise
+from mixadv.players.strategy import Strategy
+from mixadv.round import validate
+from mixadv.round.arena import Arena, Memory
+from mixadv.round.cost import count_passes
+from mixadv.round.first_round import calibrate
+from mixadv.round.outcome import Outcome
+from mixadv.round.schedule import Schedule
+from mixadv.round.stage import Stage
+from mixadv.solvers.play import Step
+
+_KINDS = {  # of what is saved
+    "round": int,
+    "updates": int,
+    "unit": (float, NoneType),
+    "memory": dict,
+    "modules": dict,
+}
+
+
+class Rounds:
+    """Plays the rounds of a game.
+
+    Attributes:
+        arena: where they are played.
+        schedule: when the adversary plays.
+        memory: what the solver keeps from round to round.
+        round: rounds played.
+        updates: rounds, those of micro-batches of one optimizer step as one.
+        outcome: what the last round came to.
+        strategy: what the adversary played in it.
+        probing: holds a closure's gradients back until it plays a round itself.
+        busy: a round is open.
+    """
+
+    def __init__(self, arena: Arena, schedule: Schedule) -> None:
+        self.arena = arena
+        self.schedule = schedule
+        self.memory: Memory = {}
+        self.round = 0
+        self.updates = 0
+        self.outcome: Outcome | None = None
+        self.strategy: Strategy | None = None
+        self.probing: ExitStack | None = None
+        self.busy = False
+        self._stepped = True  # since the last round
+        self._watch(arena.optimizer)
+
+    # A round ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def open(self, closure: Closure, check: bool = False) -> Iterator[Stage]:
+        """Open a round on a closure.
+
+        After an exception buffers, random state, hooks and flags are as they were before.
+        """
+        arena = self.arena
+        if arena.learner is not None and arena.learner.swapped:
+            raise GameError("A round within game.averaged() would be undone at its end.")
+        if self.probing:
+            self.probing.close()
+        stage = self._begin(closure, check)
+        if arena.learner is not None:
+            arena.learner.opened = True
+        found = self.updates, self._stepped
+        try:
+            self.updates, self._stepped = self.updates + self._stepped, arena.optimizer is None
+            yield stage
+        except BaseException:
+            stage.passes.undo()
+            self.updates, self._stepped = found
+            raise
+        else:
+            self._learn_buffers(stage)
+            self.memory = stage.memory
+            stage.renew()
+            self.round += 1
+        finally:
+            self._close(stage)
+
+    @contextmanager
+    def rehearse(self, closure: Closure) -> Iterator[Stage]:
+        """Open the round to come, with its draws, and leave nothing of it.
+
+        Whatever happens, buffers, random state, hooks and what the solver keeps are as they were.
+        If the game was not checked yet it is now, and the unit is measured.
+        """
+        stage = self._begin(closure, check=False)
+        try:
+            yield stage
+            self._learn_buffers(stage)
+        finally:
+            stage.passes.undo()
+            self._close(stage)
+
+    def _begin(self, closure: Closure, check: bool) -> Stage:
+        validate.closure(closure)
+        check_flag("Game", "check", check)
+        if self.busy:
+            raise GameError(
+                "A closure must not play a round itself: it runs the forward pass and returns the "
+                "loss (game.loss and game.backward call it)."
+            )
+        if check or not self.arena.calibration.checked:
+            self._calibrate(closure)
+        stage = Stage(self.arena, closure, self.memory)
+        self.arena.noise.begin("adversary", self.round, parallel.rank())
+        self.busy = True
+        return stage
+
+    def _calibrate(self, closure: Closure) -> None:
+        model, solver = self.arena.model, self.arena.solver
+        self.busy = True
+        try:
+            with parallel.local(model):
+                calibration = calibrate(self.arena, closure, self.memory)
+        finally:
+            self.busy = False
+        if calibration.leaf_backward:
+            counts = count_passes(solver)
+            validate.reentrant(model, solver, counts.branches, counts.theta_backwards)
+        self.arena.calibration = calibration
+        self.memory = calibration.begin(self.memory)
+
+    def _learn_buffers(self, stage: Stage) -> None:
+        buffers = stage.passes.replay.buffers
+        if not buffers.known:
+            self.arena.stateful[self.arena.modes] = buffers.changed()
+
+    def _close(self, stage: Stage) -> None:
+        stage.passes.close()
+        stage.played = None  # its start may refer to the stage: a cycle that would hold δ
+        self.busy = False
+
+    def objectives(self, stage: Stage) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the objectives of a round, each with whether an optimizer step follows it."""
+        solver, passes = self.arena.solver, stage.passes
+        play = self.schedule.moves(solver, stage, self.updates - 1)
+        stepped = False
+        try:
+            for move in play:
+                stepped = isinstance(move, Step)
+                objective = move.objective if isinstance(move, Step) else move
+                validate.objective(objective, solver)
+                for part, last in passes.cut.parts(objective, stepped, passes.run):
+                    validate.depends(part)
+                    yield part, last
+        finally:
+            play.close()
+        if not stepped:
+            raise GameError(
+                f"{type(solver).__name__}.play ended without a Step: the last pass before an "
+                "optimizer step is yielded as Step(objective)."
+            )
+
+    def finish(self, stage: Stage, objective: Tensor, steps: int) -> Outcome:
+        """Note and return what a round came to.
+
+        Args:
+            stage: the round.
+            objective: the sum of its objectives, 0-d and detached.
+            steps: its optimizer steps.
+        """
+        self.strategy = None if stage.played is None else stage.played.detach()
+        self.outcome = self._outcome(stage, objective, steps)
+        return self.outcome
+
+    def _outcome(self, stage: Stage, objective: Tensor, steps: int) -> Outcome:
+        q, solver = self.strategy, self.arena.solver
+        radius = entropy = weights = None
+        if q is not None:
+            radius = q.length(solver.norm, solver.per)
+            entropy = q.entropy().mean().detach()
+            weights = "sample" if q.log_weights.shape[1] > 1 else "batch"
+        fallen = torch.stack([x.sum() for x in stage.fallen]).sum() if stage.fallen else None
+        return Outcome(
+            objective=objective / steps,
+            clean_loss=stage.clean_loss,
+            payoff=stage.payoff,
+            radius=radius,
+            entropy=entropy,
+            nonfinite=fallen,
+            forwards=stage.passes.forwards,
+            delta_backwards=stage.delta_backwards,
+            theta_backwards=stage.passes.theta_backwards,
+            steps=steps,
+            weights=weights,
+        )
+
+    # State -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs; tensors refer to the live ones."""
+        modules = self.arena.solver.modules()
+        return {
+            "seed": self.arena.noise.seed,
+            "round": self.round,
+            "updates": self.updates,
+            "unit": self.arena.calibration.unit,
+            "memory": self.memory,
+            "modules": {name: m.state_dict() for name, m in modules.items()},
+        }
+
+    def check_state(self, state: Any) -> None:
+        """Raise ValueError unless a game can go on from the state."""
+        check_entries("game", state, ("seed", "round", "unit"))
+        check_kinds("game", {"memory": {}, "modules": {}, "updates": 0, **state}, _KINDS)
+        validate.check_seed(state["seed"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        if self.busy:
+            raise GameError("load_state_dict within a round: load between rounds.")
+        self.check_state(state)
+        arena = self.arena
+        for name, module in arena.solver.modules().items():
+            if name in state.get("modules", {}):
+                module.load_state_dict(state["modules"][name])
+        self.round = state["round"]
+        self.updates, self._stepped = state.get("updates", self.round), True
+        self.memory = copy.deepcopy(state.get("memory", {}))
+        arena.calibrate(unit=state["unit"])
+        arena.noise = Noise(state["seed"])
+        if arena.learner is not None:
+            arena.learner.noise = Noise(state["seed"])
+        self.outcome = self.strategy = None
+
+    # The optimizer's steps -------------------------------------------------------------------
+
+    def _watch(self, optimizer: Optimizer | None) -> None:
+        """Notice the steps of an optimizer, which end an update."""
+        self._watching = []
+        if optimizer is not None:
+            self._watching.append(optimizer.register_step_post_hook(weak_hook(self._note_step)))
+
+    def _note_step(self) -> None:
+        self._stepped = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watching": []}  # hooks do not pickle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch(self.arena.optimizer)
+        if self.arena.learner is not None:
+            assert self.arena.optimizer is not None
+            self.arena.learner.bind(self.arena.optimizer, self.arena.noise.seed)
+
+    def close(self) -> None:
+        """Remove every hook that was placed on model and optimizer."""
+        arena = self.arena
+        arena.site.close()
+        if arena.representation is not None:
+            arena.representation.close()
+        learner = [] if arena.learner is None else arena.learner.handles
+        for handle in [*self._watching, *learner]:
+            handle.remove()
