@@ -51,7 +51,7 @@ def elsewhere(steps: int, training: bool) -> Way:
     """Return the ordinary ascent in another mode, or in training mode under another mask."""
 
     def way(stage: mixadv.Stage, kept: Tensor | None) -> mixadv.Strategy:
-        model = stage.game.model
+        model = stage.arena.model
         stage.renew()
         model.train(training)
         with torch.no_grad():
@@ -68,8 +68,8 @@ def warm(steps: int, scale: float = 1.0, stride: float = 1.0) -> Way:
 
     def way(stage: mixadv.Stage, kept: Tensor | None) -> mixadv.Strategy:
         begin = None if kept is None else lambda index, call: scale * kept
-        size = stride * stage.game.solver.step_size
-        ascent = replace(stage.game.solver, steps=steps, step_size=size)
+        size = stride * stage.arena.solver.step_size
+        ascent = replace(stage.arena.solver, steps=steps, step_size=size)
         return stage.ascend(PAYOFF, ascent, begin=begin)
 
     return way
@@ -79,10 +79,10 @@ def first_layer(steps: int, inner: int) -> Way:
     """Return the ascent that follows each of its steps by inner ones through the first layer."""
 
     def way(stage: mixadv.Stage, kept: Tensor | None) -> mixadv.Strategy:
-        ascent, pulls = stage.game.solver, []
+        ascent, pulls = stage.arena.solver, []
         q = stage.start(ascent)
         for _ in range(steps):
-            with listening(stage.game.model, lambda output: output.register_hook(pulls.append)):
+            with listening(stage.arena.model, lambda output: output.register_hook(pulls.append)):
                 _, _, gradients = stage.payoffs(q, PAYOFF, ascent)
             q = stage.move(q, ascent, gradients)
             for _ in range(inner):
@@ -94,19 +94,20 @@ def first_layer(steps: int, inner: int) -> Way:
 
 def inner_gradients(stage: mixadv.Stage, q: mixadv.Strategy, pull: Tensor) -> list[Tensor]:
     """Return the gradients in δ of ⟨pull, output of the first layer⟩, of each sample its own."""
-    model = stage.game.model
+    model = stage.arena.model
     layers, outputs = layers_of(model), []
 
     def closure() -> Tensor:
         with listening(model, outputs.append):
-            stage.closure()
+            stage.passes.closure()
         return (pull * outputs[0]).flatten(1).sum(1)
 
     later = list(layers[1:])
     del layers[1:]
     try:
-        with stage.frozen():
-            return stage.differentiate(stage.run(stage.at(q, 0), closure).loss, q.points)
+        with stage.passes.frozen():
+            loss = stage.passes.run(stage.passes.at(q), closure).loss
+            return stage.passes.differentiate(loss, q.points)
     finally:
         layers.extend(later)
 
@@ -164,10 +165,10 @@ def reached(played: mixadv.Game, batch: Batch, way: Way, kept: Tensor | None) ->
     with played.rehearsal(closure) as stage:
         stage.clean()
         started = time.process_time()
-        q = way(stage, kept).settled()
+        q = way(stage, kept).detach()
         seconds = time.process_time() - started
     with played.rehearsal(closure) as stage, torch.no_grad():
-        clean, moved = stage.clean(), stage.run(stage.at(q, 0))
+        clean, moved = stage.clean(), stage.passes.run(stage.passes.at(q))
         values = mixadv.maths.divergence.symmetric_kl(moved.predictions, clean.predictions)
     return {"delta": q.points[0][0], "divergence": values.tolist(), "seconds": seconds}
 

@@ -97,12 +97,12 @@ def reached(
 ) -> dict[str, Any]:
     """Return the divergence at the end of an ascent, and what became of the likeliest labels."""
     started = time.process_time()
-    with game.rehearsal(lambda: model(**batch)) as stage:
+    with game.rounds.rehearse(lambda: model(**batch)) as stage:
         q = stage.ascend("symmetric_kl", game.solver)
         seconds = time.process_time() - started
         with torch.no_grad():
             clean = stage.clean().predictions.log_softmax(-1)
-            moved = stage.run(stage.at(q, 0)).predictions.log_softmax(-1)
+            moved = stage.passes.run(stage.passes.at(q)).predictions.log_softmax(-1)
     label = clean.argmax(-1, keepdim=True)
     values = mixadv.maths.divergence.symmetric_kl(moved, clean)
     towards = moved.gather(-1, label) < clean.gather(-1, label)

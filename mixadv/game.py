@@ -17,7 +17,6 @@ from mixadv.model.closure import Closure, read
 from mixadv.model.compiled_site import place
 from mixadv.model.contexts import no_grad
 from mixadv.model.modules import functional
-from mixadv.model.replay import Noise
 from mixadv.model.representation import Representation
 from mixadv.model.site import Site
 from mixadv.players.strategy import Strategy
@@ -75,7 +74,7 @@ class Game:
             model,
             solver,
             place(model, site),
-            Noise(seed),
+            seed,
             optimizer,
             self.learner,
             Representation(model, reads) if reads else None,
@@ -97,6 +96,11 @@ class Game:
     def site(self) -> Site:
         """Where δ acts."""
         return self.rounds.arena.site
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The base optimizer, None where the game knows none."""
+        return self.rounds.arena.optimizer
 
     @property
     def unit(self) -> float | None:

@@ -277,7 +277,7 @@ class GameOptimizer(Optimizer):
             state["param_groups"] = [*groups, *own[len(groups) :]]
         part = {} if ours is None or learner is None else learner.read_state(ours["learner"])
         self.base.load_state_dict(state)
-        fresh = {"seed": self.game.rounds.arena.noise.seed, "round": 0, "unit": None}
+        fresh = {"seed": self.game.rounds.arena.seed, "round": 0, "unit": None}
         self.game.load_state_dict(fresh if ours is None else ours["game"])
         if learner is not None:
             learner.reset()

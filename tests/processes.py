@@ -233,8 +233,8 @@ def found(optimizer: mixadv.GameOptimizer) -> list[Tensor]:
     game = optimizer.game
     kept = [] if game.learner is None else [game.learner.average, game.learner.teacher]
     kept += [] if game.learner is None else game.learner.samples
-    table = [game.memory["table"]] if "table" in game.memory else []
-    weights = [*game.parameters(), *(w for part in kept for w in part.values())]
+    table = [game.rounds.memory["table"]] if "table" in game.rounds.memory else []
+    weights = [*game.rounds.arena.parameters(), *(w for part in kept for w in part.values())]
     return [whole(w) for w in [*weights, *table, torch.tensor(game.unit)]]
 
 

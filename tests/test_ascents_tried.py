@@ -23,7 +23,7 @@ def rehearsed(dropout: bool = True) -> Iterator[mixadv.Stage]:
     model, batch, forward = zoo.player("bert", rows=4)
     model.double().train(dropout)
     game = mixadv.Game(model, mixadv.ALUM(radius=0.3, step_size=0.2, start_size=0.1))
-    with game.rehearsal(lambda: forward(model, batch)) as stage:
+    with game.rounds.rehearse(lambda: forward(model, batch)) as stage:
         stage.clean()
         yield stage
 
@@ -40,7 +40,7 @@ def test_an_inner_step_where_p_was_found_is_the_ordinary_step(family: str):
     model.double()
     game = mixadv.Game(model, mixadv.ALUM(radius=0.3, step_size=0.2))
     layers = len(tried.layers_of(model))
-    with game.rehearsal(lambda: forward(model, batch)) as stage:
+    with game.rounds.rehearse(lambda: forward(model, batch)) as stage:
         q, pulls = stage.start(game.solver), []
         with tried.listening(model, lambda output: output.register_hook(pulls.append)):
             _, _, expected = stage.payoffs(q, tried.PAYOFF, game.solver)
@@ -84,7 +84,7 @@ def test_without_dropout_the_ascent_is_that_of_evaluation_mode():
     assert not torch.allclose(*others)
     with rehearsed() as stage:
         tried.elsewhere(1, training=False)(stage, KEPT)
-        assert all(module.training for module in stage.game.model.modules())
+        assert all(module.training for module in stage.arena.model.modules())
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from benchmark_parts import checks, contenders, measure, picture, results, scali
 from benchmark_parts.contenders import CONTENDERS
 from benchmark_parts.picture import Point
 from benchmark_parts.work import PARTS, Setting, Work
-from mixadv.round.cost import passes
+from mixadv.round.cost import count_passes
 
 SECONDS = st.floats(0.1, 10)
 COUNTS = ["forwards", "delta_backwards", "theta_backwards", "branches", "steps", "draws"]
@@ -78,7 +78,7 @@ def test_rounds_have_the_passes_that_their_floor_counts(name):
     solver = CONTENDERS[name].solver(piece.coordinates)
     optimizer = mixadv.wrap(piece.adamw(), piece.model, solver)
     optimizer.step(piece.closure())
-    outcome, counted = optimizer.outcome, passes(solver)
+    outcome, counted = optimizer.outcome, count_passes(solver)
     assert outcome is not None
     played = (outcome.forwards, outcome.delta_backwards, outcome.theta_backwards, outcome.steps)
     assert played == (

@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import mixadv
 from mixadv.model.replay import Noise
-from mixadv.round.cost import passes
+from mixadv.round.cost import count_passes
 from tests.processes import (
     SOLVERS,
     Net,
@@ -89,7 +89,7 @@ def weights_after(model: nn.Module, solver: mixadv.Solver, way: str, mine: slice
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
-    optimizer.game.noise = SampleNoise(mine, 2 * ROWS)
+    optimizer.game.rounds.arena.noise = SampleNoise(mine, 2 * ROWS)
     for ids, labels in batches(7, 3, 2 * ROWS):
         play(optimizer, way, closure(model, ids[mine], labels[mine]))
     return found(optimizer)
@@ -163,12 +163,12 @@ def nobody_waits(rank: int, name: str) -> None:
         assert not kept[0].isfinite().all()
         assert_equal_on_all(kept)
         if name == "textat":
-            assert optimizer.game.memory["table"].isfinite().all()
+            assert optimizer.game.rounds.memory["table"].isfinite().all()
 
 
 def checkpoints_change_nothing(rank: int, name: str, reentrant: bool) -> None:
     solver = SOLVERS[name]
-    counted = passes(solver)
+    counted = count_passes(solver)
     for way in ways(solver):
         plain = found(train(solver, way, rank))
         two_in_one = counted.branches > counted.theta_backwards

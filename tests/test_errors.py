@@ -478,7 +478,7 @@ def test_what_a_solver_cannot_play_leaves_no_trace(name: str, word: str):
     with pytest.raises(GameError, match=CANNOT[name, word]):
         play(optimizer, how)(p.closure())
     assert_same(fingerprint(p.model), found)
-    assert (optimizer.game.round, optimizer.game.memory) == (0, {})
+    assert (optimizer.game.round, optimizer.game.rounds.memory) == (0, {})
 
 
 class Unnamed(mixadv.Solver):

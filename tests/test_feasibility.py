@@ -15,7 +15,7 @@ from mixadv.model import site
 from mixadv.model.replay import Noise
 from mixadv.model.site import Call
 from mixadv.players.ascent import Ascent
-from mixadv.players.strategy import Strategy
+from mixadv.players.strategy import opening
 from tests.zoo import stepwise
 
 ORDER = {"l1": 1, "l2": 2, "linf": float("inf")}
@@ -153,7 +153,7 @@ def test_any_gradient_leaves_delta_in_its_ball_and_off_padding(ascent, dtype, gr
     call = Call(torch.Size([3, 3, 2]), dtype, torch.device("cpu"), mask[..., None])
     noise = Noise(0)
     noise.begin("adversary", 0)
-    q = Strategy.begin(ascent, noise, [call], 1.0)
+    q = opening(ascent, noise, [call], 1.0)
     for scale in (None, *gradients):
         if scale is not None:
             gradient = torch.randn_like(q.points[0]) * torch.tensor(scale).view(3, 1, 1)
@@ -215,9 +215,9 @@ def test_nonfinite_gradient_costs_only_its_own_sample(case, value):
 
         model.fault = spoil
         optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
-        optimizer.game.noise = GivenNoise(rows)
+        optimizer.game.rounds.arena.noise = GivenNoise(rows)
         optimizer.step(forward(model, ids, mask, labels))
-        kept = optimizer.game.memory.get("delta")  # FreeAT's next point
+        kept = optimizer.game.rounds.memory.get("delta")  # FreeAT's next point
         moved = kept[0] if kept else optimizer.game.strategy.points[0][0]
         return moved, optimizer.outcome.nonfinite
 
@@ -294,7 +294,7 @@ def play(solver, parts, scale=1.0, reduction="none", length=5, boost=1.0):
     for rows in parts:
         ids, mask, labels = batch(rows, length)
         share = boost * len(rows) / ROWS
-        optimizer.game.noise, optimizer.game.memory = GivenNoise(rows), {}
+        optimizer.game.rounds.arena.noise, optimizer.game.rounds.memory = GivenNoise(rows), {}
         closure = forward(model, ids, mask, labels, scale, reduction)
         if solver.replays_batch:  # a loop can neither split its round nor scale its loss
             taken = stepwise(optimizer)

@@ -78,10 +78,11 @@ def gradients(
         model.half()
     game = mixadv.Game(model, solver)
     closure = classify(model, weight, reduction)
-    with fp16(half == "autocast", device), game.rehearsal(closure) as stage:
+    with fp16(half == "autocast", device), game.rounds.rehearse(closure) as stage:
         stage.clean()
         _, _, slopes = stage.payoffs(stage.start(solver), solver.gain, solver)
-    assert game.scaling == (None if not half else "batch" if coupled else "sample")
+    scaling = game.rounds.arena.calibration.scaling
+    assert scaling == (None if not half else "batch" if coupled else "sample")
     assert slopes[0].dtype == torch.float32
     return slopes[0]
 
@@ -232,12 +233,12 @@ def test_a_sample_that_overflows_does_not_shrink_the_scale_of_others() -> None:
     closure = classify(model)
     with fp16():
         game.backward(closure, backward=lambda loss: loss)
-        found = game.memory["scale"]
+        found = game.rounds.memory["scale"]
         model.layer.register_forward_pre_hook(overflow)
         for _ in range(8):
             outcome = game.backward(closure, backward=lambda loss: loss)
             assert outcome.nonfinite == 1
-    assert game.memory["scale"][0] == found[0]
+    assert game.rounds.memory["scale"][0] == found[0]
 
 
 def test_scales_are_measured_where_autocast_begins_within_the_model() -> None:
@@ -255,7 +256,7 @@ def test_scales_are_measured_where_autocast_begins_within_the_model() -> None:
     model, x = Inner(), torch.randn(3, 6)
     game = mixadv.Game(model, mixadv.PGD(start="zero", steps=1))
     game.backward(lambda: 1e-9 * F.cross_entropy(model(x).float(), torch.arange(3)))
-    assert game.scaling == "batch"  # the predictions are not known
+    assert game.rounds.arena.calibration.scaling == "batch"  # the predictions are not known
     assert game.outcome.radius == pytest.approx(game.solver.step_size, rel=1e-4)
 
 
@@ -265,8 +266,8 @@ def test_wider_formats_are_not_scaled(name: str) -> None:
     optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), 0.1), model, solver)
     with torch.autocast("cpu", torch.bfloat16):
         optimizer.step(classify(model))
-    assert optimizer.game.scaling is None
-    assert "scale" not in optimizer.game.memory
+    assert optimizer.game.rounds.arena.calibration.scaling is None
+    assert "scale" not in optimizer.game.rounds.memory
 
 
 @pytest.mark.parametrize("name", ["pgd", "mat", "freelb"])
@@ -292,7 +293,7 @@ def test_resuming_in_fp16_is_not_interrupting(name: str) -> None:
     resumed.load_state_dict(saved[1])
     go(other, resumed)
     assert_same(dict(other.named_parameters()), dict(model.named_parameters()))
-    assert_same(resumed.game.memory, optimizer.game.memory)
+    assert_same(resumed.game.rounds.memory, optimizer.game.rounds.memory)
 
 
 def test_an_evaluation_in_fp16_leaves_no_scale_behind() -> None:
@@ -300,7 +301,7 @@ def test_an_evaluation_in_fp16_leaves_no_scale_behind() -> None:
     game = mixadv.Game(model, mixadv.PGD())
     with fp16():
         mixadv.equilibrium.exploitability(game, classify(model), steps=2, restarts=1)
-    assert (game.scaling, game.memory) == (None, {})
+    assert (game.rounds.arena.calibration.scaling, game.rounds.memory) == (None, {})
 
 
 @pytest.mark.parametrize("name", ["pgd", "smart", "freelb", "cat"])
@@ -368,13 +369,13 @@ def train(
         optimizer.zero_grad()
         scales.append(scaler.get_scale())
     state = optimizer.state_dict()
-    memory = {k: v for k, v in game.memory.items() if k != "scale"}
+    memory = {k: v for k, v in game.rounds.memory.items() if k != "scale"}
     return {
         "model": model.state_dict(),
         "base": {k: v for k, v in state.items() if k != "mixadv"},
         "learner": state["mixadv"]["learner"],
         "memory": memory,
-        "updates": game.updates,
+        "updates": game.rounds.updates,
         "scales": scales,
         "gradients": first,
     }
@@ -461,7 +462,8 @@ def test_transformers_play_in_fp16(family: str) -> None:
         with fp16():
             outcome = optimizer.game.backward(p.closure())
         assert outcome.nonfinite == 0
-        assert optimizer.game.scaling == ("batch" if family == "vision" else "sample")
+        scaling = optimizer.game.rounds.arena.calibration.scaling
+        assert scaling == ("batch" if family == "vision" else "sample")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

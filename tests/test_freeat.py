@@ -36,7 +36,7 @@ def test_the_next_batch_starts_where_the_last_one_ended():
     optimizer = wrapped(one, mixadv.FreeAT(**STILL))
     optimizer.step(cut(one, slice(0, 3)))
     first = delta(optimizer)
-    carried = optimizer.game.memory["delta"][0]
+    carried = optimizer.game.rounds.memory["delta"][0]
     assert_same(carried, first)
     optimizer.step(cut(one, slice(0, 3)))
     assert_same(delta(optimizer), first)
@@ -50,7 +50,7 @@ def test_it_ends_one_move_after_its_last_step():
     optimizer = wrapped(one, mixadv.FreeAT(**words))
     optimizer.step(one.closure())
     assert not delta(optimizer).any()
-    carried = optimizer.game.memory["delta"][0]
+    carried = optimizer.game.rounds.memory["delta"][0]
     lengths = carried.flatten(1).norm(dim=1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 0.3))
     optimizer.step(one.closure())
@@ -64,12 +64,12 @@ def test_a_batch_of_another_shape_starts_anew(rows, length):
     carrying, fresh = (wrapped(x, mixadv.FreeAT(**STILL)) for x in (one, other))
     for optimizer, x in ((carrying, one), (fresh, other)):
         optimizer.step(cut(x, slice(0, 3)))
-    fresh.game.memory = {}
+    fresh.game.rounds.memory = {}
     carrying.step(cut(one, rows, length))
     fresh.step(cut(other, rows, length))
     assert_same(delta(carrying), delta(fresh))
     carrying.step(cut(one, slice(0, 3)))  # only the last batch's is kept
-    fresh.game.memory = {}
+    fresh.game.rounds.memory = {}
     fresh.step(cut(other, slice(0, 3)))
     assert_same(delta(carrying), delta(fresh))
 
@@ -91,8 +91,8 @@ def test_what_is_carried_is_projected_into_the_ball_of_this_game():
     one = small()
     optimizer = wrapped(one, mixadv.FreeAT(steps=1, **STILL))
     optimizer.step(one.closure())
-    long = 100 * optimizer.game.memory["delta"][0]
-    optimizer.game.memory = {"delta": [long]}
+    long = 100 * optimizer.game.rounds.memory["delta"][0]
+    optimizer.game.rounds.memory = {"delta": [long]}
     optimizer.step(one.closure())
     lengths = delta(optimizer).flatten(1).norm(dim=1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 0.5))
@@ -104,7 +104,7 @@ def test_nothing_is_carried_unless_asked():
     for _ in range(2):
         optimizer.step(one.closure())
         starts.append(delta(optimizer))
-    assert optimizer.game.memory == {}
+    assert optimizer.game.rounds.memory == {}
     assert not torch.equal(*starts)
 
 
@@ -137,7 +137,7 @@ def test_a_broken_round_carries_nothing_and_takes_its_steps_back():
     one, passes = small(), []
     optimizer = wrapped(one, mixadv.FreeAT(steps=3))
     optimizer.step(one.closure())
-    before = optimizer.game.memory["delta"][0].clone()
+    before = optimizer.game.rounds.memory["delta"][0].clone()
     weights = [p.detach().clone() for p in one.model.parameters()]
 
     def closure():
@@ -148,7 +148,7 @@ def test_a_broken_round_carries_nothing_and_takes_its_steps_back():
 
     with pytest.raises(MemoryError):
         optimizer.step(closure)
-    assert_same(optimizer.game.memory["delta"][0], before)
+    assert_same(optimizer.game.rounds.memory["delta"][0], before)
     assert_same([p.detach() for p in one.model.parameters()], weights)
 
 

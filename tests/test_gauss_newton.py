@@ -194,20 +194,21 @@ def test_an_ascent_turns_towards_the_boundary(name: str, route: Any):
     game_solver = mixadv.make_solver(name, **words, **more)
     base = torch.optim.SGD(model.parameters(), 0.0)
     game = mixadv.wrap(base, model, game_solver, site="input").game
-    with game.rehearsal(closure) as stage:
+    with game.rounds.rehearse(closure) as stage:
         logits = stage.clean().predictions.detach()
         label = logits.argmax(-1, keepdim=True)
         q = stage.start(game_solver)
         for turned in (True, False):  # once, for they lie there then
             found = [p.clone() for p in q.points]
-            _, _, (slopes,) = stage.payoffs(q, game_solver.gain, game_solver)
-            assert torch.equal(q.points[0], found[0]) != turned or not q.points
+            q, _, (slopes,) = stage.payoffs(q, game_solver.gain, game_solver)
+            assert torch.equal(q.points[0], found[0]) != turned
             if turned:
                 first = slopes
         assert (F.cosine_similarity(first, slopes, dim=-1) > 0.99).all()
         clean = logits.log_softmax(-1).gather(1, label)
         for m in range(q.size):
-            moved = stage.run(stage.at(q, m)).predictions.log_softmax(-1).gather(1, label)
+            moved = stage.passes.run(stage.passes.at(q, m)).predictions
+            moved = moved.log_softmax(-1).gather(1, label)
             assert (moved <= clean).all()
 
 
@@ -329,6 +330,6 @@ def test_it_is_no_direction_for_the_task_loss():
     model, ids = OneRow(), torch.zeros(1, 3, dtype=torch.long)
     ascent = mixadv.Ascent(direction="gauss_newton")
     game = mixadv.Game(model, mixadv.PGD())
-    with game.rehearsal(lambda: model(ids).sum()) as stage:  # noqa: SIM117
+    with game.rounds.rehearse(lambda: model(ids).sum()) as stage:  # noqa: SIM117
         with pytest.raises(mixadv.GameError, match="for divergences, and not for 'loss'"):
             stage.ascend("loss", ascent)

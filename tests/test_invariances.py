@@ -49,9 +49,9 @@ def run(solver: mixadv.Solver, order: list[int], extra: int = 0) -> tuple[list, 
         for name, value in one.batch.items()
     }
     optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, solver)
-    optimizer.game.noise = RowNoise(order)
+    optimizer.game.rounds.arena.noise = RowNoise(order)
     found = [optimizer.step(one.closure(**batch)) for _ in range(3)]
-    return [*found, *one.model.parameters()], optimizer.game.memory
+    return [*found, *one.model.parameters()], optimizer.game.rounds.memory
 
 
 def assert_close(one, other) -> None:

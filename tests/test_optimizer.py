@@ -224,7 +224,7 @@ def test_a_plain_checkpoint_continues_with_a_fresh_adversary(solver: mixadv.Solv
     optimizer, other = wrapped(solver, AdamW)
     optimizer.load_state_dict(copy.deepcopy(old.base.state_dict()))
     assert_same(optimizer.base.state_dict(), old.base.state_dict())
-    assert (optimizer.game.round, optimizer.game.memory) == (0, {})
+    assert (optimizer.game.round, optimizer.game.rounds.memory) == (0, {})
     optimizer.step(other.closure())
     # and the other way round: the game's checkpoint is one of the base with one key more
     state = optimizer.state_dict()

@@ -56,7 +56,7 @@ def test_adapters_alone_are_trained(name: str, family: str):
     assert moved(p.model, before) == trainable
     learner = optimizer.game.learner
     if name == "mat":
-        assert set(optimizer.game.named(learner.average)) == trainable
+        assert set(optimizer.game.rounds.arena.named(learner.average)) == trainable
     if name == "smart":
         assert set(optimizer.game.teacher()) == trainable
 
@@ -117,7 +117,7 @@ def test_virtual_tokens_neither_move_nor_count(kind: str, family: str):
     assert lengths.shape == real.shape
     assert (lengths[real] > 0).all()
     assert not lengths[~real].any()
-    with game.stage(p.closure()) as stage:
+    with game.rounds.open(p.closure()) as stage:
         mask = stage.clean().mask
     if family == "llama-causal":
         labelled = (p.batch["labels"] >= 0)[:, 1:]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -144,7 +145,9 @@ def test_an_ascent_under_autocast_reaches_no_weight(name: str, checkpoints: str)
     reached: list[int] = []
     with bf16():
         optimizer.step(p.closure())
-        game.leaf_backward = checkpoints == "reentrant"  # as the first round finds it out
+        # As the first round finds it out.
+        arena, leaf = game.rounds.arena, checkpoints == "reentrant"
+        arena.calibration = replace(arena.calibration, leaf_backward=leaf)
         p.model.bert.encoder.layer[0].intermediate.dense.weight.register_hook(
             lambda _: reached.append(torch._C._current_graph_task_id())
         )
@@ -204,7 +207,7 @@ def test_a_gradient_that_overflows_under_autocast_costs_its_own_sample(name: str
     optimizer = wrapped(model, name, **settings)
     with bf16():
         optimizer.step(classify(model))
-    carried = optimizer.game.memory.get("delta")
+    carried = optimizer.game.rounds.memory.get("delta")
     delta = carried[0] if carried else optimizer.game.strategy.points[0][0]
     if name in ("noise", "r3f"):
         assert optimizer.outcome.nonfinite is None
@@ -413,7 +416,7 @@ def test_an_ascent_in_bf16_leaves_the_learners_passes_alone(name: str):
         optimizer = mixadv.wrap(base, p.model, solver)
         optimizer.step(p.closure())
         seen.clear()
-        optimizer.game.round = 0
+        optimizer.game.rounds.round = 0
         optimizer.step(p.closure())
         formats = {(frozen, kind) for frozen, kind in seen}
         assert (True, torch.float32) in formats

@@ -313,8 +313,8 @@ def test_a_row_of_freelb_is_the_released_loop():
     bert = player("bert", rows=4)
     model, batch = without_dropout(bert.model.double()), bert.batch
     game = Game(model, FreeLB.published("cola", model=ROBERTA))
-    game.noise.begin("adversary", 0, 0)
-    uniform = game.noise("uniform", torch.zeros(4, 9, 16, dtype=torch.float64))
+    game.rounds.arena.noise.begin("adversary", 0, 0)
+    uniform = game.rounds.arena.noise("uniform", torch.zeros(4, 9, 16, dtype=torch.float64))
 
     ids, mask = batch["input_ids"], batch["attention_mask"]
     delta = formula(uniform, mask.sum(1).tolist(), init_mag, None)

@@ -385,9 +385,9 @@ def wrapped(solver: mixadv.Solver, base: type = torch.optim.SGD):
     model = Reader()
     options = {"weight_decay": DECAY} if base is torch.optim.AdamW else {}
     optimizer = mixadv.wrap(base(model.parameters(), lr=LR, **options), model, solver)
-    optimizer.game.noise = Given()
+    optimizer.game.rounds.arena.noise = Given()
     if isinstance(solver, mixadv.TextAT):
-        optimizer.game.memory = {"table": TABLE.clone()}
+        optimizer.game.rounds.memory = {"table": TABLE.clone()}
     if optimizer.game.learner is not None:
         optimizer.game.learner.noise = Given()
     return model, optimizer
@@ -404,7 +404,8 @@ def test_rounds_follow_the_formulas(solver, base):
         torch.testing.assert_close(objective, formulas.objective, rtol=0, atol=1e-10)
         for parameter, expected in zip(model.parameters(), formulas.theta, strict=True):
             torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-10)
-        torch.testing.assert_close(optimizer.game.memory, formulas.memory, rtol=0, atol=1e-10)
+        memory = optimizer.game.rounds.memory
+        torch.testing.assert_close(memory, formulas.memory, rtol=0, atol=1e-10)
 
 
 def test_every_solver_is_recomputed():

@@ -19,7 +19,7 @@ each_reader = pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 
 
 def representation(game: mixadv.Game, closure) -> Tensor:
-    with game.stage(closure) as stage:
+    with game.rounds.open(closure) as stage:
         return stage.clean().representation
 
 

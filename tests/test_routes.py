@@ -65,10 +65,10 @@ def evaluate(p: Player, closure: Any, payoff: str, route: str) -> tuple[Tensor, 
     torch.manual_seed(1)
     solver = MAT(particles=3, start="uniform", start_size=None)
     game = wrapped(p, solver).game
-    with game.stage(closure) as stage:
+    with game.rounds.open(closure) as stage:
         stage.clean()
         q = stage.start(solver)
-        return stage.payoffs(q, payoff, solver, route=ROUTES[route])[1:]
+        return stage.payoffs_by(ROUTES[route], q, payoff, solver)[1:]
 
 
 def trained(p: Player, closure: Any, **settings: Any) -> list[Any]:
@@ -136,12 +136,10 @@ def test_routes_agree_on_the_way_of_a_representation(family: str, route: str):
     p = double(family, dropout=False)
 
     def payoffs(deviation: float, route: str) -> tuple[Tensor, list[Tensor]]:
-        with wrapped(p, Away()).game.stage(sharpness(p)) as stage:
+        with wrapped(p, Away()).game.rounds.open(sharpness(p)) as stage:
             stage.clean()
-            q = stage.start(stage.game.solver)
-            return stage.payoffs(
-                q, "loss", Away(), route=ROUTES[route], deviation_weight=deviation
-            )[1:]
+            q = stage.start(stage.arena.solver)
+            return stage.payoffs_by(ROUTES[route], q, "loss", Away(), deviation)[1:]
 
     one = payoffs(2.0, "loop")
     torch.testing.assert_close(payoffs(2.0, route), one, **CLOSE)

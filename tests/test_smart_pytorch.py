@@ -68,7 +68,7 @@ def round_of(bert, divergence: str, steps: int) -> tuple[mixadv.Game, mixadv.Out
         unit="absolute",
     )
     game = mixadv.Game(bert.model, solver)
-    game.noise = Drawn()
+    game.rounds.arena.noise = Drawn()
     return game, game.backward(bert.closure())
 
 

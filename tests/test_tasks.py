@@ -265,11 +265,11 @@ def test_predictions_count_where_the_loss_reads_them(task: str) -> None:
 def test_of_an_answer_the_start_and_the_end_are_compared() -> None:
     model, closure = answers()
     game = mixadv.Game(model.eval().double(), mixadv.SMART(proximal_weight=0.0))
-    with game.stage(closure) as stage:
+    with game.rounds.open(closure) as stage:
         q = stage.ascend("kl", game.solver)
         found = float(stage.divergence(q, "kl").detach())
         clean, moved = closure(), []
-        stage.run(stage.at(q, 0), lambda: moved.append(closure()) or moved[0])
+        stage.passes.run(stage.passes.at(q), lambda: moved.append(closure()) or moved[0])
     expected = [
         F.kl_div(
             getattr(moved[0], k).log_softmax(-1),

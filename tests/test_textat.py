@@ -49,7 +49,7 @@ def test_a_fresh_table_is_uniform_and_the_seeds_alone():
         game.backward(one.closure())
         unseen = torch.ones(99, dtype=torch.bool)
         unseen[player("bert").batch["input_ids"].unique()] = False
-        tables.append(game.memory["table"][unseen])
+        tables.append(game.rounds.memory["table"][unseen])
     assert torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
     entries = tables[0] * math.sqrt(16) / 0.3
@@ -69,7 +69,7 @@ def test_every_place_of_a_token_reads_its_row():
 def test_a_token_whose_row_is_zero_is_not_stuck_there():
     one = small()
     game = played(one, mixadv.TextAT(steps=2), table=torch.zeros(VOCABULARY, WIDTH).double())
-    assert game.memory["table"][one.batch["ids"][real(one)]].any(1).all()
+    assert game.rounds.memory["table"][one.batch["ids"][real(one)]].any(1).all()
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_only_tokens_of_the_batch_are_written(steps, radius, write, exclude):
     words = {"steps": steps, "radius": radius, "step_size": 0.2, "write": write}
     game = played(one, mixadv.TextAT(**words, exclude=tuple(exclude)), 2, table)
     occurring = set(one.batch["ids"][real(one)].tolist()) - exclude
-    changed = (game.memory["table"] != table).any(1).nonzero().flatten().tolist()
+    changed = (game.rounds.memory["table"] != table).any(1).nonzero().flatten().tolist()
     assert set(changed) <= occurring
     if steps > 1:
         assert set(changed) == occurring
@@ -106,7 +106,7 @@ def test_what_is_written_is_what_every_place_came_to(write):
     for token in ids[real(one)].unique():
         places = eta[(ids == token) & real(one)]
         expected[token] = places.mean(0) if write == "mean" else table[token] + places.sum(0)
-    torch.testing.assert_close(game.memory["table"], expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(game.rounds.memory["table"], expected, rtol=1e-12, atol=1e-15)
     assert not torch.equal(expected, table)
 
 
@@ -163,7 +163,7 @@ def test_two_calls_of_an_embedding_share_its_table():
     for call, ids in enumerate((one, other)):
         assert_same(game.strategy.points[call][0], table[ids])
     places = torch.cat([one.flatten(), other.flatten()]).bincount(minlength=8)
-    torch.testing.assert_close(game.memory["table"], table * (1 + places[:, None]))
+    torch.testing.assert_close(game.rounds.memory["table"], table * (1 + places[:, None]))
 
 
 def test_a_sample_without_a_finite_gradient_writes_nothing():
@@ -182,14 +182,14 @@ def test_a_sample_without_a_finite_gradient_writes_nothing():
     one.model.eval()
     game = mixadv.Game(one.model, mixadv.TextAT(steps=3))
     game.load_state_dict({**game.state_dict(), "memory": {"table": table}})
-    with game.stage(closure):
+    with game.rounds.open(closure):
         pass
     poisoned.append(1)
     assert game.backward(closure, lambda loss: loss.backward()).nonfinite == 1
     ids = one.batch["ids"]
     alone = set(ids[1].tolist()) - set(torch.cat([ids[:1], ids[2:]]).flatten().tolist())
     assert alone
-    found = game.memory["table"]
+    found = game.rounds.memory["table"]
     assert found.isfinite().all()
     assert_same(found[list(alone)], table[list(alone)])
     others = torch.cat([ids[:1], ids[2:]])
@@ -223,9 +223,9 @@ def test_nothing_but_a_whole_round_writes():
         broken.extend([1] * passes)
         with pytest.raises(MemoryError):
             optimizer.step(closure)
-    assert_same(game.memory["table"], before)
+    assert_same(game.rounds.memory["table"], before)
     optimizer.step(closure)
-    assert not torch.equal(game.memory["table"], before)
+    assert not torch.equal(game.rounds.memory["table"], before)
     assert_same(saved, before)  # a state that was saved stays what it was
 
 
@@ -233,10 +233,11 @@ def test_the_table_is_no_parameter():
     one = player("bert", rows=4)
     before = fingerprint(one.model)
     game = played(one, mixadv.TextAT())
-    table = game.memory["table"]
+    table = game.rounds.memory["table"]
     assert table.shape == (99, 16)
     assert not table.requires_grad
-    assert [id(p) for p in game.parameters()] == before["identities"][: len(game.parameters())]
+    live = [id(p) for p in game.rounds.arena.parameters()]
+    assert live == before["identities"][: len(live)]
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_every_draw_enters_a_round_as_the_algorithm_says(
     law = laws(game, solver, LEARNER_STEP)
     rows = len(law.theta.form)
     optimizer = train(Duel(game.payoff, torch.eye(rows)[1]), solver, LEARNER_STEP)
-    optimizer.game.noise = optimizer.game.learner.noise = noise = EachOnce()
+    optimizer.game.rounds.arena.noise = optimizer.game.learner.noise = noise = EachOnce()
     noise.rows = rows
     optimizer.step(optimizer.game.model.closure)
     assert noise.drawn == rows

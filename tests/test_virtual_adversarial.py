@@ -48,9 +48,9 @@ class Turned(Noise):
 def played(player, solver, noise=Noise) -> tuple[mixadv.Game, Tensor]:
     """Play a round; return the game and its δ, one row per sample."""
     game = mixadv.Game(player.model, solver)
-    game.noise = noise(0)
+    game.rounds.arena.noise = noise(0)
     game.backward(player.closure)
-    return game, game.strategy.points[0][0].flatten(1) * game.scale
+    return game, game.strategy.points[0][0].flatten(1) * game.rounds.arena.scale
 
 
 def form(fisher: Tensor, delta: Tensor) -> Tensor:

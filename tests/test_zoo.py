@@ -126,7 +126,7 @@ def test_more_padding_on_the_right_changes_nothing(family: str, name: str) -> No
         optimizer = build(p, name, **MIXED.get(name, {}))
         optimizer.param_groups[0]["lr"] = 0.0
         game, taken = optimizer.game, stepwise(optimizer)
-        game.noise = GivenNoise()
+        game.rounds.arena.noise = GivenNoise()
         batch = padded(p.batch, extra)
         optimizer.step(lambda p=p, batch=batch: p.forward(p.model, batch))
         length = p.batch["input_ids"].shape[1]

@@ -82,7 +82,7 @@ def smart_error(work: Work, steps: int) -> float:
     )
     work.reset()
     game = mixadv.Game(work.model, solver)
-    game.noise = Drawn()  # pyright: ignore
+    game.rounds.arena.noise = Drawn()  # pyright: ignore
     objective = game.backward(work.closure()).objective
     game.close()
     mine = [objective, *_gradients(work)]
@@ -109,9 +109,9 @@ def mat_error(work: Work) -> float:
     def ours(base: torch.optim.Optimizer) -> Tensor:
         optimizer = mixadv.wrap(base, work.model, solver)
         game = optimizer.game
-        game.unit, game.noise = work.unit, Drawn()  # pyright: ignore
+        game.unit, game.rounds.arena.noise = work.unit, Drawn()  # pyright: ignore
         assert game.learner is not None
-        game.learner.noise = game.noise
+        game.learner.noise = game.rounds.arena.noise
         optimizer.step(work.closure())
         game.close()
         assert game.strategy is not None

@@ -44,12 +44,12 @@ def ours(work: Work, solver: mixadv.Solver) -> Player:
 
     def strategy() -> tuple[Tensor, Tensor]:
         assert game.strategy is not None
-        return game.scale * game.strategy.points[0], game.strategy.weights
+        return game.rounds.arena.scale * game.strategy.points[0], game.strategy.weights
 
     def kept() -> int:
         copies = ("backup", "mean", "average", "teacher")
         weights = [getattr(game.learner, name, {}) for name in copies]
-        return sum(map(_bytes, [*weights, game.memory]))
+        return sum(map(_bytes, [*weights, game.rounds.memory]))
 
     return Player(lambda rows: optimizer.step(work.closure(rows)), strategy, kept)
 

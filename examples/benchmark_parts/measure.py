@@ -15,7 +15,7 @@ import torch
 import mixadv
 from benchmark_parts.contenders import CONTENDERS, WARM, Player, reached
 from benchmark_parts.work import Part, Setting, Work
-from mixadv.round.cost import passes
+from mixadv.round.cost import count_passes
 
 BLOCKS = 3
 """Times that each part is measured in a round: before, between and after the halves of the rows."""
@@ -86,7 +86,7 @@ def floor(units: dict[str, float], counts: dict[str, int]) -> float:
 def counted(name: str, coordinates: int) -> dict[str, int]:
     """Return the passes of a row's solver, and its draws of noise for θ."""
     solver = CONTENDERS[name].solver(coordinates)
-    learner, counts = solver.learner(), passes(solver)
+    learner, counts = solver.learner(), count_passes(solver)
     draws = counts.steps if learner is not None and learner.temperature else 0
     return {**asdict(counts), "draws": draws}
 

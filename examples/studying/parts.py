@@ -6,7 +6,7 @@ from typing import Any
 
 import mixadv
 from mixadv.checks import check_integer, check_number
-from mixadv.round.cost import passes
+from mixadv.round.cost import count_passes
 from training.parameters import PLAIN, known
 from training.results import Run
 
@@ -51,7 +51,7 @@ class Method:
         """
         if self.substitute:
             return None
-        return 1.0 if self.played is None else passes(self.played).plain_steps
+        return 1.0 if self.played is None else count_passes(self.played).plain_steps
 
 
 @dataclass(frozen=True)

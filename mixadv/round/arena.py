@@ -58,6 +58,7 @@ class Arena:
         model: what closures call.
         solver: how rounds are played.
         site: where δ acts.
+        seed: of the players' draws.
         noise: the adversary's draws.
         optimizer: the base optimizer, where the game knows it.
         learner: what happens to θ after a step, where the solver says something of it.
@@ -69,12 +70,21 @@ class Arena:
     model: nn.Module
     solver: Solver
     site: Site
-    noise: Noise
+    seed: int = 0
     optimizer: Optimizer | None = None
     learner: Learner | None = None
     representation: Representation | None = None
     calibration: Calibration = Calibration()
     stateful: dict[Modes, list[Slot]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.reseed(self.seed)
+
+    def reseed(self, seed: int) -> None:
+        """Draw for both players from another seed."""
+        self.seed, self.noise = seed, Noise(seed)
+        if self.learner is not None:
+            self.learner.noise = Noise(seed)
 
     def calibrate(self, unit: float | None) -> None:
         """Take the unit over from a checkpoint; where it holds none, the next round measures it."""

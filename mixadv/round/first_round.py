@@ -5,6 +5,7 @@ Costs a few passes once. Later rounds are not checked, and read nothing from the
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -42,7 +43,8 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
 
     Nothing is left changed. What was known of the unit stays as it is.
     """
-    trial = replace(arena, calibration=replace(arena.calibration, scaling=None))
+    trial = copy.copy(arena)
+    trial.calibration = replace(arena.calibration, scaling=None)
     stage = Stage(trial, closure, memory)
     with no_trace(stage.passes):
         stage.passes.replay.fresh = False  # passes are compared

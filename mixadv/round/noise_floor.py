@@ -36,7 +36,7 @@ def check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
     solver = arena.solver
     if solver.leaps or solver.initial_size == 0 or solver.radius == 0:
         return
-    noise = Noise(arena.noise.seed)
+    noise = Noise(arena.seed)
     noise.begin("noise floor", 0)
     start = "uniform" if solver.start == "zero" else solver.start
     words = {f.name: getattr(solver, f.name) for f in fields(Ascent)}

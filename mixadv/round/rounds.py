@@ -17,7 +17,6 @@ from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
 from mixadv.model.modules import weak_hook
-from mixadv.model.replay import Noise
 from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena, Memory
@@ -212,7 +211,7 @@ class Rounds:
         """Return what resuming needs; tensors refer to the live ones."""
         modules = self.arena.solver.modules()
         return {
-            "seed": self.arena.noise.seed,
+            "seed": self.arena.seed,
             "round": self.round,
             "updates": self.updates,
             "unit": self.arena.calibration.unit,
@@ -239,9 +238,7 @@ class Rounds:
         self.updates, self._stepped = state.get("updates", self.round), True
         self.memory = copy.deepcopy(state.get("memory", {}))
         arena.calibrate(unit=state["unit"])
-        arena.noise = Noise(state["seed"])
-        if arena.learner is not None:
-            arena.learner.noise = Noise(state["seed"])
+        arena.reseed(state["seed"])
         self.outcome = self.strategy = None
 
     # The optimizer's steps -------------------------------------------------------------------
@@ -263,7 +260,7 @@ class Rounds:
         self._watch(self.arena.optimizer)
         if self.arena.learner is not None:
             assert self.arena.optimizer is not None
-            self.arena.learner.bind(self.arena.optimizer, self.arena.noise.seed)
+            self.arena.learner.bind(self.arena.optimizer, self.arena.seed)
 
     def close(self) -> None:
         """Remove every hook that was placed on model and optimizer."""

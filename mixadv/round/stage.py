@@ -87,7 +87,7 @@ class Stage(Moves):
 
     @override
     def constant(self, name: str, kind: str, like: Tensor) -> Tensor:
-        noise = Noise(self.arena.noise.seed)
+        noise = Noise(self.arena.seed)
         noise.begin(name, 0)
         return noise(kind, like)
 
