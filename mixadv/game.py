@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from mixadv.checks import check_entries, check_flag, check_kinds
 from mixadv.errors import GameError
 from mixadv.model import parallel, scaling
-from mixadv.model.closure import Closure, read
+from mixadv.model.closure import Closure, parse_output
 from mixadv.model.compiled_site import place
 from mixadv.model.contexts import no_grad
 from mixadv.model.modules import INPUT, functional, weak_hook
@@ -73,7 +73,7 @@ class Game:
         schedule: Schedule | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
-        validate.game_arguments(model, solver, optimizer, seed)
+        validate.check_game_arguments(model, solver, optimizer, seed)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a mixadv.Schedule or None, got {schedule!r}.")
         if solver.ascent_dtype is not None and not ascends(solver):
@@ -143,7 +143,7 @@ class Game:
         """
         self._refuse_replays()
         if backward is not None:
-            validate.function("backward must be a function of a loss", backward)
+            validate.check_function("backward must be a function of a loss", backward)
         with torch.enable_grad(), self.stage(closure, check) as stage:
             total = torch.zeros(())
             for objective, last in self.plays(stage):
@@ -161,8 +161,8 @@ class Game:
         gradients disabled this is the plain loss.
         """
         if not torch.is_grad_enabled():
-            validate.closure(closure)
-            return read(closure()).objective
+            validate.check_closure(closure)
+            return parse_output(closure()).objective
         self._refuse_replays()
         with self.stage(closure, check) as stage:
             carried = Carried(stage)
@@ -227,7 +227,7 @@ class Game:
             self._close(stage)
 
     def _open(self, closure: Closure, check: bool) -> Stage:
-        validate.closure(closure)
+        validate.check_closure(closure)
         check_flag("Game", "check", check)
         if self._busy:
             raise GameError(
@@ -243,7 +243,7 @@ class Game:
                 self._busy = False
             if self.leaf_backward:
                 counted = passes(self.solver)
-                validate.reentrant(
+                validate.check_reentrant(
                     self.model, self.solver, counted.branches, counted.theta_backwards
                 )
             self._checked = True
@@ -270,9 +270,9 @@ class Game:
             for move in play:
                 stepped = isinstance(move, Step)
                 objective = move.objective if isinstance(move, Step) else move
-                validate.objective(objective, self.solver)
+                validate.check_objective(objective, self.solver)
                 for part, last in stage.cut.parts(objective, stepped, stage.run):
-                    validate.depends(part)
+                    validate.check_depends(part)
                     yield part, last
         finally:
             play.close()
@@ -317,7 +317,7 @@ class Game:
                 embedding until the first round is played.
         """
         if closure is not None:
-            validate.closure(closure)
+            validate.check_closure(closure)
         return explain(self, closure)
 
     @contextmanager

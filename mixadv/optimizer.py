@@ -78,7 +78,7 @@ def wrap(
         >>> optimizer.outcome.forwards, optimizer.outcome.delta_backwards
         (3, 2)
     """
-    validate.base_optimizer(optimizer)
+    validate.check_base_optimizer(optimizer)
     game = Game(model, solver, site, seed=seed, schedule=schedule, optimizer=optimizer)
     return GameOptimizer(optimizer, game)
 
@@ -300,7 +300,7 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
     If it does not, random state, buffers and gradients are put back. Lightning gives a closure that
     does nothing where the loop has played by hand.
     """
-    validate.closure(closure)
+    validate.check_closure(closure)
     replay = Replay(game.model)
     before = game.round, sequence_number()
     with gradients_kept(game.parameters()) as gradients:

@@ -19,7 +19,7 @@ from mixadv.errors import GameError
 from mixadv.maths.divergence import divergence
 from mixadv.maths.geometry import norms
 from mixadv.model import parallel
-from mixadv.model.closure import Closure, Reading, read
+from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.compiled_site import CompiledSite
 from mixadv.model.contexts import no_grad
 from mixadv.model.gradients import gradients_kept
@@ -106,14 +106,14 @@ def measure_unit(game: Game, closures: Iterable[Closure]) -> float:
 def _plain_pass(stage: Stage) -> Reading:
     """Run the closure without hooks."""
     with stage.replay.run():
-        reading = read(stage.closure())
+        reading = parse_output(stage.closure())
     loss = reading.loss.detach()
     if not bool(loss.isfinite().all()):
         raise GameError(
             f"The first loss is {float(loss.mean())}: the model, its inputs or its labels are at "
             "fault before any adversary acts. Check labels, learning rate and number format."
         )
-    validate.depends(reading.loss)
+    validate.check_depends(reading.loss)
     return reading
 
 

@@ -20,7 +20,7 @@ from mixadv.maths import gauss_newton
 from mixadv.maths.contrastive import directions
 from mixadv.maths.divergence import Divergence, divergence
 from mixadv.model import scaling
-from mixadv.model.closure import Closure, Reading, read
+from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.contexts import cast_anew, no_grad, reusable, without_autocast
 from mixadv.model.gradients import gradients_untouched
 from mixadv.model.modules import functional, unwrap
@@ -350,7 +350,7 @@ class Stage:
         self._count_calls(len(current.calls))
         if copies == 1:
             self.calls = current.calls
-        reading = read(result, current.tokens(), unwrap(self.game.model))
+        reading = parse_output(result, current.tokens(), unwrap(self.game.model))
         if represents is not None:
             reading = reading._replace(hidden=represents.take())
         if self.game.scaling is not None:

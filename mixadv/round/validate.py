@@ -20,7 +20,7 @@ def check_seed(seed: Any) -> None:
         raise TypeError(f"seed must be an integer, got {seed!r}.")
 
 
-def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
+def check_game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
     """Check the arguments of a game."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -37,7 +37,7 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
             "The model is in DistributedDataParallel(static_graph=True), which expects one forward "
             "and backward per step; under a round its replicas drift apart. Leave it out."
         )
-    _spread(model)
+    check_spread(model)
     learner, besides = solver.learner(), solver.modules()
     if besides and parallel.world_size() > 1:
         raise ValueError(
@@ -59,7 +59,7 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> None:
             f"{type(solver).__name__} adds {', '.join(besides)}= to the optimizer, whose learning "
             "rate is scheduled already: wrap the optimizer before the scheduler is made."
         )
-    base_optimizer(optimizer)
+    check_base_optimizer(optimizer)
     own = {id(p) for p in model.parameters()}
     held = [p for g in optimizer.param_groups for p in g["params"]]
     if not any(id(p) in own for p in held):
@@ -87,7 +87,7 @@ def check_solver(solver: Any) -> None:
         raise TypeError(f"solver must be a solver such as {built}, got {solver!r}.")
 
 
-def _spread(model: nn.Module) -> None:
+def check_spread(model: nn.Module) -> None:
     """Check how weights are spread over processes."""
     old = "FullyShardedDataParallel"
     if any(type(m).__name__ == old for m in model.modules()):
@@ -104,18 +104,20 @@ def _spread(model: nn.Module) -> None:
         )
 
 
-def function(what: str, value: Any) -> None:
+def check_function(what: str, value: Any) -> None:
     """Check that what a round calls can be called."""
     if not callable(value):
         raise TypeError(f"{what}, got {value!r}.")
 
 
-def closure(value: Any) -> None:
+def check_closure(value: Any) -> None:
     """Check that a closure can be called."""
-    function("closure must be a function that runs the forward pass and returns the loss", value)
+    check_function(
+        "closure must be a function that runs the forward pass and returns the loss", value
+    )
 
 
-def base_optimizer(optimizer: Any) -> None:
+def check_base_optimizer(optimizer: Any) -> None:
     """Check that an optimizer can be wrapped."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -131,7 +133,7 @@ def base_optimizer(optimizer: Any) -> None:
         )
 
 
-def reentrant(model: nn.Module, solver: Solver, branches: int, backwards: int) -> None:
+def check_reentrant(model: nn.Module, solver: Solver, branches: int, backwards: int) -> None:
     """Check that replicas can train a model with reentrant checkpoints."""
     replicated = any(isinstance(m, DistributedDataParallel) for m in model.modules())
     if replicated and branches > backwards:
@@ -142,16 +144,16 @@ def reentrant(model: nn.Module, solver: Solver, branches: int, backwards: int) -
         )
 
 
-def objective(value: Any, solver: Solver) -> None:
+def check_objective(value: Any, solver: Solver) -> None:
     """Check what a solver's play yields."""
     if not isinstance(value, Tensor) or value.dim():
         tensor = isinstance(value, Tensor)
         what = f"a tensor of shape {list(value.shape)}" if tensor else repr(value)
         raise GameError(f"{type(solver).__name__}.play yielded {what}, not a 0-d tensor.")
-    depends(value)
+    check_depends(value)
 
 
-def depends(loss: Tensor) -> None:
+def check_depends(loss: Tensor) -> None:
     """Check that a loss can be differentiated."""
     if not loss.requires_grad:
         raise GameError(
