@@ -194,7 +194,7 @@ class Game:
             self.probing.close()
         stage = self._open(closure, check)
         if self.learner is not None:
-            self.learner.opened = True
+            self.learner.open_round()
         found = self.updates, self._stepped
         try:
             self.updates, self._stepped = self.updates + self._stepped, self.optimizer is None
@@ -334,12 +334,8 @@ class Game:
             )
         if self._busy:
             raise GameError("averaged() swaps weights: use it between rounds, not within one.")
-        with parallel.swapped(self.model, learner.average):
-            outer, learner.swapped = learner.swapped, True
-            try:
-                yield
-            finally:
-                learner.swapped = outer
+        with learner.averaged(self.model):
+            yield
 
     @property
     def learner_samples(self) -> list[dict[str, Tensor]]:
@@ -425,7 +421,7 @@ class Game:
         self._checked = self._checked and self.unit is not None  # else it is measured anew
         self.noise = Noise(self.seed)
         if self.learner is not None:
-            self.learner.noise = Noise(self.seed)
+            self.learner.reseed(self.seed)
 
     def follow(self, model: nn.Module) -> None:
         """Play on what the model was wrapped in since the game was made, by `torch.compile` say.
@@ -472,8 +468,10 @@ class Game:
         self.site.close()
         if self.representation is not None:
             self.representation.close()
-        for handle in [*self._watching, *([] if self.learner is None else self.learner.handles)]:
+        for handle in self._watching:
             handle.remove()
+        if self.learner is not None:
+            self.learner.unbind()
 
     def stateful_buffers(self) -> list[Slot] | None:
         """Return the buffers known to change in a forward pass; None while that is not known."""

@@ -275,13 +275,15 @@ class GameOptimizer(Optimizer):
             own = self.base.state_dict()["param_groups"]
             groups = state["param_groups"]
             state["param_groups"] = [*groups, *own[len(groups) :]]
-        part = {} if ours is None or learner is None else learner.read_state(ours["learner"])
+        if ours is not None and learner is not None:
+            learner.check_state(ours["learner"])
         self.base.load_state_dict(state)
         fresh = {"seed": self.game.seed, "round": 0, "unit": None}
         self.game.load_state_dict(fresh if ours is None else ours["game"])
         if learner is not None:
             learner.reset()
-            vars(learner).update(part)
+            if ours is not None:
+                learner.load_state_dict(ours["learner"])
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

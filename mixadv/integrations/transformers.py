@@ -236,10 +236,7 @@ class Adversarial(Base):
         saved = torch.load(
             Path(best) / OPTIMIZER_NAME, map_location=self.args.device, weights_only=True
         )
-        learner.average = learner.read_state(saved[STATE_KEY]["learner"])["average"]
-        with torch.no_grad():
-            for parameter, value in learner.average.items():
-                parameter.copy_(value)
+        learner.load_average(saved[STATE_KEY]["learner"])
 
 
 class AdversarialTrainer(Adversarial, Trainer):

@@ -68,11 +68,7 @@ def check_game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any) -> 
             f"{type(model).__name__}: build it from the parameters of the model that is trained."
         )
     outside = [p for p in held if id(p) not in own and p.requires_grad]
-    if (
-        outside
-        and learner is not None
-        and (learner.ema_decay is not None or learner.samples.maxlen)
-    ):
+    if outside and learner is not None and (learner.ema_decay is not None or learner.keeps_samples):
         raise ValueError(
             f"The optimizer trains {len(outside)} parameters that are not part of the model, and "
             f"{type(solver).__name__} runs the model with other weights (a teacher, or samples), "
