@@ -18,8 +18,8 @@ from mixadv.game import Game
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
 from mixadv.model.gradients import gradients_kept
+from mixadv.model.private_torch import sequence_number
 from mixadv.model.replay import Replay
-from mixadv.model.site import sequence_number
 from mixadv.round import validate
 from mixadv.round.outcome import Outcome
 from mixadv.round.schedule import Schedule

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from mixadv.errors import GameError
 from mixadv.game import Game
+from mixadv.model.private_torch import original
 from mixadv.optimizer import STATE_KEY, wrap
 from mixadv.round import validate
 from mixadv.round.schedule import Schedule
@@ -166,7 +167,7 @@ class Adversarial(Base):
         items = num_items_in_batch
         if not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, items)
-        if hasattr(model, "_orig_mod") and model is not self.game.model:
+        if original(model) is not None and model is not self.game.model:
             self.game.follow(model)  # compiled since the game was made
             torch.compiler.reset()  # graphs of an evaluation before lack the hooks
         stock = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixadv.errors import GameError
+from mixadv.model.private_torch import version
 
 CHANGES_GRADIENTS = (
     "The closure changes gradients: it calls backward or zero_grad. A closure runs the forward "
@@ -21,7 +22,7 @@ Gradients = list[tuple[Tensor | None, int]]
 
 def gradients(parameters: list[Tensor]) -> Gradients:
     """Return the gradients with their version counters, which tell of changes in place."""
-    return [(p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
+    return [(p.grad, -1 if p.grad is None else version(p.grad)) for p in parameters]
 
 
 def unchanged(before: Gradients, parameters: list[Tensor]) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixadv.checks import check_kinds
+from mixadv.model.private_torch import lerp_all
 
 Weights = dict[Tensor, Tensor]  # by parameter
 
@@ -38,7 +39,7 @@ def move_toward(live: Weights, goal: Weights, weight: float, keep: Tensor | None
         for x, g in zip(moving, goals, strict=True):  # sharded weights have no copy of many
             x.copy_(g)
     elif weight:
-        torch._foreach_lerp_(moving, goals, weight)  # pyright: ignore
+        lerp_all(moving, goals, weight)
 
 
 def by_number(weights: Weights, held: list[Tensor]) -> dict[int, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixadv.model.closure import Reading
-from mixadv.model.site import Call
+from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.solvers.base import Solver

@@ -25,7 +25,7 @@ from mixadv.model.contexts import no_grad
 from mixadv.model.gradients import gradients_kept
 from mixadv.model.replay import Noise
 from mixadv.model.scaling import KEY, Formats
-from mixadv.model.site import Call, Provide
+from mixadv.model.visits import Call, Provide
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.round import routes, validate

@@ -27,7 +27,7 @@ from mixadv.model.modules import functional, unwrap
 from mixadv.model.parallel import local
 from mixadv.model.recompute import NO_GRADIENT, Cut
 from mixadv.model.replay import Noise, Replay
-from mixadv.model.site import Call, Pass, Provide
+from mixadv.model.visits import Call, Pass, Provide
 from mixadv.players import boundary
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Begin, Rule, Strategy, by_row
