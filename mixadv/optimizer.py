@@ -317,7 +317,8 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
             raise
         finally:
             game.probing = None
-        gradients.keep_new = played
-        if not played:
+        if played:
+            gradients.release()
+        else:
             replay.undo()
     return result, played
