@@ -224,13 +224,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _shared(one: torch.Size, other: torch.Size) -> int:
+def _shared(a: torch.Size, b: torch.Size) -> int:
     """Return how many leading sizes are the same."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-def _same(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return one is other
-    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return a is b
+    return a is b or (a.dtype == b.dtype and torch.equal(a, b))

@@ -111,7 +111,7 @@ def find(model: nn.Module, site: Any) -> list[tuple[str, nn.Module]]:
     if isinstance(site, (list, tuple)):
         if not site:
             raise ValueError("site=[] names no module; leave it out for the input embedding.")
-        return [target for one in site for target in find(model, one)]
+        return [target for part in site for target in find(model, part)]
     if site is None:
         return [_default(model)]
     if site == INPUT:

@@ -87,7 +87,7 @@ class Replay:
         assert self.before is not None
         assert self.after is not None
         pairs = zip(self.before, self.after, strict=True)
-        return any(not torch.equal(one, other) for (_, one), (_, other) in pairs)
+        return any(not torch.equal(begun, ended) for (_, begun), (_, ended) in pairs)
 
     def renew(self) -> None:
         """Move to where one plain forward would have left the random state: a new mask."""
