@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mixadv.errors import GameError
-from mixadv.model import parallel
-from mixadv.model.closure import Closure, read
+from mixadv.model.closure import Closure, parse_output
 from mixadv.model.compiled_site import place
 from mixadv.model.contexts import no_grad
 from mixadv.model.modules import functional
@@ -66,7 +65,7 @@ class Game:
         schedule: Schedule | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
-        validate.game_arguments(model, solver, optimizer, seed, schedule)
+        validate.check_game_arguments(model, solver, optimizer, seed, schedule)
         self.solver = solver
         self.learner = solver.learner()
         reads = solver.reads
@@ -148,7 +147,7 @@ class Game:
         """
         self._refuse_replays()
         if backward is not None:
-            validate.function("backward must be a function of a loss", backward)
+            validate.check_function("backward must be a function of a loss", backward)
         with torch.enable_grad(), self.rounds.open(closure, check) as stage:
             total = torch.zeros(())
             for objective, last in self.rounds.objectives(stage):
@@ -166,8 +165,8 @@ class Game:
         gradients disabled this is the plain loss.
         """
         if not torch.is_grad_enabled():
-            validate.closure(closure)
-            return read(closure()).objective
+            validate.check_closure(closure)
+            return parse_output(closure()).objective
         self._refuse_replays()
         with self.rounds.open(closure, check) as stage:
             carried = Carried(stage.passes)
@@ -198,7 +197,7 @@ class Game:
                 embedding until the first round is played.
         """
         if closure is not None:
-            validate.closure(closure)
+            validate.check_closure(closure)
         return explain(self.rounds.arena, closure)
 
     @contextmanager
@@ -215,12 +214,8 @@ class Game:
             )
         if self.rounds.busy:
             raise GameError("averaged() swaps weights: use it between rounds, not within one.")
-        with parallel.swapped(self.model, learner.average):
-            outer, learner.swapped = learner.swapped, True
-            try:
-                yield
-            finally:
-                learner.swapped = outer
+        with learner.averaged(self.model):
+            yield
 
     @property
     def learner_samples(self) -> list[dict[str, Tensor]]:

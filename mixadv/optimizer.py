@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,8 +17,8 @@ from mixadv.game import Game
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
 from mixadv.model.gradients import gradients_kept
+from mixadv.model.private_torch import sequence_number
 from mixadv.model.replay import Replay
-from mixadv.model.site import sequence_number
 from mixadv.round import validate
 from mixadv.round.outcome import Outcome
 from mixadv.round.schedule import Schedule
@@ -78,9 +77,18 @@ def wrap(
         >>> optimizer.outcome.forwards, optimizer.outcome.delta_backwards
         (3, 2)
     """
-    validate.base_optimizer(optimizer)
+    validate.check_base_optimizer(optimizer)
     game = Game(model, solver, site, seed=seed, schedule=schedule, optimizer=optimizer)
     return GameOptimizer(optimizer, game)
+
+
+def _of_base(name: str) -> property:
+    """Return a property that is the base's own, live also after it loads a checkpoint."""
+
+    def put(self: GameOptimizer, value: Any) -> None:
+        setattr(self.base, name, value)
+
+    return property(lambda self: getattr(self.base, name), put, doc=f"The base's {name}.")
 
 
 class GameOptimizer(Optimizer):
@@ -113,11 +121,9 @@ class GameOptimizer(Optimizer):
         self._make_hooks()
 
     def _make_hooks(self) -> None:
-        for when in ("step_pre", "step_post"):
-            setattr(self, f"_optimizer_{when}_hooks", OrderedDict())
-        for when in ("pre", "post"):
-            setattr(self, f"_optimizer_state_dict_{when}_hooks", OrderedDict())
-            setattr(self, f"_optimizer_load_state_dict_{when}_hooks", OrderedDict())
+        for what in ("step", "state_dict", "load_state_dict"):
+            for when in ("pre", "post"):
+                setattr(self, f"_optimizer_{what}_{when}_hooks", OrderedDict())
         self._warned_capturable_if_run_uncaptured = True
         self._patch_step_function()
 
@@ -128,32 +134,9 @@ class GameOptimizer(Optimizer):
 
     # What belongs to the base ------------------------------------------------------------------
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base's parameter groups, live also after it loads a checkpoint."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # pyright: ignore
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base's state."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:  # pyright: ignore
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base's defaults."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
+    param_groups: Any = _of_base("param_groups")
+    state: Any = _of_base("state")
+    defaults: Any = _of_base("defaults")
 
     def __getattr__(self, name: str) -> Any:
         # Methods of particular bases, such as train() and eval() of schedule-free ones.
@@ -191,24 +174,17 @@ class GameOptimizer(Optimizer):
             self.base.step()
             return None
         with torch.enable_grad():
+            result, rounds = None, self.game.round
             if self._closure_plays is None:
-                result = self._first_call(closure)
-                if self._closure_plays:
-                    self.base.step()
-                    return result
+                result, self._closure_plays = plays_itself(self.game, closure)
             elif self._closure_plays:
-                before = self.game.round
                 result = closure()
-                if result is not None and self.game.round == before:
+                if result is not None and self.game.round == rounds:
                     raise GameError(_PLAYED_NOTHING)
-                self.base.step()
-                return result
-            return self._round(closure, check)
-
-    def _first_call(self, closure: Callable[[], Any]) -> Any:
-        """Find out whether the closure plays a round itself, as under Lightning's optimization."""
-        result, self._closure_plays = plays_itself(self.game, closure)
-        return result
+            if not self._closure_plays:
+                return self._round(closure, check)
+            self.base.step()
+            return result
 
     def _round(self, closure: Closure, check: bool) -> Tensor:
         game = self.game
@@ -275,13 +251,15 @@ class GameOptimizer(Optimizer):
             own = self.base.state_dict()["param_groups"]
             groups = state["param_groups"]
             state["param_groups"] = [*groups, *own[len(groups) :]]
-        part = {} if ours is None or learner is None else learner.read_state(ours["learner"])
+        if ours is not None and learner is not None:
+            learner.check_state(ours["learner"])
         self.base.load_state_dict(state)
         fresh = {"seed": self.game.rounds.arena.seed, "round": 0, "unit": None}
         self.game.load_state_dict(fresh if ours is None else ours["game"])
         if learner is not None:
             learner.reset()
-            vars(learner).update(part)
+            if ours is not None:
+                learner.load_state_dict(ours["learner"])
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -300,22 +278,23 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
     If it does not, random state, buffers and gradients are put back. Lightning gives a closure that
     does nothing where the loop has played by hand.
     """
-    validate.closure(closure)
-    replay = Replay(game.model)
-    before = game.round, sequence_number()
-    with gradients_kept(game.rounds.arena.parameters()) as gradients:
+    validate.check_closure(closure)
+    rounds = game.rounds
+    replay, before, nodes = Replay(game.model), rounds.round, sequence_number()
+    with gradients_kept(rounds.arena.parameters()) as gradients:
         try:
-            with ExitStack() as game.rounds.probing:
-                game.rounds.probing.enter_context(parallel.local(game.model))
+            with ExitStack() as rounds.probing:
+                rounds.probing.enter_context(parallel.local(game.model))
                 result = closure()
-            idle = result is None and sequence_number() == before[1]
-            played = game.round > before[0] or idle
+            idle = result is None and sequence_number() == nodes
+            played = rounds.round > before or idle
         except BaseException:
             replay.undo()
             raise
         finally:
-            game.rounds.probing = None
-        gradients.keep_new = played
-        if not played:
+            rounds.probing = None
+        if played:
+            gradients.release()
+        else:
             replay.undo()
     return result, played

@@ -16,7 +16,7 @@ from torch.func import jacrev
 
 import mixadv
 from mixadv.maths.divergence import DIVERGENCES, js, kl, symmetric_kl
-from mixadv.model.closure import Reading, read
+from mixadv.model.closure import Reading, parse_output
 
 SOFTMAX = [name for name in DIVERGENCES if name != "squared_error"]
 SYMMETRIC = [name for name in DIVERGENCES if name != "kl"]
@@ -217,11 +217,11 @@ def test_real_tokens_are_those_of_the_side_that_predicts():
     mask, other = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 0]])
     result = torch.zeros(()), torch.zeros(1, 3, 4)
     context = {"attention_mask": mask, "decoder_attention_mask": other}
-    assert read(result, [context]).mask.tolist() == [[True, True, False]]
-    assert read(result, [context], of_kind(True)).mask.tolist() == [[True, False, False]]
+    assert parse_output(result, [context]).mask.tolist() == [[True, True, False]]
+    assert parse_output(result, [context], of_kind(True)).mask.tolist() == [[True, False, False]]
     labels = {"attention_mask": mask, "labels": torch.tensor([[5, 0, -100]])}
-    assert read(result, [labels], of_kind(True)).mask.tolist() == [[True, True, False]]
-    assert read(result).mask is None
+    assert parse_output(result, [labels], of_kind(True)).mask.tolist() == [[True, True, False]]
+    assert parse_output(result).mask is None
 
 
 def test_masks_and_labels_are_those_that_fit_the_predictions():
@@ -232,14 +232,14 @@ def test_masks_and_labels_are_those_that_fit_the_predictions():
         "attention_mask": torch.tensor([[1, 1, 1, 0]]),
         "labels": torch.tensor([[-100, 1, 2, 3]]),
     }
-    assert read(result, [outer, inner]).mask.tolist() == [[False, True, True, False]]
-    assert read(result, [outer]).mask is None
+    assert parse_output(result, [outer, inner]).mask.tolist() == [[False, True, True, False]]
+    assert parse_output(result, [outer]).mask is None
 
 
 def test_labels_in_a_result_tell_where_predictions_count():
     output = {"loss": torch.zeros(()), "logits": torch.zeros(1, 3, 4)}
     labels = torch.tensor([[-100, 2, -100]])
-    assert read({**output, "labels": labels}).mask.tolist() == [[False, True, False]]
+    assert parse_output({**output, "labels": labels}).mask.tolist() == [[False, True, False]]
 
 
 TOKENS = torch.tensor([[-100, -100, 5, 6, -100], [7, 8, 9, -100, 5], [-100] * 5])
@@ -261,9 +261,9 @@ REAL = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 def test_predictions_count_where_the_loss_is_computed(kind, expected):
     """In samples without a label, which a divergence does not need, all real tokens count."""
     result = torch.zeros(()), torch.zeros(3, 5, 4)
-    counting = read(result, [{"attention_mask": REAL, "labels": TOKENS}], kind).mask
+    counting = parse_output(result, [{"attention_mask": REAL, "labels": TOKENS}], kind).mask
     assert ["".join(str(int(i)) for i in row) for row in counting] == expected
-    assert read(result, [{"labels": TOKENS}], kind).mask[2].all()
+    assert parse_output(result, [{"labels": TOKENS}], kind).mask[2].all()
 
 
 def test_two_heads_that_point_at_tokens_are_two_predictions():
@@ -271,7 +271,7 @@ def test_two_heads_that_point_at_tokens_are_two_predictions():
     output = {"loss": torch.zeros(()), "start_logits": start, "end_logits": end}
     context = {"attention_mask": torch.ones(3, 7)}
     for result in (output, SimpleNamespace(**output), (output["loss"], output)):
-        found = read(result, [context])
+        found = parse_output(result, [context])
         torch.testing.assert_close(found.predictions, torch.stack([start, end], 1))
         assert found.mask is None
 

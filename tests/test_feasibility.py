@@ -13,7 +13,7 @@ from torch import nn
 import mixadv
 from mixadv.model import site
 from mixadv.model.replay import Noise
-from mixadv.model.site import Call
+from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import opening
 from tests.zoo import stepwise

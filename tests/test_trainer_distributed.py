@@ -104,7 +104,7 @@ def work(rank: int, folder: str) -> None:
             if family == "bert" or solver.compares is None:
                 as_one_process(Path(folder), family, solver)
     trainer = trained(Path(folder), mixadv.PGD(), base=FirstUnlabelled, **OPTIONS)
-    assert trainer.divides is True
+    assert trainer._share.divides is True
     with pytest.raises(ValueError, match="gradients of head= would not be averaged"):
         trained(Path(folder), mixadv.CAT(head=nn.Linear(16, 4)), **OPTIONS)
     dist.destroy_process_group()

@@ -65,7 +65,7 @@ def learners(training: Training) -> dict[str, Any]:
     kept = []
     if learner is not None and learner.average_decay is not None:
         kept.append("mean")
-    if learner is not None and learner.samples.maxlen and training.task.labels is not None:
+    if learner is not None and learner.keeps_samples and training.task.labels is not None:
         kept.append("mixture")
     found = {}
     for name in kept:

@@ -98,6 +98,6 @@ def check_evaluation(solver: str, given: dict[str, Any], evaluate: str) -> None:
     learner = built.learner() if built else None
     if evaluate == "mean" and (learner is None or learner.average_decay is None):
         raise ValueError(f"--evaluate mean: {solver} keeps no mean of the weights. Choose last.")
-    if evaluate == "mixture" and (learner is None or not learner.samples.maxlen):
+    if evaluate == "mixture" and (learner is None or not learner.keeps_samples):
         how = f"Add --set {solver}.samples=8" if learner is not None else "Choose last"
         raise ValueError(f"--evaluate mixture: {solver} keeps no samples of the weights. {how}.")

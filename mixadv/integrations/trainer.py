@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from mixadv.errors import GameError
+from mixadv.game import Game
 from mixadv.model import parallel
 from mixadv.model.contexts import no_grad
 from mixadv.model.replay import Replay
 from mixadv.optimizer import GameOptimizer
+from mixadv.solvers.base import Solver
 
-if TYPE_CHECKING:
-    from mixadv.integrations.transformers import Adversarial
+
+class Plays(Protocol):
+    """A Trainer that plays a game."""
+
+    @property
+    def game(self) -> Game:
+        """The game, once training has begun."""
+        ...
 
 
 class Zeroing(TrainerCallback):
@@ -37,7 +46,7 @@ class Zeroing(TrainerCallback):
 class Playing(TrainerCallback):
     """Raises before an optimizer step for which no round was played."""
 
-    def __init__(self, trainer: Adversarial) -> None:
+    def __init__(self, trainer: Plays) -> None:
         self.trainer = weakref.ref(trainer)
         self.round = 0
 
@@ -67,10 +76,10 @@ def wrapped(optimizer: Any) -> GameOptimizer | None:
     return optimizer
 
 
-def refuse(trainer: Adversarial) -> None:
-    """Raise for what a Trainer can do and a game cannot."""
-    who, args = type(trainer.solver).__name__, trainer.args
-    if trainer.solver.replays_batch:
+def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:
+    """Raise ValueError for what a Trainer can do and a game cannot."""
+    who, args = type(solver).__name__, trainer.args
+    if solver.replays_batch:
         raise ValueError(
             f"{who} takes an optimizer step after each of its passes over one batch, and Trainer "
             "takes one step per batch: write a loop around optimizer.step(closure) of the wrapped "
@@ -92,59 +101,72 @@ def refuse(trainer: Adversarial) -> None:
             "ddp_static_graph=True expects one forward and backward per step; under a round the "
             "replicas drift apart. Leave it out."
         )
-    if trainer.averages and args.load_best_model_at_end and args.save_only_model:
+    if averages and args.load_best_model_at_end and args.save_only_model:
         raise ValueError(
             f"{who} is evaluated at the average of its weights, which is saved with the optimizer: "
             "with load_best_model_at_end set save_only_model=False, or evaluate_average=False."
         )
 
 
-def share_of_mean(trainer: Adversarial, inputs: dict[str, Any], items: Any) -> Tensor | float:
-    """Return how large the loss of a micro-batch is beside its own mean over all processes.
+class Share:
+    """How large the loss of a micro-batch is beside its own mean over all processes.
 
     Trainer has the losses of micro-batches divided by the items of them all, or divides by their
     number itself; it multiplies by the number of processes, whose mean is taken afterwards.
     """
-    steps = trainer.current_gradient_accumulation_steps
-    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # Trainer's rule
-    if scaled is None:
-        by_model = trainer.model_accepts_loss_kwargs and items is not None
-        scaled = by_model or trainer.compute_loss_func is not None
-    processes = trainer.accelerator.num_processes
-    if not (trainer.args.average_tokens_across_devices and scaled and items is not None):
-        processes = 1
-    if steps * processes == 1 or not scaled:
-        return 1.0
-    if items is None:
-        return 1 / steps
-    if trainer.divides is False:  # on all processes, so that none waits below for the others
-        return float(processes)
-    own = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-    if own is None:
-        return 1 / steps
-    if not _divides(trainer, inputs, items):
-        return float(processes)
-    return torch.as_tensor(own).clamp(min=1) / items
 
+    def __init__(self) -> None:
+        self.divides: bool | None = None  # the loss by the number of items, where that is known
 
-def _divides(trainer: Adversarial, inputs: dict[str, Any], items: Tensor | int) -> bool:
-    """Return whether the loss is divided by the number of items it is told.
+    def of_mean(
+        self, trainer: Trainer, inputs: dict[str, Any], items: Any, loss: Callable[[Any], Tensor]
+    ) -> Tensor | float:
+        """Return the share of a micro-batch.
 
-    Many models return the mean whatever they are told, and Trainer adds up the means. Asked of the
-    model once, whose random state and buffers are put back.
-    """
-    if trainer.divides is not None:
-        return trainer.divides
-    model: Any = trainer.model
-    losses, replay = [], Replay(model)
-    for count in (items, 2 * items):
-        with replay.run(), no_grad():
-            found, _ = trainer.forward_pass(model, dict(inputs), count, False)
-            losses.append(found.detach())
-    replay.undo()
-    divides = float(losses[1].abs()) < 0.75 * float(losses[0].abs())
-    # A loss of 0, where nothing is labelled, says nothing; all processes have to know, for those
-    # that ask again run the model again.
-    if parallel.agreed(float(losses[0]) != 0, losses[0]):
-        trainer.divides = divides
-    return divides
+        Args:
+            trainer: which asks for it.
+            inputs: the micro-batch.
+            items: the number that Trainer tells of all that are accumulated, if it does.
+            loss: `loss(items)` runs the model on the micro-batch, told of so many.
+        """
+        steps = trainer.current_gradient_accumulation_steps
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # Trainer's rule
+        if scaled is None:
+            by_model = trainer.model_accepts_loss_kwargs and items is not None
+            scaled = by_model or trainer.compute_loss_func is not None
+        processes = trainer.accelerator.num_processes
+        if not (trainer.args.average_tokens_across_devices and scaled and items is not None):
+            processes = 1
+        if steps * processes == 1 or not scaled:
+            return 1.0
+        if items is None:
+            return 1 / steps
+        if self.divides is False:  # on all processes, so that none waits below for the others
+            return float(processes)
+        own = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+        if own is None:
+            return 1 / steps
+        if not self._find_out(trainer, items, loss):
+            return float(processes)
+        return torch.as_tensor(own).clamp(min=1) / items
+
+    def _find_out(self, trainer: Trainer, items: Any, loss: Callable[[Any], Tensor]) -> bool:
+        """Return whether the loss is divided by the number of items it is told.
+
+        Many models return the mean whatever they are told, and Trainer adds up the means. Asked of
+        the model once, whose random state and buffers are put back.
+        """
+        if self.divides is not None:
+            return self.divides
+        model: Any = trainer.model
+        losses, replay = [], Replay(model)
+        for count in (items, 2 * items):
+            with replay.run(), no_grad():
+                losses.append(loss(count).detach())
+        replay.undo()
+        divides = float(losses[1].abs()) < 0.75 * float(losses[0].abs())
+        # A loss of 0, where nothing is labelled, says nothing; all processes have to know, for
+        # those that ask again run the model again.
+        if parallel.agreed(float(losses[0]) != 0, losses[0]):
+            self.divides = divides
+        return divides

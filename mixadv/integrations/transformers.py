@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from mixadv.errors import GameError
 from mixadv.game import Game
+from mixadv.model.private_torch import original
 from mixadv.optimizer import STATE_KEY, wrap
 from mixadv.round import validate
 from mixadv.round.schedule import Schedule
@@ -28,7 +29,7 @@ try:
     from transformers import Trainer
     from transformers.trainer import OPTIMIZER_NAME
 
-    from mixadv.integrations.trainer import Playing, Zeroing, refuse, share_of_mean, wrapped
+    from mixadv.integrations.trainer import Playing, Share, Zeroing, check_playable, wrapped
 except ImportError as error:
     raise ImportError(
         "mixadv.integrations.transformers needs transformers and accelerate: "
@@ -118,8 +119,8 @@ class Adversarial(Base):
             )
         self.solver: Solver = made.game.solver if made else solver  # pyright: ignore
         self.site, self.schedule, self.evaluate_average = site, schedule, evaluate_average
-        self.divides: bool | None = None  # the loss by the number of items, where that is known
-        refuse(self)
+        self._share = Share()
+        check_playable(self, self.solver, self.averages)
         self.add_callback(Playing(self))
         self._besides = {m: copy.deepcopy(m.state_dict()) for m in self.solver.modules().values()}
         if self._besides:
@@ -166,13 +167,15 @@ class Adversarial(Base):
         items = num_items_in_batch
         if not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, items)
-        if hasattr(model, "_orig_mod") and model is not self.game.model:
+        if original(model) is not None and model is not self.game.model:
             self.game.rounds.arena.follow(model)  # compiled since the game was made
             torch.compiler.reset()  # graphs of an evaluation before lack the hooks
         stock = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
         wanted = stock or return_outputs or self.solver.compares is not None  # elsewhere not free
-        share = share_of_mean(self, inputs, items)
         outputs = None
+
+        def loss_of(count: Any) -> Tensor:
+            return self.forward_pass(cast(nn.Module, self.model), dict(inputs), count, False)[0]
 
         def closure() -> Any:
             nonlocal outputs
@@ -182,6 +185,7 @@ class Adversarial(Base):
             # Trainer takes labels away from the model where it computes the loss itself.
             return {"labels": inputs.get("labels"), **outputs, "loss": loss / share}
 
+        share = self._share.of_mean(self, inputs, items, loss_of)
         # Its own mean within the round, where divergences are means too; its share outside.
         loss = self.game.loss(closure) * share
         return (loss, outputs) if return_outputs else loss
@@ -236,10 +240,7 @@ class Adversarial(Base):
         saved = torch.load(
             Path(best) / OPTIMIZER_NAME, map_location=self.args.device, weights_only=True
         )
-        learner.average = learner.read_state(saved[STATE_KEY]["learner"])["average"]
-        with torch.no_grad():
-            for parameter, value in learner.average.items():
-                parameter.copy_(value)
+        learner.load_average(saved[STATE_KEY]["learner"])
 
 
 class AdversarialTrainer(Adversarial, Trainer):

@@ -84,7 +84,9 @@ class Reading(NamedTuple):
             return (values * real).sum(-1) / real.sum(-1).clamp(min=1)
 
 
-def read(result: Any, contexts: Sequence[Mapping[str, Any]] = (), model: Any = None) -> Reading:
+def parse_output(
+    result: Any, contexts: Sequence[Mapping[str, Any]] = (), model: Any = None
+) -> Reading:
     """Return the loss and predictions in a closure's result.
 
     Args:

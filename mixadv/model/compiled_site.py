@@ -19,17 +19,9 @@ from torch import Tensor, nn
 
 from mixadv.errors import GameError
 from mixadv.model.modules import INPUT, compiled, find
-from mixadv.model.site import (
-    Call,
-    Pass,
-    Provide,
-    Site,
-    add,
-    first_of,
-    recomputing,
-    tokens_of,
-    with_first,
-)
+from mixadv.model.private_torch import is_mapped, more_graphs
+from mixadv.model.site import Site, add, first_of, tokens_of, with_first
+from mixadv.model.visits import Call, Pass, Provide, recomputing
 
 
 def place(model: nn.Module, site: Any = None) -> Site:
@@ -88,10 +80,8 @@ class CompiledSite(Site):
 
         Of the output, `provide` gets shape, dtype and device alone.
         """
-        config: Any = torch._dynamo.config
         # Each shape has up to four graphs: clean, for δ, for the learner, the teacher's.
-        more = config.patch(recompile_limit=4 * config.recompile_limit)
-        with super().run(provide) as current, _quiet(), more:
+        with super().run(provide) as current, _quiet(), more_graphs(4):
             try:
                 yield current
             finally:
@@ -139,13 +129,13 @@ class CompiledSite(Site):
         if self.current is None or self._patterns or recomputing():
             return
         given = self._given()
-        pairs = zip(self.current.modules, self.current.calls, strict=True)
-        seen = [(m, call) for m, call in pairs if any(m is x for x in self._inside)]
-        for (target, call), entered in zip(seen, self._entered, strict=True):
+        seen = [v for v in self.current.visits if any(v.module is m for m in self._inside)]
+        for visit, entered in zip(seen, self._entered, strict=True):
+            call = visit.call
             shared = {name: _shared(value.shape, call.shape) for name, value in given.items()}
             name = max(shared, key=lambda name: shared[name], default="")
             ids = next((name for name, value in given.items() if _same(value, entered)), None)
-            pattern = Pattern(target, name, shared.get(name, 0), ids, call)
+            pattern = Pattern(visit.module, name, shared.get(name, 0), ids, call)
             if not pattern.sizes or not _same(self._call(pattern).mask, call.mask):
                 self._refuse_inputs()
             self._patterns.append(pattern)
@@ -159,7 +149,7 @@ class CompiledSite(Site):
         deltas = []
         for pattern in self._patterns:
             call = self._call(pattern)
-            deltas.append(self.current.next_delta(pattern.module, 0, 0, call, _stand_in(call)))
+            deltas.append(self.current.visit(pattern.module, call, _stand_in(call), 0, 0))
         # Empty for a clean pass: it takes the same graph as a call outside of a round.
         self._slots, self._taken = [_leaf(d) for d in deltas if d is not None], 0
 
@@ -216,8 +206,7 @@ def _stand_in(call: Call) -> Tensor:
 def _leaf(delta: Tensor) -> Tensor:
     # A constant δ would take another graph than one that is differentiated. Within vmap, a tensor
     # does not tell whether it requires grad: there every δ does.
-    mapped = torch._C._functorch.is_batchedtensor(delta)  # pyright: ignore
-    return delta if mapped or delta.requires_grad else delta.detach().requires_grad_()
+    return delta if is_mapped(delta) or delta.requires_grad else delta.detach().requires_grad_()
 
 
 @contextmanager
@@ -235,13 +224,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _shared(one: torch.Size, other: torch.Size) -> int:
+def _shared(a: torch.Size, b: torch.Size) -> int:
     """Return how many leading sizes are the same."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-def _same(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return one is other
-    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return a is b
+    return a is b or (a.dtype == b.dtype and torch.equal(a, b))

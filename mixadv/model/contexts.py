@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import config as functorch
 
-# Made once: torch keeps a context variable of each such patch for ever.
-_KEPT_BUFFERS: AbstractContextManager[Any] = functorch.patch(donated_buffer=False)
+from mixadv.model.private_torch import keeping_buffers
 
 
 def reusable(wanted: bool) -> AbstractContextManager[Any]:
     """Return what to run a pass in whose graph is differentiated twice, where it is compiled."""
-    return _KEPT_BUFFERS if wanted else nullcontext()
+    return keeping_buffers() if wanted else nullcontext()
 
 
 def without_autocast(like: Tensor) -> torch.autocast:

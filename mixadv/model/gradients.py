@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mixadv.errors import GameError
+from mixadv.model.private_torch import version
 
 CHANGES_GRADIENTS = (
     "The closure changes gradients: it calls backward or zero_grad. A closure runs the forward "
@@ -16,50 +18,64 @@ CHANGES_GRADIENTS = (
 )
 
 
-Gradients = list[tuple[Tensor | None, int]]
+class Found(NamedTuple):
+    """A parameter's gradient as it was found, and its version, which tells of changes in place."""
+
+    parameter: Tensor
+    gradient: Tensor | None
+    version: int
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> Found:
+        """Note the gradient there is."""
+        gradient = parameter.grad
+        return cls(parameter, gradient, -1 if gradient is None else version(gradient))
+
+    def changed(self) -> bool:
+        """Return whether the gradient is another one now, or has other values."""
+        now = Found.of(self.parameter)
+        return now.gradient is not self.gradient or now.version != self.version
 
 
-def gradients(parameters: list[Tensor]) -> Gradients:
-    """Return the gradients with their version counters, which tell of changes in place."""
-    return [(p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
+class Kept:
+    """Gradients with copies of their values, to put them back; see `gradients_kept`."""
 
+    def __init__(self, parameters: list[Tensor]) -> None:
+        found = [Found.of(parameter) for parameter in parameters]
+        self._pairs = [(f, None if f.gradient is None else f.gradient.clone()) for f in found]
 
-def unchanged(before: Gradients, parameters: list[Tensor]) -> bool:
-    """Return whether each gradient is the one it was, with the values it had."""
-    pairs = zip(before, gradients(parameters), strict=True)
-    return all(a is b and old == new for (a, old), (b, new) in pairs)
+    def release(self) -> None:
+        """Keep them no longer: those that the body has made stay."""
+        self._pairs = []
+
+    @torch.no_grad()
+    def put_back(self) -> bool:
+        """Put the gradients back, and return whether one had changed."""
+        if not any(found.changed() for found, _ in self._pairs):
+            return False
+        for found, values in self._pairs:
+            found.parameter.grad = found.gradient
+            if found.gradient is not None and values is not None:
+                found.gradient.copy_(values)
+        return True
 
 
 @contextmanager
 def gradients_untouched(parameters: list[Tensor]) -> Iterator[None]:
     """Raise if the body replaces or changes a gradient."""
-    before = gradients(parameters)
+    before = [Found.of(parameter) for parameter in parameters]
     yield
-    if not unchanged(before, parameters):
+    if any(found.changed() for found in before):
         raise GameError(CHANGES_GRADIENTS)
 
 
-class Kept:
-    """What to do with the gradients at the end: `keep_new` leaves those there are then."""
-
-    keep_new = False
-
-
 @contextmanager
-def gradients_kept(live: list[Tensor]) -> Iterator[Kept]:
-    """Raise if the body changes a gradient, and put gradients back, unless told to keep them."""
-    found = gradients(live)
-    values = [None if gradient is None else gradient.clone() for gradient, _ in found]
-    kept = Kept()
+def gradients_kept(parameters: list[Tensor]) -> Iterator[Kept]:
+    """Put back gradients that the body changes, and raise; unless it releases them."""
+    kept = Kept(parameters)
     try:
         yield kept
     finally:
-        same = unchanged(found, live)
-        if not same and not kept.keep_new:
-            with torch.no_grad():
-                for p, (gradient, _), value in zip(live, found, values, strict=True):
-                    p.grad = gradient
-                    if gradient is not None and value is not None:
-                        gradient.copy_(value)
-    if not same and not kept.keep_new:
+        changed = kept.put_back()
+    if changed:
         raise GameError(CHANGES_GRADIENTS)

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from mixadv.errors import nearest
 from mixadv.model.parallel import sharded, swapped
+from mixadv.model.private_torch import compiled_in_place, is_compiled, original
 
 INPUT = "input"
 
@@ -90,7 +91,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif (inner := original(model)) is not None:
             model = inner
         else:
             return model
@@ -110,7 +111,7 @@ def find(model: nn.Module, site: Any) -> list[tuple[str, nn.Module]]:
     if isinstance(site, (list, tuple)):
         if not site:
             raise ValueError("site=[] names no module; leave it out for the input embedding.")
-        return [target for one in site for target in find(model, one)]
+        return [target for part in site for target in find(model, part)]
     if site is None:
         return [_default(model)]
     if site == INPUT:
@@ -178,9 +179,9 @@ def compiled(model: nn.Module, targets: Sequence[tuple[str, nn.Module]]) -> bool
     def holds(module: nn.Module) -> bool:
         return any(inner is target for inner in module.modules() for _, target in targets)
 
-    if any(m._compiled_call_impl is not None and holds(m) for m in model.modules()):
+    if any(compiled_in_place(m) and holds(m) for m in model.modules()):
         raise TypeError(
             "The model was compiled in place by model.compile(), which hides its inputs from "
             "hooks. Give the game torch.compile(model) instead, and call that in the closure."
         )
-    return any("_orig_mod" in m._modules and holds(m) for m in model.modules())
+    return any(is_compiled(m) and holds(m) for m in model.modules())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixadv.errors import GameError
 from mixadv.model.closure import Reading
-from mixadv.model.site import Provide
+from mixadv.model.visits import Provide
 
 NO_GRADIENT = (
     "The backward of the objective left no gradient on {}. A custom `backward=` must call backward "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.model.parallel import share
+from mixadv.model.private_torch import keeping_version
 
 RandomState = list[tuple[torch.device, Tensor]]
 Slot = tuple[nn.Module, str]
@@ -86,7 +87,7 @@ class Replay:
         assert self.before is not None
         assert self.after is not None
         pairs = zip(self.before, self.after, strict=True)
-        return any(not torch.equal(one, other) for (_, one), (_, other) in pairs)
+        return any(not torch.equal(begun, ended) for (_, begun), (_, ended) in pairs)
 
     def renew(self) -> None:
         """Move to where one plain forward would have left the random state: a new mask."""
@@ -162,8 +163,7 @@ class Buffers:
             if self.known or not torch.equal(buffer, value):
                 # A graph may hold the buffer: it reads it in evaluation mode only, where it never
                 # changes, so the version counter must not invalidate that graph.
-                keep_version = torch.autograd._unsafe_preserve_version_counter  # pyright: ignore
-                with torch.no_grad(), keep_version(buffer):
+                with torch.no_grad(), keeping_version(buffer):
                     buffer.copy_(value)
 
 

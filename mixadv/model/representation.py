@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mixadv.errors import GameError, nearest
 from mixadv.model.modules import compiled, unwrap
-from mixadv.model.site import first_of, recomputing
+from mixadv.model.site import first_of
+from mixadv.model.visits import recomputing
 
 
 def first_token(output: Any) -> Tensor:

@@ -3,107 +3,23 @@
 The inputs of the model are never touched (`inputs_embeds` is not `input_ids`: pooling, positions
 and decoder shifts depend on the ids). A forward hook adds δ to the output of the site while a pass
 runs, and is removed when the round ends. A call made while a backward recomputes a checkpoint gets
-the δ of the pass it recomputes: autograd numbers its nodes in the order of creation, so the number
-of the node that is running tells which pass it came from.
+the δ of the visit it repeats; see `visits`.
 """
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
 from mixadv.model.modules import INPUT, around, bound, find, unwrap
-
-
-class Call(NamedTuple):
-    """What a call at the site returned: enough to make a δ for it.
-
-    Attributes:
-        shape, dtype, device: of the output.
-        mask: 1 at real tokens, broadcastable to the output; None where all are real.
-        ids: the token ids that an embedding was called with, None at other sites.
-        embedding: that embedding.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    mask: Tensor | None
-    ids: Tensor | None = None
-    embedding: nn.Module | None = None
-
-    @property
-    def vocabulary(self) -> int:
-        """How many rows the embedding has."""
-        return getattr(self.embedding, "num_embeddings", 0)
-
-    def empty(self) -> Tensor:
-        """Return an uninitialised tensor of δ's shape, in at least fp32."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        return torch.empty(self.shape, dtype=dtype, device=self.device)
-
+from mixadv.model.private_torch import running_number, saving_hook, sequence_number
+from mixadv.model.visits import Call, Pass, Provide, recomputing
 
 PER_TOKEN = ("attention_mask", "decoder_attention_mask", "labels")
-Provide = Callable[[int, Call, Tensor], Tensor | None]
-
-
-class Pass:
-    """One run of the closure: the calls at the site and the δ added in each."""
-
-    def __init__(self, provide: Provide) -> None:
-        self.provide = provide
-        self.calls: list[Call] = []
-        self.deltas: list[Tensor | None] = []
-        self.modules: list[nn.Module] = []
-        self.numbers: list[int] = []
-        self.frames: list[Any] = []
-        self.begin = sequence_number()
-        self.end = self.begin
-        self.grad = torch.is_grad_enabled()
-        self.recomputable = False
-        self.context: dict[str, Any] = {}  # arguments of the model's call
-        self.within: list[dict[str, Any]] = []  # and of the modules within, from outside in
-        self._recomputed: dict[tuple[int, int], int] = {}
-
-    def tokens(self) -> list[Mapping[str, Any]]:
-        """Return where to look for masks and labels of tokens; the site's own mask comes last."""
-        mask = self.calls[0].mask if self.calls else None
-        own = [] if mask is None else [{"attention_mask": mask.flatten(2)[..., 0]}]
-        return [self.context, *self.within, *own]
-
-    def next_delta(
-        self, module: nn.Module, number: int, frame: Any, call: Call, output: Tensor
-    ) -> Tensor | None:
-        """Record a call at the site and return its δ.
-
-        `number` is that of the node which autograd makes next; `frame` is the same for calls that
-        are recomputed together, in their order.
-        """
-        delta = self.provide(len(self.calls), call, output)
-        self.calls.append(call)
-        self.deltas.append(delta)
-        self.modules.append(module)
-        self.numbers.append(number)
-        self.frames.append(frame)
-        return delta
-
-    def recomputed_delta(self, module: nn.Module, number: int) -> Tensor | None:
-        """Return the δ of the call that the running node of the backward recomputes."""
-        mine = [i for i, m in enumerate(self.modules) if m is module]
-        if len(mine) > 1 and _nested(self.frames):
-            raise GameError(
-                "The site lies in nested checkpoints and is called several times in a pass: which "
-                "call is recomputed cannot be told. Checkpoint one level, or choose another site."
-            )
-        last = max((i for i in mine if self.numbers[i] <= number), default=mine[0])
-        together = [i for i in mine if self.frames[i] == self.frames[last]]
-        key = (torch._C._current_graph_task_id(), number)
-        turn = self._recomputed[key] = self._recomputed.get(key, -1) + 1
-        return self.deltas[together[turn % len(together)]]
 
 
 class Site:
@@ -262,23 +178,21 @@ class Site:
 
     def _delta(self, module: nn.Module, output: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         if recomputing():
-            number = _running_number()
-            alive = [p for ref in self._alive if (p := ref())]
-            passes = [p for p in alive if p.begin <= number < p.end]
-            mine = [p for p in passes if module in p.modules]
+            number = running_number()
+            mine = [p for ref in self._alive if (p := ref()) and p.holds(module, number)]
             return mine[-1].recomputed_delta(module, number) if mine else None
         if self.current is None:
             return None
         number = self._numbers.get(module, self.current.begin)
         reentrant = self.current.grad and not torch.is_grad_enabled()
-        pack = _pack()
+        pack = saving_hook()
         self.current.recomputable |= reentrant or pack is not None
         # A reentrant checkpoint runs its block without gradients: the node to look for is its own,
         # the last one made before.
         number -= int(reentrant)
         mask, entered = self._mask(output, args, kwargs), args[0] if args else kwargs.get("input")
         call = Call(output.shape, output.dtype, output.device, mask, *tokens_of(module, entered))
-        delta = self.current.next_delta(module, number, pack or number, call, output)
+        delta = self.current.visit(module, call, output, number, pack or number)
         if delta is not None and delta.shape != output.shape:
             raise GameError(
                 f"The site returned {list(output.shape)} in this pass but {list(delta.shape)} "
@@ -330,35 +244,6 @@ def with_first(output: Any, first: Tensor) -> Any:
 def add(output: Tensor, delta: Tensor) -> Tensor:
     """Return output + δ, summed in δ's precision and cast once (bf16 would swallow a small δ)."""
     return (output.to(delta.dtype) + delta).to(output.dtype)
-
-
-def recomputing() -> bool:
-    """Return whether a backward is running, i.e. this forward recomputes a checkpoint."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def sequence_number() -> int:
-    """Return the number that autograd gives to the next node it makes."""
-    return torch._C._autograd._get_sequence_nr()  # pyright: ignore
-
-
-def _running_number() -> int:
-    """Return the number of the node whose backward is running."""
-    node: Any = torch._C._current_autograd_node()
-    return node._sequence_nr()
-
-
-def _pack() -> Any:
-    """Return the innermost hook on saved tensors: a checkpoint that is not reentrant places one."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
-    return None if hooks is None else hooks[0]
-
-
-def _nested(frames: list[Any]) -> bool:
-    """Return whether the recompute that is running has come to a checkpoint within a checkpoint."""
-    code = getattr(_pack(), "__code__", None)
-    inner = code is not None and any(getattr(f, "__code__", None) is code for f in frames)
-    return inner or not torch.is_grad_enabled()
 
 
 def _is_float(value: Any) -> bool:

@@ -12,24 +12,26 @@ touched: `state_dict()` is an alias of the live weights, and averaging it corrup
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mixadv.checks import check_entries, check_kinds, check_number
 from mixadv.errors import GameError
 from mixadv.maths.langevin import noise_scale
+from mixadv.model import parallel
 from mixadv.model.modules import weak_hook
 from mixadv.model.replay import Noise
+from mixadv.players.weights import Weights, by_number, by_parameter, check_fit, copied, move_toward
 
 Damping = float | Literal["uniform"]
 
-
-Weights = dict[Tensor, Tensor]  # by parameter
+_WEIGHTS = ("backup", "mean", "average", "teacher")
+_COUNTERS = ("count", "position", "rounds")
 
 
 class Learner:
@@ -68,10 +70,10 @@ class Learner:
         self.average_decay = average
         self.ema_decay = ema_decay
         self.teacher_every = teacher_every
-        self.samples: deque[Weights] = deque(maxlen=samples)
-        self.swapped = False
-        self.depth = 0  # of steps within steps
-        self.opened = False  # a round since the last step
+        self.most_samples = samples
+        self.swapped = False  # the average is in the model
+        self._depth = 0  # of steps within steps
+        self._opened = False  # a round since the last step
         self.reset()
 
     def reset(self) -> None:
@@ -83,25 +85,43 @@ class Learner:
         self.mean: Weights = {}
         self.average: Weights = {}
         self.teacher: Weights = {}
-        self.samples.clear()
+        self.samples: list[Weights] = []
+
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether samples of θ are kept."""
+        return self.most_samples > 0
 
     def bind(self, base: Optimizer, seed: int) -> None:
         """Register the moves around the steps of the base optimizer."""
         self.base = base
-        self.noise = Noise(seed)
-        self.handles = [
+        self.reseed(seed)
+        self._handles = [
             base.register_step_pre_hook(weak_hook(self._enter)),
             base.register_step_post_hook(weak_hook(self._leave)),
         ]
 
+    def unbind(self) -> None:
+        """Remove the moves from the base optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def reseed(self, seed: int) -> None:
+        """Draw the noise of the rounds to come from another seed."""
+        self.noise = Noise(seed)
+
     def __getstate__(self) -> dict[str, Any]:
         # Hooks hold functions, which do not pickle; the optimizer that loads them binds anew.
-        return {name: value for name, value in self.__dict__.items() if name != "handles"}
+        return {name: value for name, value in self.__dict__.items() if name != "_handles"}
 
     def parameters(self, trainable: bool = True) -> list[Tensor]:
         """Return the parameters of the base optimizer, in its order."""
         held = [p for group in self.base.param_groups for p in group["params"]]
         return [p for p in held if p.requires_grad or not trainable]
+
+    def open_round(self) -> None:
+        """Note that a round has been opened: the next step is not within one that failed."""
+        self._opened = True
 
     @torch.no_grad()
     def abandon(self) -> None:
@@ -112,13 +132,23 @@ class Learner:
         for _ in range(min(self.position, len(self.samples))):
             self.samples.pop()
         self.count -= self.position
-        self.position = self.depth = 0
+        self.position = self._depth = 0
 
     @torch.no_grad()
     def teacher_weights(self) -> Weights:
         """Return the teacher's weights; at first a copy of the learner's."""
-        _copy(self.parameters(), self.teacher, wide=True, renew=False)
+        copied(self.parameters(), self.teacher, wide=True, renew=False)
         return self.teacher
+
+    @contextmanager
+    def averaged(self, model: nn.Module) -> Iterator[None]:
+        """Swap the average into the model while the body runs, which must not train it."""
+        with parallel.swapped(model, self.average):
+            outer, self.swapped = self.swapped, True
+            try:
+                yield
+            finally:
+                self.swapped = outer
 
     # Around a step ---------------------------------------------------------------------------
 
@@ -126,17 +156,17 @@ class Learner:
     # step fails does not leave; after a round has been opened, a step that enters is a new one.
 
     def _enter(self) -> None:
-        if self.opened:
-            self.depth, self.opened = 0, False
-        if self.depth == 0:
+        if self._opened:
+            self._depth, self._opened = 0, False
+        if self._depth == 0:
             self._before()
-        self.depth += 1
+        self._depth += 1
 
     def _leave(self) -> None:
-        if self.depth == 0:
+        if self._depth == 0:
             return
-        self.depth -= 1
-        if self.depth == 0:
+        self._depth -= 1
+        if self._depth == 0:
             self._after()
 
     @torch.no_grad()
@@ -149,9 +179,9 @@ class Learner:
         if self.ema_decay is not None:
             self.teacher_weights()
         if self.position == 0 and (self.damping or self.round_damping or self.steps > 1):
-            _copy(self.parameters(), self.backup)
+            copied(self.parameters(), self.backup)
             if self.damping:
-                _copy(self.parameters(), self.mean, wide=True)
+                copied(self.parameters(), self.mean, wide=True)
 
     @torch.no_grad()
     def _after(self) -> None:
@@ -164,13 +194,13 @@ class Learner:
         self.position += 1
         if self.damping:
             weight = 1 / self.position if self.damping == "uniform" else 1 - float(self.damping)
-            _toward(self.mean, live, weight, keep)
-        if self.samples.maxlen:
-            self.samples.append(_copy(live, {}))
+            move_toward(self.mean, live, weight, keep)
+        if self.keeps_samples:
+            self.samples = [*self.samples, copied(live, {})][-self.most_samples :]
         if self.position == self.steps:
             self._close(live, keep)
         if self.ema_decay is not None and self.count % self.teacher_every == 0:
-            _toward(self.teacher, live, 1 - self.ema_decay, keep)
+            move_toward(self.teacher, live, 1 - self.ema_decay, keep)
 
     def _shake(self, keep: Tensor | None) -> None:
         """Add Langevin noise √(2·lr·τ)·ξ, with the group's learning rate at this moment."""
@@ -186,18 +216,18 @@ class Learner:
 
     def _close(self, live: Weights, keep: Tensor | None) -> None:
         if self.damping:
-            _toward(self.mean, self.backup, self.round_damping, keep)
-            _toward(live, self.mean, 1.0, keep)
+            move_toward(self.mean, self.backup, self.round_damping, keep)
+            move_toward(live, self.mean, 1.0, keep)
         elif self.round_damping:
-            _toward(live, self.backup, self.round_damping, keep)
+            move_toward(live, self.backup, self.round_damping, keep)
         self.position = 0
         self.rounds += 1
         if self.average_decay is None:
             return
-        _copy(live, self.average, wide=True, renew=False)
+        copied(live, self.average, wide=True, renew=False)
         uniform = self.average_decay == "uniform"
         weight = 1 / self.rounds if uniform else 1 - float(self.average_decay)
-        _toward(self.average, live, weight, keep)
+        move_toward(self.average, live, weight, keep)
 
     # State -----------------------------------------------------------------------------------
 
@@ -206,56 +236,50 @@ class Learner:
 
         Weights refer to the live tensors, like any optimizer's state.
         """
-        numbers = {id(p): i for i, p in enumerate(self.parameters(trainable=False))}
-
-        def numbered(weights: Weights) -> dict[int, Tensor]:
-            return {numbers[id(p)]: w for p, w in weights.items() if id(p) in numbers}
-
+        held = self.parameters(trainable=False)
         return {
             "count": self.count,
             "position": self.position,
             "rounds": self.rounds,
-            "backup": numbered(self.backup if self.position else {}),
-            "mean": numbered(self.mean if self.position else {}),
-            "average": numbered(self.average),
-            "teacher": numbered(self.teacher),
-            "samples": [numbered(sample) for sample in self.samples],
+            "backup": by_number(self.backup if self.position else {}, held),
+            "mean": by_number(self.mean if self.position else {}, held),
+            "average": by_number(self.average, held),
+            "teacher": by_number(self.teacher, held),
+            "samples": [by_number(sample, held) for sample in self.samples],
         }
 
-    def read_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return what `state_dict` returned as attributes, copied to the parameters' devices.
-
-        Raises:
-            ValueError: if it belongs to another model.
-        """
-        held = self.parameters(trainable=False)
-        weights = dict.fromkeys(("backup", "mean", "average", "teacher"), dict)
-        counters = dict.fromkeys(("count", "position", "rounds"), int)
-        kinds = {**weights, **counters, "samples": list}
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError unless the learner can go on from what `state_dict` returned."""
+        kinds = dict.fromkeys(_WEIGHTS, dict) | dict.fromkeys(_COUNTERS, int) | {"samples": list}
         check_entries("learner part", state, kinds)
         check_kinds("learner part", state, kinds)
-
-        def mine(weights: dict[int, Tensor]) -> Weights:
-            check_kinds("learner part", {"a sample": weights}, {"a sample": dict})
-            shapes = dict(enumerate(p.shape for p in held))
-            for number, weight in weights.items():
-                if shapes.get(number) != getattr(weight, "shape", ()):
-                    raise ValueError(
-                        f"The checkpoint's learner part holds {weight!s:.40} for parameter "
-                        f"{number!r}, which the optimizer does not have, or has in another shape: "
-                        "it belongs to another model."
-                    )
-            return {held[i]: w.detach().to(held[i].device, copy=True) for i, w in weights.items()}
-
-        loaded = {k: mine(state[k]) for k in weights}
-        samples = [mine(sample) for sample in state["samples"]]
-        counted = {k: state[k] for k in counters}
-        if counted["position"] >= self.steps:
+        held = self.parameters(trainable=False)
+        for weights in [*(state[name] for name in _WEIGHTS), *state["samples"]]:
+            check_fit(weights, held)
+        if state["position"] >= self.steps:
             raise ValueError(
-                f"The checkpoint was written after {counted['position']} steps of a round, and the "
+                f"The checkpoint was written after {state['position']} steps of a round, and the "
                 f"solver's rounds have {self.steps}: build the solver as it was."
             )
-        return {**counted, **loaded, "samples": deque(samples, maxlen=self.samples.maxlen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, copied to the parameters' devices."""
+        self.check_state(state)
+        held = self.parameters(trainable=False)
+        self.count, self.position, self.rounds = (state[name] for name in _COUNTERS)
+        self.backup, self.mean, self.average, self.teacher = (
+            by_parameter(state[name], held) for name in _WEIGHTS
+        )
+        samples = [by_parameter(weights, held) for weights in state["samples"]]
+        self.samples = samples[-self.most_samples :] if self.keeps_samples else []
+
+    @torch.no_grad()
+    def load_average(self, state: dict[str, Any]) -> None:
+        """Load the average of what `state_dict` returned, into the live weights too."""
+        self.check_state(state)
+        self.average = by_parameter(state["average"], self.parameters(trainable=False))
+        for parameter, value in self.average.items():
+            parameter.copy_(value)
 
 
 def check_damping(who: str, name: str, value: Any) -> None:
@@ -267,31 +291,3 @@ def check_damping(who: str, name: str, value: Any) -> None:
     check_number(who, name, value, 0.0, 1.0)
     if value == 1:
         raise ValueError(f"{who}: {name}=1 never moves; it must be below 1.")
-
-
-def _copy(
-    parameters: Iterable[Tensor], into: Weights, wide: bool = False, renew: bool = True
-) -> Weights:
-    """Copy parameters, in at least fp32 if `wide`; those already copied only if `renew`."""
-    for parameter in parameters:
-        if parameter not in into:
-            dtype = torch.promote_types(parameter.dtype, torch.float32) if wide else parameter.dtype
-            into[parameter] = parameter.detach().to(dtype, copy=True)
-        elif renew:
-            into[parameter].copy_(parameter)
-    return into
-
-
-def _toward(live: Weights, goal: Weights, weight: float, keep: Tensor | None) -> None:
-    """Move each live tensor by `weight` of its way to the goal, in place; not where keep is 0."""
-    common = [p for p in live if p in goal]
-    moving = [live[p].detach() for p in common]
-    goals = [goal[p].detach().to(live[p].dtype) for p in common]
-    if keep is not None:
-        for x, g in zip(moving, goals, strict=True):
-            x.lerp_(g, (weight * keep).to(x.dtype).reshape(()))
-    elif weight == 1.0:
-        for x, g in zip(moving, goals, strict=True):  # sharded weights have no copy of many
-            x.copy_(g)
-    elif weight:
-        torch._foreach_lerp_(moving, goals, weight)  # pyright: ignore

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixadv.maths import mirror
 from mixadv.maths.geometry import Norm, Per, norms
-from mixadv.model.site import Call
+from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent, Draw
 
 Begin = Callable[[int, Call], Tensor]

@@ -25,7 +25,7 @@ from mixadv.checks import check_integer, check_number
 from mixadv.game import Game
 from mixadv.model.contexts import no_grad
 from mixadv.model.replay import Noise
-from mixadv.model.site import Call
+from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.robustness.batches import Batch, check_reading, in_order

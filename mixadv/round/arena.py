@@ -84,7 +84,7 @@ class Arena:
         """Draw for both players from another seed."""
         self.seed, self.noise = seed, Noise(seed)
         if self.learner is not None:
-            self.learner.noise = Noise(seed)
+            self.learner.reseed(seed)
 
     def calibrate(self, unit: float | None) -> None:
         """Take the unit over from a checkpoint; where it holds none, the next round measures it."""

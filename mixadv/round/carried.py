@@ -9,6 +9,7 @@ from torch import Tensor
 from mixadv.errors import GameError
 from mixadv.model import parallel, scaling
 from mixadv.model.contexts import without_autocast
+from mixadv.model.private_torch import after_backward
 from mixadv.round.passes import Passes
 
 _NOT_PASS_BY_PASS = (
@@ -35,8 +36,7 @@ class _Carried(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         (factor,) = upstream
-        engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
-        engine.queue_callback(lambda: None if _retained(ctx) else ctx.end())
+        after_backward(lambda: None if _retained(ctx) else ctx.end())
         return factor, None, None, None, *[factor.to(g.dtype) * g for g in ctx.gradients]
 
 

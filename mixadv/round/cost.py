@@ -13,7 +13,7 @@ from typing_extensions import override
 from mixadv.errors import GameError
 from mixadv.maths.divergence import Divergence
 from mixadv.model.closure import Reading
-from mixadv.model.site import Call
+from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Begin, Rule, Strategy
 from mixadv.solvers.base import Solver

@@ -15,7 +15,7 @@ from torch import Tensor
 from mixadv.errors import GameError
 from mixadv.maths.divergence import divergence
 from mixadv.model import parallel
-from mixadv.model.closure import Closure, Reading, read
+from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.compiled_site import CompiledSite
 from mixadv.model.contexts import compute_dtype
 from mixadv.model.gradients import gradients_kept
@@ -71,14 +71,14 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
 def _plain_pass(stage: Stage) -> Reading:
     """Run the closure without hooks."""
     with stage.passes.replay.run():
-        reading = read(stage.passes.closure())
+        reading = parse_output(stage.passes.closure())
     loss = reading.loss.detach()
     if not bool(loss.isfinite().all()):
         raise GameError(
             f"The first loss is {float(loss.mean())}: the model, its inputs or its labels are at "
             "fault before any adversary acts. Check labels, learning rate and number format."
         )
-    validate.depends(reading.loss)
+    validate.check_depends(reading.loss)
     return reading
 
 

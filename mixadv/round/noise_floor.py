@@ -13,7 +13,7 @@ from mixadv.model.closure import Reading
 from mixadv.model.compiled_site import CompiledSite
 from mixadv.model.contexts import compute_dtype, no_grad
 from mixadv.model.replay import Noise
-from mixadv.model.site import Call
+from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import opening
 from mixadv.round.stage import Stage

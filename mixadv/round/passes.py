@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mixadv.errors import GameError
 from mixadv.model import scaling
-from mixadv.model.closure import Closure, Reading, read
+from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.contexts import cast_anew, no_grad, reusable, without_autocast
 from mixadv.model.gradients import gradients_untouched
 from mixadv.model.modules import unwrap
 from mixadv.model.parallel import local
 from mixadv.model.recompute import Cut
 from mixadv.model.replay import Replay
-from mixadv.model.site import Call, Pass, Provide
+from mixadv.model.visits import Call, Pass, Provide
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.round.arena import Arena, Memory
@@ -72,7 +72,7 @@ class Passes:
         self._check_calls(len(current.calls))
         if copies == 1:
             self.calls = current.calls
-        reading = read(result, current.tokens(), unwrap(arena.model))
+        reading = parse_output(result, current.tokens(), unwrap(arena.model))
         if represents is not None:
             reading = reading._replace(hidden=represents.take())
         if arena.calibration.scaling is not None:

@@ -79,7 +79,7 @@ class Rounds:
             self.probing.close()
         stage = self._begin(closure, check)
         if arena.learner is not None:
-            arena.learner.opened = True
+            arena.learner.open_round()
         found = self.updates, self._stepped
         try:
             self.updates, self._stepped = self.updates + self._stepped, arena.optimizer is None
@@ -112,7 +112,7 @@ class Rounds:
             self._close(stage)
 
     def _begin(self, closure: Closure, check: bool) -> Stage:
-        validate.closure(closure)
+        validate.check_closure(closure)
         check_flag("Game", "check", check)
         if self.busy:
             raise GameError(
@@ -136,7 +136,7 @@ class Rounds:
             self.busy = False
         if calibration.leaf_backward:
             counts = count_passes(solver)
-            validate.reentrant(model, solver, counts.branches, counts.theta_backwards)
+            validate.check_reentrant(model, solver, counts.branches, counts.theta_backwards)
         self.arena.calibration = calibration
         self.memory = calibration.begin(self.memory)
 
@@ -159,9 +159,9 @@ class Rounds:
             for move in play:
                 stepped = isinstance(move, Step)
                 objective = move.objective if isinstance(move, Step) else move
-                validate.objective(objective, solver)
+                validate.check_objective(objective, solver)
                 for part, last in passes.cut.parts(objective, stepped, passes.run):
-                    validate.depends(part)
+                    validate.check_depends(part)
                     yield part, last
         finally:
             play.close()
@@ -268,6 +268,7 @@ class Rounds:
         arena.site.close()
         if arena.representation is not None:
             arena.representation.close()
-        learner = [] if arena.learner is None else arena.learner.handles
-        for handle in [*self._watching, *learner]:
+        if arena.learner is not None:
+            arena.learner.unbind()
+        for handle in self._watching:
             handle.remove()

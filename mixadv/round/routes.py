@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from mixadv.model.closure import Reading
 from mixadv.model.modules import bound, unwrap
 from mixadv.model.parallel import world_size
-from mixadv.model.site import Call
+from mixadv.model.private_torch import unmapped
+from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.round.gains import Gains
@@ -86,7 +87,7 @@ def vmapped(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
     def evaluate(*points: Tensor) -> Tensor:
         # The random state is set inside the mapped function, so that chunks replay it too.
         reading = passes.run(lambda i, call, output: scaled(points[i], q.unit))
-        source, predictions = _unmapped(_source(reading)), _unmapped(reading.predictions)
+        source, predictions = unmapped(_source(reading)), unmapped(reading.predictions)
         seen.append(_Mapped(source, predictions, reading.samples))
         return gains(reading, 1)
 
@@ -178,14 +179,6 @@ def _apart(stacked: Tensor, q: Strategy) -> Tensor:
 def _source(reading: Reading) -> Tensor | None:
     """Return what payoffs are computed from, if from the predictions alone."""
     return reading.predictions if reading.hidden is None else None
-
-
-def _unmapped(mapped: Tensor | None) -> Tensor | None:
-    """Return the tensor `[M, ...]` of which vmap shows a slice, None if there is none."""
-    functorch: Any = torch._C._functorch  # pyright: ignore
-    if mapped is None or not functorch.is_batchedtensor(mapped) or functorch.maybe_get_bdim(mapped):
-        return None
-    return functorch.get_unwrapped(mapped)
 
 
 @contextmanager

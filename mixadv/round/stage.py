@@ -20,7 +20,7 @@ from mixadv.model.modules import functional
 from mixadv.model.parallel import local
 from mixadv.model.recompute import NO_GRADIENT
 from mixadv.model.replay import Noise
-from mixadv.model.site import Call
+from mixadv.model.visits import Call
 from mixadv.players import boundary
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Begin, Rule, Strategy, by_row, opening

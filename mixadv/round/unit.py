@@ -14,7 +14,7 @@ from mixadv.maths.geometry import norms
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
 from mixadv.model.contexts import no_grad
-from mixadv.model.site import Call, Provide
+from mixadv.model.visits import Call, Provide
 from mixadv.round.arena import Arena
 from mixadv.round.passes import Passes
 

@@ -22,7 +22,7 @@ def check_seed(seed: Any) -> None:
         raise TypeError(f"seed must be an integer, got {seed!r}.")
 
 
-def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, schedule: Any) -> None:
+def check_game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, schedule: Any) -> None:
     """Check the arguments of a game."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -42,7 +42,7 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, schedule:
             "The model is in DistributedDataParallel(static_graph=True), which expects one forward "
             "and backward per step; under a round its replicas drift apart. Leave it out."
         )
-    _spread(model)
+    check_spread(model)
     learner, besides = solver.learner(), solver.modules()
     if besides and parallel.world_size() > 1:
         raise ValueError(
@@ -64,7 +64,7 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, schedule:
             f"{type(solver).__name__} adds {', '.join(besides)}= to the optimizer, whose learning "
             "rate is scheduled already: wrap the optimizer before the scheduler is made."
         )
-    base_optimizer(optimizer)
+    check_base_optimizer(optimizer)
     own = {id(p) for p in model.parameters()}
     held = [p for g in optimizer.param_groups for p in g["params"]]
     if not any(id(p) in own for p in held):
@@ -73,11 +73,7 @@ def game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, schedule:
             f"{type(model).__name__}: build it from the parameters of the model that is trained."
         )
     outside = [p for p in held if id(p) not in own and p.requires_grad]
-    if (
-        outside
-        and learner is not None
-        and (learner.ema_decay is not None or learner.samples.maxlen)
-    ):
+    if outside and learner is not None and (learner.ema_decay is not None or learner.keeps_samples):
         raise ValueError(
             f"The optimizer trains {len(outside)} parameters that are not part of the model, and "
             f"{type(solver).__name__} runs the model with other weights (a teacher, or samples), "
@@ -106,7 +102,7 @@ def check_solver(solver: Any) -> None:
         raise TypeError(f"solver must be a solver such as {built}, got {solver!r}.")
 
 
-def _spread(model: nn.Module) -> None:
+def check_spread(model: nn.Module) -> None:
     """Check how weights are spread over processes."""
     old = "FullyShardedDataParallel"
     if any(type(m).__name__ == old for m in model.modules()):
@@ -123,18 +119,20 @@ def _spread(model: nn.Module) -> None:
         )
 
 
-def function(what: str, value: Any) -> None:
+def check_function(what: str, value: Any) -> None:
     """Check that what a round calls can be called."""
     if not callable(value):
         raise TypeError(f"{what}, got {value!r}.")
 
 
-def closure(value: Any) -> None:
+def check_closure(value: Any) -> None:
     """Check that a closure can be called."""
-    function("closure must be a function that runs the forward pass and returns the loss", value)
+    check_function(
+        "closure must be a function that runs the forward pass and returns the loss", value
+    )
 
 
-def base_optimizer(optimizer: Any) -> None:
+def check_base_optimizer(optimizer: Any) -> None:
     """Check that an optimizer can be wrapped."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -150,7 +148,7 @@ def base_optimizer(optimizer: Any) -> None:
         )
 
 
-def reentrant(model: nn.Module, solver: Solver, branches: int, backwards: int) -> None:
+def check_reentrant(model: nn.Module, solver: Solver, branches: int, backwards: int) -> None:
     """Check that replicas can train a model with reentrant checkpoints."""
     replicated = any(isinstance(m, DistributedDataParallel) for m in model.modules())
     if replicated and branches > backwards:
@@ -161,16 +159,16 @@ def reentrant(model: nn.Module, solver: Solver, branches: int, backwards: int) -
         )
 
 
-def objective(value: Any, solver: Solver) -> None:
+def check_objective(value: Any, solver: Solver) -> None:
     """Check what a solver's play yields."""
     if not isinstance(value, Tensor) or value.dim():
         tensor = isinstance(value, Tensor)
         what = f"a tensor of shape {list(value.shape)}" if tensor else repr(value)
         raise GameError(f"{type(solver).__name__}.play yielded {what}, not a 0-d tensor.")
-    depends(value)
+    check_depends(value)
 
 
-def depends(loss: Tensor) -> None:
+def check_depends(loss: Tensor) -> None:
     """Check that a loss can be differentiated."""
     if not loss.requires_grad:
         raise GameError(

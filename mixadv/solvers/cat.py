@@ -22,7 +22,7 @@ from mixadv.errors import GameError
 from mixadv.maths.contrastive import Negatives, check_nt_xent, nt_xent
 from mixadv.maths.geometry import Norm
 from mixadv.model.representation import Source, check_source, first_token
-from mixadv.model.site import Call
+from mixadv.model.visits import Call
 from mixadv.players.ascent import Projection, Start
 from mixadv.solvers.base import Solver
 from mixadv.solvers.play import Moves, Play, Step

@@ -20,7 +20,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mixadv.checks import check_flag, check_integer
-from mixadv.model.site import Call
+from mixadv.model.visits import Call
 from mixadv.players.learner import Learner
 from mixadv.solvers.base import Presets, Solver, row
 from mixadv.solvers.play import Moves, Play, Step

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixadv.maths.divergence import Divergence
 from mixadv.model.closure import Reading
-from mixadv.model.site import Call
+from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Begin, Rule, Strategy
 

@@ -39,7 +39,7 @@ from mixadv.checks import check_integer
 from mixadv.errors import GameError
 from mixadv.maths import geometry
 from mixadv.model import parallel
-from mixadv.model.site import Call
+from mixadv.model.visits import Call
 from mixadv.players.ascent import Draw
 from mixadv.solvers.base import Presets, Solver, row
 from mixadv.solvers.play import Moves, Play, Step

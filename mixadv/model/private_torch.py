@@ -1,0 +1,114 @@
+"""What is asked of torch by names that it keeps to itself; no other file uses such names.
+
+Each is there from torch 2.11, the oldest version supported, to 2.13. What a new version of torch
+moves or drops is mended here.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+
+# Untyped on purpose: the stubs of torch list a part of this.
+_C: Any = torch._C
+
+# Made once: torch keeps a context variable of each such patch for ever.
+_KEEPING_BUFFERS: AbstractContextManager[Any] = functorch_config.patch(donated_buffer=False)
+
+# Autograd ------------------------------------------------------------------------------------
+
+
+def running_backward() -> int:
+    """Return the number of the backward that is running on this thread, -1 outside of any."""
+    return _C._current_graph_task_id()
+
+
+def sequence_number() -> int:
+    """Return the number that autograd gives to the next node it makes on this thread."""
+    return _C._autograd._get_sequence_nr()
+
+
+def running_number() -> int:
+    """Return the number of the node whose backward is running."""
+    return _C._current_autograd_node()._sequence_nr()
+
+
+def saving_hook() -> Any:
+    """Return the innermost hook on saved tensors, None without one.
+
+    A checkpoint that is not reentrant places one around its block.
+    """
+    hooks = _C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def after_backward(call: Callable[[], Any]) -> None:
+    """Call a function when the backward that is running has ended."""
+    engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
+    engine.queue_callback(call)
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place."""
+    return tensor._version
+
+
+def keeping_version(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return what to change a tensor in without a trace: graphs that saved it stay valid."""
+    return torch.autograd._unsafe_preserve_version_counter(tensor)  # pyright: ignore
+
+
+# vmap ----------------------------------------------------------------------------------------
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Return whether a tensor is what `torch.func.vmap` shows of a larger one."""
+    return _C._functorch.is_batchedtensor(tensor)
+
+
+def unmapped(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor `[M, ...]` of which vmap shows a slice, None if there is none."""
+    if tensor is None or not is_mapped(tensor) or _C._functorch.maybe_get_bdim(tensor):
+        return None
+    return _C._functorch.get_unwrapped(tensor)
+
+
+# torch.compile -------------------------------------------------------------------------------
+
+
+def more_graphs(factor: int) -> AbstractContextManager[Any]:
+    """Return what to run compiled code in that may have more graphs than torch's limit."""
+    config: Any = torch._dynamo.config
+    return config.patch(recompile_limit=factor * config.recompile_limit)
+
+
+def keeping_buffers() -> AbstractContextManager[Any]:
+    """Return what to run a compiled pass in whose graph is differentiated more than once."""
+    return _KEEPING_BUFFERS
+
+
+def original(model: nn.Module) -> nn.Module | None:
+    """Return the module that `torch.compile` has wrapped in a model, None elsewhere."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module is what `torch.compile` returned."""
+    return "_orig_mod" in module._modules
+
+
+def compiled_in_place(module: nn.Module) -> bool:
+    """Return whether a module was compiled by its own `compile()`."""
+    return module._compiled_call_impl is not None
+
+
+# Many tensors at once ------------------------------------------------------------------------
+
+
+def lerp_all(tensors: list[Tensor], goals: list[Tensor], weight: float) -> None:
+    """Move each tensor by `weight` of its way to its goal, in place."""
+    torch._foreach_lerp_(tensors, goals, weight)  # pyright: ignore

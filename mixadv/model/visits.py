@@ -1,0 +1,127 @@
+"""Passes through the site: each call there, the δ it was given, and which one a backward repeats.
+
+A call made while a backward recomputes a checkpoint gets the δ of the visit it repeats. Autograd
+numbers its nodes in the order of creation, so the number of the node that is running tells which
+visit that is.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.errors import GameError
+from mixadv.model.private_torch import running_backward, saving_hook, sequence_number
+
+
+class Call(NamedTuple):
+    """What a call at the site returned: enough to make a δ for it.
+
+    Attributes:
+        shape, dtype, device: of the output.
+        mask: 1 at real tokens, broadcastable to the output; None where all are real.
+        ids: the token ids that an embedding was called with, None at other sites.
+        embedding: that embedding.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    mask: Tensor | None
+    ids: Tensor | None = None
+    embedding: nn.Module | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many rows the embedding has."""
+        return getattr(self.embedding, "num_embeddings", 0)
+
+    def empty(self) -> Tensor:
+        """Return an uninitialised tensor of δ's shape, in at least fp32."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return torch.empty(self.shape, dtype=dtype, device=self.device)
+
+
+Provide = Callable[[int, Call, Tensor], Tensor | None]
+
+
+class Visit(NamedTuple):
+    """One call at the site in a pass.
+
+    Attributes:
+        module: which was called.
+        call: what it returned.
+        delta: what was added to that.
+        number: of the node that autograd made next.
+        frame: the same for visits that are recomputed together, in their order.
+    """
+
+    module: nn.Module
+    call: Call
+    delta: Tensor | None
+    number: int
+    frame: Any
+
+
+class Pass:
+    """One run of the closure: its visits to the site, and what the model was called with."""
+
+    def __init__(self, provide: Provide) -> None:
+        self.provide = provide
+        self.visits: list[Visit] = []
+        self.begin = self.end = sequence_number()
+        self.grad = torch.is_grad_enabled()
+        self.recomputable = False
+        self.context: dict[str, Any] = {}  # arguments of the model's call
+        self.within: list[dict[str, Any]] = []  # and of the modules within, from outside in
+        self._recomputed: dict[tuple[int, int], int] = {}
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls at the site, in their order."""
+        return [visit.call for visit in self.visits]
+
+    def tokens(self) -> list[Mapping[str, Any]]:
+        """Return where to look for masks and labels of tokens; the site's own mask comes last."""
+        mask = self.visits[0].call.mask if self.visits else None
+        own = [] if mask is None else [{"attention_mask": mask.flatten(2)[..., 0]}]
+        return [self.context, *self.within, *own]
+
+    def visit(
+        self, module: nn.Module, call: Call, output: Tensor, number: int, frame: Any
+    ) -> Tensor | None:
+        """Record a call at the site and return its δ; for the arguments see `Visit`."""
+        delta = self.provide(len(self.visits), call, output)
+        self.visits.append(Visit(module, call, delta, number, frame))
+        return delta
+
+    def holds(self, module: nn.Module, number: int) -> bool:
+        """Return whether a node of this number may recompute a visit to the module."""
+        within = self.begin <= number < self.end
+        return within and any(visit.module is module for visit in self.visits)
+
+    def recomputed_delta(self, module: nn.Module, number: int) -> Tensor | None:
+        """Return the δ of the visit that the running node of the backward recomputes."""
+        mine = [visit for visit in self.visits if visit.module is module]
+        if len(mine) > 1 and self._nested():
+            raise GameError(
+                "The site lies in nested checkpoints and is called several times in a pass: which "
+                "call is recomputed cannot be told. Checkpoint one level, or choose another site."
+            )
+        begun = [visit for visit in mine if visit.number <= number] or mine[:1]
+        together = [visit for visit in mine if visit.frame == begun[-1].frame]
+        key = running_backward(), number
+        turn = self._recomputed[key] = self._recomputed.get(key, -1) + 1
+        return together[turn % len(together)].delta
+
+    def _nested(self) -> bool:
+        """Return whether the recompute that runs has come to a checkpoint within a checkpoint."""
+        code = getattr(saving_hook(), "__code__", None)
+        codes = [getattr(visit.frame, "__code__", None) for visit in self.visits]
+        return (code is not None and any(c is code for c in codes)) or not torch.is_grad_enabled()
+
+
+def recomputing() -> bool:
+    """Return whether a backward is running, i.e. this forward recomputes a checkpoint."""
+    return running_backward() != -1
