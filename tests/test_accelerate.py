@@ -1,33 +1,18 @@
 """Accelerate: prepared optimizers, accumulation, schedulers and checkpoints."""
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.optim import SGD, AdamW, lr_scheduler
+from torch.optim import AdamW, lr_scheduler
 
 import mixadv
+from tests.test_optimizer import MIXED, weights, wrapped
 from tests.zoo import Player, assert_same, or_refused, small
 
 accelerate: Any = pytest.importorskip("accelerate")
-
-MIXED = mixadv.MAT(particles=2, learner_temperature=1e-3, samples=9)
-
-
-def wrapped(
-    solver: mixadv.Solver, base: Callable[..., Any] = SGD
-) -> tuple[mixadv.GameOptimizer, Player]:
-    player = small()
-    solver = copy.deepcopy(solver)  # with a projection head of its own
-    return mixadv.wrap(base(player.model.parameters(), lr=0.1), player.model, solver), player
-
-
-def weights(player: Player) -> list[Tensor]:
-    return [p.detach().clone() for p in player.model.parameters()]
 
 
 @pytest.fixture(params=list(mixadv.SOLVERS))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mixadv
-from tests.zoo import CANNOT, TRANSFORMERS, or_refused, player
+from tests.zoo import CANNOT, TRANSFORMERS, Player, or_refused, player
 
 Kind = Literal["none", "reentrant", "non-reentrant"]
 KINDS = ["reentrant", "non-reentrant"]
@@ -96,6 +96,7 @@ def play(optimizer: mixadv.GameOptimizer, call: Callable[[], Any], way: str) -> 
         seen += [outcome.objective, outcome.clean_loss, outcome.payoff, outcome.radius]
         seen += [points.clone() for points in optimizer.game.strategy.points]
     seen += [p.detach().clone() for p in optimizer.game.model.parameters()]
+    assert not hooks(optimizer.game.model)
     return [value for value in seen if value is not None]
 
 
@@ -103,6 +104,15 @@ def hooks(model: nn.Module) -> list[Any]:
     """Return the hooks on a model; not the one that transformers places for checkpointing."""
     held = [{**m._forward_hooks, **m._forward_pre_hooks}.values() for m in model.modules()]
     return [hook for group in held for hook in group if "mixadv" in hook.__module__]
+
+
+def transformer(family: str, kind: Kind) -> Player:
+    p = player(family, rows=4)
+    p.model.double()
+    if kind != "none":
+        use = {"use_reentrant": kind == "reentrant"}
+        p.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=use)
+    return p
 
 
 def assert_same_rounds(one: list[Tensor], other: list[Tensor]) -> None:
@@ -117,7 +127,6 @@ def test_checkpointed_rounds_equal_plain_ones(name: str, kind: Kind) -> None:
     for each in ("none", kind):
         model = Encoder(each)
         rounds.append(play(wrapped(model, name), closure(model), "step"))
-        assert not hooks(model)
     assert_same_rounds(*rounds)
 
 
@@ -128,26 +137,17 @@ def test_checkpointed_rounds_equal_plain_ones(name: str, kind: Kind) -> None:
 def test_checkpointed_transformers_play_the_same_rounds(family: str, name: str, kind: Kind) -> None:
     rounds = []
     for each in ("none", kind):
-        p = player(family, rows=4)
-        p.model.double()
-        if each != "none":
-            use = {"use_reentrant": each == "reentrant"}
-            p.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=use)
+        p = transformer(family, each)
         way = "step" if (name, "backward") in CANNOT else "backward"
         rounds.append(play(wrapped(p.model, name), p.closure(), way))
-        assert not hooks(p.model)
     assert_same_rounds(*rounds)
 
 
 @pytest.mark.parametrize("family", sorted(set(TRANSFORMERS) - {"albert"}))
 def test_every_family_plays_the_same_rounds_checkpointed(family: str) -> None:
     rounds = []
-    for checkpointed in (False, True):
-        p = player(family, rows=4)
-        p.model.double()
-        if checkpointed:
-            use = {"use_reentrant": False}
-            p.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=use)
+    for kind in ("none", "non-reentrant"):
+        p = transformer(family, kind)
         optimizer = wrapped(p.model, "mat", particles=2, play_as="ensemble")
         rounds.append(play(optimizer, p.closure(), "step"))
     assert_same_rounds(*rounds)
@@ -166,7 +166,6 @@ def test_a_layer_inside_a_checkpoint_is_perturbed_in_its_recompute(
         optimizer = wrapped(model, name, site="blocks.1.linear")
         rounds.append(play(optimizer, closure(model), way))
         assert len(optimizer.game.strategy.points) == 1 + ("shared" in shape)
-        assert not hooks(model)
     assert_same_rounds(*rounds)
 
 
@@ -194,7 +193,6 @@ def test_an_encoder_called_twice_gets_each_delta_back(name: str, way: str) -> No
         points = optimizer.game.strategy.points
         assert len(points) == 4
         assert not any(torch.equal(points[0], other) for other in points[1:])
-        assert not hooks(model)
     assert_same_rounds(*rounds)
 
 
@@ -210,7 +208,6 @@ def test_shared_layers_of_albert_get_each_delta_back(way: str) -> None:
         optimizer = wrapped(p.model, "freelb", site=layer.ffn)
         rounds.append(play(optimizer, p.closure(), way))
         assert len(optimizer.game.strategy.points) == p.model.config.num_hidden_layers
-        assert not hooks(p.model)
     assert_same_rounds(*rounds)
 
 
@@ -283,12 +280,8 @@ def test_a_reentrant_checkpoint_around_the_site_is_refused(name: str) -> None:
 def test_a_site_in_a_reentrant_checkpoint_is_never_silently_wrong(name: str, site: str) -> None:
     """Transformers make the input of the checkpoint require grad, so it can be played there."""
     rounds = []
-    for checkpointed in (False, True):
-        p = player("bert", rows=4)
-        p.model.double()
-        if checkpointed:
-            use = {"use_reentrant": True}
-            p.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=use)
+    for kind in ("none", "reentrant"):
+        p = transformer("bert", kind)
         try:
             rounds.append(play(wrapped(p.model, name, site=site), p.closure(), "step"))
         except mixadv.GameError as error:

@@ -13,7 +13,9 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import mixadv
-from tests.zoo import USUAL, Vision, player, slow_but
+from tests.test_checkpointing import wrapped
+from tests.test_site import classify, hooks
+from tests.zoo import USUAL, Vision, player, slow_but, without_dropout
 
 
 @pytest.fixture(autouse=True)
@@ -44,19 +46,8 @@ def ids(rows: int = 4, length: int = 5, seed: int = 0) -> Tensor:
     return made
 
 
-def classify(model: nn.Module, *inputs: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    labels = torch.arange(len(inputs[0])) % 3
-    return lambda: (F.cross_entropy(logits := model(*inputs), labels), logits)
-
-
 def compiled(model: nn.Module, backend: str = "eager") -> Any:
     return torch.compile(model, backend=backend, fullgraph=True)
-
-
-def wrapped(model: nn.Module, name: str, site: Any = None, **settings: Any) -> mixadv.GameOptimizer:
-    torch.manual_seed(2)
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
-    return mixadv.wrap(base, model, mixadv.make_solver(name, **settings), site=site)
 
 
 def rounds(optimizer: mixadv.GameOptimizer, closures: list[Callable[[], Any]]) -> list[Tensor]:
@@ -72,9 +63,25 @@ def same(one: list[Tensor], other: list[Tensor]) -> None:
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
-def hooks(model: nn.Module) -> list[Any]:
-    held = [{**m._forward_hooks, **m._forward_pre_hooks}.values() for m in model.modules()]
-    return [hook for group in held for hook in group]
+def plays_alike(
+    name: str,
+    make: Callable[[], nn.Module],
+    closures: Callable[[Any], list[Callable[[], Any]]],
+    wrap: Callable[[nn.Module], Any] = compiled,
+    site: Any = None,
+) -> None:
+    """Compare the rounds on a model with those on its wrapped twin."""
+    models = [make(), wrap(make())]
+    same(*(rounds(wrapped(model, name, site=site), closures(model)) for model in models))
+
+
+def twice(model: Any) -> list[Callable[[], Any]]:
+    return [classify(model, ids())] * 2
+
+
+def still() -> nn.Module:
+    """Without dropout, of which inductor draws other masks."""
+    return without_dropout(Tiny())
 
 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
@@ -107,7 +114,7 @@ def plays_as_compiled(name: str, **settings: Any) -> None:
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
     with torch._dynamo.config.patch(error_on_recompile=True):
-        seen += rounds(optimizer, [classify(model, ids())] * 2)
+        seen += rounds(optimizer, twice(model))
     assert counters["stats"]["unique_graphs"] == graphs
     same(seen, expected)
 
@@ -140,27 +147,15 @@ def test_compiled_models_of_a_family_play_the_same_rounds(family: str, name: str
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_other_compilers_play_the_same_rounds(name: str, backend: str) -> None:
-    """Without dropout, of which inductor draws other masks."""
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs a C++ compiler")
-    seen = []
-    for wrap in (lambda model: model, partial(compiled, backend=backend)):
-        plain = Tiny().double()
-        plain.dropout.p = 0.0
-        model = wrap(plain)
-        seen.append(rounds(wrapped(model, name), [classify(model, ids())] * 2))
-    same(*seen)
+    plays_alike(name, lambda: still().double(), twice, partial(compiled, backend=backend))
 
 
 @pytest.mark.parametrize("name", slow_but(USUAL, mixadv.SOLVERS))
 def test_batches_of_other_shapes_play_the_same_rounds(name: str) -> None:
     shapes = [(4, 5), (4, 7), (6, 5)]
-    seen = []
-    for wrap in (lambda model: model, compiled):
-        model = wrap(Tiny())
-        batches = [classify(model, ids(*shape)) for shape in shapes]
-        seen.append(rounds(wrapped(model, name), batches))
-    same(*seen)
+    plays_alike(name, Tiny, lambda model: [classify(model, ids(*shape)) for shape in shapes])
 
 
 def test_the_unit_of_a_compiled_model_is_explained_before_its_first_round() -> None:
@@ -204,7 +199,7 @@ def test_a_model_that_ran_before_its_game_never_trains_without_delta(
 ) -> None:
     """Compiled code ignores hooks that come after its first call: that works, or is said."""
     plain = Tiny()
-    expected = rounds(wrapped(plain, name), [classify(plain, ids())] * 2)
+    expected = rounds(wrapped(plain, name), twice(plain))
     model = compiled(Tiny())
     if earlier == "called":
         classify(model, ids())()[0].backward()
@@ -219,7 +214,7 @@ def test_a_model_that_ran_before_its_game_never_trains_without_delta(
         if "closed" in earlier:
             first.close()
     try:
-        seen = rounds(wrapped(model, name), [classify(model, ids())] * 2)
+        seen = rounds(wrapped(model, name), twice(model))
     except mixadv.GameError as error:
         assert "compiled" in str(error)  # noqa: PT017
         assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -253,30 +248,24 @@ SITES = {
 @pytest.mark.parametrize("case", SITES)
 def test_other_sites_of_a_compiled_model_are_right_or_refused(case: str) -> None:
     make, batch, site = SITES[case]
-    seen = []
-    for wrap in (lambda model: model, compiled):
+
+    def seeded() -> nn.Module:
         torch.manual_seed(1)
-        model = wrap(make())
-        closure = classify(model, batch())
-        try:
-            seen.append(rounds(wrapped(model, "freelb", site=site), [closure] * 2))
-        except (mixadv.GameError, TypeError, ValueError) as error:
-            assert "compile" in str(error)  # noqa: PT017
-            return
-    same(*seen)
+        return make()
+
+    try:
+        plays_alike("freelb", seeded, lambda m: [classify(m, batch())] * 2, site=site)
+    except (mixadv.GameError, TypeError, ValueError) as error:
+        assert "compile" in str(error)  # noqa: PT017
 
 
 def right_or_refused(make: Callable[[], nn.Module], wrap: Callable[[nn.Module], Any]) -> bool:
     """Return whether FreeLB plays what it plays on the plain model; else it must be refused."""
-    plain = make()
-    expected = rounds(wrapped(plain, "freelb"), [classify(plain, ids())] * 2)
-    model = wrap(make())
     try:
-        seen = rounds(wrapped(model, "freelb"), [classify(model, ids())] * 2)
+        plays_alike("freelb", make, twice, wrap)
     except mixadv.GameError as error:
         assert "compiled" in str(error)  # noqa: PT017
         return False
-    same(seen, expected)
     return True
 
 
@@ -336,26 +325,16 @@ class Typed(Tiny):
 
 
 def test_padding_is_that_of_the_input_the_embedding_is_called_with() -> None:
-    seen = []
-    for wrap in (lambda model: model, compiled):
-        model = wrap(Typed())
-        closure = classify(model, torch.zeros_like(ids()), ids())
-        seen.append(rounds(wrapped(model, "freelb"), [closure] * 2))
-    same(*seen)
+    inputs = torch.zeros_like(ids()), ids()
+    plays_alike("freelb", Typed, lambda model: [classify(model, *inputs)] * 2)
 
 
 def test_a_model_called_twice_in_a_closure_gets_both_deltas() -> None:
-    seen = []
-    for wrap in (lambda model: model, compiled):
-        plain = Tiny()
-        plain.dropout.p = 0.0
-        model = wrap(plain)
+    def closures(model: Any) -> list[Callable[[], Tensor]]:
+        targets = torch.arange(4) % 3
+        return [lambda: F.cross_entropy(model(ids()) + model(ids(length=3)), targets)] * 2
 
-        def closure(model: Any = model) -> Tensor:
-            return F.cross_entropy(model(ids()) + model(ids(length=3)), torch.arange(4) % 3)
-
-        seen.append(rounds(wrapped(model, "freelb"), [closure] * 2))
-    same(*seen)
+    plays_alike("freelb", still, closures)
 
 
 def test_a_shape_that_ran_before_the_game_is_right_or_refused_when_it_comes_again() -> None:
@@ -376,7 +355,7 @@ def test_a_shape_that_ran_before_the_game_is_right_or_refused_when_it_comes_agai
 
 def test_resetting_the_compiler_lets_a_model_that_ran_before_play() -> None:
     plain = Tiny()
-    expected = rounds(wrapped(plain, "freelb"), [classify(plain, ids())] * 2)
+    expected = rounds(wrapped(plain, "freelb"), twice(plain))
     model = compiled(Tiny())
     classify(model, ids())()[0].backward()
     model.zero_grad()
@@ -384,4 +363,4 @@ def test_resetting_the_compiler_lets_a_model_that_ran_before_play() -> None:
     with pytest.raises(mixadv.GameError, match=r"torch\.compiler\.reset\(\)"):
         optimizer.step(classify(model, ids()))
     torch.compiler.reset()
-    same(rounds(optimizer, [classify(model, ids())] * 2), expected)
+    same(rounds(optimizer, twice(model)), expected)

@@ -48,6 +48,10 @@ class Training:
     def backward(self, **options) -> None:
         self.game.backward(self.closure(), **options)
 
+    def play(self, rounds: int = 1) -> None:
+        for _ in range(rounds):
+            self.optimizer.step(self.closure())
+
     def step(self) -> None:
         self.optimizer.zero_grad()
         self.backward()
@@ -81,7 +85,7 @@ def test_a_round_of_samples_closes_over_successive_batches():
 def test_step_with_a_closure_plays_a_whole_round_on_one_batch():
     training = Training(mixadv.MAT(**COLD, learner_steps=3, damping=0.3, round_damping=OUTER))
     start = training.weights
-    training.optimizer.step(training.closure())
+    training.play()
     a, b, c = training.samples
     mean = 0.3**3 * start + 0.7 * (0.09 * a + 0.3 * b + c)
     close(training.weights, OUTER * start + (1 - OUTER) * mean)
@@ -93,17 +97,13 @@ def by_base(training: Training) -> None:
     training.base.step()
 
 
-def by_closure(training: Training) -> None:
-    training.optimizer.step(training.closure())
-
-
 def by_scaler(training: Training) -> None:
     scaler = torch.amp.GradScaler("cpu")
     training.backward(backward=lambda loss: scaler.scale(loss).backward())
     scaler.step(training.optimizer)
 
 
-@pytest.mark.parametrize("caller", [Training.step, by_base, by_closure, by_scaler])
+@pytest.mark.parametrize("caller", [Training.step, Training.play, by_base, by_scaler])
 def test_learner_moves_once_with_each_step_whoever_calls_it(caller):
     training = Training(mixadv.MAT(**PULLED))
     for number in (1, 2):
@@ -173,15 +173,14 @@ def test_layers_may_be_frozen_and_thawed_between_rounds(solver):
     training = Training(solver)
     for frozen in (False, True, False):
         before = training.model.bias.requires_grad_(not frozen).detach().clone()
-        training.optimizer.step(training.closure())
-        training.optimizer.step(training.closure())
+        training.play(2)
         assert torch.equal(training.model.bias, before) is frozen
 
 
 @pytest.mark.parametrize("solver", MOVING.values(), ids=MOVING)
 def test_parameters_may_be_added_between_rounds(solver):
     training = Training(solver)
-    training.optimizer.step(training.closure())
+    training.play()
     added, forward = nn.Parameter(torch.zeros(3, dtype=torch.float64)), training.closure()
     training.optimizer.add_param_group({"params": [added]})
 
@@ -214,8 +213,7 @@ def test_average_is_over_closed_rounds(average):
 
 def test_live_weights_return_bit_for_bit_after_an_exception():
     training = Training(mixadv.MAT(**COLD))
-    for _ in range(3):
-        training.optimizer.step(training.closure())
+    training.play(3)
     live = training.weights
     places = [p.data_ptr() for p in training.model.parameters()]
 
@@ -234,8 +232,7 @@ def test_live_weights_return_from_an_interrupt_while_the_average_moves_in(
     monkeypatch: pytest.MonkeyPatch,
 ):
     training = Training(mixadv.MAT(**COLD))
-    for _ in range(3):
-        training.optimizer.step(training.closure())
+    training.play(3)
     live, put = training.weights, parallel._put
 
     def interrupted(values: Any) -> None:
@@ -251,12 +248,12 @@ def test_live_weights_return_from_an_interrupt_while_the_average_moves_in(
 
 def test_a_round_is_refused_within_averages_of_averages():
     training = Training(mixadv.MAT(**COLD))
-    training.optimizer.step(training.closure())
+    training.play()
     with training.game.averaged():
         with training.game.averaged():
             pass
         with pytest.raises(mixadv.GameError, match=r"within game\.averaged"):
-            training.optimizer.step(training.closure())
+            training.play()
 
 
 def test_averaged_weights_are_refused_within_a_round_and_are_the_live_ones_before_the_first():
@@ -264,7 +261,7 @@ def test_averaged_weights_are_refused_within_a_round_and_are_the_live_ones_befor
     live = training.weights
     with training.game.averaged():
         assert torch.equal(training.weights, live)
-    training.optimizer.step(training.closure())
+    training.play()
     live, forward = training.weights, training.closure()
 
     def evaluating() -> tuple[Tensor, Tensor]:

@@ -344,7 +344,9 @@ def test_a_closure_that_plays_a_round_means_what_torch_means(
 def test_the_trainer_accumulates_micro_batches_as_one_batch(tmp_path: Path):
     """Its loss is not to be scaled again, and each sample plays its own game."""
     pytest.importorskip("accelerate")
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
+
+    from tests.test_trainer import arguments
 
     def train(micro: int) -> tuple[list[Tensor], list[float]]:
         p = player("bert", rows=8)
@@ -361,22 +363,12 @@ def test_the_trainer_accumulates_micro_batches_as_one_batch(tmp_path: Path):
                 self.loss_is_scaled_for_ga = False
                 return optimizer.game.loss(lambda: model(**inputs))
 
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path),
-            per_device_train_batch_size=8 // micro,
-            gradient_accumulation_steps=micro,
-            max_steps=2,
-            logging_steps=1,
-            max_grad_norm=0,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-        )
+        options = {"per_device_train_batch_size": 8 // micro, "max_grad_norm": 0}
+        options |= {"gradient_accumulation_steps": micro}
         rows = [{k: v[i] for k, v in p.batch.items()} for i in range(8)]
         trainer = Playing(
             p.model,
-            arguments,
+            arguments(tmp_path, **options),
             train_dataset=rows,
             optimizers=(optimizer, SCHEDULERS["lambda"](optimizer)),
         )

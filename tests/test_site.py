@@ -53,9 +53,9 @@ class Bag(nn.Module):
         return self.head(sum(m(ids).mean(1) for m in self.children() if m is not self.head))
 
 
-def classify(model: nn.Module, inputs: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    labels = torch.arange(len(inputs)) % 3
-    return lambda: (F.cross_entropy(logits := model(inputs), labels), logits)
+def classify(model: nn.Module, *inputs: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    labels = torch.arange(len(inputs[0])) % 3
+    return lambda: (F.cross_entropy(logits := model(*inputs), labels), logits)
 
 
 # Finding the module ------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
 
 
-def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Return what a short training takes, as arguments of a Trainer."""
     defaults = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -70,7 +71,11 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return TrainingArguments(**(defaults | changes))
+    return defaults | changes
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(**settings(folder, **changes))
 
 
 def trainer_of(
@@ -86,14 +91,15 @@ def trainer_of(
 ) -> Any:
     """Return a Trainer of a fresh tiny model, an adversarial one where there is a solver."""
     p = player(family, rows=rows)
-    p.model if dropout else without_dropout(p.model)
+    if not dropout:
+        without_dropout(p.model)
     data = rows_of(p.batch)
     keywords = {"model": p.model, "train_dataset": data, "eval_dataset": data} | (given or {})
-    if solver is None:
-        return (Trainer if base is AdversarialTrainer else base)(
-            args=arguments(folder, **changes), **keywords
-        )
-    return base(args=arguments(folder, **changes), solver=solver, **keywords)
+    if solver is not None:
+        keywords["solver"] = solver
+    elif base is AdversarialTrainer:
+        base = Trainer
+    return base(args=arguments(folder, **changes), **keywords)
 
 
 def weights(trainer: Any) -> list[Tensor]:
@@ -548,6 +554,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(solver: Callable[[], Any], tmp_p
     assert logged(other)[-1] == logged(whole)[-1]
 
 
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+BEST |= {"load_best_model_at_end": True}
+
+
 def right(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
@@ -570,8 +580,7 @@ def test_evaluation_and_prediction_run_at_the_average(tmp_path: Path):
 
 @pytest.mark.parametrize("average", [True, False])
 def test_the_best_weights_are_those_that_were_evaluated_best(average: bool, tmp_path: Path):
-    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    options = {**steps, "load_best_model_at_end": True, "learning_rate": 0.05, "max_steps": 6}
+    options = {**BEST, "learning_rate": 0.05, "max_steps": 6}
     given = {"evaluate_average": average}
     trainer = trained(tmp_path, mixadv.MAT(), given=given, **options)
     best = trainer.state.best_metric
@@ -590,8 +599,7 @@ def test_what_is_saved_is_the_model_alone(tmp_path: Path):
 
 
 def test_training_stops_when_the_average_gets_worse(tmp_path: Path):
-    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    options = {**steps, "load_best_model_at_end": True, "max_steps": 9, "learning_rate": 0.05}
+    options = {**BEST, "max_steps": 9, "learning_rate": 0.05}
     wrong = [{**row, "labels": (row["labels"] + 1) % 3} for row in rows_of(text_batch(8))]
     given = {"callbacks": [EarlyStoppingCallback(2)], "eval_dataset": wrong}
     solver = mixadv.MAT(learner_steps=1, learner_temperature=0.0)
@@ -603,8 +611,7 @@ def test_training_stops_when_the_average_gets_worse(tmp_path: Path):
 
 
 def test_training_stops_early(tmp_path: Path):
-    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    options = {**steps, "load_best_model_at_end": True, "max_steps": 9, "learning_rate": 0.0}
+    options = {**BEST, "max_steps": 9, "learning_rate": 0.0}
     given = {"callbacks": [EarlyStoppingCallback(2)], "compute_metrics": right}
     solver = mixadv.MAT(learner_temperature=0.0)
     options["metric_for_best_model"] = "accuracy"
@@ -650,18 +657,9 @@ def test_a_sequence_to_sequence_trainer_plays_and_generates(tmp_path: Path):
     class Playing(Adversarial, transformers.Seq2SeqTrainer):
         pass
 
-    args = transformers.Seq2SeqTrainingArguments(
-        **{
-            k: v
-            for k, v in arguments(tmp_path).to_dict().items()
-            if k in ("output_dir", "max_steps", "use_cpu", "disable_tqdm", "save_strategy")
-        },
-        report_to=[],
-        predict_with_generate=True,
-        generation_max_length=6,
-        label_smoothing_factor=0.1,
-        logging_steps=1,
-    )
+    options = {"per_device_train_batch_size": 8, "learning_rate": 5e-5, "generation_max_length": 6}
+    options |= {"predict_with_generate": True, "label_smoothing_factor": 0.1}
+    args = transformers.Seq2SeqTrainingArguments(**settings(tmp_path, **options))
     torch.manual_seed(0)
     model = transformers.BartForConditionalGeneration(config)
     data = [{**row, "decoder_input_ids": row["labels"].clamp(min=0)} for row in rows_of(batch)]

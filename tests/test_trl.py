@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 import mixadv
-from tests.test_trainer import alone  # noqa: F401
+from tests.test_trainer import (
+    alone,  # noqa: F401
+    logged,
+    settings,
+    weights,
+)
 from tests.zoo import PAD, assert_same, or_refused, player
 
 pytest.importorskip("trl", reason="SFTTrainer is TRL's")
@@ -53,36 +57,16 @@ def trained(
     given: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Any:
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False}
     trainer = base(
         model=player("llama-causal").model,
-        args=SFTConfig(**(options | changes)),
+        args=SFTConfig(**settings(folder, **(options | changes))),
         train_dataset=DATA,
         processing_class=tokenizer(),
         **(given or {}),
     )
     trainer.train()
     return trainer
-
-
-def weights(trainer: Any) -> list[Tensor]:
-    return [p.detach().clone() for p in trainer.model.parameters()]
-
-
-def logged(trainer: Any, name: str = "loss") -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 @pytest.mark.parametrize("base", [Mixed, AdversarialSFTTrainer])

@@ -37,7 +37,7 @@ class Found(NamedTuple):
         return now.gradient is not self.gradient or now.version != self.version
 
 
-class Kept:
+class KeptGradients:
     """Gradients with copies of their values, to put them back; see `gradients_kept`."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
@@ -70,9 +70,9 @@ def gradients_untouched(parameters: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_kept(parameters: list[Tensor]) -> Iterator[Kept]:
+def gradients_kept(parameters: list[Tensor]) -> Iterator[KeptGradients]:
     """Put back gradients that the body changes, and raise; unless it releases them."""
-    kept = Kept(parameters)
+    kept = KeptGradients(parameters)
     try:
         yield kept
     finally:

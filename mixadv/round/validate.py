@@ -43,6 +43,11 @@ def check_game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, sch
             "and backward per step; under a round its replicas drift apart. Leave it out."
         )
     check_spread(model)
+    check_trained(model, solver, optimizer)
+
+
+def check_trained(model: nn.Module, solver: Solver, optimizer: Any) -> None:
+    """Check that an optimizer trains what a solver needs trained."""
     learner, besides = solver.learner(), solver.modules()
     if besides and parallel.world_size() > 1:
         raise ValueError(
