@@ -1,7 +1,9 @@
 """What users meet of solvers: their parameters, their text, the names of the package."""
 
+import inspect
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
@@ -33,3 +35,20 @@ def test_subpackages_are_named_and_loaded_when_they_are_asked_for():
         "assert not hasattr(mixadv, 'game_theory')\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+FIXED = {
+    "noise": {"steps"},
+    "fgm": {"steps"},
+    "r3f": {"steps"},
+    "cat": {"steps", "start"},
+    "textat": {"projection"},
+}
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_what_a_solver_fixes_is_not_in_its_signature(name: str):
+    solver = mixadv.SOLVERS[name]
+    taken = {f.name for f in fields(solver) if f.init}
+    assert {*inspect.signature(solver).parameters} == taken
+    assert {f.name for f in fields(solver)} - taken == FIXED.get(name, set())
