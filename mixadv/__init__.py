@@ -1,5 +1,8 @@
 """mixadv: adversarial training as a game between the learner and an adversary."""
 
+from importlib import import_module
+from typing import Any
+
 from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.optimizer import GameOptimizer, wrap
@@ -58,3 +61,16 @@ __all__ = [
     "make_solver",
     "wrap",
 ]
+
+_SUBPACKAGES = ("equilibrium", "games", "integrations", "robustness", "tokens")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a subpackage when it is first asked for: some need an extra."""
+    if name in _SUBPACKAGES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SUBPACKAGES, "__version__"])

@@ -23,9 +23,15 @@ def nearest(name: object, known: Iterable[str], most: int = 1) -> str:
 
 
 def build(
-    what: str, registry: Mapping[str, type[Any]], name: Any, parameters: dict[str, Any]
+    what: str,
+    registry: Mapping[str, type[Any]],
+    name: Any,
+    parameters: dict[str, Any],
+    words: Mapping[str, str] | None = None,
 ) -> Any:
     """Return what the registry has under a name, a dataclass, made with the parameters.
+
+    `words` has our names by those that others give to the same.
 
     Raises:
         ValueError: for an unknown name or hyper-parameter, with the nearest one.
@@ -35,11 +41,13 @@ def build(
             f"Unknown {what} {name!r}.{nearest(name, registry)} There are {', '.join(registry)}."
         )
     cls = registry[name]
-    known = [f.name for f in fields(cls)]
+    known = [f.name for f in fields(cls) if f.init]
     for parameter in parameters:
         if parameter not in known:
+            ours = (words or {}).get(parameter)
+            meant = f" Here it is {ours!r}." if ours in known else nearest(parameter, known)
             raise ValueError(
                 f"{cls.__name__} has no hyper-parameter {parameter!r}."
-                f"{nearest(parameter, known)} It has {', '.join(known)}."
+                f"{meant} It has {', '.join(known)}."
             )
     return cls(**parameters)

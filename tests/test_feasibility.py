@@ -82,7 +82,7 @@ class GivenNoise:
 
 def build(name, **parameters):
     """Build a solver with those of the parameters that it has."""
-    known = {f.name for f in fields(mixadv.SOLVERS[name])}
+    known = {f.name for f in fields(mixadv.SOLVERS[name]) if f.init}
     parameters = {"shared": False, **parameters}  # which few sets of the adversary allow
     return mixadv.make_solver(name, **{k: v for k, v in parameters.items() if k in known})
 

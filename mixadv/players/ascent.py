@@ -7,7 +7,7 @@ that noise never leaves it), η `step_size` and τ `temperature`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -100,6 +100,16 @@ class Ascent:
     direction: Direction = "gradient"
     sign: Sign | None = None
     ascent_dtype: torch.dtype | Literal["bfloat16"] | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__repr__ = cls.__repr__  # else `dataclass` writes another into each class
+
+    def __repr__(self) -> str:
+        """Name the parameters that differ from their defaults."""
+        values = [(f, getattr(self, f.name)) for f in fields(self) if f.init and f.repr]
+        shown = [f"{f.name}={v!r}" for f, v in values if v is not f.default and v != f.default]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __post_init__(self) -> None:
         who = type(self).__name__

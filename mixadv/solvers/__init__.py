@@ -38,6 +38,24 @@ SOLVERS: dict[str, type[Solver]] = {
 }
 
 
+WORDS = {
+    "eps": "radius",
+    "epsilon": "radius",
+    "alpha": "step_size",
+    "lr": "step_size",
+    "K": "steps",
+    "momentum": "ema_decay",
+    "inner_steps": "teacher_every",
+    "smoothness": "smoothness_weight",
+    "proximal": "proximal_weight",
+    "contrast": "contrast_weight",
+    "deviation": "deviation_weight",
+    "route": "particle_batching",
+    "dtype": "ascent_dtype",
+}
+"""Words of papers, of other code and of earlier versions, and ours for the same."""
+
+
 def make_solver(name: str, **parameters: Any) -> Solver:
     """Build a solver by its registered name.
 
@@ -52,4 +70,4 @@ def make_solver(name: str, **parameters: Any) -> Solver:
         >>> make_solver("freelb", steps=2).steps
         2
     """
-    return build("solver", SOLVERS, name, parameters)
+    return build("solver", SOLVERS, name, parameters, WORDS)

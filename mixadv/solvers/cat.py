@@ -11,7 +11,7 @@ each other: unlike other solvers' it depends on how a batch is split, over proce
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -52,9 +52,10 @@ class CAT(Solver):
     summary: ClassVar[str] = "clean, adversarial and contrastive loss, δ shared by a token's places"
     differentiates_twice: ClassVar[bool] = True
 
+    steps: int = field(default=1, init=False)
     radius: float | None = 0.003
     norm: Norm = "linf"
-    start: Start = "zero"
+    start: Start = field(default="zero", init=False)
     projection: Projection = "sphere"
     contrast_weight: float = 0.1
     contrast_temperature: float = 0.1
@@ -66,13 +67,9 @@ class CAT(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps != 1:
-            raise ValueError(f"CAT takes one step, got steps={self.steps}.")
         if self.step_size == 0:
             raise ValueError("CAT: step_size=0 never leaves δ = 0; its size is the radius.")
         check_flag("CAT", "shared", self.shared)
-        if self.start != "zero":
-            raise ValueError(f"CAT starts from δ = 0, got start={self.start!r}.")
         alike = self.per == "token" or (self.norm == "linf" and self.normalize == "steepest")
         if self.shared and (self.temperature or not alike):
             raise ValueError(

@@ -9,7 +9,7 @@ normalised to mean 0 and variance 1, so its ε = 5 does not carry over to other 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mixadv.players.ascent import Projection, Start
@@ -28,14 +28,13 @@ class FGM(Solver):
     paper: ClassVar[str] = "Miyato et al. 2017, arXiv:1605.07725"
     summary: ClassVar[str] = "clean loss plus the loss at one gradient step"
 
+    steps: int = field(default=1, init=False)
     radius: float | None = 0.1
     start: Start = "zero"
     projection: Projection = "sphere"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps != 1:
-            raise ValueError(f"FGM takes one step, got steps={self.steps}: more steps are PGD.")
         if self.step_size == 0:
             raise ValueError("FGM: step_size=0 never leaves δ = 0; its size is the radius.")
 

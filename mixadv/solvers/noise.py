@@ -9,7 +9,7 @@ it. `UniformNoise(radius=5.0, unit="absolute")` is NEFTune with α = 5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mixadv.solvers.base import Solver
@@ -27,15 +27,8 @@ class UniformNoise(Solver):
     paper: ClassVar[str] = "Jain et al. 2024, arXiv:2310.05914"
     summary: ClassVar[str] = "the loss at uniform noise: the random adversary"
 
-    steps: int = 0
+    steps: int = field(default=0, init=False)
     radius: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps != 0:
-            raise ValueError(
-                f"UniformNoise takes no steps, got steps={self.steps}: with steps it is PGD."
-            )
 
     def play(self, stage: Moves) -> Play:
         """Play `∇θ ℓ(X + δ)` with δ at its random start."""

@@ -18,7 +18,7 @@ Trained with Adam (β 0.9 and 0.98, weight decay 0.1, no clipping) and linear de
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
@@ -56,15 +56,13 @@ class R3F(Solver):
         }
     }
 
-    steps: int = 0
+    steps: int = field(default=0, init=False)
     radius: float | None = 1.0
     smoothness_weight: float = 1.0
     divergence: str | Divergence = "symmetric_kl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps != 0:
-            raise ValueError(f"R3F takes no steps, got steps={self.steps}: with steps it is ALUM.")
         if self.start == "zero":
             raise ValueError("R3F: start='zero' draws no noise. Choose 'uniform' or 'normal'.")
         check_divergence(self, "divergence")

@@ -29,7 +29,7 @@ decay, clipping at 1) and linear decay, on 4 GPUs:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -77,6 +77,7 @@ class TextAT(Solver):
     steps: int = 3
     step_size: float = 0.05
     radius: float | None = 0.1
+    projection: Projection = field(default="ball", init=False)
     write: Literal["mean", "accumulate"] = "mean"
     exclude: tuple[int, ...] = ()
 
@@ -89,11 +90,6 @@ class TextAT(Solver):
             raise TypeError(f"TextAT: exclude must be a tuple of token ids, got {self.exclude!r}.")
         if any(i < 0 for i in self.exclude):
             raise ValueError(f"TextAT: exclude holds a negative token id, {self.exclude!r}.")
-        if self.projection != "ball":
-            raise ValueError(
-                f"TextAT scales its two perturbations into a ball, got projection="
-                f"{self.projection!r}: leave it at 'ball'."
-            )
 
     def play(self, stage: Moves) -> Play:
         """Play `(1/K) Σ ∇θ ℓ(X + δ_t + η_t)`."""
