@@ -155,19 +155,19 @@ def game(model: nn.Module, radius: float, seed: int, batch: Batch) -> mixadv.Gam
     """Return a game whose first round, which is checked, is over."""
     solver = mixadv.ALUM(radius=radius, step_size=radius, start_size=0.05 * radius, sign="any")
     made = mixadv.Game(model, solver, seed=seed)
-    with made.rehearsal(lambda: model(**batch)):
+    with made.rounds.rehearse(lambda: model(**batch)):
         return made
 
 
 def reached(played: mixadv.Game, batch: Batch, way: Way, kept: Tensor | None) -> dict[str, Any]:
     """Return where a way ends, the divergence there, and the seconds it took."""
     closure = lambda: played.model(**batch)  # noqa: E731
-    with played.rehearsal(closure) as stage:
+    with played.rounds.rehearse(closure) as stage:
         stage.clean()
         started = time.process_time()
         q = way(stage, kept).detach()
         seconds = time.process_time() - started
-    with played.rehearsal(closure) as stage, torch.no_grad():
+    with played.rounds.rehearse(closure) as stage, torch.no_grad():
         clean, moved = stage.clean(), stage.passes.run(stage.passes.at(q))
         values = mixadv.maths.divergence.symmetric_kl(moved.predictions, clean.predictions)
     return {"delta": q.points[0][0], "divergence": values.tolist(), "seconds": seconds}

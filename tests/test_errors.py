@@ -75,7 +75,7 @@ VALUES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = 
     "start size": (lambda: MAT(start_size=INF), ValueError, ("start_size", "inf")),
     "temperature": (lambda: MAT(temperature=-1e-3), ValueError, ("temperature", "-0.001")),
     "no particles": (lambda: MAT(particles=0), ValueError, ("particles", "0")),
-    "pure particles": (lambda: PGD(particles=2), ValueError, ("PGD", "particles=2", "MAT")),
+    "pure particles": (lambda: PGD(particles=2), TypeError, ("PGD", "particles")),
     "norm": (lambda: PGD(norm="l_2"), ValueError, ("norm='l_2'", "'l2'", "'linf'", "mean")),
     "norm as a number": (lambda: PGD(norm=2), ValueError, ("norm=2", "'l2'")),
     "group": (lambda: PGD(per="tokens"), ValueError, ("per='tokens'", "Did you mean 'token'?")),
@@ -707,7 +707,7 @@ def test_predictions_per_token_are_averaged_over_the_real_ones_without_a_mask_to
             logits = model(padded)
             return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
 
-        with Game(model, PGD(payoff="js")).stage(closure) as stage:
+        with Game(model, PGD(payoff="js")).rounds.open(closure) as stage:
             delta = F.pad(torch.ones(4, 5, 6).double(), (0, 0, 0, pads))
             q = mixadv.Strategy([delta[None]])
             payoffs.append(float(stage.divergence(q, "js").detach()))

@@ -1,9 +1,10 @@
 """What users meet of solvers: their parameters, their text, the names of the package."""
 
+import contextlib
 import inspect
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 
 import pytest
 
@@ -37,12 +38,21 @@ def test_subpackages_are_named_and_loaded_when_they_are_asked_for():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+ONE = {"particles", "direction", "sign"}  # of solvers that play one point, found by its gradient
 FIXED = {
-    "noise": {"steps"},
-    "fgm": {"steps"},
-    "r3f": {"steps"},
-    "cat": {"steps", "start"},
-    "textat": {"projection"},
+    "noise": {*ONE, "steps"},
+    "fgm": {*ONE, "steps"},
+    "pgd": {"particles"},
+    "freeat": ONE,
+    "freelb": ONE,
+    "textat": {*ONE, "projection"},
+    "creat": ONE,
+    "cat": {*ONE, "steps", "start"},
+    "vat": {"particles"},
+    "r3f": {*ONE, "steps"},
+    "alum": {"particles"},
+    "smart": {"particles"},
+    "mat": set(),
 }
 
 
@@ -51,4 +61,76 @@ def test_what_a_solver_fixes_is_not_in_its_signature(name: str):
     solver = mixadv.SOLVERS[name]
     taken = {f.name for f in fields(solver) if f.init}
     assert {*inspect.signature(solver).parameters} == taken
-    assert {f.name for f in fields(solver)} - taken == FIXED.get(name, set())
+    assert {f.name for f in fields(solver)} - taken == FIXED[name]
+
+
+ASCENT = {
+    "steps": [0, 2, 3],
+    "step_size": [0.3],
+    "radius": [0.3, None],
+    "norm": ["l1", "linf"],
+    "per": ["token"],
+    "normalize": ["norm", "none"],
+    "projection": ["ball", "sphere"],
+    "start": ["zero", "uniform", "normal"],
+    "start_size": [0.1],
+    "temperature": [0.1],
+    "particles": [2],
+    "unit": ["absolute"],
+    "direction": ["gauss_newton"],
+    "sign": ["boundary"],
+    "fresh_dropout": [True],
+    "particle_batching": ["vmap"],
+}
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_no_parameter_is_taken_that_is_always_refused(name: str):
+    solver = mixadv.SOLVERS[name]
+    easy = {"cat": {"shared": False}, "pgd": {"payoff": "kl", "start": "normal"}}.get(name, {})
+    for parameter in ASCENT.keys() & inspect.signature(solver).parameters.keys():
+        default, taken = getattr(solver(), parameter), 0
+        for value in ASCENT[parameter]:
+            with contextlib.suppress(ValueError):
+                solver(**{**easy, parameter: value})
+                taken += value != default
+        assert taken, f"{name} takes {parameter}, and no value but the default"
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_help_says_what_it_does_the_formula_an_example_and_every_parameter(name: str):
+    solver = mixadv.SOLVERS[name]
+    own = inspect.getsource(solver).partition('"""')[2].splitlines()[0]
+    text = inspect.getdoc(solver)
+    order = [text.find(part) for part in (own, "\n\n    ", "Example:", "Attributes:")]
+    assert order == sorted(order)
+    assert order[0] == 0
+    for parameter, value in inspect.signature(solver).parameters.items():
+        assert f"    {parameter} (default {value.default!r}):\n        " in text
+    assert "see above" not in text
+
+
+def test_help_of_a_solver_of_ones_own():
+    @dataclass(frozen=True, kw_only=True)
+    class Own(mixadv.Solver):
+        """Plays its own game.
+
+        Attributes:
+            share: of the loss, between 0
+                and 1.
+        """
+
+        share: float = 0.5
+        steps: int = field(default=1, init=False)
+
+        def play(self, stage):
+            """Play nothing."""
+
+    text = inspect.getdoc(Own)
+    assert text.startswith("Plays its own game.\n")
+    assert (
+        "    share (default 0.5):\n        of the loss, between 0\n        and 1.\n" in text + "\n"
+    )
+    assert "radius (default 0.2):" in text
+    assert "steps (" not in text
+    assert "Example" not in text

@@ -126,7 +126,6 @@ def test_whole_rounds_agree(family: str, route: str, dropout: bool, play_as: str
 class Away(mixadv.CreAT):
     """Drives many particles away from the representation."""
 
-    mixed: ClassVar[bool] = True
     particles: int = 3
 
 
@@ -386,7 +385,6 @@ class Hedge(mixadv.Solver):
     """Weighs random particles by the task loss."""
 
     name: ClassVar[str] = "hedge"
-    mixed: ClassVar[bool] = True
     particles: int = 3
 
     def play(self, stage: mixadv.Stage) -> Any:
@@ -401,7 +399,7 @@ class Losses(mixadv.Solver):
     """Ascends a divergence, and lets the learner answer by the task loss."""
 
     name: ClassVar[str] = "losses"
-    mixed: ClassVar[bool] = True
+    particles: int = 2
     start: Any = "normal"
 
     @property

@@ -254,7 +254,7 @@ def test_predictions_count_where_the_loss_reads_them(task: str) -> None:
             kept[-1].logits.retain_grad()
         return kept[-1]
 
-    with mixadv.Game(model.eval(), mixadv.PGD(payoff="kl")).stage(remembered) as stage:
+    with mixadv.Game(model.eval(), mixadv.PGD(payoff="kl")).rounds.open(remembered) as stage:
         counting = stage.clean().mask
     kept[-1].loss.backward()
     read = kept[-1].logits.grad.abs().sum(-1) > 0

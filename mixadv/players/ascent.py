@@ -8,7 +8,7 @@ that noise never leaves it), η `step_size` and τ `temperature`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from mixadv.checks import check_flag, check_integer, check_number
 from mixadv.errors import nearest
 from mixadv.maths import geometry, langevin
 from mixadv.maths.geometry import Norm, Per
+from mixadv.players.documented import compose, described
 
 Start = Literal["zero", "uniform", "normal"]
 Normalize = Literal["steepest", "norm", "none"]
@@ -50,8 +51,8 @@ class Ascent:
 
     Attributes:
         steps: number of moves K; 0 plays the start point.
-        step_size: η, the length of a step (of its drift, for raw gradients).
-        radius: ε of the ball; None means no ball, 0 means δ = 0.
+        step_size: η, the length of a step in `unit` (of its drift, for raw gradients).
+        radius: ε of the ball in `unit`; None means no ball, 0 means δ = 0.
         norm: norm of the ball and of the steps.
         per: the ball of each sample (over its real tokens) or of each token.
         normalize: `"steepest"` is the ascent direction of the norm (the sign in L∞), `"norm"`
@@ -62,7 +63,7 @@ class Ascent:
         start: `"zero"`, `"uniform"` or `"normal"`: noise scaled by 1/N^(1/p) for the N real
             coordinates of a group, so that its norm is at most (uniform) or about (normal, in L2)
             `start_size`.
-        start_size: size of the start; None means the radius, or the step size where it is None.
+        start_size: size of the start in `unit`; None is the radius, or the step size without one.
         direction: `"gradient"` steps along the payoff's gradient from a start; `"gauss_newton"`,
             for divergences, takes the first of the steps from δ = 0 as far as the radius, where
             the likeliest label loses most against the others, for two classes the direction of
@@ -73,9 +74,10 @@ class Ascent:
             as papers do. None is `"boundary"` for `direction="gauss_newton"`, else `"any"`.
         ascent_dtype: `torch.bfloat16`, or its name, computes the ascent's own passes under
             autocast; δ and the learner's passes keep their format. None computes all alike.
-        temperature: τ of the Langevin noise; 0 draws none.
-        particles: M, the number of points of a mixed strategy; pure solvers take 1.
-        unit: what lengths are measured in.
+        temperature: τ of the Langevin noise, in units of the payoff; 0 draws none.
+        particles: M, the number of points of a mixed strategy; 1 is a pure one.
+        unit: of lengths: `"relative"` to the mean L2 norm of a real token's output at the site,
+            or `"absolute"`.
         fresh_dropout: draw a new dropout mask in every pass, as much released code does; by default
             all passes between two optimizer steps see the same one.
         particle_batching: how the payoffs of many particles are computed: `"loop"`, one after
@@ -101,9 +103,14 @@ class Ascent:
     sign: Sign | None = None
     ascent_dtype: torch.dtype | Literal["bfloat16"] | None = None
 
+    described: ClassVar[dict[str, str]] = {}
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.__repr__ = cls.__repr__  # else `dataclass` writes another into each class
+        parent = next(base for base in cls.__bases__ if issubclass(base, Ascent))
+        registered = cls.__module__.startswith("mixadv.") and "name" in cls.__dict__
+        cls.__doc__, cls.described = compose(cls, parent, registered)
 
     def __repr__(self) -> str:
         """Name the parameters that differ from their defaults."""
@@ -204,5 +211,7 @@ class Ascent:
 
         return langevin.step(delta, gradient, self.step_size, self.temperature, noise, self.project)
 
+
+Ascent.described = described(Ascent.__doc__ or "")
 
 Draw = Callable[[str, Tensor], Tensor]

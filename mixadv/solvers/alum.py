@@ -16,22 +16,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mixadv.checks import check_number
-from mixadv.maths.divergence import Divergence
 from mixadv.players.ascent import Start
-from mixadv.solvers.base import Solver, check_divergence
+from mixadv.solvers.base import DivergenceSolver
 from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class ALUM(Solver):
+class ALUM(DivergenceSolver):
     """Task loss, plus how far the worst δ moves the predictions: SMART without its teacher.
 
     Passes: 2 + K forwards, K backwards for δ, 1 backward. Needs no wrapped optimizer.
-
-    Attributes:
-        smoothness_weight: α.
-        divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
     """
 
     name: ClassVar[str] = "alum"
@@ -41,18 +35,6 @@ class ALUM(Solver):
     step_size: float = 0.2
     start: Start = "normal"
     start_size: float | None = 0.05
-    smoothness_weight: float = 1.0
-    divergence: str | Divergence = "symmetric_kl"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_divergence(self, "divergence")
-        check_number("ALUM", "smoothness_weight", self.smoothness_weight)
-
-    @property
-    def gain(self) -> str | Divergence:
-        """What the adversary maximises."""
-        return self.divergence
 
     def play(self, stage: Moves) -> Play:
         """Play `∇θ [ ℓ(X) + α·ℓ_s(X+δ, X) ]`."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from mixadv.checks import check_flag
+from mixadv.checks import check_flag, check_number
 from mixadv.errors import nearest
 from mixadv.maths.divergence import DIVERGENCES, Divergence, divergence
 from mixadv.maths.gauss_newton import CURVED, FLAT
 from mixadv.model.representation import Source
-from mixadv.players.ascent import Ascent
+from mixadv.players.ascent import Ascent, Direction, Sign
 from mixadv.players.learner import Learner
 from mixadv.solvers.play import Moves, Play
 
@@ -26,7 +26,8 @@ class Solver(Ascent, ABC):
     """How a round is played. Frozen: hyper-parameters only; state lives in the game.
 
     A solver is one file: a dataclass that sets the defaults of its ascent, names its paper and
-    writes `play`, plus one line in the registry.
+    writes `play`, plus one line in the registry. What it always plays alike is no parameter: a
+    field with `init=False`. Several particles are declared anew where they are played.
 
     Attributes:
         recompute: keep the graph of one pass at a time: the other passes of an objective are run
@@ -36,11 +37,13 @@ class Solver(Ascent, ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
-    mixed: ClassVar[bool] = False
     replays_batch: ClassVar[bool] = False  # an optimizer step per pass: no loop can split a round
     differentiates_twice: ClassVar[bool] = False  # a pass of its own: once for δ, once for θ
     presets: ClassVar[Presets] = {}
 
+    particles: int = field(default=1, init=False)
+    direction: Direction = field(default="gradient", init=False)
+    sign: Sign | None = field(default=None, init=False)
     recompute: bool = False
 
     def __post_init__(self) -> None:
@@ -56,12 +59,6 @@ class Solver(Ascent, ABC):
                 f"{type(self).__name__}: recompute=True runs a pass again under the dropout mask "
                 "it had, and fresh_dropout=True draws another in each: leave one of them out."
             )
-        if self.particles != 1 and not self.mixed:
-            raise ValueError(
-                f"{type(self).__name__} plays one point, got particles={self.particles}: "
-                "a mixed strategy needs MAT."
-            )
-
         self._check_direction()
 
     def _check_direction(self) -> None:
@@ -137,6 +134,31 @@ class Solver(Ascent, ABC):
     def compares(self) -> str | Divergence | None:
         """The divergence that needs predictions, None for solvers that need the loss alone."""
         return None if self.gain == "loss" else self.gain
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceSolver(Solver):
+    """A solver whose learner minimises how far the adversary moves the predictions.
+
+    Attributes:
+        smoothness_weight: λ, or α, of the divergence beside the task loss.
+        divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
+    """
+
+    direction: Direction = "gradient"
+    sign: Sign | None = None
+    smoothness_weight: float = 1.0
+    divergence: str | Divergence = "symmetric_kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_divergence(self, "divergence")
+        check_number(type(self).__name__, "smoothness_weight", self.smoothness_weight)
+
+    @property
+    def gain(self) -> str | Divergence:
+        """What the adversary maximises."""
+        return self.divergence
 
 
 def row(

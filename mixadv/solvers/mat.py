@@ -41,11 +41,10 @@ from typing import Any, ClassVar, Literal
 
 from mixadv.checks import check_integer, check_number
 from mixadv.maths import mirror
-from mixadv.maths.divergence import Divergence
 from mixadv.players.ascent import Start
 from mixadv.players.learner import Damping, Learner, check_damping
 from mixadv.players.strategy import Strategy
-from mixadv.solvers.base import Presets, Solver, check_divergence, row
+from mixadv.solvers.base import DivergenceSolver, Presets, row
 from mixadv.solvers.play import Moves, Play, Step
 
 
@@ -73,7 +72,7 @@ def _logged(
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAT(Solver):
+class MAT(DivergenceSolver):
     """Both players randomise: Langevin particles against Langevin samples of the weights.
 
     Passes of a round: M·K_δ + 2·K_θ forwards where the mean is played, M·K_δ + (M + 1)·K_θ for the
@@ -84,8 +83,6 @@ class MAT(Solver):
         mirror_step: η_w of the log-weights, in 1/payoff; no effect for one particle.
         damping: β of both players within a round: 0 keeps the last, `"uniform"` the plain mean.
         play_as: `"mean"` or `"ensemble"`.
-        smoothness_weight: λ.
-        divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
         learner_steps: K_θ.
         learner_temperature: τ_θ; 1 destroys an encoder, up to 1e-4 costs MiniLM nothing (README).
         round_damping: β' of the learner between rounds.
@@ -96,7 +93,6 @@ class MAT(Solver):
     name: ClassVar[str] = "mat"
     paper: ClassVar[str] = "Zhong et al. 2023, arXiv:2306.15826"
     summary: ClassVar[str] = "mixed strategies for both players by mirror descent and Langevin"
-    mixed: ClassVar[bool] = True
     presets: ClassVar[Presets] = {  # K_θ, K_δ, noise ratio, λ, β = β'
         "bert-base-uncased": {
             "qnli": _logged(10, 5, 0.2, 1.0, 0.3),
@@ -111,14 +107,13 @@ class MAT(Solver):
         },
     }
 
+    particles: int = 1
     steps: int = 2
     start: Start = "normal"
     start_size: float | None = 0.05
     mirror_step: float = 1.0
     damping: Damping = 0.3
     play_as: Literal["mean", "ensemble"] = "mean"
-    smoothness_weight: float = 1.0
-    divergence: str | Divergence = "symmetric_kl"
     learner_steps: int = 2
     learner_temperature: float = 1e-5
     round_damping: float = 0.3
@@ -127,22 +122,16 @@ class MAT(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_divergence(self, "divergence")
         check_number("MAT", "mirror_step", self.mirror_step)
-        check_number("MAT", "smoothness_weight", self.smoothness_weight)
         check_number("MAT", "learner_temperature", self.learner_temperature)
         check_integer("MAT", "learner_steps", self.learner_steps, 1)
         check_integer("MAT", "samples", self.samples, 0)
         check_damping("MAT", "damping", self.damping)
-        check_damping("MAT", "average", self.average) if self.average is not None else None
+        if self.average is not None:
+            check_damping("MAT", "average", self.average)
         check_number("MAT", "round_damping", self.round_damping, 0.0, 1.0)
         if self.play_as not in ("mean", "ensemble"):
             raise ValueError(f"MAT: play_as={self.play_as!r} is not 'mean' or 'ensemble'.")
-
-    @property
-    def gain(self) -> str | Divergence:
-        """What the adversary maximises."""
-        return self.divergence
 
     def learner(self) -> Learner | None:
         """Return the learner's sampling; None where it is a plain optimizer step."""

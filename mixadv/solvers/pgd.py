@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mixadv.maths.divergence import Divergence
+from mixadv.players.ascent import Direction, Sign
 from mixadv.solvers.base import Presets, Solver, check_divergence, row
 from mixadv.solvers.play import Moves, Play, Step
 
@@ -49,6 +50,8 @@ class PGD(Solver):
     steps: int = 3
     step_size: float = 0.05
     radius: float | None = 0.1
+    direction: Direction = "gradient"
+    sign: Sign | None = None
     payoff: str | Divergence = "loss"
 
     def __post_init__(self) -> None:

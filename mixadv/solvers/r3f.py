@@ -24,21 +24,16 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from mixadv.checks import check_number
-from mixadv.maths.divergence import Divergence
-from mixadv.solvers.base import Presets, Solver, check_divergence
+from mixadv.players.ascent import Direction, Sign
+from mixadv.solvers.base import DivergenceSolver, Presets
 from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class R3F(Solver):
+class R3F(DivergenceSolver):
     """Task loss, plus how far noise of size `radius` moves the predictions.
 
     Passes: 2 forwards, 1 backward.
-
-    Attributes:
-        smoothness_weight: λ.
-        divergence: by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
     """
 
     name: ClassVar[str] = "r3f"
@@ -57,21 +52,14 @@ class R3F(Solver):
     }
 
     steps: int = field(default=0, init=False)
+    direction: Direction = field(default="gradient", init=False)
+    sign: Sign | None = field(default=None, init=False)
     radius: float | None = 1.0
-    smoothness_weight: float = 1.0
-    divergence: str | Divergence = "symmetric_kl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start == "zero":
             raise ValueError("R3F: start='zero' draws no noise. Choose 'uniform' or 'normal'.")
-        check_divergence(self, "divergence")
-        check_number("R3F", "smoothness_weight", self.smoothness_weight)
-
-    @property
-    def gain(self) -> str | Divergence:
-        """What the learner is compared by."""
-        return self.divergence
 
     def play(self, stage: Moves) -> Play:
         """Play `∇θ [ ℓ(X) + λ·KL_S(X, X+z) ]`."""

@@ -18,25 +18,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mixadv.checks import check_integer, check_number
-from mixadv.maths.divergence import Divergence
 from mixadv.players.ascent import Start
 from mixadv.players.learner import Learner
-from mixadv.solvers.base import Solver, check_divergence
+from mixadv.solvers.base import DivergenceSolver
 from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class SMART(Solver):
+class SMART(DivergenceSolver):
     """Task loss, plus how far the worst δ moves the predictions, plus how far a step does.
 
     Passes: 2 + K forwards (one more for the teacher), K backwards for δ, 1 backward.
 
     Attributes:
-        smoothness_weight: λ.
         proximal_weight: μ; 0 keeps no teacher and needs no wrapped optimizer.
         ema_decay: m of the teacher; the paper uses 0.99, and 0.999 after a tenth of the updates.
         teacher_every: S, optimizer steps between two updates of the teacher.
-        divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
     """
 
     name: ClassVar[str] = "smart"
@@ -46,16 +43,12 @@ class SMART(Solver):
     step_size: float = 0.2
     start: Start = "normal"
     start_size: float | None = 0.05
-    smoothness_weight: float = 1.0
     proximal_weight: float = 1.0
     ema_decay: float = 0.99
     teacher_every: int = 1
-    divergence: str | Divergence = "symmetric_kl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_divergence(self, "divergence")
-        check_number("SMART", "smoothness_weight", self.smoothness_weight)
         check_number("SMART", "proximal_weight", self.proximal_weight)
         check_number("SMART", "ema_decay", self.ema_decay, 0.0, 1.0)
         check_integer("SMART", "teacher_every", self.teacher_every, 1)
@@ -65,11 +58,6 @@ class SMART(Solver):
                 "the proximal term and its gradient are 0. Set ema_decay (0.99) or teacher_every > "
                 "1, or proximal_weight=0."
             )
-
-    @property
-    def gain(self) -> str | Divergence:
-        """What the adversary maximises."""
-        return self.divergence
 
     def learner(self) -> Learner | None:
         """Return the teacher, where there is a proximal term."""

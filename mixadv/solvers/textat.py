@@ -40,7 +40,7 @@ from mixadv.errors import GameError
 from mixadv.maths import geometry
 from mixadv.model import parallel
 from mixadv.model.visits import Call
-from mixadv.players.ascent import Draw
+from mixadv.players.ascent import Draw, Projection
 from mixadv.solvers.base import Presets, Solver, row
 from mixadv.solvers.play import Moves, Play, Step
 

@@ -13,23 +13,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from mixadv.checks import check_integer, check_number
+from mixadv.checks import check_integer
 from mixadv.maths.divergence import Divergence
 from mixadv.players.ascent import Projection, Start
-from mixadv.solvers.base import Solver, check_divergence
+from mixadv.solvers.base import DivergenceSolver
 from mixadv.solvers.play import Moves, Play, Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAT(Solver):
+class VAT(DivergenceSolver):
     """Task loss, plus the divergence along the direction that changes the predictions most.
 
     r has length `radius`, whatever `step_size`, unless projected onto the ball. Passes: 2 + K
     forwards, K backwards for δ, 1 backward.
-
-    Attributes:
-        smoothness_weight: α.
-        divergence: by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
     """
 
     name: ClassVar[str] = "vat"
@@ -40,7 +36,6 @@ class VAT(Solver):
     projection: Projection = "sphere"
     start: Start = "normal"
     start_size: float | None = 0.05
-    smoothness_weight: float = 1.0
     divergence: str | Divergence = "kl"
 
     def __post_init__(self) -> None:
@@ -51,15 +46,8 @@ class VAT(Solver):
                 f"start_size={self.start_size}, where the gradient of a divergence is zero."
             )
         check_integer("VAT", "steps (of the power iteration)", self.steps, 1)
-        check_number("VAT", "smoothness_weight", self.smoothness_weight)
-        check_divergence(self, "divergence")
         if self.step_size == 0:
             raise ValueError("VAT: step_size=0 never leaves δ = 0; its size is the radius.")
-
-    @property
-    def gain(self) -> str | Divergence:
-        """What the adversary maximises."""
-        return self.divergence
 
     def play(self, stage: Moves) -> Play:
         """Play `∇θ [ ℓ(X) + α·KL(p ‖ X + r) ]`."""
