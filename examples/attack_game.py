@@ -29,7 +29,8 @@ from mixadv.tokens import (
     substitution_game,
     substitutions,
 )
-from mixadv.tokens.finite import Equilibrium, Learner, SubstitutionGame
+from mixadv.tokens.substitution.game import Equilibrium, SubstitutionGame
+from mixadv.tokens.substitution.payoffs import Learner
 from theory import oracles
 from training import command
 from training.data import Task
@@ -38,7 +39,7 @@ from training.options import positive, script
 from training.results import EMBEDDED_MODEL, Run
 from training.substitution import SOURCES, candidates
 
-NAMES = ("best_single", "guaranteed", "value", "worst", "best_row")
+NAMES = ("pure_adversary_value", "guaranteed", "value", "worst", "pure_learner_value")
 HEAD = (
     "learners", "texts", "adversary: best single", "mixture", "value by LP",
     "learner: mixture", "best row", "largest gap", "helps adversary, %", "helps learner, %",
@@ -112,9 +113,15 @@ def row(name: str, games: list[SubstitutionGame], found: list[Equilibrium]) -> l
     """Return a row of the table."""
     mean = {n: np.mean([getattr(one, n) for one in found]) for n in NAMES}
     exact = np.mean([oracles.equilibrium(game.payoff).value for game in games])
-    adversary = np.mean([one.guaranteed - one.best_single > HELPS for one in found])
-    learner = np.mean([one.best_row - one.worst > HELPS for one in found])
-    numbers = [mean["best_single"], mean["guaranteed"], exact, mean["worst"], mean["best_row"]]
+    adversary = np.mean([one.guaranteed - one.pure_adversary_value > HELPS for one in found])
+    learner = np.mean([one.pure_learner_value - one.worst > HELPS for one in found])
+    numbers = [
+        mean["pure_adversary_value"],
+        mean["guaranteed"],
+        exact,
+        mean["worst"],
+        mean["pure_learner_value"],
+    ]
     return [
         name, str(len(games)), *[f"{number:.4f}" for number in numbers],
         f"{max(one.gap for one in found):.1e}", f"{100 * adversary:.0f}", f"{100 * learner:.0f}",
@@ -129,7 +136,7 @@ def work(options: Namespace) -> str:
     for name, (rows, tokenizer) in learners(options, task).items():
         games = []
         for text, label in zip(tqdm(texts, desc=name, disable=None), labels, strict=True):
-            columns = substitutions(text, source, most=options.columns)
+            columns = substitutions(text, source, max_texts=options.columns)
             game = substitution_game(rows, tokenizer, columns, label, max_length=LENGTH)
             games.append(game)
         found = solve_all(games)

@@ -24,7 +24,7 @@ from transformers import DataCollatorForLanguageModeling
 
 import mixadv
 from mixadv.equilibrium import best_response
-from mixadv.tokens.masked import IGNORED, masked_predictions
+from mixadv.tokens.reading.masked import IGNORED, masked_predictions
 from pretraining import corpus
 from pretraining.tasks import encoder
 from training import model as finetuning

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import attack as script
 import glue
 from mixadv.tokens import SimilarWords, WordSubstitution, adversarial_rows
-from mixadv.tokens.augmentation import copies
+from mixadv.tokens.substitution.augmentation import copies
 from tests.substitution_zoo import TABLE, VOCABULARY, bag_of_words, tiny, word_tokenizer
 from tests.zoo import assert_same
 from training import results

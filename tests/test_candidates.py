@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixadv.tokens import MaskedCandidates, SimilarWords, Typos
-from mixadv.tokens.candidates import usable
-from mixadv.tokens.words import Words
+from mixadv.tokens.reading.words import Words
+from mixadv.tokens.substitution.candidates import usable
 from tests.substitution_zoo import TABLE, piece_tokenizer, tiny, word_tokenizer
 from tests.zoo import assert_same, fingerprint
 
@@ -62,15 +62,15 @@ def test_similar_words_are_those_of_the_table_or_the_function():
     expected = [["Movie", "Picture"], ["story"], []]
     assert SimilarWords(TABLE)(texts, [1, 0, 0]) == expected
     assert SimilarWords(lambda word: tuple(TABLE.get(word, ())))(texts, [1, 0, 0]) == expected
-    assert SimilarWords(TABLE, most=1)(texts[:1], [1]) == [["Movie"]]
+    assert SimilarWords(TABLE, max_candidates=1)(texts[:1], [1]) == [["Movie"]]
 
 
 def test_a_table_without_similar_words_is_refused():
     for table in ({}, {"film": []}):
         with pytest.raises(ValueError, match=f"names {len(table)} words"):
             SimilarWords(table)
-    with pytest.raises(ValueError, match="most must be at least 1, got 0"):
-        SimilarWords(TABLE, most=0)
+    with pytest.raises(ValueError, match="max_candidates must be at least 1, got 0"):
+        SimilarWords(TABLE, max_candidates=0)
 
 
 # Typos -----------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_a_typo_is_one_slip_inside_a_word(word: str, cased: Any, most: int, seed
 
 
 def test_typos_are_of_every_kind_and_differ_by_seed():
-    [found] = Typos(most=1000)([Words("tower")], [0])
+    [found] = Typos(max_candidates=1000)([Words("tower")], [0])
     # "tower": swaps and losses of the three letters inside; o has the keys i, p, l beside it,
     # w has q, e, s and e has w, r, d.
     keys = {"o": "ipl", "w": "qes", "e": "wrd"}
@@ -117,7 +117,9 @@ def test_typos_are_of_every_kind_and_differ_by_seed():
             expected |= {"tower"[:at] + letter + key + "tower"[at + 1 :]}
             expected |= {"tower"[:at] + key + "tower"[at + 1 :]}
     assert set(found) == expected
-    draws = {tuple(Typos(most=3, seed=seed)([Words("tower")], [0])[0]) for seed in range(5)}
+    draws = {
+        tuple(Typos(max_candidates=3, seed=seed)([Words("tower")], [0])[0]) for seed in range(5)
+    }
     assert len(draws) > 1
 
 
@@ -127,7 +129,9 @@ def test_typos_are_of_every_kind_and_differ_by_seed():
 @pytest.fixture(scope="module")
 def masked() -> MaskedCandidates:
     tokenizer = piece_tokenizer()
-    return MaskedCandidates(tiny(transformers.BertForMaskedLM, tokenizer), tokenizer, most=4)
+    return MaskedCandidates(
+        tiny(transformers.BertForMaskedLM, tokenizer), tokenizer, max_candidates=4
+    )
 
 
 def expected_words(source: MaskedCandidates, before: str, after: str, old: str) -> list[str]:
@@ -137,7 +141,7 @@ def expected_words(source: MaskedCandidates, before: str, after: str, old: str) 
     with torch.no_grad():
         [logits] = model(**ids).logits[ids["input_ids"] == tokenizer.mask_token_id]
     tokens = tokenizer.convert_ids_to_tokens(logits.argsort(descending=True).tolist())
-    return [t for t in tokens if t.isalpha() and t != old][: source.most]
+    return [t for t in tokens if t.isalpha() and t != old][: source.max_candidates]
 
 
 def test_masked_candidates_are_the_likeliest_whole_words_in_the_context(masked: MaskedCandidates):
@@ -151,7 +155,7 @@ def test_masked_candidates_are_the_likeliest_whole_words_in_the_context(masked: 
     ]
     assert len({tuple(words) for words in found}) == 3  # the context matters
     assert {len(words) for words in found} == {4}
-    few = MaskedCandidates(masked.model, masked.tokenizer, most=4, batch_size=1)
+    few = MaskedCandidates(masked.model, masked.tokenizer, max_candidates=4, batch_size=1)
     assert few([Words(text) for text in texts], indices) == found
 
 
@@ -169,7 +173,7 @@ def test_a_mask_in_the_text_is_not_taken_for_the_word(masked: MaskedCandidates):
 
 
 def test_candidates_are_whole_words_of_letters(masked: MaskedCandidates):
-    every = MaskedCandidates(masked.model, masked.tokenizer, most=10_000)
+    every = MaskedCandidates(masked.model, masked.tokenizer, max_candidates=10_000)
     [found] = every([Words("the film")], [1])
     vocabulary = set(masked.tokenizer.get_vocab())
     assert set(found) == {token for token in vocabulary if token.isalpha()} - {"film"}

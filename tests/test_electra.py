@@ -30,8 +30,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mixadv.tokens import ReplacedTokenDetection, electra, generator_config
-from mixadv.tokens.drawing import draw_positions, sample
+from mixadv.tokens import ReplacedTokenDetection, generator_config
+from mixadv.tokens.pretraining import electra
+from mixadv.tokens.pretraining.drawing import draw_positions, sample
 
 PAD, CLS, SEP, MASK, FIRST, VOCABULARY = 0, 2, 3, 4, 5, 24
 IDS = {"mask_token_id": MASK, "special_token_ids": [PAD, 1, CLS, SEP]}
@@ -509,7 +510,7 @@ def tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 
 def test_the_exported_discriminator_is_an_encoder_to_fine_tune(tmp_path):
-    model = ReplacedTokenDetection.between(
+    model = ReplacedTokenDetection.from_tokenizer(
         GENERATORS["electra"](), ElectraForPreTraining(config()), tokenizer()
     )
     assert model.special.tolist() == [0, 1, 2, 3, 4]
@@ -603,7 +604,7 @@ def test_a_mask_token_of_none_is_refused():
     with pytest.raises(TypeError, match="mask_token_id must be an integer, got None"):
         game(mask_token_id=None)
     with pytest.raises(ValueError, match="has no mask token"):
-        ReplacedTokenDetection.between(
+        ReplacedTokenDetection.from_tokenizer(
             GENERATORS["electra"](), ElectraForPreTraining(config()), tokenizer(mask_token=None)
         )
 

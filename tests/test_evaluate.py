@@ -41,7 +41,7 @@ from mixadv.robustness import (
 )
 from mixadv.robustness.kept import digest, write
 from mixadv.tokens import SimilarWords, Typos, WordSubstitution, summary
-from mixadv.tokens.reader import evaluating
+from mixadv.tokens.reading.encoding import evaluating
 from tests.substitution_zoo import TABLE, VOCABULARY, tiny, word_tokenizer
 from tests.zoo import assert_same, fingerprint
 from training.model import load_classifier

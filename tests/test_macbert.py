@@ -19,8 +19,8 @@ from mixadv.tokens import (
     WordTokenizer,
     sentence_order,
 )
-from mixadv.tokens.selection import whole_words
-from mixadv.tokens.words import cased_like
+from mixadv.tokens.pretraining.selection import whole_words
+from mixadv.tokens.reading.words import cased_like
 from tests.tokenizers_zoo import FAMILIES, encoder_tokenizer, texts, unigram, word_pieces
 
 TABLE = Neighbours(

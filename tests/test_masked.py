@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import mixadv
-from mixadv.tokens.masked import at_positions, masked_predictions, predictions_at
+from mixadv.tokens.reading.masked import at_positions, masked_predictions, predictions_at
 
 WORDS = 23
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
 from mixadv.tokens import Neighbours, substituted
-from mixadv.tokens.words import Words
+from mixadv.tokens.reading.words import Words
 from tests.tokenizers_zoo import texts, word_pieces
 
 TABLE = Neighbours(
@@ -104,12 +104,14 @@ def test_neighbours_by_embeddings_are_the_nearest_by_cosine(count, most, least, 
         expected |= {word: tuple(row)} if row else {}
     if not expected:
         with pytest.raises(ValueError, match="No word has a neighbour"):
-            Neighbours.from_embeddings(words, vectors, most=most, least=least)
+            Neighbours.from_embeddings(words, vectors, max_neighbours=most, min_cosine=least)
         return
     with pytest.MonkeyPatch.context() as patch:
         for at_once in (1, 2**24):  # a row at a time, and all
-            patch.setattr("mixadv.tokens.neighbours.AT_ONCE", at_once)
-            found = Neighbours.from_embeddings(words, vectors, most=most, least=least)
+            patch.setattr("mixadv.tokens.reading.neighbours.AT_ONCE", at_once)
+            found = Neighbours.from_embeddings(
+                words, vectors, max_neighbours=most, min_cosine=least
+            )
             assert dict(found) == expected
 
 
@@ -118,8 +120,8 @@ def test_bad_embeddings_are_refused():
         Neighbours.from_embeddings(["a", "b"], torch.ones(3, 2))
     with pytest.raises(ValueError, match="not finite"):
         Neighbours.from_embeddings(["a", "b"], torch.tensor([[1.0], [math.nan]]))
-    with pytest.raises(ValueError, match="most must be at least 1"):
-        Neighbours.from_embeddings(["a", "b"], torch.ones(2, 2), most=0)
+    with pytest.raises(ValueError, match="max_neighbours must be at least 1"):
+        Neighbours.from_embeddings(["a", "b"], torch.ones(2, 2), max_neighbours=0)
 
 
 def test_an_encoder_gives_its_whole_words_alone():

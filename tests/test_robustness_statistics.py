@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mixadv.robustness import bootstrap, bootstrap_difference, holm, paired, t_interval
-from mixadv.tokens.attacks import wilson
+from mixadv.tokens.substitution.attacks import wilson
 
 numbers = st.lists(st.integers(-50, 50).map(float), min_size=2, max_size=30)
 p_values = st.dictionaries(st.text("abcdef", min_size=1), st.floats(0, 1), min_size=1, max_size=8)

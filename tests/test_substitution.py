@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from mixadv.tokens import Attack, Similarity, SimilarWords, Typos, WordSubstitution, summary
-from mixadv.tokens.attacks import wilson
-from mixadv.tokens.constraints import FUNCTION_WORDS, budget
-from mixadv.tokens.reader import Reader
-from mixadv.tokens.words import Words
+from mixadv.tokens.reading.words import Words
+from mixadv.tokens.substitution.attacks import wilson
+from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, budget
+from mixadv.tokens.substitution.reader import Reader
 from tests.substitution_zoo import (
     TABLE,
     VOCABULARY,
@@ -429,7 +429,7 @@ def test_models_and_tokenizers_that_cannot_be_attacked_are_refused():
     with pytest.raises(TypeError, match="BertForMaskedLM returns no last_hidden_state"):
         headed(["good"], ["bad"])
     with pytest.raises(ValueError, match=r"from -1 to 1, got 1\.2"):
-        Similarity(number, tokenizer, least=1.2)
+        Similarity(number, tokenizer, min_cosine=1.2)
 
 
 # Summary ---------------------------------------------------------------------------------------

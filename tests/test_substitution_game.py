@@ -15,11 +15,10 @@ from transformers import BertConfig, BertForSequenceClassification
 import attack_game
 import mixadv
 from mixadv.tokens import SimilarWords
-from mixadv.tokens.finite import (
-    SubstitutionGame,
+from mixadv.tokens.substitution.game import SubstitutionGame, solve_all
+from mixadv.tokens.substitution.payoffs import (
     dropout_masks,
     learner_samples,
-    solve_all,
     substitution_game,
     substitutions,
 )
@@ -68,8 +67,8 @@ def value(payoff: np.ndarray) -> float:
 @settings(max_examples=25)
 def test_mixtures_are_no_worse_than_pure_strategies_and_bracket_the_value(payoff: torch.Tensor):
     found, exact = game(payoff).solve(), value(payoff.double().numpy())
-    assert found.guaranteed >= found.best_single - 1e-12
-    assert found.worst <= found.best_row + 1e-12
+    assert found.guaranteed >= found.pure_adversary_value - 1e-12
+    assert found.worst <= found.pure_learner_value + 1e-12
     assert found.guaranteed <= exact + 1e-9
     assert found.worst >= exact - 1e-9
     assert found.gap <= 1e-6
@@ -87,8 +86,10 @@ def test_what_is_reported_is_what_the_weights_do(payoff: torch.Tensor):
     assert found.guaranteed == pytest.approx(min(a[i] @ y for i in range(len(a))))
     assert found.value == pytest.approx(x @ a @ y)
     assert found.gap == pytest.approx(found.worst - found.guaranteed)
-    assert found.best_single == pytest.approx(max(a[:, j].min() for j in range(a.shape[1])))
-    assert found.best_row == pytest.approx(min(a[i].max() for i in range(len(a))))
+    assert found.pure_adversary_value == pytest.approx(
+        max(a[:, j].min() for j in range(a.shape[1]))
+    )
+    assert found.pure_learner_value == pytest.approx(min(a[i].max() for i in range(len(a))))
 
 
 @given(payoffs(2))
@@ -97,8 +98,8 @@ def test_the_exploitability_of_a_pair_is_its_gap(payoff: torch.Tensor):
     """However few steps are played, no mixture is worse than a pure strategy."""
     found = game(payoff).solve(steps=1)
     assert found.gap >= value(payoff.double().numpy()) - found.guaranteed - 1e-9
-    assert found.guaranteed >= found.best_single - 1e-12
-    assert found.worst <= found.best_row + 1e-12
+    assert found.guaranteed >= found.pure_adversary_value - 1e-12
+    assert found.worst <= found.pure_learner_value + 1e-12
 
 
 @given(st.lists(payoffs(3), min_size=2, max_size=5))
@@ -115,8 +116,8 @@ def test_matching_pennies_wants_both_to_mix():
     found = game(torch.eye(2)).solve()
     assert found.learner.tolist() == pytest.approx([0.5, 0.5], abs=1e-5)
     assert found.guaranteed == pytest.approx(0.5)
-    assert found.best_single == 0
-    assert found.best_row == 1
+    assert found.pure_adversary_value == 0
+    assert found.pure_learner_value == 1
 
 
 # The matrix ------------------------------------------------------------------------------------
@@ -127,11 +128,11 @@ def test_the_columns_are_the_text_and_single_substitutions():
     assert texts[0] == TEXT
     expected = {TEXT.replace(old, new) for old, news in TABLE.items() for new in news} - {TEXT}
     assert set(texts[1:]) == expected
-    few = substitutions(TEXT, SimilarWords(TABLE), most=4)
+    few = substitutions(TEXT, SimilarWords(TABLE), max_texts=4)
     assert len(few) == 4
     assert few[0] == TEXT
     assert set(few) <= set(texts)
-    assert few == substitutions(TEXT, SimilarWords(TABLE), most=4)
+    assert few == substitutions(TEXT, SimilarWords(TABLE), max_texts=4)
     kept = substitutions(TEXT, SimilarWords(TABLE), protected=frozenset({"film"}))
     assert set(kept) == {t for t in texts if "film" in t}
 
@@ -224,8 +225,8 @@ def test_wrong_games_are_refused():
         SubstitutionGame(("a",), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"2 games with \[1, 2\] learners"):
         solve_all([game(torch.zeros(1, 2)), game(torch.zeros(2, 2))])
-    with pytest.raises(ValueError, match="most must be at least 1, got 0"):
-        substitutions(TEXT, SimilarWords(TABLE), most=0)
+    with pytest.raises(ValueError, match="max_texts must be at least 1, got 0"):
+        substitutions(TEXT, SimilarWords(TABLE), max_texts=0)
     with pytest.raises(ValueError, match="got 0 games"):
         solve_all([])
 
@@ -262,8 +263,8 @@ def test_the_script_solves_a_game_for_each_text(more: list[str], tmp_path: Path,
     assert head.count("|") == rows[0].count("|")
     for line in map(json.loads, file.read_text().splitlines()):
         exact = value(np.array(line["payoff"]))
-        assert line["guaranteed"] >= line["best_single"] - 1e-9
-        assert line["worst"] <= line["best_row"] + 1e-9
+        assert line["guaranteed"] >= line["pure_adversary_value"] - 1e-9
+        assert line["worst"] <= line["pure_learner_value"] + 1e-9
         assert line["guaranteed"] - 1e-5 <= exact <= line["worst"] + 1e-5  # written rounded
         assert line["gap"] < 1e-3
 

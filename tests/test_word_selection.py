@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixadv.tokens import WordSelection, WordTokenizer, sentence_order
-from mixadv.tokens.selection import whole_words
-from mixadv.tokens.words import Words
+from mixadv.tokens.pretraining.selection import whole_words
+from mixadv.tokens.reading.words import Words
 from tests.tokenizers_zoo import FAMILIES, byte_level, encoder_tokenizer, texts
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from mixadv.tokens.masked import IGNORED, masked_predictions
+from mixadv.tokens.reading.masked import IGNORED, masked_predictions
 from training.data import DataError
 
 Items = dict[str, Tensor]

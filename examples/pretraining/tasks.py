@@ -201,7 +201,7 @@ def detection(options: Namespace, texts: Corpus) -> Task:
     else:
         generator, _ = models.build(source, AutoModelForMaskedLM, generator_config(config))
         unknown = {f"generator.{name}" for name, _ in generator.named_parameters()}
-    model = ReplacedTokenDetection.between(generator, discriminator, source.tokenizer)
+    model = ReplacedTokenDetection.from_tokenizer(generator, discriminator, source.tokenizer)
     train, held_out = _rows(options, texts, encoder(source.tokenizer, options.length))
     train, held_out = (rows.remove_columns("special_tokens_mask") for rows in (train, held_out))
     objective = Detection(DataCollatorWithPadding(source.tokenizer), {"AUC": 0.5})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from mixadv.tokens.reader import longest, padding_side
+from mixadv.tokens.reading.encoding import longest, padding_side
 from training.data import Task
 from training.results import EMBEDDED_MODEL, Run
 

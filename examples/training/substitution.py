@@ -19,7 +19,7 @@ from mixadv.tokens import (
     WordSubstitution,
     adversarial_rows,
 )
-from mixadv.tokens.augmentation import copies
+from mixadv.tokens.substitution.augmentation import copies
 from training import data, model
 from training.results import Run
 

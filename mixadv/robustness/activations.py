@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.model.modules import unwrap
-from mixadv.tokens.reader import evaluating, longest, padding_side
+from mixadv.tokens.reading.encoding import evaluating, longest, padding_side
 
 Sentences = Sequence[Sequence[str]]
 

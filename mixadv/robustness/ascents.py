@@ -33,7 +33,7 @@ from mixadv.round.stage import Stage
 from mixadv.round.unit import measure_unit
 from mixadv.round.validate import check_seed
 from mixadv.solvers import PGD
-from mixadv.tokens.reader import evaluating
+from mixadv.tokens.reading.encoding import evaluating
 
 Measure = Callable[[Stage, Batch], Sequence[Tensor]]
 """Plays on a batch in a round of its own and returns columns `[B, ...]`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mixadv.checks import check_integer
 from mixadv.robustness.data import DataError, Rows
-from mixadv.tokens.reader import Text, longest, tokens
+from mixadv.tokens.reading.encoding import Text, longest, tokens
 
 
 class Batch(NamedTuple):

@@ -19,7 +19,8 @@ from mixadv.robustness.measured import Measured
 from mixadv.robustness.report import Report
 from mixadv.round.validate import check_seed
 from mixadv.tokens import WordSubstitution
-from mixadv.tokens.reader import Reader, evaluating, longest
+from mixadv.tokens.reading.encoding import evaluating, longest
+from mixadv.tokens.substitution.reader import Reader
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 CLEAN = "clean"

@@ -1,27 +1,26 @@
 """Token-space players: adversaries that replace words and tokens, and the learner's answers."""
 
-from mixadv.tokens.attacks import Attack, summary
-from mixadv.tokens.augmentation import adversarial_rows, substituted
-from mixadv.tokens.candidates import Candidates, SimilarWords, Typos
-from mixadv.tokens.constraints import FUNCTION_WORDS, Similarity
-from mixadv.tokens.electra import Detection, ReplacedTokenDetection
-from mixadv.tokens.finite import (
-    SubstitutionGame,
+from mixadv.tokens.pretraining.electra import Detection, ReplacedTokenDetection
+from mixadv.tokens.pretraining.macbert import CorrectionCollator
+from mixadv.tokens.pretraining.rows import WordTokenizer, sentence_order
+from mixadv.tokens.pretraining.selection import WordSelection
+from mixadv.tokens.pretraining.ties import generator_config
+from mixadv.tokens.reading.masked import masked_predictions, predictions_at
+from mixadv.tokens.reading.neighbours import Neighbours
+from mixadv.tokens.reading.words import Words
+from mixadv.tokens.substitution.attacks import Attack, summary
+from mixadv.tokens.substitution.augmentation import adversarial_rows, substituted
+from mixadv.tokens.substitution.candidates import Candidates, SimilarWords, Typos
+from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity
+from mixadv.tokens.substitution.game import SubstitutionGame, solve_all
+from mixadv.tokens.substitution.greedy import WordSubstitution
+from mixadv.tokens.substitution.masked_candidates import MaskedCandidates
+from mixadv.tokens.substitution.payoffs import (
     dropout_masks,
     learner_samples,
-    solve_all,
     substitution_game,
     substitutions,
 )
-from mixadv.tokens.macbert import CorrectionCollator
-from mixadv.tokens.masked import masked_predictions, predictions_at
-from mixadv.tokens.masked_candidates import MaskedCandidates
-from mixadv.tokens.neighbours import Neighbours
-from mixadv.tokens.rows import WordTokenizer, sentence_order
-from mixadv.tokens.selection import WordSelection
-from mixadv.tokens.substitution import WordSubstitution
-from mixadv.tokens.ties import generator_config
-from mixadv.tokens.words import Words
 
 __all__ = [
     "FUNCTION_WORDS",

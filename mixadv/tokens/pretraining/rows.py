@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mixadv.tokens.words import Words
+from mixadv.tokens.reading.words import Words
 
 Span = tuple[int, int]
 NO_WORD = -1

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixadv.tokens.reader import evaluating, longest, tokens
+from mixadv.tokens.reading.encoding import evaluating, longest, tokens
 
 FUNCTION_WORDS = frozenset(
     """
@@ -53,18 +53,18 @@ class Similarity:
         encoder: returns `last_hidden_state` [texts, tokens, dim]; one trained for sentence
             similarity.
         tokenizer: of the encoder.
-        least: cosine that is kept; 0.9 in A2T.
+        min_cosine: that is kept; 0.9 in A2T.
         batch_size: texts that the encoder reads at a time.
     """
 
     encoder: nn.Module
     tokenizer: Any
-    least: float = 0.9
+    min_cosine: float = 0.9
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if not -1 <= self.least <= 1:
-            raise ValueError(f"least is a cosine, from -1 to 1, got {self.least}.")
+        if not -1 <= self.min_cosine <= 1:
+            raise ValueError(f"min_cosine is a cosine, from -1 to 1, got {self.min_cosine}.")
 
     def __call__(self, originals: Sequence[str], changed: Sequence[str]) -> Tensor:
         """Return the cosine of each text with its original, [texts], fp32 on the CPU."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixadv.tokens.reader import Text
+from mixadv.tokens.reading.encoding import Text
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixadv.model.replay import random_state, set_random_state
-from mixadv.tokens.words import Words
-
-Text = str | tuple[str, str]
-"""What a classifier reads: one text, or two."""
+from mixadv.tokens.reading.encoding import Text, longest, tokens
+from mixadv.tokens.reading.words import Words
 
 
-class Reading(NamedTuple):
+class ReadTexts(NamedTuple):
     """What a classifier makes of texts.
 
     Attributes:
@@ -30,59 +26,6 @@ class Reading(NamedTuple):
     losses: Tensor
     predictions: Tensor
     importances: list[dict[int, float]]
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules in evaluation mode; restore the modes and the random state, also after errors."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    devices = {p.device for module in modules for p in module.parameters()}
-    state = random_state(sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str))
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-        set_random_state(state)
-
-
-def longest(model: nn.Module, tokenizer: Any) -> int | None:
-    """Return how many tokens a model reads at most, as far as it and its tokenizer say."""
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    known = isinstance(positions, int) and positions > 0  # XLNet's are -1
-    limits = [tokenizer.model_max_length, positions if known else math.inf]
-    for name, part in model.named_modules():
-        padding = getattr(part, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding is not None:
-            limits.append(part.num_embeddings - padding - 1)  # RoBERTa counts on from the padding's
-    least = min(limits)
-    return int(least) if least < 1e9 else None  # tokenizers that know no limit name a huge one
-
-
-def padding_side(model: nn.Module, tokenizer: Any) -> str:
-    """Return on which side a model's rows are padded.
-
-    Where positions are counted from the start of a row (GPT-2), padding there would shift them, and
-    what a text means to the model would depend on the longest of its batch.
-    """
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    return "right" if names & _COUNTED else tokenizer.padding_side
-
-
-_COUNTED = {"wpe", "position_embeddings", "positions_embed", "embed_positions"}
-
-
-def tokens(
-    model: nn.Module, tokenizer: Any, texts: Sequence[Text], max_length: int | None, **more: Any
-) -> Any:
-    """Return the tokenizer's encoding of texts or pairs as tensors, padded, and cut if need be."""
-    first = [text if isinstance(text, str) else text[0] for text in texts]
-    second = None if isinstance(texts[0], str) else [text[1] for text in texts]
-    cut = {"truncation": max_length is not None, "max_length": max_length}
-    cut |= {"padding_side": padding_side(model, tokenizer)}
-    return tokenizer(first, second, padding=True, return_tensors="pt", **cut, **more)
 
 
 class Reader:
@@ -121,19 +64,19 @@ class Reader:
         self.column = column
         self.device = next(model.parameters()).device
 
-    def read(self, texts: Sequence[Text], labels: Sequence[int]) -> Reading:
+    def read(self, texts: Sequence[Text], labels: Sequence[int]) -> ReadTexts:
         """Read texts without gradients; `importances` is empty."""
         with torch.no_grad():
             return self._in_batches(texts, labels, words=None)
 
-    def weigh(self, texts: Sequence[Text], labels: Sequence[int], words: list[Words]) -> Reading:
+    def weigh(self, texts: Sequence[Text], labels: Sequence[int], words: list[Words]) -> ReadTexts:
         """Read texts with one backward pass to their embeddings, which weighs their words."""
         with torch.inference_mode(False), torch.enable_grad():
             return self._in_batches(texts, labels, words)
 
     def _in_batches(
         self, texts: Sequence[Text], labels: Sequence[int], words: list[Words] | None
-    ) -> Reading:
+    ) -> ReadTexts:
         """Read the texts in batches of similar length, so that little is padded."""
         order = sorted(range(len(texts)), key=lambda i: sum(map(len, _columns(texts[i]))))
         losses = torch.zeros(len(texts), dtype=torch.double)
@@ -157,7 +100,7 @@ class Reader:
                 for at, i in enumerate(rows):
                     own = [column == self._column(texts[i]) for column in encoding.sequence_ids(at)]
                     importances[i] = _by_word(words[i], offsets[at].tolist(), norms[at], own)
-        return Reading(losses, predictions, importances)
+        return ReadTexts(losses, predictions, importances)
 
     def _column(self, text: Text) -> int:
         return 0 if isinstance(text, str) else self.column

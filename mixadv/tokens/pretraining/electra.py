@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from mixadv.checks import check_integer, check_number
 from mixadv.model.modules import unwrap
-from mixadv.tokens.drawing import draw_positions, sample
-from mixadv.tokens.masked import output_layer, predictions_at
-from mixadv.tokens.ties import save_once, share_embeddings
+from mixadv.tokens.pretraining.drawing import draw_positions, sample
+from mixadv.tokens.pretraining.ties import save_once, share_embeddings
+from mixadv.tokens.reading.masked import output_layer, predictions_at
 
 
 class Detection(NamedTuple):
@@ -127,7 +127,7 @@ class ReplacedTokenDetection(nn.Module):
         save_once(self)
 
     @classmethod
-    def between(
+    def from_tokenizer(
         cls, generator: nn.Module, discriminator: nn.Module, tokenizer: Any, **settings: Any
     ) -> Self:
         """Return the game with the token ids of a tokenizer of transformers.

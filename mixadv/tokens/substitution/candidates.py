@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mixadv.tokens.words import Words, cased_like
+from mixadv.tokens.reading.words import Words, cased_like
 
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 SHORTEST = 4  # letters of a word that is still read with a typo inside
@@ -37,7 +37,7 @@ class SimilarWords:
     Attributes:
         neighbours: similar words by the lower-case word, the most similar first; or a function
             that returns them.
-        most: candidates of a word.
+        max_candidates: of a word.
 
     Example:
         >>> source = SimilarWords({"film": ["movie", "picture"]})
@@ -46,10 +46,10 @@ class SimilarWords:
     """
 
     neighbours: Mapping[str, Sequence[str]] | Callable[[str], Sequence[str]]
-    most: int = 20
+    max_candidates: int = 20
 
     def __post_init__(self) -> None:
-        check_most(self.most)
+        check_most("max_candidates", self.max_candidates)
         table = self.neighbours
         if isinstance(table, Mapping) and not any(table.values()):
             raise ValueError(
@@ -60,7 +60,7 @@ class SimilarWords:
     def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
         """See `Candidates`."""
         return [
-            usable(text, index, self._of(text[index].lower()), self.most)
+            usable(text, index, self._of(text[index].lower()), self.max_candidates)
             for text, index in zip(words, indices, strict=True)
         ]
 
@@ -77,24 +77,24 @@ class Typos:
     a Latin keyboard); words of fewer than four letters are left alone.
 
     Attributes:
-        most: candidates of a word, drawn from all its slips.
+        max_candidates: of a word, drawn from all its slips.
         seed: of the draw, which depends on it and on the word alone.
 
     Example:
-        >>> Typos(most=3)([Words("great film")], [0])
+        >>> Typos(max_candidates=3)([Words("great film")], [0])
         [['grteat', 'grwat', 'grdat']]
     """
 
-    most: int = 20
+    max_candidates: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_most(self.most)
+        check_most("max_candidates", self.max_candidates)
 
     def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
         """See `Candidates`."""
         return [
-            usable(text, index, self._of(text[index]), self.most)
+            usable(text, index, self._of(text[index]), self.max_candidates)
             for text, index in zip(words, indices, strict=True)
         ]
 
@@ -157,7 +157,7 @@ def _beside(letter: str) -> str:
     return keys.upper() if letter.isupper() else keys
 
 
-def check_most(most: int) -> None:
+def check_most(name: str, most: int) -> None:
     """Raise unless at least one candidate is asked for."""
     if most < 1:
-        raise ValueError(f"most must be at least 1, got {most}.")
+        raise ValueError(f"{name} must be at least 1, got {most}.")

@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from mixadv.tokens.attacks import Attack
-from mixadv.tokens.candidates import Candidates
-from mixadv.tokens.constraints import FUNCTION_WORDS, Similarity, budget
-from mixadv.tokens.reader import Reader, Reading, Text, evaluating
-from mixadv.tokens.words import Words
+from mixadv.tokens.reading.encoding import Text, evaluating
+from mixadv.tokens.reading.words import Words
+from mixadv.tokens.substitution.attacks import Attack
+from mixadv.tokens.substitution.candidates import Candidates
+from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity, budget
+from mixadv.tokens.substitution.reader import Reader, ReadTexts
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class WordSubstitution:
             cosines = self.similarity(
                 [trial.play.words.text for trial in trials], [trial.words() for trial in trials]
             )
-            least = self.similarity.least
+            least = self.similarity.min_cosine
             trials = [t for t, c in zip(trials, cosines.tolist(), strict=True) if c >= least]
         if not trials:
             return
@@ -160,7 +161,7 @@ class _Play:
             return attacked
         return (attacked, self.text[1]) if self.column == 0 else (self.text[0], attacked)
 
-    def choose(self, trials: Mapping[int, _Trial], reading: Reading) -> None:
+    def choose(self, trials: Mapping[int, _Trial], reading: ReadTexts) -> None:
         """Keep the best of the trials, by their numbers in the reading, if it is an advance."""
         self.queries += len(trials)
         worth = {

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixadv.tokens.candidates import check_most, usable
-from mixadv.tokens.masked import output_layer
-from mixadv.tokens.reader import evaluating, longest, tokens
-from mixadv.tokens.words import Words
+from mixadv.tokens.reading.encoding import evaluating, longest, tokens
+from mixadv.tokens.reading.masked import output_layer
+from mixadv.tokens.reading.words import Words
+from mixadv.tokens.substitution.candidates import check_most, usable
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MaskedCandidates:
     Attributes:
         model: a masked language model.
         tokenizer: of the model, a fast one.
-        most: candidates of a word.
+        max_candidates: of a word.
         batch_size: texts that the model reads at a time.
 
     Raises:
@@ -39,12 +39,12 @@ class MaskedCandidates:
 
     model: nn.Module
     tokenizer: Any
-    most: int = 20
+    max_candidates: int = 20
     batch_size: int = 32
     _vocabulary: dict[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_most(self.most)
+        check_most("max_candidates", self.max_candidates)
         if getattr(self.tokenizer, "mask_token", None) is None:
             raise ValueError(
                 f"{type(self.tokenizer).__name__} has no mask token: use the model and tokenizer "
@@ -78,7 +78,7 @@ class MaskedCandidates:
         for row, (text, index) in enumerate(zip(words, indices, strict=True)):
             at = encoding.char_to_token(row, text.spans[index][0])
             likely = [] if at is None else self._likeliest(logits[row, at])  # cut texts have none
-            found.append(usable(text, index, likely, self.most))
+            found.append(usable(text, index, likely, self.max_candidates))
         return found
 
     def _likeliest(self, logits: Tensor) -> Iterable[str]:

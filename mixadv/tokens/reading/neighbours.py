@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixadv.tokens.vocabulary import Vocabulary
+from mixadv.tokens.reading.vocabulary import Vocabulary
 
 AT_ONCE = 2**24
 """Similarities held in memory at once: 64 MiB of them."""
@@ -108,19 +108,24 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
 
     @classmethod
     def from_embeddings(
-        cls, words: Sequence[str], vectors: Tensor, *, most: int = 8, least: float = 0.5
+        cls,
+        words: Sequence[str],
+        vectors: Tensor,
+        *,
+        max_neighbours: int = 8,
+        min_cosine: float = 0.5,
     ) -> Neighbours:
         """Return each word's nearest by the cosine of their vectors.
 
         Args:
             words: V of them.
             vectors: of the words, [V, d], on any device.
-            most: how many neighbours a word has at most.
-            least: the least cosine of a neighbour.
+            max_neighbours: of a word.
+            min_cosine: of a neighbour.
 
         Raises:
             ValueError: for other shapes, vectors that are not finite, and if no cosine reaches
-                `least`.
+                `min_cosine`.
 
         Example:
             >>> vectors = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
@@ -132,22 +137,22 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
                              f"shape {list(vectors.shape)}.")  # fmt: skip
         if not vectors.isfinite().all():
             raise ValueError("Some vectors are not finite, so that they have no nearest.")
-        if most < 1:
-            raise ValueError(f"most must be at least 1, got {most}.")
+        if max_neighbours < 1:
+            raise ValueError(f"max_neighbours must be at least 1, got {max_neighbours}.")
         unit = F.normalize(vectors.detach().float(), dim=-1)
         table: dict[str, list[str]] = {}
         for rows in torch.arange(len(words)).split(max(1, AT_ONCE // max(1, len(words)))):
             cosines = unit[rows] @ unit.T  # [rows, V]
             cosines[torch.arange(len(rows)), rows] = -torch.inf  # a word is not its own neighbour
-            near, which = cosines.topk(min(most, len(words)))
+            near, which = cosines.topk(min(max_neighbours, len(words)))
             for i, cosine, js in zip(rows.tolist(), near.tolist(), which.tolist(), strict=True):
-                found = [words[int(j)] for j, c in zip(js, cosine, strict=True) if c >= least]
+                found = [words[int(j)] for j, c in zip(js, cosine, strict=True) if c >= min_cosine]
                 table.setdefault(words[int(i)], []).extend(found)
         return cls(table)
 
     @classmethod
     def from_encoder(
-        cls, model: Any, tokenizer: Any, *, most: int = 8, least: float = 0.5
+        cls, model: Any, tokenizer: Any, *, max_neighbours: int = 8, min_cosine: float = 0.5
     ) -> Neighbours:
         """Return the nearest words by an encoder's own input embeddings.
 
@@ -156,15 +161,17 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
         Args:
             model: of transformers, or any with `get_input_embeddings()`.
             tokenizer: the model's.
-            most: how many neighbours a word has at most.
-            least: the least cosine of a neighbour.
+            max_neighbours: of a word.
+            min_cosine: of a neighbour.
 
         Raises:
             ValueError: as `from_embeddings`.
         """
         words, ids = zip(*Vocabulary(tokenizer).words(), strict=True)
         vectors = model.get_input_embeddings().weight[list(ids)]
-        return cls.from_embeddings(words, vectors, most=most, least=least)
+        return cls.from_embeddings(
+            words, vectors, max_neighbours=max_neighbours, min_cosine=min_cosine
+        )
 
 
 def _from_text(line: str) -> Iterator[tuple[Any, Any]]:

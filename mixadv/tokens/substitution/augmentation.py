@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixadv.tokens.neighbours import Neighbours
-from mixadv.tokens.reader import Text
-from mixadv.tokens.substitution import WordSubstitution
-from mixadv.tokens.words import Words, cased_like
+from mixadv.tokens.reading.encoding import Text
+from mixadv.tokens.reading.neighbours import Neighbours
+from mixadv.tokens.reading.words import Words, cased_like
+from mixadv.tokens.substitution.greedy import WordSubstitution
 
 
 def adversarial_rows(

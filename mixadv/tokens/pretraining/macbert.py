@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadv.tokens.masked import IGNORED
-from mixadv.tokens.neighbours import Neighbours
-from mixadv.tokens.selection import WordSelection, check_distribution, whole_words
-from mixadv.tokens.vocabulary import Vocabulary
-from mixadv.tokens.words import cased_like
+from mixadv.tokens.pretraining.selection import WordSelection, check_distribution, whole_words
+from mixadv.tokens.reading.masked import IGNORED
+from mixadv.tokens.reading.neighbours import Neighbours
+from mixadv.tokens.reading.vocabulary import Vocabulary
+from mixadv.tokens.reading.words import cased_like
 
 CONTEXTS = ("", " ", ".")
 """What a word may stand after for a tokenizer to write it as it does."""

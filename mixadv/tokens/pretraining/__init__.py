@@ -1,0 +1,1 @@
+"""Pre-training as a game: tokens are replaced, and found or corrected."""

@@ -1,0 +1,1 @@
+"""How texts are read: words, encodings, vocabularies, predictions at positions."""
