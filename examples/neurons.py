@@ -20,10 +20,10 @@ from typing import Any
 import transformers
 from tqdm.auto import tqdm
 
-from mixadv.robustness import NeuronAnalysis, activations, analyse_neurons
+from mixadv.neurons import NeuronAnalysis, activations, analyse_neurons
+from mixadv.neurons.analysis import counts, table
+from mixadv.neurons.pictures import compare_layers, compare_tags
 from mixadv.robustness.kept import Kept
-from mixadv.robustness.neuron_analysis import counts, table
-from mixadv.robustness.neuron_pictures import compare_layers, compare_tags
 from training import command, data, model
 from training.data import DataError
 from training.options import Named, positive, script

@@ -36,7 +36,7 @@ from mixadv.robustness import (
     loss_increase,
     pictures,
     predict,
-    read,
+    read_rows,
     text_batches,
 )
 from mixadv.robustness.kept import digest, write
@@ -132,7 +132,7 @@ def whole():
 
 def test_sections_agree_with_their_parts_computed_by_hand(whole):
     found, (model, game) = whole[0].sections, trained()
-    rows, twins = read(DATA, model), read(TWINS, model)
+    rows, twins = read_rows(DATA, model), read_rows(TWINS, model)
     batches = text_batches(model, word_tokenizer(), rows)
     places = found["about"]["attacked"]
     assert sorted(places) == list(range(ROWS))
@@ -176,7 +176,7 @@ def test_sections_agree_with_their_parts_computed_by_hand(whole):
 
 def test_the_last_weights_their_mean_and_the_mixture_are_told_apart(whole):
     learners, (model, game) = whole[0].sections["learners"], trained()
-    batches = text_batches(model, word_tokenizer(), read(DATA, model))
+    batches = text_batches(model, word_tokenizer(), read_rows(DATA, model))
     with game.averaged():
         mean = predict(model, batches)
     mixture = predict(model, batches, mixture=game)

@@ -71,7 +71,7 @@ class NeuronAnalysis:
 
     def picture(self, path: str | Path) -> None:
         """Save a picture of accuracies, layers and tags. Needs matplotlib."""
-        from mixadv.robustness.neuron_pictures import draw
+        from mixadv.neurons.pictures import draw
 
         draw(self, Path(path))
 

@@ -11,7 +11,7 @@ import numpy as np
 from mixadv.robustness.pictures import COLOURS
 
 if TYPE_CHECKING:
-    from mixadv.robustness.neuron_analysis import NeuronAnalysis
+    from mixadv.neurons.analysis import NeuronAnalysis
 
 TOP, RANDOM, OTHER = COLOURS[0], COLOURS[1], COLOURS[-1]
 
