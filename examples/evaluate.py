@@ -138,7 +138,7 @@ def work(options: Namespace) -> str:
         length = reports[short].sections["about"]["unit"]
     table = compare(reports)
     write(options.output / "compared.md", table)
-    pictures.save(reports, options.output)
+    pictures.save({name: report.sections for name, report in reports.items()}, options.output)
     return table.rstrip()
 
 

@@ -452,7 +452,7 @@ def test_a_game_without_a_ball_is_evaluated_without_a_bound():
 def test_many_models_with_any_names_have_pictures_with_a_legend_that_hides_nothing(tmp_path):
     """A layout that collapses, and an empty legend, are warned of; $ would be mathematics."""
     settings = {"attacks": {}, "shifted": {}, "rows": 8}
-    one = measured(classifier(), **settings)
+    one = measured(classifier(), **settings).sections
     names = [r"c$\foo$", "_hidden", *(f"intents-plain-{i}-1a1135079e/last" for i in range(10))]
     for reports in ({"one": one}, dict.fromkeys(names, one)):
         assert len(pictures.save(reports, tmp_path)) == 3
@@ -460,7 +460,7 @@ def test_many_models_with_any_names_have_pictures_with_a_legend_that_hides_nothi
     assert min(heights.values()) > 3.3 * 150 + 12 * 0.19 * 150 - 2
     without = measured(classifier(), **settings | {"radii": (), "increase_radius": None})
     (tmp_path / "none").mkdir()
-    [path] = pictures.save({"one": without}, tmp_path / "none")
+    [path] = pictures.save({"one": without.sections}, tmp_path / "none")
     assert path.name == "reliability.png"
 
 
