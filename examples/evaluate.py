@@ -22,7 +22,15 @@ from typing import Any
 
 import transformers
 
-from mixadv.robustness import Report, compare, evaluate, pictures, read, text_batches, token_norm
+from mixadv.robustness import (
+    Report,
+    compare,
+    evaluate,
+    pictures,
+    read_rows,
+    text_batches,
+    token_norm,
+)
 from mixadv.robustness.attacked import drawn, taken
 from mixadv.robustness.kept import write
 from mixadv.tokens import WordSubstitution
@@ -86,7 +94,7 @@ def unit(options: Namespace, labels: Any, columns: dict[str, Any]) -> float | No
         ignore_mismatched_sizes=True,
     )
     found.to(model.device())
-    rows = read(options.data, found, **columns)
+    rows = read_rows(options.data, found, **columns)
     attacked = taken(rows, drawn(rows, options.rows, seed=0))
     batches = text_batches(
         found, tokenizer, attacked, batch_size=options.batch_size, max_length=options.max_length
@@ -130,7 +138,7 @@ def work(options: Namespace) -> str:
         length = reports[short].sections["about"]["unit"]
     table = compare(reports)
     write(options.output / "compared.md", table)
-    pictures.save(reports, options.output)
+    pictures.save({name: report.sections for name, report in reports.items()}, options.output)
     return table.rstrip()
 
 

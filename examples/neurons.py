@@ -20,10 +20,10 @@ from typing import Any
 import transformers
 from tqdm.auto import tqdm
 
-from mixadv.robustness import NeuronAnalysis, activations, analyse_neurons
+from mixadv.neurons import NeuronAnalysis, activations, analyse_neurons
+from mixadv.neurons.analysis import counts, table
+from mixadv.neurons.pictures import compare_layers, compare_tags, draw
 from mixadv.robustness.kept import Kept
-from mixadv.robustness.neuron_analysis import counts, table
-from mixadv.robustness.neuron_pictures import compare_layers, compare_tags
 from training import command, data, model
 from training.data import DataError
 from training.options import Named, positive, script
@@ -126,7 +126,7 @@ def work(options: Namespace) -> str:
         for name, where in tqdm(options.model.items(), unit="model", disable=None)
     }
     for name, found in analyses.items():
-        found.picture(options.output / f"{name}.png")
+        draw(found, options.output / f"{name}.png")
     compare_layers(analyses, options.output / "layers.png")
     compare_tags(analyses, options.output / "tags.png")
     return f"{table(analyses)}\n\n{counts(analyses)}"

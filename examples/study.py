@@ -80,7 +80,7 @@ def check(study: Study, options: Namespace, results: Results) -> None:
                 raise ValueError(f"{name}: {error}") from error
         network, _ = model.load(runs[0], task)
         for of, at in subject.shifted.items():
-            data.read(other(of, at, options.data), network, name=of)
+            data.read_rows(other(of, at, options.data), network, name=of)
         for source in subject.attacks:
             candidates(source)
 

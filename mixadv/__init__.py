@@ -62,7 +62,7 @@ __all__ = [
     "wrap",
 ]
 
-_SUBPACKAGES = ("equilibrium", "games", "integrations", "robustness", "tokens")
+_SUBPACKAGES = ("equilibrium", "games", "integrations", "neurons", "robustness", "tokens")
 
 
 def __getattr__(name: str) -> Any:

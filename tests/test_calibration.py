@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mixadv
-from mixadv.robustness import Batch, drop, expected_calibration_error, predict
+from mixadv.robustness import Batch, accuracy_drop, expected_calibration_error, predict
 
 seeds = st.integers(0, 10**6)
 
@@ -118,10 +118,10 @@ def test_a_shift_costs_the_difference_of_accuracies():
     wrong = torch.cat([right[:200], 1 - right[200:]])
     clean = predict(model, batches_of(model, x, right, 50))
     shifted = predict(model, batches_of(model, x, wrong, 50))
-    found = drop(clean, shifted)
+    found = accuracy_drop(clean, shifted)
     assert found.value == pytest.approx(1 / 3)
     assert found.low == pytest.approx(1 / 3 - 1.96 * (2 / 9 / 300) ** 0.5, abs=0.01)
-    assert drop(clean, clean).value == 0
+    assert accuracy_drop(clean, clean).value == 0
 
 
 def test_the_mixture_of_learner_samples_can_predict():

@@ -36,7 +36,7 @@ from mixadv.robustness import (
     loss_increase,
     pictures,
     predict,
-    read,
+    read_rows,
     text_batches,
 )
 from mixadv.robustness.kept import digest, write
@@ -132,7 +132,7 @@ def whole():
 
 def test_sections_agree_with_their_parts_computed_by_hand(whole):
     found, (model, game) = whole[0].sections, trained()
-    rows, twins = read(DATA, model), read(TWINS, model)
+    rows, twins = read_rows(DATA, model), read_rows(TWINS, model)
     batches = text_batches(model, word_tokenizer(), rows)
     places = found["about"]["attacked"]
     assert sorted(places) == list(range(ROWS))
@@ -176,7 +176,7 @@ def test_sections_agree_with_their_parts_computed_by_hand(whole):
 
 def test_the_last_weights_their_mean_and_the_mixture_are_told_apart(whole):
     learners, (model, game) = whole[0].sections["learners"], trained()
-    batches = text_batches(model, word_tokenizer(), read(DATA, model))
+    batches = text_batches(model, word_tokenizer(), read_rows(DATA, model))
     with game.averaged():
         mean = predict(model, batches)
     mixture = predict(model, batches, mixture=game)
@@ -452,7 +452,7 @@ def test_a_game_without_a_ball_is_evaluated_without_a_bound():
 def test_many_models_with_any_names_have_pictures_with_a_legend_that_hides_nothing(tmp_path):
     """A layout that collapses, and an empty legend, are warned of; $ would be mathematics."""
     settings = {"attacks": {}, "shifted": {}, "rows": 8}
-    one = measured(classifier(), **settings)
+    one = measured(classifier(), **settings).sections
     names = [r"c$\foo$", "_hidden", *(f"intents-plain-{i}-1a1135079e/last" for i in range(10))]
     for reports in ({"one": one}, dict.fromkeys(names, one)):
         assert len(pictures.save(reports, tmp_path)) == 3
@@ -460,7 +460,7 @@ def test_many_models_with_any_names_have_pictures_with_a_legend_that_hides_nothi
     assert min(heights.values()) > 3.3 * 150 + 12 * 0.19 * 150 - 2
     without = measured(classifier(), **settings | {"radii": (), "increase_radius": None})
     (tmp_path / "none").mkdir()
-    [path] = pictures.save({"one": without}, tmp_path / "none")
+    [path] = pictures.save({"one": without.sections}, tmp_path / "none")
     assert path.name == "reliability.png"
 
 

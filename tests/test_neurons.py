@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from mixadv.robustness import Activations, NeuronAnalysis, activations, analyse_neurons
-from mixadv.robustness.neuron_analysis import counts, table
-from mixadv.robustness.neuron_pictures import compare_layers, compare_tags
-from mixadv.robustness.neurons import smallest
-from mixadv.robustness.probe import Probe
-from mixadv.robustness.ranking import before, claims, rank
+from mixadv.neurons import Activations, NeuronAnalysis, activations, analyse_neurons
+from mixadv.neurons.analyse import smallest
+from mixadv.neurons.analysis import counts, table
+from mixadv.neurons.pictures import compare_layers, compare_tags, draw
+from mixadv.neurons.probe import Probe
+from mixadv.neurons.ranking import before, claims, rank
 from tests.tokenizers_zoo import byte_level, word_pieces
 from tests.zoo import player
 
@@ -459,7 +459,7 @@ def test_tables_have_a_row_for_each_model_layer_and_tag(found):
 
 
 def test_pictures_are_written(found, tmp_path):
-    found.picture(tmp_path / "one.png")
+    draw(found, tmp_path / "one.png")
     compare_layers({"plain": found, "freelb": found}, tmp_path / "layers.png")
     compare_tags({"plain": found, "freelb": found}, tmp_path / "tags.png")
     for name in ("one", "layers", "tags"):

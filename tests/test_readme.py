@@ -28,7 +28,7 @@ import training
 from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
 from mixadv.games import METHODS, PARTICLE_METHODS
-from mixadv.robustness import NeuronAnalysis, neuron_analysis
+from mixadv.neurons import NeuronAnalysis, analysis
 from mixadv.round.explain import solver_table
 from tests.processes import one_process
 from tests.substitution_zoo import word_tokenizer
@@ -196,7 +196,7 @@ def test_the_table_of_neurons_is_that_of_the_analyses():
     found = {
         name: NeuronAnalysis(**json.loads((folder / f"{name}.json").read_text())) for name in names
     }
-    assert neuron_analysis.table(found) in README
+    assert analysis.table(found) in README
 
 
 def anchor(heading: str) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tests.tokenizers_zoo as zoo
-from mixadv.robustness import DataError, Rows, predict, read, text_batches
+from mixadv.robustness import DataError, Rows, predict, read_rows, text_batches
 
 NAMES = ["entailment", "neutral", "contradiction"]
 ROWS = [
@@ -70,18 +70,18 @@ SOURCES = [as_file, as_packed_file, as_dataset, as_rows, as_columns]
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_rows_are_the_same_whatever_they_are_read_from(source, tmp_path):
-    assert read(source(ROWS, tmp_path), classifier(), name="set") == WANTED
+    assert read_rows(source(ROWS, tmp_path), classifier(), name="set") == WANTED
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_labels_are_numbers_or_names_of_the_models(source, tmp_path):
     named = [{**row, "label": NAMES[row["label"]].title()} for row in ROWS if row["label"] >= 0]
-    assert read(source(named, tmp_path), classifier(), name="set") == WANTED
+    assert read_rows(source(named, tmp_path), classifier(), name="set") == WANTED
 
 
 def test_rows_without_a_gold_label_are_left_out_among_names_too():
     rows = [{"text": "a", "label": "neutral"}, {"text": "b", "label": -1}]
-    assert read(rows, classifier()).texts == ["a"]
+    assert read_rows(rows, classifier()).texts == ["a"]
 
 
 def test_numbers_of_a_data_set_with_names_in_another_order_are_read_as_its_names():
@@ -91,8 +91,8 @@ def test_numbers_of_a_data_set_with_names_in_another_order_are_read_as_its_names
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=order)}
     )
     made = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 2, -1]}, features)
-    assert read(made, classifier()).labels == [2, 0, 1]
-    assert read(made, classifier(["LABEL_0", "LABEL_1", "LABEL_2"])).labels == [0, 1, 2]
+    assert read_rows(made, classifier()).labels == [2, 0, 1]
+    assert read_rows(made, classifier(["LABEL_0", "LABEL_1", "LABEL_2"])).labels == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,13 @@ def test_numbers_of_a_data_set_with_names_in_another_order_are_read_as_its_names
 def test_the_usual_columns_are_found(columns, found):
     rows = [{column: f"a {column}" for column in columns} | {"label": 1}]
     wanted = f"a {found}" if isinstance(found, str) else tuple(f"a {c}" for c in found)
-    assert read(rows, classifier()).texts == [wanted]
+    assert read_rows(rows, classifier()).texts == [wanted]
 
 
 def test_columns_can_be_named():
     rows = [{"text": "x", "body": "b", "title": "t", "gold": 2, "label": 0}]
-    assert read(rows, classifier(), text="body", label="gold") == Rows(["b"], [2], "rows")
-    assert read(rows, classifier(), text=("title", "body")).texts == [("t", "b")]
+    assert read_rows(rows, classifier(), text="body", label="gold") == Rows(["b"], [2], "rows")
+    assert read_rows(rows, classifier(), text=("title", "body")).texts == [("t", "b")]
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -124,7 +124,7 @@ def test_an_unlabelled_row_says_nothing_of_how_the_others_are_labelled(first):
     for label, number in (("neutral", 1), (2, 2)):
         rows = [{"text": "b", "label": label}]
         rows.insert(first, unlabelled)
-        assert read(rows, classifier()) == Rows(["b"], [number], "rows")
+        assert read_rows(rows, classifier()) == Rows(["b"], [number], "rows")
 
 
 def row(**changes):
@@ -142,7 +142,7 @@ MODELS = {
 @pytest.mark.parametrize(("model", "said"), MODELS.values(), ids=MODELS)
 def test_models_that_do_not_choose_one_class_are_refused(model, said):
     with pytest.raises(DataError, match=said):
-        read(row(), model)
+        read_rows(row(), model)
 
 
 REFUSED = {
@@ -176,7 +176,7 @@ REFUSED = {
 @pytest.mark.parametrize(("source", "words", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_measured_on_is_said_in_one_line(source, words, said):
     with pytest.raises(DataError, match=said) as caught:
-        read(source, classifier(), name="set", **words)
+        read_rows(source, classifier(), name="set", **words)
     assert "\n" not in str(caught.value)
 
 
@@ -193,18 +193,18 @@ def test_files_that_are_not_json_lines_are_named(content, said, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=said):
-        read(path, classifier())
+        read_rows(path, classifier())
 
 
 def test_a_file_that_is_not_packed_but_named_so_is_refused(tmp_path):
     lines(tmp_path / "rows.jsonl.gz", row())
     with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be read"):
-        read(tmp_path / "rows.jsonl.gz", classifier())
+        read_rows(tmp_path / "rows.jsonl.gz", classifier())
 
 
 def test_labels_without_names_go_by_the_names_that_transformers_gives():
     model = classifier(label2id=None)
-    assert read(row(label="LABEL_2")[1:], model).labels == [2]
+    assert read_rows(row(label="LABEL_2")[1:], model).labels == [2]
 
 
 # Batches ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mixadv.robustness import bootstrap, bootstrap_difference, holm, paired, t_interval
+from mixadv.robustness import bootstrap, bootstrap_difference, holm, paired_t_test, t_interval
 from mixadv.tokens.substitution.attacks import wilson
 
 numbers = st.lists(st.integers(-50, 50).map(float), min_size=2, max_size=30)
@@ -180,7 +180,7 @@ def test_estimates_are_numbers_of_python():
     right = np.array([True] * 5)
     found = [bootstrap(right), bootstrap(np.ones(3)), bootstrap(np.arange(5)), t_interval([1, 2])]
     found += [bootstrap_difference(right, ~right), bootstrap_difference(np.arange(5), np.arange(4))]
-    found.append(paired({1: np.float64(1), 2: np.float64(3)}, {1: 0.0, 2: 1.0}).difference)
+    found.append(paired_t_test({1: np.float64(1), 2: np.float64(3)}, {1: 0.0, 2: 1.0}).difference)
     assert {type(number) for estimate in found for number in estimate} == {float}
 
 
@@ -231,7 +231,7 @@ def test_paired_comparisons_cover_and_reject_at_their_level():
     for _ in range(sets):
         seeds = random.normal(0, 10, size=5)
         a, b = (dict(enumerate(seeds + random.normal(0, 1, size=5))) for _ in "ab")
-        found = paired(a, b)
+        found = paired_t_test(a, b)
         covered.append(found.difference)
         rejected += found.p < 0.05
     low, high = band(sets)
@@ -246,28 +246,30 @@ def test_a_paired_test_is_that_of_scipy(values, others):
     assume(len({x - y for x, y in zip(values, others, strict=True)}) > 1)
     a = dict(enumerate(values)) | {100: 7.0}
     b = dict(enumerate(others)) | {200: 5.0}
-    found = paired(a, b)
+    found = paired_t_test(a, b)
     assert found.seeds == tuple(range(len(values)))
     reference = stats.ttest_rel(values, others)
     assert found.p == pytest.approx(reference.pvalue)
     interval = reference.confidence_interval(0.95)
     assert found.difference[1:] == pytest.approx((interval.low, interval.high))
-    swapped = paired(b, a)
+    swapped = paired_t_test(b, a)
     assert swapped.p == pytest.approx(found.p)
     assert swapped.difference.low == pytest.approx(-found.difference.high)
 
 
 def test_one_seed_tells_no_interval_and_nor_do_equal_gains():
-    one = paired({1: 0.5}, {1: 0.25, 2: 0.5})
+    one = paired_t_test({1: 0.5}, {1: 0.25, 2: 0.5})
     assert one.difference.value == 0.25
     assert math.isnan(one.p)
     assert math.isnan(one.difference.low)
-    equal = paired({1: 1.5, 2: 2.5}, {1: 1.0, 2: 2.0})  # as of accuracies on few rows, by chance
+    equal = paired_t_test(
+        {1: 1.5, 2: 2.5}, {1: 1.0, 2: 2.0}
+    )  # as of accuracies on few rows, by chance
     assert equal.difference.value == 0.5
     assert math.isnan(equal.p)
     assert math.isnan(equal.difference.low)
     assert math.isnan(equal.difference.high)
-    assert paired({1: 1.5, 2: 2.5}, {1: 1.5, 2: 2.5}).p == 1
+    assert paired_t_test({1: 1.5, 2: 2.5}, {1: 1.5, 2: 2.5}).p == 1
 
 
 @given(
@@ -284,7 +286,7 @@ def test_as_many_rows_more_for_every_seed_are_equal_gains_however_they_are_round
     more = int(gain * (rows - max(theirs)))
     a = {seed: scale * ((of + more) / rows) for seed, of in enumerate(theirs)}
     b = {seed: scale * (of / rows) for seed, of in enumerate(theirs)}
-    found = paired(a, b)
+    found = paired_t_test(a, b)
     if more:
         assert found.difference.value == pytest.approx(scale * more / rows)
         assert math.isnan(found.p)
@@ -295,7 +297,7 @@ def test_as_many_rows_more_for_every_seed_are_equal_gains_however_they_are_round
 
 def test_methods_without_a_common_seed_are_not_compared():
     with pytest.raises(ValueError, match=r"\[1, 2\] and \[3\]"):
-        paired({1: 0.5, 2: 0.5}, {3: 0.5})
+        paired_t_test({1: 0.5, 2: 0.5}, {3: 0.5})
 
 
 # Several comparisons ---------------------------------------------------------------------------

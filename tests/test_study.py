@@ -28,7 +28,7 @@ from scipy import stats
 
 import mixadv
 import study as script
-from mixadv.robustness import paired
+from mixadv.robustness import paired_t_test
 from studying import pool, summary, tables, work
 from studying.findings import Findings, contrasts, differences, groups
 from studying.parts import Measures, Method, Subject
@@ -237,7 +237,7 @@ def test_groups_are_means_over_their_methods(seed: int):
     )
     found = contrasts(findings, "words", "compute")
     assert found["mixed − pure"].difference.value == pytest.approx(expected)
-    assert found["several − mat"] == paired(values["several"], values["mat"])
+    assert found["several − mat"] == paired_t_test(values["several"], values["mat"])
 
 
 def test_under_pgd_accuracies_in_the_largest_ball_are_compared():

@@ -790,10 +790,11 @@ for name in ("transformers", "trl"):
     tried(f"mixadv.integrations.{name}")
 tried("mixadv.robustness")
 del sys.modules["scipy"]
-tried("mixadv.robustness")
+tried("mixadv.neurons")
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     for extra in ("transformers", "trl", "robustness"):
         assert f"pip install 'mixadv[{extra}]'" in run.stdout, run.stderr
-    for cause in ("import of scipy halted", "No module named 'sklearn'"):
-        assert f"mixadv.robustness needs numpy, scipy, scikit-learn and tqdm ({cause}" in run.stdout
+    assert "mixadv.robustness needs numpy, scipy and tqdm (import of scipy halted" in run.stdout
+    needed = "numpy, scipy, scikit-learn and tqdm (No module named 'sklearn'"
+    assert f"mixadv.neurons needs {needed}" in run.stdout

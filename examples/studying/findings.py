@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixadv.robustness.statistics import Comparison, holm, paired
+from mixadv.robustness.statistics import Comparison, holm, paired_t_test
 from studying.plan import COMPARED, Budget, Results, Study, measurable
 from training.parameters import PLAIN
 
@@ -122,7 +122,7 @@ def differences(
         for method in findings.study.methods:
             values = read(findings, task, method, budget)
             if method != PLAIN and plain.keys() & values.keys():
-                found[task, method] = paired(values, plain)
+                found[task, method] = paired_t_test(values, plain)
     return found
 
 
@@ -159,6 +159,8 @@ def contrasts(
         seeds = set.intersection(*(set(values) for values in of)) if of else set()
         means[group] = {seed: sum(v[seed] for v in of) / len(of) for seed in seeds}
     return {
-        f"{a} − {b}": paired(means[a], means[b]) if means[a].keys() & means[b].keys() else None
+        f"{a} − {b}": paired_t_test(means[a], means[b])
+        if means[a].keys() & means[b].keys()
+        else None
         for a, b in (*PAIRS, *study.pairs)
     }

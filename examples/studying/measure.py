@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from mixadv.robustness import evaluate, text_batches, token_norm
-from mixadv.robustness.data import read
+from mixadv.robustness.data import read_rows
 from mixadv.tokens import WordSubstitution
 from studying.parts import Measures, Subject
 from studying.work import load
@@ -79,7 +79,7 @@ def unit(name: str, length: int, script: str, task: str, folder: str, train: Any
     subject = load(script, task, folder, train)
     network, tokenizer = model.load(Run(task=task, model=name, max_length=length), subject)
     split = next(iter(subject.splits.values()))
-    rows = read(split.select(range(min(ROWS, len(split)))), network)
+    rows = read_rows(split.select(range(min(ROWS, len(split)))), network)
     return token_norm(network, text_batches(network, tokenizer, rows, max_length=length))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixadv.robustness import all_correct
 from mixadv.robustness.attacked import increase_of
-from mixadv.robustness.statistics import Comparison, paired
+from mixadv.robustness.statistics import Comparison, paired_t_test
 from mixadv.robustness.tables import DASH, INCREASES, Table
 from studying.findings import Findings, Values, differences, first
 from studying.plan import BUDGETS, COMPARED, PLAIN, Budget
@@ -118,7 +118,7 @@ def learners(findings: Findings, budget: Budget) -> str:
                 for name in ("mean", "mixture"):
                     other = kept.get(name)
                     cells.append(over_seeds(other.values()) if other else DASH)
-                    cells.append(signed(paired(other, last) if other else None))
+                    cells.append(signed(paired_t_test(other, last) if other else None))
                 rows.append([task, method, *cells])
     head = ["task", "method", "last", "mean", "− last", "mixture", "− last"]
     return markdown(head, rows) if rows else ""
@@ -147,7 +147,7 @@ def half(findings: Findings) -> str:
         for method in subject.half:
             few = findings.official(task, method, "half")
             every = findings.official(task, method, "epochs")
-            to = paired(few, plain) if few.keys() & plain.keys() else None
+            to = paired_t_test(few, plain) if few.keys() & plain.keys() else None
             numbers = [over_seeds(values.values()) for values in (few, every)]
             rows.append([task, method, *numbers, signed(to)])
     head = ["task", "method", "half of the rows", "all rows", "half − plain on all"]

@@ -1,18 +1,13 @@
-"""What adversarial training bought: robustness, calibration, statistics, and what neurons know."""
-
-from importlib.util import find_spec
+"""What adversarial training bought: robustness, calibration and statistics."""
 
 try:
-    from mixadv.robustness.activations import Activations, activations
     from mixadv.robustness.ascents import token_norm
     from mixadv.robustness.batches import Batch, text_batches
-    from mixadv.robustness.data import DataError, Rows, read
+    from mixadv.robustness.data import DataError, Rows, read_rows
     from mixadv.robustness.evaluate import evaluate
-    from mixadv.robustness.neuron_analysis import NeuronAnalysis
-    from mixadv.robustness.neurons import analyse_neurons
     from mixadv.robustness.predictions import (
         Predictions,
-        drop,
+        accuracy_drop,
         expected_calibration_error,
         predict,
     )
@@ -23,7 +18,7 @@ try:
         bootstrap,
         bootstrap_difference,
         holm,
-        paired,
+        paired_t_test,
         t_interval,
     )
     from mixadv.robustness.vicinity import (
@@ -32,41 +27,34 @@ try:
         all_correct,
         loss_increase,
     )
-
-    if find_spec("sklearn") is None:  # imported when a probe is fitted: it takes a second
-        raise ModuleNotFoundError("No module named 'sklearn'")
 except ImportError as error:
     raise ImportError(
-        f"mixadv.robustness needs numpy, scipy, scikit-learn and tqdm ({error}): "
+        f"mixadv.robustness needs numpy, scipy and tqdm ({error}): "
         "pip install 'mixadv[robustness]'."
     ) from error
 
 __all__ = [
-    "Activations",
     "Batch",
     "Comparison",
     "DataError",
     "Estimate",
     "LossIncrease",
-    "NeuronAnalysis",
     "Predictions",
     "Report",
     "Rows",
     "accuracy_at_radii",
-    "activations",
+    "accuracy_drop",
     "all_correct",
-    "analyse_neurons",
     "bootstrap",
     "bootstrap_difference",
     "compare",
-    "drop",
     "evaluate",
     "expected_calibration_error",
     "holm",
     "loss_increase",
-    "paired",
+    "paired_t_test",
     "predict",
-    "read",
+    "read_rows",
     "t_interval",
     "text_batches",
     "token_norm",

@@ -47,7 +47,7 @@ def text_batches(
     Args:
         model: returns logits `[B, C]`, by themselves or as `.logits`.
         tokenizer: of the model.
-        rows: as `read` returns them.
+        rows: as `read_rows` returns them.
         batch_size: rows that the model reads at a time.
         max_length: tokens; the rest of a text is cut. None asks model and tokenizer.
 

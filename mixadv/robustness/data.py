@@ -48,7 +48,7 @@ class Rows:
         return len(self.labels)
 
 
-def read(
+def read_rows(
     source: Any,
     model: nn.Module,
     *,
@@ -76,7 +76,7 @@ def read(
         >>> from types import SimpleNamespace
         >>> model = nn.Linear(1, 1)
         >>> model.config = SimpleNamespace(num_labels=2, label2id={"bad": 0, "good": 1})
-        >>> read([{"text": "A fine film.", "label": "good"}], model)
+        >>> read_rows([{"text": "A fine film.", "label": "good"}], model)
         Rows(texts=['A fine film.'], labels=[1], name='rows')
     """
     known = _labels_of(model)

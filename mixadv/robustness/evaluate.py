@@ -13,7 +13,7 @@ from mixadv.checks import check_integer, check_number
 from mixadv.game import Game
 from mixadv.model.modules import unwrap
 from mixadv.robustness.attacked import Attacked, drawn
-from mixadv.robustness.data import DataError, Rows, read
+from mixadv.robustness.data import DataError, Rows, read_rows
 from mixadv.robustness.kept import Kept, as_json, digest
 from mixadv.robustness.measured import Measured
 from mixadv.robustness.report import Report
@@ -68,7 +68,7 @@ def evaluate(
         model: a sequence classifier of transformers.
         tokenizer: of the model, a fast one.
         data: a file of JSON lines, a `datasets.Dataset`, a list of dicts or a dict of columns, as
-            for `mixadv.robustness.read`; or `Rows`.
+            for `mixadv.robustness.read_rows`; or `Rows`.
         text: the column of the texts, or the two of pairs; None finds the usual ones.
         label: the column of labels, numbers of the model's or their names.
         shifted: other sets of rows by name, like `data`.
@@ -113,7 +113,9 @@ def evaluate(
         check_number("evaluate", "unit", unit)
     _check_players(model, attacks, game)
     clean, *others = (
-        source if isinstance(source, Rows) else read(source, model, text=text, label=label, name=of)
+        source
+        if isinstance(source, Rows)
+        else read_rows(source, model, text=text, label=label, name=of)
         for of, source in {"": data, **shifted}.items()
     )
     sets = dict(zip(shifted, others, strict=True))

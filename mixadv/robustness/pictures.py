@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.predictions import BINS
 from mixadv.robustness.tables import unit
 
-if TYPE_CHECKING:
-    from mixadv.robustness.report import Report
+Reports = Mapping[str, Mapping[str, Any]]
+"""The sections of reports, by the name of the model."""
 
 MARKERS = "os^Dv*P"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
@@ -28,8 +28,8 @@ STYLE: Any = {
 }
 
 
-def save(reports: Mapping[str, Report], folder: Path) -> list[Path]:
-    """Draw what the reports hold; return the paths of the pictures."""
+def save(reports: Reports, folder: Path) -> list[Path]:
+    """Draw what the sections of the reports hold; return the paths of the pictures."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,9 +48,9 @@ def save(reports: Mapping[str, Report], folder: Path) -> list[Path]:
     return written
 
 
-def accuracy_at_radii(axes: Any, reports: Mapping[str, Report]) -> bool:
+def accuracy_at_radii(axes: Any, reports: Reports) -> bool:
     """Draw accuracy against radius, with intervals as bands; return whether there is any."""
-    held = {n: r.sections["radii"] for n, r in reports.items() if "radii" in r.sections}
+    held = {name: found["radii"] for name, found in reports.items() if "radii" in found}
     for (name, found), (colour, marker) in zip(held.items(), _styles(held), strict=True):
         values, low, high = (
             [100 * one[key] for one in found["accuracy"]] for key in ("value", "low", "high")
@@ -63,14 +63,14 @@ def accuracy_at_radii(axes: Any, reports: Mapping[str, Report]) -> bool:
     return bool(held)
 
 
-def reliability(axes: Any, reports: Mapping[str, Report]) -> bool:
+def reliability(axes: Any, reports: Reports) -> bool:
     """Draw accuracy against confidence in the bins of the calibration error.
 
     Of one model for all sets, of several on the clean one. The area of a dot is its share of rows.
     """
-    sets = {name: report.sections["clean"] for name, report in reports.items()}
+    sets = {name: found["clean"] for name, found in reports.items()}
     if len(reports) == 1:
-        [found] = (report.sections for report in reports.values())
+        [found] = reports.values()
         sets = {"clean": found["clean"], **found.get("shifted", {})}
     axes.plot([0, 100], [0, 100], color="#999999", linewidth=0.8, linestyle="--")
     for (name, one), (colour, marker) in zip(sets.items(), _styles(sets), strict=True):
@@ -92,12 +92,12 @@ def reliability(axes: Any, reports: Mapping[str, Report]) -> bool:
     return True
 
 
-def loss_increase(axes: Any, reports: Mapping[str, Report]) -> bool:
+def loss_increase(axes: Any, reports: Reports) -> bool:
     """Draw the distribution of the loss increase over rows that are classified correctly by all.
 
     Increases that are not positive lie at the left edge.
     """
-    held = {n: r.sections[INCREASE] for n, r in reports.items() if INCREASE in r.sections}
+    held = {name: found[INCREASE] for name, found in reports.items() if INCREASE in found}
     found = {name: increase_of(section) for name, section in held.items()}
     if not found:
         return False
@@ -126,7 +126,7 @@ def loss_increase(axes: Any, reports: Mapping[str, Report]) -> bool:
 
 
 INCREASE = "loss increase"
-PICTURES: dict[str, Callable[[Any, Mapping[str, Report]], bool]] = {
+PICTURES: dict[str, Callable[[Any, Reports], bool]] = {
     "accuracy_at_radii": accuracy_at_radii,
     "reliability": reliability,
     "loss_increase": loss_increase,
@@ -153,8 +153,8 @@ def _styles(names: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(COLOURS[i % count], MARKERS[i // count % len(MARKERS)]) for i in range(len(names))]
 
 
-def _units(reports: Mapping[str, Report]) -> str:
-    about = [report.sections["about"] for report in reports.values()]
+def _units(reports: Reports) -> str:
+    about = [found["about"] for found in reports.values()]
     if len({one["unit"] for one in about}) > 1:
         return "token norms of each model"
     return unit(about[0])

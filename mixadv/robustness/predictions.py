@@ -136,7 +136,7 @@ def expected_calibration_error(
     return float(np.abs(excess).sum() / len(given))
 
 
-def drop(clean: Predictions, shifted: Predictions) -> Estimate:
+def accuracy_drop(clean: Predictions, shifted: Predictions) -> Estimate:
     """Return accuracy(clean) − accuracy(shifted), of two sets of rows, with a bootstrap interval.
 
     Positive where the shifted rows are harder.

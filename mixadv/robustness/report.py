@@ -78,7 +78,7 @@ class Report:
         written = {folder / FILE: self.json(), folder / "report.md": self.markdown()}
         for path, text in written.items():
             write(path, text)
-        return [*written, *pictures.save({self.name: self}, folder)]
+        return [*written, *pictures.save({self.name: self.sections}, folder)]
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

@@ -121,7 +121,9 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def paired(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.95) -> Comparison:
+def paired_t_test(
+    a: Mapping[int, float], b: Mapping[int, float], level: float = 0.95
+) -> Comparison:
     """Return how two methods differ over the seeds that both were run with.
 
     Args:
@@ -136,7 +138,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.95) 
         ValueError: if no seed is in both.
 
     Example:
-        >>> found = paired({1: 72.0, 2: 74.0, 3: 73.5}, {1: 71.0, 2: 72.0, 3: 72.0, 4: 70.0})
+        >>> found = paired_t_test({1: 72.0, 2: 74.0, 3: 73.5}, {1: 71.0, 2: 72.0, 3: 72.0, 4: 70.0})
         >>> found.seeds, f"{found.difference.value:.2f}", f"{found.p:.3f}"
         ((1, 2, 3), '1.50', '0.035')
     """

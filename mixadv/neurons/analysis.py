@@ -1,10 +1,9 @@
-"""What an analysis of neurons has found, as data, as tables and as pictures."""
+"""What an analysis of neurons has found, as data and as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from mixadv.robustness.tables import DASH, Table
@@ -68,12 +67,6 @@ class NeuronAnalysis:
     def table(self) -> str:
         """Return a Markdown table of one row, see `table`."""
         return table({"model": self})
-
-    def picture(self, path: str | Path) -> None:
-        """Save a picture of accuracies, layers and tags. Needs matplotlib."""
-        from mixadv.robustness.neuron_pictures import draw
-
-        draw(self, Path(path))
 
 
 def table(analyses: Mapping[str, NeuronAnalysis]) -> str:

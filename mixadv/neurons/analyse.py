@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from mixadv.robustness.activations import Activations
-from mixadv.robustness.neuron_analysis import NeuronAnalysis
-from mixadv.robustness.probe import Probe
-from mixadv.robustness.ranking import claims, rank
+from mixadv.neurons.activations import Activations
+from mixadv.neurons.analysis import NeuronAnalysis
+from mixadv.neurons.probe import Probe
+from mixadv.neurons.ranking import claims, rank
 
 PENALTIES = (1e-2, 3e-3, 1e-3)
 """What the penalty of the probe is chosen from."""

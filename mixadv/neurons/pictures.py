@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mixadv.neurons.analysis import NeuronAnalysis
 from mixadv.robustness.pictures import COLOURS
-
-if TYPE_CHECKING:
-    from mixadv.robustness.neuron_analysis import NeuronAnalysis
 
 TOP, RANDOM, OTHER = COLOURS[0], COLOURS[1], COLOURS[-1]
 
 
-def draw(analysis: NeuronAnalysis, path: Path) -> None:
+def draw(analysis: NeuronAnalysis, path: str | Path) -> None:
     """Save accuracy against neurons, and neurons of the smallest set per layer and per tag."""
     figure = _figure(12, 4.2)
     curves, layers, tags = panels = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
