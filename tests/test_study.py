@@ -37,7 +37,7 @@ from studying.reading import read
 from studying.render import render
 from training.results import Run, append, finished
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "research"
 METHODS = {
     "plain": Method(),
     "noise": Method("noise"),
@@ -769,7 +769,7 @@ def test_the_study_that_is_published_can_be_read_and_its_report_follows_from_its
     results = finished(path.parent / "results.jsonl")
     text = render(study, results, tmp_path, script.command_of(path))
     assert text == (path.parent / "report.md").read_text()
-    readme = (EXAMPLES.parent / "README.md").read_text()
+    readme = (EXAMPLES.parents[1] / "README.md").read_text()
     findings = Findings(study, results)
     for task in study.tasks:
         if findings.official(task, "plain", "epochs"):

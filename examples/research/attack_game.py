@@ -6,9 +6,9 @@ replacing one of its words makes of it; the payoff is the probability of a wrong
 has means over the texts of what each player's best pure strategy and its mixture guarantee, the
 duality gap, and the value by linear programming for comparison.
 
-    python examples/attack_game.py --model runs/glue/sst2-*/last --task sst2
-    python examples/attack_game.py --model runs/intent/intents-plain-*/last --dropout 8
-    python examples/attack_game.py --mat 8 --updates 60 --neighbours typos
+    python examples/research/attack_game.py --model runs/glue/sst2-*/last --task sst2
+    python examples/research/attack_game.py --model runs/intent/intents-plain-*/last --dropout 8
+    python examples/research/attack_game.py --mat 8 --updates 60 --neighbours typos
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+import _above  # noqa: F401
 import attack
 import intent
 from mixadv.tokens import (

@@ -4,7 +4,7 @@ All models get the same rows and the same masks, and each its own worst perturba
 masked-LM loss in L2 balls around the embeddings of a row, in token norms of the first model. The
 interval is Student's at 95 %, over rows; differences to the first model are paired by row.
 
-    python examples/masked_loss.py runs/pretrain/mlm/model runs/pretrain/alum/model \
+    python examples/research/masked_loss.py runs/pretrain/mlm/model runs/pretrain/alum/model \
         --data path/to/texts --split test --radii 0 0.5 1 2
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorForLanguageModeling
 
+import _above  # noqa: F401
 import mixadv
 from mixadv.equilibrium import best_response
 from mixadv.tokens.reading.masked import IGNORED, masked_predictions

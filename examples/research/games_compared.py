@@ -1,6 +1,6 @@
 """Time and gap of mixadv, nashpy, open_spiel and HiGHS on the same random zero-sum games.
 
-    python examples/games_compared.py   # half an hour; --quick takes half a minute
+    python examples/research/games_compared.py   # half an hour; --quick takes half a minute
 
 Each solves in a process of its own with one thread, and is stopped after a minute; they take turns,
 each three times, and the median counts. Seconds are those of the processor, so that other programs
@@ -32,7 +32,7 @@ import torch
 from peers import CONTENDERS, Array, Contender, relative_gap
 
 Size = tuple[int, int, int]
-RESULTS = Path(__file__).parent / "results" / "games_compared.jsonl"
+RESULTS = Path(__file__).parent.parent / "results" / "games_compared.jsonl"
 SIZES = [(1, 10, 10), (1, 100, 100), (1, 1000, 1000), (1000, 10, 10)]
 QUICK = [(1, 4, 5), (3, 4, 4)]
 MEMORY = 8 * 2**30

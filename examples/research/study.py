@@ -7,9 +7,9 @@ is not reported; then it is trained with every seed. Each run adds a line to res
 the study; what has a line is not run again, so that a killed study goes on when the same command
 comes again. At the end report.md is written, with tables and pictures.
 
-    python examples/study.py examples/study/study.toml
-    python examples/study.py examples/study/study.toml --data path/to/folders --workers 2
-    python examples/study.py examples/study/study.toml --report
+    python examples/research/study.py examples/research/study/study.toml
+    python examples/research/study.py examples/research/study/study.toml --data FOLDER --workers 2
+    python examples/research/study.py examples/research/study/study.toml --report
 """
 
 import fcntl
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+import _above  # noqa: F401
 from mixadv.robustness import data
 from studying import pool
 from studying.measure import measure, other
@@ -162,10 +163,11 @@ def keep(report: Path, name: str) -> None:
 
 
 def command_of(path: Path) -> str:
-    """Return the command that runs the study of a file, from the folder above the examples."""
-    root = Path(__file__).absolute().parent.parent
+    """Return the command that runs the study of a file, from the root of the repository."""
+    root = Path(__file__).absolute().parents[2]
     inside = path.absolute().is_relative_to(root)
-    return f"python examples/study.py {path.absolute().relative_to(root) if inside else path.name}"
+    name = path.absolute().relative_to(root) if inside else path.name
+    return f"python examples/research/study.py {name}"
 
 
 def main(argv: list[str] | None = None) -> int:

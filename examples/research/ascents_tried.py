@@ -13,8 +13,8 @@ Trains plainly, then lets every way play on rows not seen, in training mode, as 
 Prints the symmetric KL reached and the time taken over those of one gradient step from a random
 start, without the learner's clean pass, which all ways need; and what is kept of each row.
 
-    python examples/ascents_tried.py --task intents
-    python examples/ascents_tried.py --report --output examples/results/ascents_tried
+    python examples/research/ascents_tried.py --task intents
+    python examples/research/ascents_tried.py --report --output examples/results/ascents_tried
 """
 
 import argparse
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import _above  # noqa: F401
 import directions
 import mixadv
 from directions import RADII, arguments, trained

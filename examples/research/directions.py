@@ -6,9 +6,9 @@ and then along the gradient; on the side where that lies, or towards the decisio
 the symmetric KL reached over that of one gradient step, the part of the rows whose likeliest label
 got less likely, the rows whose label changes, and the time over one gradient step's, interleaved.
 
-    python examples/directions.py --task intents
-    python examples/directions.py --task cola --data path/to/folders --updates 250 --lr 1e-4
-    python examples/directions.py --report --output examples/results/directions
+    python examples/research/directions.py --task intents
+    python examples/research/directions.py --task cola --data FOLDER --updates 250 --lr 1e-4
+    python examples/research/directions.py --report --output examples/results/directions
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import _above  # noqa: F401
 import glue
 import intent
 import mixadv

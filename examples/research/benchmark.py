@@ -1,11 +1,11 @@
 """What a round of each solver costs, against its floor, against other code, and for what.
 
-    python examples/benchmark.py --quick              # two minutes
-    python examples/benchmark.py                      # 16×128 and 64×24 tokens: half an hour
-    python examples/benchmark.py --dropout 0.1 --model embedded --rows smart-pytorch "mat, 3 and 2"
-    python examples/benchmark.py --device cuda --sizes 16x128 64x24 4x24 2x16
-    python examples/benchmark.py --scaling            # cost against sizes, with fitted exponents
-    python examples/benchmark.py --report             # the tables of what was measured
+    python examples/research/benchmark.py --quick        # two minutes
+    python examples/research/benchmark.py                # 16×128 and 64×24: half an hour
+    python examples/research/benchmark.py --dropout 0.1 --model embedded --rows smart-pytorch
+    python examples/research/benchmark.py --device cuda --sizes 16x128 64x24 4x24 2x16
+    python examples/research/benchmark.py --scaling      # cost against sizes, fitted exponents
+    python examples/research/benchmark.py --report       # the tables of what was measured
 
 One process measures all rows in turn, in an order that every round reverses, and with them the
 parts of an ordinary training step: F a forward pass, A one with a backward to δ alone, S the whole
@@ -31,13 +31,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of ea
 import torch
 from tqdm import tqdm
 
+import _above  # noqa: F401
 from benchmark_parts import checks, picture, results, scaling
 from benchmark_parts.contenders import CONTENDERS
 from benchmark_parts.measure import BLOCKS, measure
 from benchmark_parts.work import EMBEDDED, MODELS, PARTS, Setting
 from training.options import Parser
 
-OUTPUT = Path(__file__).parent / "results"
+OUTPUT = Path(__file__).parent.parent / "results"
 SIZES, QUICK = ["16x128", "64x24"], ["4x24"]
 TINY = 64
 """Tokens of a batch up to which the tiny model stands in for BERT."""
