@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 import directions
 import mixadv
+from common import command, data
+from common.loop import Training
 from directions import RADII, arguments, trained
-from training import command, data
-from training.loop import Training
 
 PAYOFF = "symmetric_kl"
 Batch = dict[str, Tensor]

@@ -29,13 +29,13 @@ from tqdm.auto import tqdm
 
 import glue
 import intent
+from common import command, data, model
+from common.data import Task
+from common.options import positive, script
+from common.results import EMBEDDED_MODEL
+from common.substitution import SOURCES, candidates
 from mixadv.robustness import kept
 from mixadv.tokens import Attack, Similarity, WordSubstitution, summary
-from training import command, data, model
-from training.data import Task
-from training.options import positive, script
-from training.results import EMBEDDED_MODEL
-from training.substitution import SOURCES, candidates
 
 STEP = 32  # rows attacked between two writes
 HEAD = ("model", "rows", "clean", "under attack", "success %", "words", "queries", "s/row")

@@ -22,6 +22,12 @@ from tqdm.auto import tqdm
 
 import attack
 import intent
+from common import command
+from common.data import Task
+from common.loop import Keeping, Training
+from common.options import positive, script
+from common.results import EMBEDDED_MODEL, Run
+from common.substitution import SOURCES, candidates
 from mixadv.tokens import (
     dropout_masks,
     learner_samples,
@@ -31,12 +37,6 @@ from mixadv.tokens import (
 )
 from mixadv.tokens.finite import Equilibrium, Learner, SubstitutionGame
 from theory import oracles
-from training import command
-from training.data import Task
-from training.loop import Keeping, Training
-from training.options import positive, script
-from training.results import EMBEDDED_MODEL, Run
-from training.substitution import SOURCES, candidates
 
 NAMES = ("best_single", "guaranteed", "value", "worst", "best_row")
 HEAD = (

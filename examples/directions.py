@@ -26,9 +26,9 @@ from tqdm import tqdm
 import glue
 import intent
 import mixadv
-from training import command, data
-from training.loop import Keeping, Training
-from training.results import Run
+from common import command, data
+from common.loop import Keeping, Training
+from common.results import Run
 
 RADII = (0.05, 0.1, 0.2, 0.4)
 ROWS = 16

@@ -20,13 +20,13 @@ from typing import Any
 import transformers
 from tqdm.auto import tqdm
 
+from common import command, data, model
+from common.data import DataError
+from common.options import Named, positive, script
 from mixadv.robustness import NeuronAnalysis, activations, analyse_neurons
 from mixadv.robustness.kept import Kept
 from mixadv.robustness.neuron_analysis import counts, table
 from mixadv.robustness.neuron_pictures import compare_layers, compare_tags
-from training import command, data, model
-from training.data import DataError
-from training.options import Named, positive, script
 
 HUB = "universal_dependencies:en_ewt"
 SPLITS = ("train", "dev")

@@ -28,11 +28,11 @@ from accelerate.utils import set_seed
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 import mixadv
-from pretraining import corpus, curves, models, tasks
-from pretraining.trainer import AdversarialPretrainingTrainer, PretrainingTrainer
-from training.command import answer
-from training.options import positive, script
-from training.parameters import PLAIN, known, parameters
+from common.command import answer
+from common.options import positive, script
+from common.parameters import PLAIN, known, parameters
+from common.pretraining import corpus, curves, models, tasks
+from common.pretraining.trainer import AdversarialPretrainingTrainer, PretrainingTrainer
 
 LOGGED = 100  # points of the training loss in a curve
 

@@ -32,12 +32,12 @@ import equilibrium
 import glue
 import intent
 import mixadv
+from common import data, evaluation, model, results
+from common.data import DataError, Task
+from common.loop import Keeping, Training
+from common.results import Run
 from mixadv.games import METHODS, PARTICLE_METHODS, Particles
 from tests.zoo import assert_same, slow_but
-from training import data, evaluation, model, results
-from training.data import DataError, Task
-from training.loop import Keeping, Training
-from training.results import Run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS: dict[str, Any] = {"glue": glue, "anli": anli, "intent": intent}
@@ -907,7 +907,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 KILLED = """
 import os, signal, sys
 import intent
-from training import checkpoint
+from common import checkpoint
 
 save = checkpoint.save
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import mixadv
+from common.parameters import PLAIN
+from common.results import Run
+from common.substitution import SOURCES
 from mixadv.players.ascent import Ascent
-from training.parameters import PLAIN
-from training.results import Run
-from training.substitution import SOURCES
 
 WIDTH = 100  # of the manual
 EPILOG = """

@@ -43,7 +43,7 @@ class Run:
         attack_rows: 0 attacks the whole split.
         substitute: fraction of the training rows that get a copy with words replaced, made anew
             before each epoch but the first.
-        neighbours: where the words come from, see `training.substitution.SOURCES`.
+        neighbours: where the words come from, see `common.substitution.SOURCES`.
     """
 
     task: str

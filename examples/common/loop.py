@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 
 import mixadv
-from training import checkpoint, data, model
-from training.data import Task
-from training.evaluation import Evaluator, Metrics
-from training.monitor import Monitor
-from training.results import Run, append, finished
-from training.substitution import Source, candidates
+from common import checkpoint, data, model
+from common.data import Task
+from common.evaluation import Evaluator, Metrics
+from common.monitor import Monitor
+from common.results import Run, append, finished
+from common.substitution import Source, candidates
 
 
 @dataclass(frozen=True)
