@@ -9,9 +9,9 @@ def markdown(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     Example:
         >>> print(markdown(["solver", "test"], [["plain", 81.2], ["mat", 84.0]]))
         | solver | test |
-        |---|---|
+        | --- | --- |
         | plain | 81.2 |
         | mat | 84.0 |
     """
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows)]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+    lines = (header, ["---"] * len(header), *rows)
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
