@@ -19,8 +19,9 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from common import command, data, metrics
-from common.data import DataError, Task
+from common.data import Task
 from common.parameters import known
+from mixadv.robustness.data import DataError
 
 TEXTS = ("premise", "hypothesis")
 LABELS = ("entailment", "neutral", "contradiction")

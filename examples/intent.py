@@ -21,9 +21,10 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from common import command, data, metrics
-from common.data import DataError, Task
+from common.data import Task
 from common.options import positive
 from common.parameters import known
+from mixadv.robustness.data import DataError
 
 EMBEDDED = "intents"
 HUB = {"banking77": ("PolyAI/banking77",), "clinc150": ("clinc/clinc_oos", "plus")}

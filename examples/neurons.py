@@ -21,9 +21,9 @@ import transformers
 from tqdm.auto import tqdm
 
 from common import command, data, model
-from common.data import DataError
 from common.options import Named, positive, script
 from mixadv.robustness import NeuronAnalysis, activations, analyse_neurons
+from mixadv.robustness.data import DataError
 from mixadv.robustness.kept import Kept
 from mixadv.robustness.neuron_analysis import counts, table
 from mixadv.robustness.neuron_pictures import compare_layers, compare_tags

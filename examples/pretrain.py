@@ -33,6 +33,7 @@ from common.options import positive, script
 from common.parameters import PLAIN, known, parameters
 from common.pretraining import corpus, curves, models, tasks
 from common.pretraining.trainer import AdversarialPretrainingTrainer, PretrainingTrainer
+from common.tables import markdown
 
 LOGGED = 100  # points of the training loss in a curve
 
@@ -250,13 +251,13 @@ def table(log: list[dict[str, Any]]) -> str:
     chance, *entries = log
     held = [entry for entry in entries if "eval_loss" in entry]
     names = curves.metrics(held[0])
-    lines = ["| step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for entry in (held[0], held[-1]):
-        cells = [f"{entry[f'eval_{name}']:.3f}" for name in names]
-        lines.append(f"| {entry['step']} | " + " | ".join(cells) + " |")
+    lines = [
+        [entry["step"], *(f"{entry[f'eval_{name}']:.3f}" for name in names)]
+        for entry in (held[0], held[-1])
+    ]
     guesses = [chance["chance"].get(name) for name in names]
     cells = ["–" if guess is None else f"{guess:.3f}" for guess in guesses]
-    return "\n".join([*lines, "| chance | " + " | ".join(cells) + " |"])
+    return markdown(["step", *names], [*lines, ["chance", *cells]])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,10 +33,11 @@ import glue
 import intent
 import mixadv
 from common import data, evaluation, model, results
-from common.data import DataError, Task
+from common.data import Task
 from common.loop import Keeping, Training
 from common.results import Run
 from mixadv.games import METHODS, PARTICLE_METHODS, Particles
+from mixadv.robustness.data import DataError
 from tests.zoo import assert_same, slow_but
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 import glue
 import masked_loss
 import pretrain
-from common.data import DataError
 from common.pretraining import corpus, models, tasks
 from common.pretraining.objectives import Masked, guess
 from common.pretraining.trainer import PretrainingTrainer, Repeatable
+from mixadv.robustness.data import DataError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOUNS = ["cat", "dog", "bird", "house", "river", "mountain", "teacher", "garden"]

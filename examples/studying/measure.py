@@ -8,11 +8,10 @@ from typing import Any
 from datasets import Dataset
 
 from common import data, model
-from common.data import DataError
 from common.results import Run
 from common.substitution import candidates
 from mixadv.robustness import evaluate, text_batches, token_norm
-from mixadv.robustness.data import read
+from mixadv.robustness.data import DataError, read
 from mixadv.tokens import WordSubstitution
 from studying.parts import Measures, Subject
 from studying.work import load

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from common import data
-from common.data import DataError
+from mixadv.robustness.data import DataError
 from mixadv.tokens import Words
 
 PYDOC = "pydoc"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from common.data import DataError
+from mixadv.robustness.data import DataError
 from mixadv.tokens.masked import IGNORED, masked_predictions
 
 Items = dict[str, Tensor]
