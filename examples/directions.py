@@ -26,7 +26,7 @@ from tqdm import tqdm
 import glue
 import intent
 import mixadv
-from common import command
+from common import command, data
 from common.loop import Keeping, Training
 from common.results import Run
 from mixadv.robustness.data import DataError

@@ -41,6 +41,14 @@ LOGGED = 100  # points of the training loss in a curve
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = script("pretrain", "[options]", __doc__, column=28)
+    _text_and_model(parser)
+    _adversary(parser)
+    _training(parser)
+    _output(parser)
+    return parser.parse_args(argv)
+
+
+def _text_and_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text and model").add_argument
     text = f"{', '.join(tasks.OBJECTIVES)} (default: %(default)s)"
     add("--objective", default="mlm", metavar="NAME", help=text)
@@ -68,6 +76,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--substitute", type=float, default=0.0, metavar="SHARE", help=text)
 
+
+def _adversary(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("adversary").add_argument
     text = "plain, or who perturbs the embeddings (default: plain; alum for --objective alum)"
     add("--solver", default="", metavar="NAME", help=text)
@@ -76,6 +86,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     text = "plain steps before the adversary's first (default: %(default)s)"
     add("--curriculum", type=int, default=0, metavar="STEPS", help=text)
 
+
+def _training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, default=1000, metavar="N", help="(default: %(default)s)")
     text = "rows that a process reads at a time (default: %(default)s)"
@@ -91,6 +103,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--bf16", action="store_true", help="forward passes in bfloat16")
 
+
+def _output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     text = "(default: runs/pretrain/OBJECTIVE)"
     add("--output", type=Path, metavar="FOLDER", help=text)
@@ -100,7 +114,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--evaluate-rows", type=positive, default=256, metavar="N", help=text)
     text = "steps between checkpoints (default: %(default)s)"
     add("--checkpoint-every", type=positive, default=200, metavar="N", help=text)
-    return parser.parse_args(argv)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -1,4 +1,12 @@
-"""The training loop: updates, evaluation on the way, checkpoints to go on from after a kill."""
+"""The training loop: updates, evaluation on the way, checkpoints to go on from after a kill.
+
+Why it is not `mixadv.integrations.transformers.AdversarialTrainer`, which trainer.py shows: Trainer
+takes one optimizer step per batch. Here `optimizer.step(closure)` plays a whole round on a batch,
+as often as the solver steps (FreeAT, and MAT at its defaults), and the measured tables compare
+methods at equal batches. A Trainer would spread a MAT round over several batches, and cannot play
+FreeAT. It also has an order of rows of its own, made before training, whereas an epoch's rows may
+be perturbed against the model as it stands, its own decay of the rate, and clips gradients.
+"""
 
 import gc
 import itertools
