@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from training import command, data, metrics
-from training.data import DataError, Task
-from training.parameters import known
+from common import command, data, metrics
+from common.data import Task
+from common.parameters import known
+from mixadv.robustness.data import DataError
 
 TEXTS = ("premise", "hypothesis")
 LABELS = ("entailment", "neutral", "contradiction")

@@ -29,13 +29,14 @@ from tqdm.auto import tqdm
 
 import glue
 import intent
+from common import command, data, model
+from common.data import Task
+from common.options import positive, script
+from common.results import EMBEDDED_MODEL
+from common.substitution import SOURCES, candidates
+from common.tables import markdown
 from mixadv.robustness import kept
 from mixadv.tokens import Attack, Similarity, WordSubstitution, summary
-from training import command, data, model
-from training.data import Task
-from training.options import positive, script
-from training.results import EMBEDDED_MODEL
-from training.substitution import SOURCES, candidates
 
 STEP = 32  # rows attacked between two writes
 HEAD = ("model", "rows", "clean", "under attack", "success %", "words", "queries", "s/row")
@@ -182,8 +183,7 @@ def work(options: Namespace) -> str:
     """Attack all models; return the table."""
     task, attack = load_task(options), load_attack(options)
     rows = [run(name, options, attack, task) for name in options.model]
-    lines = [list(HEAD), ["---"] * len(HEAD), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(HEAD, rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import intent
-from training import command, loop, results
-from training.loop import Keeping
-from training.results import Run
+from common import command, loop, results
+from common.loop import Keeping
+from common.results import Run
 
 RADII = (0.0, 0.05, 0.1, 0.2)
 METHODS = (("plain", 1), ("plain", 2), ("freelb", 1), ("mat", 1))  # and how many times the updates

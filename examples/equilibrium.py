@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import equilibrium_picture
+from common.tables import markdown
 from mixadv.games import (
     METHODS,
     PARTICLE_METHODS,
@@ -157,7 +158,7 @@ def solved(name: str, steps: int) -> Iterator[Solved]:
 def table(rows: list[Solved]) -> str:
     """Return a Markdown table."""
     head = ["game", "method", "value", "exact value", "gap", "bound", "seconds"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         gap = row.solution.gap
         error = f" + {gap.error:.1g}" if gap.error else ""
@@ -166,7 +167,7 @@ def table(rows: list[Solved]) -> str:
         found = f"{gap.value.item():.2g}{error} ({gap.kind})"
         seconds = f"{row.seconds:.1f}"
         lines.append([row.name, row.method, value, f"{row.known.value:g}", found, bound, seconds])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(head, lines)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

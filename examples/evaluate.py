@@ -22,6 +22,9 @@ from typing import Any
 
 import transformers
 
+from common import command, model
+from common.options import Named, positive, script
+from common.substitution import SOURCES, candidates
 from mixadv.robustness import (
     Report,
     compare,
@@ -34,9 +37,6 @@ from mixadv.robustness import (
 from mixadv.robustness.attacked import drawn, taken
 from mixadv.robustness.kept import write
 from mixadv.tokens import WordSubstitution
-from training import command, model
-from training.options import Named, positive, script
-from training.substitution import SOURCES, candidates
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from training import command, data, metrics
-from training.data import Task
-from training.parameters import known
+from common import command, data, metrics
+from common.data import Task
+from common.parameters import known
 
 
 class Glue(NamedTuple):

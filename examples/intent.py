@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from training import command, data, metrics
-from training.data import DataError, Task
-from training.options import positive
-from training.parameters import known
+from common import command, data, metrics
+from common.data import Task
+from common.options import positive
+from common.parameters import known
+from mixadv.robustness.data import DataError
 
 EMBEDDED = "intents"
 HUB = {"banking77": ("PolyAI/banking77",), "clinc150": ("clinc/clinc_oos", "plus")}

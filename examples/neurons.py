@@ -20,13 +20,13 @@ from typing import Any
 import transformers
 from tqdm.auto import tqdm
 
+from common import command, data, model
+from common.options import Named, positive, script
 from mixadv.neurons import NeuronAnalysis, activations, analyse_neurons
 from mixadv.neurons.analysis import counts, table
 from mixadv.neurons.pictures import compare_layers, compare_tags, draw
+from mixadv.robustness.data import DataError
 from mixadv.robustness.kept import Kept
-from training import command, data, model
-from training.data import DataError
-from training.options import Named, positive, script
 
 HUB = "universal_dependencies:en_ewt"
 SPLITS = ("train", "dev")

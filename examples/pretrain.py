@@ -28,11 +28,12 @@ from accelerate.utils import set_seed
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 import mixadv
-from pretraining import corpus, curves, models, tasks
-from pretraining.trainer import AdversarialPretrainingTrainer, PretrainingTrainer
-from training.command import answer
-from training.options import positive, script
-from training.parameters import PLAIN, known, parameters
+from common.command import answer
+from common.options import positive, script
+from common.parameters import PLAIN, known, parameters
+from common.pretraining import corpus, curves, models, tasks
+from common.pretraining.trainer import AdversarialPretrainingTrainer, PretrainingTrainer
+from common.tables import markdown
 
 LOGGED = 100  # points of the training loss in a curve
 
@@ -40,6 +41,14 @@ LOGGED = 100  # points of the training loss in a curve
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = script("pretrain", "[options]", __doc__, column=28)
+    _text_and_model(parser)
+    _adversary(parser)
+    _training(parser)
+    _output(parser)
+    return parser.parse_args(argv)
+
+
+def _text_and_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text and model").add_argument
     text = f"{', '.join(tasks.OBJECTIVES)} (default: %(default)s)"
     add("--objective", default="mlm", metavar="NAME", help=text)
@@ -67,6 +76,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--substitute", type=float, default=0.0, metavar="SHARE", help=text)
 
+
+def _adversary(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("adversary").add_argument
     text = "plain, or who perturbs the embeddings (default: plain; alum for --objective alum)"
     add("--solver", default="", metavar="NAME", help=text)
@@ -75,6 +86,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     text = "plain steps before the adversary's first (default: %(default)s)"
     add("--curriculum", type=int, default=0, metavar="STEPS", help=text)
 
+
+def _training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, default=1000, metavar="N", help="(default: %(default)s)")
     text = "rows that a process reads at a time (default: %(default)s)"
@@ -90,6 +103,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--bf16", action="store_true", help="forward passes in bfloat16")
 
+
+def _output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     text = "(default: runs/pretrain/OBJECTIVE)"
     add("--output", type=Path, metavar="FOLDER", help=text)
@@ -99,7 +114,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--evaluate-rows", type=positive, default=256, metavar="N", help=text)
     text = "steps between checkpoints (default: %(default)s)"
     add("--checkpoint-every", type=positive, default=200, metavar="N", help=text)
-    return parser.parse_args(argv)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -250,13 +264,13 @@ def table(log: list[dict[str, Any]]) -> str:
     chance, *entries = log
     held = [entry for entry in entries if "eval_loss" in entry]
     names = curves.metrics(held[0])
-    lines = ["| step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for entry in (held[0], held[-1]):
-        cells = [f"{entry[f'eval_{name}']:.3f}" for name in names]
-        lines.append(f"| {entry['step']} | " + " | ".join(cells) + " |")
+    lines = [
+        [entry["step"], *(f"{entry[f'eval_{name}']:.3f}" for name in names)]
+        for entry in (held[0], held[-1])
+    ]
     guesses = [chance["chance"].get(name) for name in names]
     cells = ["–" if guess is None else f"{guess:.3f}" for guess in guesses]
-    return "\n".join([*lines, "| chance | " + " | ".join(cells) + " |"])
+    return markdown(["step", *names], [*lines, ["chance", *cells]])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,9 +10,9 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 
 import intent
 import mixadv
+from common import model
+from common.results import EMBEDDED_MODEL, Run
 from mixadv.integrations.transformers import AdversarialTrainer
-from training import model
-from training.results import EMBEDDED_MODEL, Run
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 
 import attack as script
 import glue
+from common import results
+from common.loop import Training
+from common.results import Run
+from common.substitution import BUILTIN, Source, candidates
 from mixadv.tokens import SimilarWords, WordSubstitution, adversarial_rows
 from mixadv.tokens.substitution.augmentation import copies
 from tests.substitution_zoo import TABLE, VOCABULARY, bag_of_words, tiny, word_tokenizer
 from tests.zoo import assert_same
-from training import results
-from training.loop import Training
-from training.results import Run
-from training.substitution import BUILTIN, Source, candidates
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ATTACK = WordSubstitution(SimilarWords(TABLE), max_share=1.0)
@@ -234,7 +234,7 @@ def test_a_run_that_is_killed_ends_as_an_uninterrupted_one(
 INTERRUPTED = """
 import sys
 import glue
-from training import checkpoint
+from common import checkpoint
 
 whole, broken = sys.argv[1].split("|"), sys.argv[2].split("|")
 save = checkpoint.save

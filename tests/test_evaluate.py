@@ -25,6 +25,7 @@ import transformers
 
 import evaluate as script
 import mixadv
+from common.model import load_classifier
 from mixadv.equilibrium import exploitability
 from mixadv.robustness import (
     DataError,
@@ -44,7 +45,6 @@ from mixadv.tokens import SimilarWords, Typos, WordSubstitution, summary
 from mixadv.tokens.reading.encoding import evaluating
 from tests.substitution_zoo import TABLE, VOCABULARY, tiny, word_tokenizer
 from tests.zoo import assert_same, fingerprint
-from training.model import load_classifier
 
 ROWS = 40  # two parts of an attack
 LABELS = {"negative": 0, "neutral": 1, "positive": 2}

@@ -32,12 +32,13 @@ import equilibrium
 import glue
 import intent
 import mixadv
+from common import data, evaluation, model, results
+from common.data import Task
+from common.loop import Keeping, Training
+from common.results import Run
 from mixadv.games import METHODS, PARTICLE_METHODS, Particles
+from mixadv.robustness.data import DataError
 from tests.zoo import assert_same, slow_but
-from training import data, evaluation, model, results
-from training.data import DataError, Task
-from training.loop import Keeping, Training
-from training.results import Run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS: dict[str, Any] = {"glue": glue, "anli": anli, "intent": intent}
@@ -153,6 +154,17 @@ def written(output: Path) -> list[dict[str, Any]]:
     """Return the results written, less what the clock says."""
     lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != CLOCK} for line in lines]
+
+
+@pytest.fixture
+def run(folder: Path, encoder: str, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Return a function that runs intent.py briefly in a folder and returns what is written."""
+
+    def call(*more: str, output: str = "") -> list[dict[str, Any]]:
+        assert intent.main(command(folder, encoder, tmp_path / output, *more)) == 0
+        return written(tmp_path / output)
+
+    return call
 
 
 def cells(table: str) -> list[list[str]]:
@@ -507,19 +519,17 @@ def test_each_run_writes_one_line_and_is_not_repeated(
     assert written(tmp_path) == found
 
 
-def test_epochs_are_as_many_updates_as_they_need(folder: Path, encoder: str, tmp_path: Path):
-    argv = command(folder, encoder, tmp_path, "--epochs", "1.5", "--accumulate", "2")
-    assert intent.main(argv) == 0
-    assert written(tmp_path)[0]["updates"] == math.ceil(1.5 * 36 / 16)
+def test_epochs_are_as_many_updates_as_they_need(run: Any):
+    [result] = run("--epochs", "1.5", "--accumulate", "2")
+    assert result["updates"] == math.ceil(1.5 * 36 / 16)
 
 
-def test_the_best_weights_are_chosen_on_held_out_rows_or_on_dev(
-    folder: Path, encoder: str, tmp_path: Path
-):
+def test_the_best_weights_are_chosen_on_held_out_rows_or_on_dev(run: Any):
     every = ["--evaluate-every", "1", "--updates", "6", "--seeds", "0", "1"]
-    assert intent.main(command(folder, encoder, tmp_path, *every)) == 0
-    assert intent.main(command(folder, encoder, tmp_path, *every, "--hold-out", "9")) == 0
-    for result, split in zip(written(tmp_path), ["dev"] * 2 + ["held-out"] * 2, strict=True):
+    run(*every)
+    for result, split in zip(
+        run(*every, "--hold-out", "9"), ["dev"] * 2 + ["held-out"] * 2, strict=True
+    ):
         assert result["chosen_on"] == split
         scores = [score for _, score in result["curve"]]
         assert [update for update, _ in result["curve"]] == [1, 2, 3, 4, 5, 6]
@@ -529,13 +539,11 @@ def test_the_best_weights_are_chosen_on_held_out_rows_or_on_dev(
         assert set(result["best"]) == set(result["last"])
 
 
-def test_evaluation_on_the_way_changes_nothing(folder: Path, encoder: str, tmp_path: Path):
+def test_evaluation_on_the_way_changes_nothing(run: Any):
     more = ["--hold-out", "9", "--solver", "mat"]
-    assert intent.main(command(folder, encoder, tmp_path / "a", *more)) == 0
-    assert (
-        intent.main(command(folder, encoder, tmp_path / "b", *more, "--evaluate-every", "1")) == 0
-    )
-    assert written(tmp_path / "a")[0]["last"] == written(tmp_path / "b")[0]["last"]
+    [without] = run(*more, output="a")
+    [evaluated] = run(*more, "--evaluate-every", "1", output="b")
+    assert without["last"] == evaluated["last"]
 
 
 def test_the_report_has_a_row_per_setting_and_an_interval_over_seeds(
@@ -621,10 +629,8 @@ def test_a_file_has_a_table_for_each_solver_and_set_goes_before_it(
     }
 
 
-def test_what_is_set_reaches_the_game(folder: Path, encoder: str, tmp_path: Path):
-    argv = command(folder, encoder, tmp_path, "--solver", "freelb", "--set", "freelb.steps=5")
-    assert intent.main(argv) == 0
-    [result] = written(tmp_path)
+def test_what_is_set_reaches_the_game(run: Any):
+    [result] = run("--solver", "freelb", "--set", "freelb.steps=5")
     assert result["forwards_per_update"] == result["played"]["steps"] == 5
     assert result["parameters"] == {"steps": 5}
 
@@ -714,17 +720,14 @@ def test_models_are_saved_with_their_tokenizer_and_predict_what_was_measured(
 
 
 def test_a_finished_run_whose_model_is_missing_is_trained_again(
-    folder: Path, encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    argv = command(folder, encoder, tmp_path)
-    assert intent.main(argv) == 0
-    assert intent.main([*argv, "--save"]) == 0
+    run()
+    first, again = run("--save")
     assert "model shards" not in capsys.readouterr().err  # no bar but the run's own
-    first, again = written(tmp_path)
     assert first == again
     assert (tmp_path / first["key"] / "last" / "config.json").is_file()
-    assert intent.main([*argv, "--save"]) == 0
-    assert len(written(tmp_path)) == 2
+    assert len(run("--save")) == 2
 
 
 def test_tensorboard_has_what_the_bar_shows_and_the_metrics(
@@ -787,20 +790,14 @@ def test_accumulated_batches_make_the_update_of_their_union(
 
 
 @pytest.mark.parametrize("solver", ["plain", "freelb", "mat"])
-def test_an_accumulated_update_is_one_step_of_the_optimizer(
-    solver: str, folder: Path, encoder: str, tmp_path: Path
-):
-    argv = command(folder, encoder, tmp_path, "--solver", solver, "--accumulate", "3")
-    assert intent.main(argv) == 0
-    [result] = written(tmp_path)
+def test_an_accumulated_update_is_one_step_of_the_optimizer(solver: str, run: Any):
+    [result] = run("--solver", solver, "--accumulate", "3")
     assert result["optimizer_steps"] == 4
     # MAT's round is opened for each batch and left after its first step: K_δ + 2 forwards.
     assert result["forwards_per_update"] == 3 * {"plain": 1, "freelb": 3, "mat": 4}[solver]
 
 
-def test_forward_passes_are_in_bfloat16_if_asked(
-    folder: Path, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_forward_passes_are_in_bfloat16_if_asked(run: Any, monkeypatch: pytest.MonkeyPatch):
     kinds = set()
     real = torch.nn.functional.linear
     monkeypatch.setattr(
@@ -808,10 +805,9 @@ def test_forward_passes_are_in_bfloat16_if_asked(
         "linear",
         lambda *a, **k: kinds.add((out := real(*a, **k)).dtype) or out,
     )
-    argv = command(folder, encoder, tmp_path, "--solver", "plain", "--bf16")
-    assert intent.main(argv) == 0
+    [result] = run("--solver", "plain", "--bf16")
     assert kinds == {torch.bfloat16}
-    assert written(tmp_path)[0]["bf16"]
+    assert result["bf16"]
 
 
 # Interruptions ---------------------------------------------------------------------------------
@@ -907,7 +903,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 KILLED = """
 import os, signal, sys
 import intent
-from training import checkpoint
+from common import checkpoint
 
 save = checkpoint.save
 
@@ -1094,6 +1090,7 @@ LINES: dict[str, tuple[dict[str, list[Any]], tuple[str, ...]]] = {
 }
 
 FILES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "a list.json": ("[3]", ("[3]", "not a table")),
     "not TOML": ("[mat", ("cannot be read",)),
     "unknown table": ("[matt]\nsteps = 2", ("matt", "Did you mean 'mat'?")),
     "no table": ("mat = 2", ("mat is 2", "not a table")),
@@ -1145,7 +1142,7 @@ def test_a_wrong_file_of_parameters_is_answered_with_one_line(
     why: str, folder: Path, encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     text, words = FILES[why]
-    path = write(tmp_path, "solvers.toml", [text])
+    path = write(tmp_path, f"solvers{Path(why).suffix or '.toml'}", [text])
     line = refused("intent", command(folder, encoder, tmp_path, "--config", str(path)), capsys)
     assert all(word in line for word in (f"--config {path}", *words)), line
 

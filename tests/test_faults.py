@@ -181,7 +181,7 @@ import io, os, random, signal, sys
 from pathlib import Path
 import torch
 import mixadv
-from training import checkpoint
+from common import checkpoint
 from tests.zoo import small
 
 UPDATES, save = 4, torch.save
@@ -242,7 +242,7 @@ def test_a_process_killed_as_it_writes_a_checkpoint_goes_on_from_the_one_before(
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from training import checkpoint
+    from common import checkpoint
 
     run, path = Run("mat", "step"), tmp_path / "run.pt"
     live = {"model": run.player.model, "optimizer": run.optimizer}

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import neurons
+from common import data
 from tests.tokenizers_zoo import word_pieces
-from training import data
 
 VOCABULARY = {"DET": ["the", "a"], "NOUN": ["film", "plot", "actor"], "ADJ": ["good", "bad"]}
 

@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 import glue
 import masked_loss
 import pretrain
-from pretraining import corpus, models, tasks
-from pretraining.objectives import Masked, guess
-from pretraining.trainer import PretrainingTrainer, Repeatable
-from training.data import DataError
+from common.pretraining import corpus, models, tasks
+from common.pretraining.objectives import Masked, guess
+from common.pretraining.trainer import PretrainingTrainer, Repeatable
+from mixadv.robustness.data import DataError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOUNS = ["cat", "dog", "bird", "house", "river", "mountain", "teacher", "garden"]
@@ -333,7 +333,7 @@ def test_processes_share_the_tokenizer_that_one_of_them_learns(text: str, tmp_pa
         f"""from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from pretraining import models
+from common.pretraining import models
 PartialState(cpu=True)
 texts = Path({text!r}).read_text().split(chr(10) * 2)
 found = models.find("tiny", False, 120, texts, Path("none")).tokenizer

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+import common
 import directions
 import games_compared
 import masked_loss
 import mixadv
 import pretrain
-import training
 from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
 from mixadv.games import METHODS, PARTICLE_METHODS
@@ -155,7 +155,7 @@ def test_the_table_of_solvers_is_that_of_the_registry():
 @pytest.mark.parametrize("name", ["demo", "banking77", "cola", "anli", "fast", "pretrained"])
 def test_measured_tables_are_those_of_the_results(name: str):
     lines = (ROOT / "examples" / "results" / f"{name}.jsonl").read_text().splitlines()
-    assert training.table([json.loads(line) for line in lines]) in README
+    assert common.table([json.loads(line) for line in lines]) in README
 
 
 @pytest.mark.parametrize("name", ["equilibrium", "bounds", "attack", "attack_game", "evaluate"])

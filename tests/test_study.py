@@ -28,6 +28,7 @@ from scipy import stats
 
 import mixadv
 import study as script
+from common.results import Run, append, finished
 from mixadv.robustness import paired_t_test
 from studying import pool, summary, tables, work
 from studying.findings import Findings, contrasts, differences, groups
@@ -35,7 +36,6 @@ from studying.parts import Measures, Method, Subject
 from studying.plan import Study
 from studying.reading import read
 from studying.render import render
-from training.results import Run, append, finished
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "research"
 METHODS = {

@@ -33,9 +33,9 @@ from tqdm import tqdm
 import _above  # noqa: F401
 import directions
 import mixadv
+from common import command, data
+from common.loop import Training
 from directions import RADII, arguments, trained
-from training import command, data
-from training.loop import Training
 
 PAYOFF = "symmetric_kl"
 Batch = dict[str, Tensor]

@@ -23,6 +23,12 @@ from tqdm.auto import tqdm
 import _above  # noqa: F401
 import attack
 import intent
+from common import command
+from common.data import Task
+from common.loop import Keeping, Training
+from common.options import positive, script
+from common.results import EMBEDDED_MODEL, Run
+from common.substitution import SOURCES, candidates
 from mixadv.tokens import (
     dropout_masks,
     learner_samples,
@@ -33,12 +39,6 @@ from mixadv.tokens import (
 from mixadv.tokens.substitution.game import Equilibrium, SubstitutionGame
 from mixadv.tokens.substitution.payoffs import Learner
 from theory import oracles
-from training import command
-from training.data import Task
-from training.loop import Keeping, Training
-from training.options import positive, script
-from training.results import EMBEDDED_MODEL, Run
-from training.substitution import SOURCES, candidates
 
 NAMES = ("pure_adversary_value", "guaranteed", "value", "worst", "pure_learner_value")
 HEAD = (

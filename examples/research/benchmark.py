@@ -36,7 +36,7 @@ from benchmark_parts import checks, picture, results, scaling
 from benchmark_parts.contenders import CONTENDERS
 from benchmark_parts.measure import BLOCKS, measure
 from benchmark_parts.work import EMBEDDED, MODELS, PARTS, Setting
-from training.options import Parser
+from common.options import Parser
 
 OUTPUT = Path(__file__).parent.parent / "results"
 SIZES, QUICK = ["16x128", "64x24"], ["4x24"]

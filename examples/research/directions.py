@@ -27,9 +27,10 @@ import _above  # noqa: F401
 import glue
 import intent
 import mixadv
-from training import command, data
-from training.loop import Keeping, Training
-from training.results import Run
+from common import command, data
+from common.loop import Keeping, Training
+from common.results import Run
+from mixadv.robustness.data import DataError
 
 RADII = (0.05, 0.1, 0.2, 0.4)
 ROWS = 16
@@ -170,7 +171,7 @@ def kept(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the kept results, by task."""
     files = sorted(folder.glob("*.jsonl"))
     if not files:
-        raise data.DataError(f"{folder} holds no results: run without --report first.")
+        raise DataError(f"{folder} holds no results: run without --report first.")
     return {f.stem: [json.loads(line) for line in f.read_text().splitlines()] for f in files}
 
 

@@ -24,14 +24,14 @@ from transformers import DataCollatorForLanguageModeling
 
 import _above  # noqa: F401
 import mixadv
+from common import model as finetuning
+from common.command import answer
+from common.evaluation import mean_token_norm
+from common.options import positive, script
+from common.pretraining import corpus
+from common.pretraining.tasks import encoder
 from mixadv.equilibrium import best_response
 from mixadv.tokens.reading.masked import IGNORED, masked_predictions
-from pretraining import corpus
-from pretraining.tasks import encoder
-from training import model as finetuning
-from training.command import answer
-from training.evaluation import mean_token_norm
-from training.options import positive, script
 
 STEPS = 5  # of the attack
 Batch = dict[str, Tensor]

@@ -24,6 +24,10 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import _above  # noqa: F401
+from common import command, loop, model
+from common.options import positive, script
+from common.results import append, finished
+from common.substitution import candidates
 from mixadv.robustness import data
 from studying import pool
 from studying.measure import measure, other
@@ -31,10 +35,6 @@ from studying.plan import COMPARED, Results, Study, measurable
 from studying.reading import read
 from studying.render import render
 from studying.work import load, sizes, train
-from training import command, loop, model
-from training.options import positive, script
-from training.results import append, finished
-from training.substitution import candidates
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:

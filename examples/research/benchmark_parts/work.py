@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from training import model as embedded
+from common import model as embedded
 
 MODELS = {  # layers, hidden size, heads, words
     "bert": (6, 384, 12, 30522),

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from common.parameters import PLAIN
 from mixadv.robustness.statistics import Comparison, holm, paired_t_test
 from studying.plan import COMPARED, Budget, Results, Study, measurable
-from training.parameters import PLAIN
 
 NOISE = "noise"
 PAIRS = (("pure", PLAIN), ("mixed", PLAIN), ("mixed", "pure"))

@@ -7,15 +7,14 @@ from typing import Any
 
 from datasets import Dataset
 
+from common import data, model
+from common.results import Run
+from common.substitution import candidates
 from mixadv.robustness import evaluate, text_batches, token_norm
-from mixadv.robustness.data import read_rows
+from mixadv.robustness.data import DataError, read_rows
 from mixadv.tokens import WordSubstitution
 from studying.parts import Measures, Subject
 from studying.work import load
-from training import data, model
-from training.data import DataError
-from training.results import Run
-from training.substitution import candidates
 
 ROWS = 64  # whose tokens the unit is measured on
 DIGITS = 4  # that count, of numbers of single rows

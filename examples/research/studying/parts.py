@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mixadv
+from common.parameters import PLAIN, known
+from common.results import Run
 from mixadv.checks import check_integer, check_number
 from mixadv.round.cost import count_passes
-from training.parameters import PLAIN, known
-from training.results import Run
 
 SCRIPTS = ("glue", "intent", "anli")
 SETTINGS = ("train", "shots", "limit", "max_length", "batch_size", "warmup", "weight_decay")
@@ -22,7 +22,7 @@ class Method:
     Attributes:
         solver: a name in `mixadv.SOLVERS`, or "plain".
         parameters: of the solver that are not the defaults.
-        substitute: share of the rows that get a copy with words replaced, see `training.Run`.
+        substitute: share of the rows that get a copy with words replaced, see `common.Run`.
         neighbours: where the words come from.
     """
 
@@ -68,7 +68,7 @@ class Subject:
         half: methods that are trained on half of the rows too.
         shifted: sets of other rows with the same labels by name, each with its `split`, its name
             on the `hub` and its `folder` of the data.
-        attacks: names of sources of words, see `training.substitution.SOURCES`.
+        attacks: names of sources of words, see `common.substitution.SOURCES`.
     """
 
     script: str

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from common.parameters import PLAIN, known
+from common.results import EMBEDDED_MODEL, Run
 from studying.parts import Measures, Method, Subject
-from training.parameters import PLAIN, known
-from training.results import EMBEDDED_MODEL, Run
 
 Budget = Literal["epochs", "compute", "half"]
 BUDGETS: dict[Budget, str] = {

@@ -5,9 +5,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from common.parameters import known
 from studying.parts import SETTINGS, Measures, Method, Subject
 from studying.plan import Study
-from training.parameters import known
 
 
 def read(path: Path) -> Study:

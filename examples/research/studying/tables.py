@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from common.results import over_seeds
 from mixadv.robustness import all_correct
 from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.statistics import Comparison, paired_t_test
 from mixadv.robustness.tables import DASH, INCREASES, Table
 from studying.findings import Findings, Values, differences, first
 from studying.plan import BUDGETS, COMPARED, PLAIN, Budget
-from training.results import over_seeds
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

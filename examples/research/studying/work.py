@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 import intent
+from common import data
+from common.data import Task
+from common.evaluation import Evaluator
+from common.loop import Keeping, Training
+from common.results import Run
 from mixadv.equilibrium import exploitability
 from mixadv.model.closure import Closure
-from training import data
-from training.data import Task
-from training.evaluation import Evaluator
-from training.loop import Keeping, Training
-from training.results import Run
 
 STEPS, RESTARTS = 5, 2  # of the response that exploitability is measured by
 COUNT, ROWS = 64, 16  # rows, of which in a batch

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from common.tables import markdown
 from mixadv.robustness.statistics import t_interval
 
 EMBEDDED_MODEL = "minilm"
@@ -43,7 +44,7 @@ class Run:
         attack_rows: 0 attacks the whole split.
         substitute: fraction of the training rows that get a copy with words replaced, made anew
             before each epoch but the first.
-        neighbours: where the words come from, see `training.substitution.SOURCES`.
+        neighbours: where the words come from, see `common.substitution.SOURCES`.
     """
 
     task: str
@@ -167,14 +168,14 @@ def table(results: Iterable[dict[str, Any]]) -> str:
     metrics = _metrics(r[m] for r in results for m in moments if m in r)
     at = ["at"] if len(moments) > 1 else []
     head = ["solver", *varied, *at, *metrics, "passes", "s/step", "seeds"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for group in groups.values():
         for moment in moments:
             chosen = [r for r in group if moment in r]
             if chosen:
                 at = [_at(moment, chosen[0])] if len(moments) > 1 else []
                 lines.append(_row(chosen, moment, varied, at, metrics))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(head, lines)
 
 
 def _at(moment: str, result: dict[str, Any]) -> str:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
+from common import data
+from mixadv.robustness.data import DataError
 from mixadv.tokens import Words
-from training import data
-from training.data import DataError
 
 PYDOC = "pydoc"
 EVERY = 10  # each tenth document is held out where a corpus has no split for it

@@ -18,6 +18,11 @@ from transformers import (
     ElectraConfig,
 )
 
+from common import model as finetuning
+from common.pretraining import corpus, models
+from common.pretraining.corpus import Corpus
+from common.pretraining.objectives import ORDER, Detection, Masked, Objective, guess
+from common.results import EMBEDDED_MODEL
 from mixadv.tokens import (
     CorrectionCollator,
     Neighbours,
@@ -27,11 +32,6 @@ from mixadv.tokens import (
     sentence_order,
     substituted,
 )
-from pretraining import corpus, models
-from pretraining.corpus import Corpus
-from pretraining.objectives import ORDER, Detection, Masked, Objective, guess
-from training import model as finetuning
-from training.results import EMBEDDED_MODEL
 
 TOKENIZER = "tokenizer"  # the folder of it in that of the run
 GENERATOR = "generator"  # likewise, in that of the model

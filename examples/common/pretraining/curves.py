@@ -5,7 +5,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from pretraining.objectives import Numbers
+from common.pretraining.objectives import Numbers
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

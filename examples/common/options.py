@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import mixadv
+from common.parameters import PLAIN
+from common.results import Run
+from common.substitution import SOURCES
 from mixadv.players.ascent import Ascent
-from training.parameters import PLAIN
-from training.results import Run
-from training.substitution import SOURCES
 
 WIDTH = 100  # of the manual
 EPILOG = """
@@ -127,7 +127,14 @@ def parser(
     add = group.add_argument
     text = "a hub model or a folder with one (default: %(default)s, the embedded encoder)"
     add("--model", default=default["model"], metavar="NAME", help=text)
+    _solver(parser)
+    _training(parser, default)
+    _evaluation(parser)
+    _output(parser, name)
+    return parser
 
+
+def _solver(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("solver").add_argument
     text = "one run for each, and for each seed (default: plain)"
     add("--solver", nargs="+", default=[PLAIN], metavar="NAME", help=text)
@@ -136,6 +143,8 @@ def parser(
     text = "parameters in a TOML or JSON file, one table for each solver; --set goes before it"
     add("--config", type=Path, metavar="FILE", help=text)
 
+
+def _training(parser: argparse.ArgumentParser, default: dict[str, Any]) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
     text = "of the head, dropout, order and choice of rows, players (default: 0)"
@@ -179,6 +188,8 @@ def parser(
     add("--substitute", type=float, default=0.0, metavar="SHARE", help=text)
     add("--neighbours", default="", metavar="SOURCE", help=f"of --substitute: {SOURCES}")
 
+
+def _evaluation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation").add_argument
     text = (
         "the weights that are evaluated and saved: the last; their running mean over training; or "
@@ -200,6 +211,8 @@ def parser(
     text = "rows to attack (default: all)"
     add("--attack-rows", type=positive, default=0, metavar="N", help=text)
 
+
+def _output(parser: argparse.ArgumentParser, name: str) -> None:
     add = parser.add_argument_group("output").add_argument
     text = "folder of results, checkpoints and saved models (default: %(default)s)"
     add("--output", type=Path, default=Path("runs") / name, metavar="FOLDER", help=text)
@@ -211,7 +224,6 @@ def parser(
     add("--checkpoint-every", type=positive, default=100, metavar="N", help=text)
     text = "print the table of OUTPUT/results.jsonl and stop: mean and 95 %% t-interval over seeds"
     add("--report", action="store_true", help=text)
-    return parser
 
 
 def positive(text: str) -> int:

@@ -10,6 +10,8 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 
+from common import data, model
+from common.results import Run
 from mixadv.tokens import (
     Candidates,
     MaskedCandidates,
@@ -20,8 +22,6 @@ from mixadv.tokens import (
     adversarial_rows,
 )
 from mixadv.tokens.substitution.augmentation import copies
-from training import data, model
-from training.results import Run
 
 BUILTIN = Path(__file__).parent.parent / "data" / "neighbours" / "neighbours.jsonl"
 SOURCES = (

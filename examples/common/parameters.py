@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 import mixadv
 from mixadv.errors import nearest
 
 PLAIN = "plain"
+TABLES = TypeAdapter(dict[str, dict[str, Any]], config=ConfigDict(strict=True))
+"""What a file of hyper-parameters holds: a table for each solver."""
 
 
 def known(option: str, name: str, names: Iterable[str], besides: str = "") -> None:
@@ -68,15 +72,20 @@ def _tables(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"--config {path}: there is no such file.")
     try:
         text = path.read_text()
-        tables = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        read = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(tables, dict):
-        raise ValueError(f"--config {path} holds no tables: write one for each solver.")
+    try:
+        tables = TABLES.validate_python(read)
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = ".".join(map(str, found["loc"])) or "it"
+        raise ValueError(
+            f"--config {path}: {where} is {found['input']!r}, not a table: write one of "
+            "parameters for each solver."
+        ) from error
     for solver, table in tables.items():
         known(f"--config {path}:", solver, mixadv.SOLVERS)
-        if not isinstance(table, dict):
-            raise ValueError(f"--config {path}: {solver} is {table!r}, not a table of parameters.")
         _build(solver, table, f"--config {path}")
     return tables
 

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
+from common.pretraining.objectives import Objective
 from mixadv.integrations.transformers import Adversarial
-from pretraining.objectives import Objective
 
 SEED = 0  # of what held-out rows get: masks, replacements; the same at each evaluation
 

@@ -9,11 +9,11 @@ from typing import Any
 from accelerate import PartialState
 
 import mixadv
-from training import loop, results
-from training.data import Task
-from training.options import parser
-from training.parameters import check_evaluation, parameters
-from training.results import Run
+from common import loop, results
+from common.data import Task
+from common.options import parser
+from common.parameters import check_evaluation, parameters
+from common.results import Run
 
 REFUSALS = (ValueError, OSError, ImportError, mixadv.GameError)
 """What a script answers with one line: the user asked for what cannot be run."""

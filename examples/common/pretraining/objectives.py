@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from mixadv.robustness.data import DataError
 from mixadv.tokens.reading.masked import IGNORED, masked_predictions
-from training.data import DataError
 
 Items = dict[str, Tensor]
 """Measures by name, one value per position `[N]`."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import transformers
 
+from common.data import Task
+from common.results import EMBEDDED_MODEL, Run
 from mixadv.tokens.reading.encoding import longest, padding_side
-from training.data import Task
-from training.results import EMBEDDED_MODEL, Run
 
 CONFIGS = ("config.json", "adapter_config.json")  # of a model, and of an adapter to one
 

@@ -12,6 +12,8 @@ import datasets
 import numpy as np
 from datasets import Dataset
 
+from mixadv.robustness.data import UNLABELLED, DataError
+
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what cannot be read is said once, here
 
@@ -20,11 +22,6 @@ Measure = Callable[[np.ndarray, Dataset], dict[str, float]]
 
 NAMES = {"validation": "dev", "validation_matched": "dev", "dev_matched": "dev"}
 NAMES |= {"validation_mismatched": "mismatched", "dev_mismatched": "mismatched"}
-UNLABELLED = -1  # how public sets mark rows without a gold label
-
-
-class DataError(ValueError):
-    """The data are not what the script can train on."""
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 import mixadv
+from common.data import Measure, Task, lengths
+from common.model import Encoder
+from common.results import Run
 from mixadv.equilibrium import best_response
-from training.data import Measure, Task, lengths
-from training.model import Encoder
-from training.results import Run
 
 ROWS = 32  # evaluated at a time
 STEPS = 5  # of the attack

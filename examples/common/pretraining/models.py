@@ -8,9 +8,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, AutoTokenizer, BertConfig
 
-from training import model as finetuning
-from training.model import quiet
-from training.results import EMBEDDED_MODEL
+from common import model as finetuning
+from common.model import quiet
+from common.results import EMBEDDED_MODEL
 
 TINY = "tiny"
 SIZE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}

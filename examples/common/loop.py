@@ -1,4 +1,12 @@
-"""The training loop: updates, evaluation on the way, checkpoints to go on from after a kill."""
+"""The training loop: updates, evaluation on the way, checkpoints to go on from after a kill.
+
+Why it is not `mixadv.integrations.transformers.AdversarialTrainer`, which trainer.py shows: Trainer
+takes one optimizer step per batch. Here `optimizer.step(closure)` plays a whole round on a batch,
+as often as the solver steps (FreeAT, and MAT at its defaults), and the measured tables compare
+methods at equal batches. A Trainer would spread a MAT round over several batches, and cannot play
+FreeAT. It also has an order of rows of its own, made before training, whereas an epoch's rows may
+be perturbed against the model as it stands, its own decay of the rate, and clips gradients.
+"""
 
 import gc
 import itertools
@@ -14,12 +22,12 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 
 import mixadv
-from training import checkpoint, data, model
-from training.data import Task
-from training.evaluation import Evaluator, Metrics
-from training.monitor import Monitor
-from training.results import Run, append, finished
-from training.substitution import Source, candidates
+from common import checkpoint, data, model
+from common.data import Task
+from common.evaluation import Evaluator, Metrics
+from common.monitor import Monitor
+from common.results import Run, append, finished
+from common.substitution import Source, candidates
 
 
 @dataclass(frozen=True)
