@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 
-from mixadv.games import BestResponse, Hedge, Method, WassersteinFisherRao
+from mixadv.games import BestResponseDynamics, Hedge, Method, WassersteinFisherRao
 from mixadv.games.method import Answer, Scene
 from mixadv.games.particles import Clouds
 
@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 
 TEXT, PURE, HEDGE, MOVED = "#404040", "#666666", "#0072B2", "#D55E00"
 PALE = {PURE: "#B0B0B0", HEDGE: "#9CCBE8", MOVED: "#F0A878"}
-LINES = {"best_response": PURE, "hedge": HEDGE, "mirror_prox": "#009E73", "restarted": "#AA4488"}
+LINES = {
+    "best_response_dynamics": PURE,
+    "hedge": HEDGE,
+    "mirror_prox": "#009E73",
+    "restarted": "#AA4488",
+}
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -131,7 +136,7 @@ def triangle(axes: Any) -> None:
 def pure_corners(axes: Any, known: Known) -> None:
     """Draw best responses, from corner to corner."""
     triangle(axes)
-    path = weights(known, BestResponse(), 6)[0] @ CORNERS
+    path = weights(known, BestResponseDynamics(), 6)[0] @ CORNERS
     axes.plot(*path[0], "o", color=PURE, ms=4)
     axes.annotate("start", path[0], (5, -3), textcoords="offset points", color=PURE, va="top")
     style = {"arrowstyle": "-|>", "color": PURE, "lw": 1.5, "shrinkA": 4, "shrinkB": 4}
@@ -157,7 +162,7 @@ def mixed_weights(axes: Any, known: Known) -> None:
 
 def pure_points(axes: Any, known: Known) -> None:
     """Draw best responses on an interval, step by step."""
-    path = weights(known, BestResponse(), 15)[:, 2:].argmax(-1)
+    path = weights(known, BestResponseDynamics(), 15)[:, 2:].argmax(-1)
     for side, colour, name in ((1, PALE[PURE], "x"), (0, PURE, "y")):
         points = known.game.grid(known.grid)[side].points[:, 0].numpy()[path[side]]
         axes.step(range(len(points)), points, where="post", color=colour, lw=1.8)
@@ -190,7 +195,7 @@ def gaps(axes: Any, rows: list[Solved]) -> None:
     """Draw gaps against steps, and bounds dashed."""
     for row in rows:
         steps, found, colour = row.solution.steps, row.solution.gaps.numpy(), LINES[row.method]
-        thick = 1.0 if row.method == "best_response" else 1.8  # it jumps up and down
+        thick = 1.0 if row.method == "best_response_dynamics" else 1.8  # it jumps up and down
         axes.loglog(steps, found, color=colour, lw=thick)
         label(axes, steps, found, row.method, colour)
         if row.bound:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixadv.games import (
-    BestResponse,
+    BestResponseDynamics,
     Box,
     ContinuousGame,
     Gaussian,
@@ -350,13 +350,15 @@ def test_best_responses_never_settle_on_a_grid(name):
     game, _ = play(name)
     ends = torch.zeros(50).double().index_fill(0, torch.tensor([7]), 1.0)
     solution = solve(
-        game, "best_response", 200, grid=50, start=(ends, ends.flip(0)), progress=False
+        game, "best_response_dynamics", 200, grid=50, start=(ends, ends.flip(0)), progress=False
     )
     assert (solution.gaps >= 1).all()
     nodes = game.grid(50)[0].points
     matrix = MatrixGame(game.payoffs(nodes, nodes))
     played = trajectory(
-        BestResponse().play(ends.log(), ends.flip(0).log(), Scene(matrix.spread[None], 200)),
+        BestResponseDynamics().play(
+            ends.log(), ends.flip(0).log(), Scene(matrix.spread[None], 200)
+        ),
         lambda pair: Answer(matrix.losses(pair.y.exp()), matrix.gains(pair.x.exp())),
         200,
     )

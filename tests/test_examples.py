@@ -296,7 +296,7 @@ def test_the_exact_value_lies_within_the_gap(equilibria: Solved):
 
 
 def test_pure_play_stays_away_from_the_mixed_equilibria(equilibria: Solved):
-    pure = {"best_response", "gradient_descent_ascent"}
+    pure = {"best_response_dynamics", "gradient_descent_ascent"}
     assert all(row.solution.gap.value > 1.5 for row in equilibria.rows if row.method in pure)
 
 

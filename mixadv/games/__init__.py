@@ -6,13 +6,13 @@
 in `MAT`; `theory/statements.md` says what must be true of them, and the tests confront the two.
 """
 
-from mixadv.games.certificate import Gap, duality_gap
-from mixadv.games.continuous import ContinuousGame, Particles
+from mixadv.games.certificate import duality_gap
+from mixadv.games.continuous import ContinuousGame
 from mixadv.games.matrix import MatrixGame
 from mixadv.games.method import Method
 from mixadv.games.methods import (
     AnytimeHedge,
-    BestResponse,
+    BestResponseDynamics,
     Hedge,
     Magnetic,
     MirrorProx,
@@ -26,16 +26,17 @@ from mixadv.games.particles import (
 )
 from mixadv.games.registry import METHODS, PARTICLE_METHODS
 from mixadv.games.restarted import Restarted
-from mixadv.games.solution import Pair, Solution
+from mixadv.games.solution import Solution
 from mixadv.games.solve import solve
 from mixadv.games.spaces import Ball, Box, Gaussian, Space, Torus
+from mixadv.games.strategies import Gap, Pair, Particles
 
 __all__ = [
     "METHODS",
     "PARTICLE_METHODS",
     "AnytimeHedge",
     "Ball",
-    "BestResponse",
+    "BestResponseDynamics",
     "Box",
     "ContinuousGame",
     "Gap",

@@ -1,71 +1,30 @@
 """Zero-sum games on continuous sets: a differentiable payoff of two points.
 
-    F(μ, ν) = ∬ f(x, y) dμ(x) dν(y),   the learner's μ minimises, the adversary's ν maximises.
-
-`f` is written for one pair of points; `torch.func.vmap` and `grad` make all pairs of it.
+F(μ, ν) = ∬ f(x, y) dμ(x) dν(y),   the learner's μ minimises, the adversary's ν maximises.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, jacrev, vmap
+from torch.func import jacrev, vmap
 
 from mixadv.checks import check_integer, check_number
-from mixadv.games import deviations
-from mixadv.games.certificate import Gap
-from mixadv.games.matrix import numbers
-from mixadv.games.spaces import Space, check_points
+from mixadv.games.matrix import gap, numbers
+from mixadv.games.payoff import PairPayoff
+from mixadv.games.spaces import REACH, Space, check_points
+from mixadv.games.strategies import Gap, Particles
+from mixadv.maths.geometry import unit
 
-Payoff = Callable[[Tensor, Tensor], Tensor]
-
-PAIRS = 1 << 20
-"""Pairs of points evaluated at once: 8 MB of float64 per intermediate result."""
-
-
-class Particles(NamedTuple):
-    """A mixed strategy of finitely many points: Σ_i w_i δ_(x_i).
-
-    Attributes:
-        points: `[N, dim]`.
-        log_weights: `[N]`.
-    """
-
-    points: Tensor
-    log_weights: Tensor
-
-    @property
-    def weights(self) -> Tensor:
-        """Weights `[N]`, of sum 1."""
-        return self.log_weights.exp()
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean point, `[dim]`."""
-        return self.weights @ self.points
+NODES = {1: 1001, 2: 65}
+"""Nodes per dimension of the grid a gap is judged on, where none is given."""
 
 
-class Slopes(NamedTuple):
-    """What each particle pays or earns against the other side, and where that grows.
-
-    Attributes:
-        losses: `[N]`, of the learner's points.
-        gains: `[M]`, of the adversary's points.
-        uphill_x: gradients of `losses`, `[N, dim]`.
-        uphill_y: gradients of `gains`, `[M, dim]`.
-    """
-
-    losses: Tensor
-    gains: Tensor
-    uphill_x: Tensor
-    uphill_y: Tensor
-
-
-class ContinuousGame:
+class ContinuousGame(PairPayoff):
     """min_μ max_ν of the mean payoff under mixed strategies on two sets.
 
     Args:
@@ -92,7 +51,7 @@ class ContinuousGame:
 
     def __init__(
         self,
-        payoff: Payoff,
+        payoff: Callable[[Tensor, Tensor], Tensor],
         learner: Space,
         adversary: Space,
         *,
@@ -106,54 +65,17 @@ class ContinuousGame:
                     f"{who} must be a set such as Box(-1, 1), Torus(1), Ball(2) or Gaussian(1), "
                     f"got {space!r}."
                 )
-        if not callable(payoff):
-            raise TypeError(f"payoff must be a function of two points, got {payoff!r}.")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a real one, such as torch.float64, got {dtype}.")
+        super().__init__(payoff, dtype)
         jumps = isinstance(lipschitz, float) and lipschitz == math.inf
         if lipschitz is not None and not jumps:
             check_number("ContinuousGame", "lipschitz", lipschitz)
-        self.payoff, self.learner, self.adversary = payoff, learner, adversary
-        self.lipschitz, self.dtype, self.device = lipschitz, dtype, _device(device)
-        self._check()
+        self.learner, self.adversary = learner, adversary
+        self.lipschitz, self.device = lipschitz, _device(device)
+        draw = self.generator(0)
+        self.check(*(space.sample(64, draw, dtype) for space in (learner, adversary)))
 
     def __repr__(self) -> str:
         return f"ContinuousGame({self.learner}, {self.adversary}, {self.dtype})"
-
-    # Payoffs -----------------------------------------------------------------------------------
-
-    def payoffs(self, xs: Tensor, ys: Tensor) -> Tensor:
-        """Return f of all pairs of points `[N, dim]` and `[M, dim]`, as `[N, M]`."""
-        along = vmap(vmap(self._number, (None, 0)), (0, None), chunk_size=_chunk(len(ys)))
-        return along(xs, ys)
-
-    def losses(self, xs: Tensor, nu: Particles) -> Tensor:
-        """Return what each point `[N, dim]` of the learner pays against ν, `[N]`."""
-        return vmap(self._against(nu, 0), chunk_size=_chunk(len(nu.points)))(xs)
-
-    def gains(self, ys: Tensor, mu: Particles) -> Tensor:
-        """Return what each point `[M, dim]` of the adversary earns against μ, `[M]`."""
-        return vmap(self._against(mu, 1), chunk_size=_chunk(len(mu.points)))(ys)
-
-    def value(self, mu: Particles, nu: Particles) -> Tensor:
-        """Return the mean payoff, 0-d."""
-        return mu.weights @ self.losses(mu.points, nu)
-
-    def slopes(self, mu: Particles, nu: Particles) -> Slopes:
-        """Return payoffs and gradients of all particles against the other side."""
-        uphill_x, losses = self.climb(nu, 0)(mu.points)
-        uphill_y, gains = self.climb(mu, 1)(nu.points)
-        return Slopes(losses, gains, uphill_x, uphill_y)
-
-    def climb(self, other: Particles, side: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Return what maps points to gradients and payoffs of the player against the other side.
-
-        Args:
-            other: the other side's strategy.
-            side: whose points they are: 0 the learner's, 1 the adversary's.
-        """
-        chunk = _chunk(len(other.points))
-        return vmap(grad_and_value(self._against(other, side)), chunk_size=chunk)
 
     def particles(self, points: Tensor | Particles) -> Particles:
         """Return points `[N, dim]` as a strategy of equal weights; a strategy in the game's dtype.
@@ -176,6 +98,18 @@ class ContinuousGame:
         if points.dim() != 2:
             raise ValueError(f"points must be [N, dim], one per row, got {list(points.shape)}.")
         return Particles(points, points.new_full((len(points),), -math.log(max(1, len(points)))))
+
+    def smoothness(self, seed: int = 0, draws: int = 64) -> float:
+        """Return the largest spectral norm of f's second derivatives at drawn pairs."""
+        draw, split = self.generator(seed), self.learner.dim
+        xs = self.learner.sample(draws, draw, self.dtype)
+        ys = self.adversary.sample(draws, draw, self.dtype)
+        second = vmap(jacrev(jacrev(lambda z: self.number(z[:split], z[split:]))))
+        return torch.linalg.matrix_norm(second(torch.cat([xs, ys], 1)), 2).max().item()
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Return a generator of draws on the game's device."""
+        return torch.Generator(self.device).manual_seed(seed)
 
     # Certificates --------------------------------------------------------------------------------
 
@@ -223,70 +157,66 @@ class ContinuousGame:
         mu, nu = self.particles(mu), self.particles(nu)
         check_points("learner", mu.points, self.learner)
         check_points("adversary", nu.points, self.adversary)
-        size = deviations.grid_size(self, grid)
-        if size is None:
-            return deviations.by_climbing(self, mu, nu, restarts, steps, seed)
-        return deviations.on_grid(self, mu, nu, size)
+        size = self.judging_grid(grid)
+        if size is not None:
+            return self._gap_on_grid(mu, nu, size)
+        check_integer("duality_gap", "restarts", restarts, 1)
+        check_integer("duality_gap", "steps", steps, 0)
+        check_integer("duality_gap", "seed", seed, 0)
+        draw = self.generator(seed)
+        earned = self._climbed(mu, 1, restarts, steps, draw)
+        paid = -self._climbed(nu, 0, restarts, steps, draw)
+        how = f"projected gradient, {restarts} restarts × {steps} steps"
+        return Gap((earned - paid).clamp(min=0), "lower bound", math.nan, how)
 
-    def smoothness(self, seed: int = 0, draws: int = 64) -> float:
-        """Return the largest spectral norm of f's second derivatives at drawn pairs."""
-        draw, split = self.generator(seed), self.learner.dim
-        xs = self.learner.sample(draws, draw, self.dtype)
-        ys = self.adversary.sample(draws, draw, self.dtype)
-        second = vmap(jacrev(jacrev(lambda z: self._number(z[:split], z[split:]))))
-        return torch.linalg.matrix_norm(second(torch.cat([xs, ys], 1)), 2).max().item()
+    def judging_grid(self, grid: int | None) -> int | None:
+        """Return the nodes per dimension to judge a gap on; None where there is no grid."""
+        return NODES.get(max(self.learner.dim, self.adversary.dim)) if grid is None else grid
 
-    def generator(self, seed: int) -> torch.Generator:
-        """Return a generator of draws on the game's device."""
-        return torch.Generator(self.device).manual_seed(seed)
+    def _gap_on_grid(self, mu: Particles, nu: Particles, size: int) -> Gap:
+        """Return the gap over all points of a grid.
 
-    # Helpers -------------------------------------------------------------------------------------
+        Its error is what the slopes at the nodes leave room for between them: a grid that is too
+        coarse to show the payoff's oscillations does not show its slopes either, so there give
+        `lipschitz`.
+        """
+        xs, ys = (reference.points for reference in self.grid(size))
+        losses, gains = self.losses(xs, nu), self.gains(ys, mu)
+        for who, nodes, payoffs in (("x", xs, losses), ("y", ys, gains)):
+            bad = (~payoffs.isfinite()).nonzero()
+            if len(bad):
+                i = int(bad[0])
+                raise ValueError(
+                    f"payoff must be finite on the sets: its mean at {who}={nodes[i].tolist()} is "
+                    f"{payoffs[i].item()}. Without a bound there is no value."
+                )
+        value = gap(losses, gains)
+        how = f"a grid of {len(xs)} and {len(ys)} points"
+        if not (self.learner.bounded and self.adversary.bounded):
+            how += f" within {REACH:g} standard deviations"
+            return Gap(value, "lower bound", math.nan, how)
+        error = self._slope(xs, nu, 0) * self.learner.covering(size)
+        error += self._slope(ys, mu, 1) * self.adversary.covering(size)
+        return Gap(value, "grid", error, how)
 
-    def _number(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.payoff(x, y).reshape(()).to(self.dtype)
+    def _slope(self, nodes: Tensor, rival: Particles, side: int) -> float:
+        if self.lipschitz is not None:
+            return self.lipschitz
+        return self.climb(rival, side)(nodes)[0].norm(dim=1).max().item()
 
-    def _against(self, other: Particles, side: int) -> Callable[[Tensor], Tensor]:
-        """Return the mean payoff of one point against the other side's strategy."""
-
-        def mean(point: Tensor) -> Tensor:
-            def one(against: Tensor) -> Tensor:
-                pair = (point, against) if side == 0 else (against, point)
-                return self._number(*pair)
-
-            return other.weights @ vmap(one)(other.points)
-
-        return mean
-
-    def _check(self) -> None:
-        draw = self.generator(0)
-        x = self.learner.sample(1, draw, self.dtype)[0]
-        y = self.adversary.sample(1, draw, self.dtype)[0]
-        found = self.payoff(x, y)
-        if not isinstance(found, Tensor) or not found.is_floating_point():
-            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
-            raise TypeError(
-                f"payoff must return a real tensor, got {kind}: compute it with torch from x and "
-                "y, so that it can be differentiated."
-            )
-        if found.numel() != 1:
-            raise ValueError(
-                f"payoff must return one number for a pair of points [{len(x)}] and [{len(y)}], "
-                f"got shape {list(found.shape)}: sum over the coordinates."
-            )
-        xs, ys = (s.sample(64, draw, self.dtype) for s in (self.learner, self.adversary))
-        try:
-            drawn = vmap(self._number)(xs, ys)
-        except RuntimeError as error:
-            raise TypeError(
-                "payoff must be plain torch, which torch.func.vmap can run on many pairs of points "
-                f"at once: no `if` on a tensor (use torch.where), no .item(). {error}"
-            ) from error
-        if not drawn.isfinite().all():
-            i = int((~drawn.isfinite()).nonzero()[0])
-            raise ValueError(
-                f"payoff must be finite on the sets: it is {drawn[i].item()} at "
-                f"x={xs[i].tolist()}, y={ys[i].tolist()}. Without a bound there is no value."
-            )
+    def _climbed(
+        self, rival: Particles, side: int, restarts: int, steps: int, draw: torch.Generator
+    ) -> Tensor:
+        """Return the most (learner: minus the least) that climbs from random starts reach."""
+        space, sign = (self.adversary, 1) if side else (self.learner, -1)
+        climb = self.climb(rival, side)
+        x, reached = space.sample(restarts, draw, self.dtype), []
+        for step in range(steps + 1):
+            uphill, payoffs = climb(x)
+            reached.append((sign * payoffs).max())
+            length = space.diameter / 2 * (1 - step / (steps + 1))
+            x = space.project(x + sign * length * unit(uphill))
+        return torch.stack(reached).max()
 
 
 def _device(device: Any) -> torch.device:
@@ -296,7 +226,3 @@ def _device(device: Any) -> torch.device:
         raise ValueError(
             f"device must be one that torch finds here, got {device!r}: {error}"
         ) from error
-
-
-def _chunk(others: int) -> int:
-    return max(1, PAIRS // max(1, others))

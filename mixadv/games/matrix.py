@@ -76,6 +76,29 @@ class MatrixGame:
         """
         return gap(self.losses(y), self.gains(x))
 
+    def weights(self, who: str, values: Any, side: int) -> Tensor:
+        """Return weights `[..., size]` of a player as a tensor; raise unless they are a strategy.
+
+        Args:
+            who: what the error calls them.
+            values: the weights.
+            side: whose they are: 0 the learner's, 1 the adversary's.
+        """
+        size = self.shape[side]
+        weights = numbers(who, values, self.payoff.dtype, self.payoff.device)
+        if weights.shape[-1:] != (size,) or not weights.numel():
+            raise ValueError(
+                f"{who} must be weights of shape [..., {size}], got {list(weights.shape)}."
+            )
+        total = weights.sum(-1)
+        if not (weights >= 0).all() or not torch.allclose(total, torch.ones_like(total), atol=1e-4):
+            raise ValueError(
+                f"{who} must be weights on the simplex: at least 0 and of sum 1, got "
+                f"{weights.min().item():g} to {weights.max().item():g} and a sum of "
+                f"{total.flatten()[0].item():g}."
+            )
+        return weights
+
 
 def gap(losses: Tensor, gains: Tensor) -> Tensor:
     """Return the duality gap of a pair from what rows pay and columns earn against it."""

@@ -3,14 +3,14 @@
 It yields the pair of strategies it plays, as log-weights, and is sent what each row pays and each
 column earns against that pair:
 
-    losses, gains = yield Play(x, y)          losses = A·exp(y),  gains = Aᵀ·exp(x)
+    losses, gains = yield Profile(x, y)          losses = A·exp(y),  gains = Aᵀ·exp(x)
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,11 @@ StepSize = float | tuple[float, float] | Literal["auto"]
 Output = Literal["average", "last", "best"]
 
 
-class Play(NamedTuple):
-    """What both players play, as log-weights `[..., m]` and `[..., n]`.
+Strategy = TypeVar("Strategy")
+
+
+class Profile(NamedTuple, Generic[Strategy]):
+    """What both players play: log-weights `[..., m]` and `[..., n]`, or particles.
 
     Attributes:
         x: the learner's.
@@ -30,8 +33,8 @@ class Play(NamedTuple):
         counts: whether it is a step of the method, or only looked at on the way to one.
     """
 
-    x: Tensor
-    y: Tensor
+    x: Strategy
+    y: Strategy
     counts: bool = True
 
 
@@ -68,7 +71,7 @@ def check_step_size(who: str, step_size: Any) -> None:
         check_number(who, "step_size", size)
 
 
-Players = Generator[Play, Answer, None]
+Players = Generator[Profile[Tensor], Answer, None]
 StepSizes = tuple[float | Tensor, float | Tensor]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixadv.checks import check_number
-from mixadv.games.method import Answer, Method, Output, Play, Players, Scene, StepSizes
+from mixadv.games.method import Answer, Method, Output, Players, Profile, Scene, StepSizes
 from mixadv.maths import mirror
 
 
@@ -31,7 +31,7 @@ class Hedge(Method):
         """Move by x ∝ x·exp(−η·Ay), y ∝ y·exp(η·Aᵀx)."""
         eta_x, eta_y = self.step_sizes(x, y, scene)
         while True:
-            losses, gains = yield Play(x, y)
+            losses, gains = yield Profile(x, y)
             x, y = mirror.step(x, -losses, eta_x, -1), mirror.step(y, gains, eta_y, -1)
 
     def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
@@ -60,7 +60,7 @@ class AnytimeHedge(Hedge):
         start_x, start_y, step = x, y, 1
         paid, earned = torch.zeros_like(x), torch.zeros_like(y)
         while True:
-            losses, gains = yield Play(x, y)
+            losses, gains = yield Profile(x, y)
             # In units of the first step: sums of raw payoffs could overflow.
             paid, earned, step = paid + eta_x * losses, earned + eta_y * gains, step + 1
             x = mirror.step(start_x, -paid, 1 / math.sqrt(step), -1)
@@ -80,7 +80,7 @@ class OptimisticHedge(Method):
         eta_x, eta_y = self.step_sizes(x, y, scene)
         before = Answer(torch.zeros_like(x), torch.zeros_like(y))
         while True:
-            losses, gains = answer = yield Play(x, y)
+            losses, gains = answer = yield Profile(x, y)
             x = mirror.step(x, before.losses - 2 * losses, eta_x, -1)
             y = mirror.step(y, 2 * gains - before.gains, eta_y, -1)
             before = answer
@@ -103,9 +103,9 @@ class MirrorProx(Method):
         """Move by u ∝ x·exp(−η·Ay), v ∝ y·exp(η·Aᵀx);  x ∝ x·exp(−η·Av), y ∝ y·exp(η·Aᵀu)."""
         eta_x, eta_y = self.step_sizes(x, y, scene)
         while True:
-            losses, gains = yield Play(x, y, counts=False)
+            losses, gains = yield Profile(x, y, counts=False)
             u, v = mirror.step(x, -losses, eta_x, -1), mirror.step(y, gains, eta_y, -1)
-            losses, gains = yield Play(u, v)
+            losses, gains = yield Profile(u, v)
             x, y = mirror.step(x, -losses, eta_x, -1), mirror.step(y, gains, eta_y, -1)
 
     def best_steps(self, x: Tensor, y: Tensor, scene: Scene) -> StepSizes:
@@ -147,7 +147,7 @@ class Magnetic(Method):
         magnet_x, magnet_y, tau = x, y, self.heat(x, y, scene)
         eta_x, eta_y = self.step_sizes(x, y, scene)
         while True:
-            losses, gains = yield Play(x, y)
+            losses, gains = yield Profile(x, y)
             x = mirror.magnetic_step(x, -losses, eta_x, tau, magnet_x, -1)
             y = mirror.magnetic_step(y, gains, eta_y, tau, magnet_y, -1)
 
@@ -171,13 +171,13 @@ class Magnetic(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestResponse(Method):
+class BestResponseDynamics(Method):
     """Pure play: each player moves to the best answer to what the other has just played.
 
     It cycles wherever the equilibrium is mixed: the baseline that mixed play is compared with.
     """
 
-    name: ClassVar[str] = "best_response"
+    name: ClassVar[str] = "best_response_dynamics"
     paper: ClassVar[str] = "Cournot 1838"
     bound: ClassVar[str] = "none"
     output: ClassVar[Output] = "last"
@@ -185,7 +185,7 @@ class BestResponse(Method):
     def play(self, x: Tensor, y: Tensor, scene: Scene) -> Players:
         """Move to x = argmin_i (Ay)_i, y = argmax_j (Aᵀx)_j."""
         while True:
-            losses, gains = yield Play(x, y)
+            losses, gains = yield Profile(x, y)
             x, y = _pure(losses.argmin(-1), x), _pure(gains.argmax(-1), y)
 
 

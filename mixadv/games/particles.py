@@ -9,33 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mixadv.checks import check_integer, check_number
-from mixadv.games.continuous import ContinuousGame, Particles, Slopes
-from mixadv.games.method import Output, StepSize, check_step_size
+from mixadv.games.continuous import ContinuousGame
+from mixadv.games.method import Output, Profile, StepSize, check_step_size
 from mixadv.games.spaces import Space
+from mixadv.games.strategies import Particles, Slopes
 from mixadv.maths import langevin, mirror
 
-
-class Clouds(NamedTuple):
-    """What both players play.
-
-    Attributes:
-        x: the learner's particles.
-        y: the adversary's.
-        counts: always, here: every cloud is a step.
-    """
-
-    x: Particles
-    y: Particles
-    counts: bool = True
-
-
-Moves = Generator[Clouds, Slopes, None]
+Clouds = Profile[Particles]
+Movers = Generator[Clouds, Slopes, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +51,7 @@ class ParticleMethod:
 
     def play(
         self, x: Particles, y: Particles, game: ContinuousGame, steps: int, draw: torch.Generator
-    ) -> Moves:
+    ) -> Movers:
         """Play from the particles x and y; `draw` is where noise comes from."""
         raise NotImplementedError
 
@@ -116,7 +103,7 @@ class Langevin(ParticleMethod):
 
     def play(
         self, x: Particles, y: Particles, game: ContinuousGame, steps: int, draw: torch.Generator
-    ) -> Moves:
+    ) -> Movers:
         """Move by x ← Π( x − γ·∇h(x) + γτ·∇log π(x) + √(2γτ)·ξ ), h the mean payoff against y."""
         step_x, step_y = self.step_sizes(game, steps, self.temperature)
 
@@ -128,7 +115,7 @@ class Langevin(ParticleMethod):
             return cloud._replace(points=moved)
 
         while True:
-            found = yield Clouds(x, y)
+            found = yield Profile(x, y)
             x = move(x, -found.uphill_x, step_x, game.learner)
             y = move(y, found.uphill_y, step_y, game.adversary)
 
@@ -154,7 +141,7 @@ class WassersteinFisherRao(ParticleMethod):
 
     def play(
         self, x: Particles, y: Particles, game: ContinuousGame, steps: int, draw: torch.Generator
-    ) -> Moves:
+    ) -> Movers:
         """Move by x ← Π( x − γ·∇h(x) ), w ∝ w·exp(−η·h(x)), h the mean payoff against y."""
         step_x, step_y = self.step_sizes(game, steps)
         eta = self.mirror_step
@@ -163,7 +150,7 @@ class WassersteinFisherRao(ParticleMethod):
             spread = (pairs.max() - pairs.min()).item()
             eta = math.sqrt(8 * math.log(max(2, self.particles)) / steps) / (spread or 1.0)
         while True:
-            found = yield Clouds(x, y)
+            found = yield Profile(x, y)
             x = Particles(
                 langevin.step(x.points, -found.uphill_x, step_x, project=game.learner.project),
                 mirror.step(x.log_weights, -found.losses, eta),

@@ -3,7 +3,7 @@
 from mixadv.games.method import Method
 from mixadv.games.methods import (
     AnytimeHedge,
-    BestResponse,
+    BestResponseDynamics,
     Hedge,
     Magnetic,
     MirrorProx,
@@ -26,7 +26,7 @@ METHODS: dict[str, type[Method]] = {
         MirrorProx,
         Magnetic,
         Restarted,
-        BestResponse,
+        BestResponseDynamics,
     )
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixadv.games.matrix import gap
-from mixadv.games.method import Answer, Method, Output, Play, Players, Scene
+from mixadv.games.method import Answer, Method, Output, Players, Profile, Scene
 from mixadv.games.methods import MirrorProx
 
 
@@ -49,7 +49,7 @@ class Restarted(Method):
             run = _Run(x, y)
             yield from run.play(method, scene._replace(steps=length), length)
             x, y, least = run.best()
-            yield Play(x, y)
+            yield Profile(x, y)
             share = (0.1 * least * scene.over_spread(1.0)).clamp(max=0.5)
             x, y = _with_uniform(x, share), _with_uniform(y, share)
             length = math.ceil(1.2 * length)

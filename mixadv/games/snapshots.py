@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from mixadv.games.continuous import ContinuousGame, Particles, Slopes
-from mixadv.games.deviations import grid_size
+from mixadv.games.continuous import ContinuousGame
 from mixadv.games.matrix import gap
+from mixadv.games.method import Profile
 from mixadv.games.particles import Clouds, ParticleMethod
+from mixadv.games.strategies import Pair, Particles, Slopes
 
 KEPT = 8192
 """Particles kept of the clouds along the way, whose union is the average strategy."""
@@ -30,21 +31,22 @@ class Snapshots:
     def __init__(
         self, game: ContinuousGame, method: ParticleMethod, steps: int, grid: int | None
     ) -> None:
-        self.game, self.output, self.grid = game, method.output, grid
+        self.game, self.method, self.grid = game, method, grid
         self.every, self.share = math.ceil(steps / KEPT), max(1, KEPT // steps)
-        size = grid_size(game, grid)
+        size = game.judging_grid(grid)
         self.nodes = None if size is None else game.grid(size)
         self.record_every = math.ceil(steps / (5 if self.nodes is None else 50))
         self.kept: list[Clouds] = []
         self.count, self.judged, self.draw = 0, 0, game.generator(0)
         self.paid = self.earned = torch.zeros((), dtype=game.dtype, device=game.device)
 
-    def add(self, play: Clouds, answer: Slopes) -> None:
-        """Take in a step."""
-        self.last = play
+    def answer(self, profile: Clouds) -> Slopes:
+        """Return what the particles pay and earn, and where that grows; keep some of them."""
+        self.last = Pair(profile.x, profile.y)
         if self.count % self.every == 0:
-            self.kept.append(Clouds(self._some(play.x), self._some(play.y)))
+            self.kept.append(Profile(self._some(profile.x), self._some(profile.y)))
         self.count += 1
+        return self.game.slopes(profile.x, profile.y)
 
     def _some(self, cloud: Particles) -> Particles:
         """Return `share` particles drawn by weight, at even distances of cumulated weight.
@@ -61,9 +63,14 @@ class Snapshots:
         return self.game.particles(cloud.points[order[drawn]])
 
     @property
-    def average(self) -> tuple[Particles, Particles]:
+    def average(self) -> Pair:
         """The mean strategies: all kept particles, those of each cloud with the same mass."""
         return _union(self.kept)
+
+    @property
+    def output(self) -> Pair:
+        """The strategies that the method gives."""
+        return self.average if self.method.output == "average" else self.last
 
     def gap(self) -> Tensor:
         """Return the gap of the method's output.
@@ -71,14 +78,13 @@ class Snapshots:
         Raises:
             FloatingPointError: if the particles have left for infinity.
         """
-        if not all(cloud.points.isfinite().all() for cloud in (self.last.x, self.last.y)):
+        if not all(cloud.points.isfinite().all() for cloud in self.last):
             raise FloatingPointError(
                 f"The particles left for infinity within {self.count} steps: give a step_size "
                 "below 2/smoothness of the payoff, or sets that are bounded."
             )
-        if self.output == "last" or self.nodes is None:
-            played = self.average if self.output == "average" else (self.last.x, self.last.y)
-            return self.game.duality_gap(*played, grid=self.grid).value
+        if self.method.output == "last" or self.nodes is None:
+            return self.game.duality_gap(*self.output, grid=self.grid).value
         new = self.kept[self.judged :]
         if new:
             mu, nu = _union(new)
@@ -90,11 +96,11 @@ class Snapshots:
         return gap(self.paid / self.judged, self.earned / self.judged)
 
 
-def _union(clouds: list[Clouds]) -> tuple[Particles, Particles]:
+def _union(clouds: list[Clouds]) -> Pair:
     share = math.log(len(clouds))
 
     def joined(sides: list[Particles]) -> Particles:
         points = torch.cat([side.points for side in sides])
         return Particles(points, torch.cat([side.log_weights for side in sides]) - share)
 
-    return joined([cloud.x for cloud in clouds]), joined([cloud.y for cloud in clouds])
+    return Pair(joined([cloud.x for cloud in clouds]), joined([cloud.y for cloud in clouds]))

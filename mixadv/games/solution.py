@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from mixadv.games.certificate import Gap
-
-if TYPE_CHECKING:
-    from mixadv.games.continuous import ContinuousGame, Particles
-    from mixadv.games.matrix import MatrixGame
-    from mixadv.games.method import Method
-    from mixadv.games.particles import ParticleMethod
-
-
-class Pair(NamedTuple):
-    """Both players' strategies: weights `[..., m]` and `[..., n]`, or particles."""
-
-    learner: Any
-    adversary: Any
+from mixadv.games.continuous import ContinuousGame
+from mixadv.games.matrix import MatrixGame
+from mixadv.games.method import Method
+from mixadv.games.particles import ParticleMethod
+from mixadv.games.strategies import Gap, Pair, Particles
 
 
 @dataclass(frozen=True)

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import math
-import reprlib
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixadv.checks import check_flag, check_integer, check_number
 from mixadv.errors import build
-from mixadv.games.certificate import check_weights, duality_gap
-from mixadv.games.continuous import ContinuousGame, Particles
+from mixadv.games.certificate import duality_gap
+from mixadv.games.continuous import ContinuousGame
 from mixadv.games.matrix import MatrixGame
 from mixadv.games.means import Means
 from mixadv.games.method import Method, Scene
 from mixadv.games.particles import ParticleMethod
 from mixadv.games.registry import METHODS, PARTICLE_METHODS
+from mixadv.games.run import Run, play
 from mixadv.games.snapshots import Snapshots
-from mixadv.games.solution import Pair, Solution
+from mixadv.games.solution import Solution
 from mixadv.games.spaces import check_points
+from mixadv.games.strategies import Pair, Particles
 from mixadv.maths import mirror
 
 RECORDS = 1000
@@ -47,10 +44,8 @@ def solve(
 
     Args:
         game: finite (a batch is solved at once) or continuous.
-        method: a name, or a method with its parameters. For finite games, and on a grid for
-            continuous ones: hedge, anytime_hedge, optimistic_hedge, mirror_prox, magnetic,
-            restarted, and the pure best_response. For continuous games: langevin,
-            wasserstein_fisher_rao, and the pure gradient_descent_ascent.
+        method: a method with its parameters, or a name: of `METHODS` for finite games, and on a
+            grid for continuous ones, or of `PARTICLE_METHODS` for continuous games.
         steps: T, at least 1.
         start: what both players start from: weights `[..., m]` and `[..., n]`, for particle methods
             points `[N, d]`. None is the uniform strategy, or draws from the reference measure.
@@ -61,116 +56,49 @@ def solve(
         parameters: of the method, if it is named: `step_size`, `temperature`, ...
 
     Raises:
-        ValueError: if the method does not exist or does not play this game, or a start is no
-            strategy.
+        ValueError: if the method does not exist or play this game, or a start is no strategy.
         TypeError: if an argument is of the wrong type.
 
     Example:
-        >>> from mixadv.games import MatrixGame
         >>> solution = solve(MatrixGame([[3, -1], [-2, 1]]), "optimistic_hedge", steps=1000)
         >>> round(solution.value.item(), 2), float(solution.gap) < 0.02
         (0.14, True)
     """
+    run = Run(steps, start, tolerance, grid, seed, progress)
+    return _solve(game, _method(method, parameters), run)
+
+
+def _solve(game: Any, method: Method | ParticleMethod, run: Run) -> Solution:
     if not isinstance(game, (MatrixGame, ContinuousGame)):
         raise TypeError(
             f"game must be a MatrixGame or a ContinuousGame, got {type(game).__name__}: wrap a "
             "matrix of payoffs as MatrixGame(payoff)."
         )
-    if start is not None and not (isinstance(start, (tuple, list)) and len(start) == 2):
-        raise TypeError(
-            f"start must be a pair (learner's, adversary's), got {reprlib.repr(start)}."
-        )
-    check_integer("solve", "steps", steps, 1)
-    check_integer("solve", "seed", seed, 0)
-    check_number("solve", "tolerance", tolerance)
-    check_flag("solve", "progress", progress)
-    chosen = _method(method, parameters)
-    with _bar(steps, chosen.name, progress) as advance:
-        if isinstance(chosen, ParticleMethod):
-            return _with_particles(game, chosen, steps, start, tolerance, grid, seed, advance)
-        if isinstance(game, ContinuousGame):
-            return _on_grid(game, chosen, steps, start, tolerance, grid, advance)
-        if grid is not None:
-            raise ValueError(f"grid={grid!r} is for continuous games; this is a MatrixGame.")
-        return _finite(game, chosen, steps, start, tolerance, advance)
+    if isinstance(method, ParticleMethod):
+        return _with_particles(game, method, run)
+    if isinstance(game, ContinuousGame):
+        return _on_grid(game, method, run)
+    if run.grid is not None:
+        raise ValueError(f"grid={run.grid!r} is for continuous games; this is a MatrixGame.")
+    return _finite(game, method, run)
 
 
-Advance = Callable[[], object]
-
-
-def _drive(
-    players: Generator[Any, Any, None],
-    answer: Callable[[Any], Any],
-    ledger: Any,
-    steps: int,
-    every: int,
-    tolerance: float,
-    advance: Advance,
-) -> tuple[list[int], list[Tensor]]:
-    """Play the steps; return the recorded ones and the gaps there."""
-    recorded, gaps = [], []
-    play = next(players)
-    for step in range(1, steps + 1):
-        while not play.counts:
-            play = players.send(answer(play))
-        answered = answer(play)
-        ledger.add(play, answered)
-        if step % every == 0 or step == steps:
-            recorded.append(step)
-            gaps.append(ledger.gap())
-            if tolerance and (gaps[-1] <= tolerance).all():
-                break
-        if step < steps:
-            play = players.send(answered)
-        advance()
-    return recorded, gaps
-
-
-def _finite(
-    game: MatrixGame,
-    method: Method,
-    steps: int,
-    start: tuple[Any, Any] | None,
-    tolerance: float,
-    advance: Advance,
-) -> Solution:
-    x, y = (_start(game, side, start) for side in (0, 1))
-
+def _finite(game: MatrixGame, method: Method, run: Run) -> Solution:
+    x, y = (_start(game, side, run) for side in (0, 1))
     ledger = Means(game, method)
-    players = method.play(x, y, Scene(game.spread[..., None], steps))
-    every = math.ceil(steps / RECORDS)
-    recorded, gaps = _drive(players, ledger.answer, ledger, steps, every, tolerance, advance)
-    outputs = {"average": ledger.average, "last": ledger.last}
-    played = ledger.best if method.output == "best" else outputs[method.output]
-    if not all(weights.isfinite().all() for weights in played):
+    players = method.play(x, y, Scene(game.spread[..., None], run.steps))
+    recorded, gaps = play(players, ledger, run, math.ceil(run.steps / RECORDS))
+    if not all(weights.isfinite().all() for weights in ledger.output):
         raise FloatingPointError(
             f"{method.name}: step size × payoffs overflow in {game.payoff.dtype}: give a smaller "
             "step_size, or payoffs divided by a constant."
         )
-    return Solution(
-        game=game,
-        method=method,
-        learner=played.learner,
-        adversary=played.adversary,
-        **outputs,
-        value=game.value(*played),
-        gap=duality_gap(game, *played),
-        gaps=torch.stack(gaps),
-        steps=recorded,
-    )
+    return _solution(ledger, recorded, gaps)
 
 
-def _on_grid(
-    game: ContinuousGame,
-    method: Method,
-    steps: int,
-    start: tuple[Any, Any] | None,
-    tolerance: float,
-    grid: int | None,
-    advance: Advance,
-) -> Solution:
+def _on_grid(game: ContinuousGame, method: Method, run: Run) -> Solution:
     coarse = {1: 201, 2: 21}.get(max(game.learner.dim, game.adversary.dim))
-    size = coarse if grid is None else grid
+    size = coarse if run.grid is None else run.grid
     if size is None:
         raise ValueError(
             f"{method.name} plays a continuous game on a grid, which in {game.learner.dim} and "
@@ -178,67 +106,55 @@ def _on_grid(
             f"a method that moves particles: {', '.join(PARTICLE_METHODS)}."
         )
     mu, nu = game.grid(size)
-    solved = _finite(
-        MatrixGame(game.payoffs(mu.points, nu.points)),
-        method,
-        steps,
-        start or (mu.weights, nu.weights),
-        tolerance,
-        advance,
-    )
+    between = MatrixGame(game.payoffs(mu.points, nu.points))
+    solved = _finite(between, method, replace(run, start=run.start or (mu.weights, nu.weights)))
 
-    def on_nodes(pair: Pair) -> Pair:
-        return Pair(Particles(mu.points, pair[0].log()), Particles(nu.points, pair[1].log()))
+    def on_nodes(x: Any, y: Any) -> Pair:
+        return Pair(Particles(mu.points, x.log()), Particles(nu.points, y.log()))
 
-    played = on_nodes(Pair(solved.learner, solved.adversary))
+    output = on_nodes(solved.learner, solved.adversary)
     return replace(
         solved,
         game=game,
-        learner=played.learner,
-        adversary=played.adversary,
-        average=on_nodes(solved.average),
-        last=on_nodes(solved.last),
-        gap=game.duality_gap(*played, grid=size),
+        learner=output.learner,
+        adversary=output.adversary,
+        average=on_nodes(*solved.average),
+        last=on_nodes(*solved.last),
+        gap=game.duality_gap(*output, grid=size),
     )
 
 
 def _with_particles(
-    game: MatrixGame | ContinuousGame,
-    method: ParticleMethod,
-    steps: int,
-    start: tuple[Any, Any] | None,
-    tolerance: float,
-    grid: int | None,
-    seed: int,
-    advance: Advance,
+    game: MatrixGame | ContinuousGame, method: ParticleMethod, run: Run
 ) -> Solution:
     if isinstance(game, MatrixGame):
         raise ValueError(
             f"{method.name} moves points, and the rows and columns of a MatrixGame have none: use "
             f"one of {', '.join(METHODS)}."
         )
-    draw = game.generator(seed)
+    draw = game.generator(run.seed)
     spaces = (game.learner, game.adversary)
-    begun = start or [s.sample(method.particles, draw, game.dtype) for s in spaces]
-    x, y = (_cloud(game, i, begun[i], method.particles) for i in (0, 1))
-    ledger = Snapshots(game, method, steps, grid)
-    players = method.play(x, y, game, steps, draw)
+    start = run.start or [s.sample(method.particles, draw, game.dtype) for s in spaces]
+    x, y = (_cloud(game, side, start[side], method.particles) for side in (0, 1))
+    ledger = Snapshots(game, method, run.steps, run.grid)
+    players = method.play(x, y, game, run.steps, draw)
+    recorded, gaps = play(players, ledger, run, ledger.record_every)
+    return _solution(ledger, recorded, gaps, grid=run.grid)
 
-    def answer(play: Any) -> Any:
-        return game.slopes(play.x, play.y)
 
-    recorded, gaps = _drive(players, answer, ledger, steps, ledger.record_every, tolerance, advance)
-    average, last = Pair(*ledger.average), Pair(ledger.last.x, ledger.last.y)
-    played = average if method.output == "average" else last
+def _solution(
+    ledger: Means | Snapshots, recorded: list[int], gaps: list[Tensor], **how: Any
+) -> Solution:
+    game, output = ledger.game, ledger.output
     return Solution(
         game=game,
-        method=method,
-        learner=played.learner,
-        adversary=played.adversary,
-        average=average,
-        last=last,
-        value=game.value(*played),
-        gap=game.duality_gap(*played, grid=grid),
+        method=ledger.method,
+        learner=output.learner,
+        adversary=output.adversary,
+        average=ledger.average,
+        last=ledger.last,
+        value=game.value(*output),
+        gap=duality_gap(game, *output, **how),
         gaps=torch.stack(gaps),
         steps=recorded,
     )
@@ -259,13 +175,13 @@ def _method(method: Any, parameters: dict[str, Any]) -> Method | ParticleMethod:
     return build("method", {**METHODS, **PARTICLE_METHODS}, method, parameters)
 
 
-def _start(game: MatrixGame, side: int, start: tuple[Any, Any] | None) -> Tensor:
+def _start(game: MatrixGame, side: int, run: Run) -> Tensor:
     """Return the log-weights a player starts from, `[..., size]`."""
     shape = (*game.payoff.shape[:-2], game.shape[side])
-    if start is None:
+    if run.start is None:
         even = mirror.uniform(shape[-1], dtype=game.payoff.dtype, device=game.payoff.device)
         return even.expand(shape)
-    weights = check_weights(f"start[{side}]", start[side], game, side)
+    weights = game.weights(f"start[{side}]", run.start[side], side)
     if tuple(weights.shape) not in (shape, shape[-1:]):
         raise ValueError(
             f"start[{side}] must be weights of shape {list(shape)}, or {list(shape[-1:])} for all "
@@ -283,15 +199,3 @@ def _cloud(game: ContinuousGame, side: int, points: Any, particles: int) -> Part
         )
     check_points(f"start[{side}]", cloud.points, space)
     return cloud._replace(points=space.project(cloud.points))
-
-
-@contextmanager
-def _bar(steps: int, name: str, wanted: bool) -> Iterator[Advance]:
-    """Yield what advances a progress bar; nothing is shown off a terminal or without tqdm."""
-    if not wanted or find_spec("tqdm") is None:
-        yield lambda: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=steps, desc=name, delay=2, disable=None, leave=False) as bar:
-        yield bar.update
