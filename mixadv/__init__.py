@@ -1,7 +1,7 @@
 """mixadv: adversarial training as a game between the learner and an adversary."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixadv.errors import GameError
 from mixadv.game import Game
@@ -31,6 +31,9 @@ from mixadv.solvers import (
 from mixadv.solvers.base import Solver
 from mixadv.solvers.play import Step
 
+if TYPE_CHECKING:
+    from mixadv.equilibrium import attack
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -58,6 +61,7 @@ __all__ = [
     "Strategy",
     "TextAT",
     "UniformNoise",
+    "attack",
     "make_solver",
     "wrap",
 ]
@@ -67,6 +71,8 @@ _SUBPACKAGES = ("equilibrium", "games", "integrations", "neurons", "robustness",
 
 def __getattr__(name: str) -> Any:
     """Import a subpackage when it is first asked for: some need an extra."""
+    if name == "attack":
+        return import_module("mixadv.equilibrium").attack
     if name in _SUBPACKAGES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,17 @@
-"""Best responses: what the adversary can gain against a learner that stays where it is."""
+"""Best responses: what the adversary can gain against a learner that stays where it is.
+
+What an ascent reaches is a lower bound: an exploitability of 0 certifies nothing, and a gain shows
+that the solver's own adversary is too weak. u is the solver's payoff: the task loss, or its
+divergence from the clean predictions. The strategy in play, q, is what a round on this batch would
+leave as `game.strategy` if the learner stood still: the last point of an ascent; MAT's mean where
+that is played, else its mixture, which earns what its particles do on average. The response ascends
+in the same ball by steps of a quarter of the radius: once from the point of q that pays most, so
+that it is never weaker than q, then from random ones. What a solver has besides ball and payoff
+(CAT's sharing, CreAT's distance) is left aside. All passes see one dropout mask; prefer evaluation
+mode, where a sample's payoff is its own whatever the batch. Before the first round the unit of
+lengths is measured on the first batch, and forgotten again. Of several processes each reports its
+own samples.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +19,17 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixadv.checks import check_integer
 from mixadv.exploited import Exploitability
 from mixadv.game import Game
 from mixadv.model.closure import Closure
 from mixadv.model.contexts import no_grad
-from mixadv.model.replay import Buffers
+from mixadv.model.replay import Buffers, evaluating
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.round import routes
@@ -77,6 +90,40 @@ def best_response(game: Game, closure: Closure) -> BestResponse:
     return BestResponse(strategy, reading.loss, reading.predictions)
 
 
+def attack(
+    model: nn.Module, solver: Solver, closure: Closure, site: Any = None, *, seed: int = 0
+) -> BestResponse:
+    """Attack a model as it stands: `best_response` without a game of one's own.
+
+    The model is attacked in evaluation mode, in which it is put meanwhile; nothing stays on it.
+
+    Args:
+        model: to attack.
+        solver: whose ascent is played.
+        closure: runs the forward pass and returns the loss, or loss and predictions.
+        site: where δ acts; None finds the input embedding that the encoder calls.
+        seed: of the start.
+
+    Example:
+        >>> import mixadv
+        >>> model = torch.nn.Linear(2, 2)
+        >>> x, y = torch.eye(2), torch.tensor([0, 1])
+        >>> def closure():
+        ...     logits = model(x)
+        ...     return torch.nn.functional.cross_entropy(logits, y), logits
+        >>> clean = closure()[0]
+        >>> bool(mixadv.attack(model, mixadv.PGD(steps=5, radius=1.0), closure).loss > clean)
+        True
+    """
+    still = torch.optim.SGD(model.parameters(), lr=0.0)  # a learner part would ask for one
+    game = Game(model, solver, site, seed=seed, optimizer=still)
+    try:
+        with evaluating(model):
+            return best_response(game, closure)
+    finally:
+        game.close()
+
+
 def exploitability(
     game: Game,
     closures: Closure | Iterable[Closure],
@@ -89,22 +136,9 @@ def exploitability(
 
         max_δ u(δ) − E_{δ~q} u(δ)     per sample, at the current θ
 
-    bounded from below, since the maximum is over points that an ascent reached. 0 certifies
-    nothing; a gain shows that the solver's own adversary is too weak.
-
-    u is the solver's payoff: the task loss, or its divergence from the clean predictions. q is what
-    a round on this batch would leave as `game.strategy` if the learner stood still: the last point
-    of an ascent; MAT's mean where that is played, else its mixture, which earns what its particles
-    do on average. The response ascends in the same ball by steps of a quarter of the radius: once
-    from the point of q that pays most, so that it is never weaker than q, then from random ones.
-    What a solver has besides ball and payoff (CAT's sharing, CreAT's distance) is left aside.
-
-    It leaves nothing behind: no gradient, step, draw, buffer or memory. A training run with it is
-    bit for bit the run without, and called again it gives the same answer. All its passes see one
-    dropout mask; prefer evaluation mode, where a sample's payoff is its own whatever the batch.
-    Before the first round the unit of lengths is measured on the first batch, and forgotten again.
-    Of several processes each reports its own samples. Costs `steps · restarts` forwards and
-    backwards for δ, and a round.
+    bounded from below, since the maximum is over points that an ascent reached; see the file's
+    docstring. Costs `steps · restarts` forwards and backwards for δ, and a round. It leaves nothing
+    behind: a training run with it is bit for bit the run without.
 
     Args:
         game: the one that trains (`optimizer.game`), or another on the model.
@@ -122,16 +156,11 @@ def exploitability(
         >>> import mixadv
         >>> model = torch.nn.Linear(2, 2)
         >>> x, y = torch.eye(2), torch.tensor([0, 1])
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> optimizer = mixadv.wrap(optimizer, model, mixadv.PGD(steps=1, radius=0.5))
+        >>> game = mixadv.Game(model, mixadv.PGD(steps=1, radius=0.5))
         >>> def closure():
         ...     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
-        >>> for step in range(6):
-        ...     loss = optimizer.step(closure)
-        ...     if step % 3 == 2:
-        ...         found = exploitability(optimizer.game, closure)
-        >>> found.gains.shape, found.response
-        (torch.Size([2]), 'projected ascent, 20 steps × 4 restarts, l2 ball of 0.5 token norms')
+        >>> exploitability(game, closure).response
+        'projected ascent, 20 steps × 4 restarts, l2 ball of 0.5 token norms'
     """
     _check_game(game)
     ascent = _stronger(game.solver, steps, restarts)
@@ -142,10 +171,13 @@ def exploitability(
     if not found:
         raise ValueError("exploitability: no closure was given, so nothing was measured.")
     played, reached = (torch.cat(payoffs) for payoffs in zip(*found, strict=True))
+    return Exploitability(played, reached, _described(ascent, steps, restarts), level)
+
+
+def _described(ascent: Ascent, steps: int, restarts: int) -> str:
     where = f"{ascent.norm} ball of {ascent.radius:g}"
     where += " token norms" * (ascent.unit == "relative") + " per token" * (ascent.per == "token")
-    response = f"projected ascent, {steps} steps × {restarts} restarts, {where}"
-    return Exploitability(played, reached, response, level)
+    return f"projected ascent, {steps} steps × {restarts} restarts, {where}"
 
 
 def _check_game(game: Game) -> None:

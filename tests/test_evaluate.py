@@ -27,6 +27,7 @@ import evaluate as script
 import mixadv
 from common.model import load_classifier
 from mixadv.equilibrium import exploitability
+from mixadv.model.replay import evaluating
 from mixadv.robustness import (
     DataError,
     Report,
@@ -42,7 +43,6 @@ from mixadv.robustness import (
 )
 from mixadv.robustness.kept import digest, write
 from mixadv.tokens import SimilarWords, Typos, WordSubstitution, summary
-from mixadv.tokens.reading.encoding import evaluating
 from tests.substitution_zoo import TABLE, VOCABULARY, tiny, word_tokenizer
 from tests.zoo import assert_same, fingerprint
 

@@ -43,6 +43,22 @@ def set_random_state(states: RandomState) -> None:
             backend.set_rng_state(state, device)
 
 
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put modules in evaluation mode; restore the modes and the random state, also after errors."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    devices = {p.device for module in modules for p in module.parameters()}
+    state = random_state(sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str))
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        set_random_state(state)
+
+
 class Replay:
     """Random state and buffers of one round.
 

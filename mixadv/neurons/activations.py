@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.model.modules import unwrap
-from mixadv.tokens.reading.encoding import evaluating, longest, padding_side
+from mixadv.model.replay import evaluating
+from mixadv.tokens.reading.encoding import longest, padding_side
 
 Sentences = Sequence[Sequence[str]]
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from mixadv.checks import check_integer, check_number
 from mixadv.game import Game
 from mixadv.model.contexts import no_grad
-from mixadv.model.replay import Noise
+from mixadv.model.replay import Noise, evaluating
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
@@ -33,7 +33,6 @@ from mixadv.round.stage import Stage
 from mixadv.round.unit import measure_unit
 from mixadv.round.validate import check_seed
 from mixadv.solvers import PGD
-from mixadv.tokens.reading.encoding import evaluating
 
 Measure = Callable[[Stage, Batch], Sequence[Tensor]]
 """Plays on a batch in a round of its own and returns columns `[B, ...]`."""

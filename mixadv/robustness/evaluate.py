@@ -12,6 +12,7 @@ from torch import nn
 from mixadv.checks import check_integer, check_number
 from mixadv.game import Game
 from mixadv.model.modules import unwrap
+from mixadv.model.replay import evaluating
 from mixadv.robustness.attacked import Attacked, drawn
 from mixadv.robustness.data import DataError, Rows, read_rows
 from mixadv.robustness.kept import Kept, as_json, digest
@@ -19,7 +20,7 @@ from mixadv.robustness.measured import Measured
 from mixadv.robustness.report import Report
 from mixadv.round.validate import check_seed
 from mixadv.tokens import WordSubstitution
-from mixadv.tokens.reading.encoding import evaluating, longest
+from mixadv.tokens.reading.encoding import longest
 from mixadv.tokens.substitution.reader import Reader
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})

@@ -13,9 +13,9 @@ from torch import nn
 from mixadv.checks import check_integer
 from mixadv.game import Game
 from mixadv.model.contexts import no_grad
+from mixadv.model.replay import evaluating
 from mixadv.robustness.batches import Batch, check_reading, in_order
 from mixadv.robustness.statistics import Estimate, bootstrap, bootstrap_difference
-from mixadv.tokens.reading.encoding import evaluating
 
 BINS = 15  # of the calibration error, as in Guo et al.
 

@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from mixadv.model.replay import random_state, set_random_state
-
 Text = str | tuple[str, str]
 """What a classifier reads: one text, or two."""
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules in evaluation mode; restore the modes and the random state, also after errors."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    devices = {p.device for module in modules for p in module.parameters()}
-    state = random_state(sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str))
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-        set_random_state(state)
 
 
 def longest(model: nn.Module, tokenizer: Any) -> int | None:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixadv.tokens.reading.encoding import evaluating, longest, tokens
+from mixadv.model.replay import evaluating
+from mixadv.tokens.reading.encoding import longest, tokens
 
 FUNCTION_WORDS = frozenset(
     """

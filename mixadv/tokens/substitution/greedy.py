@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from mixadv.tokens.reading.encoding import Text, evaluating
+from mixadv.model.replay import evaluating
+from mixadv.tokens.reading.encoding import Text
 from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.attacks import Attack
 from mixadv.tokens.substitution.candidates import Candidates

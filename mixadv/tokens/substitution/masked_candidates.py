@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixadv.tokens.reading.encoding import evaluating, longest, tokens
+from mixadv.model.replay import evaluating
+from mixadv.tokens.reading.encoding import longest, tokens
 from mixadv.tokens.reading.masked import output_layer
 from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.candidates import check_most, usable

@@ -12,7 +12,8 @@ from torch.func import functional_call
 
 from mixadv.game import Game
 from mixadv.model.modules import unwrap
-from mixadv.tokens.reading.encoding import Text, evaluating, longest, tokens
+from mixadv.model.replay import evaluating
+from mixadv.tokens.reading.encoding import Text, longest, tokens
 from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.candidates import Candidates, check_most
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity
