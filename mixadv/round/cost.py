@@ -8,7 +8,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from mixadv.errors import GameError
 from mixadv.maths.divergence import Divergence
@@ -103,32 +102,25 @@ class Rehearsal(Moves):
         self._used_clean = False
 
     @property
-    @override
     def site(self) -> list[str]:
         return ["rehearsal"]
 
     @property
-    @override
     def calls(self) -> list[Call]:
         return [Call(torch.Size([1, 1]), torch.float32, torch.device("cpu"), None)]
 
-    @override
     def start(self, ascent: Ascent, begin: Begin | None = None) -> Strategy:
         return Strategy([torch.zeros(ascent.particles, 1, 1)])
 
-    @override
     def origin(self, ascent: Ascent) -> Strategy:
         return Strategy([torch.zeros(1, 1, 1)])
 
-    @override
     def draw(self, ascent: Ascent, call: Call) -> Tensor:
         return torch.zeros(1, 1)
 
-    @override
     def constant(self, name: str, kind: str, like: Tensor) -> Tensor:
         return torch.zeros_like(like)
 
-    @override
     def payoffs(
         self,
         q: Strategy,
@@ -143,29 +135,24 @@ class Rehearsal(Moves):
         self.delta_backwards += q.size
         return q, torch.zeros(q.size, 1), [torch.zeros_like(p) for p in q.points]
 
-    @override
     def clean_gradients(self, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
         self.clean()
         self.delta_backwards += 1
         q = self.origin(ascent)
         return q, [*q.points]
 
-    @override
     def second_order(self, kind: str | Divergence, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
         return self.clean_gradients(ascent)
 
-    @override
     def leap(self, kind: str | Divergence, ascent: Ascent) -> Strategy:
         self.second_order(kind, ascent)
         return self.start(ascent)
 
-    @override
     def move(
         self, q: Strategy, how: Ascent | Rule, gradients: Sequence[Tensor] | None = None
     ) -> Strategy:
         return q
 
-    @override
     def ascend(
         self,
         payoff: str | Divergence,
@@ -179,19 +166,16 @@ class Rehearsal(Moves):
             self.payoffs(q, payoff, ascent, deviation_weight)
         return q
 
-    @override
     def clean(self) -> Reading:
         self.forwards += not self.clean_known
         self._used_clean &= self.clean_known
         self.clean_known = True
         return _READING
 
-    @override
     def plain_loss(self) -> Tensor:
         self.clean_known = False
         return self.loss()
 
-    @override
     def loss(self, q: Strategy | None = None, last: bool = True, clean: bool = False) -> Tensor:
         if q is None:
             self._learn_clean()
@@ -200,12 +184,10 @@ class Rehearsal(Moves):
             self.branches += q.size
         return torch.zeros(())
 
-    @override
     def read(self, q: Strategy) -> Reading:
         self.loss(q)
         return _READING
 
-    @override
     def divergence(self, q: Strategy, kind: str | Divergence, fixed: bool = False) -> Tensor:
         if fixed:
             self.clean()
@@ -213,7 +195,6 @@ class Rehearsal(Moves):
             self._learn_clean()
         return self.loss(q)
 
-    @override
     def proximal(self, kind: str | Divergence) -> Tensor:
         self._learn_clean()
         self.forwards += 1

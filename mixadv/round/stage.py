@@ -9,7 +9,6 @@ from typing import final
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from mixadv.errors import GameError
 from mixadv.maths import gauss_newton
@@ -62,36 +61,29 @@ class Stage(Moves):
         self._arrived: Arrived | None = None
 
     @property
-    @override
     def site(self) -> list[str]:
         return self.arena.site.names
 
     @property
-    @override
     def calls(self) -> list[Call]:
         return self.passes.calls
 
     # The adversary ---------------------------------------------------------------------------
 
-    @override
     def start(self, ascent: Ascent, begin: Begin | None = None) -> Strategy:
         return opening(ascent, self.arena.noise, self.calls, self.arena.scale, begin)
 
-    @override
     def origin(self, ascent: Ascent) -> Strategy:
         return self.start(ascent, lambda index, call: torch.zeros_like(call.empty()))
 
-    @override
     def draw(self, ascent: Ascent, call: Call) -> Tensor:
         return ascent.begin(call.empty(), call.mask, self.arena.noise)
 
-    @override
     def constant(self, name: str, kind: str, like: Tensor) -> Tensor:
         noise = Noise(self.arena.seed)
         noise.begin(name, 0)
         return noise(kind, like)
 
-    @override
     def payoffs(
         self,
         q: Strategy,
@@ -124,7 +116,6 @@ class Stage(Moves):
         self.payoff = (q.weights * values).sum(0).mean() / shared(values, payoff, samples)
         return q, values, gradients
 
-    @override
     def clean_gradients(self, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
         def gained(clean: Reading) -> Tensor:
             values = losses_of_samples(clean)
@@ -153,7 +144,6 @@ class Stage(Moves):
         kept = self._keep_clean(passes.cut.off(clean, nowhere) if again else clean)
         return zero, gradients, kept
 
-    @override
     def move(
         self, q: Strategy, how: Ascent | Rule, gradients: Sequence[Tensor] | None = None
     ) -> Strategy:
@@ -167,7 +157,6 @@ class Stage(Moves):
         self.fallen = [old | new for old, new in zip(before, fallen, strict=True)]
         return q
 
-    @override
     def ascend(
         self,
         payoff: str | Divergence,
@@ -182,13 +171,11 @@ class Stage(Moves):
             q = self.move(q, ascent, gradients)
         return q.detach()
 
-    @override
     def leap(self, kind: str | Divergence, ascent: Ascent) -> Strategy:
         zero, gradients = self.second_order(kind, ascent)
         size = ascent.step_size if ascent.radius is None else ascent.radius
         return self.move(zero, replace(ascent, step_size=size), gradients)
 
-    @override
     def second_order(self, kind: str | Divergence, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
         if kind not in gauss_newton.CURVED + gauss_newton.FLAT:
             raise GameError(f"direction='gauss_newton' is for divergences, and not for {kind!r}.")
@@ -207,15 +194,12 @@ class Stage(Moves):
 
     # The learner -----------------------------------------------------------------------------
 
-    @override
     def clean(self) -> Reading:
         return self._clean or self._keep_clean(self.passes.part(nowhere))
 
-    @override
     def plain_loss(self) -> Tensor:
         return self._keep_clean(self.passes.run(nowhere)).objective
 
-    @override
     def loss(self, q: Strategy | None = None, last: bool = True, clean: bool = False) -> Tensor:
         if not last:
             with local(self.arena.model):
@@ -231,7 +215,6 @@ class Stage(Moves):
             self.clean_loss = objective.detach()
         return objective
 
-    @override
     def read(self, q: Strategy) -> Reading:
         self.played = q
         reading = self.passes.run(self.passes.at(q))
@@ -240,7 +223,6 @@ class Stage(Moves):
         self.payoff = objective.detach()
         return reading._replace(loss=objective)
 
-    @override
     def divergence(self, q: Strategy, kind: str | Divergence, fixed: bool = False) -> Tensor:
         measure, clean = divergence(kind), self.clean().compared
         clean = clean.detach() if fixed else clean
@@ -254,7 +236,6 @@ class Stage(Moves):
         self.payoff = expected.detach()
         return expected
 
-    @override
     def proximal(self, kind: str | Divergence) -> Tensor:
         clean, learner = self.clean(), self.arena.learner
         assert learner is not None
