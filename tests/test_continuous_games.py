@@ -28,8 +28,9 @@ from mixadv.games import (
     snapshots,
     solve,
 )
-from mixadv.games.method import Answer, Scene
+from mixadv.games.method import Scene
 from mixadv.maths import mirror
+from tests.games_zoo import answers, profiles
 from theory import bounds, oracles
 
 seeds = st.integers(0, 2**32 - 1)
@@ -90,7 +91,8 @@ def test_grid_methods_keep_their_bounds_on_every_example(name, method):
 
 def start(nodes, seed):
     """A random strategy on the nodes, with some weights far below others."""
-    return torch.tensor(np.random.default_rng(seed).dirichlet(np.full(nodes, 0.5))) + 1e-6
+    weights = torch.tensor(np.random.default_rng(seed).dirichlet(np.full(nodes, 0.5))) + 1e-6
+    return weights / weights.sum()
 
 
 @pytest.mark.parametrize("name", CIRCULAR)
@@ -99,7 +101,7 @@ def test_circular_games_are_solved_from_any_start(name, method):
     """The uniform start is an equilibrium of theirs. Bounds are C1's, against the worst rival."""
     game = play(name)[0]
     nodes, steps = 64, 400
-    begin = [start(nodes, seed) / start(nodes, seed).sum() for seed in (1, 2)]
+    begin = [start(nodes, seed) for seed in (1, 2)]
     payoff = game.payoffs(*(side.points for side in game.grid(nodes)))
     range_ = (payoff.max() - payoff.min()).item()
     eta = 2 / range_ if method == "mirror_prox" else 0.3
@@ -213,7 +215,7 @@ def test_entropy_makes_the_uniform_law_the_only_equilibrium_of_the_stationary_ga
     payoff, magnet = game.payoffs(circle.points, circle.points), circle.log_weights
     range_ = (payoff.max() - payoff.min()).item()
     eta = bounds.magnetic_step(range_, tau)
-    begin = start(32, seed) / start(32, seed).sum()
+    begin = start(32, seed)
     x, y = begin.log(), begin.flip(0).log()
     steps = math.ceil(45 / math.log1p(eta * tau))
     for _ in range(steps):
@@ -290,8 +292,8 @@ def test_weights_alone_are_hedge_and_positions_alone_are_gradient_play():
         game, "langevin", 50, start=begin, temperature=0.0, step_size=(0.01, 0.02),
         particles=12, grid=50, progress=False,
     )  # fmt: skip
-    for side, other, points in zip(pushed.last, cold.last, begin, strict=True):
-        assert torch.equal(side.points, other.points)
+    for side, same, points in zip(pushed.last, cold.last, begin, strict=True):
+        assert torch.equal(side.points, same.points)
         assert not torch.equal(side.points, points)
         torch.testing.assert_close(side.weights, torch.full((12,), 1 / 12).double())
 
@@ -305,15 +307,6 @@ def swings(values, around):
     return int((sides[1:] * sides[:-1] < 0).sum())
 
 
-def trajectory(players, answer, steps):
-    """Every pair of strategies that a method plays."""
-    play_, played = next(players), []
-    while len(played) < steps:
-        played.append(play_)
-        play_ = players.send(answer(play_))
-    return played
-
-
 @pytest.mark.parametrize(("name", "least"), [("bilinear", 0.9), ("cosine", 1.9)])
 def test_gradient_descent_ascent_circles_around_a_mixed_equilibrium(name, least):
     """A point has a gap of |x| + |y| in xy, of 2 on the circle; no step changes that."""
@@ -322,7 +315,7 @@ def test_gradient_descent_ascent_circles_around_a_mixed_equilibrium(name, least)
     method, steps = GradientDescentAscent(step_size=0.15 if name == "bilinear" else 0.02), 400
     solution = solve(game, method, steps, start=begin, grid=51, progress=False)
     assert (solution.gaps + solution.gap.error >= least).all()
-    clouds = trajectory(
+    clouds = profiles(
         method.play(*map(game.particles, begin), game, steps, game.generator(0)),
         lambda clouds: game.slopes(clouds.x, clouds.y),
         steps,
@@ -355,11 +348,11 @@ def test_best_responses_never_settle_on_a_grid(name):
     assert (solution.gaps >= 1).all()
     nodes = game.grid(50)[0].points
     matrix = MatrixGame(game.payoffs(nodes, nodes))
-    played = trajectory(
+    played = profiles(
         BestResponseDynamics().play(
             ends.log(), ends.flip(0).log(), Scene(matrix.spread[None], 200)
         ),
-        lambda pair: Answer(matrix.losses(pair.y.exp()), matrix.gains(pair.x.exp())),
+        answers(matrix),
         200,
     )
     moves = [not torch.equal(a.y, b.y) for a, b in itertools.pairwise(played)]
@@ -371,16 +364,14 @@ def test_last_strategies_of_hedge_leave_the_equilibrium_and_its_means_approach_i
     if name == "cosine":
         circle = play(name)[0].grid(16)[0].points
         matrix = MatrixGame(play(name)[0].payoffs(circle, circle))
-        begin = tuple(start(16, seed) / start(16, seed).sum() for seed in (3, 4))
+        begin = tuple(start(16, seed) for seed in (3, 4))
     else:
         matrix = MatrixGame([[1.0, -1.0], [-1.0, 1.0]])
         begin = (torch.tensor([0.6, 0.4]).double(), torch.tensor([0.5, 0.5]).double())
     players = Hedge(step_size=0.1).play(
         begin[0].log(), begin[1].log(), Scene(matrix.spread[None], 3000)
     )
-    played = trajectory(
-        players, lambda p: Answer(matrix.losses(p.y.exp()), matrix.gains(p.x.exp())), 3000
-    )
+    played = profiles(players, answers(matrix), 3000)
     gaps = torch.stack([matrix.duality_gap(p.x.exp(), p.y.exp()) for p in played])
     assert gaps.min() >= 0.5 * gaps[0]
     assert gaps[-500:].max() > 1.5  # of 2, at the corners
@@ -409,7 +400,7 @@ def test_average_is_of_the_whole_way_however_large_a_cloud_is(monkeypatch):
     assert len(found.points) == 80
     draw = game.generator(0)
     begin = [game.particles(s.sample(20, draw, game.dtype)) for s in (game.learner, game.adversary)]
-    clouds = trajectory(method.play(*begin, game, 40, draw), lambda c: game.slopes(c.x, c.y), 40)
+    clouds = profiles(method.play(*begin, game, 40, draw), lambda c: game.slopes(c.x, c.y), 40)
     for step, cloud in enumerate(clouds):
         pair = found.points[2 * step : 2 * step + 2]
         assert torch.isin(pair, cloud.x.points).all()

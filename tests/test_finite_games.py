@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixadv.games import METHODS, MatrixGame, duality_gap, solve
-from mixadv.games.method import Answer, Scene
+from mixadv.games.method import Scene
 from mixadv.maths import mirror
+from tests.games_zoo import answers, profiles
 from theory import bounds, oracles
 
 BOUNDED = ("hedge", "anytime_hedge", "optimistic_hedge", "mirror_prox", "magnetic")
@@ -30,13 +31,8 @@ def trajectory(payoff, name, steps, start=None, **parameters):
     else:
         x, y = (z.log() for z in start)
     players = METHODS[name](**parameters).play(x, y, Scene(game.spread[..., None], steps))
-    play, played = next(players), []
-    while len(played) < steps:
-        answer = Answer(game.losses(play.y.exp()), game.gains(play.x.exp()))
-        if play.counts:
-            played.append((play.x, play.y))
-        play = players.send(answer)
-    return [torch.stack(side) for side in zip(*played, strict=True)]
+    played = profiles(players, answers(game), steps)
+    return [torch.stack([profile[side] for profile in played]) for side in (0, 1)]
 
 
 def gaussian(seed, m, n, count=8):
@@ -107,14 +103,14 @@ def test_value_lies_between_what_both_players_can_make_sure_of(seed, m, n):
 def test_units_of_the_payoff_do_not_change_the_strategies(name, seed, m, n, unit, shift):
     payoff = gaussian(seed, m, n)
     expected = trajectory(payoff, name, 20)
-    for one, other in zip(trajectory(unit * payoff + shift, name, 20), expected, strict=True):
-        torch.testing.assert_close(one.exp(), other.exp(), rtol=0, atol=1e-9)
+    for side, known in zip(trajectory(unit * payoff + shift, name, 20), expected, strict=True):
+        torch.testing.assert_close(side.exp(), known.exp(), rtol=0, atol=1e-9)
     heat = {"temperature": 0.3} if name == "magnetic" else {}
     heated = {key: tau * unit for key, tau in heat.items()}
     found = trajectory(unit * payoff + shift, name, 20, step_size=0.5 / unit, **heated)
     expected = trajectory(payoff, name, 20, step_size=0.5, **heat)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.exp(), other.exp(), rtol=0, atol=1e-9)
+    for side, known in zip(found, expected, strict=True):
+        torch.testing.assert_close(side.exp(), known.exp(), rtol=0, atol=1e-9)
 
 
 @bounded_methods
@@ -127,11 +123,11 @@ def test_a_copied_row_that_shares_its_weight_changes_no_gap(name, seed, m, n):
     copied, split = np.vstack([payoff, payoff[row]]), np.append(x, x[row] / 2)
     split[row] /= 2
     steps = {"step_size": 0.4} | ({"temperature": 0.2} if name == "magnetic" else {})
-    one, other = (
+    single, doubled = (
         solve(MatrixGame(game), name, 30, start=(start, y), progress=False, **steps)
         for game, start in ((payoff, x), (copied, split))
     )
-    torch.testing.assert_close(one.gaps, other.gaps, rtol=0, atol=1e-12)
+    torch.testing.assert_close(single.gaps, doubled.gaps, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", FORWARD)
@@ -148,11 +144,11 @@ def test_a_dominated_row_loses_its_weight_exponentially(name, seed, m, n, margin
 @given(seeds, sizes, sizes)
 def test_swapping_the_players_swaps_the_answer(name, seed, m, n):
     payoff = gaussian(seed, m, n)
-    one = solve(MatrixGame(payoff), name, 20, progress=False)
-    other = solve(MatrixGame(-payoff.mT), name, 20, progress=False)
-    for found, expected in ((other.learner, one.adversary), (other.adversary, one.learner)):
+    game = solve(MatrixGame(payoff), name, 20, progress=False)
+    swapped = solve(MatrixGame(-payoff.mT), name, 20, progress=False)
+    for found, expected in ((swapped.learner, game.adversary), (swapped.adversary, game.learner)):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(other.value, -one.value, rtol=0, atol=1e-9)
+    torch.testing.assert_close(swapped.value, -game.value, rtol=0, atol=1e-9)
 
 
 @every_method

@@ -49,10 +49,10 @@ def test_same_seed_same_solution_and_the_global_state_is_untouched(name):
     for a, b in zip(tensors(first), tensors(again), strict=True):
         assert torch.equal(a, b)
     torch.manual_seed(99)
-    other = played(name, seed=4)
+    reseeded = played(name, seed=4)
     assert torch.equal(torch.get_rng_state(), torch.manual_seed(99).get_state())
     assert np.array_equal(before[1], np.random.get_state()[1])
-    moved = not torch.equal(tensors(first)[-1], tensors(other)[-1])
+    moved = not torch.equal(tensors(first)[-1], tensors(reseeded)[-1])
     assert moved == (name in PARTICLE_METHODS)
 
 
