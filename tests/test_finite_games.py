@@ -47,7 +47,7 @@ def awkward(seed, m, n):
 @given(seeds, sizes, sizes)
 def test_iterates_stay_on_the_simplex(name, seed, m, n):
     payoff = awkward(seed, m, n)
-    found = solve(MatrixGame(payoff), name, 20, progress=False)
+    found = solve(MatrixGame(payoff), name, 20)
     pairs = *trajectory(payoff, name, 20), found.learner.log(), found.adversary.log()
     for log_weights in pairs:
         weights = log_weights.exp()
@@ -59,7 +59,7 @@ def test_iterates_stay_on_the_simplex(name, seed, m, n):
 @given(seeds, sizes, sizes, st.integers(1, 30))
 def test_solution_is_of_the_strategies_played(name, seed, m, n, steps):
     payoff = awkward(seed, m, n)
-    found = solve(MatrixGame(payoff), name, steps, progress=False)
+    found = solve(MatrixGame(payoff), name, steps)
     x, y = (side.exp() for side in trajectory(payoff, name, steps))
     scale = payoff.abs().amax((1, 2))
     for pair, expected in ((found.average, (x.mean(0), y.mean(0))), (found.last, (x[-1], y[-1]))):
@@ -92,7 +92,7 @@ def test_value_lies_between_what_both_players_can_make_sure_of(seed, m, n):
     value = torch.tensor(np.array([oracles.equilibrium(game).value for game in payoff.numpy()]))
     slack, game = 1e-9 * payoff.abs().amax((1, 2)), MatrixGame(payoff)
     for name in METHODS:
-        found = solve(game, name, 30, progress=False)
+        found = solve(game, name, 30)
         assert (game.losses(found.adversary).amin(-1) <= value + slack).all()
         assert (game.gains(found.learner).amax(-1) >= value - slack).all()
         assert (abs(found.value - value) <= found.gap.value + slack).all()
@@ -124,7 +124,7 @@ def test_a_copied_row_that_shares_its_weight_changes_no_gap(name, seed, m, n):
     split[row] /= 2
     steps = {"step_size": 0.4} | ({"temperature": 0.2} if name == "magnetic" else {})
     single, doubled = (
-        solve(MatrixGame(game), name, 30, start=(start, y), progress=False, **steps)
+        solve(MatrixGame(game), name, 30, start=(start, y), **steps)
         for game, start in ((payoff, x), (copied, split))
     )
     torch.testing.assert_close(single.gaps, doubled.gaps, rtol=0, atol=1e-12)
@@ -144,8 +144,8 @@ def test_a_dominated_row_loses_its_weight_exponentially(name, seed, m, n, margin
 @given(seeds, sizes, sizes)
 def test_swapping_the_players_swaps_the_answer(name, seed, m, n):
     payoff = gaussian(seed, m, n)
-    game = solve(MatrixGame(payoff), name, 20, progress=False)
-    swapped = solve(MatrixGame(-payoff.mT), name, 20, progress=False)
+    game = solve(MatrixGame(payoff), name, 20)
+    swapped = solve(MatrixGame(-payoff.mT), name, 20)
     for found, expected in ((swapped.learner, game.adversary), (swapped.adversary, game.learner)):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(swapped.value, -game.value, rtol=0, atol=1e-9)
@@ -163,9 +163,9 @@ def test_players_of_a_skew_symmetric_game_play_alike(name, seed, n):
 @given(seeds, sizes, sizes)
 def test_a_batch_is_solved_as_its_games_are_alone(name, seed, m, n):
     payoff = gaussian(seed, m, n, count=3)
-    together = solve(MatrixGame(payoff), name, 30, progress=False)
+    together = solve(MatrixGame(payoff), name, 30)
     for k, game in enumerate(payoff):
-        alone = solve(MatrixGame(game), name, 30, progress=False)
+        alone = solve(MatrixGame(game), name, 30)
         torch.testing.assert_close(alone.learner, together.learner[k], rtol=0, atol=1e-9)
         torch.testing.assert_close(alone.gaps, together.gaps[:, k], rtol=0, atol=1e-9)
 
@@ -176,7 +176,7 @@ def test_a_batch_is_solved_as_its_games_are_alone(name, seed, m, n):
 def test_huge_steps_neither_overflow_nor_leave_the_simplex(name, dtype, seed, m, n):
     payoff = gaussian(seed, m, n).to(dtype)
     steps = {"step_size": 1e4} | ({"temperature": 1e-6} if name == "magnetic" else {})
-    found = solve(MatrixGame(payoff), name, 100, progress=False, **steps)
+    found = solve(MatrixGame(payoff), name, 100, **steps)
     for weights in (*found.average, *found.last):
         assert weights.isfinite().all()
         assert abs(weights.sum(-1) - 1).max() <= (1e-12 if dtype == torch.float64 else 1e-5)
