@@ -1,19 +1,36 @@
-"""Games with known equilibria as modules to train, and the exact laws of MAT on a quadratic one.
+"""Methods played by hand, games as modules to train, and the exact laws of MAT on a quadratic one.
 
 A module holds one coordinate of θ for each of B replicates of a game f(θ, δ). It is called with
 zeros and the site is its input, so a row of the input is δ. The closure's loss is f(θ, 0) and the
 divergence is f(θ, δ) − f(θ, 0): with λ = 1 the objective is f(θ, δ), for MAT as for PGD.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import mixadv
+from mixadv.games import MatrixGame
+from mixadv.games.method import Answer, Profile
+
+
+def profiles(players: Generator, answer: Callable[[Profile], Any], steps: int) -> list[Profile]:
+    """Return every pair of strategies that a method plays and that counts."""
+    profile, played = next(players), []
+    while len(played) < steps:
+        if profile.counts:
+            played.append(profile)
+        profile = players.send(answer(profile))
+    return played
+
+
+def answers(game: MatrixGame) -> Callable[[Profile], Answer]:
+    """Return what a finite game sends to a method."""
+    return lambda played: Answer(game.losses(played.y.exp()), game.gains(played.x.exp()))
 
 
 class Duel(nn.Module):
@@ -145,7 +162,7 @@ def laws(game: Quadratic, solver: mixadv.MAT, step_size: float) -> Laws:
     a, b, c, p, q = game
     count = solver.particles
     draws = iter(np.eye(2 + (solver.steps + 1) * count + solver.learner_steps))
-    one, start = next(draws), next(draws)
+    constant, start = next(draws), next(draws)
 
     def noise() -> np.ndarray:
         return np.array([next(draws) for _ in range(count)])
@@ -155,7 +172,7 @@ def laws(game: Quadratic, solver: mixadv.MAT, step_size: float) -> Laws:
 
     delta = damped = solver.initial_size * noise()
     for k in range(solver.steps):
-        drift = c * start - b * delta + q * one
+        drift = c * start - b * delta + q * constant
         spread = np.sqrt(2 * solver.step_size * solver.temperature)
         delta = delta + solver.step_size * drift + spread * noise()
         damped = damped + weight(k) * (delta - damped)
@@ -164,7 +181,7 @@ def laws(game: Quadratic, solver: mixadv.MAT, step_size: float) -> Laws:
     theta = mean = start
     spread = np.sqrt(2 * step_size * solver.learner_temperature)
     for k in range(solver.learner_steps):
-        theta = theta - step_size * (a * theta + c * played + p * one) + spread * next(draws)
+        theta = theta - step_size * (a * theta + c * played + p * constant) + spread * next(draws)
         mean = mean + weight(k) * (theta - mean)
     end = solver.round_damping * start + (1 - solver.round_damping) * mean
     return Laws(*(Law(form, end) for form in (end, theta, delta[0], played)))

@@ -28,8 +28,9 @@ from mixadv.games import (
     snapshots,
     solve,
 )
-from mixadv.games.method import Answer, Scene
+from mixadv.games.method import Scene
 from mixadv.maths import mirror
+from tests.games_zoo import answers, profiles
 from theory import bounds, oracles
 
 seeds = st.integers(0, 2**32 - 1)
@@ -78,7 +79,7 @@ def regrets(example, solution):
 def test_grid_methods_keep_their_bounds_on_every_example(name, method):
     game, example = play(name)
     nodes, steps = 101, 300
-    solution = solve(game, method, steps, grid=nodes, progress=False)
+    solution = solve(game, method, steps, grid=nodes)
     payoff = game.payoffs(*(side.points for side in game.grid(nodes)))
     bound = BOUNDS[method]((payoff.max() - payoff.min()).item(), nodes, nodes, steps)
     assert solution.gap.value <= bound
@@ -90,7 +91,8 @@ def test_grid_methods_keep_their_bounds_on_every_example(name, method):
 
 def start(nodes, seed):
     """A random strategy on the nodes, with some weights far below others."""
-    return torch.tensor(np.random.default_rng(seed).dirichlet(np.full(nodes, 0.5))) + 1e-6
+    weights = torch.tensor(np.random.default_rng(seed).dirichlet(np.full(nodes, 0.5))) + 1e-6
+    return weights / weights.sum()
 
 
 @pytest.mark.parametrize("name", CIRCULAR)
@@ -99,13 +101,11 @@ def test_circular_games_are_solved_from_any_start(name, method):
     """The uniform start is an equilibrium of theirs. Bounds are C1's, against the worst rival."""
     game = play(name)[0]
     nodes, steps = 64, 400
-    begin = [start(nodes, seed) / start(nodes, seed).sum() for seed in (1, 2)]
+    begin = [start(nodes, seed) for seed in (1, 2)]
     payoff = game.payoffs(*(side.points for side in game.grid(nodes)))
     range_ = (payoff.max() - payoff.min()).item()
     eta = 2 / range_ if method == "mirror_prox" else 0.3
-    solution = solve(
-        game, method, steps, grid=nodes, start=tuple(begin), step_size=eta, progress=False
-    )
+    solution = solve(game, method, steps, grid=nodes, start=tuple(begin), step_size=eta)
     farthest = sum(-weights.log().min().item() for weights in begin)
     bound = bounds.measure_hedge(farthest, range_, steps, eta)
     assert solution.gap.value <= (farthest / (eta * steps) if method == "mirror_prox" else bound)
@@ -125,18 +125,15 @@ RESTARTED = {"squared distance": 1e-3, "distance": 1e-6, "parrilo": 1e-2, "saddl
 @pytest.mark.parametrize("name", RESTARTED)
 def test_restarted_mirror_prox_finds_the_atoms_of_an_equilibrium(name):
     game, example = play(name)
-    solution = solve(game, "restarted", 2000, grid=201, progress=False)
+    solution = solve(game, "restarted", 2000, grid=201)
     assert solution.gap.value <= RESTARTED[name]
     assert abs(solution.value - example.value) <= RESTARTED[name] + solution.gap.error
     x, y = measure(solution.learner), measure(solution.adversary)
+    sides, near = [(x, example.learner), (y, example.adversary)], 0.15
     if name == "distance":  # any law of mean 0 is optimal
         assert abs(x.mean(x.points)) < 1e-5
-        near = 0.02
-    else:
-        near = 0.15
-    for found, known in ((x, example.learner), (y, example.adversary)):
-        if name == "distance" and found is x:
-            continue
+        sides, near = sides[1:], 0.02
+    for found, known in sides:
         for atom, mass in zip(*known, strict=True):
             around = abs(found.points - atom) <= near
             assert found.masses[around].sum() == pytest.approx(mass, abs=0.02)
@@ -145,7 +142,7 @@ def test_restarted_mirror_prox_finds_the_atoms_of_an_equilibrium(name):
 def test_silent_duel_is_fought_with_its_density():
     """Density 1/(4t³) from 1/3 on: nobody fires before, and 5/8 have fired at one half."""
     game, _ = play("silent duel")
-    solution = solve(game, "mirror_prox", 2000, grid=201, progress=False)
+    solution = solve(game, "mirror_prox", 2000, grid=201)
     assert solution.gap.value < 3e-3
     assert solution.gap.error == math.inf
     assert abs(solution.value) < 1e-9
@@ -176,7 +173,7 @@ def test_random_trigonometric_games_are_solved_as_by_a_linear_program(seed, degr
     game = ContinuousGame(waves(known), Torus(), Torus(), lipschitz=max(known.lipschitz))
     circle = oracles.circle(nodes).points
     exact = oracles.equilibrium(known.payoff(circle, circle)).value
-    solution = solve(game, method, 200, grid=nodes, progress=False)
+    solution = solve(game, method, 200, grid=nodes)
     assert abs(solution.value - exact) <= solution.gap.value + 1e-9
     range_ = np.ptp(known.payoff(circle, circle))
     assert solution.gap.value <= BOUNDS[method](range_, nodes, nodes, 200)
@@ -194,7 +191,7 @@ def test_entropy_on_the_circle_costs_at_most_its_bound(seed, log_temperature):
     payoff = known.payoff(circle, circle)
     scaled = tau * np.ptp(payoff)
     steps = min(math.ceil(40 / math.log1p(4 * tau**2)), 4000)
-    solution = solve(game, "magnetic", steps, grid=nodes, temperature=scaled, progress=False)
+    solution = solve(game, "magnetic", steps, grid=nodes, temperature=scaled)
     exact = oracles.quantal_response(payoff, scaled)
     remaining = 2 * math.log(nodes) / (1 + 4 * tau**2) ** steps
     for side, response in zip((solution.learner, solution.adversary), exact, strict=True):
@@ -213,7 +210,7 @@ def test_entropy_makes_the_uniform_law_the_only_equilibrium_of_the_stationary_ga
     payoff, magnet = game.payoffs(circle.points, circle.points), circle.log_weights
     range_ = (payoff.max() - payoff.min()).item()
     eta = bounds.magnetic_step(range_, tau)
-    begin = start(32, seed) / start(32, seed).sum()
+    begin = start(32, seed)
     x, y = begin.log(), begin.flip(0).log()
     steps = math.ceil(45 / math.log1p(eta * tau))
     for _ in range(steps):
@@ -236,7 +233,7 @@ def particles_solve(name, steps, size, most):
     low, high = example.bounds
     z = np.linspace(low, high, 201)
     range_ = np.ptp(example.payoff(z[:, None], z))
-    found = solve(game, "wasserstein_fisher_rao", steps, particles=size, grid=201, progress=False)
+    found = solve(game, "wasserstein_fisher_rao", steps, particles=size, grid=201)
     assert found.gap.value <= most * range_
     assert found.gaps[-1] < 0.5 * found.gaps.max()
     slack = float(found.gap) + found.gap.error
@@ -260,7 +257,7 @@ def test_more_particles_and_steps_bring_a_smaller_gap(name):
 @pytest.mark.slow
 def test_last_particles_of_the_parrilo_game_sit_on_its_atoms():
     game, _ = play("parrilo")
-    found = solve(game, "wasserstein_fisher_rao", 1000, particles=32, grid=201, progress=False)
+    found = solve(game, "wasserstein_fisher_rao", 1000, particles=32, grid=201)
     points, masses = measure(found.last.adversary)
     assert masses[points > 0.9].sum() == pytest.approx(0.78, abs=0.05)
     assert masses[points < -0.9].sum() == pytest.approx(0.22, abs=0.05)
@@ -276,42 +273,22 @@ def test_weights_alone_are_hedge_and_positions_alone_are_gradient_play():
     ]
     begin = tuple(cloud.points for cloud in clouds)
     method = WassersteinFisherRao(step_size=0.0, mirror_step=0.3, particles=12)
-    weighed = solve(game, method, 50, start=begin, grid=50, progress=False)
+    weighed = solve(game, method, 50, start=begin, grid=50)
     finite = MatrixGame(game.payoffs(*begin))
-    hedged = solve(finite, "hedge", 50, step_size=0.3, progress=False)
+    hedged = solve(finite, "hedge", 50, step_size=0.3)
     for side, points, weights in zip(weighed.last, begin, hedged.last, strict=True):
         assert torch.equal(side.points, points)
         torch.testing.assert_close(side.weights, weights, rtol=1e-9, atol=1e-12)
-    pushed = solve(
-        game, "wasserstein_fisher_rao", 50, start=begin, mirror_step=0.0, step_size=(0.01, 0.02),
-        particles=12, grid=50, progress=False,
-    )  # fmt: skip
-    cold = solve(
-        game, "langevin", 50, start=begin, temperature=0.0, step_size=(0.01, 0.02),
-        particles=12, grid=50, progress=False,
-    )  # fmt: skip
-    for side, other, points in zip(pushed.last, cold.last, begin, strict=True):
-        assert torch.equal(side.points, other.points)
+    moving = {"start": begin, "step_size": (0.01, 0.02), "particles": 12, "grid": 50}
+    pushed = solve(game, "wasserstein_fisher_rao", 50, mirror_step=0.0, **moving)
+    cold = solve(game, "langevin", 50, temperature=0.0, **moving)
+    for side, same, points in zip(pushed.last, cold.last, begin, strict=True):
+        assert torch.equal(side.points, same.points)
         assert not torch.equal(side.points, points)
         torch.testing.assert_close(side.weights, torch.full((12,), 1 / 12).double())
 
 
 # What must not converge --------------------------------------------------------------------------
-
-
-def swings(values, around):
-    """How often a trajectory changes sides."""
-    sides = np.sign(np.asarray(values) - around)
-    return int((sides[1:] * sides[:-1] < 0).sum())
-
-
-def trajectory(players, answer, steps):
-    """Every pair of strategies that a method plays."""
-    play_, played = next(players), []
-    while len(played) < steps:
-        played.append(play_)
-        play_ = players.send(answer(play_))
-    return played
 
 
 @pytest.mark.parametrize(("name", "least"), [("bilinear", 0.9), ("cosine", 1.9)])
@@ -320,9 +297,9 @@ def test_gradient_descent_ascent_circles_around_a_mixed_equilibrium(name, least)
     game, _ = play(name)
     begin = (torch.tensor([[0.6]]), torch.tensor([[0.5]]))
     method, steps = GradientDescentAscent(step_size=0.15 if name == "bilinear" else 0.02), 400
-    solution = solve(game, method, steps, start=begin, grid=51, progress=False)
+    solution = solve(game, method, steps, start=begin, grid=51)
     assert (solution.gaps + solution.gap.error >= least).all()
-    clouds = trajectory(
+    clouds = profiles(
         method.play(*map(game.particles, begin), game, steps, game.generator(0)),
         lambda clouds: game.slopes(clouds.x, clouds.y),
         steps,
@@ -331,14 +308,14 @@ def test_gradient_descent_ascent_circles_around_a_mixed_equilibrium(name, least)
     moved = (x[1:] - x[:-1]).abs()
     assert moved[-100:].mean() > 0.002
     if name == "bilinear":
-        assert swings(x, 0.0) >= 10
+        assert (x[1:] * x[:-1] < 0).sum() >= 10  # from side to side
         average = game.duality_gap(*solution.average, grid=51)
         assert average.value < 0.2
 
 
 def test_gradient_descent_ascent_finds_a_pure_equilibrium():
     game, example = play("saddle")
-    solution = solve(game, "gradient_descent_ascent", 500, grid=201, progress=False)
+    solution = solve(game, "gradient_descent_ascent", 500, grid=201)
     assert solution.gap.value < 1e-6
     assert solution.value.item() == pytest.approx(example.value, abs=1e-9)
     for side, known in zip(solution.last, (example.learner, example.adversary), strict=True):
@@ -349,17 +326,15 @@ def test_gradient_descent_ascent_finds_a_pure_equilibrium():
 def test_best_responses_never_settle_on_a_grid(name):
     game, _ = play(name)
     ends = torch.zeros(50).double().index_fill(0, torch.tensor([7]), 1.0)
-    solution = solve(
-        game, "best_response_dynamics", 200, grid=50, start=(ends, ends.flip(0)), progress=False
-    )
+    solution = solve(game, "best_response_dynamics", 200, grid=50, start=(ends, ends.flip(0)))
     assert (solution.gaps >= 1).all()
     nodes = game.grid(50)[0].points
     matrix = MatrixGame(game.payoffs(nodes, nodes))
-    played = trajectory(
+    played = profiles(
         BestResponseDynamics().play(
             ends.log(), ends.flip(0).log(), Scene(matrix.spread[None], 200)
         ),
-        lambda pair: Answer(matrix.losses(pair.y.exp()), matrix.gains(pair.x.exp())),
+        answers(matrix),
         200,
     )
     moves = [not torch.equal(a.y, b.y) for a, b in itertools.pairwise(played)]
@@ -371,20 +346,18 @@ def test_last_strategies_of_hedge_leave_the_equilibrium_and_its_means_approach_i
     if name == "cosine":
         circle = play(name)[0].grid(16)[0].points
         matrix = MatrixGame(play(name)[0].payoffs(circle, circle))
-        begin = tuple(start(16, seed) / start(16, seed).sum() for seed in (3, 4))
+        begin = tuple(start(16, seed) for seed in (3, 4))
     else:
         matrix = MatrixGame([[1.0, -1.0], [-1.0, 1.0]])
         begin = (torch.tensor([0.6, 0.4]).double(), torch.tensor([0.5, 0.5]).double())
     players = Hedge(step_size=0.1).play(
         begin[0].log(), begin[1].log(), Scene(matrix.spread[None], 3000)
     )
-    played = trajectory(
-        players, lambda p: Answer(matrix.losses(p.y.exp()), matrix.gains(p.x.exp())), 3000
-    )
+    played = profiles(players, answers(matrix), 3000)
     gaps = torch.stack([matrix.duality_gap(p.x.exp(), p.y.exp()) for p in played])
     assert gaps.min() >= 0.5 * gaps[0]
     assert gaps[-500:].max() > 1.5  # of 2, at the corners
-    solution = solve(matrix, "hedge", 3000, start=begin, step_size=0.1, progress=False)
+    solution = solve(matrix, "hedge", 3000, start=begin, step_size=0.1)
     assert solution.gap.value < 0.1
     assert duality_gap(matrix, *solution.last).value == gaps[-1]
 
@@ -405,11 +378,11 @@ def test_average_is_of_the_whole_way_however_large_a_cloud_is(monkeypatch):
     monkeypatch.setattr(snapshots, "KEPT", 80)
     game = ContinuousGame(lambda x, y: product(x, y) + product(x, x), Box(), Box())
     method = WassersteinFisherRao(particles=20, step_size=0.05, mirror_step=0.3)
-    found = solve(game, method, 40, grid=5, progress=False).average.learner
+    found = solve(game, method, 40, grid=5).average.learner
     assert len(found.points) == 80
     draw = game.generator(0)
     begin = [game.particles(s.sample(20, draw, game.dtype)) for s in (game.learner, game.adversary)]
-    clouds = trajectory(method.play(*begin, game, 40, draw), lambda c: game.slopes(c.x, c.y), 40)
+    clouds = profiles(method.play(*begin, game, 40, draw), lambda c: game.slopes(c.x, c.y), 40)
     for step, cloud in enumerate(clouds):
         pair = found.points[2 * step : 2 * step + 2]
         assert torch.isin(pair, cloud.x.points).all()
@@ -423,10 +396,8 @@ def test_average_of_a_cycle_is_no_phase_of_it(monkeypatch):
     monkeypatch.setattr(snapshots, "KEPT", 16 * 32)
     game, _ = play("bilinear")
     for steps in (380, 400):
-        solution = solve(
-            game, "langevin", steps, temperature=0.0, particles=32, step_size=0.5, grid=3,
-            progress=False,
-        )  # fmt: skip
+        still = Langevin(temperature=0.0, particles=32, step_size=0.5)
+        solution = solve(game, still, steps, grid=3)
         assert game.duality_gap(*solution.last, grid=3).value > 0.3
         assert solution.gap.value < 0.1
 
@@ -436,6 +407,6 @@ def test_history_of_the_average_ends_at_its_gap(steps):
     """It is summed cloud by cloud, as payoffs are linear; the certificate sees the union."""
     game = ContinuousGame(lambda x, y: (x - y).square().sum(), Box(), Box())
     for method in ("langevin", "wasserstein_fisher_rao", "gradient_descent_ascent"):
-        solution = solve(game, method, steps, particles=3, grid=40, progress=False)
+        solution = solve(game, method, steps, particles=3, grid=40)
         torch.testing.assert_close(solution.gaps[-1], solution.gap.value)
         assert solution.steps[-1] == steps

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixadv.games import METHODS, MatrixGame, duality_gap, solve
-from mixadv.games.method import Answer, Scene
+from mixadv.games.method import Scene
 from mixadv.maths import mirror
+from tests.games_zoo import answers, profiles
 from theory import bounds, oracles
 
 BOUNDED = ("hedge", "anytime_hedge", "optimistic_hedge", "mirror_prox", "magnetic")
@@ -30,13 +31,8 @@ def trajectory(payoff, name, steps, start=None, **parameters):
     else:
         x, y = (z.log() for z in start)
     players = METHODS[name](**parameters).play(x, y, Scene(game.spread[..., None], steps))
-    play, played = next(players), []
-    while len(played) < steps:
-        answer = Answer(game.losses(play.y.exp()), game.gains(play.x.exp()))
-        if play.counts:
-            played.append((play.x, play.y))
-        play = players.send(answer)
-    return [torch.stack(side) for side in zip(*played, strict=True)]
+    played = profiles(players, answers(game), steps)
+    return [torch.stack([profile[side] for profile in played]) for side in (0, 1)]
 
 
 def gaussian(seed, m, n, count=8):
@@ -51,7 +47,7 @@ def awkward(seed, m, n):
 @given(seeds, sizes, sizes)
 def test_iterates_stay_on_the_simplex(name, seed, m, n):
     payoff = awkward(seed, m, n)
-    found = solve(MatrixGame(payoff), name, 20, progress=False)
+    found = solve(MatrixGame(payoff), name, 20)
     pairs = *trajectory(payoff, name, 20), found.learner.log(), found.adversary.log()
     for log_weights in pairs:
         weights = log_weights.exp()
@@ -63,7 +59,7 @@ def test_iterates_stay_on_the_simplex(name, seed, m, n):
 @given(seeds, sizes, sizes, st.integers(1, 30))
 def test_solution_is_of_the_strategies_played(name, seed, m, n, steps):
     payoff = awkward(seed, m, n)
-    found = solve(MatrixGame(payoff), name, steps, progress=False)
+    found = solve(MatrixGame(payoff), name, steps)
     x, y = (side.exp() for side in trajectory(payoff, name, steps))
     scale = payoff.abs().amax((1, 2))
     for pair, expected in ((found.average, (x.mean(0), y.mean(0))), (found.last, (x[-1], y[-1]))):
@@ -96,7 +92,7 @@ def test_value_lies_between_what_both_players_can_make_sure_of(seed, m, n):
     value = torch.tensor(np.array([oracles.equilibrium(game).value for game in payoff.numpy()]))
     slack, game = 1e-9 * payoff.abs().amax((1, 2)), MatrixGame(payoff)
     for name in METHODS:
-        found = solve(game, name, 30, progress=False)
+        found = solve(game, name, 30)
         assert (game.losses(found.adversary).amin(-1) <= value + slack).all()
         assert (game.gains(found.learner).amax(-1) >= value - slack).all()
         assert (abs(found.value - value) <= found.gap.value + slack).all()
@@ -107,14 +103,14 @@ def test_value_lies_between_what_both_players_can_make_sure_of(seed, m, n):
 def test_units_of_the_payoff_do_not_change_the_strategies(name, seed, m, n, unit, shift):
     payoff = gaussian(seed, m, n)
     expected = trajectory(payoff, name, 20)
-    for one, other in zip(trajectory(unit * payoff + shift, name, 20), expected, strict=True):
-        torch.testing.assert_close(one.exp(), other.exp(), rtol=0, atol=1e-9)
+    for side, known in zip(trajectory(unit * payoff + shift, name, 20), expected, strict=True):
+        torch.testing.assert_close(side.exp(), known.exp(), rtol=0, atol=1e-9)
     heat = {"temperature": 0.3} if name == "magnetic" else {}
     heated = {key: tau * unit for key, tau in heat.items()}
     found = trajectory(unit * payoff + shift, name, 20, step_size=0.5 / unit, **heated)
     expected = trajectory(payoff, name, 20, step_size=0.5, **heat)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.exp(), other.exp(), rtol=0, atol=1e-9)
+    for side, known in zip(found, expected, strict=True):
+        torch.testing.assert_close(side.exp(), known.exp(), rtol=0, atol=1e-9)
 
 
 @bounded_methods
@@ -127,11 +123,11 @@ def test_a_copied_row_that_shares_its_weight_changes_no_gap(name, seed, m, n):
     copied, split = np.vstack([payoff, payoff[row]]), np.append(x, x[row] / 2)
     split[row] /= 2
     steps = {"step_size": 0.4} | ({"temperature": 0.2} if name == "magnetic" else {})
-    one, other = (
-        solve(MatrixGame(game), name, 30, start=(start, y), progress=False, **steps)
+    single, doubled = (
+        solve(MatrixGame(game), name, 30, start=(start, y), **steps)
         for game, start in ((payoff, x), (copied, split))
     )
-    torch.testing.assert_close(one.gaps, other.gaps, rtol=0, atol=1e-12)
+    torch.testing.assert_close(single.gaps, doubled.gaps, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", FORWARD)
@@ -148,11 +144,11 @@ def test_a_dominated_row_loses_its_weight_exponentially(name, seed, m, n, margin
 @given(seeds, sizes, sizes)
 def test_swapping_the_players_swaps_the_answer(name, seed, m, n):
     payoff = gaussian(seed, m, n)
-    one = solve(MatrixGame(payoff), name, 20, progress=False)
-    other = solve(MatrixGame(-payoff.mT), name, 20, progress=False)
-    for found, expected in ((other.learner, one.adversary), (other.adversary, one.learner)):
+    game = solve(MatrixGame(payoff), name, 20)
+    swapped = solve(MatrixGame(-payoff.mT), name, 20)
+    for found, expected in ((swapped.learner, game.adversary), (swapped.adversary, game.learner)):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(other.value, -one.value, rtol=0, atol=1e-9)
+    torch.testing.assert_close(swapped.value, -game.value, rtol=0, atol=1e-9)
 
 
 @every_method
@@ -167,9 +163,9 @@ def test_players_of_a_skew_symmetric_game_play_alike(name, seed, n):
 @given(seeds, sizes, sizes)
 def test_a_batch_is_solved_as_its_games_are_alone(name, seed, m, n):
     payoff = gaussian(seed, m, n, count=3)
-    together = solve(MatrixGame(payoff), name, 30, progress=False)
+    together = solve(MatrixGame(payoff), name, 30)
     for k, game in enumerate(payoff):
-        alone = solve(MatrixGame(game), name, 30, progress=False)
+        alone = solve(MatrixGame(game), name, 30)
         torch.testing.assert_close(alone.learner, together.learner[k], rtol=0, atol=1e-9)
         torch.testing.assert_close(alone.gaps, together.gaps[:, k], rtol=0, atol=1e-9)
 
@@ -180,7 +176,7 @@ def test_a_batch_is_solved_as_its_games_are_alone(name, seed, m, n):
 def test_huge_steps_neither_overflow_nor_leave_the_simplex(name, dtype, seed, m, n):
     payoff = gaussian(seed, m, n).to(dtype)
     steps = {"step_size": 1e4} | ({"temperature": 1e-6} if name == "magnetic" else {})
-    found = solve(MatrixGame(payoff), name, 100, progress=False, **steps)
+    found = solve(MatrixGame(payoff), name, 100, **steps)
     for weights in (*found.average, *found.last):
         assert weights.isfinite().all()
         assert abs(weights.sum(-1) - 1).max() <= (1e-12 if dtype == torch.float64 else 1e-5)

@@ -75,13 +75,11 @@ def test_hedge_on_sampled_actions_keeps_its_bound_in_expectation(seed, m, n, ste
 
 def test_mixed_play_halves_the_risk_that_best_responses_cycle_around():
     payoff, expected = oracles.thresholds(2)
-    pure = solve(
-        MatrixGame(payoff), "best_response_dynamics", 50, start=([1, 0], [0, 1]), progress=False
-    )
+    pure = solve(MatrixGame(payoff), "best_response_dynamics", 50, start=([1, 0], [0, 1]))
     assert pure.gaps.tolist() == [1.0] * 50
     start = [0.9, 0.1], [0.2, 0.8]
     for name in ("hedge", "optimistic_hedge", "mirror_prox", "magnetic"):
-        mixed = solve(MatrixGame(payoff), name, 2000, start=start, progress=False)
+        mixed = solve(MatrixGame(payoff), name, 2000, start=start)
         risk = MatrixGame(payoff).gains(mixed.learner).max().item()
         assert risk == pytest.approx(expected.value, abs=0.1)
         assert float(mixed.gap) < 0.1

@@ -259,21 +259,20 @@ def test_particles_that_leave_for_infinity_are_an_error_not_a_gap():
         solve(runaway, "langevin", 50, step_size=1.0, progress=False)
 
 
-SQUARE = ContinuousGame(lambda x, y: (x - y).square().sum(), Box(-1, 1), Box(-1, 1))
 MATRIX = MatrixGame([[3, -1], [-2, 1]])
 HEAVY = Particles(torch.tensor([[-1.0], [1.0]]), torch.zeros(2))
-POLE = ContinuousGame(lambda x, y: 1 / (x - 0.5).abs().sum() + y.sum(), Torus(), Torus())
+POLE = game(lambda x, y: 1 / (x - 0.5).abs().sum() + y.sum(), Torus(), Torus())
 
 
 @pytest.mark.parametrize(
     ("call", "kind", "why"),
     [
-        (lambda: SQUARE.duality_gap(torch.zeros(1, 1), HEAVY), ValueError, "sum 1, got .* sum 2"),
+        (lambda: game().duality_gap(torch.zeros(1, 1), HEAVY), ValueError, "sum 1, got .* sum 2"),
         (lambda: POLE.duality_gap([[0.0]], [[0.0]], grid=10), ValueError, r"x=\[0.5\] is inf"),
-        (lambda: solve(MATRIX, grid=3), ValueError, "grid=3 is for continuous games"),
+        (lambda: solve(PENNIES, grid=3), ValueError, "grid=3 is for continuous games"),
         (lambda: Box([0, 0], [1, 1], dim=3), ValueError, "differ in their number"),
         (lambda: Restarted(inner="hedge"), TypeError, "class of methods such as Hedge"),
-        (lambda: solve(MATRIX, start=(torch.ones(3, 2) / 2, [0.5, 0.5])), ValueError, r"\[3, 2\]"),
+        (lambda: solve(PENNIES, start=(torch.ones(3, 2) / 2, [0.5, 0.5])), ValueError, r"\[3, 2\]"),
         (lambda: solve(MATRIX, "hedge", step_size=1e308), FloatingPointError, "overflow"),
     ],
 )
@@ -283,5 +282,5 @@ def test_what_would_give_a_wrong_answer_is_refused(call, kind, why):
 
 
 def test_a_payoff_may_compute_in_another_precision():
-    game = ContinuousGame(lambda x, y: (x.float() * y.float()).sum(), Box(-1, 1), Box(-1, 1))
-    assert solve(game, "langevin", 5).value.dtype == torch.float64
+    single = game(lambda x, y: (x.float() * y.float()).sum())
+    assert solve(single, "langevin", 5).value.dtype == torch.float64

@@ -93,16 +93,16 @@ def test_every_bound_has_a_statement_that_it_names_and_a_test(function):
 @given(seeds, st.integers(2, 50), st.integers(2, 50), st.integers(1, 10_000))
 def test_step_sizes_of_hedge_make_its_bound_smallest(seed, m, n, steps):
     range_, factor = 1.7, np.random.default_rng(seed).uniform(0.5, 2, 2)
-    one, pair = bounds.hedge_step(range_, m, n, steps), bounds.hedge_steps(range_, m, n, steps)
+    single, pair = bounds.hedge_step(range_, m, n, steps), bounds.hedge_steps(range_, m, n, steps)
     best = bounds.hedge_optimal_step(range_, m, n, steps)
     both = bounds.hedge_optimal_steps(range_, m, n, steps)
-    assert bounds.hedge(range_, m, n, steps, one) == pytest.approx(best)
+    assert bounds.hedge(range_, m, n, steps, single) == pytest.approx(best)
     assert bounds.hedge(range_, m, n, steps, pair) == pytest.approx(both)
-    assert bounds.hedge(range_, m, n, steps, one * factor[0]) >= best
+    assert bounds.hedge(range_, m, n, steps, single * factor[0]) >= best
     moved = pair[0] * factor[0], pair[1] * factor[1]
     assert both <= bounds.hedge(range_, m, n, steps, moved)
     assert both <= best * (1 + 1e-12) <= bounds.anytime_hedge(range_, m, n, steps)
-    assert bounds.measure_hedge(math.log(m * n), range_, steps, one) == pytest.approx(best)
+    assert bounds.measure_hedge(math.log(m * n), range_, steps, single) == pytest.approx(best)
 
 
 @given(st.floats(0.01, 100), st.integers(2, 40), st.integers(2, 40), st.integers(50, 100_000))

@@ -236,7 +236,7 @@ def test_the_mean_of_a_mixture_earns_nothing_where_the_mixture_earns_half():
         duel = Duel(mixed, torch.full((4,), 0.501))
         optimizer = train(duel, replace(HEDGE, play_as=play_as), 0.0)
         strategies.append([x[0] for x in trajectory(optimizer, 1)[1:]])
-    (points, weights), (mean, one) = strategies
+    (points, weights), (mean, certain) = strategies
     torch.testing.assert_close(mean[0], (weights * points).sum(0))
     assert (earned(points, weights) > 0.3).all()
-    assert (earned(mean, one) < 0.01).all()
+    assert (earned(mean, certain) < 0.01).all()

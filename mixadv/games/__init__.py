@@ -6,7 +6,6 @@
 in `MAT`; `theory/statements.md` says what must be true of them, and the tests confront the two.
 """
 
-from mixadv.games.certificate import duality_gap
 from mixadv.games.continuous import ContinuousGame
 from mixadv.games.matrix import MatrixGame
 from mixadv.games.method import Method
@@ -26,9 +25,10 @@ from mixadv.games.particles import (
 )
 from mixadv.games.registry import METHODS, PARTICLE_METHODS
 from mixadv.games.restarted import Restarted
-from mixadv.games.solution import Solution
+from mixadv.games.solution import Solution, duality_gap
 from mixadv.games.solve import solve
-from mixadv.games.spaces import Ball, Box, Gaussian, Space, Torus
+from mixadv.games.space import Space
+from mixadv.games.spaces import Ball, Box, Gaussian, Torus
 from mixadv.games.strategies import Gap, Pair, Particles
 
 __all__ = [

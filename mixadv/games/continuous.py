@@ -16,7 +16,8 @@ from torch.func import jacrev, vmap
 from mixadv.checks import check_integer, check_number
 from mixadv.games.matrix import gap, numbers
 from mixadv.games.payoff import PairPayoff
-from mixadv.games.spaces import REACH, Space, check_points
+from mixadv.games.space import Space, check_points
+from mixadv.games.spaces import REACH
 from mixadv.games.strategies import Gap, Particles
 from mixadv.maths.geometry import unit
 

@@ -77,13 +77,7 @@ class MatrixGame:
         return gap(self.losses(y), self.gains(x))
 
     def weights(self, who: str, values: Any, side: int) -> Tensor:
-        """Return weights `[..., size]` of a player as a tensor; raise unless they are a strategy.
-
-        Args:
-            who: what the error calls them.
-            values: the weights.
-            side: whose they are: 0 the learner's, 1 the adversary's.
-        """
+        """Return weights `[..., size]` of a side, 0 or 1; raise unless they are a strategy."""
         size = self.shape[side]
         weights = numbers(who, values, self.payoff.dtype, self.payoff.device)
         if weights.shape[-1:] != (size,) or not weights.numel():

@@ -17,7 +17,7 @@ from torch import Tensor
 from mixadv.checks import check_integer, check_number
 from mixadv.games.continuous import ContinuousGame
 from mixadv.games.method import Output, Profile, StepSize, check_step_size
-from mixadv.games.spaces import Space
+from mixadv.games.space import Space
 from mixadv.games.strategies import Particles, Slopes
 from mixadv.maths import langevin, mirror
 

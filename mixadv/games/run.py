@@ -14,7 +14,6 @@ from torch import Tensor
 from mixadv.checks import check_flag, check_integer, check_number
 from mixadv.games.method import Method, Profile
 from mixadv.games.particles import ParticleMethod
-from mixadv.games.strategies import Pair
 
 Strategy = TypeVar("Strategy")
 Reply = TypeVar("Reply", covariant=True)
@@ -49,21 +48,6 @@ class Ledger(Protocol[Strategy, Reply]):
     @property
     def method(self) -> Method | ParticleMethod:
         """Which plays."""
-        ...
-
-    @property
-    def last(self) -> Pair:
-        """Both strategies of the last step."""
-        ...
-
-    @property
-    def average(self) -> Pair:
-        """Both strategies in the mean over the steps."""
-        ...
-
-    @property
-    def output(self) -> Pair:
-        """Both strategies that the method gives."""
         ...
 
     def answer(self, profile: Profile[Strategy]) -> Reply:

@@ -1,4 +1,4 @@
-"""What a solve returns."""
+"""What a solve returns, and the gap that certifies it."""
 
 from __future__ import annotations
 
@@ -69,6 +69,35 @@ class Solution:
             place.set(title=who)
         axes[0].figure.tight_layout()
         return axes
+
+
+def duality_gap(
+    game: MatrixGame | ContinuousGame,
+    learner: Tensor | Particles,
+    adversary: Tensor | Particles,
+    **how: Any,
+) -> Gap:
+    """Return max_y F(learner, y) − min_x F(x, adversary): 0 at equilibria, else positive.
+
+    Args:
+        game: finite or continuous.
+        learner: weights `[..., m]`, or particles.
+        adversary: weights `[..., n]`, or particles.
+        how: for continuous games, see `ContinuousGame.duality_gap`.
+
+    Example:
+        >>> import torch
+        >>> game = MatrixGame([[1.0, 0.0], [0.0, 1.0]])
+        >>> half = torch.tensor([0.5, 0.5])
+        >>> print(duality_gap(game, half, half), duality_gap(game, torch.eye(2)[0], half))
+        0 (exact) 0.5 (exact)
+    """
+    if isinstance(game, ContinuousGame):
+        return game.duality_gap(learner, adversary, **how)
+    if isinstance(game, MatrixGame):
+        x, y = game.weights("learner", learner, 0), game.weights("adversary", adversary, 1)
+        return Gap(game.duality_gap(x, y, **how))
+    raise TypeError(f"game must be a MatrixGame or a ContinuousGame, got {type(game).__name__}.")
 
 
 def _draw(axes: Any, strategy: Tensor | Particles, game: int) -> None:

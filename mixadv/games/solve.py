@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mixadv.errors import build
-from mixadv.games.certificate import duality_gap
 from mixadv.games.continuous import ContinuousGame
 from mixadv.games.matrix import MatrixGame
 from mixadv.games.means import Means
@@ -19,8 +18,8 @@ from mixadv.games.particles import ParticleMethod
 from mixadv.games.registry import METHODS, PARTICLE_METHODS
 from mixadv.games.run import Run, play
 from mixadv.games.snapshots import Snapshots
-from mixadv.games.solution import Solution
-from mixadv.games.spaces import check_points
+from mixadv.games.solution import Solution, duality_gap
+from mixadv.games.space import check_points
 from mixadv.games.strategies import Pair, Particles
 from mixadv.maths import mirror
 
