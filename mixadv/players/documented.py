@@ -65,7 +65,7 @@ def described(doc: str) -> dict[str, str]:
 
 def _formula(cls: type[Any]) -> str:
     """Return what the file's docstring sets as formulas, up to the published settings."""
-    doc = inspect.cleandoc(getattr(sys.modules.get(cls.__module__), "__doc__", None) or "")
+    doc = getattr(sys.modules.get(cls.__module__), "__doc__", None) or ""
     paragraphs = doc.partition("\nPublished:")[0].split("\n\n")
     return "\n\n".join(p for p in paragraphs if re.search("^    ", p, re.MULTILINE))
 
