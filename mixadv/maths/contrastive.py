@@ -49,15 +49,15 @@ def nt_xent(
             f"{list(clean.shape)} and {list(adversarial.shape)}."
         )
     with torch.autocast(clean.device.type, enabled=False):
-        one, other = directions(clean), directions(adversarial)
-        partner = torch.arange(len(one), device=one.device)
+        first, second = directions(clean), directions(adversarial)
+        partner = torch.arange(len(first), device=first.device)
         if negatives == "cross":
-            similarity = one @ other.T / temperature
+            similarity = first @ second.T / temperature
             both = F.cross_entropy(similarity, partner), F.cross_entropy(similarity.T, partner)
             return (both[0] + both[1]) / 2
-        views = torch.cat([one, other])
+        views = torch.cat([first, second])
         similarity = (views @ views.T / temperature).fill_diagonal_(-math.inf)
-        return F.cross_entropy(similarity, torch.cat([partner + len(one), partner]))
+        return F.cross_entropy(similarity, torch.cat([partner + len(first), partner]))
 
 
 def directions(views: Tensor) -> Tensor:

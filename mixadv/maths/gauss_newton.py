@@ -63,11 +63,11 @@ def cotangent(predictions: Tensor, kind: str | Divergence, real: Tensor | None =
         return torch.ones_like(predictions)
     logs = log_probabilities(predictions)
     likeliest, label = logs.max(-1, keepdim=True)
-    one = torch.zeros_like(logs).scatter(-1, label, 1.0)
-    rest = logs.masked_fill(one > 0, -torch.inf)
+    onto = torch.zeros_like(logs).scatter(-1, label, 1.0)
+    rest = logs.masked_fill(onto > 0, -torch.inf)
     others = rest.softmax(-1)
     if logs.dim() == 2:  # a sample's own length means nothing
-        return others - one
+        return others - onto
     # √(π(1 − π)), also where π rounds to 1
     weight = (0.5 * (likeliest + rest.logsumexp(-1, keepdim=True))).exp()
-    return (others - one) * (weight if real is None else weight * real[..., None])
+    return (others - onto) * (weight if real is None else weight * real[..., None])

@@ -1,7 +1,7 @@
 """What is asked of torch by names that it keeps to itself; no other file uses such names.
 
-Each is there from torch 2.11, the oldest version supported, to 2.13. What a new version of torch
-moves or drops is mended here.
+Each is there in torch 2.13, with which the tests run. What another version moves or drops is mended
+here.
 """
 
 from collections.abc import Callable

@@ -184,7 +184,7 @@ class Rehearsal(Moves):
             self.branches += q.size
         return torch.zeros(())
 
-    def read(self, q: Strategy) -> Reading:
+    def run_at(self, q: Strategy) -> Reading:
         self.loss(q)
         return _READING
 

@@ -131,6 +131,14 @@ class Passes:
             for parameter in live:
                 parameter.requires_grad_(True)
 
+    @contextmanager
+    def ascending(self, ascent: Ascent) -> Iterator[None]:
+        """Run the ascent's own passes: none is kept, for each holds its δ."""
+        begun = len(self.kept)
+        with self.frozen(), self.autocast(ascent):
+            yield
+        del self.kept[begun:]
+
     def autocast(self, ascent: Ascent) -> AbstractContextManager[Any]:
         """Return what to run the ascent's own passes in."""
         if ascent.ascent_dtype is None:

@@ -103,11 +103,9 @@ class Stage(Moves):
         deviation_weight: float = 0.0,
     ) -> tuple[Strategy, Tensor, list[Tensor]]:
         """Return what `payoffs` returns, computed by a route of one's choice."""
-        passes, gains = self.passes, gains_of(payoff, self.clean, deviation_weight)
-        begun = len(passes.kept)
-        with passes.frozen(), passes.autocast(ascent):
-            values, gradients, predictions, samples = route(passes, q, gains)
-        del passes.kept[begun:]  # nothing differentiates them again, and each holds its δ
+        gains = gains_of(payoff, self.clean, deviation_weight)
+        with self.passes.ascending(ascent):
+            values, gradients, predictions, samples = route(self.passes, q, gains)
         self.delta_backwards += q.size
         if ascent.turns and payoff in gauss_newton.CURVED and predictions is not None:
             q, gradients = boundary.turn(q, gradients, predictions, self.clean())
@@ -210,12 +208,12 @@ class Stage(Moves):
             self.played = q = q.detach()
             values, _ = routes.readings(self.passes, q, losses, auto=False)
             return (q.weights * values).mean(1).sum()
-        objective = self.read(q).objective
+        objective = self.run_at(q).objective
         if clean:
             self.clean_loss = objective.detach()
         return objective
 
-    def read(self, q: Strategy) -> Reading:
+    def run_at(self, q: Strategy) -> Reading:
         self.played = q
         reading = self.passes.run(self.passes.at(q))
         objective = reading.objective

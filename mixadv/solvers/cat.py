@@ -98,7 +98,7 @@ class CAT(Solver):
         zero, gradients = stage.clean_gradients(self)
         if self.shared:
             gradients = share(gradients, stage.calls)
-        perturbed = stage.read(stage.move(zero, self, gradients).detach())
+        perturbed = stage.run_at(stage.move(zero, self, gradients).detach())
         views = self.project_views(stage.clean().representation, perturbed.representation)
         contrast = nt_xent(*views, self.contrast_temperature, self.negatives)
         losses = (stage.loss() + perturbed.objective) / 2

@@ -154,7 +154,7 @@ class Moves(Protocol):
         """
         ...
 
-    def read(self, q: Strategy) -> Reading:
+    def run_at(self, q: Strategy) -> Reading:
         """Return the pass at a point: loss, predictions, and the representation if one is read."""
         ...
 
