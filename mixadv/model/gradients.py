@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,54 +17,52 @@ CHANGES_GRADIENTS = (
 )
 
 
-class Found(NamedTuple):
-    """A parameter's gradient as it was found, and its version, which tells of changes in place."""
+Noted = list[tuple[Tensor | None, int]]
+"""The gradient of each parameter, and its version, which tells of changes in place."""
 
-    parameter: Tensor
-    gradient: Tensor | None
-    version: int
 
-    @classmethod
-    def of(cls, parameter: Tensor) -> Found:
-        """Note the gradient there is."""
-        gradient = parameter.grad
-        return cls(parameter, gradient, -1 if gradient is None else version(gradient))
+def noted(parameters: list[Tensor]) -> Noted:
+    """Note the gradients there are."""
+    return [(g, -1 if g is None else version(g)) for g in [p.grad for p in parameters]]
 
-    def changed(self) -> bool:
-        """Return whether the gradient is another one now, or has other values."""
-        now = Found.of(self.parameter)
-        return now.gradient is not self.gradient or now.version != self.version
+
+def changed(parameters: list[Tensor], before: Noted) -> bool:
+    """Return whether a gradient is another one now, or has other values."""
+    pairs = zip(before, noted(parameters), strict=True)
+    return any(a is not b or old != new for (a, old), (b, new) in pairs)
 
 
 class KeptGradients:
     """Gradients with copies of their values, to put them back; see `gradients_kept`."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
-        found = [Found.of(parameter) for parameter in parameters]
-        self._pairs = [(f, None if f.gradient is None else f.gradient.clone()) for f in found]
+        self._parameters = parameters
+        self._before = noted(parameters)
+        self._values = [None if p.grad is None else p.grad.clone() for p in parameters]
 
     def release(self) -> None:
         """Keep them no longer: those that the body has made stay."""
-        self._pairs = []
+        self._parameters, self._before = [], []
 
     @torch.no_grad()
     def put_back(self) -> bool:
         """Put the gradients back, and return whether one had changed."""
-        if not any(found.changed() for found, _ in self._pairs):
+        if not changed(self._parameters, self._before):
             return False
-        for found, values in self._pairs:
-            found.parameter.grad = found.gradient
-            if found.gradient is not None and values is not None:
-                found.gradient.copy_(values)
+        kept = zip(self._parameters, self._before, self._values, strict=True)
+        for parameter, (gradient, _), values in kept:
+            parameter.grad = gradient
+            if gradient is not None and values is not None:
+                gradient.copy_(values)
         return True
 
 
 @contextmanager
 def gradients_untouched(parameters: list[Tensor]) -> Iterator[None]:
     """Raise if the body replaces or changes a gradient."""
-    before = [Found.of(parameter) for parameter in parameters]
+    before = noted(parameters)
     yield
-    if any(found.changed() for found in before):
+    if changed(parameters, before):
         raise GameError(CHANGES_GRADIENTS)
 
 
@@ -76,6 +73,6 @@ def gradients_kept(parameters: list[Tensor]) -> Iterator[KeptGradients]:
     try:
         yield kept
     finally:
-        changed = kept.put_back()
-    if changed:
+        moved = kept.put_back()
+    if moved:
         raise GameError(CHANGES_GRADIENTS)
