@@ -108,10 +108,11 @@ def mat_error(work: Work) -> float:
 
     def ours(base: torch.optim.Optimizer) -> Tensor:
         optimizer = mixadv.wrap(base, work.model, solver)
-        game = optimizer.game
-        game.unit, game.rounds.arena.noise = work.unit, Drawn()  # pyright: ignore
+        game, arena = optimizer.game, optimizer.game.rounds.arena
+        arena.calibrate(unit=work.unit)
+        arena.noise = noise = Drawn()  # pyright: ignore
         assert game.learner is not None
-        game.learner.noise = game.rounds.arena.noise
+        game.learner.noise = noise  # pyright: ignore
         optimizer.step(work.closure())
         game.close()
         assert game.strategy is not None
