@@ -2,8 +2,9 @@ r"""Attack fine-tuned classifiers by replacing words, and compare how they fare.
 
 The models are folders that the other scripts write with --save, or any sequence classifier with
 its tokenizer. Attacked are test rows (without them dev rows), drawn the same for all models; rows
-that a model misclassifies from the start are not attacked. Prints a Markdown table and writes one
-JSON line per row, so that a killed attack goes on where it was when the same command comes again.
+that a model misclassifies from the start are not attacked. Prints a Markdown table and keeps what
+was found on each row in a file of JSON for each model, so that a killed attack goes on where it was
+when the same command comes again.
 
     python examples/glue.py --task sst2 --limit 2000 --save
     python examples/attack.py --model runs/glue/sst2-*/last --task sst2 --neighbours builtin
@@ -12,8 +13,6 @@ JSON line per row, so that a killed attack goes on where it was when the same co
     python examples/attack.py --model runs/intent/*/last --task intents --neighbours typos
 """
 
-import hashlib
-import json
 import random
 import sys
 import time
@@ -23,9 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from tqdm.auto import tqdm
 
 import glue
 import intent
@@ -35,7 +32,7 @@ from common.options import positive, script
 from common.results import EMBEDDED_MODEL
 from common.substitution import SOURCES, candidates
 from common.tables import markdown
-from mixadv.robustness import kept
+from mixadv.robustness.kept import Kept
 from mixadv.tokens import Attack, Similarity, WordSubstitution, summary
 
 STEP = 32  # rows attacked between two writes
@@ -64,7 +61,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     text = "that may change in any row (default: %(default)s)"
     add("--min-words", type=int, default=4, metavar="WORDS", help=text)
     add("--max-length", type=positive, default=128, metavar="TOKENS", help="(default: %(default)s)")
-    text = "folder of the JSON lines (default: %(default)s)"
+    text = "folder of what was found (default: %(default)s)"
     add("--output", type=Path, default=Path("runs/attack"), metavar="FOLDER", help=text)
     return parser.parse_args(argv)
 
@@ -114,58 +111,26 @@ def load_attack(options: Namespace) -> WordSubstitution:
     )
 
 
-def path(options: Namespace, victim: torch.nn.Module) -> Path:
-    """Return the file of an attack: the same for the same weights and settings."""
-    settings = {k: str(v) for k, v in vars(options).items() if k not in ("model", "output")}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    if Path(options.neighbours).is_file():
-        digest.update(Path(options.neighbours).read_bytes())
-    for tensor in victim.state_dict().values():
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    source = Path(options.neighbours.replace(":", "-")).name.split(".")[0]
-    return options.output / f"{options.task}-{source}-{digest.hexdigest()[:10]}.jsonl"
-
-
-def read(file: Path) -> list[tuple[Attack, float]]:
-    """Return the attacks written so far, and the seconds of each."""
-    found = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        row = json.loads(line)
-        seconds = row.pop("seconds")
-        for name in ("original", "perturbed"):
-            row[name] = tuple(row[name]) if isinstance(row[name], list) else row[name]
-        row["swaps"] = {int(at): tuple(swap) for at, swap in row["swaps"].items()}
-        found.append((Attack(**row), seconds))
-    return found
-
-
-def write(file: Path, found: Sequence[tuple[Attack, float]]) -> None:
-    """Write attacks as JSON lines, all or none."""
-    lines = [json.dumps({**asdict(one), "seconds": seconds}) + "\n" for one, seconds in found]
-    kept.write(file, "".join(lines))
-
-
 def run(name: str, options: Namespace, attack: WordSubstitution, task: Task) -> list[str]:
     """Attack a model on the rows that it was not attacked on yet; return its row of the table."""
     texts, labels = chosen(options, task)
     victim, tokenizer = load_victim(name, task.labels or ())
-    file = path(options, victim)
-    found = read(file)
-    for start in tqdm(
-        range(len(found), len(texts), STEP), desc=name, unit_scale=STEP, unit="row", disable=None
-    ):
-        part = slice(start, start + STEP)
+
+    def compute(part: slice) -> list[dict[str, Any]]:
         began = time.perf_counter()
         attacks = attack.attack(victim, tokenizer, texts[part], labels[part])
-        each = (time.perf_counter() - began) / len(attacks)
-        found += [(one, each) for one in attacks]
-        write(file, found)
-    return row(name, found)
+        seconds = (time.perf_counter() - began) / len(attacks)
+        return [{"attack": asdict(made), "seconds": seconds} for made in attacks]
+
+    settings = {"attack": attack, "texts": texts, "labels": labels}
+    kept = Kept(options.output, {"model": victim, "tokenizer": tokenizer, **settings})
+    source = Path(options.neighbours.replace(":", "-")).name.split(".")[0]
+    return row(name, kept.rows(f"{options.task}-{source}", {}, len(texts), compute, STEP))
 
 
-def row(name: str, found: Sequence[tuple[Attack, float]]) -> list[str]:
+def row(name: str, found: Sequence[dict[str, Any]]) -> list[str]:
     """Return a row of the table."""
-    numbers = summary(attack for attack, _ in found)
+    numbers = summary(Attack(**record["attack"]) for record in found)
     success = "–"
     if numbers["success_rate"] is not None:
         low, high = numbers["success_interval"]
@@ -175,7 +140,7 @@ def row(name: str, found: Sequence[tuple[Attack, float]]) -> list[str]:
         for key in ("words_changed", "queries")
     )
     rates = [f"{100 * numbers[k]:.1f}" for k in ("clean_accuracy", "accuracy_under_attack")]
-    seconds = sum(each for _, each in found) / len(found)
+    seconds = sum(record["seconds"] for record in found) / len(found)
     return [name, str(numbers["rows"]), *rates, success, words, queries, f"{seconds:.2f}"]
 
 
@@ -186,10 +151,7 @@ def work(options: Namespace) -> str:
     return markdown(HEAD, rows)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 2 for what it cannot run."""
-    options = arguments(argv)
-    return command.answer("attack", lambda: work(options))
+main = command.entry("attack", arguments, work)
 
 
 if __name__ == "__main__":

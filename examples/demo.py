@@ -76,10 +76,7 @@ def work(options: argparse.Namespace) -> str:
     return f"{results.table(found)}\n\npicture: {path}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 2 for what it cannot run."""
-    options = arguments(argv)
-    return command.answer("demo", lambda: work(options))
+main = command.entry("demo", arguments, work)
 
 
 if __name__ == "__main__":

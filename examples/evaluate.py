@@ -142,10 +142,7 @@ def work(options: Namespace) -> str:
     return table.rstrip()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 2 for what it cannot run."""
-    options = arguments(argv)
-    return command.answer("evaluate", lambda: work(options))
+main = command.entry("evaluate", arguments, work)
 
 
 if __name__ == "__main__":

@@ -132,10 +132,7 @@ def work(options: Namespace) -> str:
     return f"{table(analyses)}\n\n{counts(analyses)}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 2 for what it cannot run."""
-    options = arguments(argv)
-    return command.answer("neurons", lambda: work(options))
+main = command.entry("neurons", arguments, work)
 
 
 if __name__ == "__main__":

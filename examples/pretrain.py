@@ -28,7 +28,7 @@ from accelerate.utils import set_seed
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 import mixadv
-from common.command import answer
+from common.command import entry
 from common.options import positive, script
 from common.parameters import PLAIN, known, parameters
 from common.pretraining import corpus, curves, models, tasks
@@ -151,6 +151,7 @@ def player(options: argparse.Namespace) -> mixadv.Solver | None:
 
 def train(options: argparse.Namespace) -> str:
     """Train as the command line asks; return the table of held-out metrics."""
+    PartialState(cpu=not torch.accelerator.is_available())
     check(options)
     solver = player(options)
     options.output = options.output or Path("runs/pretrain") / options.objective
@@ -273,12 +274,7 @@ def table(log: list[dict[str, Any]]) -> str:
     return markdown(["step", *names], [*lines, ["chance", *cells]])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 2 for what it cannot run."""
-    options = arguments(argv)
-    PartialState(cpu=not torch.accelerator.is_available())
-    return answer("pretrain", lambda: train(options))
-
+main = entry("pretrain", arguments, train)
 
 if __name__ == "__main__":
     sys.exit(main())

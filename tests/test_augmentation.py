@@ -26,7 +26,7 @@ from common import results
 from common.loop import Training
 from common.results import Run
 from common.substitution import BUILTIN, Source, candidates
-from mixadv.tokens import SimilarWords, WordSubstitution, adversarial_rows
+from mixadv.tokens import Attack, SimilarWords, WordSubstitution, adversarial_rows
 from mixadv.tokens.substitution.augmentation import copies
 from tests.substitution_zoo import TABLE, VOCABULARY, bag_of_words, tiny, word_tokenizer
 from tests.zoo import assert_same
@@ -357,6 +357,11 @@ def attacks(folder: Path, victim: str, output: Path, *more: str) -> list[str]:
     return [*argv, "--similarity", "0.5", "--output", str(output), *more]
 
 
+def attacked(file: Path) -> list[Attack]:
+    """Return what the script keeps of each row."""
+    return [Attack(**record["attack"]) for record in json.loads(file.read_text())["found"]]
+
+
 def test_the_script_attacks_and_goes_on_where_it_was(
     folder: Path, victim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
@@ -366,7 +371,7 @@ def test_the_script_attacks_and_goes_on_where_it_was(
     assert head == list(script.HEAD)
     assert line[:2] == [victim, "40"]
     [file] = (tmp_path / "whole").iterdir()
-    found = [one for one, _ in script.read(file)]
+    found = attacked(file)
     assert len(found) == 40
     assert {one.succeeded for one in found if not one.skipped} == {True, False}
     assert all(one.perturbed == one.original or one.swaps for one in found)
@@ -388,7 +393,7 @@ def test_the_script_attacks_and_goes_on_where_it_was(
     assert len(texts) == 40 + 1
     [again] = (tmp_path / "broken").iterdir()
     assert again.name == file.name
-    assert [one for one, _ in script.read(again)] == found
+    assert attacked(again) == found
     capsys.readouterr()
     assert script.main(broken) == 0
     assert cells(capsys.readouterr().out)[1][:-1] == line[:-1]
@@ -413,7 +418,7 @@ def test_every_source_attacks_pairs_and_intents(
     assert script.main(argv) == 0
     assert cells(capsys.readouterr().out)[1][1] == "6"
     [file] = (tmp_path / "out").iterdir()
-    for one, _ in script.read(file):
+    for one in attacked(file):
         assert one.original[0] == one.perturbed[0]
 
 

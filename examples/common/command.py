@@ -77,8 +77,21 @@ class Script:
 
     def main(self, argv: list[str] | None = None) -> int:
         """Run the command line; return 2 for what it cannot run."""
-        options = self.arguments(argv)
-        return answer(self.name, lambda: self.work(options))
+        return entry(self.name, self.arguments, self.work)(argv)
+
+
+def entry(
+    name: str,
+    arguments: Callable[[list[str] | None], argparse.Namespace],
+    work: Callable[[argparse.Namespace], str],
+) -> Callable[..., int]:
+    """Return the `main` of a script: it runs the command line, and returns 2 for what it cannot."""
+
+    def main(argv: list[str] | None = None) -> int:
+        options = arguments(argv)
+        return answer(name, lambda: work(options))
+
+    return main
 
 
 def answer(name: str, job: Callable[[], str]) -> int:

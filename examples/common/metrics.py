@@ -26,32 +26,23 @@ def f1(predictions: Any, labels: Any) -> float:
     return float(metrics.f1_score(labels, predictions, zero_division=0.0))
 
 
-def matthews(predictions: Any, labels: Any) -> float:
-    """Return Matthews' correlation of two labels, or of more."""
-    if _constant(predictions) or _constant(labels):
-        return 0.0
-    return float(metrics.matthews_corrcoef(labels, predictions))
+def _correlation(measure: Metric) -> Metric:
+    """Return the measure, with 0 where it is undefined."""
+
+    def measured(predictions: Any, labels: Any) -> float:
+        if any(len(np.unique(values)) < 2 for values in (predictions, labels)):
+            return 0.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of values that hardly vary, or are not finite
+            value = float(measure(predictions, labels))
+        return value if math.isfinite(value) else 0.0
+
+    return measured
 
 
-def pearson(predictions: Any, labels: Any) -> float:
-    """Return the linear correlation."""
-    return _correlation(stats.pearsonr, predictions, labels)
-
-
-def spearman(predictions: Any, labels: Any) -> float:
-    """Return the correlation of ranks."""
-    return _correlation(stats.spearmanr, predictions, labels)
-
-
-def _correlation(measure: Callable[..., Any], predictions: Any, labels: Any) -> float:
-    if _constant(predictions) or _constant(labels):
-        return 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values that hardly vary, or are not finite
-        value = float(measure(predictions, labels).statistic)
-    return value if math.isfinite(value) else 0.0
-
-
-def _constant(values: Any) -> bool:
-    array = np.asarray(values)
-    return len(array) < 2 or bool((array == array[0]).all())
+matthews = _correlation(lambda predictions, labels: metrics.matthews_corrcoef(labels, predictions))
+"""Matthews' correlation of two labels, or of more."""
+pearson = _correlation(lambda predictions, labels: stats.pearsonr(predictions, labels).statistic)
+"""The linear correlation."""
+spearman = _correlation(lambda predictions, labels: stats.spearmanr(predictions, labels).statistic)
+"""The correlation of ranks."""
