@@ -214,7 +214,10 @@ def test_an_ascent_turns_towards_the_boundary(name: str, route: Any):
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "a loss": (lambda: mixadv.PGD(direction="gauss_newton"), "takes a divergence.*got 'loss'"),
-    "FreeLB": (lambda: mixadv.FreeLB(direction="gauss_newton"), "takes a divergence"),
+    "FreeLB": (
+        lambda: mixadv.make_solver("freelb", direction="gauss_newton"),
+        "FreeLB has no hyper-parameter 'direction'",
+    ),
     "a function": (
         lambda: mixadv.ALUM(direction="gauss_newton", divergence=lambda a, b: a),
         "takes a divergence",

@@ -26,7 +26,7 @@ class Twice(nn.Module):
         return self.head(torch.tanh(self.words(one).mean(1) * self.words(other).mean(1)))
 
 
-def classified(model: Callable[..., Tensor], *inputs: Tensor, labels: Tensor) -> Callable[[], Any]:
+def classified(model: Callable[..., Tensor], *inputs: Any, labels: Tensor) -> Callable[[], Any]:
     """Return a closure of the cross-entropy and the logits."""
 
     def run() -> tuple[Tensor, Tensor]:
