@@ -2,16 +2,16 @@
 
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import mixadv
+from tests.worlds import classified, wrapped
 from tests.zoo import CANNOT, note_refusal
 
 Case = Callable[[int], Any]  # of the rank; a function of a module, or a partial one
@@ -174,17 +175,34 @@ def batches(rank: int, rounds: int, rows: int = 4) -> Iterator[tuple[Tensor, Ten
 
 def closure(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable[[], Any]:
     """Return a closure of the loss and the logits."""
+    return classified(model, ids, labels=labels)
 
-    def run() -> tuple[Tensor, Tensor]:
-        logits = model(ids)
-        return F.cross_entropy(logits, labels), logits
 
-    return run
+def times(factor: float, run: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a closure of loss and logits that are multiplied by a factor."""
+    return lambda: tuple(factor * x for x in run())
+
+
+def by_name(
+    case: Case, title: str, names: Iterable[str] = SOLVERS, **words: Any
+) -> dict[str, Case]:
+    """Return a case for each solver, under a title and its name."""
+    return {f"{title}: {name}": partial(case, name=name, **words) for name in names}
+
+
+def verdicts_of(cases: dict[str, Case], title: str) -> Any:
+    """Return a fixture of what came of cases, which the workers of a session run once."""
+
+    @pytest.fixture(scope="module")
+    def verdicts(together: Path) -> dict[str, Verdict]:
+        return judge(cases, together / title)
+
+    return verdicts
 
 
 def start(model: nn.Module, solver: mixadv.Solver) -> mixadv.GameOptimizer:
     """Return an optimizer of the model."""
-    return mixadv.wrap(torch.optim.AdamW(model.parameters(), lr=0.01), model, solver)
+    return wrapped(model, solver, 0.01, torch.optim.AdamW)
 
 
 def play(optimizer: mixadv.GameOptimizer, way: str, *closures: Callable[[], Any]) -> Tensor:

@@ -1,6 +1,7 @@
 """Accelerate: prepared optimizers, accumulation, schedulers and checkpoints."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,14 @@ def test_prepared_it_accumulates_and_schedules(
         scheduler: Any = lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         if accelerated:
             model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        backward = accelerator.backward if accelerated else lambda loss: (loss / 2).backward()
         for micro in range(4):
-            if accelerated:
-                with accelerator.accumulate(model):
-                    if way == "loss":
-                        accelerator.backward(game.loss(player.closure()))
-                    else:
-                        game.backward(player.closure(), backward=accelerator.backward)
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
-            else:
+            with accelerator.accumulate(model) if accelerated else nullcontext():
                 if way == "loss":
-                    (game.loss(player.closure()) / 2).backward()
+                    backward(game.loss(player.closure()))
                 else:
-                    game.backward(player.closure(), backward=lambda loss: (loss / 2).backward())
-                if micro % 2:
+                    game.backward(player.closure(), backward=backward)
+                if accelerated or micro % 2:
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()
@@ -82,11 +75,27 @@ def test_a_round_is_played_by_the_step_of_a_prepared_optimizer(accelerator: Any)
     assert_same(optimizer.outcome.objective, losses[-1])
 
 
+def forget(accelerator: Any) -> None:
+    """Be as in a new process."""
+    for known in ("_models", "_optimizers", "_schedulers", "_custom_objects"):
+        getattr(accelerator, known).clear()
+
+
+def assert_resumes(accelerator: Any, folder: Path, begin: Any, train: Any) -> None:
+    """Assert that a run loaded after some training goes on as the one that was saved."""
+    run = begin()
+    train(*run)
+    accelerator.save_state(folder)
+    whole = train(*run)
+    resumed = begin()
+    accelerator.load_state(folder)
+    assert_same(train(*resumed), whole)
+
+
 def prepared(accelerator: Any, solver: mixadv.Solver) -> tuple[Any, Any, Player]:
     """Return optimizer and scheduler as of a new process, prepared."""
     optimizer, player = wrapped(solver, AdamW)
-    for known in ("_models", "_optimizers", "_schedulers", "_custom_objects"):
-        getattr(accelerator, known).clear()
+    forget(accelerator)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     return *accelerator.prepare(player.model, optimizer, scheduler)[1:], player
 
@@ -110,21 +119,14 @@ def test_both_players_resume_from_a_saved_state(
         state = optimizer.optimizer.state_dict()
         return [weights(player), state, scheduler.get_last_lr(), torch.get_rng_state()]
 
-    run = prepared(accelerator, solver)
-    train(*run)
-    accelerator.save_state(tmp_path)
-    whole = train(*run)
-    resumed = prepared(accelerator, solver)
-    accelerator.load_state(tmp_path)
-    assert_same(train(*resumed), whole)
+    assert_resumes(accelerator, tmp_path, lambda: prepared(accelerator, solver), train)
 
 
 def test_a_game_beside_an_optimizer_is_registered_for_checkpoints(
     accelerator: Any, tmp_path: Path
 ) -> None:
     def begin() -> tuple[Any, mixadv.Game, Player]:
-        for known in ("_models", "_optimizers", "_schedulers", "_custom_objects"):
-            getattr(accelerator, known).clear()
+        forget(accelerator)
         player = small()
         game = mixadv.Game(player.model, mixadv.TextAT())
         base = AdamW(player.model.parameters(), lr=0.1)
@@ -139,10 +141,4 @@ def test_a_game_beside_an_optimizer_is_registered_for_checkpoints(
             optimizer.zero_grad()
         return [weights(player), game.state_dict(), torch.get_rng_state()]
 
-    run = begin()
-    train(*run)
-    accelerator.save_state(tmp_path)
-    whole = train(*run)
-    resumed = begin()
-    accelerator.load_state(tmp_path)
-    assert_same(train(*resumed), whole)
+    assert_resumes(accelerator, tmp_path, begin, train)

@@ -12,6 +12,14 @@ from torch.optim import SGD, AdamW
 
 import mixadv
 from mixadv.maths.contrastive import nt_xent
+from tests.worlds import (
+    assert_resumes,
+    classified,
+    gradients,
+    hidden_at,
+    played,
+    wrapped,
+)
 from tests.zoo import assert_same, player, small, without_dropout
 
 ENCODERS = ["bert", "roberta", "distilbert", "deberta", "electra", "albert", "modernbert"]
@@ -37,19 +45,7 @@ def pairs():
     torch.manual_seed(0)
     model, draw = Pairs().double(), torch.Generator().manual_seed(1)
     one, other = (torch.randint(0, 8, (6, n), generator=draw) for n in (3, 5))
-    labels = torch.arange(6) % 3
-
-    def closure():
-        logits = model(one, other)
-        return F.cross_entropy(logits, labels), logits
-
-    return model, closure
-
-
-def gradients(model: nn.Module) -> list[Tensor | None]:
-    found = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    return found
+    return model, classified(model, one, other, labels=torch.arange(6) % 3)
 
 
 def by_hand(model, closure, source: nn.Module, name: str, solver) -> tuple[Tensor, list]:
@@ -124,11 +120,7 @@ def test_ids_of_any_shape_are_shared(shape):
     model = nn.Sequential(nn.Embedding(4, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(2)).double()
     ids, labels = torch.randint(0, 4, shape), torch.arange(6) % 2
     model(ids)
-
-    def closure():
-        return F.cross_entropy(model(ids), labels)
-
-    assert_played_by_hand(model, closure, "2", "0.weight")
+    assert_played_by_hand(model, lambda: F.cross_entropy(model(ids), labels), "2", "0.weight")
 
 
 def test_padding_has_no_say_in_the_perturbation_of_a_real_token_with_its_id():
@@ -200,20 +192,16 @@ SHARED = {"shared": True, "source": "hidden"}
 @pytest.mark.parametrize("per", ["sample", "token"])
 @pytest.mark.parametrize("normalize", ["steepest", "norm", "none"])
 def test_a_shared_perturbation_is_shared_or_refused(norm, per, normalize):
-    one, words = small(), {"norm": norm, "per": per, "normalize": normalize, **SHARED}
+    words = {"norm": norm, "per": per, "normalize": normalize, **SHARED}
     if per == "sample" and (norm, normalize) != ("linf", "steepest"):
         with pytest.raises(ValueError, match=f"'{norm}'.*normalize='{normalize}'.*shared=False"):
             mixadv.CAT(**words)
         return
+    one = small(reduction="none")
     without_dropout(one.model)
     game = mixadv.Game(one.model, mixadv.CAT(**words))
-
-    def closure():
-        logits = one.model(one.batch["ids"])
-        return F.cross_entropy(logits, one.batch["labels"], reduction="none"), logits
-
-    game.backward(closure)
-    ids, delta = one.batch["ids"], game.strategy.points[0][0]
+    game.backward(one.closure())
+    ids, delta = one.batch["ids"], played(game)
     for token in range(1, 12):
         places = delta[ids == token]
         torch.testing.assert_close(places, places[:1].expand_as(places))
@@ -228,8 +216,7 @@ def projected(seed=0, base=SGD, **words):
     one = small(seed=seed)
     head = nn.Linear(5, 4).double()
     solver = mixadv.CAT(source="hidden", head=head, **words)
-    optimizer = mixadv.wrap(base(one.model.parameters(), lr=0.05), one.model, solver)
-    return one, head, optimizer
+    return one, head, wrapped(one.model, solver, 0.05, base)
 
 
 def test_the_loss_is_that_of_the_projected_views():
@@ -239,15 +226,8 @@ def test_the_loss_is_that_of_the_projected_views():
     found = [head.weight.grad.clone(), one.model.hidden.weight.grad.clone()]
     one.model.zero_grad()
     head.zero_grad()
-    kept, delta = [], optimizer.game.unit * optimizer.game.strategy.points[0][0]
-    hook = one.model.hidden.register_forward_hook(lambda *call: kept.append(call[2]))
-    for added in (0, delta):
-        torch.manual_seed(3)
-        shift = one.model.embedding.register_forward_hook(lambda *call, d=added: call[2] + d)
-        one.closure()()
-        shift.remove()
-    hook.remove()
-    loss = nt_xent(head(kept[0]), head(kept[1]))
+    delta = optimizer.game.unit * played(optimizer.game)
+    loss = nt_xent(*map(head, hidden_at(one, 0, delta)))
     loss.backward()
     torch.testing.assert_close(outcome.objective, loss.detach())
     torch.testing.assert_close(found, [head.weight.grad, one.model.hidden.weight.grad])
@@ -275,15 +255,14 @@ def test_a_head_that_the_optimizer_holds_already_is_not_added_again():
 def test_without_a_head_nothing_is_added():
     assert mixadv.CAT().head is None
     one = small()
-    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, mixadv.CAT())
+    optimizer = wrapped(one.model, mixadv.CAT())
     assert len(optimizer.param_groups) == 1
     assert optimizer.game.state_dict()["modules"] == {}
 
 
 def test_a_round_with_a_head_is_explained_and_the_head_left_alone():
     one, head = small(), nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).double()
-    solver = mixadv.CAT(source="hidden", head=head)
-    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, solver)
+    optimizer = wrapped(one.model, mixadv.CAT(source="hidden", head=head))
     before = copy.deepcopy(head.state_dict())
     told = optimizer.game.explain(one.closure()).passes
     assert told == mixadv.Game(one.model, mixadv.CAT(source="hidden")).explain().passes
@@ -309,25 +288,16 @@ def test_a_head_that_is_no_module_is_refused():
 
 def test_a_head_is_saved_and_restored_with_its_game(tmp_path):
     """A run that is resumed with another head at first is the run that was not interrupted."""
-    one, head, optimizer = projected(base=AdamW)
-    for _ in range(2):
-        optimizer.step(one.closure())
-    state = [one.model.state_dict(), optimizer.state_dict(), torch.get_rng_state()]
-    torch.save(state, tmp_path / "checkpoint")
-    optimizer.step(one.closure())
+    heads = []
 
-    other, new, resumed = projected(seed=5, base=AdamW)
-    other = other._replace(batch=one.batch)
-    assert not torch.equal(new.weight, head.weight)
-    model, game, random = torch.load(tmp_path / "checkpoint", weights_only=True)
-    other.model.load_state_dict(model)
-    resumed.load_state_dict(game)
-    torch.set_rng_state(random)
-    assert_same(new.state_dict(), game["mixadv"]["game"]["modules"]["head"])
-    resumed.step(other.closure())
-    assert_same(new.state_dict(), head.state_dict())
-    assert_same(other.model.state_dict(), one.model.state_dict())
-    assert_same(resumed.state_dict(), optimizer.state_dict())
+    def build(seed):
+        one, head, optimizer = projected(seed, AdamW)
+        assert not heads or not torch.equal(head.weight, heads[0].weight)
+        heads.append(head)
+        return one, optimizer
+
+    assert_resumes(build, tmp_path, before=2, after=1)
+    assert_same(heads[1].state_dict(), heads[0].state_dict())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

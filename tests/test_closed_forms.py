@@ -11,6 +11,7 @@ from torch import nn
 
 import mixadv
 from mixadv.equilibrium import best_response
+from tests.worlds import added, classified, gradients, played, wrapped
 from tests.zoo import small
 
 ORDER = {"l1": 1, "l2": 2, "linf": math.inf}
@@ -46,14 +47,17 @@ class Affine:
         return self.loss(self.model(self.x), radius * dual)
 
 
-def gradients(model):
-    found = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    return found
-
-
 def assert_same(one, other, tolerance=1e-12):
     torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def assert_plays(game, solver, objective):
+    """Assert that a round has this objective and its gradients."""
+    outcome = mixadv.Game(game.model, solver).backward(game.closure)
+    delivered = gradients(game.model)
+    objective.backward()
+    assert_same(outcome.objective, objective.detach())
+    assert_same(delivered, gradients(game.model))
 
 
 @norms
@@ -76,12 +80,7 @@ def test_ascent_from_zero_is_the_exact_attack_on_an_affine_model(kind, norm, rad
 def test_gradient_at_the_worst_point_is_that_of_the_robust_loss(kind, norm):
     game = Affine(kind)
     words = {"norm": norm, "radius": 0.3, "start": "zero", "step_size": 0.3, "unit": "absolute"}
-    outcome = mixadv.Game(game.model, mixadv.PGD(steps=1, **words)).backward(game.closure)
-    delivered = gradients(game.model)
-    robust = game.robust(0.3, norm).mean()
-    robust.backward()
-    assert_same(outcome.objective, robust.detach())
-    assert_same(delivered, gradients(game.model))
+    assert_plays(game, mixadv.PGD(steps=1, **words), game.robust(0.3, norm).mean())
 
 
 @norms
@@ -105,14 +104,8 @@ HALVES = {
 @pytest.mark.parametrize("build", HALVES.values(), ids=HALVES)
 def test_half_the_robust_loss_is_added_to_half_the_clean_one(build, norm):
     game = Affine("logistic")
-    outcome = mixadv.Game(game.model, build(norm=norm, radius=0.3, unit="absolute")).backward(
-        game.closure
-    )
-    delivered = gradients(game.model)
     objective = (game.loss(game.model(game.x)) + game.robust(0.3, norm)).mean() / 2
-    objective.backward()
-    assert_same(outcome.objective, objective.detach())
-    assert_same(delivered, gradients(game.model))
+    assert_plays(game, build(norm=norm, radius=0.3, unit="absolute"), objective)
 
 
 @norms
@@ -123,8 +116,7 @@ def test_replays_train_on_the_clean_loss_and_then_on_the_robust_one(norm):
     """
     game = Affine("logistic")
     words = {"norm": norm, "radius": 0.3, "step_size": 0.3, "start": "zero", "unit": "absolute"}
-    base = torch.optim.SGD(game.model.parameters(), lr=0.0)
-    optimizer = mixadv.wrap(base, game.model, mixadv.FreeAT(steps=2, **words))
+    optimizer = wrapped(game.model, mixadv.FreeAT(steps=2, **words), lr=0.0)
     clean = game.loss(game.model(game.x))
     expected = (clean + game.robust(0.3, norm)).mean() / 2
     assert_same(optimizer.step(game.closure), expected.detach())
@@ -172,22 +164,10 @@ SMOOTH = {
 @pytest.mark.parametrize("build", SMOOTH.values(), ids=SMOOTH)
 def test_smoothness_of_an_affine_model_is_its_squared_dual_norm(build, norm):
     game = Affine("squared")
-    solver = build(
-        norm=norm,
-        radius=0.3,
-        steps=8,
-        step_size=30.0,
-        smoothness_weight=2.0,
-        divergence="squared_error",
-        unit="absolute",
-    )
-    outcome = mixadv.Game(game.model, solver).backward(game.closure)
-    delivered = gradients(game.model)
+    words = {"norm": norm, "radius": 0.3, "steps": 8, "step_size": 30.0, "unit": "absolute"}
+    solver = build(**words, smoothness_weight=2.0, divergence="squared_error")
     slope = 0.3 * torch.linalg.vector_norm(game.model.weight, DUAL[norm])
-    objective = game.loss(game.model(game.x)).mean() + 2.0 * slope**2
-    objective.backward()
-    assert_same(outcome.objective, objective.detach())
-    assert_same(delivered, gradients(game.model))
+    assert_plays(game, solver, game.loss(game.model(game.x)).mean() + 2.0 * slope**2)
 
 
 @pytest.mark.parametrize(("radius", "weight", "value"), [(0.5, 1.0, 0.25), (1.5, 0.0, 1.0)])
@@ -196,9 +176,8 @@ def test_training_reaches_the_robust_minimum(radius, weight, value):
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.constant_(model.weight, 0.5)
     one = torch.ones(1, 1, dtype=torch.float64)
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
     words = {"radius": radius, "step_size": radius, "start": "zero", "unit": "absolute"}
-    optimizer = mixadv.wrap(base, model, mixadv.PGD(steps=1, **words))
+    optimizer = wrapped(model, mixadv.PGD(steps=1, **words))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
     for _ in range(300):
         optimizer.step(lambda: (one - model(one)).square().mean())
@@ -224,12 +203,7 @@ def test_power_iteration_finds_the_top_eigenvector_of_the_fisher_matrix(kind):
         unit="absolute",
     )
     game = mixadv.Game(model, solver)
-
-    def closure():
-        logits = model(x)
-        return F.cross_entropy(logits, y), logits
-
-    game.backward(closure)
+    game.backward(classified(model, x, labels=y))
     jacobian = model.weight.detach()
     for p, delta in zip(model(x).detach().softmax(-1), game.strategy.points[0][0], strict=True):
         fisher = jacobian.T @ (p.diag() - torch.outer(p, p)) @ jacobian
@@ -266,13 +240,11 @@ def play(solver, player):
     return game, gradients(player.model)
 
 
-def plain(player, delta=None):
+def plain(player, delta=0):
     """The gradients of one backward, with δ added to the embedding's output."""
     torch.manual_seed(1)
-    module = player.model.embedding
-    hook = module.register_forward_hook(lambda *call: call[2] + (0 if delta is None else delta))
-    player.closure()()[0].backward()
-    hook.remove()
+    with added((player.model.embedding, delta)):
+        player.closure()()[0].backward()
     return gradients(player.model)
 
 
@@ -286,6 +258,6 @@ def test_without_an_adversary_the_gradient_is_the_plain_one(solver):
 def test_without_an_ascent_the_gradient_is_that_at_the_random_start(solver):
     player = small()
     game, found = play(solver, player)
-    delta = game.unit * game.strategy.points[0][0]
+    delta = game.unit * played(game)
     assert delta.flatten(1).any(1).all()
     assert_same(found, plain(player, delta), 1e-13)

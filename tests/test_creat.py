@@ -6,13 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixadv
+from tests.worlds import added, gradients, hidden_at, played
 from tests.zoo import player, small
-
-
-def gradients(model: nn.Module) -> list[Tensor | None]:
-    found = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    return found
 
 
 @pytest.mark.parametrize("deviation", [0.0, 1.0, 50.0])
@@ -31,9 +26,8 @@ def test_it_is_projected_ascent_and_half_of_each_loss(deviation):
     def run(delta: Tensor) -> tuple[Tensor, Tensor]:
         torch.manual_seed(3)
         words = model.bert.embeddings.word_embeddings
-        hook = words.register_forward_hook(lambda *call: call[2] + delta)
-        out = model(**batch, output_hidden_states=True)
-        hook.remove()
+        with added((words, delta)):
+            out = model(**batch, output_hidden_states=True)
         losses = F.cross_entropy(out.logits, batch["labels"], reduction="none")
         return losses, out.hidden_states[-1][:, 0]
 
@@ -63,13 +57,7 @@ def test_the_more_it_weighs_the_further_the_representation_moves():
         solver = mixadv.CreAT(deviation_weight=deviation, source="hidden", radius=0.5, steps=5)
         game = mixadv.Game(one.model, solver)
         game.backward(one.closure())
-        delta, seen = game.unit * game.strategy.points[0][0], []
-        hook = one.model.hidden.register_forward_hook(lambda *call, s=seen: s.append(call[2]))
-        for added in (0, delta):
-            shift = one.model.embedding.register_forward_hook(lambda *call, d=added: call[2] + d)
-            one.closure()()
-            shift.remove()
-        hook.remove()
+        seen = hidden_at(one, 0, game.unit * played(game))
         distances.append(float(1 - F.cosine_similarity(*seen).mean().detach()))
     assert distances[0] < distances[1] < distances[2]
 

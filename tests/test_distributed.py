@@ -1,8 +1,6 @@
 """Replicas in DistributedDataParallel: two processes train as one, whatever the solver."""
 
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +18,7 @@ from tests.processes import (
     Verdict,
     assert_equal_on_all,
     batches,
+    by_name,
     closure,
     found,
     judge,
@@ -27,8 +26,12 @@ from tests.processes import (
     refusal,
     replicated,
     start,
+    times,
+    verdicts_of,
     ways,
 )
+from tests.worlds import wrapped
+from tests.zoo import without_dropout
 
 ROWS = 4
 # Its contrastive loss compares the rows of a process with each other.
@@ -85,10 +88,7 @@ class SampleNoise(Noise):
 
 
 def weights_after(model: nn.Module, solver: mixadv.Solver, way: str, mine: slice) -> list[Tensor]:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+    optimizer = wrapped(without_dropout(model), solver)
     optimizer.game.rounds.arena.noise = SampleNoise(mine, 2 * ROWS)
     for ids, labels in batches(7, 3, 2 * ROWS):
         play(optimizer, way, closure(model, ids[mine], labels[mine]))
@@ -147,10 +147,6 @@ def collectives_of_a_round(rank: int, name: str) -> None:
         dist.all_reduce = reduce
 
 
-def times(factor: float, run: Any) -> Any:
-    return [factor * x for x in run()]
-
-
 def nobody_waits(rank: int, name: str) -> None:
     """One process meets a loss that is not finite, the other does not."""
     for way in ways(SOLVERS[name]):
@@ -158,7 +154,7 @@ def nobody_waits(rank: int, name: str) -> None:
         optimizer = start(model, SOLVERS[name])
         for number, (ids, labels) in enumerate(batches(rank, 3)):
             factor = torch.nan if number == 1 and rank == 0 else 1.0
-            play(optimizer, way, partial(times, factor, closure(model, ids, labels)))
+            play(optimizer, way, times(factor, closure(model, ids, labels)))
         kept = found(optimizer)
         assert not kept[0].isfinite().all()
         assert_equal_on_all(kept)
@@ -222,19 +218,18 @@ def a_model_out_of_its_wrapper_is_warned_of(rank: int) -> None:
 
 
 def by_solver(case: Any, **words: Any) -> dict[str, Any]:
-    return {f"{case.__name__}: {name}": partial(case, name=name, **words) for name in SOLVERS}
+    return by_name(case, case.__name__, **words)
 
 
 def replicated_by(way: str, **words: Any) -> dict[str, Any]:
-    words |= {"way": way}
-    return {f"{way}: {n}": partial(replicas_stay_equal, name=n, **words) for n in SOLVERS}
+    return by_name(replicas_stay_equal, way, way=way, **words)
 
 
 PER_SAMPLE = [name for name in SOLVERS if name not in DEPENDS_ON_THE_SPLIT]
 CASES: dict[str, Any] = {
     **replicated_by("step"),
     **replicated_by("loss"),
-    **{f"split: {name}": partial(split_makes_no_difference, name=name) for name in PER_SAMPLE},
+    **by_name(split_makes_no_difference, "split", PER_SAMPLE),
     "split: cat": only_the_contrast_depends_on_the_split,
     **by_solver(one_all_reduce_per_step),
     **by_solver(collectives_of_a_round),
@@ -258,9 +253,7 @@ FEW = ("freelb", "smart", "mat")
 CASES |= {n: c for n, c in SLOW.items() if n[:2] != "50" and n.split(": ")[1] in FEW}
 
 
-@pytest.fixture(scope="module")
-def verdicts(together: Path) -> dict[str, Verdict]:
-    return judge(CASES, together / "distributed")
+verdicts = verdicts_of(CASES, "distributed")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -17,6 +17,7 @@ from mixadv.model.replay import Noise
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import opening
+from tests.worlds import gradients, wrapped
 from tests.zoo import stepwise
 
 ORDER = {"l1": 1, "l2": 2, "linf": float("inf")}
@@ -185,7 +186,7 @@ def test_every_pass_of_every_solver_stays_in_the_ball(name, parameters, dtype):
     model, (ids, mask, labels) = Tokens().to(dtype), batch()
     token = model.embed.weight[ids].detach().float().norm(dim=-1)
     unit = float((token * mask).sum() / mask.sum())
-    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+    optimizer = wrapped(model, solver)
     closure = forward(model, ids, mask, labels)
     optimizer.step(closure)  # the first round adds probes besides
     with added_at_site() as seen:
@@ -220,7 +221,7 @@ def test_nonfinite_gradient_costs_only_its_own_sample(case, value):
             return x
 
         model.fault = spoil
-        optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+        optimizer = wrapped(model, solver)
         optimizer.game.rounds.arena.noise = GivenNoise(rows)
         optimizer.step(forward(model, ids, mask, labels))
         kept = optimizer.game.rounds.memory.get("delta")  # FreeAT's next point
@@ -248,7 +249,7 @@ def test_overflow_under_perturbation_does_not_reach_the_weights(name):
         return x * torch.where(moved & (torch.arange(ROWS) == 2), torch.nan, 1.0)[:, None, None]
 
     solver = build(name, steps=1, particles=1 + mixed(name), **PLAIN)
-    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+    optimizer = wrapped(model, solver)
     optimizer.step(forward(model, ids, mask, labels))
     model.fault = overflow
     assert optimizer.step(forward(model, ids, mask, labels)).isfinite()
@@ -294,7 +295,7 @@ def play(solver, parts, scale=1.0, reduction="none", length=5, boost=1.0):
     """
     torch.manual_seed(0)
     model = Tokens().double()
-    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.0), model, solver)
+    optimizer = wrapped(model, solver, lr=0.0)
     played = torch.empty(solver.particles, ROWS, length, 4, dtype=torch.float64)
     total = [torch.zeros_like(p) for p in model.parameters()]
     for rows in parts:
@@ -305,13 +306,12 @@ def play(solver, parts, scale=1.0, reduction="none", length=5, boost=1.0):
         if solver.replays_batch:  # a loop can neither split its round nor scale its loss
             taken = stepwise(optimizer)
             optimizer.step(closure)
-            gradients = [sum(step[n] for step in taken) for n, _ in model.named_parameters()]
+            found = [sum(step[n] for step in taken) for n, _ in model.named_parameters()]
             weight = len(rows) / ROWS
         else:
             optimizer.game.backward(closure, lambda loss, by=share: (by * loss).backward())
-            gradients, weight = [p.grad.clone() for p in model.parameters()], 1 / boost
-            optimizer.zero_grad()
-        total = [t + weight * g for t, g in zip(total, gradients, strict=True)]
+            found, weight = gradients(model), 1 / boost
+        total = [t + weight * g for t, g in zip(total, found, strict=True)]
         played[:, rows] = optimizer.game.strategy.points[0]
     return played, total
 

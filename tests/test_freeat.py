@@ -3,18 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import SGD
+from torch import Tensor
 
 import mixadv
+from tests.worlds import Twice, breaking, wrapped
 from tests.zoo import Player, assert_same, small
 
 STILL = {"step_size": 0.0, "radius": 0.5}  # plays and carries what it starts from
-
-
-def wrapped(one: Player, solver: mixadv.Solver, seed: int = 0):
-    base = SGD(one.model.parameters(), lr=0.1)
-    return mixadv.wrap(base, one.model, solver, seed=seed)
 
 
 def cut(one: Player, rows: slice, length: int = 5):
@@ -33,7 +28,7 @@ def delta(optimizer) -> Tensor:
 
 def test_the_next_batch_starts_where_the_last_one_ended():
     one = small()
-    optimizer = wrapped(one, mixadv.FreeAT(**STILL))
+    optimizer = wrapped(one.model, mixadv.FreeAT(**STILL))
     optimizer.step(cut(one, slice(0, 3)))
     first = delta(optimizer)
     carried = optimizer.game.rounds.memory["delta"][0]
@@ -47,7 +42,7 @@ def test_it_ends_one_move_after_its_last_step():
     """The last gradient of δ is not thrown away: the next batch starts from it."""
     one = small()
     words = {"radius": None, "step_size": 0.3, "start": "zero", "steps": 1}
-    optimizer = wrapped(one, mixadv.FreeAT(**words))
+    optimizer = wrapped(one.model, mixadv.FreeAT(**words))
     optimizer.step(one.closure())
     assert not delta(optimizer).any()
     carried = optimizer.game.rounds.memory["delta"][0]
@@ -61,7 +56,7 @@ def test_it_ends_one_move_after_its_last_step():
 def test_a_batch_of_another_shape_starts_anew(rows, length):
     """As a game does that has seen no batch before, at the same round."""
     one, other = small(), small()
-    carrying, fresh = (wrapped(x, mixadv.FreeAT(**STILL)) for x in (one, other))
+    carrying, fresh = (wrapped(x.model, mixadv.FreeAT(**STILL)) for x in (one, other))
     for optimizer, x in ((carrying, one), (fresh, other)):
         optimizer.step(cut(x, slice(0, 3)))
     fresh.game.rounds.memory = {}
@@ -76,7 +71,7 @@ def test_a_batch_of_another_shape_starts_anew(rows, length):
 
 def test_padding_of_the_next_batch_carries_nothing():
     one = small()
-    optimizer = wrapped(one, mixadv.FreeAT(**STILL))
+    optimizer = wrapped(one.model, mixadv.FreeAT(**STILL))
     optimizer.step(cut(one, slice(1, 6, 2)))  # all real
     before = delta(optimizer)
     optimizer.step(cut(one, slice(0, 6, 2)))  # padded from the fourth token on
@@ -89,7 +84,7 @@ def test_padding_of_the_next_batch_carries_nothing():
 
 def test_what_is_carried_is_projected_into_the_ball_of_this_game():
     one = small()
-    optimizer = wrapped(one, mixadv.FreeAT(steps=1, **STILL))
+    optimizer = wrapped(one.model, mixadv.FreeAT(steps=1, **STILL))
     optimizer.step(one.closure())
     long = 100 * optimizer.game.rounds.memory["delta"][0]
     optimizer.game.rounds.memory = {"delta": [long]}
@@ -100,7 +95,7 @@ def test_what_is_carried_is_projected_into_the_ball_of_this_game():
 
 def test_nothing_is_carried_unless_asked():
     one, starts = small(), []
-    optimizer = wrapped(one, mixadv.FreeAT(**STILL, carry=False))
+    optimizer = wrapped(one.model, mixadv.FreeAT(**STILL, carry=False))
     for _ in range(2):
         optimizer.step(one.closure())
         starts.append(delta(optimizer))
@@ -108,21 +103,10 @@ def test_nothing_is_carried_unless_asked():
     assert not torch.equal(*starts)
 
 
-class Twice(nn.Module):
-    """Calls its embedding for two texts of different length."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.head = nn.Embedding(8, 4), nn.Linear(4, 3)
-
-    def forward(self, one: Tensor, other: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.words(one).mean(1) * self.words(other).mean(1)))
-
-
 def test_each_call_of_the_site_carries_its_own():
     torch.manual_seed(0)
     model, labels = Twice().double(), torch.tensor([0, 1, 2, 0])
-    optimizer = mixadv.wrap(SGD(model.parameters(), lr=0.1), model, mixadv.FreeAT(**STILL))
+    optimizer = wrapped(model, mixadv.FreeAT(**STILL))
     one, other = torch.randint(0, 8, (4, 3)), torch.randint(0, 8, (4, 5))
     seen = []
     for second in (other, other, other[:, :2]):
@@ -134,20 +118,13 @@ def test_each_call_of_the_site_carries_its_own():
 
 
 def test_a_broken_round_carries_nothing_and_takes_its_steps_back():
-    one, passes = small(), []
-    optimizer = wrapped(one, mixadv.FreeAT(steps=3))
+    one = small()
+    optimizer = wrapped(one.model, mixadv.FreeAT(steps=3))
     optimizer.step(one.closure())
     before = optimizer.game.rounds.memory["delta"][0].clone()
     weights = [p.detach().clone() for p in one.model.parameters()]
-
-    def closure():
-        passes.append(1)
-        if len(passes) == 3:
-            raise MemoryError
-        return one.closure()()
-
     with pytest.raises(MemoryError):
-        optimizer.step(closure)
+        optimizer.step(breaking(one.closure(), 3))
     assert_same(optimizer.game.rounds.memory["delta"][0], before)
     assert_same([p.detach() for p in one.model.parameters()], weights)
 
@@ -158,9 +135,8 @@ def test_a_broken_round_carries_nothing_and_takes_its_steps_back():
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_batch_is_replayed_with_an_optimizer_step_in_each(steps):
     one, happened = small(), []
-    base = SGD(one.model.parameters(), lr=0.1)
-    base.register_step_pre_hook(lambda *_: happened.append("step"))
-    optimizer = mixadv.wrap(base, one.model, mixadv.FreeAT(steps=steps, radius=0.0))
+    optimizer = wrapped(one.model, mixadv.FreeAT(steps=steps, radius=0.0))
+    optimizer.base.register_step_pre_hook(lambda *_: happened.append("step"))
     optimizer.step(one.closure())
     happened.clear()
 
@@ -177,7 +153,7 @@ def test_a_batch_is_replayed_with_an_optimizer_step_in_each(steps):
 def test_each_step_has_a_dropout_mask_of_its_own():
     one, seen = small(), []
     one.model.dropout.register_forward_hook(lambda *call: seen.append(call[2].detach() == 0))
-    optimizer = wrapped(one, mixadv.FreeAT(steps=3, radius=0.0))
+    optimizer = wrapped(one.model, mixadv.FreeAT(steps=3, radius=0.0))
     optimizer.step(one.closure())
     seen.clear()
     optimizer.step(one.closure())
@@ -190,7 +166,7 @@ def test_each_step_has_a_dropout_mask_of_its_own():
 @pytest.mark.parametrize("door", ["backward", "loss"])
 def test_loops_that_own_the_step_are_refused(door):
     one = small()
-    game = wrapped(one, mixadv.FreeAT()).game
+    game = wrapped(one.model, mixadv.FreeAT()).game
     with pytest.raises(
         mixadv.GameError, match=r"FreeAT takes an optimizer step after each.*step\("
     ):

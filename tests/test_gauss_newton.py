@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import mixadv
 from mixadv.maths import gauss_newton
 from mixadv.maths.divergence import DIVERGENCES
+from tests.worlds import WAYS, classified, gradients, played, train, wrapped
 from tests.zoo import fingerprint, player, small, stepwise
 
 FACTOR = {"kl": 1.0, "symmetric_kl": 2.0, "js": 0.25}  # of the Hessian in diag(p) − ppᵀ
@@ -46,7 +47,7 @@ def found(model: nn.Module, x: Tensor, game_solver: mixadv.Solver) -> Tensor:
 
     game = mixadv.Game(model, game_solver, "input")
     game.backward(closure)
-    return game.strategy.points[0][0]
+    return played(game)
 
 
 def hessian(model: nn.Module, x: Tensor, name: str) -> Tensor:
@@ -132,7 +133,7 @@ def test_of_sure_predictions_the_direction_is_still_that_of_the_log_odds():
 def test_the_first_step_costs_a_backward_and_no_forward(name: str, passes: int, steps: int):
     p = small()
     game_solver = mixadv.make_solver(name, direction="gauss_newton", steps=steps)
-    optimizer = mixadv.wrap(torch.optim.SGD(p.model.parameters(), 0.1), p.model, game_solver)
+    optimizer = wrapped(p.model, game_solver)
     optimizer.step(p.closure())
     outcome, expected = optimizer.outcome, optimizer.game.explain().passes
     assert (outcome.forwards, outcome.delta_backwards) == (passes + steps - 1, steps)
@@ -192,8 +193,7 @@ def test_an_ascent_turns_towards_the_boundary(name: str, route: Any):
     more = {"payoff": "kl"} if name == "pgd" else {"particles": 3, "play_as": "ensemble"}
     words = {"sign": "boundary", "start_size": 1e-3, "unit": "absolute", "particle_batching": route}
     game_solver = mixadv.make_solver(name, **words, **more)
-    base = torch.optim.SGD(model.parameters(), 0.0)
-    game = mixadv.wrap(base, model, game_solver, site="input").game
+    game = wrapped(model, game_solver, 0.0, site="input").game
     with game.rounds.rehearse(closure) as stage:
         logits = stage.clean().predictions.detach()
         label = logits.argmax(-1, keepdim=True)
@@ -267,24 +267,19 @@ def test_checkpointed_rounds_equal_plain_ones_or_are_refused():
                 game.backward(p.closure())
             continue
         game.backward(p.closure())
-        found = [q.grad for q in p.model.parameters() if q.grad is not None]
+        found = gradients(p.model)
         expected = expected or found
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_every_way_to_play_delivers_the_same_gradients():
     found = []
-    for way in ("step", "backward", "loss"):
+    for way in WAYS:
         p = small()
-        base = torch.optim.SGD(p.model.parameters(), lr=0.1)
-        optimizer = mixadv.wrap(base, p.model, mixadv.ALUM(direction="gauss_newton"))
-        game, taken = optimizer.game, stepwise(optimizer)
+        optimizer = wrapped(p.model, mixadv.ALUM(direction="gauss_newton"))
+        taken = stepwise(optimizer)
         torch.manual_seed(0)
-        if way == "step":
-            optimizer.step(p.closure())
-        else:
-            game.backward(p.closure()) if way == "backward" else game.loss(p.closure()).backward()
-            optimizer.step()
+        train(optimizer, way, p.closure())
         found.append(taken[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found[2], found[0], rtol=1e-9, atol=1e-12)
@@ -305,11 +300,7 @@ class OneRow(nn.Module):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_where_rows_and_predictions_do_not_match_one_sign_is_drawn_for_all(steps: int):
     model, ids, labels = OneRow(), torch.randint(0, 20, (1, 7)), torch.randint(0, 3, (7,))
-
-    def closure() -> tuple[Tensor, Tensor]:
-        logits = model(ids)
-        return F.cross_entropy(logits, labels), logits
-
+    closure = classified(model, ids, labels=labels)
     words = {"direction": "gauss_newton", "steps": steps}
     assert mixadv.Game(model, mixadv.ALUM(sign="any", **words)).backward(closure).payoff > 0
     game = mixadv.Game(model, mixadv.ALUM(sign="boundary", **words))

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import SGD
 
 import mixadv
+from tests.worlds import wrapped
 from tests.zoo import PAD, player, without_dropout
 
 ROWS, LENGTH = 6, 9
@@ -48,7 +48,7 @@ def run(solver: mixadv.Solver, order: list[int], extra: int = 0) -> tuple[list, 
         name: F.pad(value[order], (0, extra), value=fill[name]) if name in fill else value[order]
         for name, value in one.batch.items()
     }
-    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, solver)
+    optimizer = wrapped(one.model, solver)
     optimizer.game.rounds.arena.noise = RowNoise(order)
     found = [optimizer.step(one.closure(**batch)) for _ in range(3)]
     return [*found, *one.model.parameters()], optimizer.game.rounds.memory

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import SGD
 
 import mixadv
 from mixadv.maths.contrastive import nt_xent
 from mixadv.maths.divergence import kl, symmetric_kl
-from mixadv.model.site import first_of, with_first
+from mixadv.model.site import first_of
+from tests.worlds import added, wrapped
 from tests.zoo import Player, player
 
 LAYERS = {
@@ -53,18 +53,9 @@ def read(one: Player) -> Read:
     return Read(F.cross_entropy(logits, one.batch["labels"], reduction="none"), logits)
 
 
-@contextmanager
-def added(one: Player, site: list[str], deltas: list[Tensor]):
+def moved(one: Player, site: list[str], deltas: list[Tensor]):
     """Add to the output of each module of the site."""
-    hooks = [
-        one.model.get_submodule(name).register_forward_hook(
-            lambda *call, d=delta: with_first(call[2], first_of(call[2]) + d)
-        )
-        for name, delta in zip(site, deltas, strict=True)
-    ]
-    yield
-    for hook in hooks:
-        hook.remove()
+    return added(*zip(map(one.model.get_submodule, site), deltas, strict=True))
 
 
 @contextmanager
@@ -104,7 +95,7 @@ def test_the_gradient_at_a_layer_is_that_of_finite_differences(family, site):
         ways = [mask * torch.randn(s.shape, generator=draw, dtype=s.dtype) for s in slopes]
         losses = []
         for sign in (1, -1):
-            with torch.no_grad(), added(one, site, [sign * size * way for way in ways]):
+            with torch.no_grad(), moved(one, site, [sign * size * way for way in ways]):
                 losses.append(read(one).losses)
         expected = (losses[0] - losses[1]) / (2 * size)
         found = sum((s * w).flatten(1).sum(1) for s, w in zip(slopes, ways, strict=True))
@@ -180,9 +171,8 @@ def test_every_solver_but_that_of_tokens_is_tried():
 )
 def test_the_learner_gets_the_gradient_at_the_perturbed_layer(family, site, name):
     one, found = model_of(family), []
-    base = SGD(one.model.parameters(), lr=0.0)
-    optimizer = mixadv.wrap(base, one.model, SOLVERS[name], site=named(site))
-    base.register_step_pre_hook(
+    optimizer = wrapped(one.model, SOLVERS[name], lr=0.0, site=named(site))
+    optimizer.base.register_step_pre_hook(
         lambda *_: found.extend(None if p.grad is None else p.grad.clone() for p in weights)
     )
     weights = list(one.model.parameters())
@@ -197,7 +187,7 @@ def test_the_learner_gets_the_gradient_at_the_perturbed_layer(family, site, name
         lambda *call: hidden.append(call[2][first][:, 0])
     )
     clean = read(one)
-    with added(one, site, deltas):
+    with moved(one, site, deltas):
         at = read(one)
     hook.remove()
     expected = objective(name, clean._replace(hidden=hidden[0]), at._replace(hidden=hidden[1]))

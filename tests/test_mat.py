@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import mixadv
 from mixadv.players.learner import Learner
+from tests.worlds import classified, wrapped
 from tests.zoo import player
 
 PLAIN = {"learner_steps": 1, "damping": 0.0, "round_damping": 0.0, "average": None}
@@ -44,16 +45,7 @@ def linear(seed: int = 0):
     """A linear classifier with a closure on a batch of 5."""
     torch.manual_seed(seed)
     model, x, y = nn.Linear(4, 3).double(), torch.randn(5, 4).double(), torch.randint(0, 3, (5,))
-
-    def closure():
-        logits = model(x)
-        return nn.functional.cross_entropy(logits, y), logits
-
-    return model, x, closure
-
-
-def wrap(model: nn.Module, solver: mixadv.Solver, lr: float = 0.1) -> mixadv.GameOptimizer:
-    return mixadv.wrap(torch.optim.SGD(model.parameters(), lr=lr), model, solver)
+    return model, x, classified(model, x, labels=y)
 
 
 # Damping -----------------------------------------------------------------------------------------
@@ -64,7 +56,7 @@ def wrap(model: nn.Module, solver: mixadv.Solver, lr: float = 0.1) -> mixadv.Gam
 def test_damping_pulls_to_a_true_copy_of_the_weights(damping, mean, round_damping):
     model = Potential(torch.sum)  # θ goes 0, −0.1, −0.2, −0.3
     damped = {"learner_steps": 3, "damping": damping, "round_damping": round_damping}
-    wrap(model, mixadv.MAT(**STILL, **COLD, **damped)).step(lambda: model(X))
+    wrapped(model, mixadv.MAT(**STILL, **COLD, **damped)).step(lambda: model(X))
     assert model.theta.item() == pytest.approx((1 - round_damping) * mean, abs=1e-14)
 
 
@@ -98,8 +90,7 @@ def test_damping_has_its_closed_form(damping, round_damping, steps, seed):
 def test_one_particle_without_noise_and_damping_is_smart_bit_for_bit(steps, play_as):
     def trained(solver: mixadv.Solver) -> list[Tensor]:
         bert = player("bert", rows=4)
-        base = torch.optim.AdamW(bert.model.parameters(), lr=1e-3)
-        optimizer = mixadv.wrap(base, bert.model, solver)
+        optimizer = wrapped(bert.model, solver, 1e-3, torch.optim.AdamW)
         objectives = [optimizer.step(bert.closure()) for _ in range(3)]
         return [*objectives, *bert.model.parameters()]
 
@@ -115,7 +106,7 @@ def ensemble(solver: mixadv.MAT, seed: int = 0):
     """Play a round; return its strategy, outcome, and each particle's payoffs from the formula."""
     model, x, closure = linear(seed)
     weight, bias = (p.detach().clone() for p in model.parameters())
-    optimizer = wrap(model, solver)
+    optimizer = wrapped(model, solver)
     optimizer.step(closure)
     (points,) = optimizer.game.strategy.points
     p = ((x + points) @ weight.T + bias).log_softmax(-1)
@@ -156,7 +147,7 @@ def test_ensemble_pays_the_mean_and_the_spread_around_it():
     for play_as in ("mean", "ensemble"):
         model, _, closure = linear()
         weight = model.weight.detach().clone()
-        optimizer = wrap(model, replace(solver, play_as=play_as))
+        optimizer = wrapped(model, replace(solver, play_as=play_as))
         rounds[play_as] = optimizer.step(closure), optimizer.game.strategy
     (low, pure), (high, q) = rounds.values()
     mean = (q.weights[..., None] * q.points[0]).sum(0)
@@ -173,7 +164,7 @@ def test_ensemble_pays_the_mean_and_the_spread_around_it():
 def test_hot_noise_neither_leaves_the_ball_nor_enters_padding(norm, per, play_as):
     bert = player("bert", rows=4)
     hot = {"temperature": 100.0, "particles": 2, "radius": 0.1, "norm": norm, "per": per}
-    optimizer = wrap(bert.model, mixadv.MAT(**hot, play_as=play_as))
+    optimizer = wrapped(bert.model, mixadv.MAT(**hot, play_as=play_as))
     optimizer.step(bert.closure())
     q = optimizer.game.strategy
     assert 0 < q.norms(norm, per)[0].max() <= 0.1 * (1 + 1e-5)
@@ -184,7 +175,7 @@ def test_confident_predictions_stay_finite():
     model, _, closure = linear()
     with torch.no_grad():
         model.weight.mul_(1e4)
-    objective = wrap(model, mixadv.MAT(particles=2, temperature=0.1)).step(closure)
+    objective = wrapped(model, mixadv.MAT(particles=2, temperature=0.1)).step(closure)
     assert objective.isfinite()
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -199,7 +190,7 @@ def test_learner_of_a_quadratic_loss_has_the_law_of_its_langevin_chain(size):
     a = torch.tensor(curvatures).repeat_interleave(size)
     model = Potential(lambda theta: (0.5 * a * (theta - 1).square()).sum(), 2 * size)
     solver = mixadv.MAT(**{**PLAIN, **STILL, "learner_steps": 2}, learner_temperature=temperature)
-    optimizer = wrap(model, solver, lr)
+    optimizer = wrapped(model, solver, lr)
     for _ in range(40):
         optimizer.step(lambda: model(X))
     for a, theta in zip(curvatures, model.theta.detach().view(2, -1), strict=True):
@@ -229,7 +220,7 @@ def test_noise_has_the_scale_of_each_groups_learning_rate_at_that_moment(as_lr):
 def test_learning_rate_zero_moves_nothing():
     model, _, closure = linear()
     before = [p.detach().clone() for p in model.parameters()]
-    wrap(model, mixadv.MAT(learner_temperature=1.0), lr=0.0).step(closure)
+    wrapped(model, mixadv.MAT(learner_temperature=1.0), lr=0.0).step(closure)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
@@ -256,14 +247,9 @@ def test_buffers_and_frozen_parameters_are_untouched_and_ties_hold():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     damped = {"damping": 0.9, "round_damping": 0.9, "samples": 2, "learner_temperature": 1e-3}
-    optimizer = wrap(model, mixadv.MAT(**damped))
-
-    def closure():
-        logits = model(x)
-        return nn.functional.cross_entropy(logits, y), logits
-
+    optimizer = wrapped(model, mixadv.MAT(**damped))
     for _ in range(2):
-        optimizer.step(closure)
+        optimizer.step(classified(model, x, labels=y))
     with optimizer.game.averaged():
         optimizer.game.mixture(lambda: model(x))
     assert model.second.weight is model.first.weight
@@ -276,7 +262,7 @@ def test_buffers_and_frozen_parameters_are_untouched_and_ties_hold():
 
 def test_a_failed_round_leaves_the_weights_where_it_began():
     model, _, closure = linear()
-    optimizer = wrap(model, mixadv.MAT(**STILL, **COLD))
+    optimizer = wrapped(model, mixadv.MAT(**STILL, **COLD))
     optimizer.step(closure)
     calls = 0
 
@@ -293,6 +279,6 @@ def test_a_failed_round_leaves_the_weights_where_it_began():
     assert torch.equal(model.weight, before)
     fresh, _, closure_of_fresh = linear()
     fresh.load_state_dict(model.state_dict())
-    wrap(fresh, mixadv.MAT(**STILL, **COLD)).step(closure_of_fresh)
+    wrapped(fresh, mixadv.MAT(**STILL, **COLD)).step(closure_of_fresh)
     optimizer.step(closure)
     assert torch.equal(model.weight, fresh.weight)

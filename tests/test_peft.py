@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import mixadv
 from tests.test_trainer import alone, trained  # noqa: F401
+from tests.worlds import wrapped
 from tests.zoo import Player, assert_same, player
 
 peft = pytest.importorskip("peft", reason="adapters are PEFT's")
@@ -47,9 +48,8 @@ def test_adapters_alone_are_trained(name: str, family: str):
     """Noise, teacher and averages too leave the frozen weights alone."""
     p = adapted(family)
     before, trainable = state(p.model), adapters(p.model)
-    base = torch.optim.SGD(p.model.parameters(), lr=0.5)  # frozen ones included
     changes = {"learner_temperature": 1e-4} if name == "mat" else {}
-    optimizer = mixadv.wrap(base, p.model, mixadv.make_solver(name, **changes))
+    optimizer = wrapped(p.model, mixadv.make_solver(name, **changes), lr=0.5)  # of frozen ones too
     for _ in range(2):
         optimizer.step(p.closure())
     assert trainable
@@ -76,8 +76,7 @@ def test_the_payoff_grows_with_the_radius(family: str):
 
 def test_an_adapter_around_the_embedding_is_in_front_of_the_adversary():
     p = adapted("bert", target_modules=["word_embeddings"])
-    base = torch.optim.SGD(p.model.parameters(), lr=0.5)
-    optimizer = mixadv.wrap(base, p.model, mixadv.TextAT())
+    optimizer = wrapped(p.model, mixadv.TextAT(), lr=0.5)
     before = state(p.model)
     optimizer.step(p.closure())
     assert moved(p.model, before) == adapters(p.model)
@@ -122,9 +121,8 @@ def test_virtual_tokens_neither_move_nor_count(kind: str, family: str):
     if family == "llama-causal":
         labelled = (p.batch["labels"] >= 0)[:, 1:]
         assert mask[:, -labelled.shape[1] - 1 : -1].equal(labelled)
-        assert mask.sum() <= labelled.sum() + len(
-            mask
-        )  # the last virtual token foretells the first
+        # The last virtual token foretells the first.
+        assert mask.sum() <= labelled.sum() + len(mask)
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -159,8 +157,7 @@ def test_a_base_of_bytes_that_lets_gradients_through_is_played_on(name: str):
     for layer in p.model.base_model.model.bert.encoder.layer:
         layer.intermediate.dense = Quantised(layer.intermediate.dense)
     before, trainable = state(p.model), adapters(p.model)
-    base = torch.optim.SGD(p.model.parameters(), lr=0.5)
-    optimizer = mixadv.wrap(base, p.model, mixadv.make_solver(name))
+    optimizer = wrapped(p.model, mixadv.make_solver(name), lr=0.5)
     for _ in range(2):
         optimizer.step(p.closure())
     assert moved(p.model, before) == trainable

@@ -5,6 +5,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 import mixadv
+from tests.worlds import wrapped
 from tests.zoo import VOCABULARY, Player, assert_same, player, small
 
 ROUNDS = 3
@@ -58,9 +59,10 @@ def batches(one: Player):
 def trained(one: Player, base: type, solver: mixadv.Solver | None, replays: int = 1) -> dict:
     """What is left of a run: weights, buffers, random state; plain where there is no solver."""
     torch.manual_seed(3)
-    optimizer = base(one.model.parameters(), lr=0.01)
-    if solver is not None:
-        optimizer = mixadv.wrap(optimizer, one.model, solver)
+    if solver is None:
+        optimizer = base(one.model.parameters(), lr=0.01)
+    else:
+        optimizer = wrapped(one.model, solver, 0.01, base)
     for closure in batches(one):
         if solver is not None:
             optimizer.step(closure)

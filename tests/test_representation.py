@@ -5,12 +5,11 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
 
 import mixadv
 from mixadv.model.representation import first_token
+from tests.worlds import WAYS, breaking, classified, gradients, wrapped
 from tests.zoo import TRANSFORMERS, assert_same, fingerprint, player, small
 
 ENCODER_DECODER = ("t5", "bart")
@@ -79,9 +78,7 @@ def test_it_is_differentiated_and_sees_the_adversary(reader):
         seen.append(out)
         return out
 
-    optimizer = mixadv.wrap(
-        SGD(one.model.parameters(), lr=0.1), one.model, reader(source="hidden", representation=note)
-    )
+    optimizer = wrapped(one.model, reader(source="hidden", representation=note))
     optimizer.step(one.closure())
     clean, perturbed = seen[-2:]
     assert perturbed.requires_grad
@@ -149,19 +146,13 @@ def test_a_representation_that_the_adversary_cannot_move_is_refused(reader):
 
 # What is left behind ------------------------------------------------------------------------------
 
-WAYS = {
-    "step": lambda optimizer, closure: optimizer.step(closure),
-    "backward": lambda optimizer, closure: optimizer.game.backward(closure),
-    "loss": lambda optimizer, closure: optimizer.game.loss(closure).backward(),
-}
-
 
 @each_reader
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_no_hook_outlives_a_round(reader, way):
     one = player("bert", rows=4)
     hooks = fingerprint(one.model)["hooks"]
-    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, reader())
+    optimizer = wrapped(one.model, reader())
     for _ in range(2):
         way(optimizer, one.closure())
         assert fingerprint(one.model)["hooks"] == hooks
@@ -172,24 +163,16 @@ def test_no_hook_outlives_a_round(reader, way):
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_a_broken_round_leaves_neither_hook_nor_graph(reader, way, broken):
     """Broken in its n-th pass, after the representation has been read."""
-    one, passes, kept = player("bert", rows=4), [], []
+    one, kept = player("bert", rows=4), []
 
     def note(out):
         kept.append(weakref.ref(out.last_hidden_state))
         return first_token(out)
 
-    def closure():
-        passes.append(1)
-        out = one.closure()()
-        if len(passes) == broken:
-            raise MemoryError
-        return out
-
     hooks = fingerprint(one.model)["hooks"]
-    solver = reader(representation=note)
-    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, solver)
+    optimizer = wrapped(one.model, reader(representation=note))
     with contextlib.suppress(MemoryError):
-        way(optimizer, closure)
+        way(optimizer, breaking(one.closure(), broken))
         pytest.fail("the round was not broken")
     assert fingerprint(one.model)["hooks"] == hooks
     assert all(ref() is None for ref in kept)
@@ -217,7 +200,7 @@ def test_evaluation_reads_nothing(reader):
 @each_reader
 def test_a_compiled_model_is_read_alike_and_evaluation_reads_nothing(reader):
     torch._dynamo.reset()
-    reads, gradients = [], []
+    reads, found = [], []
 
     def note(out: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -237,15 +220,14 @@ def test_a_compiled_model_is_read_alike_and_evaluation_reads_nothing(reader):
     plain, ids, labels = Text(), torch.randint(0, 12, (4, 5)), torch.tensor([0, 1, 2, 0])
     for model in (plain, torch.compile(plain, backend="eager")):
         words = {"source": "hidden", "representation": note}
-        words |= {} if reader is mixadv.CAT else {"start": "zero"}  # as CAT's is anyway
+        words |= {} if reader is mixadv.CAT else {"start": "zero"}  # where CAT starts anyway
         game = mixadv.Game(model, reader(**words))
-        plain.zero_grad()
-        game.backward(lambda m=model: (F.cross_entropy(logits := m(ids), labels), logits))
-        gradients.append([p.grad.clone() for p in plain.parameters()])
+        game.backward(classified(model, ids, labels=labels))
+        found.append(gradients(plain))
         count = len(reads)
         with torch.no_grad():
             model(ids)
         assert len(reads) == count
         game.close()
     assert not plain.hidden._forward_hooks
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*found)

@@ -3,7 +3,6 @@
 import io
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from tests.processes import (
     Net,
     Verdict,
     batches,
+    by_name,
     closure,
     found,
     judge,
@@ -32,9 +32,13 @@ from tests.processes import (
     replicated,
     sharded,
     start,
+    times,
+    verdicts_of,
     ways,
     whole,
 )
+from tests.worlds import classified
+from tests.zoo import without_dropout
 
 ALL = ("words", "blocks.0", "blocks.1", "head")
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
@@ -107,10 +111,7 @@ def routes_agree_or_are_refused(rank: int) -> None:
     seen = []
     for route in ("loop", "stack", "vmap"):
         model = sharded()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        optimizer = start(model, mixadv.MAT(particles=2, particle_batching=route))
+        optimizer = start(without_dropout(model), mixadv.MAT(particles=2, particle_batching=route))
         ids, labels = next(batches(rank, 1))
 
         def run(model: nn.Module = model, ids: Tensor = ids, labels: Tensor = labels) -> Any:
@@ -170,16 +171,7 @@ def nobody_waits(rank: int, names: tuple[str, ...]) -> None:
         optimizer = start(model, SOLVERS[name])
         for number, (ids, labels) in enumerate(batches(rank, 3)):
             factor = {0: 0.0, 1: 1.0, 2: torch.nan}[number] if rank == 0 else 1.0
-
-            def run(
-                model: nn.Module = model,
-                ids: Tensor = ids,
-                labels: Tensor = labels,
-                factor: float = factor,
-            ) -> Any:
-                logits = factor * model(ids)
-                return F.cross_entropy(logits, labels), logits
-
+            run = classified(lambda x, m=model, f=factor: f * m(x), ids, labels=labels)
             if rank == 0 and number == 0:
                 with pytest.warns(UserWarning, match=r"exactly zero in the first round"):
                     optimizer.step(run)
@@ -196,13 +188,9 @@ def low_formats(rank: int, name: str) -> None:
         for number, rows in enumerate(batches(rank, 3)):
             factor = 0.0 if number == 0 and rank == 0 else 1.0
             with warnings.catch_warnings(action="ignore"):  # no gradient; the noise floor
-                optimizer.step(partial(times, factor, closure(model, *rows)))
+                optimizer.step(times(factor, closure(model, *rows)))
         assert all(x.isfinite().all() for x in found(optimizer))
         assert optimizer.outcome.nonfinite == 0
-
-
-def times(factor: float, run: Any) -> Any:
-    return tuple(factor * x for x in run())
 
 
 def others_are_refused(rank: int) -> None:
@@ -242,7 +230,7 @@ MESHES: dict[str, dict[str, Any]] = {
 FEW = ("freelb", "smart", "mat")
 SLOW: dict[str, Any] = {
     "nobody waits": partial(nobody_waits, names=tuple(SOLVERS)),
-    **{f"checkpointed: {n}": partial(checkpoints_change_nothing, name=n) for n in SOLVERS},
+    **by_name(checkpoints_change_nothing, "checkpointed"),
     **{
         f"{title}, {way}: {name}": partial(shards_train_as_replicas_do, name=name, way=way, **words)
         for title, words in MESHES.items()
@@ -251,12 +239,9 @@ SLOW: dict[str, Any] = {
     },
 }
 CASES: dict[str, Any] = {
-    **{
-        f"{way}: {name}": partial(shards_train_as_replicas_do, name=name, way=way)
-        for name in SOLVERS
-        for way in ("step", "loss")
-    },
-    **{f"resumed: {n}": partial(resumed, name=n) for n in ("textat", "freeat", "smart", "mat")},
+    **by_name(shards_train_as_replicas_do, "step", way="step"),
+    **by_name(shards_train_as_replicas_do, "loss", way="loss"),
+    **by_name(resumed, "resumed", ("textat", "freeat", "smart", "mat")),
     "each module": partial(shards_train_as_replicas_do, name="smart", parts=ALL),
     "gathered": partial(shards_train_as_replicas_do, name="mat", reshard_after_forward=False),
     "checkpointed": partial(checkpoints_change_nothing, name="mat"),
@@ -269,9 +254,7 @@ CASES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def verdicts(together: Path) -> dict[str, Verdict]:
-    return judge(CASES, together / "sharded")
+verdicts = verdicts_of(CASES, "sharded")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,6 +12,7 @@ import torch
 from torch.optim import AdamW
 
 import mixadv
+from tests.worlds import WAYS, train, wrapped
 from tests.zoo import CANNOT, slow_but, small
 
 WARM_UP = 12  # fills what is kept: samples, the table of hooks, torch's own caches
@@ -24,24 +25,14 @@ class Run:
     def __init__(self, name: str) -> None:
         self.player = small()
         solver = mixadv.make_solver(name, **SOLVERS[name])
-        self.base = AdamW(self.player.model.parameters(), lr=1e-3)
-        self.optimizer = mixadv.wrap(self.base, self.player.model, solver)
+        self.optimizer = wrapped(self.player.model, solver, 1e-3, AdamW)
 
     def train(self, steps: int) -> None:
         """Train by each way in turn; whole rounds of the learner in each."""
-        game, closure = self.optimizer.game, self.player.closure()
-        ways = [w for w in ("step", "backward", "loss") if (game.solver.name, w) not in CANNOT]
-        for how in ways:
+        ways = [w for w in WAYS if (self.optimizer.game.solver.name, w) not in CANNOT]
+        for way in ways:
             for _ in range(2 * math.ceil(steps / len(ways) / 2)):
-                if how == "step":
-                    self.optimizer.step(closure)
-                    continue
-                if how == "backward":
-                    game.backward(closure)
-                else:
-                    game.loss(closure).backward()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                train(self.optimizer, way, self.player.closure())
 
     def footprint(self) -> dict[str, int]:
         """Return counts of what could grow."""
@@ -50,7 +41,12 @@ class Run:
         tensors = [x for x in objects if issubclass(type(x), torch.Tensor)]
         hooks = [
             len(value)
-            for holder in (*self.player.model.modules(), self.base, self.optimizer, *tensors)
+            for holder in (
+                *self.player.model.modules(),
+                self.optimizer.base,
+                self.optimizer,
+                *tensors,
+            )
             for name, value in vars(holder).items()
             if name.endswith("_hooks") and value is not None
         ]

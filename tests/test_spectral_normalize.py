@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
 
 import mixadv
 from mixadv.solvers.r3f import spectral_normalize
+from tests.worlds import assert_resumes, breaking, wrapped
 from tests.zoo import Player, assert_same, fingerprint, player, small
 
 SOLVERS = {
@@ -117,16 +118,14 @@ def test_a_step_moves_the_power_iteration_as_one_forward_does(solver):
     """A twin of the head runs once per optimizer step, at the weights of that step."""
     one = normalised()
     twin = copy.deepcopy(one.model.head)
-    base = SGD(one.model.parameters(), lr=0.5)
-    steps = []
+    optimizer, steps = wrapped(one.model, solver, lr=0.5), []
 
     def forward(*_):
         steps.append(1)
         twin.load_state_dict(dict(twin.named_buffers()) | dict(one.model.head.named_parameters()))
         twin(torch.zeros(1, 5).double())
 
-    base.register_step_pre_hook(forward)
-    optimizer = mixadv.wrap(base, one.model, solver)
+    optimizer.base.register_step_pre_hook(forward)
     for _ in range(3):
         optimizer.step(one.closure())
         assert_same(dict(one.model.head.named_buffers()), dict(twin.named_buffers()))
@@ -143,7 +142,7 @@ def test_passes_of_a_step_see_the_same_weights_while_the_norm_is_being_found(sol
     for smoothness in (0.0, 1e3):
         one = normalised()
         played = solver(radius=0.0, smoothness_weight=smoothness, **words)
-        optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=2.0), one.model, played)
+        optimizer = wrapped(one.model, played, lr=2.0)
         for _ in range(4):
             optimizer.step(one.closure())
         weights.append(one.model.state_dict())
@@ -152,53 +151,28 @@ def test_passes_of_a_step_see_the_same_weights_while_the_norm_is_being_found(sol
 
 @each_solver
 def test_a_broken_round_leaves_the_power_iteration_where_it_was(solver):
-    one, passes = normalised(), []
-    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.5), one.model, solver)
+    one = normalised()
+    optimizer = wrapped(one.model, solver, lr=0.5)
     optimizer.step(one.closure())
     before = fingerprint(one.model)["buffers"]
-
-    def closure():
-        passes.append(1)
-        result = one.closure()()
-        if len(passes) == optimizer.outcome.forwards:
-            raise MemoryError
-        return result
-
     with pytest.raises(MemoryError):
-        optimizer.step(closure)
+        optimizer.step(breaking(one.closure(), optimizer.outcome.forwards))
     assert_same(fingerprint(one.model)["buffers"], before)
 
 
 @each_solver
 def test_resumed_is_uninterrupted(solver, tmp_path):
-    def run(seed):
+    def build(seed):
         one = normalised(seed)
-        optimizer = mixadv.wrap(AdamW(one.model.parameters(), lr=0.05), one.model, solver)
-        return one, optimizer
+        return one, wrapped(one.model, solver, 0.05, AdamW)
 
-    one, optimizer = run(0)
-    for _ in range(2):
-        optimizer.step(one.closure())
-    state = [one.model.state_dict(), optimizer.state_dict(), torch.get_rng_state()]
-    torch.save(state, tmp_path / "checkpoint")
-    for _ in range(2):
-        optimizer.step(one.closure())
-
-    other, resumed = run(5)
-    model, game, random = torch.load(tmp_path / "checkpoint", weights_only=True)
-    other.model.load_state_dict(model)
-    resumed.load_state_dict(game)
-    torch.set_rng_state(random)
-    for _ in range(2):
-        resumed.step(other._replace(batch=one.batch).closure())
-    assert_same(other.model.state_dict(), one.model.state_dict())
-    assert_same(resumed.state_dict(), optimizer.state_dict())
+    assert_resumes(build, tmp_path, before=2, after=2)
 
 
 def test_an_encoder_learns_with_its_head_normalised():
     one = player("bert", rows=12)
     spectral_normalize(one.model.classifier)
-    optimizer = mixadv.wrap(AdamW(one.model.parameters(), lr=2e-2), one.model, mixadv.R3F())
+    optimizer = wrapped(one.model, mixadv.R3F(), 2e-2, AdamW)
     first = optimizer.step(one.closure())
     for _ in range(12):
         last = optimizer.step(one.closure())

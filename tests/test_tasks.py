@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import mixadv
+from tests.worlds import classified, played, wrapped
 from tests.zoo import (
     _SIZE,
     VOCABULARY,
@@ -68,38 +69,33 @@ def prompted() -> tuple[dict[str, Tensor], Tensor]:
     return batch, labels
 
 
-def llama() -> Task:
-    config = transformers.LlamaConfig(**{**_SIZE, "num_hidden_layers": 1}, num_key_value_heads=2)
-    model = transformers.LlamaForCausalLM(config)
+def continued(model: nn.Module) -> Task:
     batch, labels = prompted()
     return model, lambda: model(**batch, labels=labels)
+
+
+def llama() -> Task:
+    config = transformers.LlamaConfig(**{**_SIZE, "num_hidden_layers": 1}, num_key_value_heads=2)
+    return continued(transformers.LlamaForCausalLM(config))
 
 
 def gpt2() -> Task:
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        n_positions=40,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
-    model = transformers.GPT2LMHeadModel(config)
-    batch, labels = prompted()
-    return model, lambda: model(**batch, labels=labels)
+    size = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 40}
+    config = transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=2)
+    return continued(transformers.GPT2LMHeadModel(config))
+
+
+def translated(model: nn.Module) -> Task:
+    labels = prompted()[1].roll(-3, 1)
+    return model, lambda: model(**text(1), labels=labels)
 
 
 def t5() -> Task:
-    model = transformers.T5ForConditionalGeneration(t5_config(1))
-    labels = prompted()[1].roll(-3, 1)
-    return model, lambda: model(**text(1), labels=labels)
+    return translated(transformers.T5ForConditionalGeneration(t5_config(1)))
 
 
 def bart() -> Task:
-    model = transformers.BartForConditionalGeneration(bart_config(1))
-    labels = prompted()[1].roll(-3, 1)
-    return model, lambda: model(**text(1), labels=labels)
+    return translated(transformers.BartForConditionalGeneration(bart_config(1)))
 
 
 class Embedder(nn.Module):
@@ -140,26 +136,23 @@ def scores() -> Task:
 IMAGES = torch.randn(ROWS, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def vit() -> Task:
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        image_size=16,
-        patch_size=8,
-        num_labels=3,
-    )
-    model = transformers.ViTForImageClassification(config)
+def recognised(model: nn.Module) -> Task:
     return model, lambda: model(pixel_values=IMAGES, labels=torch.arange(ROWS) % 3)
+
+
+def vit() -> Task:
+    size = {k: _SIZE[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size")}
+    config = transformers.ViTConfig(
+        **size, num_hidden_layers=1, image_size=16, patch_size=8, num_labels=3
+    )
+    return recognised(transformers.ViTForImageClassification(config))
 
 
 def resnet() -> Task:
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3
     )
-    model = transformers.ResNetForImageClassification(config)
-    return model, lambda: model(pixel_values=IMAGES, labels=torch.arange(ROWS) % 3)
+    return recognised(transformers.ResNetForImageClassification(config))
 
 
 def segmentation() -> Task:
@@ -177,24 +170,8 @@ def pooled(output: Any) -> Tensor:
     return getattr(output, "last_hidden_state", output).mean((2, 3))
 
 
-TASKS = {
-    task.__name__: task
-    for task in (
-        tagging,
-        answers,
-        choices,
-        masked,
-        llama,
-        gpt2,
-        t5,
-        bart,
-        towers,
-        scores,
-        vit,
-        resnet,
-        segmentation,
-    )
-}
+OF_TEXT = [tagging, answers, choices, masked, llama, gpt2, t5, bart, towers, scores]
+TASKS = {task.__name__: task for task in [*OF_TEXT, vit, resnet, segmentation]}
 _TOKENS = r"TextAT .* site .* is not an embedding .* choose another solver"
 _ONE_COLUMN = r"one column, of which .* is always 0. Choose divergence='squared_error'"
 _REPRESENTATION = r"representation read at .* Give representation="
@@ -216,8 +193,7 @@ REFUSED: dict[tuple[str, str], tuple[str, dict[str, Any] | None]] = {
 def play(name: str, task: str, **settings: Any) -> mixadv.GameOptimizer:
     torch.manual_seed(0)
     model, closure = TASKS[task]()
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = mixadv.wrap(base, model.train(), mixadv.make_solver(name, **settings))
+    optimizer = wrapped(model.train(), mixadv.make_solver(name, **settings))
     before = [p.detach().clone() for p in model.parameters()]
     assert optimizer.step(closure).isfinite()
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
@@ -270,14 +246,8 @@ def test_of_an_answer_the_start_and_the_end_are_compared() -> None:
         found = float(stage.divergence(q, "kl").detach())
         clean, moved = closure(), []
         stage.passes.run(stage.passes.at(q), lambda: moved.append(closure()) or moved[0])
-    expected = [
-        F.kl_div(
-            getattr(moved[0], k).log_softmax(-1),
-            getattr(clean, k).softmax(-1),
-            reduction="batchmean",
-        )
-        for k in ("start_logits", "end_logits")
-    ]
+    heads = [(moved[0].start_logits, clean.start_logits), (moved[0].end_logits, clean.end_logits)]
+    expected = [F.kl_div(p.log_softmax(-1), q.softmax(-1), reduction="batchmean") for p, q in heads]
     assert found == pytest.approx(float(sum(expected).detach()) / 2, rel=1e-4)
     assert all(e > 0 for e in expected)
 
@@ -321,10 +291,10 @@ def test_the_mask_is_found_in_features_given_as_one_argument() -> None:
 
     model, batch = Direct(), text()
     game = mixadv.Game(model, mixadv.FGM())
-    game.backward(lambda: F.cross_entropy(model(batch), torch.arange(ROWS) % 3))
+    game.backward(classified(model, batch, labels=torch.arange(ROWS) % 3))
     padding = batch["attention_mask"] == 0
-    assert not game.strategy.points[0][0][padding].any()
-    assert game.strategy.points[0][0][~padding].any()
+    assert not played(game)[padding].any()
+    assert played(game)[~padding].any()
 
 
 def test_encoders_of_which_one_must_be_chosen_are_named() -> None:
@@ -368,8 +338,7 @@ def test_sentence_transformers_play(tmp_path: Any) -> None:
     embedding = {"source": "1", "representation": lambda out: out["sentence_embedding"]}
     for name in mixadv.SOLVERS:
         solver = mixadv.make_solver(name, **(embedding if name in ("cat", "creat") else {}))
-        base = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer = mixadv.wrap(base, model, solver)
+        optimizer = wrapped(model, solver)
 
         def closure(name: str = name) -> Any:
             if mixadv.SOLVERS[name]().compares is None:

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.optim import SGD
 
 import mixadv
 from mixadv.equilibrium import best_response
+from tests.worlds import Twice, breaking, wrapped
 from tests.zoo import assert_same, fingerprint, player, small
 
 VOCABULARY, WIDTH = 12, 6
@@ -141,17 +141,6 @@ def test_the_sum_of_both_perturbations_stays_in_the_ball(radius, size, norm, per
         assert (lengths <= radius * (1 + 1e-9)).all()
 
 
-class Twice(nn.Module):
-    """Calls its embedding for two texts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.head = nn.Embedding(8, 4), nn.Linear(4, 3)
-
-    def forward(self, one: Tensor, other: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.words(one).mean(1) * self.words(other).mean(1)))
-
-
 def test_two_calls_of_an_embedding_share_its_table():
     torch.manual_seed(0)
     model, draw = Twice().double(), torch.Generator().manual_seed(1)
@@ -201,16 +190,8 @@ def test_a_sample_without_a_finite_gradient_writes_nothing():
 
 def test_nothing_but_a_whole_round_writes():
     one = small()
-    optimizer = mixadv.wrap(SGD(one.model.parameters(), lr=0.1), one.model, mixadv.TextAT())
-    game, broken = optimizer.game, []
-
-    def closure():
-        if broken:
-            broken.pop()
-            if not broken:
-                raise MemoryError
-        return one.closure()()
-
+    optimizer = wrapped(one.model, mixadv.TextAT())
+    game, closure = optimizer.game, one.closure()
     optimizer.step(closure)
     saved = optimizer.state_dict()["mixadv"]["game"]["memory"]["table"]
     before = saved.clone()
@@ -220,9 +201,8 @@ def test_nothing_but_a_whole_round_writes():
         one.model(one.batch["ids"])
     best_response(game, closure)
     for passes in (1, 2, 3):
-        broken.extend([1] * passes)
         with pytest.raises(MemoryError):
-            optimizer.step(closure)
+            optimizer.step(breaking(closure, passes))
     assert_same(game.rounds.memory["table"], before)
     optimizer.step(closure)
     assert not torch.equal(game.rounds.memory["table"], before)

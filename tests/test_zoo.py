@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixadv
+from tests.worlds import classified, wrapped
 from tests.zoo import (
     FAMILIES,
     PAD,
@@ -25,8 +26,7 @@ MIXED = {"mat": {"particles": 2, "learner_temperature": 1e-8}}
 
 
 def build(p: Player, name: str, **settings: Any) -> mixadv.GameOptimizer:
-    base = torch.optim.AdamW(p.model.parameters(), lr=1e-2)
-    return mixadv.wrap(base, p.model, mixadv.make_solver(name, **settings))
+    return wrapped(p.model, mixadv.make_solver(name, **settings), 1e-2, torch.optim.AdamW)
 
 
 def loss_of(result: Any) -> Tensor:
@@ -141,15 +141,10 @@ def test_more_padding_on_the_right_changes_nothing(family: str, name: str) -> No
     torch.testing.assert_close(other, grad, rtol=1e-5, atol=1e-8)
 
 
-def loss_and_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    output = model(**batch)
-    return output.loss, output.logits
-
-
 RETURNS: dict[str, Callable[[nn.Module, dict[str, Tensor]], Any]] = {
     "tuple": lambda model, batch: model(**batch, return_dict=False),
     "dict": lambda model, batch: dict(model(**batch)),
-    "loss and logits": loss_and_logits,
+    "loss and logits": lambda model, batch: ((output := model(**batch)).loss, output.logits),
     "loss and output": lambda model, batch: ((output := model(**batch)).loss, output),
     "loss": lambda model, batch: model(**batch).loss,
 }
@@ -201,7 +196,7 @@ def test_a_layer_registered_twice_keeps_its_weights_and_learns(name: str) -> Non
     optimizer = build(Player(model, {}, lambda *_: None), name, **settings)
     held, before = model.layers[0].weight, model.layers[0].weight.clone()
     for _ in range(2):
-        optimizer.step(lambda: (F.cross_entropy(logits := model(ids), labels), logits))
+        optimizer.step(classified(model, ids, labels=labels))
     if name == "mat":
         optimizer.game.mixture(lambda: model(ids))
     assert model.layers[0].weight is model.layers[1].weight is held
