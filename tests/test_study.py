@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ TASK = Subject(
     epochs=2,
     learning_rates=(0.1, 0.2),
     evaluate=("test",),
-    settings={"limit": 32},
+    limit=32,
     half=("plain", "freelb"),
 )
 Score = Callable[[Run], float]
@@ -89,7 +89,7 @@ def test_at_equal_compute_every_method_gets_the_same_passes(
     name: str, compute: float, epochs: float
 ):
     methods = {"plain": Method(), "other": Method(name)}
-    task = Subject("intent", epochs, (0.1,), ("test",), {"limit": 8})
+    task = Subject("intent", epochs, (0.1,), ("test",), limit=8)
     study = build(methods=methods, tasks={"words": task}, compute=compute)
     for method in methods.values():
         of = "plain" if method.solver == "plain" else "other"
@@ -135,7 +135,7 @@ def test_all_choose_from_the_same_rates_by_a_seed_and_rows_that_are_not_reported
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=4, unique=True))
 def test_the_rate_that_is_trained_with_is_the_best_on_held_out_rows(scores: list[float]):
     rates = tuple(0.1 * (i + 1) for i in range(len(scores)))
-    task = Subject("intent", 1.0, rates, ("test",), {"limit": 8})
+    task = Subject("intent", 1.0, rates, ("test",), limit=8)
     study = build(tasks={"words": task})
     by_rate = dict(zip(rates, scores, strict=True))
     results = played(study, lambda run: by_rate[run.learning_rate])
@@ -201,7 +201,7 @@ def test_half_of_the_rows_is_half_of_them():
     results = played(study, drawn(0))
     assert study.reported("words", "plain", "half", 0, results).limit == 16
     assert {run.limit for run in study.search("words", "plain", "half")} == {16}
-    few = Subject("intent", 1.0, (0.1,), ("test",), {"shots": 10}, half=("plain",))
+    few = Subject("intent", 1.0, (0.1,), ("test",), shots=10, half=("plain",))
     assert few.fewer(0.5) == {"shots": 5}
 
 
@@ -639,7 +639,7 @@ def test_a_second_study_stays_away_from_the_results_of_one_that_runs(
 # Mistakes --------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "methods": ("[methods]", "[method]", "There is|methods"),
+    "methods": ("[methods]", "[method]", "methods is missing, table of those .* method: there is"),
     "word": ("hold_out = 4", "held_out = 4", "held_out: there is none of this name"),
     "solver": ('solver = "mat"', 'solver = "mats"', "mats: there is none of this name"),
     "parameter": ("samples = 2", "sample = 2", "sample"),
@@ -647,7 +647,7 @@ MISTAKES = {
     "no plain": ("plain = {{}}", 'plain = {{ solver = "freelb" }}', "methods need plain"),
     "no list": ('evaluate = ["test"]', 'evaluate = "test"', "evaluate must be a list, got 'test'"),
     "seeds": ("seeds = [2]", "seeds = 0", "seeds must be a list, got 0"),
-    "no epochs": ("epochs = {epochs}\n", "", "a subject has no epochs"),
+    "no epochs": ("epochs = {epochs}\n", "", "words.epochs is missing, passes over the rows"),
     "share": ("limit = 16", "", "A share of the rows needs shots or limit"),
     "no hold-out": ("hold_out = 4", "hold_out = 0", "hold_out must be at least 1, got 0"),
     "hold-out": ("hold_out = 4", "hold_out = 400", "words: .*400"),
@@ -656,9 +656,9 @@ MISTAKES = {
     "table": (
         "[methods]\nplain = {{}}",
         "methods = 3\n[o]\nplain = {{}}",
-        "methods must be a table",
+        "methods must be a table, got 3",
     ),
-    "method": ("plain = {{}}", "plain = 3", "a method must be a table, got 3"),
+    "method": ("plain = {{}}", "plain = 3", "methods.plain must be a table, got 3"),
     "length": ("max_length = 16", "max_length = 160", "max_length is 160, and .* reads 32 tokens"),
     "model": ('model = "{model}"', 'model = "{model}r"', "The model .*tinyr cannot be loaded"),
     "no radii": ("radii = [0.1]", "radii = []", "radii is empty"),
@@ -670,14 +670,26 @@ MISTAKES = {
     "half": ('half = ["mat"]', 'half = ["cat"]', "half cat: there is none of this name"),
     "rates": ("[1e-2, 1e-3]", "[]", "learning_rates is empty"),
     "rate": ("[1e-2, 1e-3]", "[-1.0]", "learning_rate must be positive, got -1.0"),
-    "shifted": ('folder = "others"\n', "", "shifted others needs split, hub and folder"),
+    "shifted": (
+        'folder = "others"\n',
+        "",
+        "shifted.others.folder is missing, its folder of --data",
+    ),
     "seed": ("seeds = [2]", "seeds = [100]", "must all differ"),
-    "rows": ("rows = 4", "rows = 0", "rows must be at least 1, got 0"),
-    "half a step": ("steps = 1", "steps = 1.5", "measure: steps must be an integer, got 1.5"),
-    "no radius": ("radii = [0.1]", "radii = [nan]", "measure: a radius must be finite"),
-    "a share of a row": ("limit = 16", "limit = 16.0", "limit must be a whole number, got 16.0"),
-    "no name": ('model = "{model}"', "model = 3", "model must be a name or a folder, got 3"),
-    "a seed": ("seeds = [2]", 'seeds = ["a"]', "seed must be a whole number, got 'a'"),
+    "rows": ("rows = 4", "rows = 0", "measure.rows must be greater than or equal to 1, got 0"),
+    "half a step": ("steps = 1", "steps = 1.5", "measure.steps must be a valid integer, got 1.5"),
+    "no radius": (
+        "radii = [0.1]",
+        "radii = [nan]",
+        "measure.radii.0 must be a finite number, got nan",
+    ),
+    "a share of a row": (
+        "limit = 16",
+        "limit = 16.0",
+        "words.limit must be a valid integer, got 16.0",
+    ),
+    "no name": ('model = "{model}"', "model = 3", "model must be a valid string, got 3"),
+    "a seed": ("seeds = [2]", 'seeds = ["a"]', "seeds.0 must be a valid integer, got 'a'"),
     "below": ("seeds = [2]", "seeds = [-1]", "seed must be at least 0, got -1"),
     "hub": ('hub = ["someone/others"]', 'hub = "others"', "hub must be a list, got 'others'"),
     "too few": ("limit = 16", "limit = 25", "half of limit = 25 is not half of the 24 rows"),
@@ -688,9 +700,24 @@ MISTAKES = {
         'plain = {{}}\nw = {{ substitute = 0.2, neighbours = "typos" }}\n',
         "words: substitute perturbs rows before each epoch but the first, .* epochs is 1",
     ),
-    "settings": ("limit = 16", "settings = {{ limit = 16 }}", "of a subject: settings: there is"),
+    "settings": (
+        "limit = 16",
+        "settings = {{ limit = 16 }}",
+        "words.settings: there is none of this name",
+    ),
     "syntax": ("seeds = [2]", "seeds = [2", "study.toml"),
 }
+
+
+def test_the_manual_has_every_key_and_its_default(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        script.arguments(["--help"])
+    text = capsys.readouterr().out
+    for line in ("  [tasks.NAME.shifted.SET]", "  epochs   ", "  seeds = [0, 1, 2]   "):
+        assert f"\n{line}" in text
+    for kind in (Study, Method, Subject, Measures):
+        for part in fields(kind):
+            assert re.search(rf"^  {part.name}( = \S.*)?  +\w.*", text, re.M), part.name
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
