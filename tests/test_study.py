@@ -286,22 +286,20 @@ def test_a_model_that_always_answers_the_same_is_not_compared_under_attack(count
     assert ("words", "mat") in differences(findings, "epochs")
     assert ("words", "mat") in differences(findings, "compute", Findings.attacked)
     assert contrasts(findings, "words", "epochs", Findings.attacked)["pure − plain"] is None
-    said = summary.verdict(findings, "PGD", "epochs", Findings.attacked)
-    assert "of 1 comparisons" in said
-    assert "Left out for always the same answer with some seed" in said
-    assert said.endswith(": mat on words.")
-    assert "Left out" not in summary.verdict(findings, "PGD", "compute", Findings.attacked)
-    assert "Left out" not in summary.verdict(findings, "metric", "epochs", Findings.official)
+    found = summary.verdict(findings, "epochs", Findings.attacked)
+    assert (found.comparisons, found.left_out) == (1, [("words", "mat")])
+    assert not summary.verdict(findings, "compute", Findings.attacked).left_out
+    assert not summary.verdict(findings, "epochs", Findings.official).left_out
 
 
-def test_power_is_that_of_the_seeds_there_are():
+def test_power_is_that_of_the_seeds_there_are(tmp_path: Path):
     results = played(build(seeds=(0, 1)), drawn(0))
     some = Findings(build(seeds=(0, 1, 2, 3)), results)
-    said = summary.power(some)
-    assert said.startswith("With 2 seeds, one of 2 differences")
     needed, single = (stats.t.isf(0.025 / n, 1) for n in (2, 1))
-    assert f"{needed / single:.1f} times" in said
-    assert summary.power(Findings(build(seeds=(7, 8)), results)) == ""
+    assert summary.power(some) == (2, 2, needed / single)
+    said = f"With 2 seeds, one of 2 differences has to be {needed / single:.1f} times"
+    assert said in render(some.study, results, tmp_path, "s")
+    assert summary.power(Findings(build(seeds=(7, 8)), results)) is None
 
 
 def test_a_task_can_have_methods_of_its_own(tmp_path: Path):
@@ -353,8 +351,9 @@ def test_what_is_missing_is_counted_and_nothing_is_made_up(tmp_path: Path):
     gone = study.reported("words", "mat", "compute", 1, results)
     del results[gone.key]
     findings = Findings(study, results)
-    assert summary.missing(findings).startswith("12 measures of runs at equal epochs")
-    assert "1 runs at equal compute" in summary.missing(findings)
+    first = next(iter(summary.missing(findings).items()))
+    assert first == ("measures of runs at equal epochs", 12)
+    assert summary.missing(findings)["runs at equal compute"] == 1
     assert differences(findings, "compute")["words", "mat"].seeds == (0, 2)
 
 
@@ -363,14 +362,26 @@ def test_regressions_are_trained_and_not_measured():
     results = played(study, drawn(0))
     for line in results.values():
         line["classifies"] = False
-    assert summary.missing(Findings(study, results)) == "nothing"
+    assert not summary.missing(Findings(study, results))
 
 
 def test_a_single_seed_has_no_interval_and_no_verdict(tmp_path: Path):
     study = build(seeds=(4,))
     text = render(study, played(study, drawn(0)), tmp_path, "study.toml")
-    assert "±" not in text.split("### words")[1].split("## Robust")[0]
-    assert text.count("is above 0 for none; below 0 for none") == 2
+    assert "±" not in text
+    assert text.count("Of one seed there is no interval, and nothing is shown to differ.") == 2
+    assert "95 %" not in text.split("## Official metrics")[1]
+    assert "none; below" not in text
+
+
+def test_a_single_rate_is_searched_for_nowhere(tmp_path: Path):
+    single = replace(TASK, learning_rates=(0.1,))
+    for tasks in ({"words": single}, {"words": single, "more": TASK}):
+        study = build(tasks=tasks)
+        text = render(study, played(study, drawn(0)), tmp_path, "study.toml")
+        assert "There was no search on words: one learning rate was given." in text
+        assert ("Score of one run with seed" in text) == (len(tasks) == 2)
+        assert re.search(r"^\| mat \| 0.1 \|", text.split("## Learning rates")[1], re.M)
 
 
 # Running it ------------------------------------------------------------------------------------
