@@ -587,7 +587,10 @@ def test_a_study_that_is_killed_goes_on_to_the_same_report(folder: Path):
     assert report(folder) == text
 
 
-def test_jobs_run_side_by_side_and_those_that_follow_from_others_come_later():
+@pytest.mark.parametrize("workers", [1, 2])
+def test_jobs_run_side_by_side_and_those_that_follow_from_others_come_later(
+    workers: int, capfd: pytest.CaptureFixture[str]
+):
     known: dict[str, int] = {}
 
     def ready() -> Iterator[tuple[str, pool.Job]]:
@@ -597,9 +600,43 @@ def test_jobs_run_side_by_side_and_those_that_follow_from_others_come_later():
         if len(known) == 3:
             yield "sum", (divmod, (sum(known.values()), 1))
 
-    for found, _ in pool.side_by_side(ready, 2):
+    for found, _ in pool.side_by_side(ready, workers):
         known["sum" if len(known) == 3 else str(found)] = found
     assert known == {"0": 0, "1": 1, "2": 2, "sum": 3}
+    said = [line.split(" ", 1)[1] for line in capfd.readouterr().err.splitlines()]
+    expected = [f"{key} {what}" for key in known for what in ("has started", "is finished")]
+    assert sorted(said) == sorted(expected)  # in a file too, where there is no terminal
+
+
+def test_a_thread_of_a_worker_that_waits_for_the_others_leaves_them_its_core():
+    """Else one worker, which takes all cores, stands almost still beside another program."""
+    known: list[str] = []
+    jobs = lambda: [] if known else [("asks", (os.getenv, ("OMP_WAIT_POLICY",)))]  # noqa: E731
+    known.extend(pool.side_by_side(jobs, 1))
+    assert known == ["passive"]
+
+
+BUSY = """
+import sys, time
+sys.path[:0] = {paths}
+from studying import pool
+if __name__ == "__main__":
+    list(pool.side_by_side({{"long": (time.sleep, (100,))}}.items, 1))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupt_ends_a_study_at_once_and_leaves_nothing(how: int, tmp_path: Path):
+    (tmp_path / "busy.py").write_text(BUSY.format(paths=[str(EXAMPLES), str(EXAMPLES.parent)]))
+    command = [sys.executable, str(tmp_path / "busy.py")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as busy:
+        assert busy.stderr.readline().endswith("long has started\n")
+        time.sleep(1)  # its worker is on its way
+        busy.send_signal(how)
+        said = busy.stderr.read()  # its end is when worker and tracker are gone as well
+        assert busy.wait(timeout=60) == -how
+    assert "leaked" not in said
+    assert said.count("Traceback") == (how == signal.SIGINT)
 
 
 def test_a_job_that_fails_ends_the_study_and_loses_nothing_of_others():
@@ -619,6 +656,7 @@ def test_a_worker_takes_a_gpu_of_those_that_are_allowed(
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(signal, "signal", lambda number, action: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -18,10 +18,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 import _above  # noqa: F401
 from common import command, loop, model
@@ -102,7 +100,6 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
     """Train and measure what has no line yet."""
     results = finished(path)
     lost: set[str] = set()
-    bar = tqdm(desc=options.study.stem, unit="job", disable=None)
 
     def ready() -> Iterator[tuple[str, pool.Job]]:
         for budget, runs in study.stages(results):
@@ -123,13 +120,12 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
                 else:
                     lost.add(run.key)
 
-    for result in pool.side_by_side(ready, options.workers):
-        result["machine"] = pool.machine()
-        append(path, result)
-        results[result["key"]] = result
-        (options.runs / f"{result['key']}.pt").unlink(missing_ok=True)
-        bar.update()
-    bar.close()
+    with closing(pool.side_by_side(ready, options.workers)) as found:
+        for result in found:
+            result["machine"] = pool.machine()
+            append(path, result)
+            results[result["key"]] = result
+            (options.runs / f"{result['key']}.pt").unlink(missing_ok=True)
     if lost:
         print(
             f"study: {len(lost)} models to measure are not in {options.runs}: to train them again, "
