@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ TASK = Subject(
     epochs=2,
     learning_rates=(0.1, 0.2),
     evaluate=("test",),
-    settings={"limit": 32},
+    limit=32,
     half=("plain", "freelb"),
 )
 Score = Callable[[Run], float]
@@ -89,7 +89,7 @@ def test_at_equal_compute_every_method_gets_the_same_passes(
     name: str, compute: float, epochs: float
 ):
     methods = {"plain": Method(), "other": Method(name)}
-    task = Subject("intent", epochs, (0.1,), ("test",), {"limit": 8})
+    task = Subject("intent", epochs, (0.1,), ("test",), limit=8)
     study = build(methods=methods, tasks={"words": task}, compute=compute)
     for method in methods.values():
         of = "plain" if method.solver == "plain" else "other"
@@ -135,7 +135,7 @@ def test_all_choose_from_the_same_rates_by_a_seed_and_rows_that_are_not_reported
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=4, unique=True))
 def test_the_rate_that_is_trained_with_is_the_best_on_held_out_rows(scores: list[float]):
     rates = tuple(0.1 * (i + 1) for i in range(len(scores)))
-    task = Subject("intent", 1.0, rates, ("test",), {"limit": 8})
+    task = Subject("intent", 1.0, rates, ("test",), limit=8)
     study = build(tasks={"words": task})
     by_rate = dict(zip(rates, scores, strict=True))
     results = played(study, lambda run: by_rate[run.learning_rate])
@@ -201,7 +201,7 @@ def test_half_of_the_rows_is_half_of_them():
     results = played(study, drawn(0))
     assert study.reported("words", "plain", "half", 0, results).limit == 16
     assert {run.limit for run in study.search("words", "plain", "half")} == {16}
-    few = Subject("intent", 1.0, (0.1,), ("test",), {"shots": 10}, half=("plain",))
+    few = Subject("intent", 1.0, (0.1,), ("test",), shots=10, half=("plain",))
     assert few.fewer(0.5) == {"shots": 5}
 
 
@@ -286,22 +286,20 @@ def test_a_model_that_always_answers_the_same_is_not_compared_under_attack(count
     assert ("words", "mat") in differences(findings, "epochs")
     assert ("words", "mat") in differences(findings, "compute", Findings.attacked)
     assert contrasts(findings, "words", "epochs", Findings.attacked)["pure − plain"] is None
-    said = summary.verdict(findings, "PGD", "epochs", Findings.attacked)
-    assert "of 1 comparisons" in said
-    assert "Left out for always the same answer with some seed" in said
-    assert said.endswith(": mat on words.")
-    assert "Left out" not in summary.verdict(findings, "PGD", "compute", Findings.attacked)
-    assert "Left out" not in summary.verdict(findings, "metric", "epochs", Findings.official)
+    found = summary.verdict(findings, "epochs", Findings.attacked)
+    assert (found.comparisons, found.left_out) == (1, [("words", "mat")])
+    assert not summary.verdict(findings, "compute", Findings.attacked).left_out
+    assert not summary.verdict(findings, "epochs", Findings.official).left_out
 
 
-def test_power_is_that_of_the_seeds_there_are():
+def test_power_is_that_of_the_seeds_there_are(tmp_path: Path):
     results = played(build(seeds=(0, 1)), drawn(0))
     some = Findings(build(seeds=(0, 1, 2, 3)), results)
-    said = summary.power(some)
-    assert said.startswith("With 2 seeds, one of 2 differences")
     needed, single = (stats.t.isf(0.025 / n, 1) for n in (2, 1))
-    assert f"{needed / single:.1f} times" in said
-    assert summary.power(Findings(build(seeds=(7, 8)), results)) == ""
+    assert summary.power(some) == (2, 2, needed / single)
+    said = f"With 2 seeds, one of 2 differences has to be {needed / single:.1f} times"
+    assert said in render(some.study, results, tmp_path, "s")
+    assert summary.power(Findings(build(seeds=(7, 8)), results)) is None
 
 
 def test_a_task_can_have_methods_of_its_own(tmp_path: Path):
@@ -353,8 +351,9 @@ def test_what_is_missing_is_counted_and_nothing_is_made_up(tmp_path: Path):
     gone = study.reported("words", "mat", "compute", 1, results)
     del results[gone.key]
     findings = Findings(study, results)
-    assert summary.missing(findings).startswith("12 measures of runs at equal epochs")
-    assert "1 runs at equal compute" in summary.missing(findings)
+    first = next(iter(summary.missing(findings).items()))
+    assert first == ("measures of runs at equal epochs", 12)
+    assert summary.missing(findings)["runs at equal compute"] == 1
     assert differences(findings, "compute")["words", "mat"].seeds == (0, 2)
 
 
@@ -363,14 +362,26 @@ def test_regressions_are_trained_and_not_measured():
     results = played(study, drawn(0))
     for line in results.values():
         line["classifies"] = False
-    assert summary.missing(Findings(study, results)) == "nothing"
+    assert not summary.missing(Findings(study, results))
 
 
 def test_a_single_seed_has_no_interval_and_no_verdict(tmp_path: Path):
     study = build(seeds=(4,))
     text = render(study, played(study, drawn(0)), tmp_path, "study.toml")
-    assert "±" not in text.split("### words")[1].split("## Robust")[0]
-    assert text.count("is above 0 for none; below 0 for none") == 2
+    assert "±" not in text
+    assert text.count("Of one seed there is no interval, and nothing is shown to differ.") == 2
+    assert "95 %" not in text.split("## Official metrics")[1]
+    assert "none; below" not in text
+
+
+def test_a_single_rate_is_searched_for_nowhere(tmp_path: Path):
+    single = replace(TASK, learning_rates=(0.1,))
+    for tasks in ({"words": single}, {"words": single, "more": TASK}):
+        study = build(tasks=tasks)
+        text = render(study, played(study, drawn(0)), tmp_path, "study.toml")
+        assert "There was no search on words: one learning rate was given." in text
+        assert ("Score of one run with seed" in text) == (len(tasks) == 2)
+        assert re.search(r"^\| mat \| 0.1 \|", text.split("## Learning rates")[1], re.M)
 
 
 # Running it ------------------------------------------------------------------------------------
@@ -576,7 +587,10 @@ def test_a_study_that_is_killed_goes_on_to_the_same_report(folder: Path):
     assert report(folder) == text
 
 
-def test_jobs_run_side_by_side_and_those_that_follow_from_others_come_later():
+@pytest.mark.parametrize("workers", [1, 2])
+def test_jobs_run_side_by_side_and_those_that_follow_from_others_come_later(
+    workers: int, capfd: pytest.CaptureFixture[str]
+):
     known: dict[str, int] = {}
 
     def ready() -> Iterator[tuple[str, pool.Job]]:
@@ -586,9 +600,43 @@ def test_jobs_run_side_by_side_and_those_that_follow_from_others_come_later():
         if len(known) == 3:
             yield "sum", (divmod, (sum(known.values()), 1))
 
-    for found, _ in pool.side_by_side(ready, 2):
+    for found, _ in pool.side_by_side(ready, workers):
         known["sum" if len(known) == 3 else str(found)] = found
     assert known == {"0": 0, "1": 1, "2": 2, "sum": 3}
+    said = [line.split(" ", 1)[1] for line in capfd.readouterr().err.splitlines()]
+    expected = [f"{key} {what}" for key in known for what in ("has started", "is finished")]
+    assert sorted(said) == sorted(expected)  # in a file too, where there is no terminal
+
+
+def test_a_thread_of_a_worker_that_waits_for_the_others_leaves_them_its_core():
+    """Else one worker, which takes all cores, stands almost still beside another program."""
+    known: list[str] = []
+    jobs = lambda: [] if known else [("asks", (os.getenv, ("OMP_WAIT_POLICY",)))]  # noqa: E731
+    known.extend(pool.side_by_side(jobs, 1))
+    assert known == ["passive"]
+
+
+BUSY = """
+import sys, time
+sys.path[:0] = {paths}
+from studying import pool
+if __name__ == "__main__":
+    list(pool.side_by_side({{"long": (time.sleep, (100,))}}.items, 1))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupt_ends_a_study_at_once_and_leaves_nothing(how: int, tmp_path: Path):
+    (tmp_path / "busy.py").write_text(BUSY.format(paths=[str(EXAMPLES), str(EXAMPLES.parent)]))
+    command = [sys.executable, str(tmp_path / "busy.py")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as busy:
+        assert busy.stderr.readline().endswith("long has started\n")
+        time.sleep(1)  # its worker is on its way
+        busy.send_signal(how)
+        said = busy.stderr.read()  # its end is when worker and tracker are gone as well
+        assert busy.wait(timeout=60) == -how
+    assert "leaked" not in said
+    assert said.count("Traceback") == (how == signal.SIGINT)
 
 
 def test_a_job_that_fails_ends_the_study_and_loses_nothing_of_others():
@@ -608,6 +656,7 @@ def test_a_worker_takes_a_gpu_of_those_that_are_allowed(
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(signal, "signal", lambda number, action: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -639,7 +688,7 @@ def test_a_second_study_stays_away_from_the_results_of_one_that_runs(
 # Mistakes --------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "methods": ("[methods]", "[method]", "There is|methods"),
+    "methods": ("[methods]", "[method]", "methods is missing, table of those .* method: there is"),
     "word": ("hold_out = 4", "held_out = 4", "held_out: there is none of this name"),
     "solver": ('solver = "mat"', 'solver = "mats"', "mats: there is none of this name"),
     "parameter": ("samples = 2", "sample = 2", "sample"),
@@ -647,7 +696,7 @@ MISTAKES = {
     "no plain": ("plain = {{}}", 'plain = {{ solver = "freelb" }}', "methods need plain"),
     "no list": ('evaluate = ["test"]', 'evaluate = "test"', "evaluate must be a list, got 'test'"),
     "seeds": ("seeds = [2]", "seeds = 0", "seeds must be a list, got 0"),
-    "no epochs": ("epochs = {epochs}\n", "", "a subject has no epochs"),
+    "no epochs": ("epochs = {epochs}\n", "", "words.epochs is missing, passes over the rows"),
     "share": ("limit = 16", "", "A share of the rows needs shots or limit"),
     "no hold-out": ("hold_out = 4", "hold_out = 0", "hold_out must be at least 1, got 0"),
     "hold-out": ("hold_out = 4", "hold_out = 400", "words: .*400"),
@@ -656,9 +705,9 @@ MISTAKES = {
     "table": (
         "[methods]\nplain = {{}}",
         "methods = 3\n[o]\nplain = {{}}",
-        "methods must be a table",
+        "methods must be a table, got 3",
     ),
-    "method": ("plain = {{}}", "plain = 3", "a method must be a table, got 3"),
+    "method": ("plain = {{}}", "plain = 3", "methods.plain must be a table, got 3"),
     "length": ("max_length = 16", "max_length = 160", "max_length is 160, and .* reads 32 tokens"),
     "model": ('model = "{model}"', 'model = "{model}r"', "The model .*tinyr cannot be loaded"),
     "no radii": ("radii = [0.1]", "radii = []", "radii is empty"),
@@ -670,14 +719,26 @@ MISTAKES = {
     "half": ('half = ["mat"]', 'half = ["cat"]', "half cat: there is none of this name"),
     "rates": ("[1e-2, 1e-3]", "[]", "learning_rates is empty"),
     "rate": ("[1e-2, 1e-3]", "[-1.0]", "learning_rate must be positive, got -1.0"),
-    "shifted": ('folder = "others"\n', "", "shifted others needs split, hub and folder"),
+    "shifted": (
+        'folder = "others"\n',
+        "",
+        "shifted.others.folder is missing, its folder of --data",
+    ),
     "seed": ("seeds = [2]", "seeds = [100]", "must all differ"),
-    "rows": ("rows = 4", "rows = 0", "rows must be at least 1, got 0"),
-    "half a step": ("steps = 1", "steps = 1.5", "measure: steps must be an integer, got 1.5"),
-    "no radius": ("radii = [0.1]", "radii = [nan]", "measure: a radius must be finite"),
-    "a share of a row": ("limit = 16", "limit = 16.0", "limit must be a whole number, got 16.0"),
-    "no name": ('model = "{model}"', "model = 3", "model must be a name or a folder, got 3"),
-    "a seed": ("seeds = [2]", 'seeds = ["a"]', "seed must be a whole number, got 'a'"),
+    "rows": ("rows = 4", "rows = 0", "measure.rows must be greater than or equal to 1, got 0"),
+    "half a step": ("steps = 1", "steps = 1.5", "measure.steps must be a valid integer, got 1.5"),
+    "no radius": (
+        "radii = [0.1]",
+        "radii = [nan]",
+        "measure.radii.0 must be a finite number, got nan",
+    ),
+    "a share of a row": (
+        "limit = 16",
+        "limit = 16.0",
+        "words.limit must be a valid integer, got 16.0",
+    ),
+    "no name": ('model = "{model}"', "model = 3", "model must be a valid string, got 3"),
+    "a seed": ("seeds = [2]", 'seeds = ["a"]', "seeds.0 must be a valid integer, got 'a'"),
     "below": ("seeds = [2]", "seeds = [-1]", "seed must be at least 0, got -1"),
     "hub": ('hub = ["someone/others"]', 'hub = "others"', "hub must be a list, got 'others'"),
     "too few": ("limit = 16", "limit = 25", "half of limit = 25 is not half of the 24 rows"),
@@ -688,9 +749,24 @@ MISTAKES = {
         'plain = {{}}\nw = {{ substitute = 0.2, neighbours = "typos" }}\n',
         "words: substitute perturbs rows before each epoch but the first, .* epochs is 1",
     ),
-    "settings": ("limit = 16", "settings = {{ limit = 16 }}", "of a subject: settings: there is"),
+    "settings": (
+        "limit = 16",
+        "settings = {{ limit = 16 }}",
+        "words.settings: there is none of this name",
+    ),
     "syntax": ("seeds = [2]", "seeds = [2", "study.toml"),
 }
+
+
+def test_the_manual_has_every_key_and_its_default(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        script.arguments(["--help"])
+    text = capsys.readouterr().out
+    for line in ("  [tasks.NAME.shifted.SET]", "  epochs   ", "  seeds = [0, 1, 2]   "):
+        assert f"\n{line}" in text
+    for kind in (Study, Method, Subject, Measures):
+        for part in fields(kind):
+            assert re.search(rf"^  {part.name}( = \S.*)?  +\w.*", text, re.M), part.name
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

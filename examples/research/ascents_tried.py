@@ -35,6 +35,7 @@ import directions
 import mixadv
 from common import command, data
 from common.loop import Training
+from common.tables import markdown
 from directions import RADII, arguments, trained
 
 PAYOFF = "symmetric_kl"
@@ -222,14 +223,13 @@ def measure(
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown: a line per way, the divergence over the baseline's."""
     base = {row["radius"]: row["divergence"] for row in rows if row["way"] == BASELINE}
-    head = " | ".join(map(str, base))
-    lines = [f"| way | {head} | time | KiB kept per row |", "|---" * (len(base) + 3) + "|"]
+    lines = []
     for name in WAYS:
         mine = [row for row in rows if row["way"] == name]
         over = [f"{row['divergence'] / base[row['radius']]:.2f}" for row in mine]
         cost = statistics.median(row["time"] for row in mine)
-        lines.append(f"| {name} | {' | '.join(over)} | {cost:.2f} | {mine[0]['kept']:.0f} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *over, f"{cost:.2f}", f"{mine[0]['kept']:.0f}"])
+    return markdown(["way", *base, "time", "KiB kept per row"], lines) + "\n"
 
 
 def work(options: argparse.Namespace) -> str:

@@ -29,6 +29,7 @@ from common.loop import Keeping, Training
 from common.options import positive, script
 from common.results import EMBEDDED_MODEL, Run
 from common.substitution import SOURCES, candidates
+from common.tables import markdown
 from mixadv.tokens import (
     dropout_masks,
     learner_samples,
@@ -116,13 +117,8 @@ def row(name: str, games: list[SubstitutionGame], found: list[Equilibrium]) -> l
     exact = np.mean([oracles.equilibrium(game.payoff).value for game in games])
     adversary = np.mean([one.guaranteed - one.pure_adversary_value > HELPS for one in found])
     learner = np.mean([one.pure_learner_value - one.worst > HELPS for one in found])
-    numbers = [
-        mean["pure_adversary_value"],
-        mean["guaranteed"],
-        exact,
-        mean["worst"],
-        mean["pure_learner_value"],
-    ]
+    numbers = [mean["pure_adversary_value"], mean["guaranteed"], exact]
+    numbers += [mean["worst"], mean["pure_learner_value"]]
     return [
         name, str(len(games)), *[f"{number:.4f}" for number in numbers],
         f"{max(one.gap for one in found):.1e}", f"{100 * adversary:.0f}", f"{100 * learner:.0f}",
@@ -133,7 +129,7 @@ def work(options: Namespace) -> str:
     """Play and solve; return the table."""
     task, source = attack.load_task(options), candidates(options.neighbours)
     texts, labels = attack.chosen(options, task)
-    lines = [list(HEAD), ["---"] * len(HEAD)]
+    lines = []
     for name, (rows, tokenizer) in learners(options, task).items():
         games = []
         for text, label in zip(tqdm(texts, desc=name, disable=None), labels, strict=True):
@@ -144,7 +140,7 @@ def work(options: Namespace) -> str:
         lines.append(row(name, games, found))
         if options.output:
             write(options.output, name, options, games, found)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(HEAD, lines)
 
 
 def write(

@@ -30,6 +30,7 @@ import mixadv
 from common import command, data
 from common.loop import Keeping, Training
 from common.results import Run
+from common.tables import markdown
 from mixadv.robustness.data import DataError
 
 RADII = (0.05, 0.1, 0.2, 0.4)
@@ -146,19 +147,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown: a line per ascent, the divergence over the baseline's."""
     radii = list(dict.fromkeys(row["radius"] for row in rows))
     found = {(row["ascent"], row["radius"]): row for row in rows}
-    head = [f"{radius:g}" for radius in radii]
-    lines = [
-        f"| ascent, sign | {' | '.join(head)} | towards | label changed | time |",
-        "|---" * (len(head) + 4) + "|",
-    ]
+    lines = []
     for name in ASCENTS:
         mine = [found[name, radius] for radius in radii]
         over = [m["divergence"] / found[BASELINE, m["radius"]]["divergence"] for m in mine]
         last = [f"{100 * mine[-1]['towards']:.0f} %", f"{100 * mine[-1]['changed']:.0f} %"]
         cost = statistics.median(m["time"] for m in mine)
-        cells = [*(f"{x:.2f}" for x in over), *last, f"{cost:.2f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *(f"{x:.2f}" for x in over), *last, f"{cost:.2f}"])
+    head = ["ascent, sign", *(f"{radius:g}" for radius in radii), "towards", "label changed"]
+    return markdown([*head, "time"], lines) + "\n"
 
 
 def store(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -179,16 +176,16 @@ def summary(tasks: dict[str, list[dict[str, Any]]]) -> str:
     """Return the results of several tasks as one table, at two radii."""
     found = {(t, r["ascent"], r["radius"]): r for t, rows in tasks.items() for r in rows}
     columns = [(task, radius) for task in tasks for radius in RADII[1:3]]
-    head = [f"{task}, {radius:g}" for task, radius in columns]
-    lines = [f"| ascent, sign | {' | '.join(head)} | time |", "|---" * (len(head) + 2) + "|"]
+    lines = []
     for name in ASCENTS:
         cells = [
             found[t, name, r]["divergence"] / found[t, BASELINE, r]["divergence"]
             for t, r in columns
         ]
         cells.append(statistics.median(found[t, name, r]["time"] for t, r in columns))
-        lines.append(f"| {name} | {' | '.join(f'{x:.2f}' for x in cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *(f"{x:.2f}" for x in cells)])
+    head = ["ascent, sign", *(f"{task}, {radius:g}" for task, radius in columns), "time"]
+    return markdown(head, lines) + "\n"
 
 
 def work(options: argparse.Namespace) -> str:

@@ -29,6 +29,8 @@ import psutil
 import threadpoolctl
 import torch
 
+import _above  # noqa: F401
+from common.tables import markdown
 from peers import CONTENDERS, Array, Contender, relative_gap
 
 Size = tuple[int, int, int]
@@ -146,11 +148,8 @@ def table(results: Iterable[dict[str, Any]]) -> str:
             cell = f"{statistics.median(result['seconds']):.2g} s, {result['gap']:.0e}"
         sizes[size] = None
         found.setdefault((result["solver"], aim), {})[size] = cell
-    lines = [["solver", "stops at", *sizes], ["---"] * (2 + len(sizes))]
-    lines += [
-        [*solver, *[cells.get(size, "") for size in sizes]] for solver, cells in found.items()
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rows = [[*solver, *(cells.get(size, "") for size in sizes)] for solver, cells in found.items()]
+    return markdown(["solver", "stops at", *sizes], rows)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

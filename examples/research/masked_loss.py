@@ -30,6 +30,7 @@ from common.evaluation import mean_token_norm
 from common.options import positive, script
 from common.pretraining import corpus
 from common.pretraining.tasks import encoder
+from common.tables import markdown
 from mixadv.equilibrium import best_response
 from mixadv.tokens.reading.masked import IGNORED, masked_predictions
 
@@ -158,14 +159,12 @@ def compare(options: argparse.Namespace) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return the results in Markdown."""
-    lines = ["| model | radius | loss | accuracy, % | loss − first model's |", "|---" * 5 + "|"]
+    rows = []
     for r in results:
-        hits = [100 * value for value in r["accuracy"]]
-        lines.append(
-            f"| {r['model']} | {r['radius']:g} | {_cell(r['loss'], 3)} | {_cell(hits, 1)} | "
-            f"{_cell(r['difference'], 3)} |"
-        )
-    return "\n".join(lines)
+        hits = _cell([100 * value for value in r["accuracy"]], 1)
+        cells = [_cell(r["loss"], 3), hits, _cell(r["difference"], 3)]
+        rows.append([r["model"], f"{r['radius']:g}", *cells])
+    return markdown(["model", "radius", "loss", "accuracy, %", "loss − first model's"], rows)
 
 
 def _cell(value: Any, digits: int) -> str:

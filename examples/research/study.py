@@ -18,10 +18,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 import _above  # noqa: F401
 from common import command, loop, model
@@ -32,14 +30,14 @@ from mixadv.robustness import data
 from studying import pool
 from studying.measure import measure, other
 from studying.plan import COMPARED, Results, Study, measurable
-from studying.reading import read
+from studying.reading import keys, read
 from studying.render import render
 from studying.work import load, sizes, train
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
-    parser = script("study", "STUDY [options]", __doc__)
+    parser = script("study", "STUDY [options]", __doc__, keys())
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY", help="a TOML file; results are written beside it")
     text = "in place of the hub: a folder with a folder for each data set, as for the other scripts"
@@ -55,12 +53,12 @@ def arguments(argv: list[str] | None = None) -> Namespace:
 def check(study: Study, options: Namespace, results: Results) -> None:
     """Raise before the first job for what a later one would miss, and for results of other data."""
     for name, subject in study.tasks.items():
-        task = load(subject.script, name, options.data, subject.settings.get("train", ()))
-        limit, rows = subject.settings.get("limit", 0), len(task.train)
-        if subject.half and limit > rows:
+        task = load(subject.script, name, options.data, subject.train)
+        rows = len(task.train)
+        if subject.half and subject.limit > rows:
             raise ValueError(
-                f"{name}: half of limit = {limit} is not half of the {rows} rows that there are: "
-                f"limit must be at most {rows}."
+                f"{name}: half of limit = {subject.limit} is not half of the {rows} rows that "
+                f"there are: limit must be at most {rows}."
             )
         now = sizes(task)
         for run in study.runs(name, results):
@@ -102,7 +100,6 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
     """Train and measure what has no line yet."""
     results = finished(path)
     lost: set[str] = set()
-    bar = tqdm(desc=options.study.stem, unit="job", disable=None)
 
     def ready() -> Iterator[tuple[str, pool.Job]]:
         for budget, runs in study.stages(results):
@@ -123,13 +120,12 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
                 else:
                     lost.add(run.key)
 
-    for result in pool.side_by_side(ready, options.workers):
-        result["machine"] = pool.machine()
-        append(path, result)
-        results[result["key"]] = result
-        (options.runs / f"{result['key']}.pt").unlink(missing_ok=True)
-        bar.update()
-    bar.close()
+    with closing(pool.side_by_side(ready, options.workers)) as found:
+        for result in found:
+            result["machine"] = pool.machine()
+            append(path, result)
+            results[result["key"]] = result
+            (options.runs / f"{result['key']}.pt").unlink(missing_ok=True)
     if lost:
         print(
             f"study: {len(lost)} models to measure are not in {options.runs}: to train them again, "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from benchmark_parts.contenders import CONTENDERS
 from benchmark_parts.measure import floor
 from benchmark_parts.work import Setting
+from common.tables import markdown
 
 Result = dict[str, Any]
 HEAD = ["row", "seconds", "÷ step", "÷ floor", "memory ÷ step", "kept, MiB", "KL reached"]
@@ -116,21 +117,14 @@ def units(result: Result) -> str:
 
 def table(group: Iterable[Result]) -> str:
     """Return a Markdown table of the results of one setting."""
-    lines = [HEAD, ["---"] * len(HEAD)]
+    rows = []
     for result in group:
         seconds, step = result["seconds"], result["units"]["S"]
-        lines.append(
-            [
-                result["row"],
-                f"{statistics.median(seconds):.3g}",
-                f"{ratio(seconds, step).median:.2f}",
-                str(ratio(seconds, floors(result))),
-                f"{result['peak'] / result['plain_peak']:.2f}",
-                f"{result['kept'] / 2**20:.0f}",
-                f"{result['payoff']:.2g}",
-            ]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        cells = [f"{statistics.median(seconds):.3g}", f"{ratio(seconds, step).median:.2f}"]
+        cells += [ratio(seconds, floors(result)), f"{result['peak'] / result['plain_peak']:.2f}"]
+        cells += [f"{result['kept'] / 2**20:.0f}", f"{result['payoff']:.2g}"]
+        rows.append([result["row"], *cells])
+    return markdown(HEAD, rows)
 
 
 def versus(group: Iterable[Result]) -> list[str]:

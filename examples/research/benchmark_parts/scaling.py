@@ -14,6 +14,7 @@ import mixadv
 from benchmark_parts.contenders import mat, ours, smart
 from benchmark_parts.measure import timed
 from benchmark_parts.work import Part, Setting, Work, encoder
+from common.tables import markdown
 
 BATCH, LENGTH, WIDTH, LAYERS = 8, 32, 256, 4
 WORDS, HEAD_WIDTH = 1000, 32
@@ -108,12 +109,12 @@ def plays() -> int:
 
 def table(series: Iterable[Series]) -> str:
     """Return a Markdown table."""
-    lines = [["grows", "played", "from", "to", "seconds", "exponent"], ["---"] * 6]
+    rows = []
     for s in series:
         seconds = " ".join(f"{t:.3g}" for t in s.seconds)
         ends = [f"{s.values[0]:,.0f}", f"{s.values[-1]:,.0f}"]
-        lines.append([s.axis, s.what, *ends, seconds, f"{s.exponent:.2f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append([s.axis, s.what, *ends, seconds, f"{s.exponent:.2f}"])
+    return markdown(["grows", "played", "from", "to", "seconds", "exponent"], rows)
 
 
 def _part(piece: Work, solver: Any) -> Part:

@@ -13,7 +13,7 @@ from common.substitution import candidates
 from mixadv.robustness import evaluate, text_batches, token_norm
 from mixadv.robustness.data import DataError, read_rows
 from mixadv.tokens import WordSubstitution
-from studying.parts import Measures, Subject
+from studying.parts import Measures, Shifted, Subject
 from studying.work import load
 
 ROWS = 64  # whose tokens the unit is measured on
@@ -60,16 +60,16 @@ def measure(
     return {"key": key, "of": run.key, "sections": compact(report.sections)}
 
 
-def other(name: str, at: Mapping[str, Any], folder: str) -> Dataset:
+def other(name: str, at: Shifted, folder: str) -> Dataset:
     """Return a shifted set: a split of a data set of the hub, or of one in the folder."""
     splits = (
-        data.from_folder(data.find(folder, at["folder"], itself=False))
+        data.from_folder(data.find(folder, at.folder, itself=False))
         if folder
-        else data.from_hub(*at["hub"])
+        else data.from_hub(*at.hub)
     )
-    if at["split"] not in splits:
-        raise DataError(f"{name} has no split {at['split']}, it has {', '.join(splits)}.")
-    return splits[at["split"]]
+    if at.split not in splits:
+        raise DataError(f"{name} has no split {at.split}, it has {', '.join(splits)}.")
+    return splits[at.split]
 
 
 @cache

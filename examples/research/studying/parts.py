@@ -1,35 +1,41 @@
-"""What a study is made of: methods, tasks, and what is measured."""
+"""What a study is made of: methods, tasks, and what is measured. Its TOML file is checked by these.
+
+The text below a field is what `study.py --help` says of its key.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StrictFloat, StrictInt
+from pydantic.dataclasses import dataclass
 
 import mixadv
 from common.parameters import PLAIN, known
 from common.results import Run
-from mixadv.checks import check_integer, check_number
 from mixadv.round.cost import count_passes
 
-SCRIPTS = ("glue", "intent", "anli")
+CHECKED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 SETTINGS = ("train", "shots", "limit", "max_length", "batch_size", "warmup", "weight_decay")
-"""What a task may set of a run, besides what the study sets."""
+"""What a task sets of its runs by itself."""
+Names = tuple[str, ...]
+SomeNames = Annotated[Names, Field(min_length=1)]
+Count = Annotated[StrictInt, Field(ge=1)]
+Radius = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Method:
-    """A way to train.
-
-    Attributes:
-        solver: a name in `mixadv.SOLVERS`, or "plain".
-        parameters: of the solver that are not the defaults.
-        substitute: share of the rows that get a copy with words replaced, see `common.Run`.
-        neighbours: where the words come from.
-    """
+    """A way to train."""
 
     solver: str = PLAIN
+    """a solver's name; "plain" is the optimizer alone"""
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    substitute: float = 0.0
+    """those of the solver that are not its defaults"""
+    substitute: StrictFloat = 0.0
+    """share of the rows that get a copy with words replaced"""
     neighbours: str = ""
+    """where the words come from, as --neighbours of glue.py"""
 
     def __post_init__(self) -> None:
         Run(task="", substitute=self.substitute, neighbours=self.neighbours)  # raises for one alone
@@ -37,7 +43,10 @@ class Method:
             raise ValueError(f"plain training has no parameters, got {dict(self.parameters)}.")
         if self.solver != PLAIN:
             known("solver", self.solver, mixadv.SOLVERS)
-            self.played  # noqa: B018  raises for parameters that the solver does not take
+            try:
+                self.played  # noqa: B018  raises for parameters that the solver does not take
+            except TypeError as error:
+                raise ValueError(str(error)) from error
 
     @property
     def played(self) -> mixadv.Solver | None:
@@ -54,85 +63,87 @@ class Method:
         return 1.0 if self.played is None else count_passes(self.played).plain_steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
+class Shifted:
+    """A set of other rows with the labels of a task."""
+
+    hub: SomeNames
+    """list of its name on the hub and, where it has any, its subset"""
+    folder: str
+    """its folder of --data"""
+    split: str
+    """the split that is read"""
+
+
+@dataclass(frozen=True, config=CHECKED)
 class Subject:
-    """A task of the study.
+    """A task of the study."""
 
-    Attributes:
-        script: that loads it, "glue", "intent" or "anli".
-        epochs: of every method at equal epochs.
-        learning_rates: that every method chooses from.
-        evaluate: splits; the first metric of the first one is the official metric.
-        settings: of its runs, see `SETTINGS`.
-        methods: that are trained, all without a list of them.
-        half: methods that are trained on half of the rows too.
-        shifted: sets of other rows with the same labels by name, each with its `split`, its name
-            on the `hub` and its `folder` of the data.
-        attacks: names of sources of words, see `common.substitution.SOURCES`.
-    """
-
-    script: str
-    epochs: float
-    learning_rates: tuple[float, ...]
-    evaluate: tuple[str, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    methods: tuple[str, ...] = ()
-    half: tuple[str, ...] = ()
-    shifted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    attacks: tuple[str, ...] = ()
+    script: Literal["glue", "intent", "anli"]
+    """the script that loads it: "glue", "intent" or "anli\""""
+    epochs: StrictFloat
+    """passes over the rows of every method at equal epochs"""
+    learning_rates: Annotated[tuple[StrictFloat, ...], Field(min_length=1)]
+    """list of those that every method chooses from"""
+    evaluate: SomeNames
+    """list of splits; the first metric of the first one is the official metric"""
+    methods: Names = ()
+    """list of those that are trained; without it all"""
+    half: Names = ()
+    """list of methods that are trained on half of the rows too"""
+    shifted: Mapping[str, Shifted] = field(default_factory=dict)
+    """sets of other rows with the same labels, by name, see below"""
+    attacks: Names = ()
+    """list of sources of words to attack by, as --neighbours of glue.py"""
+    train: Names = Run.train
+    """list of the sets that anli trains on"""
+    shots: StrictInt = Run.shots
+    """training rows of each label; 0 takes all"""
+    limit: StrictInt = Run.limit
+    """training rows; 0 takes all"""
+    max_length: StrictInt = Run.max_length
+    """tokens of a row; the rest is cut"""
+    batch_size: StrictInt = Run.batch_size
+    """rows of an update"""
+    warmup: StrictFloat = Run.warmup
+    """share of the updates in which the rate rises"""
+    weight_decay: StrictFloat = Run.weight_decay
+    """of AdamW"""
 
     def __post_init__(self) -> None:
-        known("script", self.script, SCRIPTS)
-        for name, value in self.settings.items():
-            known("setting", name, SETTINGS)
-            Run(task="", **{name: value})  # raises for a value out of range
-        for name in ("learning_rates", "evaluate"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty: give at least one.")
-        if self.script == "anli" and not self.settings.get("train"):
+        for rate in self.learning_rates:  # raises for a value out of range
+            Run(task="", learning_rate=rate, epochs=self.epochs, **self.settings)
+        if self.script == "anli" and not self.train:
             raise ValueError("anli needs train, a list of the sets to train on.")
-        for rate in self.learning_rates:
-            Run(task="", learning_rate=rate, epochs=self.epochs)
-        for name, at in self.shifted.items():
-            if set(at) != {"split", "hub", "folder"}:
-                raise ValueError(f"shifted {name} needs split, hub and folder, got {list(at)}.")
-            if isinstance(at["hub"], str):
-                raise ValueError(f"shifted {name}: hub must be a list, got {at['hub']!r}.")
         if self.half:
             self.fewer(0.5)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the task sets of a run by itself."""
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def fewer(self, share: float) -> dict[str, int]:
         """Return the settings of runs that get a share of the rows."""
         for name in ("shots", "limit"):
-            if self.settings.get(name):
-                return {name: max(1, int(share * self.settings[name]))}
+            if number := getattr(self, name):
+                return {name: max(1, int(share * number))}
         raise ValueError("A share of the rows needs shots or limit: of which number it is a share.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Measures:
-    """What is measured of every model, in balls around the embeddings of the same rows.
+    """What is measured of every model, in balls around the embeddings of the same rows."""
 
-    Attributes:
-        rows: attacked, of those evaluated.
-        clean_rows: evaluated for calibration and, beside shifted sets, for the drop.
-        radii: of PGD, in token norms of the untrained encoder.
-        increase_radius: of the loss increase.
-        steps: of each ascent.
-        restarts: of the loss increase.
-    """
-
-    rows: int = 64
-    clean_rows: int = 1000
-    radii: tuple[float, ...] = (0.05, 0.1)
-    increase_radius: float = 0.1
-    steps: int = 5
-    restarts: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "clean_rows", "steps", "restarts"):
-            check_integer("measure", name, getattr(self, name), 1)
-        if not self.radii:
-            raise ValueError("radii is empty: give at least one.")
-        for radius in (*self.radii, self.increase_radius):
-            check_number("measure", "a radius", radius)
+    rows: Count = 64
+    """rows attacked, of those evaluated"""
+    clean_rows: Count = 1000
+    """rows evaluated for calibration and, beside shifted sets, for the drop"""
+    radii: Annotated[tuple[Radius, ...], Field(min_length=1)] = (0.05, 0.1)
+    """list of those of PGD, in token norms of the untrained encoder"""
+    increase_radius: Radius = 0.1
+    """radius of the loss increase, in the same norms"""
+    steps: Count = 5
+    """steps of each ascent"""
+    restarts: Count = 2
+    """random starts of the loss increase"""

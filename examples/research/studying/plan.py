@@ -3,12 +3,15 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictFloat, StrictInt
+from pydantic.dataclasses import dataclass
 
 from common.parameters import PLAIN, known
 from common.results import EMBEDDED_MODEL, Run
-from studying.parts import Measures, Method, Subject
+from studying.parts import CHECKED, Measures, Method, Names, Subject
 
 Budget = Literal["epochs", "compute", "half"]
 BUDGETS: dict[Budget, str] = {
@@ -27,51 +30,41 @@ def measurable(line: Mapping[str, Any]) -> bool:
     return line.get("classifies", True) and not line.get("diverged", False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Study:
-    """Methods × tasks × seeds.
-
-    Attributes:
-        methods: by name; "plain" is among them, differences are taken to it.
-        tasks: by name.
-        seeds: of the runs that are reported.
-        search_seed: of the runs that the learning rate is chosen by.
-        hold_out: training rows that they are judged on.
-        compute: pass-units that every method gets at equal compute, in those of plain training at
-            equal epochs.
-        pairs: of methods, the second to be taken from the first.
-        model: a hub model or a folder; "minilm" for the embedded encoder.
-        measure: what is measured of every model.
-    """
+    """Methods × tasks × seeds."""
 
     methods: Mapping[str, Method]
-    tasks: Mapping[str, Subject]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    search_seed: int = 100
-    hold_out: int = 300
-    compute: float = 3.0
-    pairs: tuple[tuple[str, str], ...] = ()
+    """table of those compared, by name, see below; plain = {} is among them"""
+    tasks: Annotated[Mapping[str, Subject], Field(min_length=1)]
+    """table of what they are trained on, by name, see below"""
+    seeds: Annotated[tuple[StrictInt, ...], Field(min_length=1)] = (0, 1, 2)
+    """list of those of the runs that are reported"""
+    search_seed: StrictInt = 100
+    """seed of the runs that the learning rate is chosen by"""
+    hold_out: StrictInt = 300
+    """training rows that these runs are judged on"""
+    compute: Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)] = 3.0
+    """passes at equal compute, in those of plain training at equal epochs"""
+    pairs: tuple[Names, ...] = ()
+    """list of pairs of methods, the second to be taken from the first"""
     model: str = EMBEDDED_MODEL
+    """a hub model or a folder; "minilm" is the embedded encoder"""
     measure: Measures = field(default_factory=Measures)
+    """table of what is measured of every model, see below"""
 
     def __post_init__(self) -> None:
         if self.methods.get(PLAIN) != Method():
             raise ValueError(
                 "methods need plain = {}, plain training, which the others are compared with."
             )
-        if not self.tasks or not self.seeds:
-            raise ValueError("A study needs tasks and seeds, and one of them is empty.")
         for seed in (*self.seeds, self.search_seed):
             Run(task="", seed=seed)  # raises for what is no seed
-        if not isinstance(self.model, str):
-            raise ValueError(f"model must be a name or a folder, got {self.model!r}.")
         if len(set(self.seeds)) < len(self.seeds) or self.search_seed in self.seeds:
             raise ValueError(
                 f"seeds {list(self.seeds)} and search_seed {self.search_seed} must all differ: "
                 "what is chosen on may not be reported."
             )
-        if self.compute <= 0:
-            raise ValueError(f"compute must be positive, got {self.compute}.")
         for pair in self.pairs:
             if len(pair) != 2:
                 raise ValueError(f"pairs are of two methods each, got {pair!r}.")
@@ -174,14 +167,15 @@ class Study:
     def measured(self, run: Run) -> str:
         """Return the key of the line of what is measured of a run's model."""
         subject = self.tasks[run.task]
-        asked = [asdict(self.measure), dict(subject.shifted), subject.attacks, subject.evaluate[0]]
+        shifted = {name: asdict(at) for name, at in subject.shifted.items()}
+        asked = [asdict(self.measure), shifted, subject.attacks, subject.evaluate[0]]
         return f"{run.key}-measured-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]}"
 
     def _run(
         self, task: str, method: str, budget: Budget, rate: float, seed: int, **changes: Any
     ) -> Run:
         subject, way = self.tasks[task], self.methods[method]
-        epochs = float(subject.epochs)  # 3 and 3.0 would have two keys
+        epochs = subject.epochs
         if budget == "compute" and way.cost is not None:
             epochs = epochs * self.compute / way.cost
         settings = {

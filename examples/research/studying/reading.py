@@ -1,13 +1,25 @@
-"""A study from its TOML file."""
+"""A study from its TOML file, and the manual of its keys."""
 
+import json
 import tomllib
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from common.parameters import known
-from studying.parts import SETTINGS, Measures, Method, Subject
+from pydantic import TypeAdapter, ValidationError
+
+from mixadv.errors import nearest
+from studying.parts import Measures, Method, Shifted, Subject
 from studying.plan import Study
+
+TABLES = {
+    "": Study,
+    "methods.NAME": Method,
+    "tasks.NAME": Subject,
+    "tasks.NAME.shifted.SET": Shifted,
+    "measure": Measures,
+}
+"""The tables of a file, and what checks them."""
+WORDS = {"tuple_type": "a list", "dataclass_type": "a table", "dict_type": "a table"}
 
 
 def read(path: Path) -> Study:
@@ -19,54 +31,44 @@ def read(path: Path) -> Study:
     if not path.is_file():
         raise ValueError(f"There is no study {path}.")
     try:
-        tables = tomllib.loads(path.read_text())
-        methods = {n: _build(Method, of) for n, of in _table("methods", tables["methods"]).items()}
-        tasks = {name: _subject(of) for name, of in _table("tasks", tables["tasks"]).items()}
-        measure = _build(Measures, tables.get("measure", {}))
-        parts = {"methods": methods, "tasks": tasks, "measure": measure}
-        return _build(Study, tables | parts)
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error.args[0]}.") from None
-    except (TypeError, ValueError) as error:
+        return TypeAdapter(Study).validate_python(tomllib.loads(path.read_text()))
+    except ValidationError as error:
+        raise ValueError(f"{path}: {' '.join(map(_said, error.errors()))}") from error
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _table(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a table, got {value!r}.")
-    return value
+def _said(mistake: Any) -> str:
+    """Return what is wrong, and what to write."""
+    *above, key = map(str, mistake["loc"] or ("study",))
+    where, kind = ".".join([*above, key]), mistake["type"]
+    if kind == "missing":
+        return f"{where} is missing, {_fields(above)[key].description}."
+    if kind == "unexpected_keyword_argument":
+        names = _fields(above)
+        near = nearest(key, names)
+        return f"{where}: there is none of this name.{near} There are {', '.join(names)}."
+    if kind == "too_short":
+        return f"{where} is empty: give at least one."
+    if kind == "value_error":
+        return f"{where}: {mistake['ctx']['error']}"
+    expected = WORDS.get(kind) or mistake["msg"].removeprefix("Input should be ")
+    return f"{where} must be {expected}, got {mistake['input']!r}."
 
 
-def _subject(table: Any) -> Subject:
-    table = _table("a subject", table)
-    settings = {name: table[name] for name in SETTINGS if name in table}
-    if not isinstance(settings.get("train", []), list):
-        raise ValueError(f"train must be a list, got {settings['train']!r}.")
-    others = {name: value for name, value in table.items() if name not in SETTINGS}
-    _only(table, _names(Subject) - {"settings"} | {*SETTINGS}, "subject")
-    return _build(Subject, others | {"settings": _tuples(settings)})
+def _fields(table: list[str]) -> dict[str, Any]:
+    """Return the fields of a table in a file."""
+    given = ["NAME" if i == 1 else "SET" if i == 3 else key for i, key in enumerate(table)]
+    return TABLES[".".join(given)].__pydantic_fields__
 
 
-def _build(kind: type[Any], table: Any) -> Any:
-    where = kind.__name__.lower()
-    _only(_table(f"a {where}", table), _names(kind), where)
-    for f in fields(kind):
-        needed = f.default is MISSING and f.default_factory is MISSING
-        if needed and f.name not in table:
-            raise ValueError(f"a {where} has no {f.name}.")
-        if str(f.type).startswith("tuple") and not isinstance(table.get(f.name, []), list):
-            raise ValueError(f"{f.name} must be a list, got {table[f.name]!r}.")
-    return kind(**_tuples(table))
-
-
-def _names(kind: type[Any]) -> set[str]:
-    return {f.name for f in fields(kind)}
-
-
-def _only(table: dict[str, Any], names: set[str], where: str) -> None:
-    for name in table:
-        known(f"of a {where}:", name, sorted(names))
-
-
-def _tuples(table: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
+def keys() -> str:
+    """Return the manual of a study's tables, their keys and defaults."""
+    lines = ["keys of STUDY, of those that can be left out with their defaults:"]
+    for table in TABLES:
+        lines += [f"\n  [{table}]"] if table else []
+        for key, about in _fields(table.split(".") if table else []).items():
+            default = about.get_default(call_default_factory=True)
+            value = "" if about.is_required() else f" = {json.dumps(default, default=lambda _: {})}"
+            lines.append(f"  {key + value:24} {about.description}")
+    return "\n".join(lines)

@@ -1,16 +1,49 @@
-"""The summary of a study: what its tables answer, in sentences that follow from the numbers."""
+"""The summary of a study: what its tables answer, for the sentences of the report."""
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from scipy import stats
 
 from mixadv.robustness.statistics import Comparison
 from studying.findings import NOISE, Findings, Read, adjusted, contrasts, differences
 from studying.plan import BUDGETS, COMPARED, Budget
-from studying.tables import markdown, signed
+from studying.tables import signed, table
 
 ALPHA = 0.05
 Pair = tuple[str, str]
+"""A task and a method."""
+
+
+class Verdict(NamedTuple):
+    """Which methods differ from plain training.
+
+    Attributes:
+        comparisons: their number.
+        seeds: of the comparison with the most.
+        higher: how many have a higher mean.
+        above: whose interval is above 0.
+        below: whose interval is below 0.
+        sure: which are shown to differ after the correction.
+        left_out: which have no accuracy under attack that could be compared.
+    """
+
+    comparisons: int
+    seeds: int
+    higher: int
+    above: list[Pair]
+    below: list[Pair]
+    sure: list[Pair]
+    left_out: list[Pair]
+
+
+class Power(NamedTuple):
+    """How many times its ± the first of the differences must be to pass Holm's correction."""
+
+    seeds: int
+    comparisons: int
+    factor: float
 
 
 def compared(findings: Findings) -> Iterator[tuple[str, Budget, Read]]:
@@ -21,60 +54,41 @@ def compared(findings: Findings) -> Iterator[tuple[str, Budget, Read]]:
             yield what, budget, read
 
 
-def verdict(findings: Findings, what: str, budget: Budget, read: Read) -> str:
-    """Return how many methods differ from plain training, before and after the correction."""
-    found = _judged(findings, budget, read)
-    title = f"{BUDGETS[budget].capitalize()}, {what}"
-    if not found:
-        return f"- {title}: nothing to compare."
+def verdict(findings: Findings, budget: Budget, read: Read) -> Verdict:
+    """Return how methods differ from plain training, before and after the correction."""
+    study, found = findings.study, _judged(findings, budget, read)
     corrected = adjusted(found)
-    above = _named(pair for pair in found if found[pair].difference.low > 0)
-    below = _named(pair for pair in found if found[pair].difference.high < 0)
-    sure = _named(pair for pair in found if corrected[pair] < ALPHA)
-    higher = sum(c.difference.value > 0 for c in found.values())
-    return (
-        f"- {title}: of {len(found)} comparisons with plain training, "
-        f"{higher} have a higher mean. The 95 % interval of the difference is above 0 for {above}; "
-        f"below 0 for {below}. After Holm's correction, at {ALPHA:g}, what is shown to differ is: "
-        f"{sure}.{'' if read is Findings.official else _left_out(findings, budget)}"
-    )
-
-
-def _left_out(findings: Findings, budget: Budget) -> str:
-    """Return which methods have no accuracy under attack that could be compared."""
-    study = findings.study
     pairs = [(task, method) for task in study.tasks for method in study.trained(task, budget)]
-    alike = [pair for pair in pairs if findings.answers_alike(*pair, budget)]
-    why = "always the same answer with some seed, which no attack changes"
-    return f" Left out for {why}: {_named(alike)}." if alike else ""
+    attacked = read is not Findings.official
+    return Verdict(
+        comparisons=len(found),
+        seeds=max((len(c.seeds) for c in found.values()), default=0),
+        higher=sum(c.difference.value > 0 for c in found.values()),
+        above=[pair for pair, c in found.items() if c.difference.low > 0],
+        below=[pair for pair, c in found.items() if c.difference.high < 0],
+        sure=[pair for pair in found if corrected[pair] < ALPHA],
+        left_out=[p for p in pairs if attacked and findings.answers_alike(*p, budget)],
+    )
 
 
 def _judged(findings: Findings, budget: Budget, read: Read) -> dict[Pair, Comparison]:
     """Return the differences of the methods whose adversary looks at the loss."""
     methods, found = findings.study.methods, differences(findings, budget, read)
-    return {pair: of for pair, of in found.items() if methods[pair[1]].solver != NOISE}
+    return {pair: c for pair, c in found.items() if methods[pair[1]].solver != NOISE}
 
 
-def power(findings: Findings) -> str:
-    """Return how large the first of the differences must be for Holm's correction to let it pass.
+def power(findings: Findings) -> Power | None:
+    """Return what Holm's correction asks for; None without an interval.
 
     The largest of N passes where its p-value is below α / N.
     """
     judged = [_judged(findings, budget, Findings.official) for budget in COMPARED]
     number = max(map(len, judged))
-    seeds = min((len(one.seeds) for found in judged for one in found.values()), default=0)
+    seeds = min((len(c.seeds) for found in judged for c in found.values()), default=0)
     if seeds < 2:
-        return ""
+        return None
     needed, single = (stats.t.isf(ALPHA / 2 / n, seeds - 1) for n in (number, 1))
-    return (
-        f"With {seeds} seeds, one of {number} differences has to be {needed / single:.1f} times "
-        "its ± to be shown after the correction: that none is shown does not say that there is "
-        "none."
-    )
-
-
-def _named(pairs: Iterable[Pair]) -> str:
-    return ", ".join(f"{method} on {task}" for task, method in pairs) or "none"
+    return Power(seeds, number, needed / single)
 
 
 def grouped(findings: Findings) -> str:
@@ -84,35 +98,26 @@ def grouped(findings: Findings) -> str:
         for what, budget, read in compared(findings):
             found = contrasts(findings, task, budget, read)
             if any(found.values()):
-                signs = [signed(one) for one in found.values()]
-                rows.append([task, what, BUDGETS[budget], *signs])
+                rows.append([task, what, BUDGETS[budget], *map(signed, found.values())])
                 head = ["task", "what", "budget", *found]
-    return markdown(head, rows) if rows else ""
+    return table(head, rows)
 
 
-def diverged(findings: Findings) -> str:
+def diverged(findings: Findings) -> list[str]:
     """Return the runs whose weights are not finite in the end."""
-    found = [
+    return [
         f"{method} on {task} with seed {seed} at {BUDGETS[budget]}"
         for budget, task, seed, method in findings.study.cells()
         if findings.line(task, method, budget, seed).get("diverged")
     ]
-    return f" Diverged, so that robustness was not measured: {', '.join(found)}." if found else ""
 
 
-def missing(findings: Findings) -> str:
-    """Return what the study asks for and results do not hold."""
-    study = findings.study
-    lost: dict[str, int] = {}
-    for budget, task, seed, method in study.cells():
+def missing(findings: Findings) -> Counter[str]:
+    """Return how much of what the study asks for results do not hold."""
+    lost: Counter[str] = Counter()
+    for budget, task, seed, method in findings.study.cells():
         if not findings.line(task, method, budget, seed):
-            kind = f"runs at {BUDGETS[budget]}"
+            lost[f"runs at {BUDGETS[budget]}"] += 1
         elif findings.to_measure(task, method, budget, seed):
-            kind = f"measures of runs at {BUDGETS[budget]}"
-        else:
-            continue
-        lost[kind] = lost.get(kind, 0) + 1
-    if not lost:
-        return "nothing"
-    named = ", ".join(f"{number} {kind}" for kind, number in lost.items())
-    return f"{named}, of {len(list(study.cells()))} runs"
+            lost[f"measures of runs at {BUDGETS[budget]}"] += 1
+    return lost

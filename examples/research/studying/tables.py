@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 
 from common.results import over_seeds
+from common.tables import markdown
 from mixadv.robustness import all_correct
 from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.statistics import Comparison, paired_t_test
-from mixadv.robustness.tables import DASH, INCREASES, Table
+from mixadv.robustness.tables import DASH, INCREASES
 from studying.findings import Findings, Values, differences, first
 from studying.plan import BUDGETS, COMPARED, PLAIN, Budget
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table to paste."""
-    return Table("", list(head), [list(row) for row in rows]).markdown()
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table to paste; nothing without rows."""
+    return markdown(head, rows) if rows else ""
 
 
 def signed(comparison: Comparison | None) -> str:
@@ -45,7 +46,7 @@ def official(findings: Findings, task: str) -> str:
             cells += [over_seeds(values.values()), signed(found[budget].get((task, name)))]
         rows.append(cells)
     budgets = [cell for b in COMPARED for cell in (BUDGETS[b], "− plain")]
-    return markdown(["method", "passes", "time", *budgets], rows)
+    return table(["method", "passes", "time", *budgets], rows)
 
 
 def robust(findings: Findings, task: str, budget: Budget) -> str:
@@ -55,7 +56,7 @@ def robust(findings: Findings, task: str, budget: Budget) -> str:
         [name, *(over_seeds(of.get(name, {}).values(), digits) for of, digits in columns.values())]
         for name in findings.study.trained(task, budget)
     ]
-    return markdown(["method", *columns], rows) if columns else ""
+    return table(["method", *columns], rows if columns else [])
 
 
 def _columns(
@@ -121,7 +122,7 @@ def learners(findings: Findings, budget: Budget) -> str:
                     cells.append(signed(paired_t_test(other, last) if other else None))
                 rows.append([task, method, *cells])
     head = ["task", "method", "last", "mean", "− last", "mixture", "− last"]
-    return markdown(head, rows) if rows else ""
+    return table(head, rows)
 
 
 def exploitability(findings: Findings, budget: Budget) -> str:
@@ -136,7 +137,7 @@ def exploitability(findings: Findings, budget: Budget) -> str:
         if way.played is not None and any(gain != DASH for gain in gains):
             payoff = "loss" if way.played.gain == "loss" else "divergence"
             rows.append([method, payoff, f"{way.played.radius:g}", *gains])
-    return markdown(["method", "payoff", "radius", *study.tasks], rows) if rows else ""
+    return table(["method", "payoff", "radius", *study.tasks], rows)
 
 
 def half(findings: Findings) -> str:
@@ -151,7 +152,7 @@ def half(findings: Findings) -> str:
             numbers = [over_seeds(values.values()) for values in (few, every)]
             rows.append([task, method, *numbers, signed(to)])
     head = ["task", "method", "half of the rows", "all rows", "half − plain on all"]
-    return markdown(head, rows) if rows else ""
+    return table(head, rows)
 
 
 def rates(findings: Findings, budget: Budget) -> str:
@@ -174,4 +175,4 @@ def rates(findings: Findings, budget: Budget) -> str:
             cells.append(", ".join(scores) or f"{chosen:g}")
         if set(cells[1:]) != {DASH}:
             rows.append(cells)
-    return markdown(["method", *study.tasks], rows) if rows else ""
+    return table(["method", *study.tasks], rows)
