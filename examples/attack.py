@@ -35,7 +35,7 @@ from common.options import positive, script
 from common.results import EMBEDDED_MODEL
 from common.substitution import SOURCES, candidates
 from common.tables import markdown
-from mixadv.robustness import kept
+from mixadv.reports import kept
 from mixadv.tokens import Attack, Similarity, WordSubstitution, summary
 
 STEP = 32  # rows attacked between two writes

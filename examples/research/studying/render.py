@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mixadv.robustness import kept
+from mixadv.reports import kept
 from studying import pictures, summary, tables
 from studying.findings import Findings, groups
 from studying.plan import BUDGETS, COMPARED, Budget, Study
