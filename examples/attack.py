@@ -32,7 +32,7 @@ from common.options import positive, script
 from common.results import EMBEDDED_MODEL
 from common.substitution import SOURCES, candidates
 from common.tables import markdown
-from mixadv.robustness.kept import Kept
+from mixadv.reports.kept import Kept
 from mixadv.tokens import Attack, Similarity, WordSubstitution, summary
 
 STEP = 32  # rows attacked between two writes

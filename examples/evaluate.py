@@ -25,6 +25,7 @@ import transformers
 from common import command, model
 from common.options import Named, positive, script
 from common.substitution import SOURCES, candidates
+from mixadv.reports.kept import write
 from mixadv.robustness import (
     Report,
     compare,
@@ -35,7 +36,6 @@ from mixadv.robustness import (
     token_norm,
 )
 from mixadv.robustness.attacked import drawn, taken
-from mixadv.robustness.kept import write
 from mixadv.tokens import WordSubstitution
 
 

@@ -25,8 +25,8 @@ from common.options import Named, positive, script
 from mixadv.neurons import NeuronAnalysis, activations, analyse_neurons
 from mixadv.neurons.analysis import counts, table
 from mixadv.neurons.pictures import compare_layers, compare_tags, draw
+from mixadv.reports.kept import Kept
 from mixadv.robustness.data import DataError
-from mixadv.robustness.kept import Kept
 
 HUB = "universal_dependencies:en_ewt"
 SPLITS = ("train", "dev")

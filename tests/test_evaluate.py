@@ -28,6 +28,7 @@ import mixadv
 from common.model import load_classifier
 from mixadv.equilibrium import exploitability
 from mixadv.model.replay import evaluating
+from mixadv.reports.kept import digest, write
 from mixadv.robustness import (
     DataError,
     Report,
@@ -41,7 +42,6 @@ from mixadv.robustness import (
     read_rows,
     text_batches,
 )
-from mixadv.robustness.kept import digest, write
 from mixadv.tokens import SimilarWords, Typos, WordSubstitution, summary
 from tests.substitution_zoo import TABLE, VOCABULARY, tiny, word_tokenizer
 from tests.zoo import assert_same, fingerprint
@@ -343,7 +343,7 @@ ALIKE = (
 @pytest.mark.slow
 def test_keys_are_those_of_another_process():
     program = """
-from mixadv.robustness.kept import digest, write
+from mixadv.reports.kept import digest, write
 from mixadv.tokens import SimilarWords, WordSubstitution
 from tests.substitution_zoo import TABLE, word_tokenizer
 from tests.test_evaluate import ALIKE, classifier

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mixadv.robustness.tables import DASH, Table
+from mixadv.reports.tables import DASH, Table
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pictures of analyses of neurons. Figures are made without pyplot, so nothing global changes."""
+"""Pictures of analyses of neurons. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -9,68 +9,58 @@ from typing import Any
 import numpy as np
 
 from mixadv.neurons.analysis import NeuronAnalysis
-from mixadv.robustness.pictures import COLOURS
+from mixadv.reports.pictures import COLOURS, figure
 
 TOP, RANDOM, OTHER = COLOURS[0], COLOURS[1], COLOURS[-1]
 
 
 def draw(analysis: NeuronAnalysis, path: str | Path) -> None:
     """Save accuracy against neurons, and neurons of the smallest set per layer and per tag."""
-    figure = _figure(12, 4.2)
-    curves, layers, tags = panels = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-    _curves(curves, analysis)
-    layers.bar(range(analysis.layers), analysis.per_layer, color=TOP)
-    layers.set(xlabel="layer (0: embeddings)", xticks=range(analysis.layers))
-    layers.set_title(f"Layers of the {analysis.neurons}", loc="left")
-    names = sorted(analysis.per_tag, key=analysis.per_tag.__getitem__)
-    tags.barh(names, [analysis.per_tag[name] for name in names], color=TOP)
-    tags.set(xlabel="neurons, some of several tags")
-    tags.set_title("Neurons of each tag", loc="left")
-    figure.savefig(path, dpi=150)
+    with figure(12, 4.2) as drawn:
+        curves, layers, tags = drawn.subplots(1, 3, width_ratios=(1.5, 1, 1))
+        _curves(curves, analysis)
+        layers.bar(range(analysis.layers), analysis.per_layer, color=TOP)
+        layers.set(xlabel="layer (0: embeddings)", xticks=range(analysis.layers))
+        layers.set_title(f"Layers of the {analysis.neurons}", loc="left")
+        names = sorted(analysis.per_tag, key=analysis.per_tag.__getitem__)
+        tags.barh(names, [analysis.per_tag[name] for name in names], color=TOP)
+        tags.set(xlabel="neurons, some of several tags")
+        tags.set_title("Neurons of each tag", loc="left")
+        drawn.savefig(path)
 
 
 def compare_layers(analyses: Mapping[str, NeuronAnalysis], path: str | Path) -> None:
-    """Save how many neurons of each layer are in the smallest set of each model.
-
-    Args:
-        analyses: by the name of the model.
-        path: of the picture.
-    """
+    """Save how many neurons of each layer are in the smallest set of each model, by name."""
     bars = {name: dict(enumerate(found.per_layer)) for name, found in analyses.items()}
-    sizes = {name: found.neurons for name, found in analyses.items()}
-    _compare(bars, sizes, "layer (0: embeddings)", Path(path))
+    _compare(analyses, bars, "layer (0: embeddings)", path)
 
 
 def compare_tags(analyses: Mapping[str, NeuronAnalysis], path: str | Path) -> None:
-    """Save how many neurons each tag has in the smallest set of each model.
-
-    Args:
-        analyses: by the name of the model.
-        path: of the picture.
-    """
-    sizes = {name: found.neurons for name, found in analyses.items()}
-    _compare({n: a.per_tag for n, a in analyses.items()}, sizes, "tag", Path(path))
+    """Save how many neurons each tag has in the smallest set of each model, by name."""
+    bars = {name: found.per_tag for name, found in analyses.items()}
+    _compare(analyses, bars, "tag", path)
 
 
 def _compare(
-    bars: Mapping[str, Mapping[Any, int]], sizes: Mapping[str, int], what: str, path: Path
+    analyses: Mapping[str, NeuronAnalysis],
+    bars: Mapping[str, Mapping[Any, int]],
+    what: str,
+    path: str | Path,
 ) -> None:
     """Draw groups of bars, one for each model."""
     places = sorted({place for own in bars.values() for place in own})
-    figure = _figure(max(6.0, 0.25 * len(places) * (len(bars) + 1)), 3.6)
-    axes, width = figure.subplots(), 0.8 / max(1, len(bars))
-    for i, (name, own) in enumerate(bars.items()):
-        at = np.arange(len(places)) + (i + 0.5) * width - 0.4
-        heights, colour = [own.get(place, 0) for place in places], COLOURS[i % len(COLOURS)]
-        axes.bar(at, heights, width, label=f"{name} ({sizes[name]})", color=colour)
-    axes.set_xticks(range(len(places)), [str(place) for place in places])
-    axes.set(xlabel=what)
-    axes.set_title("Neurons of the smallest set", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=150)
+    with figure(max(6.0, 0.25 * len(places) * (len(bars) + 1)), 3.6) as drawn:
+        axes, width = drawn.subplots(), 0.8 / max(1, len(bars))
+        for i, (name, own) in enumerate(bars.items()):
+            at = np.arange(len(places)) + (i + 0.5) * width - 0.4
+            heights, colour = [own.get(place, 0) for place in places], COLOURS[i % len(COLOURS)]
+            label = f"{name} ({analyses[name].neurons})"
+            axes.bar(at, heights, width, label=label, color=colour)
+        axes.set_xticks(range(len(places)), [str(place) for place in places])
+        axes.set(xlabel=what)
+        axes.set_title("Neurons of the smallest set", loc="left")
+        drawn.legend(loc="outside right upper")
+        drawn.savefig(path)
 
 
 def _curves(axes: Any, analysis: NeuronAnalysis) -> None:
@@ -89,11 +79,4 @@ def _curves(axes: Any, analysis: NeuronAnalysis) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="neurons", xlim=(1, sizes[-1]))
     axes.set_title("Accuracy of a probe, %", loc="left")
-    axes.legend(frameon=False, loc="upper left")
-
-
-def _figure(width: float, height: float) -> Any:
-    """Return an empty figure."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    axes.legend(loc="upper left")

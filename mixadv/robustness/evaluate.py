@@ -13,9 +13,9 @@ from mixadv.checks import check_integer, check_number
 from mixadv.game import Game
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
+from mixadv.reports.kept import Kept, as_json, digest
 from mixadv.robustness.attacked import Attacked, drawn
 from mixadv.robustness.data import DataError, Rows, read_rows
-from mixadv.robustness.kept import Kept, as_json, digest
 from mixadv.robustness.measured import Measured
 from mixadv.robustness.report import Report
 from mixadv.round.validate import check_seed

@@ -11,9 +11,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mixadv.game import Game
+from mixadv.reports.kept import Kept, digest
 from mixadv.robustness.batches import Batch, text_batches
 from mixadv.robustness.data import Rows
-from mixadv.robustness.kept import Kept, digest
 from mixadv.robustness.predictions import predict
 from mixadv.robustness.statistics import Estimate, bootstrap_difference
 

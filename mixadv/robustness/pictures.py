@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mixadv.reports.pictures import COLOURS, figure
 from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.predictions import BINS
 from mixadv.robustness.tables import unit
@@ -17,33 +18,18 @@ Reports = Mapping[str, Mapping[str, Any]]
 """The sections of reports, by the name of the model."""
 
 MARKERS = "os^Dv*P"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-"""Of Okabe and Ito, which colour-blind readers tell apart."""
-STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "figure.dpi": 150,
-}
 
 
 def save(reports: Reports, folder: Path) -> list[Path]:
     """Draw what the sections of the reports hold; return the paths of the pictures."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     written = []
-    with mpl.rc_context(STYLE):
-        for name, draw in PICTURES.items():
-            figure = Figure(figsize=(4.6, 3.3), layout="constrained")
-            FigureCanvasAgg(figure)
-            axes = figure.subplots()
+    for name, draw in PICTURES.items():
+        with figure(4.6, 3.3, font=9) as drawn:
+            axes = drawn.subplots()
             if draw(axes, reports):
-                _legend(figure, axes)
+                _legend(drawn, axes)
                 path = folder / f"{name}.png"
-                figure.savefig(path)
+                drawn.savefig(path)
                 written.append(path)
     return written
 

@@ -10,18 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from mixadv.reports.kept import write
+from mixadv.reports.tables import DASH, Table, number, quartiles, share
+from mixadv.robustness import pictures
 from mixadv.robustness.attacked import increase_of
-from mixadv.robustness.kept import write
-from mixadv.robustness.tables import (
-    DASH,
-    INCREASES,
-    Table,
-    number,
-    quartiles,
-    share,
-    success,
-    tables,
-)
+from mixadv.robustness.tables import INCREASES, success, tables
 from mixadv.robustness.vicinity import all_correct
 
 FILE = "report.json"
@@ -72,8 +65,6 @@ class Report:
 
         Needs matplotlib.
         """
-        from mixadv.robustness import pictures
-
         folder = Path(folder)
         written = {folder / FILE: self.json(), folder / "report.md": self.markdown()}
         for path, text in written.items():

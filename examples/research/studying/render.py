@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mixadv.robustness import kept
+from mixadv.reports import kept
 from studying import pictures, summary, tables, work
 from studying.findings import Findings, groups
 from studying.plan import BUDGETS, COMPARED, Study

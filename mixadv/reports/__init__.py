@@ -1,0 +1,1 @@
+"""What reports of any kind are made of: kept parts, tables, pictures."""
