@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mixadv
-from tests.zoo import CANNOT, TRANSFORMERS, Player, or_refused, player
+from tests import zoo
+from tests.zoo import CANNOT, TRANSFORMERS, WAYS, Player, copies, hooks, or_refused, player
 
 Kind = Literal["none", "reentrant", "non-reentrant"]
 KINDS = ["reentrant", "non-reentrant"]
-WAYS = ["step", "backward", "loss"]
 
 
 class Block(nn.Module):
@@ -75,35 +75,20 @@ def closure(model: nn.Module, seed: int = 0, twice: bool = False) -> Callable[[]
 
 def wrapped(model: nn.Module, name: str, site: Any = None, **settings: Any) -> mixadv.GameOptimizer:
     torch.manual_seed(2)
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
-    return mixadv.wrap(base, model, mixadv.make_solver(name, **settings), site=site)
+    return zoo.wrapped(model, name, site=site, **settings)
 
 
 def play(optimizer: mixadv.GameOptimizer, call: Callable[[], Any], way: str) -> list[Tensor]:
     """Play two rounds and return what they came to: outcomes, δ and weights."""
     seen: list[Any] = []
     for _ in range(2):
-        if way == "step":
-            optimizer.step(call)
-        else:
-            if way == "loss":
-                optimizer.game.loss(call).backward()
-            else:
-                optimizer.game.backward(call)
-            optimizer.step()
-            optimizer.zero_grad()
+        zoo.play(optimizer, call, way)
         outcome = optimizer.game.outcome
         seen += [outcome.objective, outcome.clean_loss, outcome.payoff, outcome.radius]
-        seen += [points.clone() for points in optimizer.game.strategy.points]
-    seen += [p.detach().clone() for p in optimizer.game.model.parameters()]
+        seen += copies(optimizer.game.strategy.points)
+    seen += copies(optimizer.game.model.parameters())
     assert not hooks(optimizer.game.model)
     return [value for value in seen if value is not None]
-
-
-def hooks(model: nn.Module) -> list[Any]:
-    """Return the hooks on a model; not the one that transformers places for checkpointing."""
-    held = [{**m._forward_hooks, **m._forward_pre_hooks}.values() for m in model.modules()]
-    return [hook for group in held for hook in group if "mixadv" in hook.__module__]
 
 
 def transformer(family: str, kind: Kind) -> Player:
@@ -119,15 +104,20 @@ def assert_same_rounds(one: list[Tensor], other: list[Tensor]) -> None:
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+def alike(run: Callable[[Kind], list[Tensor]], kind: Kind = "non-reentrant") -> None:
+    """Assert that checkpointed rounds are the plain ones."""
+    assert_same_rounds(run("none"), run(kind))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 @or_refused()
 def test_checkpointed_rounds_equal_plain_ones(name: str, kind: Kind) -> None:
-    rounds = []
-    for each in ("none", kind):
-        model = Encoder(each)
-        rounds.append(play(wrapped(model, name), closure(model), "step"))
-    assert_same_rounds(*rounds)
+    def run(kind: Kind) -> list[Tensor]:
+        model = Encoder(kind)
+        return play(wrapped(model, name), closure(model), "step")
+
+    alike(run, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,22 +125,20 @@ def test_checkpointed_rounds_equal_plain_ones(name: str, kind: Kind) -> None:
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @or_refused()
 def test_checkpointed_transformers_play_the_same_rounds(family: str, name: str, kind: Kind) -> None:
-    rounds = []
-    for each in ("none", kind):
-        p = transformer(family, each)
-        way = "step" if (name, "backward") in CANNOT else "backward"
-        rounds.append(play(wrapped(p.model, name), p.closure(), way))
-    assert_same_rounds(*rounds)
+    def run(kind: Kind) -> list[Tensor]:
+        p, way = transformer(family, kind), "step" if (name, "backward") in CANNOT else "backward"
+        return play(wrapped(p.model, name), p.closure(), way)
+
+    alike(run, kind)
 
 
 @pytest.mark.parametrize("family", sorted(set(TRANSFORMERS) - {"albert"}))
 def test_every_family_plays_the_same_rounds_checkpointed(family: str) -> None:
-    rounds = []
-    for kind in ("none", "non-reentrant"):
+    def run(kind: Kind) -> list[Tensor]:
         p = transformer(family, kind)
-        optimizer = wrapped(p.model, "mat", particles=2, play_as="ensemble")
-        rounds.append(play(optimizer, p.closure(), "step"))
-    assert_same_rounds(*rounds)
+        return play(wrapped(p.model, "mat", particles=2, play_as="ensemble"), p.closure(), "step")
+
+    alike(run)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -160,23 +148,24 @@ def test_every_family_plays_the_same_rounds_checkpointed(family: str) -> None:
 def test_a_layer_inside_a_checkpoint_is_perturbed_in_its_recompute(
     name: str, shape: str, way: str
 ) -> None:
-    rounds = []
-    for kind in ("none", "non-reentrant"):
+    def run(kind: Kind) -> list[Tensor]:
         model = Encoder(kind, shape)
         optimizer = wrapped(model, name, site="blocks.1.linear")
-        rounds.append(play(optimizer, closure(model), way))
+        seen = play(optimizer, closure(model), way)
         assert len(optimizer.game.strategy.points) == 1 + ("shared" in shape)
-    assert_same_rounds(*rounds)
+        return seen
+
+    alike(run)
 
 
 @pytest.mark.parametrize("site", ["blocks.0", "blocks.0.linear"])
 def test_a_layer_shared_by_nested_checkpoints_is_right_or_refused(site: str) -> None:
-    plain, nested = (Encoder(kind, "shared nested") for kind in ("none", "non-reentrant"))
-    expected = play(wrapped(plain, "freelb", site=site), closure(plain), "step")
+    def run(kind: Kind) -> list[Tensor]:
+        model = Encoder(kind, "shared nested")
+        return play(wrapped(model, "freelb", site=site), closure(model), "step")
+
     try:
-        assert_same_rounds(
-            play(wrapped(nested, "freelb", site=site), closure(nested), "step"), expected
-        )
+        alike(run)
     except mixadv.GameError as error:
         assert "nested checkpoints" in str(error)  # noqa: PT017
 
@@ -185,30 +174,31 @@ def test_a_layer_shared_by_nested_checkpoints_is_right_or_refused(site: str) -> 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 @or_refused("hidden layer")
 def test_an_encoder_called_twice_gets_each_delta_back(name: str, way: str) -> None:
-    rounds = []
-    for kind in ("none", "non-reentrant"):
+    def run(kind: Kind) -> list[Tensor]:
         model = Encoder(kind, "shared")
         optimizer = wrapped(model, name, site="blocks.0")
-        rounds.append(play(optimizer, closure(model, twice=True), way))
+        seen = play(optimizer, closure(model, twice=True), way)
         points = optimizer.game.strategy.points
         assert len(points) == 4
         assert not any(torch.equal(points[0], other) for other in points[1:])
-    assert_same_rounds(*rounds)
+        return seen
+
+    alike(run)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_shared_layers_of_albert_get_each_delta_back(way: str) -> None:
-    rounds = []
-    for checkpointed in (False, True):
-        p = player("albert", rows=4)
-        p.model.double()
+    def run(kind: Kind) -> list[Tensor]:
+        p = transformer("albert", "none")
         layer = p.model.albert.encoder.albert_layer_groups[0].albert_layers[0]
-        if checkpointed:
+        if kind != "none":
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         optimizer = wrapped(p.model, "freelb", site=layer.ffn)
-        rounds.append(play(optimizer, p.closure(), way))
+        seen = play(optimizer, p.closure(), way)
         assert len(optimizer.game.strategy.points) == p.model.config.num_hidden_layers
-    assert_same_rounds(*rounds)
+        return seen
+
+    alike(run)
 
 
 def gradients_of(model: nn.Module) -> list[Tensor]:
@@ -219,24 +209,22 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 @or_refused("loss", "hidden layer")
 def test_two_pending_losses_are_recomputed_each_with_its_own_delta(name: str, order: str) -> None:
-    seen = []
-    for kind in ("none", "non-reentrant"):
+    def run(kind: Kind) -> list[Tensor]:
         model = Encoder(kind)
         game = wrapped(model, name, site="blocks.0.linear").game
         losses = [game.loss(closure(model, seed)) for seed in (0, 1)]
         if order == "together":
-            (2 * losses[0] + losses[1]).backward()
-        else:
-            for loss in losses if order == "first first" else reversed(losses):
-                loss.backward()
-        seen.append(gradients_of(model))
+            losses = [2 * losses[0] + losses[1]]
+        for loss in reversed(losses) if order == "last first" else losses:
+            loss.backward()
         assert not hooks(model)
-    assert_same_rounds(*seen)
+        return gradients_of(model)
+
+    alike(run)
 
 
 def test_the_model_is_unperturbed_while_a_loss_waits_for_its_backward() -> None:
-    seen = []
-    for kind in ("none", "non-reentrant"):
+    def run(kind: Kind) -> list[Tensor]:
         model = Encoder(kind).eval()
         other = closure(model, seed=1)
         plain = other()[1]
@@ -244,8 +232,9 @@ def test_the_model_is_unperturbed_while_a_loss_waits_for_its_backward() -> None:
         assert torch.equal(other()[1], plain)
         other()[0].backward()  # recomputes a pass that no round played
         loss.backward()
-        seen.append(gradients_of(model))
-    assert_same_rounds(*seen)
+        return gradients_of(model)
+
+    alike(run)
 
 
 def test_a_loss_differentiated_twice_keeps_its_delta() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.optim import AdamW
 
 import mixadv
-from tests.zoo import CANNOT, Player, assert_same, or_refused, player, small
+from tests.zoo import CANNOT, WAYS, Player, assert_same, or_refused, play, player, small
 
 ROUNDS = 7
 MAT = {"particles": 2, "temperature": 0.01, "learner_temperature": 1e-4, "samples": 2}
@@ -57,16 +57,7 @@ class Run:
         for _ in range(count):
             rows = torch.randperm(len(self.player.batch["labels"]))[:4]
             batch = {key: value[rows] for key, value in self.player.batch.items()}
-            closure = self.player.closure(**batch)
-            if how == "step":
-                self.optimizer.step(closure)
-            elif how == "backward":
-                self.optimizer.game.backward(closure)
-            else:
-                self.optimizer.game.loss(closure).backward()
-            if how != "step":
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+            play(self.optimizer, self.player.closure(**batch), how)
             fields = self.optimizer.game.outcome.as_dict().values()
             self.trace.append([x for x in fields if not isinstance(x, str)])
         return self
@@ -91,7 +82,7 @@ class Run:
         return [*copy.deepcopy(state), torch.get_rng_state()]
 
 
-@pytest.mark.parametrize("how", ["step", "backward", "loss"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("name", SOLVERS)
 @or_refused()
 def test_resumed_is_uninterrupted(name: str, how: str, tmp_path: Path):
@@ -167,10 +158,10 @@ def test_a_game_alone_resumes(name: str, tmp_path: Path):
     torch.save(parts, tmp_path / "checkpoint")
     rounds(game, p, base, 2)
     other, q, second = fresh(3)
-    parts = torch.load(tmp_path / "checkpoint", weights_only=True)
-    for target, state in zip((other, q.model, second), parts[:3], strict=True):
+    *states, random = torch.load(tmp_path / "checkpoint", weights_only=True)
+    for target, state in zip((other, q.model, second), states, strict=True):
         target.load_state_dict(state)
-    torch.set_rng_state(parts[3])
+    torch.set_rng_state(random)
     rounds(other, q, second, 2)
     assert_same(q.model.state_dict(), p.model.state_dict())
     assert_same(other.state_dict(), game.state_dict())

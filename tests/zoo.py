@@ -384,3 +384,47 @@ def without_dropout(model: nn.Module) -> nn.Module:
         if hasattr(module, "layerdrop"):
             module.layerdrop = 0.0
     return model
+
+
+WAYS = ("step", "backward", "loss")
+
+
+def wrapped(
+    player: Player | nn.Module,
+    solver: str | mixadv.Solver = "pgd",
+    base: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    *,
+    lr: float = 0.1,
+    site: Any = None,
+    schedule: mixadv.Schedule | None = None,
+    **settings: Any,
+) -> mixadv.GameOptimizer:
+    """Return the optimizer of a game; `settings` are those of a solver that is named."""
+    model = player.model if isinstance(player, Player) else player
+    made = mixadv.make_solver(solver, **settings) if isinstance(solver, str) else solver
+    return mixadv.wrap(base(model.parameters(), lr=lr), model, made, site=site, schedule=schedule)
+
+
+def play(optimizer: mixadv.GameOptimizer, closure: Callable[[], Any], how: str = "step") -> Tensor:
+    """Play a round in one of the three ways, step, and return the objective."""
+    if how == "step":
+        return optimizer.step(closure)
+    if how == "loss":
+        objective = optimizer.game.loss(closure)
+        objective.backward()
+    else:
+        objective = optimizer.game.backward(closure).objective
+    optimizer.step()
+    optimizer.zero_grad()
+    return objective.detach()
+
+
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return detached copies, such as of weights that go on to move."""
+    return [t.detach().clone() for t in tensors]
+
+
+def hooks(model: nn.Module) -> list[Any]:
+    """Return the library's hooks on a model, not those of transformers or of a test."""
+    held = [{**m._forward_hooks, **m._forward_pre_hooks}.values() for m in model.modules()]
+    return [hook for group in held for hook in group if "mixadv" in hook.__module__]
