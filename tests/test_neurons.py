@@ -97,10 +97,8 @@ def test_a_control_task_can_only_be_memorised(train, found):
     shares = np.bincount(train.tags) / len(train)
     assert found.accuracy["control"] < shares.max() + 0.1
     assert found.selectivity == found.accuracy["all"] - found.accuracy["control"]
-    telling = Activations(
-        np.eye(50, dtype=np.float32)[[int(word[1:]) for word in train.words]],
-        train.tags, train.names, train.words, 1, 50,
-    )  # fmt: skip
+    values = np.eye(50, dtype=np.float32)[[int(word[1:]) for word in train.words]]
+    telling = replace(train, values=values, layers=1, hidden=50)
     memorised = analyse_neurons(telling, telling, penalty=1e-4, draws=1)
     assert memorised.accuracy["control"] == 1
     assert memorised.selectivity < -0.4
@@ -118,10 +116,7 @@ def test_the_penalty_is_chosen_without_the_held_out_words(train, found):
 
 def test_scale_and_shift_of_neurons_do_not_matter(train, held_out, found):
     scale = np.float32(2) ** np.arange(-30, 30)
-    moved = [
-        Activations(part.values * scale + scale, part.tags, part.names, part.words, LAYERS, HIDDEN)
-        for part in (train, held_out)
-    ]
+    moved = [replace(part, values=part.values * scale + scale) for part in (train, held_out)]
     assert rank_of(moved[0])[:4].tolist() == rank_of(train)[:4].tolist()
     again = analyse_neurons(*moved, tolerance=0.02, draws=4)
     assert (again.neurons, again.per_layer) == (found.neurons, found.per_layer)
@@ -129,8 +124,7 @@ def test_scale_and_shift_of_neurons_do_not_matter(train, held_out, found):
 
 def test_permuted_neurons_have_a_permuted_ranking(train):
     order = np.random.default_rng(0).permutation(LAYERS * HIDDEN)
-    values = train.values[:, order]
-    moved = Activations(values, train.tags, train.names, train.words, LAYERS, HIDDEN)
+    moved = replace(train, values=train.values[:, order])
     assert order[rank_of(moved)[:4]].tolist() == rank_of(train)[:4].tolist()
 
 
@@ -415,27 +409,30 @@ def test_a_table_says_where_a_probe_did_not_converge(found):
     assert "of 60, not converged |" in replace(found, converged=False).table()
 
 
-def test_what_cannot_be_analysed_is_refused(train, held_out):
-    def with_names(part, names):
-        return Activations(part.values, part.tags, names, part.words, LAYERS, HIDDEN)
-
-    for tolerance in (-0.1, 1.0, math.nan):
-        with pytest.raises(ValueError, match="tolerance is a share"):
-            analyse_neurons(train, held_out, tolerance=tolerance)
-    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
-        analyse_neurons(train, held_out, draws=0)
-    with pytest.raises(ValueError, match="penalty must be at least 0"):
-        analyse_neurons(train, held_out, penalty=-1.0)
-    with pytest.raises(ValueError, match="tags that training lacks: Z"):
-        analyse_neurons(train, with_names(held_out, ("A", "B", "C", "Z")))
-    with pytest.raises(ValueError, match="All training words have the tag 'B'"):
-        analyse_neurons(train.with_tags(["B"]), held_out)
-    with pytest.raises(ValueError, match="held_out has no words"):
-        analyse_neurons(train, held_out.with_tags(["other"]))
-    values = held_out.values[:, :HIDDEN]
-    other = Activations(values, held_out.tags, held_out.names, held_out.words, 1, HIDDEN)
-    with pytest.raises(ValueError, match="3 × 20 neurons and held_out 1 × 20"):
-        analyse_neurons(train, other)
+@pytest.mark.parametrize(
+    ("change", "settings", "said"),
+    [
+        *((None, {"tolerance": x}, "tolerance is a share") for x in (-0.1, 1.0, math.nan)),
+        (None, {"draws": 0}, "draws must be at least 1, got 0"),
+        (None, {"penalty": -1.0}, "penalty must be at least 0"),
+        (
+            lambda t, h: (t, replace(h, names=("A", "B", "C", "Z"))),
+            {},
+            "tags that training lacks: Z",
+        ),
+        (lambda t, h: (t.with_tags(["B"]), h), {}, "All training words have the tag 'B'"),
+        (lambda t, h: (t, h.with_tags(["other"])), {}, "held_out has no words"),
+        (
+            lambda t, h: (t, replace(h, values=h.values[:, :HIDDEN], layers=1)),
+            {},
+            "3 × 20 neurons and held_out 1 × 20",
+        ),
+    ],
+)
+def test_what_cannot_be_analysed_is_refused(train, held_out, change, settings, said):
+    parts = change(train, held_out) if change else (train, held_out)
+    with pytest.raises(ValueError, match=said):
+        analyse_neurons(*parts, **settings)
 
 
 def test_tags_are_matched_by_name(train, held_out, found):

@@ -88,16 +88,11 @@ def curved(seed, size=ROWS, order=None, shift=0.0, ids=None):
     model = Curved(seed).double()
     ids, mask = ids or tokens(seed)
     y = torch.arange(ROWS) % 3
-    order = list(range(ROWS)) if order is None else order
 
-    def batch(rows):
-        def closure():
-            logits = model(input_ids=ids[rows], attention_mask=mask[rows]) + shift
-            return F.cross_entropy(logits, y[rows], reduction="none"), logits
+    def forward(rows):
+        return model(input_ids=ids[rows], attention_mask=mask[rows]) + shift
 
-        return Batch(closure, y[rows], rows)
-
-    return model, [batch(order[i : i + size]) for i in range(0, ROWS, size)]
+    return model, batches_of(forward, torch.arange(ROWS), y, size, order=order)
 
 
 # Closed forms ----------------------------------------------------------------------------------

@@ -104,22 +104,9 @@ def activations(
         TypeError: for a slow tokenizer, or a model that does not return its hidden states.
         ValueError: for sentences without as many tags as words, or nothing to read.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"{type(tokenizer).__name__} does not tell which characters a token stands for: use "
-            "the fast tokenizer of the model (AutoTokenizer gives it by default)."
-        )
-    _check(sentences, tags)
+    _check(tokenizer, sentences, tags)
     taken = _taken(sentences, max_tokens, seed)
-    encoder = _encoder(model)
-    longest_read = max_length or longest(encoder, tokenizer)
-    by_length = sorted(taken, key=lambda i: sum(map(len, sentences[i])))
-    found: dict[int, dict[int, np.ndarray]] = {}
-    with evaluating(encoder), torch.no_grad():
-        for start in range(0, len(by_length), batch_size):
-            batch = by_length[start : start + batch_size]
-            read = [sentences[i] for i in batch]
-            found |= zip(batch, _read(encoder, tokenizer, read, longest_read), strict=True)
+    found = _read_all(model, tokenizer, sentences, taken, batch_size, max_length)
     places = [(i, at) for i in taken for at in sorted(found[i])]
     if not places:
         raise ValueError("The tokenizer finds no token in any word: nothing to analyse.")
@@ -135,7 +122,12 @@ def activations(
     )
 
 
-def _check(sentences: Sentences, tags: Sentences) -> None:
+def _check(tokenizer: Any, sentences: Sentences, tags: Sentences) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            f"{type(tokenizer).__name__} does not tell which characters a token stands for: use "
+            "the fast tokenizer of the model (AutoTokenizer gives it by default)."
+        )
     if not sentences:
         raise ValueError("There are no sentences to read.")
     if len(sentences) != len(tags):
@@ -177,6 +169,27 @@ def _encoder(model: nn.Module) -> Any:
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         return inner.get_encoder()
     return inner
+
+
+def _read_all(
+    model: nn.Module,
+    tokenizer: Any,
+    sentences: Sentences,
+    taken: Sequence[int],
+    batch_size: int,
+    max_length: int | None,
+) -> dict[int, dict[int, np.ndarray]]:
+    """Return the activations of the words of some sentences, by number and place."""
+    encoder = _encoder(model)
+    most = max_length or longest(encoder, tokenizer)
+    by_length = sorted(taken, key=lambda i: sum(map(len, sentences[i])))
+    found: dict[int, dict[int, np.ndarray]] = {}
+    with evaluating(encoder), torch.no_grad():
+        for start in range(0, len(by_length), batch_size):
+            batch = by_length[start : start + batch_size]
+            read = [sentences[i] for i in batch]
+            found |= zip(batch, _read(encoder, tokenizer, read, most), strict=True)
+    return found
 
 
 def _read(

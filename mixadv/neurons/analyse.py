@@ -10,6 +10,7 @@ rank the neurons, and probes trained anew on the first of them say how many are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -70,18 +71,16 @@ def analyse_neurons(
         return probing.analyse(tolerance, draws, draw)
 
 
+@dataclass
 class _Probing:
     """Probes of one kind on one model."""
 
-    def __init__(
-        self, train: Activations, held_out: Activations, penalty: float, l1_ratio: float, bar: Any
-    ) -> None:
-        self.train = train
-        self.held_out = held_out
-        self.penalty = penalty
-        self.l1_ratio = l1_ratio
-        self.bar = bar
-        self.converged = True
+    train: Activations
+    held_out: Activations
+    penalty: float
+    l1_ratio: float
+    bar: Any
+    converged: bool = True
 
     def probe(self, neurons: np.ndarray, tags: np.ndarray) -> Probe:
         values, classes = self.train.values[:, neurons], len(self.train.names)

@@ -4,7 +4,7 @@ try:
     from mixadv.robustness.ascents import token_norm
     from mixadv.robustness.batches import Batch, text_batches
     from mixadv.robustness.data import DataError, Rows, read_rows
-    from mixadv.robustness.evaluate import evaluate
+    from mixadv.robustness.evaluate import Evaluation, evaluate
     from mixadv.robustness.predictions import (
         Predictions,
         accuracy_drop,
@@ -38,6 +38,7 @@ __all__ = [
     "Comparison",
     "DataError",
     "Estimate",
+    "Evaluation",
     "LossIncrease",
     "Predictions",
     "Report",

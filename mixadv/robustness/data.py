@@ -82,8 +82,6 @@ def read_rows(
     known = _labels_of(model)
     name = name or (Path(source).name if isinstance(source, (str, Path)) else "rows")
     columns = _columns(source, name)
-    if not columns or not len(next(iter(columns.values()))):
-        raise DataError(f"{name} holds no rows.")
     wanted = text or _find(columns, name)
     several = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     if len(several) not in (1, 2):
@@ -125,26 +123,31 @@ def _labels_of(model: nn.Module) -> dict[str, int]:
 
 
 def _columns(source: Any, name: str) -> dict[str, list[Any]]:
+    columns = _all_columns(source, name)
+    lengths = {column: len(values) for column, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"{name} has columns of different lengths: {lengths}.")
+    if not any(lengths.values()):
+        raise DataError(f"{name} holds no rows.")
+    return columns
+
+
+def _all_columns(source: Any, name: str) -> dict[str, list[Any]]:
     if isinstance(source, (str, Path)):
         source = _lines(Path(source).expanduser(), name)
     names: Any = getattr(source, "column_names", None)
     if isinstance(names, Mapping):
         raise DataError(f"{name} has splits {', '.join(names)}: give one of them.")
     if isinstance(source, Mapping):
-        columns = {str(column): list(values) for column, values in source.items()}
-    elif isinstance(names, Sequence) and hasattr(source, "__getitem__"):
-        columns = {column: list(source[column]) for column in names}
-    elif isinstance(source, Sequence):
+        return {str(column): list(values) for column, values in source.items()}
+    if isinstance(names, Sequence) and hasattr(source, "__getitem__"):
+        return {column: list(source[column]) for column in names}
+    if isinstance(source, Sequence):
         return _of_rows(source, name)
-    else:
-        raise DataError(
-            f"{name}: rows are read from a file of JSON lines, a datasets.Dataset, a list of dicts "
-            f"or a dict of columns, not from {type(source).__name__}."
-        )
-    lengths = {column: len(values) for column, values in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise DataError(f"{name} has columns of different lengths: {lengths}.")
-    return columns
+    raise DataError(
+        f"{name}: rows are read from a file of JSON lines, a datasets.Dataset, a list of dicts "
+        f"or a dict of columns, not from {type(source).__name__}."
+    )
 
 
 def _lines(path: Path, name: str) -> list[Any]:

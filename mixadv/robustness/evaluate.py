@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -16,15 +16,165 @@ from mixadv.model.replay import evaluating
 from mixadv.reports.kept import Kept, as_json, digest
 from mixadv.robustness.attacked import Attacked, drawn
 from mixadv.robustness.data import DataError, Rows, read_rows
-from mixadv.robustness.measured import Measured
+from mixadv.robustness.measured import Measured, Record
 from mixadv.robustness.report import Report
 from mixadv.round.validate import check_seed
 from mixadv.tokens import WordSubstitution
 from mixadv.tokens.reading.encoding import longest
 from mixadv.tokens.substitution.reader import Reader
 
-EMPTY: Mapping[str, Any] = MappingProxyType({})
 CLEAN = "clean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured of a classifier, and how: the same for all that are to be compared.
+
+    Attributes:
+        text: the column of the texts, or the two of pairs; None finds the usual ones.
+        label: the column of labels, numbers of the model's or their names.
+        shifted: other sets of rows by name, like the data.
+        attacks: by name.
+        radii: of PGD, in units; 0 is always among them. None at all leaves it out.
+        increase_radius: of the loss increase, in units; None leaves it out.
+        steps: of each ascent.
+        restarts: how many ascents of the loss increase start at random; of the best response, how
+            many besides that from the strategy in play.
+        unit: the length of which radii are multiples; None takes the `token_norm` of this model on
+            the rows that are attacked. To compare models in one ball, give each the unit of one.
+        rows: how many are attacked, drawn by the seed alone; None takes all.
+        folder: keeps each part when it is finished, and an attack every 32 rows, under weights,
+            data and settings: a killed call goes on when it is made again, a finished one is read.
+        batch_size: rows that the model reads at a time.
+        max_length: tokens; the rest of a text is cut. None asks the model.
+        seed: of the rows drawn and of random starts.
+        progress: whether to show bars, in a terminal.
+        name: of the model, in tables.
+
+    Raises:
+        ValueError: for a number that nothing can be measured with, or a name taken by the data.
+        TypeError: for an attack that is none.
+    """
+
+    text: str | tuple[str, str] | None = None
+    label: str = "label"
+    shifted: Mapping[str, Any] = field(default_factory=dict)
+    attacks: Mapping[str, WordSubstitution] = field(default_factory=dict)
+    radii: Sequence[float] = (0.05, 0.1, 0.2)
+    increase_radius: float | None = 0.1
+    steps: int = 10
+    restarts: int = 3
+    unit: float | None = None
+    rows: int | None = None
+    folder: str | Path | None = None
+    batch_size: int = 32
+    max_length: int | None = None
+    seed: int = 0
+    progress: bool = True
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for what in ("steps", "restarts", "batch_size", "rows", "max_length"):
+            value = getattr(self, what)
+            if value is not None or what not in ("rows", "max_length"):
+                check_integer("evaluate", what, value, 1)
+        check_seed(self.seed)
+        for radius in (*self.radii, 0.0 if self.increase_radius is None else self.increase_radius):
+            check_number("evaluate", "a radius", radius)
+        if self.unit is not None:
+            check_number("evaluate", "unit", self.unit)
+        for name, attack in self.attacks.items():
+            if not isinstance(attack, WordSubstitution):
+                raise TypeError(
+                    f"The attack {name!r} is {attack!r:.80}: attacks are WordSubstitution of "
+                    "mixadv.tokens, by name."
+                )
+        if CLEAN in self.shifted:
+            raise ValueError(
+                f"A shifted set is named {CLEAN!r}, as the data are: name it otherwise."
+            )
+
+    def measure(
+        self, model: nn.Module, tokenizer: Any, data: Any, game: Game | None = None
+    ) -> Report:
+        """Return what `evaluate` does of one model."""
+        if game is not None:
+            _check_game(game, model)
+        sets = self._read(model, data)
+        reader = Reader(model, tokenizer, self.max_length, self.batch_size, 0)  # refuses slow ones
+        most = longest(model, tokenizer)
+        if self.max_length and most and self.max_length > most:
+            raise ValueError(f"max_length is {self.max_length}, and the model reads {most} tokens.")
+        key = {"model": model, "tokenizer": tokenizer, "tokens": reader.max_length}
+        kept = Kept(None if self.folder is None else Path(self.folder), key, self.progress)
+        by = Measured(model, tokenizer, kept, self.batch_size, self.max_length)
+        places = drawn(sets[CLEAN], self.rows, self.seed)
+        under = Attacked(by, sets[CLEAN], places, self.seed)
+        with evaluating(model):
+            about = self._about(under)
+            found = {"about": about, **_predicted(by, sets)}
+            found |= self._attacked(under, found[CLEAN], about["unit"])
+            if game is not None:
+                found |= self._played(game, under, sets, found)
+        return Report(as_json(found))
+
+    def _read(self, model: nn.Module, data: Any) -> dict[str, Rows]:
+        """Return the data and the shifted sets by name."""
+        sets = {
+            name: source
+            if isinstance(source, Rows)
+            else read_rows(
+                source, model, text=self.text, label=self.label, name="" if name == CLEAN else name
+            )
+            for name, source in {CLEAN: data, **self.shifted}.items()
+        }
+        for name in self.shifted:
+            own, clean = (_kind(sets[which]) for which in (name, CLEAN))
+            if own != clean:
+                raise DataError(
+                    f"{name} has {own} in a row, and the data have {clean}: name the columns by "
+                    "text=."
+                )
+        return sets
+
+    def _about(self, under: Attacked) -> Record:
+        rows = under.rows
+        return {
+            "model": self.name or _name(under.by.model),
+            "data": rows.name,
+            "rows": len(rows),
+            "attacked": under.places,
+            "texts": digest([rows.texts, rows.labels]),
+            "unit": under.unit() if self.unit is None else self.unit,
+            "measured": self.unit is None,
+            "steps": self.steps,
+            "restarts": self.restarts,
+            "seed": self.seed,
+        }
+
+    def _attacked(self, under: Attacked, clean: Record, unit: float) -> Record:
+        found = {}
+        if len(self.radii):
+            found["radii"] = under.radii(clean, self.radii, self.steps, unit)
+        if self.increase_radius is not None:
+            found["loss increase"] = under.loss_increase(
+                self.increase_radius, self.steps, self.restarts, unit
+            )
+        if self.attacks:
+            found["attacks"] = {
+                name: under.attack(name, attack) for name, attack in self.attacks.items()
+            }
+        return found
+
+    def _played(
+        self, game: Game, under: Attacked, sets: Mapping[str, Rows], found: Record
+    ) -> Record:
+        played = {}
+        if game.solver.radius is not None:
+            played["exploitability"] = under.exploitability(game, self.steps, self.restarts + 1)
+        last = {CLEAN: found[CLEAN], **found.get("shifted", {})}
+        played["learners"] = under.by.learners(game, sets, last)
+        return played
 
 
 def evaluate(
@@ -32,23 +182,8 @@ def evaluate(
     tokenizer: Any,
     data: Any,
     *,
-    text: str | tuple[str, str] | None = None,
-    label: str = "label",
-    shifted: Mapping[str, Any] = EMPTY,
-    attacks: Mapping[str, WordSubstitution] = EMPTY,
-    radii: Sequence[float] = (0.05, 0.1, 0.2),
-    increase_radius: float | None = 0.1,
-    steps: int = 10,
-    restarts: int = 3,
-    unit: float | None = None,
-    rows: int | None = None,
     game: Game | None = None,
-    folder: str | Path | None = None,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    name: str = "",
+    **settings: Any,
 ) -> Report:
     """Measure a classifier on clean rows, on shifted ones, and under attack.
 
@@ -70,31 +205,13 @@ def evaluate(
         tokenizer: of the model, a fast one.
         data: a file of JSON lines, a `datasets.Dataset`, a list of dicts or a dict of columns, as
             for `mixadv.robustness.read_rows`; or `Rows`.
-        text: the column of the texts, or the two of pairs; None finds the usual ones.
-        label: the column of labels, numbers of the model's or their names.
-        shifted: other sets of rows by name, like `data`.
-        attacks: by name.
-        radii: of PGD, in units; 0 is always among them. None at all leaves it out.
-        increase_radius: of the loss increase, in units; None leaves it out.
-        steps: of each ascent.
-        restarts: how many ascents of the loss increase start at random; of the best response, how
-            many besides that from the strategy in play.
-        unit: the length of which radii are multiples; None takes the `token_norm` of this model on
-            the rows that are attacked. To compare models in one ball, give each the unit of one.
-        rows: how many are attacked, drawn by the seed alone; None takes all.
         game: that trained the model, such as `optimizer.game`.
-        folder: keeps each part when it is finished, and an attack every 32 rows, under weights,
-            data and settings: a killed call goes on when it is made again, a finished one is read.
-        batch_size: rows that the model reads at a time.
-        max_length: tokens; the rest of a text is cut. None asks the model.
-        seed: of the rows drawn and of random starts.
-        progress: whether to show bars, in a terminal.
-        name: of the model, in tables.
+        settings: those of `Evaluation`, which has their defaults.
 
     Raises:
         ValueError: before any pass, for data or arguments that nothing can be measured with; for a
             file in the folder that no evaluation wrote.
-        TypeError: for an attack or a game that is none, or a slow tokenizer.
+        TypeError: for an attack or a game that is none, an unknown setting, or a slow tokenizer.
         OSError: for a folder that is a file or cannot be made.
 
     Example:
@@ -102,86 +219,21 @@ def evaluate(
         >>> report = evaluate(model, tokenizer, "test.jsonl", rows=300)  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
     """
-    for what, value in {"steps": steps, "restarts": restarts, "batch_size": batch_size}.items():
-        check_integer("evaluate", what, value, 1)
-    for what, value in {"rows": rows, "max_length": max_length}.items():
-        if value is not None:
-            check_integer("evaluate", what, value, 1)
-    check_seed(seed)
-    for radius in (*radii, *([] if increase_radius is None else [increase_radius])):
-        check_number("evaluate", "a radius", radius)
-    if unit is not None:
-        check_number("evaluate", "unit", unit)
-    _check_players(model, attacks, game)
-    clean, *others = (
-        source
-        if isinstance(source, Rows)
-        else read_rows(source, model, text=text, label=label, name=of)
-        for of, source in {"": data, **shifted}.items()
-    )
-    sets = dict(zip(shifted, others, strict=True))
-    for of, rows_of in sets.items():
-        one, other = (isinstance(found.texts[0], str) for found in (rows_of, clean))
-        if one != other:
-            kinds = {True: "one text", False: "two texts"}
-            raise DataError(
-                f"{of} has {kinds[one]} in a row, and the data have {kinds[other]}: name the "
-                "columns by text=."
-            )
-    if CLEAN in sets:
-        raise ValueError(f"A shifted set is named {CLEAN!r}, as the data are: name it otherwise.")
-    reader = Reader(model, tokenizer, max_length, batch_size, 0)  # refuses slow tokenizers
-    most = longest(model, tokenizer)
-    if max_length and most and max_length > most:
-        raise ValueError(f"max_length is {max_length}, and the model reads {most} tokens.")
-
-    key = {"model": model, "tokenizer": tokenizer, "tokens": reader.max_length}
-    kept = Kept(None if folder is None else Path(folder), key, progress)
-    places = drawn(clean, rows, seed)
-    made = Measured(model, tokenizer, kept, batch_size, max_length)
-    under = Attacked(made, clean, places, seed)
-    with evaluating(model):
-        own = under.unit() if unit is None else unit
-        about = {
-            "model": name or _name(model),
-            "data": clean.name,
-            "rows": len(clean),
-            "attacked": places,
-            "texts": digest([clean.texts, clean.labels]),
-            "unit": own,
-            "measured": unit is None,
-            "steps": steps,
-            "restarts": restarts,
-            "seed": seed,
-        }
-        found: dict[str, Any] = {"about": about, CLEAN: made.predictions(CLEAN, clean)}
-        if sets:
-            found["shifted"] = made.shifted(found[CLEAN], sets)
-        if len(radii):
-            found["radii"] = under.radii(found[CLEAN], radii, steps, own)
-        if increase_radius is not None:
-            found["loss increase"] = under.loss_increase(increase_radius, steps, restarts, own)
-        if attacks:
-            found["attacks"] = {of: under.attack(of, attack) for of, attack in attacks.items()}
-        if game is not None and game.solver.radius is not None:
-            found["exploitability"] = under.exploitability(game, steps, restarts + 1)
-        if game is not None:
-            last = {CLEAN: found[CLEAN], **found.get("shifted", {})}
-            found["learners"] = made.learners(game, {CLEAN: clean, **sets}, last)
-    return Report(as_json(found))
+    return Evaluation(**settings).measure(model, tokenizer, data, game)
 
 
-def _check_players(
-    model: nn.Module, attacks: Mapping[str, WordSubstitution], game: Game | None
-) -> None:
-    for name, attack in attacks.items():
-        if not isinstance(attack, WordSubstitution):
-            raise TypeError(
-                f"The attack {name!r} is {attack!r:.80}: attacks are WordSubstitution of "
-                "mixadv.tokens, by name."
-            )
-    if game is None:
-        return
+def _predicted(by: Measured, sets: Mapping[str, Rows]) -> Record:
+    found = {CLEAN: by.predictions(CLEAN, sets[CLEAN])}
+    if shifted := {name: rows for name, rows in sets.items() if name != CLEAN}:
+        found["shifted"] = by.shifted(found[CLEAN], shifted)
+    return found
+
+
+def _kind(rows: Rows) -> str:
+    return "one text" if isinstance(rows.texts[0], str) else "two texts"
+
+
+def _check_game(game: Game, model: nn.Module) -> None:
     if not isinstance(game, Game):
         raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}.")
     if unwrap(game.model) is not unwrap(model):

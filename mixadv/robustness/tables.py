@@ -18,8 +18,15 @@ INCREASES = {
 
 def tables(sections: Mapping[str, Any]) -> list[Table]:
     """Return a table for each kind of section that there is."""
-    makers = (_accuracy, _radii, _increase, _attacks, _exploitability, _learners)
-    return [table for maker in makers if (table := maker(sections)) is not None]
+    makers = {
+        "radii": _radii,
+        "loss increase": _increase,
+        "attacks": _attacks,
+        "exploitability": _exploitability,
+        "learners": _learners,
+    }
+    found = [make(sections) for kind, make in makers.items() if kind in sections]
+    return [_accuracy(sections), *found]
 
 
 # One for each kind of section ------------------------------------------------------------------
@@ -42,9 +49,7 @@ def _accuracy(sections: Mapping[str, Any]) -> Table:
     return Table(title, ("set", "rows", "accuracy %", "drop", "loss", "ECE"), rows)
 
 
-def _radii(sections: Mapping[str, Any]) -> Table | None:
-    if "radii" not in sections:
-        return None
+def _radii(sections: Mapping[str, Any]) -> Table:
     found, about = sections["radii"], sections["about"]
     rows = [
         [f"{radius:g}", share(accuracy)]
@@ -60,9 +65,7 @@ def unit(about: Mapping[str, Any]) -> str:
     return ("token norms of" if about["measured"] else "units of") + f" {number(about['unit'])}"
 
 
-def _increase(sections: Mapping[str, Any]) -> Table | None:
-    if "loss increase" not in sections:
-        return None
+def _increase(sections: Mapping[str, Any]) -> Table:
     found, about = sections["loss increase"], sections["about"]
     rows = [
         [what, *(number(found[name][key]) for key in ("lower", "median", "upper"))]
@@ -76,9 +79,7 @@ def _increase(sections: Mapping[str, Any]) -> Table | None:
     return Table(title, ("", "lower quartile", "median", "upper quartile"), rows)
 
 
-def _attacks(sections: Mapping[str, Any]) -> Table | None:
-    if "attacks" not in sections:
-        return None
+def _attacks(sections: Mapping[str, Any]) -> Table:
     head = ("attack", "rows", "clean %", "under attack %", "success %", "words", "queries")
     return Table(
         "Word substitution",
@@ -104,18 +105,14 @@ def success(attack: Mapping[str, Any]) -> str:
     return share({"value": attack["success_rate"], "low": low, "high": high})
 
 
-def _exploitability(sections: Mapping[str, Any]) -> Table | None:
-    if "exploitability" not in sections:
-        return None
+def _exploitability(sections: Mapping[str, Any]) -> Table:
     found = sections["exploitability"]
     row = [found["solver"], *(number(found[key]) for key in ("played", "reached", "gain"))]
     head = ("strategy of", "its payoff", "best response found", "gain (lower bound)")
     return Table(f"Exploitability, by {found['response']}", head, [row])
 
 
-def _learners(sections: Mapping[str, Any]) -> Table | None:
-    if "learners" not in sections:
-        return None
+def _learners(sections: Mapping[str, Any]) -> Table:
     rows = [
         [learner, name, share(one["accuracy"]), number(one["loss"]), number(one["ece"])]
         for learner, sets in sections["learners"].items()

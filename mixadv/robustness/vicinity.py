@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mixadv.checks import check_integer
+from mixadv.players.ascent import Ascent
 from mixadv.robustness.ascents import ascents_of, climb, play, start
 from mixadv.robustness.batches import Batch
 from mixadv.round.stage import Stage
@@ -20,6 +22,12 @@ from mixadv.round.stage import Stage
 @dataclass(frozen=True, eq=False)
 class LossIncrease:
     """By how much the worst perturbation found raises each row's loss, in the data set's order.
+
+        max_{‖δ‖₂ ≤ ε} L(x + δ, y) − L(x, y)
+
+    the measure of Zhu et al. 2020, arXiv:1909.11764, eq. 5 and table 5, bounded from below by the
+    largest loss that an ascent from δ = 0 and ascents from random starts visit. Their code takes
+    random starts alone and cuts the step from one to the next; here it shrinks within each.
 
     Attributes:
         clean_loss: without perturbation, `[N]`.
@@ -76,16 +84,9 @@ def loss_increase(
 ) -> LossIncrease:
     """Return by how much the loss of each row can be raised within a ball.
 
-        max_{‖δ‖₂ ≤ ε} L(x + δ, y) − L(x, y)
-
-    the measure of Zhu et al. 2020, arXiv:1909.11764, eq. 5 and table 5, bounded from below by the
-    largest loss that an ascent from δ = 0 and ascents from random starts visit. Their code takes
-    random starts alone and cuts the step from one to the next; here it shrinks within each.
-
     The model is in evaluation mode meanwhile and left as it was. A row's random starts depend on
-    the seed and its place in the data set, not on its batch. Costs `(steps + 1)·(restarts + 1)`
-    forwards and nearly as many backwards. Of several processes each measures its own batches and
-    waits for no other, unless the model is sharded or in fp16.
+    the seed and its place in the data set. Costs `(steps + 1)·(restarts + 1)` forwards and nearly
+    as many backwards. Processes do not wait for each other, unless the model is sharded or fp16.
 
     Args:
         model: which the closures call.
@@ -93,8 +94,7 @@ def loss_increase(
         radius: ε, in units.
         steps: K of each ascent.
         restarts: how many ascents start at random.
-        unit: a length; None takes the `token_norm` of these batches, a forward for each. Give one
-            where models are compared in one ball.
+        unit: a length; None takes the `token_norm` of these batches. To compare, give all one.
         seed: of the random starts.
         progress: whether to show a bar.
 
@@ -115,21 +115,26 @@ def loss_increase(
     check_integer("loss_increase", "restarts", restarts, 1)
     [ascent], batches = ascents_of("loss_increase", model, batches, [radius], steps, unit, seed)
 
-    def measure(stage: Stage, batch: Batch) -> Sequence[Tensor]:
-        clean = stage.clean()
-        assert clean.predictions is not None
-        from_zero, _ = climb(stage, ascent, stage.origin(ascent))
-        starts = (start(stage, ascent, batch, seed, number) for number in range(restarts))
-        from_random = torch.stack([climb(stage, ascent, q)[0] for q in starts]).amax(0)
-        return (
-            clean.loss,
-            clean.predictions.argmax(-1) == batch.labels,
-            (from_zero - clean.loss).clamp(min=0),  # by rounding alone it could be less
-            from_random - clean.loss,
-        )
-
+    measure = partial(_increase, ascent=ascent, restarts=restarts, seed=seed)
     columns: list[Any] = play(model, batches, measure, f"loss increase, {radius:g}", progress)
     return LossIncrease(*columns, radius=float(ascent.radius or 0.0))
+
+
+def _increase(
+    stage: Stage, batch: Batch, ascent: Ascent, restarts: int, seed: int
+) -> Sequence[Tensor]:
+    """Return a batch's columns of `LossIncrease`."""
+    clean = stage.clean()
+    assert clean.predictions is not None
+    from_zero, _ = climb(stage, ascent, stage.origin(ascent))
+    starts = (start(stage, ascent, batch, seed, number) for number in range(restarts))
+    from_random = torch.stack([climb(stage, ascent, q)[0] for q in starts]).amax(0)
+    return (
+        clean.loss,
+        clean.predictions.argmax(-1) == batch.labels,
+        (from_zero - clean.loss).clamp(min=0),  # by rounding alone it could be less
+        from_random - clean.loss,
+    )
 
 
 def all_correct(found: Mapping[str, LossIncrease]) -> dict[str, dict[str, Any]]:
