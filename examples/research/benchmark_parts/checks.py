@@ -109,7 +109,8 @@ def mat_error(work: Work) -> float:
     def ours(base: torch.optim.Optimizer) -> Tensor:
         optimizer = mixadv.wrap(base, work.model, solver)
         game = optimizer.game
-        game.unit, game.rounds.arena.noise = work.unit, Drawn()  # pyright: ignore
+        game.rounds.arena.calibrate(work.unit)
+        game.rounds.arena.noise = Drawn()  # pyright: ignore
         assert game.learner is not None
         game.learner.noise = game.rounds.arena.noise
         optimizer.step(work.closure())

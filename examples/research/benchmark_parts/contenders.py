@@ -39,7 +39,7 @@ def ours(work: Work, solver: mixadv.Solver) -> Player:
     """Return the solver as this library plays it; its first, checked round is over."""
     optimizer = mixadv.wrap(work.adamw(), work.model, solver)
     game = optimizer.game
-    game.unit = work.unit
+    game.rounds.arena.calibrate(work.unit)
     optimizer.step(work.closure(WARM))
 
     def strategy() -> tuple[Tensor, Tensor]:
