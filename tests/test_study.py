@@ -366,8 +366,8 @@ def test_regressions_are_trained_and_not_measured():
 
 
 def test_a_single_seed_has_no_interval_and_no_verdict(tmp_path: Path):
-    study = build(seeds=(4,))
-    text = render(study, played(study, drawn(0)), tmp_path, "study.toml")
+    study, results, _ = world(seeds=(4,))
+    text = render(study, results, tmp_path, "study.toml")
     assert "±" not in text
     assert text.count("Of one seed there is no interval, and nothing is shown to differ.") == 2
     assert "95 %" not in text.split("## Official metrics")[1]
