@@ -14,7 +14,7 @@ import mixadv
 from tests import zoo
 
 KEPT = torch.empty(0)
-INTENTS = Path(tried.__file__).parent / "data" / "intents"
+INTENTS = Path(tried.__file__).parent.parent / "data" / "intents"
 
 
 @contextmanager

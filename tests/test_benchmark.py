@@ -80,13 +80,8 @@ def test_rounds_have_the_passes_that_their_floor_counts(name):
     optimizer.step(piece.closure())
     outcome, counted = optimizer.outcome, count_passes(solver)
     assert outcome is not None
-    played = (outcome.forwards, outcome.delta_backwards, outcome.theta_backwards, outcome.steps)
-    assert played == (
-        counted.forwards,
-        counted.delta_backwards,
-        counted.theta_backwards,
-        counted.steps,
-    )
+    for passes in ("forwards", "delta_backwards", "theta_backwards", "steps"):
+        assert getattr(outcome, passes) == getattr(counted, passes), passes
 
 
 # Equal work --------------------------------------------------------------------------------------

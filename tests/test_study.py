@@ -18,7 +18,6 @@ from typing import Any
 
 import datasets
 import pytest
-import tokenizers
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
@@ -34,8 +33,10 @@ from studying import pool, summary, tables, work
 from studying.findings import Findings, contrasts, differences, groups
 from studying.parts import Measures, Method, Subject
 from studying.plan import Study
+from studying.pool import side_by_side
 from studying.reading import read
 from studying.render import render
+from tests.substitution_zoo import tiny, word_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "research"
 METHODS = {
@@ -70,6 +71,13 @@ def played(study: Study, score: Score) -> dict[str, Any]:
             last = {split: {"accuracy": score(run)}}
             results[run.key] = {"key": run.key, "last": last, "seconds_per_update": seconds}
     return results
+
+
+def world(seed: int = 0, **changes: Any) -> tuple[Study, dict[str, Any], Findings]:
+    """Return a study, the lines of its results, and what was found."""
+    study = build(**changes)
+    results = played(study, drawn(seed))
+    return study, results, Findings(study, results)
 
 
 def drawn(seed: int) -> Score:
@@ -187,8 +195,7 @@ def test_what_is_measured_is_told_apart_by_split_attacks_and_settings():
 
 
 def test_a_line_without_a_split_that_is_asked_for_is_run_again():
-    study = build()
-    results = played(study, drawn(0))
+    study, results, _ = world()
     more = build(tasks={"words": replace(TASK, evaluate=("test", "other"))})
     run = study.reported("words", "plain", "epochs", 0, results)
     assert study.done(run, results)
@@ -197,8 +204,7 @@ def test_a_line_without_a_split_that_is_asked_for_is_run_again():
 
 
 def test_half_of_the_rows_is_half_of_them():
-    study = build()
-    results = played(study, drawn(0))
+    study, results, _ = world()
     assert study.reported("words", "plain", "half", 0, results).limit == 16
     assert {run.limit for run in study.search("words", "plain", "half")} == {16}
     few = Subject("intent", 1.0, (0.1,), ("test",), shots=10, half=("plain",))
@@ -211,8 +217,7 @@ def test_half_of_the_rows_is_half_of_them():
 @settings(max_examples=10)  # a study is played for each
 @given(st.integers(0, 10**6))
 def test_differences_are_those_of_a_paired_t_test(seed: int):
-    study = build()
-    findings = Findings(study, played(study, drawn(seed)))
+    study, _, findings = world(seed)
     plain = findings.official("words", "plain", "epochs")
     for (task, method), found in differences(findings, "epochs").items():
         values = findings.official(task, method, "epochs")
@@ -241,8 +246,7 @@ def test_groups_are_means_over_their_methods(seed: int):
 
 
 def test_under_pgd_accuracies_in_the_largest_ball_are_compared():
-    study = build()
-    results = played(study, drawn(0))
+    study, results, findings = world()
     found = {}
     for budget, task, seed, method in study.cells():
         found[budget, method, seed] = random.Random(f"{budget}{method}{seed}").random()
@@ -251,7 +255,6 @@ def test_under_pgd_accuracies_in_the_largest_ball_are_compared():
         run = study.reported(task, method, budget, seed, results)
         if method != "noise":
             results[study.measured(run)] = {"sections": {"radii": radii}}
-    findings = Findings(study, results)
     of = differences(findings, "epochs", Findings.attacked)
     assert {method for _, method in of} == {"freelb", "mat"}  # those that are known
     expected = statistics.fmean(
@@ -269,8 +272,7 @@ def test_under_pgd_accuracies_in_the_largest_ball_are_compared():
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_model_that_always_answers_the_same_is_not_compared_under_attack(counted: bool):
     """As one that has collapsed to the most frequent label: right on its share at any radius."""
-    study = build()
-    results = played(study, drawn(0))
+    study, results, findings = world()
     for budget, task, seed, method in study.cells():
         run = study.reported(task, method, budget, seed, results)
         same = (budget, method, seed) == ("epochs", "mat", 1)
@@ -281,7 +283,6 @@ def test_a_model_that_always_answers_the_same_is_not_compared_under_attack(count
             results[run.key]["last"] = {"test": {"Matthews": score}}
         radii = {"radii": [0.0, 0.1, 0.05], "accuracy": [{"value": 0.5 + 0.1 * seed}] * 3}
         results[study.measured(run)] = {"sections": {"radii": radii}}
-    findings = Findings(study, results)
     assert ("words", "mat") not in differences(findings, "epochs", Findings.attacked)
     assert ("words", "mat") in differences(findings, "epochs")
     assert ("words", "mat") in differences(findings, "compute", Findings.attacked)
@@ -358,16 +359,15 @@ def test_what_is_missing_is_counted_and_nothing_is_made_up(tmp_path: Path):
 
 
 def test_regressions_are_trained_and_not_measured():
-    study = build()
-    results = played(study, drawn(0))
+    study, results, _ = world()
     for line in results.values():
         line["classifies"] = False
     assert not summary.missing(Findings(study, results))
 
 
 def test_a_single_seed_has_no_interval_and_no_verdict(tmp_path: Path):
-    study = build(seeds=(4,))
-    text = render(study, played(study, drawn(0)), tmp_path, "study.toml")
+    study, results, _ = world(seeds=(4,))
+    text = render(study, results, tmp_path, "study.toml")
     assert "±" not in text
     assert text.count("Of one seed there is no interval, and nothing is shown to differ.") == 2
     assert "95 %" not in text.split("## Official metrics")[1]
@@ -386,7 +386,7 @@ def test_a_single_rate_is_searched_for_nowhere(tmp_path: Path):
 
 # Running it ------------------------------------------------------------------------------------
 
-WORDS = {"red": ["rose", "cherry"], "blue": ["sea", "sky"]}
+WORDS = {"red": ["great", "story"], "blue": ["sluggish", "weak"]}
 TOML = """
 model = "{model}"
 seeds = [2]
@@ -420,6 +420,8 @@ radii = [0.1]
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give each test its own cache of data, and run its jobs here."""
+    monkeypatch.setattr(script.pool, "side_by_side", one_by_one())
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -429,24 +431,9 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a tiny encoder, data sets, and a study of two methods and one task."""
-    words = ["[PAD]", "[UNK]", "the", "one", *itertools.chain(*WORDS.values())]
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(tmp_path / "tiny")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-    )
-    transformers.BertModel(config).save_pretrained(tmp_path / "tiny")
+    tokenizer = word_tokenizer()
+    for saved in (tokenizer, tiny(transformers.BertModel, tokenizer)):
+        saved.save_pretrained(tmp_path / "tiny")
     for name, splits in {"words": ("train", "test"), "others": ("dev",)}.items():
         for split in splits:
             path = tmp_path / "data" / name / f"{split}.jsonl"
@@ -454,7 +441,7 @@ def folder(tmp_path: Path) -> Path:
             draw, lines = random.Random(f"{name}{split}"), []
             for _ in range(24):
                 label = draw.choice(list(WORDS))
-                text = " ".join([*draw.choices(["the", "one"], k=3), draw.choice(WORDS[label])])
+                text = " ".join([*draw.choices(["the", "was"], k=3), draw.choice(WORDS[label])])
                 lines.append(json.dumps({"text": text, "label": label}) + "\n")
             path.write_text("".join(lines))
     (tmp_path / "study").mkdir()
@@ -494,7 +481,6 @@ def one_by_one(limit: int = 10**6) -> Callable[..., Iterator[Any]]:
 def test_a_study_runs_and_goes_on_to_the_same_report(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(pool, "side_by_side", one_by_one())
     assert script.main(arguments(folder)) == 0
     text = report(folder)
     assert capsys.readouterr().out == (folder / "study" / "report.md").read_text() + "\n"
@@ -506,7 +492,7 @@ def test_a_study_runs_and_goes_on_to_the_same_report(
     assert len(lines.splitlines()) == (4 + 2) + (4 + 2) + (2 + 1) + 4
     measured = [of for of in map(json.loads, lines.splitlines()) if "sections" in of]
     assert {of["sections"]["about"]["seed"] for of in measured} == {2}  # its rows, not those of all
-    assert "rose" not in lines  # results are to be published, and the texts may not be
+    assert "sluggish" not in lines  # results are to be published, and the texts may not be
     for name in ("gains.png", "attacked.png"):
         assert (folder / "study" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -543,10 +529,7 @@ def test_a_study_runs_and_goes_on_to_the_same_report(
     assert report(folder) == text
 
 
-def test_runs_that_diverge_are_named_and_stop_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(pool, "side_by_side", one_by_one())
+def test_runs_that_diverge_are_named_and_stop_nothing(folder: Path):
     toml = folder / "study" / "study.toml"
     toml.write_text(toml.read_text().replace("[1e-2, 1e-3]", "[1e30]"))
     assert script.main(arguments(folder)) == 0
@@ -600,7 +583,7 @@ def test_jobs_run_side_by_side_and_those_that_follow_from_others_come_later(
         if len(known) == 3:
             yield "sum", (divmod, (sum(known.values()), 1))
 
-    for found, _ in pool.side_by_side(ready, workers):
+    for found, _ in side_by_side(ready, workers):
         known["sum" if len(known) == 3 else str(found)] = found
     assert known == {"0": 0, "1": 1, "2": 2, "sum": 3}
     said = [line.split(" ", 1)[1] for line in capfd.readouterr().err.splitlines()]
@@ -612,7 +595,7 @@ def test_a_thread_of_a_worker_that_waits_for_the_others_leaves_them_its_core():
     """Else one worker, which takes all cores, stands almost still beside another program."""
     known: list[str] = []
     jobs = lambda: [] if known else [("asks", (os.getenv, ("OMP_WAIT_POLICY",)))]  # noqa: E731
-    known.extend(pool.side_by_side(jobs, 1))
+    known.extend(side_by_side(jobs, 1))
     assert known == ["passive"]
 
 
@@ -641,7 +624,7 @@ def test_an_interrupt_ends_a_study_at_once_and_leaves_nothing(how: int, tmp_path
 
 def test_a_job_that_fails_ends_the_study_and_loses_nothing_of_others():
     jobs = {"fails": (divmod, (1, 0)), "works": (time.sleep, (1,)), "later": (divmod, (3, 2))}
-    results = pool.side_by_side(jobs.items, 2)
+    results = side_by_side(jobs.items, 2)
     assert next(results) is None  # that of time.sleep
     with pytest.raises(ZeroDivisionError) as failure:
         next(results)
@@ -708,7 +691,7 @@ MISTAKES = {
         "methods must be a table, got 3",
     ),
     "method": ("plain = {{}}", "plain = 3", "methods.plain must be a table, got 3"),
-    "length": ("max_length = 16", "max_length = 160", "max_length is 160, and .* reads 32 tokens"),
+    "length": ("max_length = 16", "max_length = 160", "max_length is 160, and .* reads 48 tokens"),
     "model": ('model = "{model}"', 'model = "{model}r"', "The model .*tinyr cannot be loaded"),
     "no radii": ("radii = [0.1]", "radii = []", "radii is empty"),
     "words": ('attacks = ["typos"]', 'attacks = ["typo"]', "--neighbours typo: there is no such"),
@@ -771,17 +754,13 @@ def test_the_manual_has_every_key_and_its_default(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_answered_with_one_line(
-    folder: Path,
-    mistake: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, mistake: str, capsys: pytest.CaptureFixture[str]
 ):
     old, new, message = MISTAKES[mistake]
     assert old in TOML
     epochs = 1 if mistake == "one epoch" else 2
     text = TOML.replace(old, new, 1).format(model=folder / "tiny", epochs=epochs)
     (folder / "study" / "study.toml").write_text(text)
-    monkeypatch.setattr(pool, "side_by_side", one_by_one())
     assert script.main(arguments(folder)) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("study: ")
@@ -790,9 +769,8 @@ def test_a_mistake_is_answered_with_one_line(
 
 
 def test_a_shifted_set_with_other_labels_is_refused_before_the_first_run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(pool, "side_by_side", one_by_one(0))
     path = folder / "data" / "others" / "dev.jsonl"
     path.write_text(path.read_text().replace('"blue"', '"green"'))
     assert script.main(arguments(folder)) == 2

@@ -211,13 +211,9 @@ def measure(
     size = statistics.fmean(tokens) * kept[0].shape[-1] * 4 / 1024
     for name, parts in found.items():
         ratios = [p["seconds"] / b["seconds"] for p, b in zip(parts, found[BASELINE], strict=True)]
-        yield {
-            "way": name,
-            "radius": radius,
-            "divergence": statistics.fmean(x for part in parts for x in part["divergence"]),
-            "time": statistics.median(ratios),
-            "kept": size if name.startswith(("kept", "warm")) else 0.0,
-        }
+        mean = statistics.fmean(x for part in parts for x in part["divergence"])
+        row = {"way": name, "radius": radius, "divergence": mean, "time": statistics.median(ratios)}
+        yield row | {"kept": size if name.startswith(("kept", "warm")) else 0.0}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -24,6 +24,8 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of each start
@@ -145,28 +147,28 @@ def run(options: argparse.Namespace, path: Path) -> list[results.Result]:
         print(f"{name}: {error:.0e} apart, relative, in float64", file=sys.stderr)
     plays = 2 * len(names) + options.rounds * (len(names) + BLOCKS * len(PARTS))
     for setting in wanted:
-        with tqdm(total=plays, disable=None, leave=False) as bar:
-
-            def note(text: str, bar: tqdm = bar, setting: Setting = setting) -> None:
-                bar.set_description(f"{setting.batch}×{setting.length}, {text}")
-                bar.update()
-
+        with noting(plays, f"{setting.batch}×{setting.length}, ") as note:
             for found in measure(setting, names, options.rounds, note):
                 results.store(path, found)
     return results.load(path)
 
 
-def scaled(options: argparse.Namespace) -> str:
-    """Return the table of how cost grows."""
-    total = options.rounds * scaling.plays()
+@contextmanager
+def noting(total: int, where: str = "") -> Iterator[Callable[[str], None]]:
+    """Give a function that shows what comes next, of so many plays."""
     with tqdm(total=total, disable=None, leave=False) as bar:
 
         def note(text: str) -> None:
-            bar.set_description(text)
+            bar.set_description(where + text)
             bar.update()
 
-        measured = scaling.measure(options.device, options.threads, options.rounds, note)
-        return scaling.table(list(measured))
+        yield note
+
+
+def scaled(options: argparse.Namespace) -> str:
+    """Return the table of how cost grows."""
+    with noting(options.rounds * scaling.plays()) as note:
+        return scaling.table(scaling.measure(options.device, options.threads, options.rounds, note))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -75,17 +75,9 @@ def trained(options: argparse.Namespace) -> tuple[Training, list[dict[str, torch
     given = ["--task", options.task] if options.task != intent.EMBEDDED else []
     given += ["--data", options.data] if options.data else []
     task = script.load(script.arguments(given))
-    run = Run(
-        task=options.task,
-        data=options.data,
-        epochs=0.0,
-        updates=options.updates,
-        limit=options.limit,
-        shots=options.shots,
-        hold_out=options.rows,
-        learning_rate=options.lr,
-        seed=options.seed,
-    )
+    same = ("task", "data", "updates", "limit", "shots", "seed")
+    words: dict[str, Any] = {name: getattr(options, name) for name in same}
+    run = Run(**words, epochs=0.0, hold_out=options.rows, learning_rate=options.lr)
     options.output.mkdir(parents=True, exist_ok=True)
     training = Training(run, task, Keeping(options.output))
     training.train()
@@ -135,12 +127,7 @@ def measure(
         keys = ("divergence", "towards", "changed")
         means = {k: statistics.fmean(x for part in parts for x in part[k]) for k in keys}
         ratios = [p["seconds"] / b["seconds"] for p, b in zip(parts, found[BASELINE], strict=True)]
-        yield {
-            "ascent": name,
-            "radius": radius,
-            **means,
-            "time": statistics.median(ratios),
-        }
+        yield {"ascent": name, "radius": radius, **means, "time": statistics.median(ratios)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -130,9 +130,9 @@ def compare(sizes: Iterable[Size], limit: float, repeats: int) -> Iterator[dict]
             settings |= {"aim": CONTENDERS[number].aim, "limit": limit}
             if "failed" in found[-1]:
                 yield settings | found[-1]
-                continue
-            seconds = [f["seconds"] for f in found]
-            yield settings | {"seconds": seconds, "gap": max(f["gap"] for f in found)}
+            else:
+                seconds = [f["seconds"] for f in found]
+                yield settings | {"seconds": seconds, "gap": max(f["gap"] for f in found)}
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:

@@ -56,14 +56,9 @@ def smart_error(work: Work, steps: int) -> float:
 
     def peer() -> Tensor:
         output, embed = work.model(**work.batch), work.embed()
-        regulariser = SMARTLoss(
-            lambda embed: work.model(inputs_embeds=embed).logits,
-            loss_fn=kl_loss,
-            num_steps=steps,
-            step_size=step,
-            epsilon=0.0,
-            noise_var=start,
-        )
+        logits = lambda embed: work.model(inputs_embeds=embed).logits  # noqa: E731
+        words: dict[str, Any] = {"num_steps": steps, "step_size": step, "noise_var": start}
+        regulariser = SMARTLoss(logits, loss_fn=kl_loss, epsilon=0.0, **words)
         torch.manual_seed(SEED)
         return output.loss + regulariser(embed, output.logits)
 

@@ -140,14 +140,9 @@ def measure(
     for taken in timed(setting.device, parts, plays, rounds, note):
         units = {name: list(taken[name]) for name in parts}
         yield [
-            {
-                **fixed,
-                "row": name,
-                "passes": counts[name],
-                "seconds": list(taken[name]),
-                "units": units,
-                **memory[name],
-            }
+            fixed
+            | {"row": name, "passes": counts[name], "seconds": list(taken[name]), "units": units}
+            | memory[name]
             for name in players
         ]
 

@@ -178,16 +178,7 @@ class Study:
         epochs = subject.epochs
         if budget == "compute" and way.cost is not None:
             epochs = epochs * self.compute / way.cost
-        settings = {
-            "task": task,
-            "model": self.model,
-            "solver": way.solver,
-            "parameters": dict(way.parameters),
-            "substitute": way.substitute,
-            "neighbours": way.neighbours,
-            "epochs": epochs,
-            "learning_rate": rate,
-            "seed": seed,
-        }
+        given = {"task": task, "model": self.model, "learning_rate": rate, "seed": seed}
+        given |= {"epochs": epochs, **vars(way), "parameters": dict(way.parameters)}
         fewer = subject.fewer(0.5) if budget == "half" else {}
-        return Run(**{**settings, **subject.settings, **fewer, **changes})
+        return Run(**(given | subject.settings | fewer | changes))

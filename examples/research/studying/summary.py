@@ -17,25 +17,15 @@ Pair = tuple[str, str]
 
 
 class Verdict(NamedTuple):
-    """Which methods differ from plain training.
-
-    Attributes:
-        comparisons: their number.
-        seeds: of the comparison with the most.
-        higher: how many have a higher mean.
-        above: whose interval is above 0.
-        below: whose interval is below 0.
-        sure: which are shown to differ after the correction.
-        left_out: which have no accuracy under attack that could be compared.
-    """
+    """Which methods differ from plain training."""
 
     comparisons: int
-    seeds: int
-    higher: int
-    above: list[Pair]
+    seeds: int  # of the comparison with the most
+    higher: int  # how many have a higher mean
+    above: list[Pair]  # whose interval is above 0
     below: list[Pair]
-    sure: list[Pair]
-    left_out: list[Pair]
+    sure: list[Pair]  # which are shown to differ after the correction
+    left_out: list[Pair]  # which have no accuracy under attack that could be compared
 
 
 class Power(NamedTuple):
