@@ -11,6 +11,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from tests.zoo import tiny_bert
+
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TABLE = {
     "good": ["fine", "great", "nice"],
@@ -88,16 +90,8 @@ def bag_of_words(seed: int, labels: int = 2) -> BagOfWords:
 def tiny(kind: Any, tokenizer: Any, seed: int = 0, **more: Any) -> Any:
     """Return a tiny BERT with a head, in training mode, with dropout."""
     torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=48,
-        initializer_range=0.5,
-        **more,
-    )
+    more = {"max_position_embeddings": 48, "initializer_range": 0.5, **more}
+    config = tiny_bert(len(tokenizer), **more)
     return kind(config).train()
 
 

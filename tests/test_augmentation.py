@@ -12,11 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +26,7 @@ from common.results import Run
 from common.substitution import BUILTIN, Source, candidates
 from mixadv.tokens import Attack, SimilarWords, WordSubstitution, adversarial_rows
 from mixadv.tokens.substitution.augmentation import copies
+from tests.scripts import own_start, weights_of  # noqa: F401
 from tests.substitution_zoo import TABLE, VOCABULARY, bag_of_words, tiny, word_tokenizer
 from tests.zoo import assert_same
 
@@ -92,15 +91,6 @@ def test_a_fraction_is_a_share():
 
 
 # Training --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give each test its own cache of data, and no accelerator of another test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -182,20 +172,6 @@ def test_epochs_after_the_first_go_over_clean_and_perturbed_rows(
     assert result["updates"] == math.ceil((21 + 32 + 32) / 4) == len(batches)
 
 
-def weights_of(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """Run a command line to its end; return the weights at the end."""
-    result, weights = Training.result, {}
-
-    def watched(training: Training) -> Any:
-        weights.update({k: v.clone() for k, v in training.model.state_dict().items()})
-        return result(training)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Training, "result", watched)
-        assert glue.main(argv) == 0
-    return weights
-
-
 MOMENTS = {  # settings, the updates that the last checkpoint has, and the attacks still to come
     "between two epochs": ([], 6, 2),
     "in a perturbed epoch": ([], 8, 1),
@@ -209,7 +185,7 @@ def test_a_run_that_is_killed_ends_as_an_uninterrupted_one(
     moment: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     more, every, attacked = MOMENTS[moment]
-    expected = weights_of(trains(folder, tmp_path / "whole", *more), monkeypatch)
+    expected = weights_of(glue.main, trains(folder, tmp_path / "whole", *more), monkeypatch)
     argv = trains(folder, tmp_path / "broken", "--checkpoint-every", str(every), *more)
     with monkeypatch.context() as patched:
         update, calls = Training.update, []
@@ -225,7 +201,7 @@ def test_a_run_that_is_killed_ends_as_an_uninterrupted_one(
             glue.main(argv)
     assert len(list((tmp_path / "broken").glob("*.pt"))) == 1
     batches, made = watch(monkeypatch)
-    assert_same(weights_of(argv, monkeypatch), expected)
+    assert_same(weights_of(glue.main, argv, monkeypatch), expected)
     assert len(made) == attacked
     [result] = results.finished(tmp_path / "broken" / "results.jsonl").values()
     assert len(batches) == (result["updates"] - every) * result["accumulate"]

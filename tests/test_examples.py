@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,6 @@ import sklearn.metrics
 import tokenizers
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState
 
 import anli
 import demo
@@ -38,7 +37,8 @@ from common.loop import Keeping, Training
 from common.results import Run
 from mixadv.games import METHODS, PARTICLE_METHODS, Particles
 from mixadv.robustness.data import DataError
-from tests.zoo import assert_same, slow_but
+from tests.scripts import own_start, weights_of  # noqa: F401
+from tests.zoo import assert_same, slow_but, tiny_bert
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS: dict[str, Any] = {"glue": glue, "anli": anli, "intent": intent}
@@ -46,15 +46,6 @@ WORDS = {"red": ["rose", "cherry", "brick"], "green": ["grass", "leaf"], "blue":
 FILLER = ["the", "this", "that", "one", "some", "very", "quite", "so", "like", "seems", "is"]
 SIZE = {"train": 12, "dev": 4, "test": 5}
 CLOCK = "seconds_per_update"
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give each test its own cache of data, and no accelerator of another test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 # Data and models -------------------------------------------------------------------------------
@@ -131,14 +122,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(path)
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=80,
-    )
+    config = tiny_bert(len(tokenizer), max_position_embeddings=80)
     transformers.BertModel(config).save_pretrained(path)
     return path
 
@@ -852,20 +836,6 @@ def interrupt(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
         broken("save", 2, torch, lambda state, path: Path(path).write_bytes(b"half of it"))
 
 
-def weights_of(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """Run a command line to its end; return the weights that it evaluated."""
-    result, weights = Training.result, {}
-
-    def watched(training: Training) -> Any:
-        weights.update({k: v.clone() for k, v in training.model.state_dict().items()})
-        return result(training)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Training, "result", watched)
-        assert intent.main(argv) == 0
-    return weights
-
-
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("setting", slow_but(USUAL, SETTINGS))
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
@@ -881,7 +851,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     if "mixture" not in setting and "bf16" not in setting:
         more += ["--radii", "0.1", "--attack-rows", "4"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    expected = weights_of(command(folder, encoder, whole, *more), monkeypatch)
+    expected = weights_of(intent.main, command(folder, encoder, whole, *more), monkeypatch)
 
     argv = command(folder, encoder, broken, *more)
     with monkeypatch.context() as patched:
@@ -894,7 +864,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     steps = []
     update = Training.update
     monkeypatch.setattr(Training, "update", lambda *a: steps.append(0) or update(*a))
-    assert_same(weights_of(argv, monkeypatch), expected)
+    assert_same(weights_of(intent.main, argv, monkeypatch), expected)
     assert len(steps) == {"in the evaluation": 0}.get(moment, 2)
     assert written(broken) == written(whole)
     assert not list(broken.glob("*.pt"))

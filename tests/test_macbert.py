@@ -22,6 +22,7 @@ from mixadv.tokens import (
 from mixadv.tokens.pretraining.selection import whole_words
 from mixadv.tokens.reading.words import cased_like
 from tests.tokenizers_zoo import FAMILIES, encoder_tokenizer, texts, unigram, word_pieces
+from tests.zoo import tiny_bert
 
 TABLE = Neighbours(
     {
@@ -268,15 +269,9 @@ def test_tensors_and_nones_are_rows_too():
     assert collator([{**feature, "word_ids": numbers}])["labels"].equal(expected)
 
 
-def tiny_bert(tokenizer):
+def untrained(tokenizer):
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
+    config = tiny_bert(len(tokenizer), intermediate_size=16)
     return transformers.BertForPreTraining(config)
 
 
@@ -300,7 +295,7 @@ def test_correction_and_sentence_order_train_under_trainer_and_resume_after_an_e
     )
 
     def trained(checkpoint=None):
-        model, collator = tiny_bert(tokenizer), CorrectionCollator(tokenizer, table)
+        model, collator = untrained(tokenizer), CorrectionCollator(tokenizer, table)
         trainer = transformers.Trainer(model, arguments, collator, data)
         trainer.train(resume_from_checkpoint=checkpoint)
         return model
@@ -309,6 +304,6 @@ def test_correction_and_sentence_order_train_under_trainer_and_resume_after_an_e
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert one.isfinite().all()
         assert one.equal(other)
-    heads, start = whole.cls, tiny_bert(tokenizer).cls
+    heads, start = whole.cls, untrained(tokenizer).cls
     assert not heads.predictions.bias.equal(start.predictions.bias)
     assert not heads.seq_relationship.weight.equal(start.seq_relationship.weight)

@@ -8,7 +8,6 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
@@ -28,21 +27,13 @@ from common.pretraining import corpus, models, tasks
 from common.pretraining.objectives import Masked, guess
 from common.pretraining.trainer import PretrainingTrainer, Repeatable
 from mixadv.robustness.data import DataError
+from tests.scripts import own_start  # noqa: F401
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOUNS = ["cat", "dog", "bird", "house", "river", "mountain", "teacher", "garden"]
 VERBS = ["sees", "likes", "finds", "follows", "paints"]
 TINY = ["--vocabulary", "120", "--length", "24", "--batch-size", "8", "--evaluate-rows", "12"]
 TABLE = {"cat": ["dog", "bird"], "dog": ["cat"], "house": ["garden"], "sees": ["finds"]}
-
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give each test its own cache of data, and no accelerator of another test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def sentence(draw: random.Random) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 
 import tests.tokenizers_zoo as zoo
 from mixadv.robustness import DataError, Rows, predict, read_rows, text_batches
+from tests.zoo import tiny_bert
 
 NAMES = ["entailment", "neutral", "contradiction"]
 ROWS = [
@@ -214,16 +215,8 @@ words = ["a", "fine", "film", "and", "bad", "long", "story", "he", "rests", "she
 
 def reader(length=40):
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=16,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        max_position_embeddings=length,
-        num_labels=3,
-        initializer_range=1.0,
-    )
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": length}
+    config = tiny_bert(16, **sizes, num_labels=3, initializer_range=1.0)
     return transformers.BertForSequenceClassification(config).double()
 
 

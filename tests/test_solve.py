@@ -1,14 +1,9 @@
 """What `solve` promises whatever it plays: seeds, early stops, dtypes, no side effects."""
 
-import ast
-from graphlib import TopologicalSorter
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-import mixadv.games
 from mixadv.games import (
     METHODS,
     PARTICLE_METHODS,
@@ -134,14 +129,3 @@ def test_a_restarted_method_is_chosen_by_name():
     of_hedge = solve(game, "restarted", 200, inner=Hedge)
     assert of_hedge.method.inner is Hedge
     assert not torch.equal(of_hedge.gaps, solve(game, "restarted", 200).gaps)
-
-
-def test_games_import_no_circle_and_only_the_ground_below_them():
-    """Imports for types alone count too."""
-    imports = {}
-    for path in Path(mixadv.games.__file__).parent.glob("*.py"):
-        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
-        imports[f"mixadv.games.{path.stem}"] = {n.module for n in nodes if "mixadv" in n.module}
-    TopologicalSorter(imports).prepare()
-    below = set().union(*imports.values()) - set(imports)
-    assert {name.split(".")[1] for name in below} <= {"checks", "errors", "maths"}

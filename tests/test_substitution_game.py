@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from scipy.optimize import linprog
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 import attack_game
 import mixadv
@@ -23,6 +23,7 @@ from mixadv.tokens.substitution.payoffs import (
     substitutions,
 )
 from tests.substitution_zoo import TABLE, word_tokenizer
+from tests.zoo import tiny_bert
 
 TEXT = "The good film and the plot"
 LABELS = {0: "negative", 1: "positive"}
@@ -30,11 +31,9 @@ LABELS = {0: "negative", 1: "positive"}
 
 def classifier(seed: int, dropout: float = 0.0) -> Any:
     torch.manual_seed(seed)
-    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = BertConfig(
-        id2label=LABELS, vocab_size=len(word_tokenizer()), max_position_embeddings=128,
-        intermediate_size=8, initializer_range=1.0, hidden_dropout_prob=dropout, **size,
-    )  # fmt: skip
+    size = {"hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 128}
+    words = {"id2label": LABELS, "initializer_range": 1.0, "hidden_dropout_prob": dropout}
+    config = tiny_bert(len(word_tokenizer()), **size, **words)
     return BertForSequenceClassification(config)
 
 

@@ -25,6 +25,7 @@ from mixadv.robustness import (
     text_batches,
     token_norm,
 )
+from tests.zoo import tiny_bert
 
 seeds = st.integers(0, 10**6)
 radii = st.floats(0.01, 3.0)
@@ -289,14 +290,7 @@ def test_a_process_that_measures_waits_for_no_other(monkeypatch):
 
 def test_texts_are_measured_through_their_tokenizer():
     words = ["a", "fine", "film", "bad", "story"]
-    config = transformers.BertConfig(
-        vocab_size=10,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        max_position_embeddings=12,
-    )
+    config = tiny_bert(10, hidden_size=8, intermediate_size=8, max_position_embeddings=12)
     model = transformers.BertForSequenceClassification(config)
     rows = Rows(["a fine film", "a bad story", "bad film bad", "fine"], [1, 0, 0, 1])
     batches = text_batches(model, tokenizers.word_pieces(*words), rows, batch_size=3)

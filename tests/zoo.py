@@ -51,6 +51,14 @@ _SEQ2SEQ = {
 }
 
 
+def tiny_bert(words: int, **changes: Any) -> transformers.BertConfig:
+    """Return the size of a BERT of one layer."""
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.BertConfig(
+        **{"vocab_size": words, "intermediate_size": 24, **size, **changes}
+    )
+
+
 def _bert() -> nn.Module:
     config = transformers.BertConfig(**_SIZE, **_DROPOUT)
     return transformers.BertForSequenceClassification(config)
