@@ -38,7 +38,7 @@ from mixadv.tokens import (
     substitutions,
 )
 from mixadv.tokens.substitution.game import Equilibrium, SubstitutionGame
-from mixadv.tokens.substitution.payoffs import Learner
+from mixadv.tokens.substitution.payoffs import Classifier
 from theory import oracles
 
 NAMES = ("pure_adversary_value", "guaranteed", "value", "worst", "pure_learner_value")
@@ -76,7 +76,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def learners(options: Namespace, task: Task) -> dict[str, tuple[list[Learner], Any]]:
+def learners(options: Namespace, task: Task) -> dict[str, tuple[list[Classifier], Any]]:
     """Return the rows of the games and their tokenizer, by name."""
     if options.mat:
         run = Run(

@@ -115,7 +115,7 @@ class Attacked:
         def compute(part: slice) -> list[Record]:
             texts, labels = self.attacked.texts[part], self.attacked.labels[part]
             found = attack.attack(self.by.model, self.by.tokenizer, texts, labels)
-            return [dataclasses.asdict(one) for one in found]
+            return [dataclasses.asdict(attack) for attack in found]
 
         each = self._records(name, key, compute)
         return {**summary(Attack(**record) for record in each), "per row": each}

@@ -70,10 +70,10 @@ class Measured:
         """Return how shifted sets are predicted, and the drop against the clean rows."""
         right = np.array(clean["per row"]["correct"])
         found = {name: self.predictions(name, rows) for name, rows in sets.items()}
-        for name, one in found.items():
-            drop = bootstrap_difference(right, np.array(one["per row"]["correct"]))
-            one["drop"] = estimate(drop)
-            one["texts"] = digest([sets[name].texts, sets[name].labels])
+        for name, section in found.items():
+            drop = bootstrap_difference(right, np.array(section["per row"]["correct"]))
+            section["drop"] = estimate(drop)
+            section["texts"] = digest([sets[name].texts, sets[name].labels])
         return found
 
     def learners(self, game: Game, sets: Mapping[str, Rows], last: Mapping[str, Record]) -> Record:
@@ -93,8 +93,8 @@ class Measured:
             }
         sums = ("rows", "accuracy", "loss", "ece")
         return {
-            who: {name: {key: one[key] for key in sums} for name, one in of.items()}
-            for who, of in found.items()
+            who: {name: {key: values[key] for key in sums} for name, values in own.items()}
+            for who, own in found.items()
         }
 
     def batches(self, rows: Rows, places: Sequence[int]) -> list[Batch]:

@@ -39,7 +39,8 @@ def accuracy_at_radii(axes: Any, reports: Reports) -> bool:
     held = {name: found["radii"] for name, found in reports.items() if "radii" in found}
     for (name, found), (colour, marker) in zip(held.items(), _styles(held), strict=True):
         values, low, high = (
-            [100 * one[key] for one in found["accuracy"]] for key in ("value", "low", "high")
+            [100 * accuracy[key] for accuracy in found["accuracy"]]
+            for key in ("value", "low", "high")
         )
         style = {"marker": marker, "markersize": 4, "color": colour, "clip_on": False}
         axes.plot(found["radii"], values, label=_label(name), **style)
@@ -59,16 +60,16 @@ def reliability(axes: Any, reports: Reports) -> bool:
         [found] = reports.values()
         sets = {"clean": found["clean"], **found.get("shifted", {})}
     axes.plot([0, 100], [0, 100], color="#999999", linewidth=0.8, linestyle="--")
-    for (name, one), (colour, marker) in zip(sets.items(), _styles(sets), strict=True):
-        confidence = np.array(one["per row"]["confidence"], np.float64)
+    for (name, section), (colour, marker) in zip(sets.items(), _styles(sets), strict=True):
+        confidence = np.array(section["per row"]["confidence"], np.float64)
         which = np.digitize(confidence, np.linspace(0, 1, BINS + 1)[1:-1], right=True)
         counts = np.bincount(which, minlength=BINS)
         filled = counts > 0
         x, y = (
             100 * np.bincount(which, values, minlength=BINS)[filled] / counts[filled]
-            for values in (confidence, one["per row"]["correct"])
+            for values in (confidence, section["per row"]["correct"])
         )
-        label = _label(f"{name} (ECE {one['ece']:.3f})")
+        label = _label(f"{name} (ECE {section['ece']:.3f})")
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
         sizes = 4 + 300 * counts[filled] / len(confidence)
         style = {"color": colour, "marker": marker, "alpha": 0.7, "linewidth": 0, "clip_on": False}
@@ -87,17 +88,17 @@ def loss_increase(axes: Any, reports: Reports) -> bool:
     found = {name: increase_of(section) for name, section in held.items()}
     if not found:
         return False
-    rows = np.logical_and.reduce([of.correct for of in found.values()])
-    everything = np.concatenate([of.increase[rows] for of in found.values()])
+    rows = np.logical_and.reduce([measured.correct for measured in found.values()])
+    everything = np.concatenate([measured.increase[rows] for measured in found.values()])
     if not (everything > 0).any():
         return False
     least = float(everything[everything > 0].min())
-    for (name, of), (colour, marker) in zip(found.items(), _styles(found), strict=True):
+    for (name, measured), (colour, marker) in zip(found.items(), _styles(found), strict=True):
         style = {"color": colour}
         if marker != MARKERS[0]:  # the first seven have colours enough
             style |= {"marker": marker, "markersize": 4, "markevery": 0.25}
         for what, line in {"increase": "-", "from_random": ":"}.items():
-            values = np.sort(np.maximum(getattr(of, what)[rows], least))
+            values = np.sort(np.maximum(getattr(measured, what)[rows], least))
             share = np.linspace(0, 100, len(values) + 1)
             label = _label(name if what == "increase" else f"{name}, random starts")
             axes.step([values[0], *values], share, line, where="post", label=label, **style)
@@ -141,6 +142,6 @@ def _styles(names: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _units(reports: Reports) -> str:
     about = [found["about"] for found in reports.values()]
-    if len({one["unit"] for one in about}) > 1:
+    if len({section["unit"] for section in about}) > 1:
         return "token norms of each model"
     return unit(about[0])

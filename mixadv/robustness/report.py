@@ -124,11 +124,11 @@ def _check_alike(sections: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise unless all reports are of the same rows, attacked with the same effort."""
     first, *others = sections
     for name in others:
-        one, other = sections[name], sections[first]
+        section, reference = sections[name], sections[first]
         for key, what in ALIKE.items():
-            if one["about"][key] != other["about"][key]:
+            if section["about"][key] != reference["about"][key]:
                 raise ValueError(f"{name} was evaluated {what} than {first}: {ALIKE_HOW}")
-        shifted = one.get("shifted", {}), other.get("shifted", {})
+        shifted = section.get("shifted", {}), reference.get("shifted", {})
         for key in shifted[0].keys() & shifted[1].keys():
             if shifted[0][key]["texts"] != shifted[1][key]["texts"]:
                 raise ValueError(f"{name} has other rows in {key} than {first}: {ALIKE_HOW}")
@@ -147,15 +147,15 @@ def _cells(sections: Mapping[str, Any]) -> dict[str, str]:
     """Return the cells of one model by column."""
     clean = sections["clean"]
     cells = {"clean %": share(clean["accuracy"]), "ECE": number(clean["ece"])}
-    for name, one in sections.get("shifted", {}).items():
-        cells |= {f"{name} %": share(one["accuracy"]), f"{name} drop": share(one["drop"])}
+    for name, found in sections.get("shifted", {}).items():
+        cells |= {f"{name} %": share(found["accuracy"]), f"{name} drop": share(found["drop"])}
     found = sections.get("radii", {"radii": [], "accuracy": []})
     for radius, accuracy in zip(found["radii"], found["accuracy"], strict=True):
         if radius:
             cells[f"PGD {radius:g} %"] = share(accuracy)
-    for name, one in sections.get("attacks", {}).items():
-        cells[f"under {name} %"] = share(one["accuracy_under_attack"])
-        cells[f"{name} success %"] = success(one)
+    for name, found in sections.get("attacks", {}).items():
+        cells[f"under {name} %"] = share(found["accuracy_under_attack"])
+        cells[f"{name} success %"] = success(found)
     if "exploitability" in sections:
         cells["exploitability ≥"] = number(sections["exploitability"]["gain"])
     return cells
@@ -172,7 +172,7 @@ def _increases(
     found = {name: increase_of(section) for name, section in held.items()}
     if not found:
         return {}
-    if not np.logical_and.reduce([of.correct for of in found.values()]).any():
+    if not np.logical_and.reduce([measured.correct for measured in found.values()]).any():
         notes.append("No attacked row is classified correctly by all: there is no loss increase.")
         return {}
     sums = all_correct(found)
@@ -182,9 +182,9 @@ def _increases(
     )
     return {
         model: {
-            f"{what} {radii[model]:g}" if of != "clean_loss" else what: quartiles(row[of])
-            for of, what in INCREASES.items()
-            if of != "from_zero"  # random starts alone are the published measure
+            f"{what} {radii[model]:g}" if key != "clean_loss" else what: quartiles(row[key])
+            for key, what in INCREASES.items()
+            if key != "from_zero"  # random starts alone are the published measure
         }
         for model, row in sums.items()
     }

@@ -96,10 +96,10 @@ def bootstrap_difference(
         >>> found.value, found.low < 1 < found.high
         (1.0, True)
     """
-    of = _named(statistic)
+    statistic_of = _named(statistic)
 
     def difference(x: NDArray[Any], y: NDArray[Any], axis: int = -1) -> Any:
-        return of(x, axis=axis) - of(y, axis=axis)
+        return statistic_of(x, axis=axis) - statistic_of(y, axis=axis)
 
     return _bootstrap([_values(a), _values(b)], difference, level, resamples, seed)
 
@@ -147,7 +147,7 @@ def paired_t_test(
         raise ValueError(
             f"No seed is in both: {sorted(a)} and {sorted(b)}. Methods are compared seed by seed."
         )
-    ours, theirs = (_values([of[seed] for seed in seeds]) for of in (a, b))
+    ours, theirs = (_values([scores[seed] for seed in seeds]) for scores in (a, b))
     gains = ours.astype(np.float64) - theirs
     difference, error = t_interval(gains, level), _standard_error(gains)
     rounding = 8 * float(np.finfo(np.float64).eps * np.abs([ours, theirs]).max())
@@ -183,12 +183,16 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def _bootstrap(
-    sets: Sequence[NDArray[Any]], of: Callable[..., Any], level: float, resamples: int, seed: int
+    sets: Sequence[NDArray[Any]],
+    statistic: Callable[..., Any],
+    level: float,
+    resamples: int,
+    seed: int,
 ) -> Estimate:
     _check_level(level)
     check_integer("bootstrap", "resamples", resamples, 1)
     numbers = [x.astype(np.float64) for x in sets]
-    value = float(of(*numbers, axis=-1))
+    value = float(statistic(*numbers, axis=-1))
     constant = [bool((x == x[0]).all()) for x in sets]
     if all(x.dtype == bool for x in sets):
         if any(constant):
@@ -199,7 +203,7 @@ def _bootstrap(
         return Estimate(value, value, value)
     found: Any = stats.bootstrap(
         numbers,
-        of,
+        statistic,
         n_resamples=resamples,
         batch=max(1, _CHUNK // max(map(len, sets))),
         confidence_level=level,

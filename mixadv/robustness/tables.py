@@ -37,13 +37,13 @@ def _accuracy(sections: Mapping[str, Any]) -> Table:
     rows = [
         [
             name,
-            str(one["rows"]),
-            share(one["accuracy"]),
-            share(one.get("drop")),
-            number(one["loss"]),
-            number(one["ece"]),
+            str(found["rows"]),
+            share(found["accuracy"]),
+            share(found.get("drop")),
+            number(found["loss"]),
+            number(found["ece"]),
         ]
-        for name, one in sets.items()
+        for name, found in sets.items()
     ]
     title = f"Accuracy of {sections['about']['model']} on {sections['about']['data']}"
     return Table(title, ("set", "rows", "accuracy %", "drop", "loss", "ECE"), rows)
@@ -87,14 +87,14 @@ def _attacks(sections: Mapping[str, Any]) -> Table:
         [
             [
                 name,
-                str(one["rows"]),
-                share(one["clean_accuracy"]),
-                share(one["accuracy_under_attack"]),
-                success(one),
-                number(one["words_changed"]),
-                number(one["queries"]),
+                str(attack["rows"]),
+                share(attack["clean_accuracy"]),
+                share(attack["accuracy_under_attack"]),
+                success(attack),
+                number(attack["words_changed"]),
+                number(attack["queries"]),
             ]
-            for name, one in sections["attacks"].items()
+            for name, attack in sections["attacks"].items()
         ],
     )
 
@@ -114,8 +114,8 @@ def _exploitability(sections: Mapping[str, Any]) -> Table:
 
 def _learners(sections: Mapping[str, Any]) -> Table:
     rows = [
-        [learner, name, share(one["accuracy"]), number(one["loss"]), number(one["ece"])]
+        [learner, name, share(found["accuracy"]), number(found["loss"]), number(found["ece"])]
         for learner, sets in sections["learners"].items()
-        for name, one in sets.items()
+        for name, found in sets.items()
     ]
     return Table("The learner's weights", ("weights", "set", "accuracy %", "loss", "ECE"), rows)

@@ -68,7 +68,7 @@ class LossIncrease:
         count = len(values["increase"])
         if not count:
             raise ValueError("There are no rows to sum up: choose at least one.")
-        return {"n": count, **{name: _spread(of) for name, of in values.items()}}
+        return {"n": count, **{name: _spread(x) for name, x in values.items()}}
 
 
 def loss_increase(
@@ -158,17 +158,17 @@ def all_correct(found: Mapping[str, LossIncrease]) -> dict[str, dict[str, Any]]:
         >>> table["pgd"]["n"], table["pgd"]["increase"]["median"]
         (1, 2.0)
     """
-    counts = {name: len(of.correct) for name, of in found.items()}
+    counts = {name: len(own.correct) for name, own in found.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(f"Models are compared on the same rows, and were measured on {counts}.")
-    rows = np.logical_and.reduce([of.correct for of in found.values()])
+    rows = np.logical_and.reduce([own.correct for own in found.values()])
     if not rows.any():
-        right = {name: int(of.correct.sum()) for name, of in found.items()}
+        right = {name: int(own.correct.sum()) for name, own in found.items()}
         raise ValueError(
             f"No row is classified correctly by all of {', '.join(found)}: of {len(rows)} rows "
             f"{right} are right."
         )
-    return {name: of.summary(rows) for name, of in found.items()}
+    return {name: own.summary(rows) for name, own in found.items()}
 
 
 def accuracy_at_radii(

@@ -154,7 +154,7 @@ class CorrectionCollator:
         before = next((c for c in CONTEXTS if pieces(word, c) == ids), None)
         if before is None:  # tokens that hold more than the word, as a sign before it
             return []
-        found = dict.fromkeys(pieces(cased_like(other, word), before) for other in near)
+        found = dict.fromkeys(pieces(cased_like(similar, word), before) for similar in near)
         return [
             new for new in found if len(new) == len(ids) and new != ids and special.isdisjoint(new)
         ]

@@ -19,7 +19,7 @@ from mixadv.tokens.substitution.candidates import Candidates, check_most
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity
 from mixadv.tokens.substitution.game import SubstitutionGame
 
-Learner = Callable[..., Any]
+Classifier = Callable[..., Any]
 """Reads an encoding as a classifier does, by keyword: returns logits, or an output with them."""
 
 
@@ -71,22 +71,22 @@ def substitutions(
     return (text, *((text[0], new) if column else (new, text[1]) for new in found))
 
 
-def dropout_masks(model: nn.Module, seeds: Sequence[int]) -> list[Learner]:
+def dropout_masks(model: nn.Module, seeds: Sequence[int]) -> list[Classifier]:
     """Return the model with dropout on, once for each seed: a sample of thinned networks.
 
     The masks are drawn anew from the seed for each text, which is read by itself, so that an entry
     of the game depends on its row and its column alone.
     """
 
-    def learner(seed: int) -> Learner:
+    def learner(seed: int) -> Classifier:
         def read(**encoding: Tensor) -> Tensor:
             logits = []
             with evaluating(model):
                 model.train()
                 for row, real in enumerate(encoding["attention_mask"].bool()):
                     torch.manual_seed(seed)
-                    one = {n: v[row : row + 1, real] for n, v in encoding.items()}
-                    logits.append(_logits(model(**one)))
+                    text = {n: v[row : row + 1, real] for n, v in encoding.items()}
+                    logits.append(_logits(model(**text)))
             return torch.cat(logits)
 
         return _Sample(model, read)
@@ -94,7 +94,7 @@ def dropout_masks(model: nn.Module, seeds: Sequence[int]) -> list[Learner]:
     return [learner(seed) for seed in seeds]
 
 
-def learner_samples(game: Game) -> list[Learner]:
+def learner_samples(game: Game) -> list[Classifier]:
     """Return the model with each of the last samples of θ that the game keeps.
 
     Raises:
@@ -102,7 +102,7 @@ def learner_samples(game: Game) -> list[Learner]:
     """
     model = unwrap(game.model)
 
-    def learner(sample: dict[str, Tensor]) -> Learner:
+    def learner(sample: dict[str, Tensor]) -> Classifier:
         def read(**encoding: Tensor) -> Tensor:
             with evaluating(model):
                 return _logits(functional_call(model, sample, (), encoding))
@@ -113,7 +113,7 @@ def learner_samples(game: Game) -> list[Learner]:
 
 
 def substitution_game(
-    learners: Sequence[Learner],
+    learners: Sequence[Classifier],
     tokenizer: Any,
     texts: Sequence[Text],
     label: int,
@@ -155,19 +155,19 @@ class _Sample:
     """A learner that reads with a model in another state."""
 
     model: nn.Module
-    read: Learner
+    read: Classifier
 
     def __call__(self, **encoding: Tensor) -> Any:
         return self.read(**encoding)
 
 
-def _model(learner: Learner) -> nn.Module | None:
+def _model(learner: Classifier) -> nn.Module | None:
     """Return the model that a learner reads with, where that is known."""
     found = learner.model if isinstance(learner, _Sample) else learner
     return found if isinstance(found, nn.Module) else None
 
 
-def _errors(learner: Learner, encoding: Any, label: int) -> Tensor:
+def _errors(learner: Classifier, encoding: Any, label: int) -> Tensor:
     model = _model(learner)
     device = encoding["input_ids"].device if model is None else next(model.parameters()).device
     logits = _logits(learner(**{name: values.to(device) for name, values in encoding.items()}))
