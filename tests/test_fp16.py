@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import mixadv
 from mixadv.maths.divergence import symmetric_kl
-from tests.test_game import HostReads
-from tests.zoo import assert_same, or_refused, player
+from tests.test_game import no_reads
+from tests.zoo import assert_same, or_refused, overflow, play, player, wrapped
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -115,17 +115,10 @@ def test_each_samples_divergence_has_its_gradient_whatever_its_size(
     route: Any, half: str, device: str, exponents: list[int]
 ) -> None:
     weights = 2.0 ** torch.tensor(exponents)
-    solver = mixadv.MAT(
-        particles=2,
-        particle_batching=route,
-        divergence=weighted(weights),
-        start_size=0.5,
-        learner_steps=1,
-        learner_temperature=0.0,
-        damping=0.0,
-        round_damping=0.0,
-        average=None,
-    )
+    settings = {"particles": 2, "particle_batching": route, "start_size": 0.5}
+    settings |= {"learner_steps": 1, "learner_temperature": 0.0}
+    settings |= {"damping": 0.0, "round_damping": 0.0, "average": None}
+    solver = mixadv.MAT(divergence=weighted(weights), **settings)
     low, full = (gradients(h, solver, device=device) for h in (half, False))
     # fp16 weights change the predictions too, and by more than the sums of a backward pass do.
     assert_alike(low, full, 0.1)
@@ -194,7 +187,7 @@ def test_a_gradient_that_shrinks_on_its_way_to_delta_neither_vanishes_nor_overfl
 def test_on_long_texts_a_scaler_skips_no_step_more_than_in_plain_training(name: str) -> None:
     model, scales = Bag(), []
     base: Any = torch.optim.SGD(model.parameters(), lr=1e-3)
-    optimizer = base if name == "plain" else mixadv.wrap(base, model, mixadv.make_solver(name))
+    optimizer = base if name == "plain" else wrapped(model, name, lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
     for _ in range(3):
         with fp16():
@@ -223,12 +216,6 @@ def test_a_batch_that_is_broken_whatever_its_scale_costs_itself_alone() -> None:
 def test_a_sample_that_overflows_does_not_shrink_the_scale_of_others() -> None:
     model = Bag()
     game = mixadv.Game(model, mixadv.PGD(steps=1, start="zero"))
-
-    def overflow(module: nn.Module, args: tuple[Tensor]) -> None:
-        if args[0].requires_grad:
-            infinite = torch.zeros_like(args[0])
-            infinite[1, 0, 0] = torch.inf
-            args[0].register_hook(lambda gradient: gradient + infinite)
 
     closure = classify(model)
     with fp16():
@@ -262,8 +249,8 @@ def test_scales_are_measured_where_autocast_begins_within_the_model() -> None:
 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_wider_formats_are_not_scaled(name: str) -> None:
-    model, solver = Bag(), mixadv.make_solver(name, radius=0.2)
-    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), 0.1), model, solver)
+    model = Bag()
+    optimizer = wrapped(model, name, radius=0.2)
     with torch.autocast("cpu", torch.bfloat16):
         optimizer.step(classify(model))
     assert optimizer.game.rounds.arena.calibration.scaling is None
@@ -272,26 +259,19 @@ def test_wider_formats_are_not_scaled(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["pgd", "mat", "freelb"])
 def test_resuming_in_fp16_is_not_interrupting(name: str) -> None:
-    def begin() -> tuple[Bag, mixadv.GameOptimizer]:
-        model = Bag()
-        base = torch.optim.SGD(model.parameters(), lr=0.1)
-        return model, mixadv.wrap(base, model, mixadv.make_solver(name))
-
-    def go(model: Bag, optimizer: mixadv.GameOptimizer) -> None:
+    def go(optimizer: mixadv.GameOptimizer) -> None:
         for size in (1.0, 1e-3, 1e-5):
             with fp16():
-                optimizer.game.loss(classify(model, size)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+                play(optimizer, classify(optimizer.game.model, size), "loss")
 
-    model, optimizer = begin()
-    go(model, optimizer)
+    model, other = Bag(), Bag()
+    optimizer, resumed = wrapped(model, name), wrapped(other, name)
+    go(optimizer)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    go(model, optimizer)
-    other, resumed = begin()
+    go(optimizer)
     other.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
-    go(other, resumed)
+    go(resumed)
     assert_same(dict(other.named_parameters()), dict(model.named_parameters()))
     assert_same(resumed.game.rounds.memory, optimizer.game.rounds.memory)
 
@@ -307,19 +287,11 @@ def test_an_evaluation_in_fp16_leaves_no_scale_behind() -> None:
 @pytest.mark.parametrize("name", ["pgd", "smart", "freelb", "cat"])
 def test_rounds_in_fp16_read_nothing_from_the_device(name: str, monkeypatch: Any) -> None:
     model = Bag()
-    base = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
-    game = mixadv.wrap(base, model, mixadv.make_solver(name)).game
+    game = wrapped(model, name).game
     with fp16():
         game.loss(classify(model)).backward()
-
-        def read(*_: Any) -> None:
-            raise AssertionError("the host read a tensor")
-
-        for method in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
-            monkeypatch.setattr(Tensor, method, read)
-        with HostReads() as reads:
+        with no_reads(monkeypatch):
             game.loss(classify(model)).backward()
-    assert reads.seen == []
 
 
 # Under a gradient scaler -------------------------------------------------------------------------
@@ -457,12 +429,11 @@ def test_weights_in_fp16_are_refused_by_the_scaler_not_by_the_game() -> None:
 def test_transformers_play_in_fp16(family: str) -> None:
     for name in ("pgd", "smart", "freelb"):
         p = player(family, rows=4)
-        base = torch.optim.SGD(p.model.parameters(), lr=0.1)
-        optimizer = mixadv.wrap(base, p.model, mixadv.make_solver(name))
+        game = wrapped(p, name).game
         with fp16():
-            outcome = optimizer.game.backward(p.closure())
+            outcome = game.backward(p.closure())
         assert outcome.nonfinite == 0
-        scaling = optimizer.game.rounds.arena.calibration.scaling
+        scaling = game.rounds.arena.calibration.scaling
         assert scaling == ("batch" if family == "vision" else "sample")
 
 
@@ -473,9 +444,6 @@ def test_a_stack_that_cannot_replay_dropout_is_refused_in_low_formats_too(
     model = Bag()
     model.normalise = nn.Dropout(0.5)
     solver = mixadv.MAT(particles=3, particle_batching="stack", start_size=0.5)
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
-    with (
-        torch.autocast("cpu", dtype),
-        pytest.raises(mixadv.GameError, match="cannot replay dropout"),
-    ):
-        mixadv.wrap(base, model, solver).step(classify(model, reduction="none"))
+    refused = pytest.raises(mixadv.GameError, match="cannot replay dropout")
+    with torch.autocast("cpu", dtype), refused:
+        wrapped(model, solver).step(classify(model, reduction="none"))

