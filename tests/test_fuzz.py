@@ -99,8 +99,25 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "ascent": (mixadv.Ascent, tuple(f.name for f in fields(mixadv.Ascent))),
 }
 CALLS |= {
-    name: (method, tuple(f.name for f in fields(method)))
-    for name, method in {**METHODS, **PARTICLE_METHODS}.items()
+    name: (method, tuple(f.name for f in fields(method) if f.init))
+    for name, method in {**METHODS, **PARTICLE_METHODS, **mixadv.SOLVERS}.items()
+}
+
+
+def wrap(**changed: Any) -> None:
+    model = small().model
+    base = SGD(model.parameters(), lr=0.1)
+    mixadv.wrap(**{"optimizer": base, "model": model, "solver": mixadv.PGD(), **changed})
+
+
+def game(**changed: Any) -> None:
+    mixadv.Game(**{"model": small().model, "solver": mixadv.PGD(), **changed})
+
+
+CALLS |= {
+    "wrap": (wrap, ("optimizer", "model", "solver", "site", "seed")),
+    "game": (game, ("model", "solver", "site", "seed", "optimizer")),
+    "solver": (mixadv.make_solver, ("name",)),
 }
 
 
