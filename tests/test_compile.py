@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mixadv
 from tests.test_checkpointing import wrapped
-from tests.test_site import classify, hooks
-from tests.zoo import USUAL, Vision, player, slow_but, without_dropout
+from tests.test_site import classify
+from tests.zoo import USUAL, Vision, copies, hooks, player, slow_but, without_dropout
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +56,8 @@ def rounds(optimizer: mixadv.GameOptimizer, closures: list[Callable[[], Any]]) -
     seen: list[Tensor] = []
     for closure in closures:
         seen.append(optimizer.step(closure))
-        seen += [points.clone() for points in optimizer.game.strategy.points]
-    return seen + [p.detach().clone() for p in optimizer.game.model.parameters()]
+        seen += copies(optimizer.game.strategy.points)
+    return seen + copies(optimizer.game.model.parameters())
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> None:
@@ -77,6 +78,23 @@ def plays_alike(
 
 def twice(model: Any) -> list[Callable[[], Any]]:
     return [classify(model, ids())] * 2
+
+
+def called(batch: Tensor) -> Any:
+    """Return a compiled model whose first call came before any game."""
+    model = compiled(Tiny())
+    classify(model, batch)()[0].backward()
+    model.zero_grad()
+    return model
+
+
+@contextmanager
+def or_told(words: str = "compiled", errors: Any = mixadv.GameError) -> Iterator[None]:
+    """Let pass what is refused for being compiled."""
+    try:
+        yield
+    except errors as error:
+        assert words in str(error)  # noqa: PT017
 
 
 def still() -> nn.Module:
@@ -200,14 +218,11 @@ def test_a_model_that_ran_before_its_game_never_trains_without_delta(
     """Compiled code ignores hooks that come after its first call: that works, or is said."""
     plain = Tiny()
     expected = rounds(wrapped(plain, name), twice(plain))
-    model = compiled(Tiny())
-    if earlier == "called":
-        classify(model, ids())()[0].backward()
-        model.zero_grad()
-    elif earlier == "evaluated":
+    model = called(ids()) if earlier == "called" else compiled(Tiny())
+    if earlier == "evaluated":
         with torch.no_grad():
             model(ids())
-    else:
+    elif earlier != "called":
         first = mixadv.Game(model, mixadv.PGD())
         first.backward(classify(model, ids()))
         model.zero_grad()
@@ -253,20 +268,16 @@ def test_other_sites_of_a_compiled_model_are_right_or_refused(case: str) -> None
         torch.manual_seed(1)
         return make()
 
-    try:
+    with or_told("compile", (mixadv.GameError, TypeError, ValueError)):
         plays_alike("freelb", seeded, lambda m: [classify(m, batch())] * 2, site=site)
-    except (mixadv.GameError, TypeError, ValueError) as error:
-        assert "compile" in str(error)  # noqa: PT017
 
 
 def right_or_refused(make: Callable[[], nn.Module], wrap: Callable[[nn.Module], Any]) -> bool:
     """Return whether FreeLB plays what it plays on the plain model; else it must be refused."""
-    try:
+    with or_told():
         plays_alike("freelb", make, twice, wrap)
-    except mixadv.GameError as error:
-        assert "compiled" in str(error)  # noqa: PT017
-        return False
-    return True
+        return True
+    return False
 
 
 def part(name: str, in_place: bool) -> Callable[[nn.Module], nn.Module]:
@@ -341,24 +352,16 @@ def test_a_shape_that_ran_before_the_game_is_right_or_refused_when_it_comes_agai
     plain = Tiny()
     batches = [ids(4), ids(6)]
     expected = rounds(wrapped(plain, "freelb"), [classify(plain, batch) for batch in batches])
-    model = compiled(Tiny())
-    classify(model, batches[1])()[0].backward()
-    model.zero_grad()
-    optimizer = wrapped(model, "freelb")
-    try:
-        seen = rounds(optimizer, [classify(model, batch) for batch in batches])
-    except mixadv.GameError as error:
-        assert "compiled" in str(error)  # noqa: PT017
-    else:
+    model = called(batches[1])
+    with or_told():
+        seen = rounds(wrapped(model, "freelb"), [classify(model, batch) for batch in batches])
         same(seen, expected)
 
 
 def test_resetting_the_compiler_lets_a_model_that_ran_before_play() -> None:
     plain = Tiny()
     expected = rounds(wrapped(plain, "freelb"), twice(plain))
-    model = compiled(Tiny())
-    classify(model, ids())()[0].backward()
-    model.zero_grad()
+    model = called(ids())
     optimizer = wrapped(model, "freelb")
     with pytest.raises(mixadv.GameError, match=r"torch\.compiler\.reset\(\)"):
         optimizer.step(classify(model, ids()))

@@ -1,11 +1,11 @@
 """What goes wrong in a long run, and what it costs: out of memory, a broken batch, a kill."""
 
 import contextlib
-import gc
 import os
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import mixadv
-from tests.zoo import CANNOT, assert_same, fingerprint, small
+from tests.zoo import CANNOT, WAYS, assert_same, fingerprint, play, small, uncollected, wrapped
 
-WAYS = ("step", "backward", "loss")
 PLAYED = [(name, how) for name in mixadv.SOLVERS for how in WAYS if (name, how) not in CANNOT]
 ROOT = Path(__file__).parent.parent
 
@@ -33,9 +32,8 @@ class Run:
         if name == "cat":
             chosen["head"] = nn.Linear(3, 2).double()
             chosen["head"].register_forward_pre_hook(lambda *_: self.count())
-        base = SGD(self.player.model.parameters(), lr=0.1, momentum=0.5)
-        self.optimizer = mixadv.wrap(base, self.player.model, mixadv.make_solver(name, **chosen))
-        base.register_step_post_hook(self.after_step)
+        self.optimizer = wrapped(self.player, name, partial(SGD, momentum=0.5), **chosen)
+        self.optimizer.base.register_step_post_hook(self.after_step)
         self.player.model.normalise.register_forward_hook(self.after_hidden)
 
     def after_step(self, *_: Any) -> None:
@@ -59,17 +57,8 @@ class Run:
             loss, logits = inner()
             return scale * loss, logits
 
-        game = self.optimizer.game
-        if self.how == "step":
-            return self.optimizer.step(closure)
         self.optimizer.zero_grad()
-        if self.how == "backward":
-            loss = game.backward(closure).objective
-        else:
-            loss = game.loss(closure)
-            loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+        return play(self.optimizer, closure, self.how)
 
     def state(self) -> dict[str, Any]:
         found = fingerprint(self.player.model, self.optimizer)
@@ -105,14 +94,11 @@ def test_a_batch_that_does_not_fit_is_freed_and_played_in_smaller_parts(
     for at in range(1, whole.forwards + 1):
         run = fresh()
         found, run.broken_at = run.state(), at
-        gc.disable()
-        try:
+        with uncollected():
             with contextlib.suppress(torch.OutOfMemoryError):  # keeps no traceback
                 run.train()
                 pytest.fail("the error was swallowed")
             assert all(ref() is None for ref in run.held)
-        finally:
-            gc.enable()
         run.optimizer.zero_grad()
         left, stepped = run.state(), run.steps
         if stepped or not rounds:  # the base has moved on; the unit is that of the whole batch

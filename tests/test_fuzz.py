@@ -27,7 +27,7 @@ from mixadv.games import (
     duality_gap,
     solve,
 )
-from tests.zoo import assert_same, fingerprint, small
+from tests.zoo import assert_same, fingerprint, small, wrapped
 
 HUGE = 10**400
 NOTHING = float("nan")
@@ -210,8 +210,7 @@ USES: dict[str, Callable[[mixadv.GameOptimizer, Any, Any], Any]] = {
 def test_what_is_refused_leaves_no_trace(use: str, name: str):
     """In a later round, whose checks are fewer."""
     player = small()
-    base = SGD(player.model.parameters(), lr=0.1, momentum=0.5)
-    optimizer = mixadv.wrap(base, player.model, mixadv.make_solver(name))
+    optimizer = wrapped(player, name, partial(SGD, momentum=0.5))
     optimizer.step(player.closure())
     saved = copy.deepcopy([player.model.state_dict(), optimizer.state_dict()])
     found, count = fingerprint(player.model, optimizer), 0

@@ -1,7 +1,6 @@
 """A round that breaks, wherever it breaks, leaves nothing behind, and the next one plays."""
 
 import functools
-import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,24 +15,18 @@ from torch.utils.checkpoint import checkpoint
 import mixadv
 from mixadv.equilibrium import best_response, exploitability
 from mixadv.maths.divergence import js
-from tests.zoo import CANNOT, assert_same, fingerprint, or_refused, small
-
-
-class BrokenError(Exception):
-    pass
-
-
-class Fault:
-    """Raises at its n-th call; `None` never raises, and counts."""
-
-    def __init__(self, at: int | None = None, error: type[BaseException] = BrokenError) -> None:
-        self.at, self.error, self.calls = at, error, 0
-
-    def __call__(self, *_: Any) -> None:
-        self.calls += 1
-        if self.calls == self.at:
-            raise self.error
-
+from tests.zoo import (
+    CANNOT,
+    WAYS,
+    BrokenError,
+    Fault,
+    assert_same,
+    fingerprint,
+    or_refused,
+    small,
+    uncollected,
+    wrapped,
+)
 
 MIXED = mixadv.MAT(particles=2, samples=2)
 COMPARISON = {"pgd": "payoff"} | dict.fromkeys(["vat", "r3f", "alum", "smart", "mat"], "divergence")
@@ -62,9 +55,8 @@ class Run:
         chosen: dict[str, Any] = {COMPARISON[name]: divergence} if name in COMPARISON else {}
         if name == "cat":
             chosen["head"] = nn.Linear(3, 2).double()
-        base = Base(self.player.model.parameters(), lr=0.1, momentum=0.5)
-        solver = mixadv.make_solver(name, **chosen)
-        self.optimizer = mixadv.wrap(base, self.player.model, solver)
+        base = functools.partial(Base, momentum=0.5)
+        self.optimizer = wrapped(self.player, name, base, **chosen)
         self.player.model.dropout.eval()  # a mode of its own
         self.player.model.head.bias.requires_grad_(False)
         for _ in range(rounds):
@@ -128,13 +120,11 @@ def undisturbed(name: str, how: str, rounds: int) -> list[Any]:
 
 RESTORED = ("identities", "requires_grad", "modes", "buffers", "hooks", "random", "grad mode")
 PLACES = {
-    "before the forward": lambda name, how: True,
-    "after the forward": lambda name, how: True,
+    **dict.fromkeys(["before the forward", "after the forward"], lambda name, how: True),
     "within a backward": lambda name, how: how != "loss" or name not in STILL,
     "divergence": lambda name, how: name in COMPARISON,
     "ascent": lambda name, how: name not in STILL,
-    "before backward=": lambda name, how: how == "backward",
-    "after backward=": lambda name, how: how == "backward",
+    **dict.fromkeys(["before backward=", "after backward="], lambda name, how: how == "backward"),
     "optimizer": lambda name, how: how == "step",
 }
 CASES = [
@@ -190,7 +180,7 @@ def test_an_interrupted_round_leaves_no_trace(
             assert_same([run.train(), run.state()], undisturbed(name, how, rounds))
 
 
-@pytest.mark.parametrize("how", ["step", "backward", "loss"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("broken", ["play", "backward", "nothing"])
 def test_a_solvers_play_is_closed_wherever_its_round_ends(how: str, broken: str):
     """Its `finally` runs when it fails, when the loop around it fails, and at the step."""
@@ -212,7 +202,7 @@ def test_a_solvers_play_is_closed_wherever_its_round_ends(how: str, broken: str)
                 ended.append(True)
 
     player = small()
-    optimizer = mixadv.wrap(SGD(player.model.parameters(), lr=0.1), player.model, Own())
+    optimizer = wrapped(player, Own())
     play = optimizer.step if how == "step" else getattr(optimizer.game, how)
     found = fingerprint(player.model)
     if broken == "nothing":
@@ -247,7 +237,7 @@ def test_a_waiting_loss_survives_an_interruption(name: str, interrupted: str):
         player, fault = small(), Fault(2)
         model = Checkpointed(player.model).train()
         player = player._replace(model=model)
-        game = mixadv.wrap(SGD(model.parameters(), lr=0.1), model, mixadv.make_solver(name)).game
+        game = wrapped(player, name).game
         found = fingerprint(model)["hooks"]
         game.loss(player.closure()).backward()
         waiting = game.loss(player.closure())
@@ -281,7 +271,7 @@ USES: dict[str, Callable[[mixadv.Game, Any], Any]] = {
 @pytest.mark.parametrize("use", USES)
 def test_evaluation_leaves_no_trace(use: str):
     player = small()
-    optimizer = mixadv.wrap(SGD(player.model.parameters(), lr=0.1), player.model, MIXED)
+    optimizer = wrapped(player, MIXED)
     optimizer.step(player.closure())
     player.model.eval()
     found, count = fingerprint(player.model, optimizer), Fault()
@@ -296,7 +286,7 @@ def test_evaluation_leaves_no_trace(use: str):
 
 def test_weights_return_when_an_evaluation_of_their_average_fails():
     player = small()
-    optimizer = mixadv.wrap(SGD(player.model.parameters(), lr=0.1), player.model, MIXED)
+    optimizer = wrapped(player, MIXED)
     for _ in range(3):
         optimizer.step(player.closure())
     found = fingerprint(player.model, optimizer)
@@ -310,12 +300,9 @@ def test_weights_return_when_an_evaluation_of_their_average_fails():
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_a_model_and_its_rounds_are_freed_without_the_garbage_collector(name: str):
     player = small()
-    optimizer = mixadv.wrap(SGD(player.model.parameters()), player.model, mixadv.make_solver(name))
-    gc.disable()
-    try:
+    optimizer = wrapped(player, name)
+    with uncollected():
         optimizer.step(player.closure())
         alive = [weakref.ref(x) for x in (player.model, *player.model.parameters())]
         del player, optimizer
         assert [x() for x in alive] == [None] * len(alive)
-    finally:
-        gc.enable()

@@ -52,10 +52,11 @@ class Training:
         for _ in range(rounds):
             self.optimizer.step(self.closure())
 
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        self.backward()
-        self.optimizer.step()
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.optimizer.zero_grad()
+            self.backward()
+            self.optimizer.step()
 
 
 def vector(weights: dict[str, Tensor]) -> Tensor:
@@ -154,14 +155,12 @@ def test_steps_that_loss_scaling_skips_move_nothing(solver, fused):
         return [training.weights, average]
 
     training = Training(solver, fused=fused)
-    for _ in range(3):
-        training.step()
+    training.step(3)
     before = kept()
     for _ in range(3):
         overflow(training, training.base if fused else training.optimizer)
         assert all(torch.equal(a, b) for a, b in zip(kept(), before, strict=True))
-    for _ in range(2):
-        training.step()
+    training.step(2)
     assert not torch.equal(training.weights, before[0])
 
 
@@ -200,8 +199,7 @@ def test_average_is_over_closed_rounds(average):
     training = Training(mixadv.MAT(learner_steps=2, average=average))
     expected, closed = None, []
     for _ in range(4):
-        training.step()
-        training.step()
+        training.step(2)
         closed.append(training.weights)
         expected = closed[0] if expected is None else 0.8 * expected + 0.2 * closed[-1]
     training.step()  # an open round does not count
@@ -275,8 +273,7 @@ def test_averaged_weights_are_refused_within_a_round_and_are_the_live_ones_befor
 
 def test_last_samples_are_kept_oldest_first():
     training = Training(mixadv.MAT(**COLD, learner_steps=2, samples=3))
-    for _ in range(5):
-        training.step()
+    training.step(5)
     kept = [vector(sample) for sample in training.game.learner_samples]
     assert torch.equal(torch.stack(kept), torch.stack(training.samples[-3:]))
 
@@ -290,8 +287,7 @@ def test_samples_carry_the_langevin_noise():
 
 def test_mixture_averages_the_predictions_of_the_samples():
     training = Training(mixadv.MAT(learner_steps=2, samples=3, learner_temperature=0.5))
-    for _ in range(4):
-        training.step()
+    training.step(4)
     x, live = torch.randn(5, 4, dtype=torch.float64), training.weights
     predictions = [
         torch.softmax(x @ sample["weight"].T + sample["bias"], -1)

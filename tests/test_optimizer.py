@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, lr_scheduler
 
 import mixadv
+from tests import zoo
 from tests.zoo import (
     Player,
     assert_same,
+    copies,
     fingerprint,
     or_refused,
+    play,
     player,
     small,
     without_dropout,
@@ -31,12 +35,11 @@ def wrapped(
 ) -> tuple[mixadv.GameOptimizer, Player]:
     player = small()
     solver = copy.deepcopy(solver)  # with a projection head of its own
-    settings = {"lr": 0.1, **settings}
-    return mixadv.wrap(base(player.model.parameters(), **settings), player.model, solver), player
+    return zoo.wrapped(player, solver, partial(base, **settings)), player
 
 
 def weights(player: Player) -> list[Tensor]:
-    return [p.detach().clone() for p in player.model.parameters()]
+    return copies(player.model.parameters())
 
 
 def gradients(player: Player) -> list[Tensor | None]:
@@ -74,13 +77,7 @@ def test_an_added_group_is_trained():
     extra = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
     optimizer.add_param_group({"params": [extra], "lr": 0.5})
     assert len(optimizer.base.param_groups) == 2
-    forward = player.closure()
-
-    def closure() -> tuple[Tensor, Tensor]:
-        loss, logits = forward()
-        return loss + 2 * extra, logits
-
-    optimizer.step(closure)
+    optimizer.step(lambda: player.closure()()[0] + 2 * extra)
     assert float(extra.detach()) == 0.0  # 1 − 0.5 · 2
 
 
@@ -234,9 +231,8 @@ def test_a_plain_checkpoint_continues_with_a_fresh_adversary(solver: mixadv.Solv
 
 
 def test_bases_that_need_a_closure_are_refused():
-    player = small()
     with pytest.raises(TypeError, match=r"LBFGS .*closure several times.*first-order"):
-        mixadv.wrap(torch.optim.LBFGS(player.model.parameters()), player.model, PLAIN)
+        wrapped(base=torch.optim.LBFGS)
 
 
 def test_a_step_without_closure_is_the_bases_with_the_learners_moves():
@@ -298,20 +294,6 @@ def test_a_step_that_overflows_moves_nothing(target: str):
         assert len(optimizer.game.learner_samples) == 2
 
 
-def torch_step(player: Player, optimizer: Any, zero: bool = True, share: float = 1.0) -> Tensor:
-    """Step with a closure that does what torch's closures do, on the game's loss."""
-    game = optimizer.game
-
-    def closure() -> Tensor:
-        if zero:
-            optimizer.zero_grad()
-        loss = share * game.loss(player.closure())
-        loss.backward()
-        return loss
-
-    return optimizer.step(closure)
-
-
 @pytest.mark.parametrize("accumulated", [False, True])
 @or_refused("loss")
 def test_a_closure_that_plays_a_round_means_what_torch_means(
@@ -322,18 +304,23 @@ def test_a_closure_that_plays_a_round_means_what_torch_means(
     def train(by_closure: bool) -> tuple[Any, ...]:
         optimizer, player = wrapped(solver, AdamW)
         losses, share = [], 0.5 if accumulated else 1.0
+
+        def closure() -> Tensor:
+            if not accumulated:
+                optimizer.zero_grad()
+            loss = share * optimizer.game.loss(player.closure())
+            loss.backward()
+            return loss
+
         for _ in range(3):
             if accumulated:
                 optimizer.zero_grad()
                 (0.5 * optimizer.game.loss(player.closure())).backward()
             if by_closure:
-                losses.append(torch_step(player, optimizer, not accumulated, share).detach())
-                continue
-            if not accumulated:
-                optimizer.zero_grad()
-            loss = share * optimizer.game.loss(player.closure())
-            loss.backward()
-            optimizer.step()
+                loss = optimizer.step(closure)
+            else:
+                loss = closure()
+                optimizer.step()
             losses.append(loss.detach())
         return losses, weights(player), gradients(player), torch.get_rng_state()
 
@@ -351,10 +338,7 @@ def test_the_trainer_accumulates_micro_batches_as_one_batch(tmp_path: Path):
     def train(micro: int) -> tuple[list[Tensor], list[float]]:
         p = player("bert", rows=8)
         without_dropout(p.model)
-        base = SGD(p.model.parameters(), lr=0.1)
-        optimizer = mixadv.wrap(
-            base, p.model, mixadv.PGD(start="zero", radius=0.2, unit="absolute")
-        )
+        optimizer = zoo.wrapped(p, "pgd", start="zero", radius=0.2, unit="absolute")
 
         class Playing(Trainer):
             loss_is_scaled_for_ga = False
@@ -405,11 +389,9 @@ def test_a_plain_checkpoint_makes_a_used_optimizer_a_fresh_one(learner_steps: in
         saved = copy.deepcopy([p.model.state_dict(), optimizer.base.state_dict()])
         random = torch.get_rng_state()
         if used:
-            optimizer.game.backward(p.closure())
-            optimizer.step()
+            play(optimizer, p.closure(), "backward")
             p.model.load_state_dict(saved[0])
             optimizer.load_state_dict(saved[1])
-            optimizer.zero_grad()
             assert optimizer.game.round == 0
             assert optimizer.game.unit is None
         torch.set_rng_state(random)
@@ -440,14 +422,12 @@ class ClosureFirst(SGD):
 def test_the_learner_moves_once_per_step_of_any_base(base: type[SGD]):
     SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)  # torch hooks a class at its first instance
     for by_hand in (False, True):
-        p = small()
-        optimizer = mixadv.wrap(base(p.model.parameters(), lr=0.1), p.model, MIXED)
+        optimizer, p = wrapped(MIXED, base)
         for _ in range(3):
             if by_hand:  # frameworks step with a closure that plays
                 optimizer.base.step(lambda o=optimizer, p=p: o.game.loss(p.closure()).backward())
             else:
-                optimizer.game.backward(p.closure())
-                optimizer.step()
+                play(optimizer, p.closure(), "backward")
         assert optimizer.game.learner.count == 3
 
 
@@ -460,17 +440,14 @@ def test_the_learner_moves_on_after_a_step_that_failed():
                 raise OSError("no more memory")
             return super().step(closure)
 
-    p = small()
-    optimizer = mixadv.wrap(Failing(p.model.parameters(), lr=0.1), p.model, MIXED)
+    optimizer, p = wrapped(MIXED, Failing)
     optimizer.step(p.closure())
     count = optimizer.game.learner.count
     optimizer.base.broken = True
-    optimizer.game.backward(p.closure())
     with pytest.raises(OSError, match="memory"):
-        optimizer.step()
+        play(optimizer, p.closure(), "backward")
     optimizer.base.broken = False
-    optimizer.game.backward(p.closure())
-    optimizer.step()
+    play(optimizer, p.closure(), "backward")
     assert optimizer.game.learner.count == count + 1
 
 
@@ -503,10 +480,8 @@ def test_clipping_runs_before_each_of_the_learners_steps():
 
 def test_a_step_before_any_round_is_warned_of():
     """A loop with loss.backward() would train plainly, and nobody would notice."""
-    player = small()
-    optimizer = mixadv.wrap(SGD(player.model.parameters(), lr=0.1), player.model, mixadv.PGD())
+    optimizer, player = wrapped()
     player.closure()()[0].backward()
     with pytest.warns(UserWarning, match=r"before its game has played a round.*Schedule"):
         optimizer.step()
-    optimizer.game.backward(player.closure())
-    optimizer.step()
+    play(optimizer, player.closure(), "backward")

@@ -9,14 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
 
 import mixadv
 from mixadv import MAT, GameError
 from mixadv.maths import mirror
 from mixadv.round import routes
 from mixadv.round.routes import ROUTES
-from tests.zoo import Player, assert_same, fingerprint, player, small, without_dropout
+from tests.zoo import Player, assert_same, fingerprint, player, small, without_dropout, wrapped
 
 FAMILIES = ["bert", "distilbert", "gpt2", "t5", "bart"]
 # torch has no batching rule for this kernel yet, and goes through it one by one.
@@ -33,31 +32,29 @@ def double(family: str, dropout: bool = True) -> Player:
     return p if dropout else p._replace(model=without_dropout(p.model))
 
 
-def per_sample(p: Player) -> Callable[[], Any]:
-    """Return a closure that computes one loss per sample itself."""
-    batch = {key: value for key, value in p.batch.items() if key != "labels"}
-
-    def closure() -> tuple[Tensor, Tensor]:
-        logits = p.model(**batch).logits
-        return F.cross_entropy(logits, p.batch["labels"], reduction="none"), logits
-
-    return closure
-
-
-def sharpness(p: Player) -> Callable[[], Any]:
-    """Return a closure whose loss needs no labels, so that any number of rows will do."""
+def sharpness(p: Player, loss: Callable[[Tensor], Tensor] | None = None) -> Callable[[], Any]:
+    """Return a closure of one loss per sample; its own needs no labels, and takes any rows."""
     batch = {key: value for key, value in p.batch.items() if key != "labels"}
 
     def closure() -> tuple[Tensor, Tensor]:
         output = p.model(*batch.values()) if len(batch) == 1 else p.model(**batch)
         logits = getattr(output, "logits", output)
-        return -logits.logsumexp(-1), logits
+        return loss(logits) if loss else -logits.logsumexp(-1), logits
 
     return closure
 
 
-def wrapped(p: Player, solver: mixadv.Solver) -> mixadv.GameOptimizer:
-    return mixadv.wrap(SGD(p.model.parameters(), lr=0.1), p.model, solver)
+def per_sample(p: Player) -> Callable[[], Any]:
+    """Return a closure that computes the cross-entropy of each sample itself."""
+    return sharpness(p, lambda x: F.cross_entropy(x, p.batch["labels"], reduction="none"))
+
+
+def auto(p: Player, rounds: int) -> mixadv.GameOptimizer:
+    """Return the optimizer after rounds of two particles, whose route the library chooses."""
+    optimizer = wrapped(p, MAT(particles=2, particle_batching="auto"))
+    for _ in range(rounds):
+        optimizer.step(sharpness(p))
+    return optimizer
 
 
 def evaluate(p: Player, closure: Any, payoff: str, route: str) -> tuple[Tensor, list[Tensor]]:
@@ -115,9 +112,8 @@ def test_whole_rounds_agree(family: str, route: str, dropout: bool, play_as: str
         p = double(family, dropout)
         if family == "vision":
             p.model.normalise.eval()  # statistics of a batch know nothing of particles
-        if family == "vision":
-            return trained(p, sharpness(p), particle_batching=route, play_as=play_as)
-        return trained(p, p.closure(), particle_batching=route, play_as=play_as)
+        closure = sharpness(p) if family == "vision" else p.closure()
+        return trained(p, closure, particle_batching=route, play_as=play_as)
 
     torch.testing.assert_close(run(route), run("loop"), **CLOSE)
 
@@ -167,9 +163,8 @@ def test_stack_refuses_what_it_cannot_replay(family: str):
     p = double(family)
     optimizer = wrapped(p, MAT(particles=2, particle_batching="stack"))
     found = fingerprint(p.model, optimizer)
-    with pytest.raises(
-        GameError, match=r"particle_batching='stack' (cannot replay|disagrees.*batch stat)"
-    ):
+    why = r"particle_batching='stack' (cannot replay|disagrees.*batch stat)"
+    with pytest.raises(GameError, match=why):
         optimizer.step(sharpness(p))
     assert_same(fingerprint(p.model, optimizer), found)
 
@@ -177,9 +172,8 @@ def test_stack_refuses_what_it_cannot_replay(family: str):
 def test_stack_refuses_a_loss_that_the_closure_computes_for_the_batch():
     p = small()
     p.model.eval()
-    with pytest.raises(
-        GameError, match=r"particle_batching='stack' failed.*particle_batching='loop'"
-    ):
+    why = r"particle_batching='stack' failed.*particle_batching='loop'"
+    with pytest.raises(GameError, match=why):
         wrapped(p, MAT(particles=2, particle_batching="stack")).step(p.closure())
 
 
@@ -207,8 +201,7 @@ def test_auto_stacks_a_small_batch(play_as: str, stacks: list[int]):
 def test_auto_leaves_large_batches_apart(monkeypatch: pytest.MonkeyPatch, stacks: list[int]):
     monkeypatch.setattr(routes, "FEW", 3)
     p = double("bert", dropout=False)
-    optimizer = wrapped(p, MAT(particles=2, particle_batching="auto"))
-    optimizer.step(sharpness(p))
+    optimizer = auto(p, 1)
     stacks.clear()  # of the check
     optimizer.step(sharpness(p))
     assert not stacks
@@ -218,8 +211,7 @@ def test_auto_never_stacks_under_dropout(stacks: list[int]):
     """Nor where the first round saw none, since the model was in evaluation mode."""
     p = double("bert")
     p.model.eval()
-    optimizer = wrapped(p, MAT(particles=2, particle_batching="auto"))
-    optimizer.step(sharpness(p))
+    optimizer = auto(p, 1)
     stacks.clear()
     optimizer.step(sharpness(p))
     assert stacks
@@ -227,21 +219,18 @@ def test_auto_never_stacks_under_dropout(stacks: list[int]):
     p.model.train()
     optimizer.step(sharpness(p))
     assert not stacks
-    fresh = double("bert")
-    wrapped(fresh, MAT(particles=2, particle_batching="auto")).step(sharpness(fresh))
+    auto(double("bert"), 1)
     assert len(stacks) == 1  # the check alone
 
 
 def test_auto_is_not_misled_by_a_head_of_zeros(stacks: list[int]):
     """All payoffs are zero then, stacked or not, and dropout would tell them apart later."""
     p = double("bert")
-    head = list(p.model.parameters())[-2:]
-    for parameter in head:
+    for parameter in list(p.model.parameters())[-2:]:
         nn.init.zeros_(parameter)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = wrapped(p, MAT(particles=2, particle_batching="auto"))
-        optimizer.step(sharpness(p))
+        optimizer = auto(p, 1)
     stacks.clear()
     for _ in range(2):
         optimizer.step(sharpness(p))
@@ -251,10 +240,7 @@ def test_auto_is_not_misled_by_a_head_of_zeros(stacks: list[int]):
 def test_auto_never_stacks_on_several_processes(monkeypatch: pytest.MonkeyPatch, stacks: list[int]):
     """Their batches differ in tokens: they would run forwards of different numbers, and wait."""
     monkeypatch.setattr(routes, "world_size", lambda: 2)
-    p = double("bert", dropout=False)
-    optimizer = wrapped(p, MAT(particles=2, particle_batching="auto"))
-    for _ in range(2):
-        optimizer.step(sharpness(p))
+    auto(double("bert", dropout=False), 2)
     assert not stacks
 
 
@@ -268,21 +254,17 @@ def test_auto_does_without_stacks_that_do_not_fit(stacks: list[int]):
 
     # After the hook that repeats the rows, which goes before others.
     p.model.bert.register_forward_pre_hook(narrow, with_kwargs=True)
-    optimizer = wrapped(p, MAT(particles=2, particle_batching="auto"))
-    for _ in range(2):
-        optimizer.step(sharpness(p))
+    auto(p, 2)
     assert len(stacks) <= 1
 
 
 @pytest.mark.parametrize("route", ["vmap", "stack"])
 def test_routes_agree_where_points_are_turned(route: str):
-    p = double("bert", dropout=False)
-    words: dict[str, Any] = {"sign": "boundary", "radius": 0.2}
-    expected = trained(p, sharpness(p), particle_batching="loop", **words)
-    p = double("bert", dropout=False)
-    torch.testing.assert_close(
-        trained(p, sharpness(p), particle_batching=route, **words), expected, **CLOSE
-    )
+    def run(route: str) -> list[Any]:
+        p = double("bert", dropout=False)
+        return trained(p, sharpness(p), particle_batching=route, sign="boundary", radius=0.2)
+
+    torch.testing.assert_close(run(route), run("loop"), **CLOSE)
 
 
 def test_auto_plays_losses_of_a_batch_one_after_another():

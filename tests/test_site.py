@@ -15,11 +15,14 @@ from tests.zoo import (
     TRANSFORMERS,
     VOCABULARY,
     Player,
+    assert_same,
+    hooks,
     or_refused,
     player,
     stepwise,
     text_batch,
     without_dropout,
+    wrapped,
 )
 
 PLAY = mixadv.PGD(steps=1)
@@ -27,11 +30,6 @@ PLAY = mixadv.PGD(steps=1)
 
 def game_of(p: Player, site: Any = None, solver: mixadv.Solver = PLAY) -> mixadv.Game:
     return mixadv.Game(p.model, solver, site=site)
-
-
-def hooks(model: nn.Module) -> list[Any]:
-    held = [{**m._forward_hooks, **m._forward_pre_hooks}.values() for m in model.modules()]
-    return [hook for group in held for hook in group]
 
 
 def assert_real_tokens_only(points: Tensor, mask: Tensor) -> None:
@@ -80,22 +78,17 @@ def test_the_site_is_the_embedding_that_the_encoder_reads_its_ids_with(family: s
 
 
 def test_models_of_images_and_tables_are_perturbed_at_their_input() -> None:
-    config = transformers.ViTConfig(
-        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, num_labels=3,
-    )  # fmt: skip
-    vit = transformers.ViTForImageClassification(config)
+    size = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "intermediate_size": 16}
+    size |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(**size))
     table = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     images, rows = torch.randn(4, 3, 8, 8), torch.randn(4, 5)
-    closures = {
-        vit: lambda: vit(pixel_values=images, labels=torch.arange(4) % 3),
-        table: classify(table, rows),
-    }
-    for model, shape in ((vit, images.shape), (table, rows.shape)):
+    see = lambda: vit(pixel_values=images, labels=torch.arange(4) % 3)  # noqa: E731
+    for model, inputs, closure in ((vit, images, see), (table, rows, classify(table, rows))):
         game = mixadv.Game(model, PLAY)
-        game.backward(closures[model])
+        game.backward(closure)
         assert game.site.names == ["input"]
-        assert game.strategy.points[0].shape == (1, *shape)
+        assert game.strategy.points[0].shape == (1, *inputs.shape)
         assert (game.strategy.points[0].flatten(2).norm(dim=-1) > 0).all()
 
 
@@ -196,7 +189,7 @@ def test_a_call_at_the_site_that_the_loss_ignores_is_no_obstacle(name: str) -> N
         model(ids.flip(0)).detach()
         return loss()
 
-    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters()), model, mixadv.make_solver(name))
+    optimizer = wrapped(model, name)
     taken = stepwise(optimizer)
     optimizer.step(closure)
     assert len(optimizer.game.strategy.points) == 2
@@ -221,11 +214,8 @@ def test_padding_is_never_perturbed(family: str, side: str) -> None:
 def test_no_solver_perturbs_padding_of_a_hidden_layer(name: str, norm: str) -> None:
     p = player("bert", rows=6, side="left")
     p.model.double()  # in which a start that small in L1 moves every prediction
-    more = {"mat": {"temperature": 0.01, "particles": 2}, "cat": {"per": "token"}}
-    settings = more.get(name, {})
-    solver = mixadv.make_solver(name, norm=norm, **settings)
-    base = torch.optim.SGD(p.model.parameters())
-    optimizer = mixadv.wrap(base, p.model, solver, site="bert.encoder.layer.0")
+    more = {"mat": {"temperature": 0.01, "particles": 2}, "cat": {"per": "token"}}.get(name, {})
+    optimizer = wrapped(p, name, site="bert.encoder.layer.0", norm=norm, **more)
     optimizer.step(p.closure())
     game = optimizer.game
     outside = p.batch["attention_mask"] == 0
@@ -393,7 +383,7 @@ def test_evaluation_and_generation_do_not_see_the_adversary() -> None:
     before = outputs()
     game = game_of(p)
     game.backward(p.closure())
-    torch.testing.assert_close(outputs(), before, rtol=0, atol=0)
+    assert_same(outputs(), before)
     with torch.no_grad():
         plain = p.closure()().loss
         assert torch.equal(game.loss(p.closure()), plain)

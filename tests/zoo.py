@@ -1,9 +1,11 @@
 """Tiny models of every family, built in code, with batches to train them on."""
 
+import contextlib
 import copy
 import functools
+import gc
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -430,6 +432,32 @@ def play(optimizer: mixadv.GameOptimizer, closure: Callable[[], Any], how: str =
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return detached copies, such as of weights that go on to move."""
     return [t.detach().clone() for t in tensors]
+
+
+class BrokenError(Exception):
+    """What tests raise in the middle of a round."""
+
+
+class Fault:
+    """Raises at its n-th call; `None` never raises, and counts."""
+
+    def __init__(self, at: int | None = None, error: type[BaseException] = BrokenError) -> None:
+        self.at, self.error, self.calls = at, error, 0
+
+    def __call__(self, *_: Any) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Do without the garbage collector, so that what lives on is held by a cycle."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def overflow(module: nn.Module, args: tuple[Tensor]) -> None:
