@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import mixadv
-from tests.worlds import classified, wrapped
-from tests.zoo import CANNOT, note_refusal
+from tests.worlds import classified
+from tests.zoo import CANNOT, note_refusal, wrapped
 
 Case = Callable[[int], Any]  # of the rank; a function of a module, or a partial one
 SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.make_solver(name) for name in mixadv.SOLVERS} | {
@@ -202,7 +202,7 @@ def verdicts_of(cases: dict[str, Case], title: str) -> Any:
 
 def start(model: nn.Module, solver: mixadv.Solver) -> mixadv.GameOptimizer:
     """Return an optimizer of the model."""
-    return wrapped(model, solver, 0.01, torch.optim.AdamW)
+    return wrapped(model, solver, torch.optim.AdamW, lr=0.01)
 
 
 def play(optimizer: mixadv.GameOptimizer, way: str, *closures: Callable[[], Any]) -> Tensor:

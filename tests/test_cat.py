@@ -12,15 +12,8 @@ from torch.optim import SGD, AdamW
 
 import mixadv
 from mixadv.maths.contrastive import nt_xent
-from tests.worlds import (
-    assert_resumes,
-    classified,
-    gradients,
-    hidden_at,
-    played,
-    wrapped,
-)
-from tests.zoo import assert_same, player, small, without_dropout
+from tests.worlds import assert_resumes, classified, gradients, hidden_at, played
+from tests.zoo import assert_same, player, small, without_dropout, wrapped
 
 ENCODERS = ["bert", "roberta", "distilbert", "deberta", "electra", "albert", "modernbert"]
 DECODERS = ["gpt2", "llama"]
@@ -216,7 +209,7 @@ def projected(seed=0, base=SGD, **words):
     one = small(seed=seed)
     head = nn.Linear(5, 4).double()
     solver = mixadv.CAT(source="hidden", head=head, **words)
-    return one, head, wrapped(one.model, solver, 0.05, base)
+    return one, head, wrapped(one.model, solver, base, lr=0.05)
 
 
 def test_the_loss_is_that_of_the_projected_views():

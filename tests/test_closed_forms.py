@@ -11,8 +11,8 @@ from torch import nn
 
 import mixadv
 from mixadv.equilibrium import best_response
-from tests.worlds import added, classified, gradients, played, wrapped
-from tests.zoo import small
+from tests.worlds import added, classified, gradients, played
+from tests.zoo import small, wrapped
 
 ORDER = {"l1": 1, "l2": 2, "linf": math.inf}
 DUAL = {"l1": math.inf, "l2": 2, "linf": 1}

@@ -30,8 +30,7 @@ from tests.processes import (
     verdicts_of,
     ways,
 )
-from tests.worlds import wrapped
-from tests.zoo import without_dropout
+from tests.zoo import without_dropout, wrapped
 
 ROWS = 4
 # Its contrastive loss compares the rows of a process with each other.

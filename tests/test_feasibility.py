@@ -17,8 +17,8 @@ from mixadv.model.replay import Noise
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import opening
-from tests.worlds import gradients, wrapped
-from tests.zoo import stepwise
+from tests.worlds import gradients
+from tests.zoo import stepwise, wrapped
 
 ORDER = {"l1": 1, "l2": 2, "linf": float("inf")}
 ROWS = 6

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mixadv
-from tests.worlds import Twice, breaking, wrapped
-from tests.zoo import Player, assert_same, small
+from tests.worlds import Twice, breaking
+from tests.zoo import Player, assert_same, small, wrapped
 
 STILL = {"step_size": 0.0, "radius": 0.5}  # plays and carries what it starts from
 

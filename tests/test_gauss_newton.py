@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import mixadv
 from mixadv.maths import gauss_newton
 from mixadv.maths.divergence import DIVERGENCES
-from tests.worlds import WAYS, classified, gradients, played, train, wrapped
-from tests.zoo import fingerprint, player, small, stepwise
+from tests.worlds import classified, gradients, played
+from tests.zoo import WAYS, fingerprint, play, player, small, stepwise, wrapped
 
 FACTOR = {"kl": 1.0, "symmetric_kl": 2.0, "js": 0.25}  # of the Hessian in diag(p) − ppᵀ
 seeds = st.integers(0, 9999)
@@ -193,7 +193,7 @@ def test_an_ascent_turns_towards_the_boundary(name: str, route: Any):
     more = {"payoff": "kl"} if name == "pgd" else {"particles": 3, "play_as": "ensemble"}
     words = {"sign": "boundary", "start_size": 1e-3, "unit": "absolute", "particle_batching": route}
     game_solver = mixadv.make_solver(name, **words, **more)
-    game = wrapped(model, game_solver, 0.0, site="input").game
+    game = wrapped(model, game_solver, lr=0.0, site="input").game
     with game.rounds.rehearse(closure) as stage:
         logits = stage.clean().predictions.detach()
         label = logits.argmax(-1, keepdim=True)
@@ -279,7 +279,7 @@ def test_every_way_to_play_delivers_the_same_gradients():
         optimizer = wrapped(p.model, mixadv.ALUM(direction="gauss_newton"))
         taken = stepwise(optimizer)
         torch.manual_seed(0)
-        train(optimizer, way, p.closure())
+        play(optimizer, p.closure(), way)
         found.append(taken[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found[2], found[0], rtol=1e-9, atol=1e-12)

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mixadv
-from tests.worlds import wrapped
-from tests.zoo import PAD, player, without_dropout
+from tests.zoo import PAD, player, without_dropout, wrapped
 
 ROWS, LENGTH = 6, 9
 SOLVERS = {

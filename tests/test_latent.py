@@ -12,8 +12,8 @@ import mixadv
 from mixadv.maths.contrastive import nt_xent
 from mixadv.maths.divergence import kl, symmetric_kl
 from mixadv.model.site import first_of
-from tests.worlds import added, wrapped
-from tests.zoo import Player, player
+from tests.worlds import added
+from tests.zoo import Player, player, wrapped
 
 LAYERS = {
     "bert": ["bert.encoder.layer.1"],

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import mixadv
 from mixadv.players.learner import Learner
-from tests.worlds import classified, wrapped
-from tests.zoo import player
+from tests.worlds import classified
+from tests.zoo import player, wrapped
 
 PLAIN = {"learner_steps": 1, "damping": 0.0, "round_damping": 0.0, "average": None}
 COLD = {"learner_temperature": 0.0}
@@ -90,7 +90,7 @@ def test_damping_has_its_closed_form(damping, round_damping, steps, seed):
 def test_one_particle_without_noise_and_damping_is_smart_bit_for_bit(steps, play_as):
     def trained(solver: mixadv.Solver) -> list[Tensor]:
         bert = player("bert", rows=4)
-        optimizer = wrapped(bert.model, solver, 1e-3, torch.optim.AdamW)
+        optimizer = wrapped(bert.model, solver, torch.optim.AdamW, lr=1e-3)
         objectives = [optimizer.step(bert.closure()) for _ in range(3)]
         return [*objectives, *bert.model.parameters()]
 
@@ -190,7 +190,7 @@ def test_learner_of_a_quadratic_loss_has_the_law_of_its_langevin_chain(size):
     a = torch.tensor(curvatures).repeat_interleave(size)
     model = Potential(lambda theta: (0.5 * a * (theta - 1).square()).sum(), 2 * size)
     solver = mixadv.MAT(**{**PLAIN, **STILL, "learner_steps": 2}, learner_temperature=temperature)
-    optimizer = wrapped(model, solver, lr)
+    optimizer = wrapped(model, solver, lr=lr)
     for _ in range(40):
         optimizer.step(lambda: model(X))
     for a, theta in zip(curvatures, model.theta.detach().view(2, -1), strict=True):

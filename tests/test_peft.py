@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 import mixadv
 from tests.test_trainer import alone, trained  # noqa: F401
-from tests.worlds import wrapped
-from tests.zoo import Player, assert_same, player
+from tests.zoo import Player, assert_same, player, wrapped
 
 peft = pytest.importorskip("peft", reason="adapters are PEFT's")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 import mixadv
 from mixadv import FGM, MAT, PGD, R3F, SOLVERS, FreeAT, FreeLB, Game, Solver, TextAT
 from mixadv.maths.langevin import noise_scale
-from tests.worlds import gradients, wrapped
-from tests.zoo import player, without_dropout
+from tests.worlds import gradients
+from tests.zoo import player, without_dropout, wrapped
 
 ROWS = [
     (cls, task, model)
@@ -225,7 +225,7 @@ def test_temperatures_of_mat_give_the_logged_noise(cls, task, model):
 
 def play(solver: Solver) -> tuple[Game, mixadv.Outcome]:
     model, batch, _ = player("bert", rows=4)
-    optimizer = wrapped(model, solver, 1e-5, torch.optim.AdamW)
+    optimizer = wrapped(model, solver, torch.optim.AdamW, lr=1e-5)
     optimizer.step(lambda: model(**batch))
     assert all(p.isfinite().all() for p in model.parameters())
     return optimizer.game, optimizer.game.outcome

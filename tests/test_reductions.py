@@ -5,8 +5,7 @@ import torch
 from torch.optim import SGD, AdamW
 
 import mixadv
-from tests.worlds import wrapped
-from tests.zoo import VOCABULARY, Player, assert_same, player, small
+from tests.zoo import VOCABULARY, Player, assert_same, player, small, wrapped
 
 ROUNDS = 3
 OPEN = {"radius": 2.0, "start_size": 0.05, "step_size": 0.1}  # no projection: it may round
@@ -62,7 +61,7 @@ def trained(one: Player, base: type, solver: mixadv.Solver | None, replays: int 
     if solver is None:
         optimizer = base(one.model.parameters(), lr=0.01)
     else:
-        optimizer = wrapped(one.model, solver, 0.01, base)
+        optimizer = wrapped(one.model, solver, base, lr=0.01)
     for closure in batches(one):
         if solver is not None:
             optimizer.step(closure)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import mixadv
 from mixadv.model.representation import first_token
-from tests.worlds import WAYS, breaking, classified, gradients, wrapped
-from tests.zoo import TRANSFORMERS, assert_same, fingerprint, player, small
+from tests.worlds import breaking, classified, gradients
+from tests.zoo import TRANSFORMERS, WAYS, assert_same, fingerprint, play, player, small, wrapped
 
 ENCODER_DECODER = ("t5", "bart")
 READERS = {"creat": mixadv.CreAT, "cat": mixadv.CAT}
@@ -148,19 +148,19 @@ def test_a_representation_that_the_adversary_cannot_move_is_refused(reader):
 
 
 @each_reader
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("way", WAYS)
 def test_no_hook_outlives_a_round(reader, way):
     one = player("bert", rows=4)
     hooks = fingerprint(one.model)["hooks"]
     optimizer = wrapped(one.model, reader())
     for _ in range(2):
-        way(optimizer, one.closure())
+        play(optimizer, one.closure(), way)
         assert fingerprint(one.model)["hooks"] == hooks
 
 
 @each_reader
 @pytest.mark.parametrize("broken", [1, 2, 3])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_broken_round_leaves_neither_hook_nor_graph(reader, way, broken):
     """Broken in its n-th pass, after the representation has been read."""
     one, kept = player("bert", rows=4), []
@@ -172,11 +172,11 @@ def test_a_broken_round_leaves_neither_hook_nor_graph(reader, way, broken):
     hooks = fingerprint(one.model)["hooks"]
     optimizer = wrapped(one.model, reader(representation=note))
     with contextlib.suppress(MemoryError):
-        way(optimizer, breaking(one.closure(), broken))
+        play(optimizer, breaking(one.closure(), broken), way)
         pytest.fail("the round was not broken")
     assert fingerprint(one.model)["hooks"] == hooks
     assert all(ref() is None for ref in kept)
-    way(optimizer, one.closure())  # and the next round plays
+    play(optimizer, one.closure(), way)  # and the next round plays
 
 
 @each_reader

@@ -12,8 +12,7 @@ import torch
 from torch.optim import AdamW
 
 import mixadv
-from tests.worlds import WAYS, train, wrapped
-from tests.zoo import CANNOT, slow_but, small
+from tests.zoo import CANNOT, WAYS, play, slow_but, small, wrapped
 
 WARM_UP = 12  # fills what is kept: samples, the table of hooks, torch's own caches
 SOLVERS: dict[str, dict[str, Any]] = {name: {} for name in mixadv.SOLVERS}
@@ -25,14 +24,14 @@ class Run:
     def __init__(self, name: str) -> None:
         self.player = small()
         solver = mixadv.make_solver(name, **SOLVERS[name])
-        self.optimizer = wrapped(self.player.model, solver, 1e-3, AdamW)
+        self.optimizer = wrapped(self.player.model, solver, AdamW, lr=1e-3)
 
     def train(self, steps: int) -> None:
         """Train by each way in turn; whole rounds of the learner in each."""
         ways = [w for w in WAYS if (self.optimizer.game.solver.name, w) not in CANNOT]
         for way in ways:
             for _ in range(2 * math.ceil(steps / len(ways) / 2)):
-                train(self.optimizer, way, self.player.closure())
+                play(self.optimizer, self.player.closure(), way)
 
     def footprint(self) -> dict[str, int]:
         """Return counts of what could grow."""

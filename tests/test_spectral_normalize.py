@@ -12,8 +12,8 @@ from torch.optim import AdamW
 
 import mixadv
 from mixadv.solvers.r3f import spectral_normalize
-from tests.worlds import assert_resumes, breaking, wrapped
-from tests.zoo import Player, assert_same, fingerprint, player, small
+from tests.worlds import assert_resumes, breaking
+from tests.zoo import Player, assert_same, fingerprint, player, small, wrapped
 
 SOLVERS = {
     "r3f": mixadv.R3F(),
@@ -164,7 +164,7 @@ def test_a_broken_round_leaves_the_power_iteration_where_it_was(solver):
 def test_resumed_is_uninterrupted(solver, tmp_path):
     def build(seed):
         one = normalised(seed)
-        return one, wrapped(one.model, solver, 0.05, AdamW)
+        return one, wrapped(one.model, solver, AdamW, lr=0.05)
 
     assert_resumes(build, tmp_path, before=2, after=2)
 
@@ -172,7 +172,7 @@ def test_resumed_is_uninterrupted(solver, tmp_path):
 def test_an_encoder_learns_with_its_head_normalised():
     one = player("bert", rows=12)
     spectral_normalize(one.model.classifier)
-    optimizer = wrapped(one.model, mixadv.R3F(), 2e-2, AdamW)
+    optimizer = wrapped(one.model, mixadv.R3F(), AdamW, lr=2e-2)
     first = optimizer.step(one.closure())
     for _ in range(12):
         last = optimizer.step(one.closure())

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import mixadv
-from tests.worlds import classified, played, wrapped
+from tests.worlds import classified, played
 from tests.zoo import (
     _SIZE,
     VOCABULARY,
@@ -19,6 +19,7 @@ from tests.zoo import (
     t5_config,
     text_batch,
     without_dropout,
+    wrapped,
 )
 
 ROWS = 4

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import mixadv
 from mixadv.equilibrium import best_response
-from tests.worlds import Twice, breaking, wrapped
-from tests.zoo import assert_same, fingerprint, player, small
+from tests.worlds import Twice, breaking
+from tests.zoo import assert_same, fingerprint, player, small, wrapped
 
 VOCABULARY, WIDTH = 12, 6
 STILL = {"start": "zero", "steps": 1}  # plays and writes what it reads

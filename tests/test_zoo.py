@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixadv
-from tests.worlds import classified, wrapped
+from tests.worlds import classified
 from tests.zoo import (
     FAMILIES,
     PAD,
@@ -19,6 +19,7 @@ from tests.zoo import (
     player,
     stepwise,
     without_dropout,
+    wrapped,
 )
 
 TEXT = [family for family in FAMILIES if family != "vision"]
@@ -26,7 +27,7 @@ MIXED = {"mat": {"particles": 2, "learner_temperature": 1e-8}}
 
 
 def build(p: Player, name: str, **settings: Any) -> mixadv.GameOptimizer:
-    return wrapped(p.model, mixadv.make_solver(name, **settings), 1e-2, torch.optim.AdamW)
+    return wrapped(p.model, mixadv.make_solver(name, **settings), torch.optim.AdamW, lr=1e-2)
 
 
 def loss_of(result: Any) -> Tensor:

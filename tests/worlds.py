@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
 
 import mixadv
 from mixadv.model.site import first_of, with_first
@@ -34,13 +33,6 @@ def classified(model: Callable[..., Tensor], *inputs: Any, labels: Tensor) -> Ca
         return F.cross_entropy(logits, labels), logits
 
     return run
-
-
-def wrapped(
-    model: nn.Module, solver: mixadv.Solver, lr: float = 0.1, base: Any = SGD, **words: Any
-) -> mixadv.GameOptimizer:
-    """Return the wrapped optimizer of all parameters of a model."""
-    return mixadv.wrap(base(model.parameters(), lr=lr), model, solver, **words)
 
 
 def breaking(closure: Callable[[], Any], last: int) -> Callable[[], Any]:
@@ -94,21 +86,6 @@ def hidden_at(one: Player, *deltas: Any) -> list[Tensor]:
             one.closure()()
     hook.remove()
     return seen
-
-
-WAYS: dict[str, Callable[[mixadv.GameOptimizer, Any], Any]] = {
-    "step": lambda optimizer, closure: optimizer.step(closure),
-    "backward": lambda optimizer, closure: optimizer.game.backward(closure),
-    "loss": lambda optimizer, closure: optimizer.game.loss(closure).backward(),
-}
-
-
-def train(optimizer: mixadv.GameOptimizer, way: str, closure: Callable[[], Any]) -> None:
-    """Play a round and take a step."""
-    WAYS[way](optimizer, closure)
-    if way != "step":
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def assert_resumes(build: Callable[[int], Any], folder: Path, before: int, after: int) -> None:

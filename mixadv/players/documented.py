@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, fields
 from typing import Any
 
 _EXAMPLE = """\
@@ -72,7 +72,7 @@ def _formula(cls: type[Any]) -> str:
 
 def _parameters(cls: type[Any], parent: type[Any]) -> dict[str, Any]:
     """Return the defaults of the parameters that the class takes, in their order."""
-    taken = {f.name: f.default for f in fields(parent) if f.init} if is_dataclass(parent) else {}
+    taken = {f.name: f.default for f in fields(parent) if f.init}
     for name, kind in inspect.get_annotations(cls).items():
         value = cls.__dict__.get(name)
         if isinstance(value, Field) and not value.init:

@@ -81,10 +81,11 @@ class Strategy:
     @property
     def log_weights(self) -> Tensor:
         """Log-weights `[M, B]` or `[M, 1]`."""
-        if self._log_weights is not None:
-            return self._log_weights
-        like = self.points[0]
-        return mirror.uniform(self.size, dtype=like.dtype, device=like.device)[:, None]
+        if self._log_weights is None:  # made once: payoffs, entropy and the mirror step ask for it
+            like = self.points[0]
+            uniform = mirror.uniform(self.size, dtype=like.dtype, device=like.device)
+            self._log_weights = uniform[:, None]
+        return self._log_weights
 
     @property
     def weights(self) -> Tensor:
