@@ -1,6 +1,5 @@
 """A study compares like with like, survives a kill, and says what is missing."""
 
-import itertools
 import json
 import os
 import queue
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -28,9 +28,8 @@ from scipy import stats
 import mixadv
 import study as script
 from common.results import Run, append, finished
-from mixadv.robustness import paired_t_test
 from studying import pool, summary, tables, work
-from studying.findings import Findings, contrasts, differences, groups
+from studying.findings import Findings, Pair, differences
 from studying.parts import Measures, Method, Subject
 from studying.plan import Study
 from studying.pool import side_by_side
@@ -41,30 +40,37 @@ from tests.substitution_zoo import tiny, word_tokenizer
 EXAMPLES = Path(__file__).parent.parent / "examples" / "research"
 METHODS = {
     "plain": Method(),
+    "longer": Method(times=3.0),
     "noise": Method("noise"),
     "freelb": Method("freelb"),
     "mat": Method("mat", {"learner_steps": 1, "samples": 2}),
 }
+REFERENCES = ("plain", "longer")
 TASK = Subject(
     script="intent",
     epochs=2,
     learning_rates=(0.1, 0.2),
     evaluate=("test",),
     limit=32,
-    half=("plain", "freelb"),
 )
 Score = Callable[[Run], float]
 
 
 def build(**changes: Any) -> Study:
     """Return a study of one task, and what is changed of it."""
-    return Study(**{"methods": METHODS, "tasks": {"words": TASK}, "seeds": (0, 1, 2)} | changes)
+    given = {
+        "methods": METHODS,
+        "tasks": {"words": TASK},
+        "seeds": (0, 1, 2),
+        "references": REFERENCES,
+    }
+    return Study(**given | changes)
 
 
 def played(study: Study, score: Score) -> dict[str, Any]:
     """Return lines of results of all runs of a study, with scores in place of training."""
     results: dict[str, Any] = {}
-    while new := [r for _, runs in study.stages(results) for r in runs if r.key not in results]:
+    while new := [r for *_, runs in study.stages(results) for r in runs if r.key not in results]:
         for run in new:
             split = "held-out" if run.hold_out else "test"
             seconds = 1.0 if run.solver == "plain" else 2.5 + 0.1 * run.seed
@@ -88,23 +94,20 @@ def drawn(seed: int) -> Score:
 # What is run -----------------------------------------------------------------------------------
 
 
-@given(
-    st.sampled_from(sorted(mixadv.SOLVERS)),
-    st.floats(0.5, 8),
-    st.floats(0.5, 5),
-)
-def test_at_equal_compute_every_method_gets_the_same_passes(
-    name: str, compute: float, epochs: float
-):
-    methods = {"plain": Method(), "other": Method(name)}
+@given(st.floats(0.5, 8), st.floats(0.5, 5))
+def test_a_method_is_trained_as_often_as_it_says_and_all_else_alike(times: float, epochs: float):
     task = Subject("intent", epochs, (0.1,), ("test",), limit=8)
-    study = build(methods=methods, tasks={"words": task}, compute=compute)
-    for method in methods.values():
-        of = "plain" if method.solver == "plain" else "other"
-        run = study.reported("words", of, "compute", 0, {})
-        assert run is not None
-        assert run.epochs * method.cost == pytest.approx(compute * epochs)
-        assert study.reported("words", of, "epochs", 0, {}).epochs == epochs
+    study = build(methods=METHODS | {"longer": Method(times=times)}, tasks={"words": task})
+    assert study.methods["longer"].cost == times
+    runs = {m: study.reported("words", m, 0, {}) for m in study.methods}
+    assert runs.pop("longer") == replace(runs["plain"], epochs=times * epochs)
+    assert {run.epochs for run in runs.values()} == {epochs}
+
+
+@given(st.sampled_from(sorted(mixadv.SOLVERS)), st.integers(1, 9), st.floats(0.5, 4))
+def test_updates_without_the_solver_cost_what_plain_ones_do(name: str, every: int, times: float):
+    whole, some = Method(name), Method(name, every=every, times=times)
+    assert some.cost == pytest.approx(times * (whole.cost + every - 1) / every)
 
 
 def test_the_cost_of_a_method_is_what_a_round_of_it_runs():
@@ -123,92 +126,79 @@ def test_the_cost_of_a_method_is_what_a_round_of_it_runs():
     assert (outcome.forwards + 2 * backwards) / 3 == Method("freelb", {"steps": 2}).cost == 2
 
 
-def test_all_choose_from_the_same_rates_by_a_seed_and_rows_that_are_not_reported():
-    study = build(search_seed=7, hold_out=5)
+def test_all_choose_from_the_same_rates_by_seeds_and_rows_that_are_not_reported():
+    study = build(search_seeds=(7, 8), hold_out=5)
     for method in study.methods:
-        for budget in ("epochs", "compute"):
-            search = study.search("words", method, budget)
-            assert [run.learning_rate for run in search] == [0.1, 0.2]
-            assert {(run.seed, run.hold_out) for run in search} == {(7, 5)}
-    reported = [
-        study.reported(task, method, budget, seed, played(study, drawn(0)))
-        for budget, task, seed, method in study.cells()
-    ]
+        search = study.search("words", method)
+        assert [*search] == [0.1, 0.2]
+        for rate, runs in search.items():
+            kinds = [(run.learning_rate, run.seed, run.hold_out) for run in runs]
+            assert kinds == [(rate, 7, 5), (rate, 8, 5)]
+    results = played(study, drawn(0))
+    reported = [study.reported(task, m, seed, results) for task, seed, m in study.cells()]
     assert {(run.seed, run.hold_out) for run in reported if run} == {(0, 0), (1, 0), (2, 0)}
-    with pytest.raises(ValueError, match="must all differ: what is chosen on may not be reported"):
-        build(search_seed=1)
+    for seeds in ((1,), (7, 7)):
+        with pytest.raises(ValueError, match="all differ: what is chosen on may not be reported"):
+            build(search_seeds=seeds)
 
 
 @settings(max_examples=10)  # a study is played for each
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=4, unique=True))
-def test_the_rate_that_is_trained_with_is_the_best_on_held_out_rows(scores: list[float]):
+@given(st.lists(st.integers(0, 99), min_size=2, max_size=4, unique=True), st.integers(0, 40))
+def test_the_rate_that_is_trained_with_is_the_best_on_held_out_rows(scores: list[int], bias: int):
+    """By the mean over the seeds of the search."""
     rates = tuple(0.1 * (i + 1) for i in range(len(scores)))
     task = Subject("intent", 1.0, rates, ("test",), limit=8)
-    study = build(tasks={"words": task})
+    study = build(tasks={"words": task}, search_seeds=(100, 101))
     by_rate = dict(zip(rates, scores, strict=True))
-    results = played(study, lambda run: by_rate[run.learning_rate])
+    tilt = {100: 1, 101: -1}
+    results = played(
+        study,
+        lambda run: by_rate[run.learning_rate] + tilt.get(run.seed, 0) * bias * run.learning_rate,
+    )
     best = rates[scores.index(max(scores))]
-    for budget, method in itertools.product(("epochs", "compute"), study.methods):
-        assert study.chosen("words", method, budget, results) == best
-        assert study.reported("words", method, budget, 0, results).learning_rate == best
-    assert study.reported("words", "plain", "epochs", 0, {}) is None  # nothing before the search
+    for method in study.methods:
+        assert study.chosen("words", method, results) == best
+        assert study.reported("words", method, 0, results).learning_rate == best
+    [key] = [run.key for run in study.search("words", "mat")[best] if run.seed == 101]
+    del results[key]  # nothing before the whole search
+    assert study.reported("words", "mat", 0, results) is None
 
 
-def test_a_rate_is_chosen_at_the_budget_that_it_is_trained_with():
+def test_a_rate_is_chosen_at_the_length_that_it_is_trained_with():
     study = build()
     longer = played(study, lambda run: 0.5 + (run.learning_rate - 0.15) * (2.5 - run.epochs))
-    chosen = {b: study.chosen("words", "plain", b, longer) for b in ("epochs", "compute", "half")}
-    assert chosen == {"epochs": 0.2, "compute": 0.1, "half": 0.2}
-    run = study.reported("words", "plain", "compute", 0, longer)
+    chosen = {m: study.chosen("words", m, longer) for m in REFERENCES}
+    assert chosen == {"plain": 0.2, "longer": 0.1}
+    run = study.reported("words", "longer", 0, longer)
     assert (run.epochs, run.learning_rate) == (6.0, 0.1)
-    assert {r.epochs for r in study.search("words", "plain", "compute")} == {6.0}
 
 
-def test_a_run_of_two_budgets_is_run_once():
-    study = build(compute=METHODS["freelb"].cost)
-    results = played(study, drawn(0))
-    both = [study.reported("words", "freelb", b, 0, results) for b in ("epochs", "compute")]
-    assert both[0] == both[1]
-    searches = 2 * (4 + 3 + 2)  # at equal epochs, equal compute, on half of the rows
-    assert len(results) == searches + 3 * (4 + 3 + 2)
-
-
-def test_where_texts_are_attacked_passes_cannot_be_equal(tmp_path: Path):
+def test_where_texts_are_attacked_nobody_knows_the_passes(tmp_path: Path):
     words = Method(substitute=0.2, neighbours="builtin")
     study = build(methods=METHODS | {"words": words})
     results = played(study, drawn(0))
-    assert study.reported("words", "words", "compute", 0, results) is None
-    assert ("compute", "words") not in {(cell[0], cell[-1]) for cell in study.cells()}
-    run = study.reported("words", "words", "epochs", 0, results)
+    run = study.reported("words", "words", 0, results)
     assert (run.substitute, run.neighbours) == (0.2, "builtin")
     text = render(study, results, tmp_path, "command")
     [row] = re.findall(r"^\| words \|.*$", text.split("### words")[1], re.M)[:1]
-    assert [cell.strip() for cell in row.split("|")[2:-1]][4:] == ["–", "–"]
+    assert row.split("|")[2].strip() == "–"
 
 
 def test_what_is_measured_is_told_apart_by_split_attacks_and_settings():
     tasks = [TASK, replace(TASK, evaluate=("dev", "test")), replace(TASK, attacks=("typos",))]
     studies = [build(tasks={"words": task}) for task in tasks]
     studies.append(build(measure=Measures(steps=2)))
-    run = studies[0].search("words", "plain", "epochs")[0]
-    assert len({study.measured(run) for study in studies}) == 4
+    run = studies[0].search("words", "plain")[0.1][0]
+    assert len({study.measured("words", run) for study in studies}) == 4
 
 
 def test_a_line_without_a_split_that_is_asked_for_is_run_again():
     study, results, _ = world()
     more = build(tasks={"words": replace(TASK, evaluate=("test", "other"))})
-    run = study.reported("words", "plain", "epochs", 0, results)
-    assert study.done(run, results)
-    assert not more.done(run, results)
-    assert Findings(more, results).official("words", "plain", "epochs") == {}
-
-
-def test_half_of_the_rows_is_half_of_them():
-    study, results, _ = world()
-    assert study.reported("words", "plain", "half", 0, results).limit == 16
-    assert {run.limit for run in study.search("words", "plain", "half")} == {16}
-    few = Subject("intent", 1.0, (0.1,), ("test",), shots=10, half=("plain",))
-    assert few.fewer(0.5) == {"shots": 5}
+    run = study.reported("words", "plain", 0, results)
+    assert study.done("words", run, results)
+    assert not more.done("words", run, results)
+    assert Findings(more, results).official("words", "plain") == {}
 
 
 # What is reported ------------------------------------------------------------------------------
@@ -217,100 +207,91 @@ def test_half_of_the_rows_is_half_of_them():
 @settings(max_examples=10)  # a study is played for each
 @given(st.integers(0, 10**6))
 def test_differences_are_those_of_a_paired_t_test(seed: int):
-    study, _, findings = world(seed)
-    plain = findings.official("words", "plain", "epochs")
-    for (task, method), found in differences(findings, "epochs").items():
-        values = findings.official(task, method, "epochs")
-        a, b = ([of[s] for s in study.seeds] for of in (values, plain))
+    study, _, findings = world(seed, pairs=(("mat", "freelb"), ("mat", "plain")))
+    found = differences(findings)
+    players = ("noise", "freelb", "mat")
+    expected = [Pair("words", m, r) for r in REFERENCES for m in players]
+    assert [*found] == [*expected, Pair("words", "mat", "freelb")]  # each once
+    for pair, comparison in found.items():
+        a, b = ([findings.official("words", m)[s] for s in study.seeds] for m in pair[1:])
         test = stats.ttest_rel(a, b)
-        assert found.p == pytest.approx(test.pvalue)
-        assert found.difference == pytest.approx(
+        assert comparison.p == pytest.approx(test.pvalue)
+        assert comparison.difference == pytest.approx(
             (statistics.fmean(a) - statistics.fmean(b), *test.confidence_interval())
         )
 
 
-@settings(max_examples=10)  # a study is played for each
-@given(st.integers(0, 10**6))
-def test_groups_are_means_over_their_methods(seed: int):
-    several = Method("mat", {"learner_steps": 1, "samples": 2, "particles": 2})
-    study = build(methods=METHODS | {"several": several}, pairs=(("several", "mat"),))
-    findings = Findings(study, played(study, drawn(seed)))
-    assert groups(study) == {"pure": ["freelb", "mat"], "mixed": ["several"]}
-    values = {m: findings.official("words", m, "compute") for m in study.methods}
-    expected = statistics.fmean(
-        values["several"][s] - (values["freelb"][s] + values["mat"][s]) / 2 for s in study.seeds
-    )
-    found = contrasts(findings, "words", "compute")
-    assert found["mixed − pure"].difference.value == pytest.approx(expected)
-    assert found["several − mat"] == paired_t_test(values["several"], values["mat"])
-
-
-def test_under_pgd_accuracies_in_the_largest_ball_are_compared():
-    study, results, findings = world()
+def test_under_pgd_accuracies_in_the_largest_ball_are_compared(tmp_path: Path):
+    study, results, findings = world(pairs=(("mat", "freelb"),))
     found = {}
-    for budget, task, seed, method in study.cells():
-        found[budget, method, seed] = random.Random(f"{budget}{method}{seed}").random()
+    for task, seed, method in study.cells():
+        found[method, seed] = random.Random(f"{method}{seed}").random()
         radii = {"radii": [0.0, 0.1, 0.05], "accuracy": [{"value": 2.0}] * 3}
-        radii["accuracy"][1] = {"value": found[budget, method, seed]}
-        run = study.reported(task, method, budget, seed, results)
+        radii["accuracy"][1] = {"value": found[method, seed]}
+        run = study.reported(task, method, seed, results)
         if method != "noise":
-            results[study.measured(run)] = {"sections": {"radii": radii}}
-    of = differences(findings, "epochs", Findings.attacked)
-    assert {method for _, method in of} == {"freelb", "mat"}  # those that are known
-    expected = statistics.fmean(
-        found["epochs", "mat", s] - found["epochs", "plain", s] for s in study.seeds
-    )
-    assert of["words", "mat"].difference.value == pytest.approx(100 * expected)
-    pair = replace(study, pairs=(("mat", "plain"),))
-    grouped = contrasts(Findings(pair, results), "words", "epochs", Findings.attacked)
-    assert grouped["mat − plain"].difference.value == pytest.approx(100 * expected)
-    table = summary.grouped(Findings(pair, results))
-    assert "| words | PGD 0.1 | equal epochs |" in table
-    assert f"{100 * expected:+.1f}" in table
+            results[study.measured("words", run)] = {"sections": {"radii": radii}}
+    of = differences(findings, Findings.attacked)
+    assert {pair.method for pair in of} == {"freelb", "mat"}  # those that are known
+    expected = 100 * statistics.fmean(found["mat", s] - found["plain", s] for s in study.seeds)
+    assert of["words", "mat", "plain"].difference.value == pytest.approx(expected)
+    pair = 100 * statistics.fmean(found["mat", s] - found["freelb", s] for s in study.seeds)
+    assert f"| words | mat − freelb | PGD 0.1 | {pair:+.1f} ±" in tables.pairs(findings)
 
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_model_that_always_answers_the_same_is_not_compared_under_attack(counted: bool):
     """As one that has collapsed to the most frequent label: right on its share at any radius."""
     study, results, findings = world()
-    for budget, task, seed, method in study.cells():
-        run = study.reported(task, method, budget, seed, results)
-        same = (budget, method, seed) == ("epochs", "mat", 1)
+    for task, seed, method in study.cells():
+        run = study.reported(task, method, seed, results)
+        same = (method, seed) == ("mat", 1)
         if counted:
             results[run.key]["answers"] = {"test": 1 if same else 2}
         else:
             score = 0.0 if same else 0.3 + 0.1 * seed
             results[run.key]["last"] = {"test": {"Matthews": score}}
         radii = {"radii": [0.0, 0.1, 0.05], "accuracy": [{"value": 0.5 + 0.1 * seed}] * 3}
-        results[study.measured(run)] = {"sections": {"radii": radii}}
-    assert ("words", "mat") not in differences(findings, "epochs", Findings.attacked)
-    assert ("words", "mat") in differences(findings, "epochs")
-    assert ("words", "mat") in differences(findings, "compute", Findings.attacked)
-    assert contrasts(findings, "words", "epochs", Findings.attacked)["pure − plain"] is None
-    found = summary.verdict(findings, "epochs", Findings.attacked)
-    assert (found.comparisons, found.left_out) == (1, [("words", "mat")])
-    assert not summary.verdict(findings, "compute", Findings.attacked).left_out
-    assert not summary.verdict(findings, "epochs", Findings.official).left_out
+        results[study.measured("words", run)] = {"sections": {"radii": radii}}
+    assert ("words", "mat", "plain") not in differences(findings, Findings.attacked)
+    assert ("words", "mat", "plain") in differences(findings)
+    found = summary.verdict(findings, "plain", Findings.attacked)
+    assert (found.comparisons, found.left_out) == (2, [("words", "mat", "plain")])
+    assert not summary.verdict(findings, "plain", Findings.official).left_out
+
+
+@settings(max_examples=5)
+@given(st.integers(3, 12), st.floats(0.001, 0.05), st.integers(0, 10**6))
+def test_the_smallest_difference_is_found_as_often_as_it_says(seeds: int, level: float, seed: int):
+    draws = np.random.default_rng(seed).normal(summary.detectable(seeds, level), 1, (4000, seeds))
+    share = float((stats.ttest_1samp(draws, 0, axis=1).pvalue < level).mean())
+    assert abs(share - summary.POWER) < 0.04  # over six of its standard errors
 
 
 def test_power_is_that_of_the_seeds_there_are(tmp_path: Path):
     results = played(build(seeds=(0, 1)), drawn(0))
     some = Findings(build(seeds=(0, 1, 2, 3)), results)
-    needed, single = (stats.t.isf(0.025 / n, 1) for n in (2, 1))
-    assert summary.power(some) == (2, 2, needed / single)
-    said = f"With 2 seeds, one of 2 differences has to be {needed / single:.1f} times"
-    assert said in render(some.study, results, tmp_path, "s")
-    assert summary.power(Findings(build(seeds=(7, 8)), results)) is None
+    [found] = summary.smallest(some)
+    gaps = []
+    for pair in differences(some):
+        a, b = (some.official("words", m) for m in pair[1:])
+        gaps.append(statistics.stdev(a[s] - b[s] for s in (0, 1)))
+    assert found.seeds == 2
+    assert found.spread == pytest.approx(statistics.median(gaps))
+    assert found.family == pytest.approx(found.spread * summary.detectable(2, 0.05 / len(gaps)))
+    text = render(some.study, results, tmp_path, "s")
+    assert f"| words | 2 | {found.spread:.1f} | {found.single:.1f} | {found.family:.1f} |" in text
+    assert summary.smallest(Findings(build(seeds=(7, 8)), results)) == []
 
 
 def test_a_task_can_have_methods_of_its_own(tmp_path: Path):
     """As a regression, whose predictions word substitution cannot attack."""
-    own = replace(TASK, methods=("plain", "mat"), half=("mat",))
+    own = replace(TASK, methods=("plain", "mat"))
     study = build(tasks={"words": TASK, "numbers": own})
-    assert {m for _, task, _, m in study.cells() if task == "numbers"} == {"plain", "mat"}
-    assert {m for _, task, _, m in study.cells() if task == "words"} == {*METHODS}
+    assert {m for task, _, m in study.cells() if task == "numbers"} == {"plain", "mat"}
+    assert {m for task, _, m in study.cells() if task == "words"} == {*METHODS}
     text = render(study, played(study, drawn(0)), tmp_path, "study.toml")
-    table = text.split("### numbers: ")[1].split("##")[0]
+    table = text.split("### numbers")[1].split("##")[0]
     assert "| mat |" in table
     assert "freelb" not in table
 
@@ -325,12 +306,12 @@ def test_every_method_has_its_row_also_where_it_loses(tmp_path: Path):
     table = re.search(r"### words.*?\n\n(.*?)\n\n", text, re.S).group(1)
     rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]]
     assert [row[1] for row in rows] == list(METHODS)
-    assert [row[2:4] for row in rows[1:]] == [["1.0", "2.5"], ["3.0", "2.5"], ["3.3", "2.5"]]
-    assert table.count("-80.0 ± 0.0") == 2 * 3
-    assert text.count("below 0 for freelb on words, mat on words. ") == 2  # noise is no adversary
-    assert text.count("is shown to differ is: freelb on words, mat on words.") == 2
-    measures = "12 measures of runs at equal epochs, 12 measures of runs at equal compute"
-    assert f"Missing: {measures}, of 30 runs." in text
+    costs = [["1.0", "1.0"], ["3.0", "1.0"], ["1.0", "2.5"], ["3.0", "2.5"], ["3.3", "2.5"]]
+    assert [row[2:4] for row in rows] == costs
+    assert table.count("**-80.0 ± 0.0**") == 2 * 3
+    losers = "noise on words, freelb on words, mat on words."
+    assert text.count(f"below 0 for {losers}") == text.count(f"to differ is: {losers}") == 2
+    assert "Missing: 15 measures of runs, of 15 runs." in text
 
 
 def test_the_report_does_not_depend_on_the_order_of_results(tmp_path: Path):
@@ -343,19 +324,16 @@ def test_the_report_does_not_depend_on_the_order_of_results(tmp_path: Path):
 def test_what_is_missing_is_counted_and_nothing_is_made_up(tmp_path: Path):
     study = build()
     text = render(study, {}, tmp_path, "study.toml")
-    assert "12 runs at equal epochs" in text
-    assert "6 runs at half of the rows, of 30 runs" in text
+    assert "Missing: 15 runs, of 15 runs." in text
     table = text.split("### words")[1].split("##")[0].strip()
-    for line in table.splitlines()[4:]:
-        assert [cell.strip() for cell in line.split("|")[3:-1]] == ["–"] * 5
+    for line in table.splitlines()[2:]:
+        assert [cell.strip() for cell in line.split("|")[3:-1]] == ["–", "0", "–", "–", "–"]
     results = played(study, drawn(0))
-    gone = study.reported("words", "mat", "compute", 1, results)
+    gone = study.reported("words", "mat", 1, results)
     del results[gone.key]
     findings = Findings(study, results)
-    first = next(iter(summary.missing(findings).items()))
-    assert first == ("measures of runs at equal epochs", 12)
-    assert summary.missing(findings)["runs at equal compute"] == 1
-    assert differences(findings, "compute")["words", "mat"].seeds == (0, 2)
+    assert summary.missing(findings) == {"runs": 1, "measures of runs": 14}
+    assert differences(findings)["words", "mat", "plain"].seeds == (0, 2)
 
 
 def test_regressions_are_trained_and_not_measured():
@@ -370,6 +348,7 @@ def test_a_single_seed_has_no_interval_and_no_verdict(tmp_path: Path):
     text = render(study, results, tmp_path, "study.toml")
     assert "±" not in text
     assert text.count("Of one seed there is no interval, and nothing is shown to differ.") == 2
+    assert not tables.power(Findings(study, results))
     assert "95 %" not in text.split("## Official metrics")[1]
     assert "none; below" not in text
 
@@ -379,8 +358,8 @@ def test_a_single_rate_is_searched_for_nowhere(tmp_path: Path):
     for tasks in ({"words": single}, {"words": single, "more": TASK}):
         study = build(tasks=tasks)
         text = render(study, played(study, drawn(0)), tmp_path, "study.toml")
-        assert "There was no search on words: one learning rate was given." in text
-        assert ("Score of one run with seed" in text) == (len(tasks) == 2)
+        assert "There was no search where one learning rate is given." in text
+        assert ("Mean score of runs with seed 100 on" in text) == (len(tasks) == 2)
         assert re.search(r"^\| mat \| 0.1 \|", text.split("## Learning rates")[1], re.M)
 
 
@@ -391,9 +370,10 @@ TOML = """
 model = "{model}"
 seeds = [2]
 hold_out = 4
-compute = 2.0
+references = ["plain", "longer"]
 [methods]
 plain = {{}}
+longer = {{ times = 2 }}
 mat = {{ solver = "mat", parameters = {{ samples = 2 }} }}
 [tasks.words]
 script = "intent"
@@ -403,7 +383,6 @@ batch_size = 8
 max_length = 16
 learning_rates = [1e-2, 1e-3]
 evaluate = ["test"]
-half = ["mat"]
 attacks = ["typos"]
 [tasks.words.shifted.others]
 hub = ["someone/others"]
@@ -459,7 +438,7 @@ def report(folder: Path) -> str:
     """Return the report in a folder, without what an update took, which no two runs share."""
     text = (folder / "study" / "report.md").read_text()
     text, count = re.subn(r"(?m)^(\| [\w-]+ \| \d\.\d) \| \d+\.\d \|", r"\1 | time |", text)
-    assert count == 2
+    assert count == 3
     return text
 
 
@@ -488,12 +467,12 @@ def test_a_study_runs_and_goes_on_to_the_same_report(
     for column in ("PGD 0.1", "loss increase", "others drop", "under typos", "ECE"):
         assert column in text
     lines = (folder / "study" / "results.jsonl").read_text()
-    # runs at equal epochs, at equal compute and on half after searches, and what was measured
-    assert len(lines.splitlines()) == (4 + 2) + (4 + 2) + (2 + 1) + 4
+    # runs of the searches, those that are reported, and what was measured
+    assert len(lines.splitlines()) == 3 * (2 + 1 + 1)
     measured = [of for of in map(json.loads, lines.splitlines()) if "sections" in of]
     assert {of["sections"]["about"]["seed"] for of in measured} == {2}  # its rows, not those of all
     assert "sluggish" not in lines  # results are to be published, and the texts may not be
-    for name in ("gains.png", "attacked.png"):
+    for name in ("convergence.png", "gains.png", "costs.png", "attacked.png"):
         assert (folder / "study" / name).read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(pool, "side_by_side", one_by_one(0))  # nothing is left to run
@@ -535,8 +514,8 @@ def test_runs_that_diverge_are_named_and_stop_nothing(folder: Path):
     assert script.main(arguments(folder)) == 0
     text = report(folder)
     assert "Missing: nothing. Diverged, so that robustness was not measured: plain on" in text
-    for method, budget in itertools.product(("plain", "mat"), ("epochs", "compute")):
-        assert f"{method} on words with seed 2 at equal {budget}" in text
+    for method in ("plain", "longer", "mat"):
+        assert f"{method} on words with seed 2" in text
 
 
 @pytest.mark.slow
@@ -563,7 +542,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_report(folder: Path):
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert len(results.read_text().splitlines()) < 19
+    assert len(results.read_text().splitlines()) < 12
     time.sleep(3)  # its workers see that it is gone
     again = start()
     assert again.wait(timeout=900) == 0
@@ -680,7 +659,6 @@ MISTAKES = {
     "no list": ('evaluate = ["test"]', 'evaluate = "test"', "evaluate must be a list, got 'test'"),
     "seeds": ("seeds = [2]", "seeds = 0", "seeds must be a list, got 0"),
     "no epochs": ("epochs = {epochs}\n", "", "words.epochs is missing, passes over the rows"),
-    "share": ("limit = 16", "", "A share of the rows needs shots or limit"),
     "no hold-out": ("hold_out = 4", "hold_out = 0", "hold_out must be at least 1, got 0"),
     "hold-out": ("hold_out = 4", "hold_out = 400", "words: .*400"),
     "pair": ("hold_out = 4", 'hold_out = 4\npairs = [["mat"]]', "pairs are of two methods each"),
@@ -699,7 +677,6 @@ MISTAKES = {
     "anli": ('script = "intent"', 'script = "anli"', "anli needs train"),
     "one alone": ("plain = {{}}", "plain = {{}}\nw = {{ substitute = 0.2 }}", "give both or none"),
     "split": ('evaluate = ["test"]', 'evaluate = ["dev"]', "has no split dev, it has test"),
-    "half": ('half = ["mat"]', 'half = ["cat"]', "half cat: there is none of this name"),
     "rates": ("[1e-2, 1e-3]", "[]", "learning_rates is empty"),
     "rate": ("[1e-2, 1e-3]", "[-1.0]", "learning_rate must be positive, got -1.0"),
     "shifted": (
@@ -724,9 +701,23 @@ MISTAKES = {
     "a seed": ("seeds = [2]", 'seeds = ["a"]', "seeds.0 must be a valid integer, got 'a'"),
     "below": ("seeds = [2]", "seeds = [-1]", "seed must be at least 0, got -1"),
     "hub": ('hub = ["someone/others"]', 'hub = "others"', "hub must be a list, got 'others'"),
-    "too few": ("limit = 16", "limit = 25", "half of limit = 25 is not half of the 24 rows"),
-    "own": ('half = ["mat"]', 'half = ["mat"]\nmethods = ["plain"]', "half mat: there is none"),
-    "no own": ('half = ["mat"]', 'half = ["mat"]\nmethods = ["mat"]', "words: methods need plain"),
+    "no own": (
+        'evaluate = ["test"]',
+        'evaluate = ["test"]\nmethods = ["mat"]',
+        "words: methods need plain",
+    ),
+    "reference": (
+        'references = ["plain", "longer"]',
+        'references = ["shorter"]',
+        "references: shorter: there is none of this name",
+    ),
+    "times": ("times = 2", "times = 0", "longer.times must be greater than 0, got 0"),
+    "every": ("times = 2", "every = 2", "every=2 is of a solver's updates: choose a solver"),
+    "label smoothing": (
+        "times = 2",
+        "label_smoothing = 2",
+        "label_smoothing must be a share in .0, 1., got 2",
+    ),
     "one epoch": (
         "plain = {{}}",
         'plain = {{}}\nw = {{ substitute = 0.2, neighbours = "typos" }}\n',
@@ -783,9 +774,9 @@ def test_a_model_is_measured_when_its_run_is_done(folder: Path, monkeypatch: pyt
     study = read(folder / "study" / "study.toml")
     results: dict[str, Any] = {}
     score = drawn(0)
-    for run in (r for _, runs in study.stages({}) for r in runs):
+    for run in (r for *_, runs in study.stages({}) for r in runs):
         results[run.key] = {"key": run.key, "last": {"held-out": {"accuracy": score(run)}}}
-    reported = [r for budget, runs in study.stages(results) if budget for r in runs]
+    reported = [run for _, stated, runs in study.stages(results) if stated for run in runs]
     for run in reported:
         (folder / "runs" / run.key / "last").mkdir(parents=True, exist_ok=True)
     asked: list[str] = []
@@ -805,7 +796,7 @@ def test_a_model_is_measured_when_its_run_is_done(folder: Path, monkeypatch: pyt
     results[done.key] = {"key": done.key, "last": {"test": {"accuracy": 0.5}}}
     asked.clear()
     script.work_through(study, folder / "study" / "results.jsonl", options)
-    assert set(asked) == {run.key for run in reported[1:]} | {study.measured(done)}
+    assert set(asked) == {run.key for run in reported[1:]} | {study.measured("words", done)}
 
 
 def test_there_is_no_report_without_results(folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -826,6 +817,6 @@ def test_the_study_that_is_published_can_be_read_and_its_report_follows_from_its
     readme = (EXAMPLES.parents[1] / "README.md").read_text()
     findings = Findings(study, results)
     for task in study.tasks:
-        if findings.official(task, "plain", "epochs"):
+        if findings.official(task, "plain"):
             assert tables.official(findings, task) in readme
-    assert summary.grouped(findings) in readme
+    assert tables.power(findings) in readme

@@ -13,7 +13,7 @@ from common import loop, results
 from common.data import Task
 from common.options import parser
 from common.parameters import check_evaluation, parameters
-from common.results import Run
+from common.results import PLAIN, Run
 
 REFUSALS = (ValueError, OSError, ImportError, mixadv.GameError)
 """What a script answers with one line: the user asked for what cannot be run."""
@@ -53,7 +53,8 @@ class Script:
         found = []
         for solver, chosen in parameters(options.solver, options.set, options.config).items():
             check_evaluation(solver, chosen, options.evaluate)
-            given |= {"solver": solver, "parameters": chosen}
+            alone = solver != PLAIN or len(options.solver) == 1
+            given |= {"solver": solver, "parameters": chosen, "every": options.every * alone or 1}
             found += [Run(**given, seed=seed) for seed in options.seeds]
         return found
 

@@ -94,7 +94,10 @@ class Training:
         self.game: mixadv.Game | None = None
         self.solver = player(run, task)
         if self.solver is not None:
-            optimizer = mixadv.wrap(optimizer, self.model, self.solver, seed=run.seed)
+            schedule = mixadv.Schedule(every=run.every)
+            optimizer = mixadv.wrap(
+                optimizer, self.model, self.solver, schedule=schedule, seed=run.seed
+            )
             self.game = optimizer.game
         self.optimizer = self.accelerator.prepare(optimizer)
         warmup = max(1, int(run.warmup * self.updates))
@@ -155,7 +158,7 @@ class Training:
         total = torch.zeros(())
         for batch in batches:
             with self.accelerator.accumulate(self.model):
-                forward = lambda: self.model(**batch)  # noqa: B023, E731
+                forward = lambda: self.forward(batch)  # noqa: B023, E731
                 if self.game is not None and len(batches) == 1:
                     self.optimizer.step(forward)
                     loss = self.game.outcome.objective
@@ -168,6 +171,14 @@ class Training:
             self.progress.forwards += outcome.forwards if outcome else 1
         self.progress.optimizer_steps += outcome.steps if outcome else 1
         return total
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> Any:
+        """Return the model's output on a batch, with the loss that is trained."""
+        output = self.model(**batch)
+        if smoothing := self.run.label_smoothing:
+            loss = torch.nn.functional.cross_entropy
+            output.loss = loss(output.logits, batch["labels"], label_smoothing=smoothing)
+        return output
 
     def backward(self, forward: Callable[[], Any]) -> torch.Tensor:
         """Add the gradients of a batch; return its objective."""
@@ -275,6 +286,8 @@ def check(run: Run, task: Task) -> None:
         )
     if run.evaluate == "mixture" and task.labels is None:
         raise ValueError(f"A mixture has probabilities of labels, and {task.name} has none.")
+    if run.label_smoothing and task.labels is None:
+        raise ValueError(f"label_smoothing spreads over labels, and {task.name} has none.")
     if run.substitute:
         if task.labels is None:
             raise ValueError(f"substitute attacks predicted labels, and {task.name} has none.")

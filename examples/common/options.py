@@ -180,6 +180,10 @@ def _training(parser: argparse.ArgumentParser, default: dict[str, Any]) -> None:
         "keep N training rows, drawn by the seed, to choose on: hyper-parameters, the best weights"
     )
     add("--hold-out", type=positive, default=0, metavar="N", help=text)
+    text = "play the solver every N-th update; the others are plain (default: 1)"
+    add("--every", type=positive, default=1, metavar="N", help=text)
+    text = "probability that the task loss spreads over all labels (default: 0)"
+    add("--label-smoothing", type=float, default=0.0, metavar="P", help=text)
     add("--bf16", action="store_true", help="forward passes in bfloat16")
     text = (
         "before each epoch but the first, attack this share of the training rows by replacing "

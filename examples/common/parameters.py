@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 import mixadv
+from common.results import PLAIN
 from mixadv.errors import nearest
 
-PLAIN = "plain"
 TABLES = TypeAdapter(dict[str, dict[str, Any]], config=ConfigDict(strict=True))
 """What a file of hyper-parameters holds: a table for each solver."""
 

@@ -11,8 +11,9 @@ from typing import Any
 from common.tables import markdown
 from mixadv.robustness.statistics import t_interval
 
+PLAIN = "plain"
 EMBEDDED_MODEL = "minilm"
-LATER = {"substitute": 0.0, "neighbours": ""}
+LATER = {"substitute": 0.0, "neighbours": "", "every": 1, "label_smoothing": 0.0}
 """Settings that came later: a run without them has the key, and the result, that it had before."""
 
 
@@ -45,13 +46,15 @@ class Run:
         substitute: fraction of the training rows that get a copy with words replaced, made anew
             before each epoch but the first.
         neighbours: where the words come from, see `common.substitution.SOURCES`.
+        every: updates of which the solver plays one; the others are plain.
+        label_smoothing: probability that the task loss spreads over all labels.
     """
 
     task: str
     train: tuple[str, ...] = ()
     data: str = ""
     model: str = EMBEDDED_MODEL
-    solver: str = "plain"
+    solver: str = PLAIN
     parameters: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     epochs: float = 3.0
@@ -72,10 +75,12 @@ class Run:
     attack_rows: int = 0
     substitute: float = 0.0
     neighbours: str = ""
+    every: int = 1
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "accumulate": 1, "max_length": 3, "updates": 0, "hold_out": 0}
-        least |= {"shots": 0, "limit": 0, "evaluate_every": 0, "attack_rows": 0, "seed": 0}
+        least |= {"shots": 0, "limit": 0, "evaluate_every": 0, "attack_rows": 0, "seed": 0, "every": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -98,8 +103,11 @@ class Run:
             raise ValueError(
                 "radii are of an attack on one model: evaluate last or mean, not mixture."
             )
-        if not 0 <= self.substitute <= 1:
-            raise ValueError(f"substitute must be a share in [0, 1], got {self.substitute}.")
+        for name in ("substitute", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share in [0, 1], got {getattr(self, name)}.")
+        if self.every > 1 and self.solver == PLAIN:
+            raise ValueError(f"every={self.every} is of a solver's updates: choose a solver.")
         if (self.substitute > 0) != (self.neighbours != ""):
             raise ValueError(
                 "substitute says how many rows get words replaced and neighbours by which words: "

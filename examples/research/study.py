@@ -1,11 +1,12 @@
-r"""Compare methods on tasks over seeds, at equal epochs and at equal compute.
+r"""Compare methods on tasks over seeds, with plain training that is as long and that is longer.
 
-A study is a TOML file: methods, tasks, seeds. There are two budgets: equal epochs, and equal
-compute, where every method gets the same number of passes. At each, every method chooses its
-learning rate from the same few, by one run each on training rows held out for it, with a seed that
-is not reported; then it is trained with every seed. Each run adds a line to results.jsonl, beside
-the study; what has a line is not run again, so that a killed study goes on when the same command
-comes again. At the end report.md is written, with tables and pictures.
+A study is a TOML file: methods, tasks, seeds. All methods take the same number of updates, those
+with `times` more or fewer: plain training that costs as much as an adversary is a method too. Every
+method chooses its learning rate from the same few, by a run with each seed of the search on
+training rows held out for it, none of which is reported; then it is trained with every seed. Each
+run adds a line to results.jsonl, beside the study; what has a line is not run again, so that a
+killed study goes on when the same command comes again. At the end report.md is written, with tables
+and pictures.
 
     python examples/research/study.py examples/research/study/study.toml
     python examples/research/study.py examples/research/study/study.toml --data FOLDER --workers 2
@@ -29,7 +30,7 @@ from common.substitution import candidates
 from mixadv.robustness import data
 from studying import pool
 from studying.measure import measure, other
-from studying.plan import COMPARED, Results, Study, measurable
+from studying.plan import Results, Study, measurable
 from studying.reading import keys, read
 from studying.render import render
 from studying.work import load, sizes, train
@@ -53,13 +54,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
 def check(study: Study, options: Namespace, results: Results) -> None:
     """Raise before the first job for what a later one would miss, and for results of other data."""
     for name, subject in study.tasks.items():
-        task = load(subject.script, name, options.data, subject.train)
-        rows = len(task.train)
-        if subject.half and subject.limit > rows:
-            raise ValueError(
-                f"{name}: half of limit = {subject.limit} is not half of the {rows} rows that "
-                f"there are: limit must be at most {rows}."
-            )
+        task = load(subject.script, subject.name or name, options.data, subject.train)
         now = sizes(task)
         for run in study.runs(name, results):
             then = results.get(run.key, {}).get("sizes", now)
@@ -102,15 +97,15 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
     lost: set[str] = set()
 
     def ready() -> Iterator[tuple[str, pool.Job]]:
-        for budget, runs in study.stages(results):
+        for task, reported, runs in study.stages(results):
+            subject = study.tasks[task]
             for run in runs:
-                subject = study.tasks[run.task]
-                if not study.done(run, results):
+                if not study.done(task, run, results):
                     given = (run, subject.script, options.data, subject.evaluate, options.runs)
                     yield run.key, (train, given)
-            for run in runs if budget in COMPARED else ():
-                key, subject = study.measured(run), study.tasks[run.task]
-                if key in results or not study.done(run, results):
+            for run in runs if reported else ():
+                key = study.measured(task, run)
+                if key in results or not study.done(task, run, results):
                     continue
                 if not measurable(results[run.key]):
                     continue

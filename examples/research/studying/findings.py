@@ -1,18 +1,23 @@
 """What a study found: values by method and seed, and their differences."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.parameters import PLAIN
 from mixadv.robustness.statistics import Comparison, holm, paired_t_test
-from studying.plan import COMPARED, Budget, Results, Study, measurable
+from studying.plan import Results, Study, measurable
 
-NOISE = "noise"
-PAIRS = (("pure", PLAIN), ("mixed", PLAIN), ("mixed", "pure"))
-"""Groups that are compared in every study."""
 Values = dict[int, float]
 """By seed."""
+
+
+class Pair(NamedTuple):
+    """Two methods on a task, the second to be taken from the first."""
+
+    task: str
+    method: str
+    reference: str
 
 
 @dataclass(frozen=True)
@@ -27,42 +32,35 @@ class Findings:
     study: Study
     results: Results
 
-    def line(self, task: str, method: str, budget: Budget, seed: int) -> Mapping[str, Any]:
+    def line(self, task: str, method: str, seed: int) -> Mapping[str, Any]:
         """Return the line of a run; an empty one if it is missing."""
-        run = self.study.reported(task, method, budget, seed, self.results)
-        return self.results[run.key] if run and self.study.done(run, self.results) else {}
+        run = self.study.reported(task, method, seed, self.results)
+        return self.results[run.key] if run and self.study.done(task, run, self.results) else {}
 
-    def measured(self, task: str, method: str, budget: Budget, seed: int) -> Mapping[str, Any]:
+    def measured(self, task: str, method: str, seed: int) -> Mapping[str, Any]:
         """Return the sections that were measured of a run; none if they are missing."""
-        run = self.study.reported(task, method, budget, seed, self.results)
-        line = self.results.get(self.study.measured(run), {}) if run else {}
+        run = self.study.reported(task, method, seed, self.results)
+        line = self.results.get(self.study.measured(task, run), {}) if run else {}
         return line.get("sections", {})
 
-    def to_measure(self, task: str, method: str, budget: Budget, seed: int) -> bool:
+    def to_measure(self, task: str, method: str, seed: int) -> bool:
         """Return whether the model of a run is still to be measured."""
-        asked = budget in COMPARED and measurable(self.line(task, method, budget, seed))
-        return asked and not self.measured(task, method, budget, seed)
+        return measurable(self.line(task, method, seed)) and not self.measured(task, method, seed)
 
-    def values(
-        self, task: str, method: str, budget: Budget, read: Callable[[Mapping[str, Any]], Any]
-    ) -> Values:
-        """Return what is read of a method's lines, by seed; in per cent."""
-        lines = {s: self.line(task, method, budget, s) for s in self.study.seeds}
-        return {seed: 100 * read(line) for seed, line in lines.items() if line}
-
-    def official(self, task: str, method: str, budget: Budget) -> Values:
+    def official(self, task: str, method: str) -> Values:
         """Return the official metric by seed, in per cent."""
         split = self.study.tasks[task].evaluate[0]
-        return self.values(task, method, budget, lambda line: first(line["last"][split]))
+        lines = {seed: self.line(task, method, seed) for seed in self.study.seeds}
+        return {seed: 100 * first(line["last"][split]) for seed, line in lines.items() if line}
 
-    def attacked(self, task: str, method: str, budget: Budget) -> Values:
+    def attacked(self, task: str, method: str) -> Values:
         """Return the accuracy under PGD in the largest ball by seed, in per cent.
 
         None where answers are alike: an accuracy that nothing can change is no robustness.
         """
-        if self.answers_alike(task, method, budget):
+        if self.answers_alike(task, method):
             return {}
-        found = {s: self.measured(task, method, budget, s) for s in self.study.seeds}
+        found = {seed: self.measured(task, method, seed) for seed in self.study.seeds}
         largest = max(self.study.measure.radii)
         return {
             seed: 100 * of["radii"]["accuracy"][of["radii"]["radii"].index(largest)]["value"]
@@ -70,13 +68,13 @@ class Findings:
             if of
         }
 
-    def answers_alike(self, task: str, method: str, budget: Budget) -> bool:
+    def answers_alike(self, task: str, method: str) -> bool:
         """Return whether a method's model answers the same whatever it reads, for a seed.
 
         No attack changes that. Lines that do not count answers tell it by a correlation of 0.
         """
         split = self.study.tasks[task].evaluate[0]
-        lines = [self.line(task, method, budget, seed) for seed in self.study.seeds]
+        lines = [self.line(task, method, seed) for seed in self.study.seeds]
         return any(
             line.get("answers", {}).get(split) == 1 or line["last"][split].get("Matthews") == 0
             for line in lines
@@ -84,20 +82,16 @@ class Findings:
         )
 
     def seconds(self, task: str, method: str) -> float | None:
-        """Return the least seconds of an update over the seeds, the machine being shared.
-
-        At equal epochs, where all methods are trained one after the other: on the same machine.
-        """
-        lines = [self.line(task, method, "epochs", seed) for seed in self.study.seeds]
+        """Return the least seconds of an update over the seeds, the machine being shared."""
+        lines = [self.line(task, method, seed) for seed in self.study.seeds]
         return min((of["seconds_per_update"] for of in lines if of), default=None)
 
     def metric(self, task: str) -> str:
         """Return the name of the official metric, and of its split."""
         split = self.study.tasks[task].evaluate[0]
-        for budget, name, _, method in self.study.cells():
-            for seed in self.study.seeds if name == task else ():
-                if line := self.line(task, method, budget, seed):
-                    return f"{next(iter(line['last'][split]))}, {split}"
+        for of, seed, method in self.study.cells():
+            if of == task and (line := self.line(task, method, seed)):
+                return f"{next(iter(line['last'][split]))}, {split}"
         return split
 
 
@@ -108,59 +102,41 @@ def first(metrics: Mapping[str, float]) -> float:
 
 # Differences -----------------------------------------------------------------------------------
 
-Read = Callable[[Findings, str, str, Budget], Values]
-"""What is compared: the values by seed of a task, a method and a budget."""
+Read = Callable[[Findings, str, str], Values]
+"""What is compared: the values by seed of a task and a method."""
 
 
-def differences(
-    findings: Findings, budget: Budget, read: Read = Findings.official
-) -> dict[tuple[str, str], Comparison]:
-    """Return the difference of each method to plain training, by task and method."""
+def asked(study: Study) -> Iterator[Pair]:
+    """Yield the comparisons that a study asks for: with each reference, and its pairs.
+
+    Plain training that is longer or shorter is a reference or a point of a curve: it is compared
+    with none.
+    """
+    for task in study.tasks:
+        trained = study.trained(task)
+        pairs = [(m, r) for r in study.references for m in trained if not lengths(study, m)]
+        for method, reference in dict.fromkeys([*pairs, *map(tuple, study.pairs)]):
+            if method != reference and method in trained and reference in trained:
+                yield Pair(task, method, reference)
+
+
+def lengths(study: Study, method: str) -> bool:
+    """Return whether a method is plain training but for its length."""
+    return study.methods[method].settings == study.methods[PLAIN].settings
+
+
+def differences(findings: Findings, read: Read = Findings.official) -> dict[Pair, Comparison]:
+    """Return the differences that a study asks for, where there is a seed of both methods."""
     found = {}
-    for task in findings.study.tasks:
-        plain = read(findings, task, PLAIN, budget)
-        for method in findings.study.methods:
-            values = read(findings, task, method, budget)
-            if method != PLAIN and plain.keys() & values.keys():
-                found[task, method] = paired_t_test(values, plain)
+    for pair in asked(findings.study):
+        a, b = (read(findings, pair.task, method) for method in pair[1:])
+        if a.keys() & b.keys():
+            found[pair] = paired_t_test(a, b)
     return found
 
 
-def adjusted(found: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str], float]:
-    """Return Holm's p-values of the comparisons of a table."""
-    names = {f"{task}/{method}": (task, method) for task, method in found}
+def adjusted(found: Mapping[Pair, Comparison]) -> dict[Pair, float]:
+    """Return Holm's p-values of a family of comparisons."""
+    names = {"/".join(pair): pair for pair in found}
     p = {name: found[pair].p for name, pair in names.items()}
     return {names[name]: value for name, value in holm(p).items()}
-
-
-def groups(study: Study) -> dict[str, list[str]]:
-    """Return the methods whose adversary plays one particle, and those that play several.
-
-    Noise is neither: it does not look at the loss.
-    """
-    found: dict[str, list[str]] = {"pure": [], "mixed": []}
-    for name, method in study.methods.items():
-        if method.played is not None and method.solver != NOISE:
-            found["mixed" if method.played.particles > 1 else "pure"].append(name)
-    return found
-
-
-def contrasts(
-    findings: Findings, task: str, budget: Budget, read: Read = Findings.official
-) -> dict[str, Comparison | None]:
-    """Return how groups of methods differ, each the mean over its methods, seed by seed; and how
-    the pairs of methods do that the study asks for.
-    """
-    study = findings.study
-    means = {m: read(findings, task, m, budget) for m in study.methods}
-    trained = study.trained(task, budget)
-    for group, methods in groups(study).items():
-        of = [means[method] for method in methods if method in trained]
-        seeds = set.intersection(*(set(values) for values in of)) if of else set()
-        means[group] = {seed: sum(v[seed] for v in of) / len(of) for seed in seeds}
-    return {
-        f"{a} − {b}": paired_t_test(means[a], means[b])
-        if means[a].keys() & means[b].keys()
-        else None
-        for a, b in (*PAIRS, *study.pairs)
-    }

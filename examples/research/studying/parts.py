@@ -21,6 +21,7 @@ SETTINGS = ("train", "shots", "limit", "max_length", "batch_size", "warmup", "we
 Names = tuple[str, ...]
 SomeNames = Annotated[Names, Field(min_length=1)]
 Count = Annotated[StrictInt, Field(ge=1)]
+Positive = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)]
 Radius = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -32,13 +33,19 @@ class Method:
     """a solver's name; "plain" is the optimizer alone"""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """those of the solver that are not its defaults"""
+    times: Positive = 1.0
+    """how often it is trained for as many updates as the others"""
+    every: Count = 1
+    """updates of which the solver plays one; the others are plain"""
+    label_smoothing: StrictFloat = 0.0
+    """probability that the task loss spreads over all labels"""
     substitute: StrictFloat = 0.0
     """share of the rows that get a copy with words replaced"""
     neighbours: str = ""
     """where the words come from, as --neighbours of glue.py"""
 
     def __post_init__(self) -> None:
-        Run(task="", substitute=self.substitute, neighbours=self.neighbours)  # raises for one alone
+        Run(task="", **self.settings)  # raises for what does not go together
         if self.solver == PLAIN and self.parameters:
             raise ValueError(f"plain training has no parameters, got {dict(self.parameters)}.")
         if self.solver != PLAIN:
@@ -54,13 +61,21 @@ class Method:
         return None if self.solver == PLAIN else mixadv.make_solver(self.solver, **self.parameters)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What the method sets of a run, but for how long it is."""
+        return {k: v for k, v in vars(self).items() if k != "times"} | {
+            "parameters": dict(self.parameters)
+        }
+
+    @property
     def cost(self) -> float | None:
-        """Passes of an update in those of a plain one; forwards, backwards of activations and of
+        """Passes of training in those of `plain`; forwards, backwards of activations and of
         weights count alike. None where texts are attacked: nobody knows how often they are read.
         """
         if self.substitute:
             return None
-        return 1.0 if self.played is None else count_passes(self.played).plain_steps
+        played = 1.0 if self.played is None else count_passes(self.played).plain_steps
+        return self.times * (1 + (played - 1) / self.every)
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -82,15 +97,15 @@ class Subject:
     script: Literal["glue", "intent", "anli"]
     """the script that loads it: "glue", "intent" or "anli\""""
     epochs: StrictFloat
-    """passes over the rows of every method at equal epochs"""
+    """passes over the rows of every method, times its `times`"""
     learning_rates: Annotated[tuple[StrictFloat, ...], Field(min_length=1)]
     """list of those that every method chooses from"""
     evaluate: SomeNames
     """list of splits; the first metric of the first one is the official metric"""
+    name: str = ""
+    """of the data set, where it is not that of the table"""
     methods: Names = ()
     """list of those that are trained; without it all"""
-    half: Names = ()
-    """list of methods that are trained on half of the rows too"""
     shifted: Mapping[str, Shifted] = field(default_factory=dict)
     """sets of other rows with the same labels, by name, see below"""
     attacks: Names = ()
@@ -115,20 +130,16 @@ class Subject:
             Run(task="", learning_rate=rate, epochs=self.epochs, **self.settings)
         if self.script == "anli" and not self.train:
             raise ValueError("anli needs train, a list of the sets to train on.")
-        if self.half:
-            self.fewer(0.5)
+
+    @property
+    def searched(self) -> bool:
+        """Whether there are rates to choose from."""
+        return len(self.learning_rates) > 1
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the task sets of a run by itself."""
         return {name: getattr(self, name) for name in SETTINGS}
-
-    def fewer(self, share: float) -> dict[str, int]:
-        """Return the settings of runs that get a share of the rows."""
-        for name in ("shots", "limit"):
-            if number := getattr(self, name):
-                return {name: max(1, int(share * number))}
-        raise ValueError("A share of the rows needs shots or limit: of which number it is a share.")
 
 
 @dataclass(frozen=True, config=CHECKED)

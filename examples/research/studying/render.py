@@ -9,8 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mixadv.reports import kept
 from studying import pictures, summary, tables, work
-from studying.findings import Findings, groups
-from studying.plan import BUDGETS, COMPARED, Study
+from studying.findings import Findings
+from studying.plan import Study
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -29,13 +29,9 @@ def render(study: Study, results: Mapping[str, Any], folder: Path, command: str)
         command=command,
         machines=sorted({line["machine"] for line in results.values() if "machine" in line}),
         pictures={path.name for path in pictures.draw(findings, folder)},
-        groups=groups(study),
-        fixed=[name for name, of in study.tasks.items() if len(of.learning_rates) == 1],
         summary=summary,
         tables=tables,
         work=work,
-        BUDGETS=BUDGETS,
-        COMPARED=COMPARED,
     )
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"  # parts that are left out leave gaps
     kept.write(folder / "report.md", text)

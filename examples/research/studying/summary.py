@@ -1,23 +1,19 @@
 """The summary of a study: what its tables answer, for the sentences of the report."""
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from scipy import stats
+import numpy as np
+from scipy import optimize, stats
 
 from mixadv.robustness.statistics import Comparison
-from studying.findings import NOISE, Findings, Read, adjusted, contrasts, differences
-from studying.plan import BUDGETS, COMPARED, Budget
-from studying.tables import signed, table
+from studying.findings import Findings, Pair, Read, adjusted, differences
 
-ALPHA = 0.05
-Pair = tuple[str, str]
-"""A task and a method."""
+ALPHA, POWER = 0.05, 0.8
 
 
 class Verdict(NamedTuple):
-    """Which methods differ from plain training."""
+    """Which methods differ from a reference."""
 
     comparisons: int
     seeds: int  # of the comparison with the most
@@ -28,28 +24,36 @@ class Verdict(NamedTuple):
     left_out: list[Pair]  # which have no accuracy under attack that could be compared
 
 
-class Power(NamedTuple):
-    """How many times its ± the first of the differences must be to pass Holm's correction."""
+class Smallest(NamedTuple):
+    """The smallest difference that the design can see: true, found with a chance of `POWER`."""
 
+    task: str
+    spread: float  # standard deviation of paired differences, the median over comparisons
     seeds: int
-    comparisons: int
-    factor: float
+    single: float  # by one comparison alone
+    family: float  # by the first of the family, after Holm's correction
 
 
-def compared(findings: Findings) -> Iterator[tuple[str, Budget, Read]]:
-    """Yield what is compared at which budget: the official metric, accuracy under PGD."""
+def readings(findings: Findings) -> dict[str, Read]:
+    """Return what is compared, by name: the official metric, accuracy under PGD."""
     attack = f"PGD {max(findings.study.measure.radii):g}"
-    for what, read in (("official metric", Findings.official), (attack, Findings.attacked)):
-        for budget in COMPARED:
-            yield what, budget, read
+    return {"official metric": Findings.official, attack: Findings.attacked}
 
 
-def verdict(findings: Findings, budget: Budget, read: Read) -> Verdict:
-    """Return how methods differ from plain training, before and after the correction."""
-    study, found = findings.study, _judged(findings, budget, read)
-    corrected = adjusted(found)
-    pairs = [(task, method) for task in study.tasks for method in study.trained(task, budget)]
-    attacked = read is not Findings.official
+def verdict(findings: Findings, reference: str, read: Read) -> Verdict:
+    """Return how methods differ from a reference, before and after the correction.
+
+    The family that the correction is for is all that the study compares by the same reading.
+    """
+    study, every = findings.study, differences(findings, read)
+    corrected = adjusted(every)
+    found = {pair: c for pair, c in every.items() if pair.reference == reference}
+    left_out = [
+        Pair(task, method, reference)
+        for task in study.tasks
+        for method in study.trained(task)
+        if read is not Findings.official and findings.answers_alike(task, method)
+    ]
     return Verdict(
         comparisons=len(found),
         seeds=max((len(c.seeds) for c in found.values()), default=0),
@@ -57,57 +61,58 @@ def verdict(findings: Findings, budget: Budget, read: Read) -> Verdict:
         above=[pair for pair, c in found.items() if c.difference.low > 0],
         below=[pair for pair, c in found.items() if c.difference.high < 0],
         sure=[pair for pair in found if corrected[pair] < ALPHA],
-        left_out=[p for p in pairs if attacked and findings.answers_alike(*p, budget)],
+        left_out=left_out,
     )
 
 
-def _judged(findings: Findings, budget: Budget, read: Read) -> dict[Pair, Comparison]:
-    """Return the differences of the methods whose adversary looks at the loss."""
-    methods, found = findings.study.methods, differences(findings, budget, read)
-    return {pair: c for pair, c in found.items() if methods[pair[1]].solver != NOISE}
-
-
-def power(findings: Findings) -> Power | None:
-    """Return what Holm's correction asks for; None without an interval.
-
-    The largest of N passes where its p-value is below α / N.
-    """
-    judged = [_judged(findings, budget, Findings.official) for budget in COMPARED]
-    number = max(map(len, judged))
-    seeds = min((len(c.seeds) for found in judged for c in found.values()), default=0)
-    if seeds < 2:
-        return None
-    needed, single = (stats.t.isf(ALPHA / 2 / n, seeds - 1) for n in (number, 1))
-    return Power(seeds, number, needed / single)
-
-
-def grouped(findings: Findings) -> str:
-    """Return the table of differences between groups of methods."""
-    rows, head = [], []
+def smallest(findings: Findings) -> list[Smallest]:
+    """Return, for each task, the smallest difference in the official metric that can be seen."""
+    found = differences(findings)
+    rows = []
     for task in findings.study.tasks:
-        for what, budget, read in compared(findings):
-            found = contrasts(findings, task, budget, read)
-            if any(found.values()):
-                rows.append([task, what, BUDGETS[budget], *map(signed, found.values())])
-                head = ["task", "what", "budget", *found]
-    return table(head, rows)
+        own = [c for pair, c in found.items() if pair.task == task and len(c.seeds) > 1]
+        if own:
+            seeds = min(len(c.seeds) for c in own)
+            spread = float(np.median([deviation(c) for c in own]))
+            single, family = (detectable(seeds, ALPHA / n) for n in (1, len(found)))
+            rows.append(Smallest(task, spread, seeds, spread * single, spread * family))
+    return rows
+
+
+def deviation(comparison: Comparison) -> float:
+    """Return the standard deviation of paired differences, from their interval."""
+    n, (value, _, high) = len(comparison.seeds), comparison.difference
+    return (high - value) / stats.t.isf(ALPHA / 2, n - 1) * n**0.5
+
+
+def detectable(seeds: int, level: float) -> float:
+    """Return the mean of paired differences, in their standard deviations, that a two-sided t-test
+    at a level finds with a chance of `POWER`.
+    """
+    degrees = seeds - 1
+    critical = stats.t.isf(level / 2, degrees)
+
+    def missed(effect: float) -> float:
+        return float(stats.nct.cdf(critical, degrees, effect * seeds**0.5)) - (1 - POWER)
+
+    return float(optimize.brentq(missed, 0, 10 * critical))
 
 
 def diverged(findings: Findings) -> list[str]:
     """Return the runs whose weights are not finite in the end."""
     return [
-        f"{method} on {task} with seed {seed} at {BUDGETS[budget]}"
-        for budget, task, seed, method in findings.study.cells()
-        if findings.line(task, method, budget, seed).get("diverged")
+        f"{method} on {task} with seed {seed}"
+        for task, seed, method in findings.study.cells()
+        if findings.line(task, method, seed).get("diverged")
     ]
 
 
 def missing(findings: Findings) -> Counter[str]:
     """Return how much of what the study asks for results do not hold."""
     lost: Counter[str] = Counter()
-    for budget, task, seed, method in findings.study.cells():
-        if not findings.line(task, method, budget, seed):
-            lost[f"runs at {BUDGETS[budget]}"] += 1
-        elif findings.to_measure(task, method, budget, seed):
-            lost[f"measures of runs at {BUDGETS[budget]}"] += 1
+    for task, seed, method in findings.study.cells():
+        if not findings.line(task, method, seed):
+            lost["runs"] += 1
+        elif findings.to_measure(task, method, seed):
+            lost["measures of runs"] += 1
     return lost

@@ -13,8 +13,9 @@ from mixadv.robustness import all_correct
 from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.statistics import Comparison, paired_t_test
 from mixadv.robustness.tables import INCREASES
-from studying.findings import Findings, Values, differences, first
-from studying.plan import BUDGETS, COMPARED, PLAIN, Budget
+from studying import summary
+from studying.findings import Findings, Pair, Values, adjusted, differences, first
+from studying.plan import PLAIN
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -27,42 +28,67 @@ def signed(comparison: Comparison | None) -> str:
     if comparison is None:
         return DASH
     value, _, high = comparison.difference
-    half = "" if math.isnan(high) else f" ± {high - value:.1f}"
-    return f"{value:+.1f}{half}"
+    margin = "" if math.isnan(high) else f" ± {high - value:.1f}"
+    return f"{value:+.1f}{margin}"
 
 
 def official(findings: Findings, task: str) -> str:
-    """Return the table of a task: the official metric at both budgets, beside plain training."""
-    study = findings.study
-    rows = []
-    found = {b: differences(findings, b) for b in COMPARED}
+    """Return the table of a task: the official metric, and how far it is from each reference.
+
+    What is shown to differ after the correction is bold.
+    """
+    study, found = findings.study, differences(findings)
+    corrected = adjusted(found)
     plain = findings.seconds(task, PLAIN)
-    for name in study.trained(task, "epochs"):
-        method = study.methods[name]
-        cells = [name, DASH if method.cost is None else f"{method.cost:.1f}"]
-        seconds = findings.seconds(task, name)
+    rows = []
+    for name in study.trained(task):
+        cost, seconds = study.methods[name].cost, findings.seconds(task, name)
+        values = findings.official(task, name)
+        cells = [name, DASH if cost is None else f"{cost:.1f}"]
         cells.append(f"{seconds / plain:.1f}" if seconds and plain else DASH)
-        for budget in COMPARED:
-            values = findings.official(task, name, budget)
-            cells += [over_seeds(values.values()), signed(found[budget].get((task, name)))]
+        cells += [str(len(values)), over_seeds(values.values())]
+        for reference in study.references:
+            pair = Pair(task, name, reference)
+            bold = "**" if corrected.get(pair, 1.0) < summary.ALPHA else ""
+            cells.append(f"{bold}{signed(found.get(pair))}{bold}")
         rows.append(cells)
-    budgets = [cell for b in COMPARED for cell in (BUDGETS[b], "− plain")]
-    return table(["method", "passes", "time", *budgets], rows)
+    references = [f"− {reference}" for reference in study.references]
+    return table(["method", "passes", "time", "seeds", findings.metric(task), *references], rows)
 
 
-def robust(findings: Findings, task: str, budget: Budget) -> str:
+def pairs(findings: Findings) -> str:
+    """Return the table of the pairs that the study asks for."""
+    rows = []
+    for what, read in summary.readings(findings).items():
+        found = differences(findings, read)
+        corrected = adjusted(found)
+        for pair, comparison in found.items():
+            if list(pair[1:]) in map(list, findings.study.pairs):
+                cells = [pair.task, f"{pair.method} − {pair.reference}", what, signed(comparison)]
+                rows.append([*cells, f"{corrected[pair]:.2g}"])
+    return table(["task", "pair", "what", "difference", "p, corrected"], rows)
+
+
+def power(findings: Findings) -> str:
+    """Return the table of the smallest differences that the design can see."""
+    rows = [
+        [row.task, str(row.seeds), *(f"{v:.1f}" for v in (row.spread, row.single, row.family))]
+        for row in summary.smallest(findings)
+    ]
+    return table(["task", "seeds", "spread", "alone", "among all"], rows)
+
+
+def robust(findings: Findings, task: str) -> str:
     """Return the table of what was measured of a task's models, means over seeds."""
-    columns = _columns(findings, task, budget)
+    columns = _columns(findings, task)
     rows = [
         [name, *(over_seeds(of.get(name, {}).values(), digits) for of, digits in columns.values())]
-        for name in findings.study.trained(task, budget)
+        for name in findings.study.trained(task)
     ]
     return table(["method", *columns], rows if columns else [])
 
 
-def _columns(
-    findings: Findings, task: str, budget: Budget
-) -> dict[str, tuple[dict[str, Values], str]]:
+def _columns(findings: Findings, task: str) -> dict[str, tuple[dict[str, Values], str]]:
     """Return what was measured, by column: values by method and seed, and how they are shown."""
     study = findings.study
     columns: dict[str, tuple[dict[str, Values], str]] = {}
@@ -72,7 +98,7 @@ def _columns(
             columns.setdefault(column, ({}, digits))[0].setdefault(method, {})[seed] = value
 
     for seed in study.seeds:
-        sections = {m: findings.measured(task, m, budget, seed) for m in study.methods}
+        sections = {m: findings.measured(task, m, seed) for m in study.methods}
         sections = {method: found for method, found in sections.items() if found}
         increase = _increases(sections)
         for method, found in sections.items():
@@ -103,7 +129,7 @@ def _increases(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     }
 
 
-def learners(findings: Findings, budget: Budget) -> str:
+def learners(findings: Findings) -> str:
     """Return the table of the learners that a method leaves: last, mean and mixture."""
     rows = []
     for task, subject in findings.study.tasks.items():
@@ -111,11 +137,11 @@ def learners(findings: Findings, budget: Budget) -> str:
         for method in findings.study.methods:
             kept: dict[str, Values] = {}
             for seed in findings.study.seeds:
-                line = findings.line(task, method, budget, seed)
+                line = findings.line(task, method, seed)
                 for name, metrics in line.get("learners", {}).items():
                     kept.setdefault(name, {})[seed] = 100 * first(metrics[split])
             if kept:
-                last = findings.official(task, method, budget)
+                last = findings.official(task, method)
                 cells = [over_seeds(last.values())]
                 for name in ("mean", "mixture"):
                     other = kept.get(name)
@@ -126,13 +152,13 @@ def learners(findings: Findings, budget: Budget) -> str:
     return table(head, rows)
 
 
-def exploitability(findings: Findings, budget: Budget) -> str:
+def exploitability(findings: Findings) -> str:
     """Return the table of lower bounds of what adversaries gain by leaving their strategies."""
     study, rows = findings.study, []
     for method, way in study.methods.items():
         gains: list[str] = []
         for task in study.tasks:
-            lines = [findings.line(task, method, budget, seed) for seed in study.seeds]
+            lines = [findings.line(task, method, seed) for seed in study.seeds]
             found = [line["exploitability"] for line in lines if line.get("exploitability")]
             gains.append(over_seeds((one["gain"] for one in found), ".3g"))
         if way.played is not None and any(gain != DASH for gain in gains):
@@ -141,39 +167,34 @@ def exploitability(findings: Findings, budget: Budget) -> str:
     return table(["method", "payoff", "radius", *study.tasks], rows)
 
 
-def half(findings: Findings) -> str:
-    """Return the table of methods on half of the rows, beside plain training on all of them."""
-    rows = []
-    for task, subject in findings.study.tasks.items():
-        plain = findings.official(task, PLAIN, "epochs")
-        for method in subject.half:
-            few = findings.official(task, method, "half")
-            every = findings.official(task, method, "epochs")
-            to = paired_t_test(few, plain) if few.keys() & plain.keys() else None
-            numbers = [over_seeds(values.values()) for values in (few, every)]
-            rows.append([task, method, *numbers, signed(to)])
-    head = ["task", "method", "half of the rows", "all rows", "half − plain on all"]
-    return table(head, rows)
-
-
-def rates(findings: Findings, budget: Budget) -> str:
+def rates(findings: Findings) -> str:
     """Return the table of the learning rates chosen, and the scores that they were chosen by."""
     study = findings.study
     rows = []
     for method in study.methods:
         cells = [method]
         for task in study.tasks:
-            if method not in study.trained(task, budget):
+            if method not in study.trained(task):
                 cells.append(DASH)
                 continue
-            chosen = study.chosen(task, method, budget, findings.results)
-            scores = []
-            for run in study.search(task, method, budget):
-                line = findings.results.get(run.key)
-                score = f"{100 * first(line['last']['held-out']):.1f}" if line else DASH
-                bold = "**" if run.learning_rate == chosen else ""
-                scores.append(f"{bold}{run.learning_rate:g}: {score}{bold}")
-            cells.append(", ".join(scores) or f"{chosen:g}")
-        if set(cells[1:]) != {DASH}:
-            rows.append(cells)
+            chosen = study.chosen(task, method, findings.results)
+            scores = study.scores(task, method, findings.results)
+            shown = []
+            for rate in study.tasks[task].learning_rates:
+                score = f": {100 * scores[rate]:.1f}" if rate in scores else ""
+                best = rate == chosen and study.tasks[task].searched
+                shown.append(f"**{rate:g}{score}**" if best else f"{rate:g}{score}")
+            cells.append(", ".join(shown))
+        rows.append(cells)
     return table(["method", *study.tasks], rows)
+
+
+def at_the_edge(findings: Findings) -> list[str]:
+    """Return the methods whose learning rate is the smallest or largest of several."""
+    study, found = findings.study, []
+    for task, subject in study.tasks.items():
+        edges = (min(subject.learning_rates), max(subject.learning_rates))
+        for method in study.trained(task) if edges[0] < edges[1] else ():
+            if study.chosen(task, method, findings.results) in edges:
+                found.append(f"{method} on {task}")
+    return found
