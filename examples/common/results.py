@@ -80,7 +80,14 @@ class Run:
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "accumulate": 1, "max_length": 3, "updates": 0, "hold_out": 0}
-        least |= {"shots": 0, "limit": 0, "evaluate_every": 0, "attack_rows": 0, "seed": 0, "every": 1}
+        least |= {
+            "shots": 0,
+            "limit": 0,
+            "evaluate_every": 0,
+            "attack_rows": 0,
+            "seed": 0,
+            "every": 1,
+        }
         for name, bound in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):

@@ -172,6 +172,11 @@ class Study:
 
     def _run(self, task: str, method: str, rate: float, seed: int, **changes: Any) -> Run:
         subject, way = self.tasks[task], self.methods[method]
-        given = {"task": subject.name or task, "model": self.model, "learning_rate": rate, "seed": seed}
+        given = {
+            "task": subject.name or task,
+            "model": self.model,
+            "learning_rate": rate,
+            "seed": seed,
+        }
         given |= {"epochs": subject.epochs * way.times, **way.settings}
         return Run(**(given | subject.settings | changes))
