@@ -109,12 +109,17 @@ Read = Callable[[Findings, str, str], Values]
 def asked(study: Study) -> Iterator[Pair]:
     """Yield the comparisons that a study asks for: with each reference, and its pairs.
 
-    Plain training that is longer or shorter is a reference or a point of a curve: it is compared
-    with none.
+    Plain training that is longer or shorter is a point of a curve, and compared with none, unless
+    it is a reference: then with plain training.
     """
     for task in study.tasks:
         trained = study.trained(task)
-        pairs = [(m, r) for r in study.references for m in trained if not lengths(study, m)]
+        pairs = [
+            (method, reference)
+            for reference in study.references
+            for method in trained
+            if not lengths(study, method) or (reference == PLAIN and method in study.references)
+        ]
         for method, reference in dict.fromkeys([*pairs, *map(tuple, study.pairs)]):
             if method != reference and method in trained and reference in trained:
                 yield Pair(task, method, reference)

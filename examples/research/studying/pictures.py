@@ -66,15 +66,19 @@ def costs(findings: Findings, path: Path) -> Path | None:
     drawn = False
     for task, axes in panels.items():
         plain = findings.official(task, PLAIN)
-        for method, marker in _marked(study.trained(task)):
+        for method in study.trained(task):
             values, cost = findings.official(task, method), study.methods[method].cost
             gains = [values[seed] - plain[seed] for seed in values.keys() & plain.keys()]
             if method == PLAIN or cost is None or not gains:
                 continue
             drawn = True
-            axes.errorbar([cost], *_bars([t_interval(gains)]), fmt=marker, capsize=3, label=method)
+            [gain], [margin] = _bars([t_interval(gains)])
+            color = "0.4" if lengths(study, method) else "tab:blue"
+            axes.errorbar(cost, gain, margin, fmt="o", capsize=3, color=color, alpha=0.7)
+            axes.annotate(method, (cost, gain), (5, 2), textcoords="offset points", fontsize=8)
         axes.axhline(0, color="0.4", linewidth=1)
         axes.set(title=task, xlabel="passes, in those of plain training")
+        axes.margins(x=0.15)
         axes.grid(alpha=0.3)
     next(iter(panels.values())).set_ylabel("gain over plain training, points")
     return _save(figure, panels, path) if drawn else _forget(figure)
@@ -123,7 +127,11 @@ def _panels(names: Iterable[str], height: float) -> tuple[Any, dict[str, Any]]:
 
     names = list(names)
     figure, axes = plt.subplots(
-        1, len(names), figsize=(4 * len(names), height), layout="constrained", squeeze=False
+        1,
+        len(names),
+        figsize=(max(6.5, 4 * len(names)), height),
+        layout="constrained",
+        squeeze=False,
     )
     return figure, dict(zip(names, axes[0], strict=True))
 
@@ -133,7 +141,7 @@ def _save(figure: Any, panels: dict[str, Any], path: Path) -> Path:
     for axes in panels.values():
         handles, labels = axes.get_legend_handles_labels()
         shown = dict(zip(labels, handles, strict=True)) | shown
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=7, frameon=False)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=120)
     _forget(figure)
     return path
