@@ -9,6 +9,7 @@ such pass goes unnoticed.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.model.modules import INPUT, compiled, find
+from mixadv.model.modules import compiled, find, is_input
 from mixadv.model.private_torch import is_mapped, more_graphs
 from mixadv.model.site import Site, add, first_of, tokens_of, with_first
 from mixadv.model.visits import Call, Pass, Provide, recomputing
@@ -53,7 +54,7 @@ class CompiledSite(Site):
 
     def __init__(self, model: nn.Module, site: Any = None) -> None:
         super().__init__(model, site)
-        self._inside = [m for name, m in self.targets if name != INPUT]
+        self._inside = [m for name, m in self.targets if not is_input(name)]
         self._patterns: list[Pattern] = []
         self._entered: list[Any] = []
         self._learning = False
@@ -96,9 +97,9 @@ class CompiledSite(Site):
             self._handles.append(self.model.register_forward_hook(self._learn, prepend=True))
             return
         self._pre(self.model, self._fill)
-        if len(self._inside) < len(self.targets):
-            # Hooks of the compiled model itself run outside of the graph.
-            self._pre(self.model, self._at_input)
+        for name, _ in self.targets:
+            if is_input(name):  # hooks of the compiled model itself run outside of the graph
+                self._pre(self.model, functools.partial(self._at_input, name))
         self._handles.append(self.model.register_forward_hook(self._verify))
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ runs, and is removed when the round ends. A call made while a backward recompute
 the δ of the visit it repeats; see `visits`.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,8 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.model.modules import INPUT, around, bound, find, unwrap
-from mixadv.model.private_torch import running_number, saving_hook, sequence_number
+from mixadv.model.modules import around, bound, find, is_input, unwrap
+from mixadv.model.private_torch import (
+    in_reentrant_checkpoint,
+    running_number,
+    saving_hook,
+    sequence_number,
+)
 from mixadv.model.visits import Call, Pass, Provide, recomputing
 
 PER_TOKEN = ("attention_mask", "decoder_attention_mask", "labels")
@@ -40,6 +46,7 @@ class Site:
         self._handles: list[Any] = []
         self._numbers: dict[nn.Module, int] = {}
         self._masks: list[Tensor | None] = []
+        self._still: list[bool] = []
 
     @property
     def names(self) -> list[str]:
@@ -61,6 +68,8 @@ class Site:
         try:
             yield current
             current.end = sequence_number()
+            if current.grad:
+                self._still = current.still
         except BaseException:
             self.forget([current])
             raise
@@ -73,8 +82,8 @@ class Site:
         if self._handles:
             return
         for name, module in self.targets:
-            if name == INPUT:
-                self._pre(module, self._at_input)
+            if is_input(name):
+                self._pre(module, functools.partial(self._at_input, name))
             else:
                 self._pre(module, self._note_number)
                 hook = module.register_forward_hook(self._at_output, with_kwargs=True)
@@ -121,9 +130,9 @@ class Site:
 
     # Hooks -----------------------------------------------------------------------------------
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.current is None or recomputing():
-            return
+            return None
         arguments = bound(module, args, kwargs)
         for features in [v for v in arguments.values() if isinstance(v, Mapping)]:
             arguments = {**features, **arguments}  # as of sentence-transformers, in one argument
@@ -135,7 +144,9 @@ class Site:
         if not self._masks or module is self._inner:
             self.current.context = arguments
         self.current.within.append({k: arguments[k] for k in PER_TOKEN if k in arguments})
+        outermost = not self._masks
         self._masks.append(mask if usable else inherited)
+        return (copies(args), copies(kwargs)) if outermost else None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.current is not None and not recomputing() and self._masks:
@@ -155,18 +166,11 @@ class Site:
         delta = self._delta(module, first, args, kwargs)
         return None if delta is None else with_first(output, add(first, delta))
 
-    def _at_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _at_input(self, site: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.current is not None and not recomputing():
             self._numbers[module] = sequence_number()
         arguments = bound(module, args, kwargs)
-        floats = [k for k, v in arguments.items() if _is_float(v)]
-        preferred = getattr(unwrap(module), "main_input_name", None)
-        name = preferred if preferred in floats else floats[0] if floats else None
-        if name is None:
-            raise GameError(
-                f"The site is the model's own input, but it is called with {list(arguments)}, none "
-                "of them a floating-point tensor. Choose a module with site=."
-            )
+        name = _chosen_input(site, module, arguments)
         delta = self._delta(module, arguments[name], (), {})
         if delta is None:
             return None
@@ -184,7 +188,9 @@ class Site:
         if self.current is None:
             return None
         number = self._numbers.get(module, self.current.begin)
-        reentrant = self.current.grad and not torch.is_grad_enabled()
+        reentrant = in_reentrant_checkpoint(self.current.grad)
+        if self._is_still(self.current, reentrant):
+            return None
         pack = saving_hook()
         self.current.recomputable |= reentrant or pack is not None
         # A reentrant checkpoint runs its block without gradients: the node to look for is its own,
@@ -199,6 +205,18 @@ class Site:
                 "before. A closure is run several times on one batch and must be repeatable."
             )
         return delta
+
+    def _is_still(self, current: Pass, reentrant: bool) -> bool:
+        """Return whether the closure makes a call under no_grad: it is not on the way to the loss.
+
+        A pass that is run under no_grad itself goes by the last one that was not.
+        """
+        number = len(current.still)
+        still = not torch.is_grad_enabled() and not reentrant
+        if not current.grad:
+            still = number < len(self._still) and self._still[number]
+        current.still.append(still)
+        return still
 
     def _mask(self, output: Tensor, args: Any, kwargs: Any) -> Tensor | None:
         if output.dim() < 3:
@@ -224,6 +242,18 @@ class Site:
         return None
 
 
+def copies(value: Any) -> Any:
+    """Return arguments of the model with copies of the whole numbers among them.
+
+    Some models edit labels in place, and the next pass would read what the last one left.
+    """
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() or value.is_complex() else value.clone()
+    if type(value) in (tuple, list):
+        return type(value)(map(copies, value))
+    return {k: copies(v) for k, v in value.items()} if type(value) is dict else value
+
+
 def tokens_of(module: nn.Module, entered: Any) -> tuple[Tensor | None, nn.Module | None]:
     """Return the token ids that an embedding was called with, and the embedding."""
     module = getattr(module, "base_layer", module)  # of an adapter around it
@@ -238,12 +268,36 @@ def first_of(output: Any) -> Any:
 
 def with_first(output: Any, first: Tensor) -> Any:
     """Return the output of a module with another `first_of` it."""
-    return type(output)((first, *output[1:])) if isinstance(output, (tuple, list)) else first
+    if not isinstance(output, (tuple, list)):
+        return first
+    if hasattr(output, "_fields"):  # a NamedTuple takes its fields one by one
+        return type(output)(first, *output[1:])
+    return type(output)((first, *output[1:]))
 
 
 def add(output: Tensor, delta: Tensor) -> Tensor:
     """Return output + δ, summed in δ's precision and cast once (bf16 would swallow a small δ)."""
     return (output.to(delta.dtype) + delta).to(output.dtype)
+
+
+def _chosen_input(site: str, module: nn.Module, arguments: Mapping[str, Any]) -> str:
+    """Return the argument of the model that a site "input" or "input:NAME" means."""
+    floats = [name for name, value in arguments.items() if _is_float(value)]
+    wanted = site.partition(":")[2] or getattr(unwrap(module), "main_input_name", None)
+    if wanted in floats:
+        return wanted
+    if ":" in site or not floats:
+        raise GameError(
+            f"The site is {site!r}, the model's own input, and it is called with "
+            f"{list(arguments)}, of which {floats or 'none'} are floating-point tensors. Choose "
+            "one of these as site='input:NAME', or a module with site=."
+        )
+    if len(floats) > 1:
+        raise GameError(
+            f"The model is called with several floating-point tensors, {floats}: say which one δ "
+            f"is added to, as in site='input:{floats[0]}'."
+        )
+    return floats[0]
 
 
 def _is_float(value: Any) -> bool:

@@ -73,6 +73,7 @@ class Pass:
         self.begin = self.end = sequence_number()
         self.grad = torch.is_grad_enabled()
         self.recomputable = False
+        self.still: list[bool] = []  # for each call at the site, whether it ran under no_grad
         self.context: dict[str, Any] = {}  # arguments of the model's call
         self.within: list[dict[str, Any]] = []  # and of the modules within, from outside in
         self._recomputed: dict[tuple[int, int], int] = {}

@@ -117,7 +117,10 @@ class Strategy:
         calls = zip(self.points, gradients, self.masks, strict=True)
         for index, (point, gradient, mask) in enumerate(calls):
             flat, slope = point.detach().flatten(0, 1), gradient.flatten(0, 1)
-            new = rule(index, flat, slope, _repeat(mask, self.size), draw)
+            repeated = _repeat(mask, self.size)
+            if repeated is not None:  # what is not played may have no gradient: NaN · 0 is NaN
+                slope = torch.where(repeated > 0, slope, torch.zeros_like(slope))
+            new = rule(index, flat, slope, repeated, draw)
             finite = (slope.isfinite() & new.isfinite()).flatten(1).all(1)
             fallen.append(~finite.view(self.size, -1).all(0))
             finite = finite.view(-1, *[1] * (flat.dim() - 1))

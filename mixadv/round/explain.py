@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mixadv.model.closure import Closure
-from mixadv.model.modules import INPUT
+from mixadv.model.modules import is_input
 from mixadv.model.parallel import is_spread
 from mixadv.round.arena import Arena
 from mixadv.round.cost import Counts, count_passes
@@ -49,7 +49,7 @@ class Explanation:
             unit = f"{self.unit:.4g} = mean L2 norm of a real token's output ({how})"
         rows = {
             "solver": f"{type(s).__name__} ({s.paper})",
-            "site": ", ".join("the model's own input" if n == INPUT else n for n in self.site),
+            "site": ", ".join(map(_named, self.site)),
             "unit": unit,
             "radius": f"{ball} ({s.norm} per {s.per})",
             "passes": f"{p.forwards} forwards, {p.delta_backwards} backwards for δ, "
@@ -57,6 +57,12 @@ class Explanation:
             "cost": f"about {p.plain_steps:.1f} plain steps",
         }
         return "\n".join(f"{name:8}{text}" for name, text in rows.items())
+
+
+def _named(site: str) -> str:
+    """Return the name of a site in words."""
+    name = site.partition(":")[2]
+    return f"the model's own input{name and f', {name}'}" if is_input(site) else site
 
 
 def explain(arena: Arena, closure: Closure | None) -> Explanation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.compiled_site import CompiledSite
 from mixadv.model.contexts import compute_dtype
 from mixadv.model.gradients import gradients_kept
+from mixadv.model.heads import kind_of
+from mixadv.model.modules import unwrap
 from mixadv.model.scaling import KEY, Formats
 from mixadv.round import validate
 from mixadv.round.agreement import check_batching
@@ -59,7 +62,7 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
         _check_replay(plain, zero)
-        _check_reading(trial, zero)
+        _check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_length(trial, lengths))
         check_noise_floor(stage, zero, _check_slopes(trial, slopes))
@@ -177,17 +180,45 @@ def _no_gradient(arena: Arena) -> str:
 
 
 def _check_replay(plain: Reading, zero: Reading) -> None:
+    low = torch.finfo(compute_dtype(plain.loss)).eps > 1e-5
     a, b = float(plain.objective.detach()), float(zero.objective.detach())
-    tolerance = 1e-2 if torch.finfo(compute_dtype(plain.loss)).eps > 1e-5 else 1e-4
-    if abs(a - b) > tolerance * (1 + abs(a)):
+    apart = abs(a - b) > (1e-2 if low else 1e-4) * (1 + abs(a))
+    what = f"losses {a:.6g} and {b:.6g}"
+    if not apart and plain.predictions is not None and zero.predictions is not None:
+        one, two = plain.predictions.detach(), zero.predictions.detach()
+        apart = one.shape != two.shape
+        what = f"predictions of shape {list(one.shape)} and {list(two.shape)}"
+        if not apart:
+            most = float((one - two).abs().max())
+            apart = most > (3e-2 if low else 1e-4) * (1e-3 + float(one.abs().max()))
+            what = f"predictions that differ by up to {most:.2g}"
+    if apart:
         raise GameError(
-            f"Two passes of the closure with the same random state gave losses {a:.6g} and "
-            f"{b:.6g}. A round runs the closure several times: draw batches, augmentation and "
-            "other randomness outside of it, or with torch's generators."
+            f"Two passes of the closure with the same random state gave {what}. A round runs the "
+            "closure several times: draw batches, augmentation and other randomness outside of it, "
+            "or with the global generators of torch, numpy or Python; and make what a pass "
+            "changes, such as a cache (past_key_values), anew within it."
         )
 
 
-def _check_reading(arena: Arena, reading: Reading) -> None:
+def _check_head(arena: Arena, reading: Reading, labels: Any) -> None:
+    """Check that a divergence of softmaxes compares softmaxes."""
+    solver, predictions = arena.solver, reading.compared
+    if solver.compares not in ("kl", "symmetric_kl", "js") or reading.heads > 1:
+        return
+    kind = kind_of(unwrap(arena.model), labels, reading.loss, predictions)
+    if kind is None:
+        return
+    said = (
+        f"{solver.compares!r} compares softmaxes, and {kind.why}: build {type(solver).__name__} "
+        f"with divergence={kind.divergence!r} (payoff= for PGD)."
+    )
+    if kind.certain:
+        raise GameError(said)
+    warnings.warn(said, stacklevel=7)
+
+
+def _check_reading(arena: Arena, reading: Reading, labels: Any) -> None:
     solver = arena.solver
     if solver.compares is not None:
         predictions = reading.compared
@@ -201,6 +232,7 @@ def _check_reading(arena: Arena, reading: Reading) -> None:
                 f"The predictions have one column, of which {solver.compares!r} is always 0. "
                 "Choose divergence='squared_error' (payoff= for PGD) for regression."
             )
+        _check_head(arena, reading, labels)
         values = reading.diverge(predictions.detach(), divergence(solver.compares))
         if values.shape != predictions.shape[:1]:
             raise GameError(

@@ -17,6 +17,7 @@ from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
 from mixadv.model.modules import weak_hook
+from mixadv.model.private_torch import version
 from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena, Memory
@@ -61,6 +62,7 @@ class Rounds:
         self.strategy: Strategy | None = None
         self.probing: ExitStack | None = None
         self.busy = False
+        self._others: dict[str, int] = {}  # versions of weights that the optimizer does not hold
         self._stepped = True  # since the last round
         self._watch(arena.optimizer)
 
@@ -80,6 +82,7 @@ class Rounds:
         stage = self._begin(closure, check)
         if arena.learner is not None:
             arena.learner.open_round()
+            self._check_others()
         found = self.updates, self._stepped
         try:
             self.updates, self._stepped = self.updates + self._stepped, arena.optimizer is None
@@ -139,6 +142,24 @@ class Rounds:
             validate.check_reentrant(model, solver, counts.branches, counts.theta_backwards)
         self.arena.calibration = calibration
         self.memory = calibration.begin(self.memory)
+
+    def _check_others(self) -> None:
+        """Check that nothing else trains the model, of which the learner keeps no weights."""
+        arena, learner = self.arena, self.arena.learner
+        if learner is None or not learner.keeps_weights:
+            return
+        held = {id(p) for p in learner.parameters()}
+        others = {n: p for n, p in arena.model.named_parameters() if p.requires_grad}
+        now = {name: version(p) for name, p in others.items() if id(p) not in held}
+        changed = [name for name, v in now.items() if self._others.get(name, v) != v]
+        self._others = now
+        if changed:
+            raise GameError(
+                f"{len(changed)} weights, {changed[0]} among them, were changed since the last "
+                f"round and are not in the wrapped optimizer: what {type(arena.solver).__name__} "
+                "keeps of the weights (an average, a teacher, samples) would mix old ones with "
+                "new ones. Wrap one optimizer that holds them all, in several parameter groups."
+            )
 
     def _learn_buffers(self, stage: Stage) -> None:
         buffers = stage.passes.replay.buffers
