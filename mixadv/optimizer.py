@@ -17,6 +17,7 @@ from mixadv.game import Game
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
 from mixadv.model.gradients import gradients_kept
+from mixadv.model.masks import Where
 from mixadv.model.private_torch import sequence_number
 from mixadv.model.replay import Replay
 from mixadv.round import validate
@@ -157,13 +158,17 @@ class GameOptimizer(Optimizer):
 
     # The step ----------------------------------------------------------------------------------
 
-    def step(self, closure: Closure | None = None, *, check: bool = False) -> Any:  # pyright: ignore
+    def step(  # pyright: ignore
+        self, closure: Closure | None = None, *, check: bool = False, where: Where = None
+    ) -> Any:
         """Play a round and step; see the class.
 
         Args:
             closure: runs the forward pass and returns the loss, or loss and predictions; never
                 calls backward. None steps the base with the gradients there are.
             check: validate this round as the first one is.
+            where: where δ may act, for this round: a mask with the leading sizes of what the site
+                returns, one for each call, or a function of the call; None is at real tokens.
 
         Returns:
             The round's objective, 0-d and detached; None without a closure.
@@ -182,16 +187,16 @@ class GameOptimizer(Optimizer):
                 if result is not None and self.game.round == rounds:
                     raise GameError(_PLAYED_NOTHING)
             if not self._closure_plays:
-                return self._round(closure, check)
+                return self._round(closure, check, where)
             self.base.step()
             return result
 
-    def _round(self, closure: Closure, check: bool) -> Tensor:
+    def _round(self, closure: Closure, check: bool, where: Where) -> Tensor:
         game = self.game
         alike = not self._compared and parallel.replicas_alike(game.rounds.arena.parameters())
         self._compared = True
         try:
-            with game.rounds.open(closure, check) as stage:
+            with game.rounds.open(closure, check, where) as stage:
                 self.base.zero_grad()
                 total, steps = torch.zeros(()), 0
                 for objective, last in game.rounds.objectives(stage):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
+from mixadv.model.masks import Where, batch_is_second, real_tokens, told, without_placeholders
 from mixadv.model.modules import around, bound, find, is_input, unwrap
 from mixadv.model.private_torch import (
     in_reentrant_checkpoint,
@@ -35,6 +36,9 @@ class Site:
         model: the model that the closure calls; wrapped or not.
         site: None for the input embedding that the encoder really calls (for a model without one,
             its own input), the name of a submodule, a submodule, `"input"`, or several of them.
+
+    Attributes:
+        where: where δ may act in the round that is open; None is at real tokens.
     """
 
     def __init__(self, model: nn.Module, site: Any = None) -> None:
@@ -45,6 +49,8 @@ class Site:
         self._alive: list[weakref.ref[Pass]] = []
         self._handles: list[Any] = []
         self._numbers: dict[nn.Module, int] = {}
+        self.where: Where = None
+        self._turned: dict[nn.Module, bool] = {}
         self._masks: list[Tensor | None] = []
         self._still: list[bool] = []
 
@@ -196,15 +202,46 @@ class Site:
         # A reentrant checkpoint runs its block without gradients: the node to look for is its own,
         # the last one made before.
         number -= int(reentrant)
-        mask, entered = self._mask(output, args, kwargs), args[0] if args else kwargs.get("input")
-        call = Call(output.shape, output.dtype, output.device, mask, *tokens_of(module, entered))
+        entered = args[0] if args else kwargs.get("input")
+        contexts = [self.current.context, *self.current.within]
+        turned = batch_is_second(contexts, output, entered)
+        if turned is None:
+            turned = self._turned.get(module, False)
+        self._turned[module] = turned
+        if turned:
+            output = output.transpose(0, 1)
+            entered = entered.T if isinstance(entered, Tensor) and entered.dim() == 2 else entered
+        mask = self._mask(module, output, entered)
+        ids = tokens_of(module, entered)
+        call = Call(output.shape, output.dtype, output.device, mask, *ids)
+        call = told(self.where, len(self.current.visits), call)
+        self.current.told = self.where is not None
         delta = self.current.visit(module, call, output, number, pack or number)
         if delta is not None and delta.shape != output.shape:
             raise GameError(
                 f"The site returned {list(output.shape)} in this pass but {list(delta.shape)} "
                 "before. A closure is run several times on one batch and must be repeatable."
             )
-        return delta
+        return delta.transpose(0, 1) if turned and delta is not None else delta
+
+    def turn(self, module: nn.Module) -> None:
+        """Note that the batch is the second dimension of what a module returns."""
+        self._turned[module] = True
+
+    def _mask(self, module: nn.Module, output: Tensor, entered: Any) -> Tensor | None:
+        """Return 1 at real tokens of what the site returned, as far as it is known."""
+        assert self.current is not None
+        at_input = module is self._inner
+        if output.dim() < 2 or (output.dim() == 2 and not at_input):
+            return None
+        inputs = self.current.context if at_input else {}
+        embeddings = [m for _, m in self.targets if isinstance(m, nn.Embedding)]
+        mask = real_tokens(output, self._masks[::-1], inputs, entered, embeddings)
+        mask = without_placeholders(mask, self._inner, output, entered)
+        if mask is None:
+            return None
+        mask = (mask > 0).to(torch.promote_types(output.dtype, torch.float32))
+        return mask.view(*mask.shape, *[1] * (output.dim() - 2))
 
     def _is_still(self, current: Pass, reentrant: bool) -> bool:
         """Return whether the closure makes a call under no_grad: it is not on the way to the loss.
@@ -217,29 +254,6 @@ class Site:
             still = number < len(self._still) and self._still[number]
         current.still.append(still)
         return still
-
-    def _mask(self, output: Tensor, args: Any, kwargs: Any) -> Tensor | None:
-        if output.dim() < 3:
-            return None
-        fitting = (m for m in self._masks[::-1] if m is not None and m.shape == output.shape[:2])
-        mask = next(fitting, None)
-        if mask is None:
-            module_input = args[0] if args else None
-            padding = self._padding_index(module_input, output)
-            if padding is None:
-                return None
-            assert isinstance(module_input, Tensor)
-            mask = module_input != padding
-        mask = (mask > 0).to(torch.promote_types(output.dtype, torch.float32))
-        return mask.view(*mask.shape, *[1] * (output.dim() - 2))
-
-    def _padding_index(self, ids: Any, output: Tensor) -> int | None:
-        if not isinstance(ids, Tensor) or ids.shape != output.shape[:2]:
-            return None
-        for _, module in self.targets:
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                return module.padding_idx
-        return None
 
 
 def copies(value: Any) -> Any:

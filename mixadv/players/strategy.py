@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixadv.maths import mirror
 from mixadv.maths.geometry import Norm, Per, norms
-from mixadv.model.visits import Call
+from mixadv.model.visits import Call, positions
 from mixadv.players.ascent import Ascent, Draw
 
 Begin = Callable[[int, Call], Tensor]
@@ -172,6 +172,11 @@ class Strategy:
                 real = real * mask.to(real.dtype)
             means.append((lengths * real).sum() / real.sum().clamp(min=1))
         return torch.stack(means).mean()
+
+    def positions(self) -> Tensor:
+        """Return how many positions of the batch δ may act on, 0-d; see `visits.positions`."""
+        counts = [positions(m, p.shape[1:]) for p, m in zip(self.points, self.masks, strict=True)]
+        return sum(counts, torch.zeros((), dtype=torch.long, device=self.points[0].device))
 
     def entropy(self) -> Tensor:
         """Return the entropy of the weights in nats, `[B]` or `[1]`: at most log M."""

@@ -16,6 +16,7 @@ from mixadv.checks import check_entries, check_flag, check_kinds
 from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
+from mixadv.model.masks import Where
 from mixadv.model.modules import weak_hook
 from mixadv.model.private_torch import version
 from mixadv.players.strategy import Strategy
@@ -69,8 +70,8 @@ class Rounds:
     # A round ---------------------------------------------------------------------------------
 
     @contextmanager
-    def open(self, closure: Closure, check: bool = False) -> Iterator[Stage]:
-        """Open a round on a closure.
+    def open(self, closure: Closure, check: bool = False, where: Where = None) -> Iterator[Stage]:
+        """Open a round on a closure, in which δ acts `where` it may.
 
         After an exception buffers, random state, hooks and flags are as they were before.
         """
@@ -79,7 +80,7 @@ class Rounds:
             raise GameError("A round within game.averaged() would be undone at its end.")
         if self.probing:
             self.probing.close()
-        stage = self._begin(closure, check)
+        stage = self._begin(closure, check, where)
         if arena.learner is not None:
             arena.learner.open_round()
             self._check_others()
@@ -100,13 +101,13 @@ class Rounds:
             self._close(stage)
 
     @contextmanager
-    def rehearse(self, closure: Closure) -> Iterator[Stage]:
+    def rehearse(self, closure: Closure, where: Where = None) -> Iterator[Stage]:
         """Open the round to come, with its draws, and leave nothing of it.
 
         Whatever happens, buffers, random state, hooks and what the solver keeps are as they were.
         If the game was not checked yet it is now, and the unit is measured.
         """
-        stage = self._begin(closure, check=False)
+        stage = self._begin(closure, check=False, where=where)
         try:
             yield stage
             self._learn_buffers(stage)
@@ -114,7 +115,7 @@ class Rounds:
             stage.passes.undo()
             self._close(stage)
 
-    def _begin(self, closure: Closure, check: bool) -> Stage:
+    def _begin(self, closure: Closure, check: bool, where: Where) -> Stage:
         validate.check_closure(closure)
         check_flag("Game", "check", check)
         if self.busy:
@@ -122,6 +123,7 @@ class Rounds:
                 "A closure must not play a round itself: it runs the forward pass and returns the "
                 "loss (game.loss and game.backward call it)."
             )
+        self.arena.site.where = where
         if check or not self.arena.calibration.checked:
             self._calibrate(closure)
         stage = Stage(self.arena, closure, self.memory)
@@ -135,6 +137,9 @@ class Rounds:
         try:
             with parallel.local(model):
                 calibration = calibrate(self.arena, closure, self.memory)
+        except BaseException:
+            self.arena.site.where = None
+            raise
         finally:
             self.busy = False
         if calibration.leaf_backward:
@@ -168,6 +173,7 @@ class Rounds:
 
     def _close(self, stage: Stage) -> None:
         stage.passes.close()
+        self.arena.site.where = None
         stage.played = None  # its start may refer to the stage: a cycle that would hold δ
         self.busy = False
 
@@ -218,6 +224,7 @@ class Rounds:
             payoff=stage.payoff,
             radius=radius,
             entropy=entropy,
+            positions=None if q is None else q.positions(),
             nonfinite=fallen,
             forwards=stage.passes.forwards,
             delta_backwards=stage.delta_backwards,
