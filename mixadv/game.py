@@ -35,7 +35,7 @@ class Game:
 
     Args:
         model: the module that closures call.
-        solver: how a round is played.
+        solver: how a round is played; a name such as "mat" plays at the defaults.
         site: where δ acts; see `mixadv.model.site.Site`.
         seed: of the players' draws.
         schedule: when the adversary plays; None is always.
@@ -59,13 +59,14 @@ class Game:
     def __init__(
         self,
         model: nn.Module,
-        solver: Solver,
+        solver: Solver | str,
         site: Any = None,
         *,
         seed: int = 0,
         schedule: Schedule | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
+        solver = validate.solver_of(solver)
         validate.check_game_arguments(model, solver, optimizer, seed, schedule)
         self.solver = solver
         self.learner = solver.learner()

@@ -49,7 +49,7 @@ _DRIFTING = (
 def wrap(
     optimizer: Optimizer,
     model: nn.Module,
-    solver: Solver,
+    solver: Solver | str,
     *,
     site: Any = None,
     seed: int = 0,
@@ -60,7 +60,7 @@ def wrap(
     Args:
         optimizer: any `torch.optim.Optimizer` that does not need a closure itself.
         model: the module that closures call; it may be wrapped in DistributedDataParallel.
-        solver: how a round is played, e.g. `mixadv.MAT()`.
+        solver: how a round is played, e.g. `mixadv.MAT()`, or "mat" for its defaults.
         site: where δ acts; None finds the input embedding that the encoder calls.
         seed: of the players' draws.
         schedule: when the adversary plays; None is always.

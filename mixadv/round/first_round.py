@@ -40,6 +40,13 @@ _SHARDED_REENTRANT = (
     "by fully_shard would take gradients of the ascent: set use_reentrant=False."
 )
 
+_CHANGED_INPUT = (
+    "The model sets requires_grad on what the site {} returns, no leaf once δ is added to it, as "
+    "speech encoders do with their input: freeze the feature encoder "
+    "(model.freeze_feature_encoder()), or name a module behind it with site=, such as "
+    "site='wav2vec2.feature_projection'."
+)
+
 
 def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
     """Check a closure, a site and a solver against each other, and return what was found out.
@@ -91,7 +98,12 @@ def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor], list[Tensor]]:
     lengths: list[Tensor] = []
     leaves: list[Tensor] = []
     with passes.frozen():
-        reading = passes.run(measuring(lengths, leaves))
+        try:
+            reading = passes.run(measuring(lengths, leaves))
+        except RuntimeError as error:
+            if "requires_grad flags of leaf" in str(error):
+                raise GameError(_CHANGED_INPUT.format(arena.site.names)) from error
+            raise
         _check_unpacked(passes)
         total = reading.objective
         if not total.requires_grad:

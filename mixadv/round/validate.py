@@ -14,6 +14,7 @@ from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.round.cost import ascends, recomputes
 from mixadv.round.schedule import Schedule
+from mixadv.solvers import make_solver
 from mixadv.solvers.base import Solver
 
 
@@ -99,6 +100,13 @@ def _check_passes(solver: Solver) -> None:
             f"{type(solver).__name__} keeps the graph of one pass at a time as it is: leave "
             "recompute=True out."
         )
+
+
+def solver_of(value: Any) -> Solver:
+    """Return a solver: itself, or that of a registered name at its defaults."""
+    solver = make_solver(value) if isinstance(value, str) else value
+    check_solver(solver)
+    return solver
 
 
 def check_solver(solver: Any) -> None:
