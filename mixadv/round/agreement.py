@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from mixadv.errors import GameError
@@ -66,8 +68,8 @@ def _compare(arena: Arena, closure: Closure, memory: Memory, route: str, slack: 
             stage.clean()
             drawn = stage.passes.replay.drew()
             q = stage.start(solver).detach()
-            each = (routes.loop, routes.ROUTES[route])
-            looped, routed = (stage.payoffs_by(r, q, solver.gain, solver)[1:] for r in each)
+            each = (replace(solver, particle_batching=batching) for batching in ("loop", route))
+            looped, routed = (stage.payoffs(q, solver.gain, ascent)[1:] for ascent in each)
     except (GameError, torch.OutOfMemoryError):
         raise
     except Exception as error:

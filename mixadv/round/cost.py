@@ -110,10 +110,7 @@ class Rehearsal(Moves):
         return [Call(torch.Size([1, 1]), torch.float32, torch.device("cpu"), None)]
 
     def start(self, ascent: Ascent, begin: Begin | None = None) -> Strategy:
-        return Strategy([torch.zeros(ascent.particles, 1, 1)])
-
-    def origin(self, ascent: Ascent) -> Strategy:
-        return Strategy([torch.zeros(1, 1, 1)])
+        return Strategy([torch.zeros(ascent.particles if begin is None else 1, 1, 1)])
 
     def draw(self, ascent: Ascent, call: Call) -> Tensor:
         return torch.zeros(1, 1)
@@ -144,26 +141,9 @@ class Rehearsal(Moves):
     def second_order(self, kind: str | Divergence, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
         return self.clean_gradients(ascent)
 
-    def leap(self, kind: str | Divergence, ascent: Ascent) -> Strategy:
-        self.second_order(kind, ascent)
-        return self.start(ascent)
-
     def move(
         self, q: Strategy, how: Ascent | Rule, gradients: Sequence[Tensor] | None = None
     ) -> Strategy:
-        return q
-
-    def ascend(
-        self,
-        payoff: str | Divergence,
-        ascent: Ascent,
-        deviation_weight: float = 0.0,
-        begin: Begin | None = None,
-    ) -> Strategy:
-        leaps = ascent.leaps and begin is None
-        q = self.leap(payoff, ascent) if leaps else self.start(ascent)
-        for _ in range(ascent.steps - leaps):
-            self.payoffs(q, payoff, ascent, deviation_weight)
         return q
 
     def clean(self) -> Reading:
