@@ -121,8 +121,6 @@ class Game:
         """What the adversary played in the last round, without gradients."""
         return self.rounds.strategy
 
-    # Playing ---------------------------------------------------------------------------------
-
     def backward(
         self,
         closure: Closure,
@@ -186,8 +184,6 @@ class Game:
                 "optimizer.step(closure) of the wrapped optimizer."
             )
 
-    # Evaluation ------------------------------------------------------------------------------
-
     def explain(self, closure: Closure | None = None) -> Explanation:
         """Return what a round will do: site, unit, absolute radius, passes and their cost.
 
@@ -250,8 +246,6 @@ class Game:
                 f"least one round ({type(self.solver).__name__} so far played {self.round})."
             )
         return kept
-
-    # State -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs: seed and round of the draws, the unit, what the solver keeps.

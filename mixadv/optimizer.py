@@ -16,7 +16,7 @@ from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
-from mixadv.model.gradients import gradients_kept
+from mixadv.model.contexts import gradients_kept
 from mixadv.model.private_torch import sequence_number
 from mixadv.model.replay import Replay
 from mixadv.round import validate
@@ -25,11 +25,6 @@ from mixadv.round.schedule import Schedule
 from mixadv.solvers.base import Solver
 
 STATE_KEY = "mixadv"
-
-_PLAYED_NOTHING = (
-    "This closure returned a loss and played no round, where earlier ones played theirs themselves "
-    "or did nothing: call game.loss in it, or wrap another optimizer for steps that play."
-)
 
 _PLAIN = (
     "The optimizer steps before its game has played a round: the gradients are those of a plain "
@@ -132,8 +127,6 @@ class GameOptimizer(Optimizer):
         """What the last round came to; None before the first."""
         return self.game.outcome
 
-    # What belongs to the base ------------------------------------------------------------------
-
     param_groups: Any = _of_base("param_groups")
     state: Any = _of_base("state")
     defaults: Any = _of_base("defaults")
@@ -154,8 +147,6 @@ class GameOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the base's parameters."""
         self.base.zero_grad(set_to_none)
-
-    # The step ----------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None, *, check: bool = False) -> Any:  # pyright: ignore
         """Play a round and step; see the class.
@@ -180,7 +171,11 @@ class GameOptimizer(Optimizer):
             elif self._closure_plays:
                 result = closure()
                 if result is not None and self.game.round == rounds:
-                    raise GameError(_PLAYED_NOTHING)
+                    raise GameError(
+                        "This closure returned a loss and played no round, where earlier ones "
+                        "played theirs themselves or did nothing: call game.loss in it, or wrap "
+                        "another optimizer for steps that play."
+                    )
             if not self._closure_plays:
                 return self._round(closure, check)
             self.base.step()
@@ -210,8 +205,6 @@ class GameOptimizer(Optimizer):
         if alike and not parallel.replicas_alike(game.rounds.arena.parameters()):
             warnings.warn(_DRIFTING, stacklevel=4)
         return outcome.objective
-
-    # State -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state and, under "mixadv", that of the game and the learner."""
@@ -281,7 +274,7 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
     validate.check_closure(closure)
     rounds = game.rounds
     replay, before, nodes = Replay(game.model), rounds.round, sequence_number()
-    with gradients_kept(rounds.arena.parameters()) as gradients:
+    with gradients_kept(rounds.arena.parameters()) as release:
         try:
             with ExitStack() as rounds.probing:
                 rounds.probing.enter_context(parallel.local(game.model))
@@ -294,7 +287,7 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
         finally:
             rounds.probing = None
         if played:
-            gradients.release()
+            release()
         else:
             replay.undo()
     return result, played

@@ -119,8 +119,6 @@ class Site:
             f"{names[:6]}."
         )
 
-    # Hooks -----------------------------------------------------------------------------------
-
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.current is None or recomputing():
             return

@@ -21,20 +21,12 @@ from mixadv.solvers.play import Moves, Step
 
 @dataclass(frozen=True)
 class Counts:
-    """Passes of one round.
-
-    Attributes:
-        forwards: runs of the closure.
-        delta_backwards: backwards with respect to δ alone.
-        theta_backwards: backwards that build the learner's gradients.
-        branches: forward passes that these go through (two for a divergence).
-        steps: optimizer steps.
-    """
+    """Passes of one round; see `Outcome`."""
 
     forwards: int
     delta_backwards: int
     theta_backwards: int
-    branches: int
+    branches: int  # forward passes that these go through (two for a divergence)
     steps: int
 
     @property

@@ -37,34 +37,20 @@ _KINDS = {  # of what is saved
 
 
 class Rounds:
-    """Plays the rounds of a game.
-
-    Attributes:
-        arena: where they are played.
-        schedule: when the adversary plays.
-        memory: what the solver keeps from round to round.
-        round: rounds played.
-        updates: rounds, those of micro-batches of one optimizer step as one.
-        outcome: what the last round came to.
-        strategy: what the adversary played in it.
-        probing: holds a closure's gradients back until it plays a round itself.
-        busy: a round is open.
-    """
+    """Plays the rounds of a game."""
 
     def __init__(self, arena: Arena, schedule: Schedule) -> None:
         self.arena = arena
         self.schedule = schedule
-        self.memory: Memory = {}
-        self.round = 0
-        self.updates = 0
-        self.outcome: Outcome | None = None
-        self.strategy: Strategy | None = None
-        self.probing: ExitStack | None = None
-        self.busy = False
+        self.memory: Memory = {}  # what the solver keeps from round to round
+        self.round = 0  # rounds played
+        self.updates = 0  # the same, with those of micro-batches of one optimizer step as one
+        self.outcome: Outcome | None = None  # of the last round
+        self.strategy: Strategy | None = None  # the adversary's in it
+        self.probing: ExitStack | None = None  # holds gradients back until a closure plays itself
+        self.busy = False  # a round is open
         self._stepped = True  # since the last round
         self._watch(arena.optimizer)
-
-    # A round ---------------------------------------------------------------------------------
 
     @contextmanager
     def open(self, closure: Closure, check: bool = False) -> Iterator[Stage]:
@@ -205,8 +191,6 @@ class Rounds:
             weights=weights,
         )
 
-    # State -----------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs; tensors refer to the live ones."""
         modules = self.arena.solver.modules()
@@ -240,8 +224,6 @@ class Rounds:
         arena.calibrate(unit=state["unit"])
         arena.reseed(state["seed"])
         self.outcome = self.strategy = None
-
-    # The optimizer's steps -------------------------------------------------------------------
 
     def _watch(self, optimizer: Optimizer | None) -> None:
         """Notice the steps of an optimizer, which end an update."""

@@ -28,19 +28,12 @@ from mixadv.round.passes import Passes, scaled
 
 
 class Payoffs(NamedTuple):
-    """What a route returns.
+    """What a route returns."""
 
-    Attributes:
-        values: `[M, B]`, or fewer where samples share one.
-        gradients: per call at the site, `[M, B, ...]`.
-        predictions: `[M, B, ...]` of the passes, detached; None where the closure returned none.
-        samples: B.
-    """
-
-    values: Tensor
-    gradients: list[Tensor]
-    predictions: Tensor | None
-    samples: int
+    values: Tensor  # [M, B], or fewer where samples share one
+    gradients: list[Tensor]  # per call at the site, [M, B, ...]
+    predictions: Tensor | None  # [M, B, ...], detached; None where the closure returned none
+    samples: int  # B
 
 
 Route = Callable[[Passes, Strategy, Gains], Payoffs]

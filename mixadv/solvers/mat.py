@@ -145,8 +145,8 @@ class MAT(DivergenceSolver):
             temperature=self.learner_temperature,
             damping=self.damping,
             round_damping=self.round_damping,
-            average=self.average,
-            samples=self.samples,
+            average_decay=self.average,
+            most_samples=self.samples,
         )
 
     def play(self, stage: Moves) -> Play:
