@@ -1,7 +1,5 @@
 """The game: model, site and solver, and the state of both players."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,16 +66,8 @@ class Game:
         validate.check_game_arguments(model, solver, optimizer, seed, schedule)
         self.solver = solver
         self.learner = solver.learner()
-        reads = solver.reads
-        arena = Arena(
-            model,
-            solver,
-            place(model, site),
-            seed,
-            optimizer,
-            self.learner,
-            Representation(model, reads) if reads else None,
-        )
+        read = Representation(model, solver.reads) if solver.reads else None
+        arena = Arena(model, solver, place(model, site), seed, optimizer, self.learner, read)
         for module in solver.modules().values():
             assert optimizer is not None
             _train(optimizer, module)

@@ -1,7 +1,5 @@
 """The wrapped optimizer: a real `torch.optim.Optimizer` whose step plays a round."""
 
-from __future__ import annotations
-
 import warnings
 from collections import OrderedDict
 from contextlib import ExitStack
@@ -48,7 +46,7 @@ def wrap(
     site: Any = None,
     seed: int = 0,
     schedule: Schedule | None = None,
-) -> GameOptimizer:
+) -> "GameOptimizer":
     """Wrap an optimizer so that its steps play a game on the model.
 
     Args:
@@ -80,7 +78,7 @@ def wrap(
 def _of_base(name: str) -> property:
     """Return a property that is the base's own, live also after it loads a checkpoint."""
 
-    def put(self: GameOptimizer, value: Any) -> None:
+    def put(self: "GameOptimizer", value: Any) -> None:
         setattr(self.base, name, value)
 
     return property(lambda self: getattr(self.base, name), put, doc=f"The base's {name}.")

@@ -7,8 +7,6 @@ that is older than the hook would leave δ out; the hook counts the slots that i
 such pass goes unnoticed.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ A class says what it adds. What it does stands in its docstring, the formula in 
 and each parameter where it is declared; here they are put together, once for each class.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import sys

@@ -10,8 +10,6 @@ with θ_t a true copy taken before the first step of the round, and only trainab
 touched: `state_dict()` is an alias of the live weights, and averaging it corrupts integer buffers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Whether the ways to compute many particles agree on this model and closure."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

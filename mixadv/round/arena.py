@@ -1,7 +1,5 @@
 """What the rounds of a game share: the model, where δ acts on it, and what was measured there."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 

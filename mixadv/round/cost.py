@@ -1,7 +1,5 @@
 """The passes of a round, counted by playing it without a model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -57,7 +55,7 @@ def recomputes(solver: Solver) -> bool:
     return counts.branches > counts.theta_backwards
 
 
-def _rehearse(solver: Solver) -> tuple[Counts, Rehearsal]:
+def _rehearse(solver: Solver) -> tuple[Counts, "Rehearsal"]:
     stage = Rehearsal()
     thetas = steps = 0
     alone = replace(solver, **dict.fromkeys(solver.modules()))  # they have nothing to act on
@@ -111,11 +109,7 @@ class Rehearsal(Moves):
         return torch.zeros_like(like)
 
     def payoffs(
-        self,
-        q: Strategy,
-        payoff: str | Divergence,
-        ascent: Ascent,
-        deviation_weight: float = 0.0,
+        self, q: Strategy, payoff: str | Divergence, ascent: Ascent, deviation_weight: float = 0.0
     ) -> tuple[Strategy, Tensor, list[Tensor]]:
         self.ascends = True
         if payoff != "loss" or deviation_weight:

@@ -3,8 +3,6 @@
 Costs a few passes once. Later rounds are not checked, and read nothing from the device.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

@@ -1,7 +1,5 @@
 """What the adversary gains: payoffs read from a pass, and gradients that a backward left."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """The passes of one round: running the closure, and differentiating what it gives."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """Rounds, one after another: opening and closing them, and what is kept from one to the next."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,20 +18,13 @@ from mixadv.model.modules import weak_hook
 from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena, Memory
-from mixadv.round.cost import count_passes
 from mixadv.round.first_round import calibrate
 from mixadv.round.outcome import Outcome
 from mixadv.round.schedule import Schedule
 from mixadv.round.stage import Stage
 from mixadv.solvers.play import Step
 
-_KINDS = {  # of what is saved
-    "round": int,
-    "updates": int,
-    "unit": (float, NoneType),
-    "memory": dict,
-    "modules": dict,
-}
+_KINDS = {"round": int, "updates": int, "unit": (float, NoneType), "memory": dict, "modules": dict}
 
 
 class Rounds:
@@ -121,8 +112,7 @@ class Rounds:
         finally:
             self.busy = False
         if calibration.leaf_backward:
-            counts = count_passes(solver)
-            validate.check_reentrant(model, solver, counts.branches, counts.theta_backwards)
+            validate.check_reentrant(model, solver)
         self.arena.calibration = calibration
         self.memory = calibration.begin(self.memory)
 
@@ -158,26 +148,17 @@ class Rounds:
             )
 
     def finish(self, stage: Stage, objective: Tensor, steps: int) -> Outcome:
-        """Note and return what a round came to.
-
-        Args:
-            stage: the round.
-            objective: the sum of its objectives, 0-d and detached.
-            steps: its optimizer steps.
-        """
-        self.strategy = None if stage.played is None else stage.played.detach()
-        self.outcome = self._outcome(stage, objective, steps)
-        return self.outcome
-
-    def _outcome(self, stage: Stage, objective: Tensor, steps: int) -> Outcome:
-        q, solver = self.strategy, self.arena.solver
+        """Note and return what a round came to, with the sum of its objectives, detached."""
+        q, solver = stage.played, self.arena.solver
         radius = entropy = weights = None
         if q is not None:
+            q = q.detach()
             radius = q.length(solver.norm, solver.per)
             entropy = q.entropy().mean().detach()
             weights = "sample" if q.log_weights.shape[1] > 1 else "batch"
         fallen = torch.stack([x.sum() for x in stage.fallen]).sum() if stage.fallen else None
-        return Outcome(
+        self.strategy = q
+        self.outcome = Outcome(
             objective=objective / steps,
             clean_loss=stage.clean_loss,
             payoff=stage.payoff,
@@ -190,6 +171,7 @@ class Rounds:
             steps=steps,
             weights=weights,
         )
+        return self.outcome
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs; tensors refer to the live ones."""

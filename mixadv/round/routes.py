@@ -6,8 +6,6 @@
   batch statistics, and with predictions or one loss per sample.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,11 +105,7 @@ def stacked(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
     return Payoffs(_apart(values.detach(), q), columns, predictions, samples)
 
 
-ROUTES: dict[str, Route] = {
-    "loop": loop,
-    "vmap": vmapped,
-    "stack": stacked,
-}
+ROUTES: dict[str, Route] = {"loop": loop, "vmap": vmapped, "stack": stacked}
 
 
 FEW = 256

@@ -1,7 +1,5 @@
 """One round of the game: what a solver plays on, and what it came to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import final
@@ -74,11 +72,7 @@ class Stage(Moves):
         return noise(kind, like)
 
     def payoffs(
-        self,
-        q: Strategy,
-        payoff: str | Divergence,
-        ascent: Ascent,
-        deviation_weight: float = 0.0,
+        self, q: Strategy, payoff: str | Divergence, ascent: Ascent, deviation_weight: float = 0.0
     ) -> tuple[Strategy, Tensor, list[Tensor]]:
         gains = gains_of(payoff, self.clean, deviation_weight)
         route = routes.ROUTES[routes.chosen(self.passes, q, ascent)]

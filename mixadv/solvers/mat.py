@@ -34,8 +34,6 @@ is drawn anew in each pass, and moves the predictions far more than δ does. Tra
     roberta-large      sst2      1e-5      32        5      0.1
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 

@@ -5,8 +5,6 @@ and `Step(objective)` for the last pass before an optimizer step; between two yi
 run the backward pass, after a `Step` also the learner's step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -71,11 +69,7 @@ class Moves(Protocol):
         ...
 
     def payoffs(
-        self,
-        q: Strategy,
-        payoff: str | Divergence,
-        ascent: Ascent,
-        deviation_weight: float = 0.0,
+        self, q: Strategy, payoff: str | Divergence, ascent: Ascent, deviation_weight: float = 0.0
     ) -> tuple[Strategy, Tensor, list[Tensor]]:
         """Return the strategy, each particle's payoff, and its gradient with respect to δ alone.
 
