@@ -61,13 +61,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 class Replay:
-    """Random state and buffers of one round.
-
-    Args:
-        model: whose buffers are watched.
-        fresh: draw new dropout masks in every pass.
-        slots: the buffers to watch, see `Buffers`.
-    """
+    """Random state and buffers of one round; `fresh` draws new dropout masks in every pass."""
 
     def __init__(
         self, model: nn.Module, fresh: bool = False, slots: list[Slot] | None = None
@@ -124,12 +118,8 @@ class Buffers:
     """Buffers that forward passes change, such as running statistics.
 
     They are found by value, in the first round: batch normalisation does not touch the version
-    counters of its own.
-
-    Args:
-        model: whose buffers are watched.
-        slots: the (module, name) pairs to watch, as `changed()` of an earlier round returned them;
-            None watches and compares all (so only until it is known which ones change).
+    counters of its own. Until then, without the `slots` that `changed()` of an earlier round
+    returned, all are watched and compared.
     """
 
     def __init__(self, model: nn.Module, slots: list[Slot] | None = None) -> None:

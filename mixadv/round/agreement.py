@@ -16,16 +16,8 @@ from mixadv.round.unit import no_trace
 def check_batching(arena: Arena, closure: Closure, memory: Memory, low: bool) -> frozenset[Modes]:
     """Check that the route for many particles agrees with one pass after another.
 
-    Args:
-        arena: where the round is to be played.
-        closure: what it is played on.
-        memory: what the solver keeps.
-        low: whether the model computes in a low format: divergences of close predictions are
-            rounded much there; other dropout is far off all the same.
-
-    Returns:
-        The modes in which small batches of particles may be stacked, where that is for the first
-        round to find out.
+    Returns the modes in which `"auto"` may stack small batches. In a `low` format divergences of
+    close predictions are rounded much; other dropout is far off all the same.
     """
     solver, slack = arena.solver, 0.3 if low else 1e-3
     stackable = arena.calibration.stackable

@@ -53,12 +53,9 @@ class Carried:
         self.value = torch.zeros(())
 
     def add(self, objective: Tensor, points: Sequence[Tensor]) -> None:
-        """Differentiate a pass.
+        """Differentiate a pass: gradients of weights are carried.
 
-        Args:
-            objective: 0-d.
-            points: of the adversary: their gradients, and those of passes that were cut off, are
-                left in `.grad`. Gradients of weights are carried.
+        Those of the adversary's points, and of passes that were cut off, are left in `.grad`.
         """
         passes, arena = self.passes, self.passes.arena
         who = type(arena.solver).__name__

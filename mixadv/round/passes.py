@@ -141,12 +141,8 @@ class Passes:
     ) -> list[Tensor]:
         """Return the gradients of a sum of payoffs with respect to leaf perturbations.
 
-        Args:
-            values: the payoffs, of any shape.
-            leaves: the perturbations.
-            samples: of the pass that the payoffs come from.
-            predictions: what the payoffs may be computed from, which tells their scale in fp16.
-            keep: the graph, for another backward.
+        The scale of fp16 follows from the predictions, if the payoffs are computed from them, else
+        from the samples of the pass. `keep` keeps the graph, for another backward.
         """
         if not values.requires_grad:
             raise GameError(
