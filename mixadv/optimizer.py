@@ -232,18 +232,18 @@ class GameOptimizer(Optimizer):
         if ours is not None:
             check_entries("entry 'mixadv'", ours, ("game", "learner"))
             self.game.rounds.check_state(ours["game"])
-        if ours is not None and (ours["learner"] is None) != (learner is None):
-            raise ValueError(
-                f"The checkpoint was written {'without' if learner else 'with'} a learner part and "
-                f"{type(self.game.solver).__name__} has {'one' if learner else 'none'}: build the "
-                "solver as it was, or drop the checkpoint's 'mixadv' entry to start afresh."
-            )
-        if ours is None and self.game.solver.modules():  # which a plain optimizer did not train
-            own = self.base.state_dict()["param_groups"]
-            groups = state["param_groups"]
+            if (ours["learner"] is None) != (learner is None):
+                raise ValueError(
+                    f"The checkpoint was written {'without' if learner else 'with'} a learner part "
+                    f"and {type(self.game.solver).__name__} has {'one' if learner else 'none'}: "
+                    "build the solver as it was, or drop the checkpoint's 'mixadv' entry to start "
+                    "afresh."
+                )
+            if learner is not None:
+                learner.check_state(ours["learner"])
+        elif self.game.solver.modules():  # which a plain optimizer did not train
+            own, groups = self.base.state_dict()["param_groups"], state["param_groups"]
             state["param_groups"] = [*groups, *own[len(groups) :]]
-        if ours is not None and learner is not None:
-            learner.check_state(ours["learner"])
         self.base.load_state_dict(state)
         fresh = {"seed": self.game.rounds.arena.seed, "round": 0, "unit": None}
         self.game.load_state_dict(fresh if ours is None else ours["game"])

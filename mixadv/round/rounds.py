@@ -209,9 +209,8 @@ class Rounds:
 
     def _watch(self, optimizer: Optimizer | None) -> None:
         """Notice the steps of an optimizer, which end an update."""
-        self._watching = []
-        if optimizer is not None:
-            self._watching.append(optimizer.register_step_post_hook(weak_hook(self._note_step)))
+        watched = [] if optimizer is None else [optimizer]
+        self._watching = [o.register_step_post_hook(weak_hook(self._note_step)) for o in watched]
 
     def _note_step(self) -> None:
         self._stepped = True
