@@ -75,7 +75,7 @@ def gradients_untouched(parameters: list[Tensor]) -> Iterator[None]:
 def gradients_kept(parameters: list[Tensor]) -> Iterator[Callable[[], None]]:
     """Put back gradients that the body changes, and raise; not if it calls what it is given."""
     before, kept = _noted(parameters), [*parameters]
-    values = [None if g is None else g.clone() for g, _ in before]
+    values = [None if g is None else g.detach().clone() for g, _ in before]
     changed = False
     try:
         yield kept.clear
