@@ -134,8 +134,6 @@ class Site:
             f"{names[:6]}."
         )
 
-    # Hooks -----------------------------------------------------------------------------------
-
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.current is None or recomputing():
             return None
