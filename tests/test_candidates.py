@@ -195,7 +195,7 @@ class Slow:
 def test_what_is_no_masked_language_model_is_refused():
     tokenizer = word_tokenizer()
     model = tiny(transformers.BertForMaskedLM, tokenizer)
-    with pytest.raises(TypeError, match="Slow does not tell where the mask lies"):
+    with pytest.raises(TypeError, match="Slow does not tell which characters"):
         MaskedCandidates(model, Slow())
     for kind in (transformers.BertModel, transformers.BertForSequenceClassification):
         with pytest.raises(TypeError, match=f"{kind.__name__} has no language-model head"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mixadv.tokens.reading.encoding import check_fast
 from mixadv.tokens.reading.words import Words
 
 Span = tuple[int, int]
@@ -41,11 +42,7 @@ class WordTokenizer:
         max_length: int | None = None,
         spans: Callable[[str], Sequence[Span]] = _spans,
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise TypeError(
-                f"{type(tokenizer).__name__} does not tell where in the text its tokens lie: use a "
-                "fast tokenizer, as AutoTokenizer loads."
-            )
+        check_fast(tokenizer)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.spans = spans

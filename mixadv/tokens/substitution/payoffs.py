@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from torch.func import functional_call
 
 from mixadv.game import Game
 from mixadv.model.modules import unwrap
-from mixadv.tokens.reading.encoding import Text, evaluating, longest, tokens
+from mixadv.tokens.reading.encoding import (
+    Text,
+    evaluating,
+    longest,
+    segment,
+    tokens,
+    with_segment,
+)
 from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.candidates import Candidates, check_most
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity
@@ -49,7 +57,7 @@ def substitutions(
         ('a fine film', 'a good film', 'a fine movie')
     """
     check_most("max_texts", max_texts)
-    words = Words(text if isinstance(text, str) else text[column])
+    words = Words(segment(text, column))
     at = [i for i in range(len(words)) if words[i].lower() not in protected]
     found = [
         words.replaced({i: new})
@@ -57,17 +65,12 @@ def substitutions(
         for new in replacements
     ]
     if similarity is not None:
-        near = similarity([words.text] * len(found), found)
-        found = [
-            new for new, cosine in zip(found, near, strict=True) if cosine >= similarity.min_cosine
-        ]
+        found = list(compress(found, similarity.keeps([words.text] * len(found), found)))
     if len(found) > max_texts - 1:
         draw = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(found), generator=draw)[: max_texts - 1].sort().values
         found = [found[i] for i in chosen.tolist()]
-    if isinstance(text, str):
-        return (text, *found)
-    return (text, *((text[0], new) if column else (new, text[1]) for new in found))
+    return (text, *(with_segment(text, column, new) for new in found))
 
 
 def dropout_masks(model: nn.Module, seeds: Sequence[int]) -> list[Learner]:
