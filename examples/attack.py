@@ -36,7 +36,7 @@ from common.results import EMBEDDED_MODEL
 from common.substitution import SOURCES, candidates
 from common.tables import markdown
 from mixadv.robustness import kept
-from mixadv.tokens import Attack, Similarity, WordSubstitution, summary
+from mixadv.tokens import Attack, Similarity, WordSubstitution, attack_summary
 
 STEP = 32  # rows attacked between two writes
 HEAD = ("model", "rows", "clean", "under attack", "success %", "words", "queries", "s/row")
@@ -165,7 +165,7 @@ def run(name: str, options: Namespace, attack: WordSubstitution, task: Task) -> 
 
 def row(name: str, found: Sequence[tuple[Attack, float]]) -> list[str]:
     """Return a row of the table."""
-    numbers = summary(attack for attack, _ in found)
+    numbers = attack_summary(attack for attack, _ in found)
     success = "–"
     if numbers["success_rate"] is not None:
         low, high = numbers["success_interval"]

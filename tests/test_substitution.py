@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from mixadv.tokens import Attack, Similarity, SimilarWords, Typos, WordSubstitution, summary
+from mixadv.tokens import Attack, Similarity, SimilarWords, Typos, WordSubstitution, attack_summary
 from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.attacks import wilson
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, budget
@@ -449,7 +449,7 @@ def one(before: int, after: int, swaps: int, queries: int) -> Attack:
 
 def test_the_summary_counts_what_was_attacked():
     attacks = [one(0, 1, 2, 10), one(0, 2, 1, 6), one(0, 0, 4, 41), one(1, 1, 0, 1)]
-    assert summary(attacks) == {
+    assert attack_summary(attacks) == {
         "rows": 4,
         "clean_accuracy": 3 / 4,
         "accuracy_under_attack": 1 / 4,
@@ -459,7 +459,7 @@ def test_the_summary_counts_what_was_attacked():
         "share_changed": pytest.approx(0.15),
         "queries": 19,
     }
-    none = summary([one(1, 1, 0, 1)])
+    none = attack_summary([one(1, 1, 0, 1)])
     assert none["success_rate"] is none["success_interval"] is none["queries"] is None
     with pytest.raises(ValueError, match="no attacks to sum up"):
-        summary([])
+        attack_summary([])

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixadv.checks import check_integer
 from mixadv.tokens.reading.encoding import check_fast, evaluating, longest, tokens
 from mixadv.tokens.reading.masked import output_layer
 from mixadv.tokens.reading.words import Words
-from mixadv.tokens.substitution.candidates import check_most, usable
+from mixadv.tokens.substitution.candidates import usable
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class MaskedCandidates:
     _vocabulary: dict[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_most("max_candidates", self.max_candidates)
+        check_integer("MaskedCandidates", "max_candidates", self.max_candidates, 1)
         if getattr(self.tokenizer, "mask_token", None) is None:
             raise ValueError(
                 f"{type(self.tokenizer).__name__} has no mask token: use the model and tokenizer "

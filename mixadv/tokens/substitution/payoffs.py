@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mixadv.checks import check_integer
 from mixadv.game import Game
 from mixadv.model.modules import unwrap
 from mixadv.tokens.reading.encoding import (
@@ -22,7 +23,7 @@ from mixadv.tokens.reading.encoding import (
     with_segment,
 )
 from mixadv.tokens.reading.words import Words
-from mixadv.tokens.substitution.candidates import Candidates, check_most
+from mixadv.tokens.substitution.candidates import Candidates
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity
 from mixadv.tokens.substitution.game import SubstitutionGame
 
@@ -30,7 +31,7 @@ Learner = Callable[..., Any]
 """Reads an encoding as a classifier does, by keyword: returns logits, or an output with them."""
 
 
-def substitutions(
+def single_substitutions(
     text: Text,
     candidates: Candidates,
     *,
@@ -53,10 +54,10 @@ def substitutions(
 
     Example:
         >>> from mixadv.tokens import SimilarWords
-        >>> substitutions("a fine film", SimilarWords({"film": ["movie"], "fine": ["good"]}))
+        >>> single_substitutions("a fine film", SimilarWords({"film": ["movie"], "fine": ["good"]}))
         ('a fine film', 'a good film', 'a fine movie')
     """
-    check_most("max_texts", max_texts)
+    check_integer("single_substitutions", "max_texts", max_texts, 1)
     words = Words(segment(text, column))
     at = [i for i in range(len(words)) if words[i].lower() not in protected]
     found = [
@@ -131,7 +132,7 @@ def substitution_game(
     Args:
         learners: the rows; classifiers, or functions that read encodings as they do.
         tokenizer: of them all.
-        texts: the columns, as `substitutions` returns them; right-padded together.
+        texts: the columns, as `single_substitutions` returns them; right-padded together.
         label: the right one of the first text.
         max_length: tokens; the rest of a text is cut. None asks the tokenizer and the model.
         batch_size: texts that are read at a time.
