@@ -82,7 +82,7 @@ class WordTokenizer:
     def _word_ids(self, segments: list[str], offsets: list[Span], encoding: Any) -> list[int]:
         numbers, first = [NO_WORD] * len(offsets), 0
         for which, text in enumerate(segments):
-            at = [i for i, s in enumerate(encoding.sequence_ids) if s == which]
+            at = [i for i, segment in enumerate(encoding.sequence_ids) if segment == which]
             spans = self.spans(text)
             found = _numbers([offsets[i] for i in at], spans)
             if encoding.overflowing and found:

@@ -6,7 +6,7 @@ arXiv:2109.00544.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress, groupby
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.attacks import Attack
 from mixadv.tokens.substitution.candidates import Candidates
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity, budget
-from mixadv.tokens.substitution.reader import Reader, ReadTexts
+from mixadv.tokens.substitution.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,9 @@ class WordSubstitution:
             return
         texts = [with_segment(t.play.text, self.column, t.text) for t in trials]
         reading = reader.read(texts, [t.play.label for t in trials])
-        for play, own in groupby(range(len(trials)), lambda i: trials[i].play):
-            play.choose({i: trials[i] for i in own}, reading)
+        found = zip(trials, reading.predictions.tolist(), reading.losses.tolist(), strict=True)
+        for play, own in groupby(found, lambda row: row[0].play):
+            play.choose(list(own))
 
 
 @dataclass(eq=False)
@@ -154,16 +155,13 @@ class _Play:
         """Return the attacked text with the words replaced so far."""
         return self.words.replaced(self.swaps)
 
-    def choose(self, trials: Mapping[int, _Trial], reading: ReadTexts) -> None:
-        """Keep the best of the trials, by their numbers in the reading, if it is an advance."""
-        self.queries += len(trials)
-        worth = {
-            i: (int(reading.predictions[i]) != self.label, float(reading.losses[i])) for i in trials
-        }
-        best = max(worth, key=worth.__getitem__)
-        if worth[best] > (False, self.loss):
-            self.swaps[trials[best].at] = trials[best].new
-            self.loss, self.after = worth[best][1], int(reading.predictions[best])
+    def choose(self, read: list[tuple[_Trial, int, float]]) -> None:
+        """Keep the best of the trials, read with predictions and losses, if it is an advance."""
+        self.queries += len(read)
+        trial, after, loss = max(read, key=lambda row: (row[1] != self.label, row[2]))
+        if (after != self.label, loss) > (False, self.loss):
+            self.swaps[trial.at] = trial.new
+            self.loss, self.after = loss, after
             self.left -= 1
 
     def result(self) -> Attack:

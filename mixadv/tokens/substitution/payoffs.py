@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -81,20 +82,17 @@ def dropout_masks(model: nn.Module, seeds: Sequence[int]) -> list[Learner]:
     of the game depends on its row and its column alone.
     """
 
-    def learner(seed: int) -> Learner:
-        def read(**encoding: Tensor) -> Tensor:
-            logits = []
-            with evaluating(model):
-                model.train()
-                for row, real in enumerate(encoding["attention_mask"].bool()):
-                    torch.manual_seed(seed)
-                    one = {n: v[row : row + 1, real] for n, v in encoding.items()}
-                    logits.append(_logits(model(**one)))
-            return torch.cat(logits)
+    def read(seed: int, /, **encoding: Tensor) -> Tensor:
+        logits = []
+        with evaluating(model):
+            model.train()
+            for row, real in enumerate(encoding["attention_mask"].bool()):
+                torch.manual_seed(seed)
+                text = {n: v[row : row + 1, real] for n, v in encoding.items()}
+                logits.append(_logits(model(**text)))
+        return torch.cat(logits)
 
-        return _Sample(model, read)
-
-    return [learner(seed) for seed in seeds]
+    return [_Sample(model, partial(read, seed)) for seed in seeds]
 
 
 def learner_samples(game: Game) -> list[Learner]:
@@ -105,14 +103,11 @@ def learner_samples(game: Game) -> list[Learner]:
     """
     model = unwrap(game.model)
 
-    def learner(sample: dict[str, Tensor]) -> Learner:
-        def read(**encoding: Tensor) -> Tensor:
-            with evaluating(model):
-                return _logits(functional_call(model, sample, (), encoding))
+    def read(sample: dict[str, Tensor], /, **encoding: Tensor) -> Tensor:
+        with evaluating(model):
+            return _logits(functional_call(model, sample, (), encoding))
 
-        return _Sample(model, read)
-
-    return [learner(sample) for sample in game.learner_samples]
+    return [_Sample(model, partial(read, sample)) for sample in game.learner_samples]
 
 
 def substitution_game(
