@@ -451,22 +451,22 @@ def test_ties_outlive_copies_moves_steps_and_checkpoints(generator, tmp_path):
     safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
     state = safetensors.torch.load_file(tmp_path / "weights.safetensors")
     for assign in (False, True):
-        other = game(generator)
-        assert str(other.load_state_dict(state, assign=assign)) == "<All keys matched successfully>"
-        assert_tied(other)
-        own, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+        fresh = game(generator)
+        assert str(fresh.load_state_dict(state, assign=assign)) == "<All keys matched successfully>"
+        assert_tied(fresh)
+        own, theirs = dict(model.named_parameters()), dict(fresh.named_parameters())
         assert own.keys() == theirs.keys()
         assert all(torch.equal(own[name], theirs[name]) for name in own)
 
 
 def test_a_checkpoint_of_a_wrapper_holds_each_table_once():
-    wrapped, other = nn.ModuleDict({"module": game()}), nn.ModuleDict({"module": game()})
+    wrapped, fresh = nn.ModuleDict({"module": game()}), nn.ModuleDict({"module": game()})
     state = wrapped.state_dict()
     pointers = [value.data_ptr() for value in state.values()]
     assert len(pointers) == len({*pointers})
-    other.load_state_dict(state)
-    assert_tied(other["module"])
-    assert torch.equal(*(m["module"].generator.generator_lm_head.weight for m in (wrapped, other)))
+    fresh.load_state_dict(state)
+    assert_tied(fresh["module"])
+    assert torch.equal(*(m["module"].generator.generator_lm_head.weight for m in (wrapped, fresh)))
 
 
 def test_what_a_checkpoint_lacks_is_still_missed():
