@@ -52,16 +52,8 @@ def drawn(part: slice = slice(None), fraction: float = 0.3, seed: int = 0) -> An
     """Return the copies of a fraction of 23 rows."""
     rows = sentences(23, seed=5)
     generator = torch.Generator().manual_seed(seed)
-    return adversarial_rows(
-        bag_of_words(1),
-        word_tokenizer(),
-        rows,
-        [0, 1] * 11 + [0],
-        ATTACK,
-        fraction,
-        generator,
-        part,
-    )
+    data = bag_of_words(1), word_tokenizer(), rows, [0, 1] * 11 + [0]
+    return adversarial_rows(*data, ATTACK, fraction, generator, part)
 
 
 @given(st.sampled_from([0.0, 0.01, 0.2, 0.5, 1.0]), st.integers(0, 5), st.integers(1, 4))
@@ -78,10 +70,9 @@ def test_copies_are_what_the_attack_leaves():
     numbers, texts = drawn(fraction=1.0)
     rows, labels = sentences(23, seed=5), [0, 1] * 11 + [0]
     found = ATTACK.attack(bag_of_words(1), word_tokenizer(), rows, labels)
-    assert dict(zip(numbers, texts, strict=True)) == {
-        i: one.perturbed for i, one in enumerate(found)
-    }
-    assert {one.perturbed != one.original for one in found} == {True, False}
+    copied = dict(zip(numbers, texts, strict=True))
+    assert copied == {i: attack.perturbed for i, attack in enumerate(found)}
+    assert {attack.perturbed != attack.original for attack in found} == {True, False}
     assert drawn(seed=1)[0] != drawn(seed=2)[0]
 
 

@@ -7,14 +7,9 @@ from torch import Tensor
 
 
 def draw_positions(candidates: Tensor, rate: float) -> Tensor:
-    """Draw positions in each row without replacement, all sets of a size equally likely.
+    """Draw a rounded part of each row's candidates, at least one; all sets of a size are alike.
 
-    Args:
-        candidates: `[B, n]`, bool, where positions may lie.
-        rate: part of a row's candidates that is drawn, rounded; at least one of them.
-
-    Returns:
-        `[B, n]`, bool; nothing in a row without candidates.
+    Candidates and what is returned are bool, `[B, n]`.
 
     Example:
         >>> draw_positions(torch.tensor([[True] * 20, [True, False] * 10]), 0.15).sum(1)
@@ -27,13 +22,7 @@ def draw_positions(candidates: Tensor, rate: float) -> Tensor:
 
 
 def sample(logits: Tensor) -> Tensor:
-    """Draw from softmax(logits) by the Gumbel-max trick, in fp32 and without a gradient.
-
-    Args:
-        logits: `[N, C]`.
-
-    Returns:
-        `[N]`, int64.
+    """Draw `[N]` from softmax(logits `[N, C]`) by the Gumbel-max trick, in fp32, no gradient.
 
     Example:
         >>> sample(torch.tensor([[0.0, 100.0], [100.0, 0.0]]))

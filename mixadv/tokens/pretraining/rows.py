@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mixadv.tokens.reading.encoding import check_fast
 from mixadv.tokens.reading.words import Words
 
 Span = tuple[int, int]
@@ -41,11 +42,7 @@ class WordTokenizer:
         max_length: int | None = None,
         spans: Callable[[str], Sequence[Span]] = _spans,
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise TypeError(
-                f"{type(tokenizer).__name__} does not tell where in the text its tokens lie: use a "
-                "fast tokenizer, as AutoTokenizer loads."
-            )
+        check_fast(tokenizer)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.spans = spans
@@ -85,7 +82,7 @@ class WordTokenizer:
     def _word_ids(self, segments: list[str], offsets: list[Span], encoding: Any) -> list[int]:
         numbers, first = [NO_WORD] * len(offsets), 0
         for which, text in enumerate(segments):
-            at = [i for i, s in enumerate(encoding.sequence_ids) if s == which]
+            at = [i for i, segment in enumerate(encoding.sequence_ids) if segment == which]
             spans = self.spans(text)
             found = _numbers([offsets[i] for i in at], spans)
             if encoding.overflowing and found:

@@ -16,14 +16,7 @@ def share_embeddings(borrower: nn.Module, owner: nn.Module) -> None:
 
     Tables are those of tokens, and those beside them that have the same name in both models:
     positions and token types. Where the borrower holds one a second time, as a tied output layer
-    does, it holds the owner's there too.
-
-    Args:
-        borrower: its own tables are dropped.
-        owner: a model that has `get_input_embeddings()`.
-
-    Raises:
-        ValueError: if two tables differ in size.
+    does, it holds the owner's there too. Raise ValueError if two tables differ in size.
 
     Example:
         >>> from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
@@ -83,10 +76,9 @@ def generator_config(config: Any, fraction: float = 0.25) -> Any:
             "model, and a narrower generator could not share them. Take an ElectraConfig."
         )
     narrow = copy.deepcopy(config)
-    narrow.hidden_size = max(1, round(config.hidden_size * fraction))
-    narrow.intermediate_size = max(1, round(config.intermediate_size * fraction))
-    heads = max(1, round(config.num_attention_heads * fraction))
-    narrow.num_attention_heads = math.gcd(heads, narrow.hidden_size)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
+        setattr(narrow, name, max(1, round(getattr(config, name) * fraction)))
+    narrow.num_attention_heads = math.gcd(narrow.num_attention_heads, narrow.hidden_size)
     return narrow
 
 
@@ -95,9 +87,7 @@ def save_once(model: nn.Module) -> None:
 
     Formats that refuse tensors which share memory, safetensors with it, can then write
     `model.state_dict()`. Loading gives all places what the checkpoint has, and ties stay ties.
-
-    Args:
-        model: changed in place; copies, wrappers and pickles of it behave in the same way.
+    The model is changed in place; copies, wrappers and pickles of it behave in the same way.
 
     Example:
         >>> from torch import nn

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixadv.checks import check_integer
 from mixadv.tokens.reading.vocabulary import Vocabulary
 
 AT_ONCE = 2**24
@@ -137,8 +138,7 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
                              f"shape {list(vectors.shape)}.")  # fmt: skip
         if not vectors.isfinite().all():
             raise ValueError("Some vectors are not finite, so that they have no nearest.")
-        if max_neighbours < 1:
-            raise ValueError(f"max_neighbours must be at least 1, got {max_neighbours}.")
+        check_integer("Neighbours", "max_neighbours", max_neighbours, 1)
         unit = F.normalize(vectors.detach().float(), dim=-1)
         table: dict[str, list[str]] = {}
         for rows in torch.arange(len(words)).split(max(1, AT_ONCE // max(1, len(words)))):

@@ -15,11 +15,7 @@ MARKS = ("##", "Ġ", "▁")
 
 
 class Vocabulary:
-    """A tokenizer's vocabulary, as what words are written with.
-
-    Args:
-        tokenizer: a tokenizer of transformers; it is called, never changed.
-    """
+    """The vocabulary of a tokenizer of transformers, as what words are written with."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -47,10 +43,6 @@ class Vocabulary:
         """Return as many tokens at random, ordinary ones.
 
         Each is uniform over the tokens that begin or continue a word as the one that it replaces.
-
-        Args:
-            ids: the tokens of a word.
-            generator: where the random numbers come from.
         """
         pools = [self.ordinary.get(self._mark(i), self._all) for i in ids]
         draws = torch.rand(len(ids), generator=generator, dtype=torch.float64).tolist()
@@ -58,11 +50,7 @@ class Vocabulary:
 
     @cached_property
     def ordinary(self) -> dict[str, Tensor]:
-        """Tokens of letters, marks and digits alone that are not special, by how they are marked.
-
-        Raises:
-            ValueError: if the vocabulary has none.
-        """
+        """Tokens of letters, marks and digits alone, none special, by how they are marked."""
         pools: dict[str, list[int]] = {}
         for i in range(len(self.tokenizer)):
             if i not in self.special and _is_lettered(self._text(i)):

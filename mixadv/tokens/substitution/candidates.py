@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from mixadv.checks import check_integer
 from mixadv.tokens.reading.words import Words, cased_like
 
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -30,8 +31,27 @@ class Candidates(Protocol):
         ...
 
 
+class _ByWord:
+    """A source that looks at the word alone, not at its text."""
+
+    max_candidates: int
+
+    def __post_init__(self) -> None:
+        check_integer(type(self).__name__, "max_candidates", self.max_candidates, 1)
+
+    def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
+        """See `Candidates`."""
+        return [
+            usable(text, index, self._found(text[index]), self.max_candidates)
+            for text, index in zip(words, indices, strict=True)
+        ]
+
+    def _found(self, word: str) -> Sequence[str]:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class SimilarWords:
+class SimilarWords(_ByWord):
     """Words of a table of similar words, such as counter-fitted neighbours.
 
     Attributes:
@@ -49,7 +69,7 @@ class SimilarWords:
     max_candidates: int = 20
 
     def __post_init__(self) -> None:
-        check_most("max_candidates", self.max_candidates)
+        super().__post_init__()
         table = self.neighbours
         if isinstance(table, Mapping) and not any(table.values()):
             raise ValueError(
@@ -57,20 +77,13 @@ class SimilarWords:
                 "nothing could be replaced."
             )
 
-    def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
-        """See `Candidates`."""
-        return [
-            usable(text, index, self._of(text[index].lower()), self.max_candidates)
-            for text, index in zip(words, indices, strict=True)
-        ]
-
-    def _of(self, word: str) -> Sequence[str]:
-        table = self.neighbours
+    def _found(self, word: str) -> Sequence[str]:
+        table, word = self.neighbours, word.lower()
         return table.get(word, ()) if isinstance(table, Mapping) else table(word)
 
 
 @dataclass(frozen=True)
-class Typos:
+class Typos(_ByWord):
     """Misspellings by one slip inside a word: its first and last letters stay.
 
     Two letters are swapped, one is left out, or a key beside it is hit after it or in its place (of
@@ -88,17 +101,7 @@ class Typos:
     max_candidates: int = 20
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_most("max_candidates", self.max_candidates)
-
-    def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
-        """See `Candidates`."""
-        return [
-            usable(text, index, self._of(text[index]), self.max_candidates)
-            for text, index in zip(words, indices, strict=True)
-        ]
-
-    def _of(self, word: str) -> list[str]:
+    def _found(self, word: str) -> list[str]:
         slips = list(dict.fromkeys(_slips(word))) if len(word) >= SHORTEST else []
         return random.Random(f"{self.seed}/{word}").sample(slips, len(slips))
 
@@ -155,9 +158,3 @@ def _beside(letter: str) -> str:
             keys = letters[max(at - 1, 0) : at] + letters[at + 1 : at + 2]
             keys += KEYBOARD[row + 1][at : at + 1] if row + 1 < len(KEYBOARD) else ""
     return keys.upper() if letter.isupper() else keys
-
-
-def check_most(name: str, most: int) -> None:
-    """Raise unless at least one candidate is asked for."""
-    if most < 1:
-        raise ValueError(f"{name} must be at least 1, got {most}.")

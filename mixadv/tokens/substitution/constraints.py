@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixadv.model.replay import evaluating
-from mixadv.tokens.reading.encoding import longest, tokens
+from mixadv.tokens.reading.encoding import batches, longest
 
 FUNCTION_WORDS = frozenset(
     """
@@ -76,18 +76,17 @@ class Similarity:
         first = torch.stack([vectors[text] for text in originals])
         return F.cosine_similarity(first, torch.stack([vectors[text] for text in changed]))
 
+    def keeps(self, originals: Sequence[str], changed: Sequence[str]) -> list[bool]:
+        """Return of each text whether it is similar enough to its original."""
+        return [cosine >= self.min_cosine for cosine in self(originals, changed).tolist()]
+
     def vectors(self, texts: Sequence[str]) -> Tensor:
         """Return the mean state of each text, [texts, dim]."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         found: list[Tensor] = [torch.empty(0)] * len(texts)
-        device = next(self.encoder.parameters()).device
-        most = longest(self.encoder, self.tokenizer)
+        limit = longest(self.encoder, self.tokenizer)
+        read = batches(self.encoder, self.tokenizer, texts, limit, self.batch_size)
         with evaluating(self.encoder), torch.no_grad():
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                read = [texts[i] for i in rows]
-                encoding = tokens(self.encoder, self.tokenizer, read, most)
-                inputs = {name: tensor.to(device) for name, tensor in encoding.items()}
+            for rows, inputs in read:
                 states = getattr(self.encoder(**inputs), "last_hidden_state", None)
                 if states is None:
                     raise TypeError(

@@ -66,7 +66,7 @@ class SubstitutionGame:
             )
 
     def solve(self, steps: int = 20_000, tolerance: float = 1e-7) -> Equilibrium:
-        """Return both players' mixtures; see `solve_all`.
+        """Return both players' mixtures; see `solve_games`.
 
         Example:
             >>> game = SubstitutionGame(("a", "b"), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
@@ -76,10 +76,10 @@ class SubstitutionGame:
             >>> round(found.worst, 4), found.pure_learner_value
             (0.5, 1.0)
         """
-        return solve_all([self], steps, tolerance)[0]
+        return solve_games([self], steps, tolerance)[0]
 
 
-def solve_all(
+def solve_games(
     games: Sequence[SubstitutionGame], steps: int = 20_000, tolerance: float = 1e-7
 ) -> list[Equilibrium]:
     """Return both players' mixtures in each game; all are solved at once.
@@ -99,7 +99,7 @@ def solve_all(
     learners = {len(game.payoff) for game in games}
     if len(learners) != 1:
         raise ValueError(
-            f"solve_all takes games with the same learners, got {len(games)} games with "
+            f"solve_games takes games with the same learners, got {len(games)} games with "
             f"{sorted(learners)} learners."
         )
     widest = max(len(game.texts) for game in games)

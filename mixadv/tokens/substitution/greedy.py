@@ -6,20 +6,20 @@ arXiv:2109.00544.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any
+from itertools import compress, groupby
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from mixadv.model.replay import evaluating
-from mixadv.tokens.reading.encoding import Text
+from mixadv.tokens.reading.encoding import Text, segment, with_segment
 from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.attacks import Attack
 from mixadv.tokens.substitution.candidates import Candidates
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity, budget
-from mixadv.tokens.substitution.reader import Reader, ReadTexts
+from mixadv.tokens.substitution.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class WordSubstitution:
 
     def _begin(self, reader: Reader, texts: Sequence[Text], labels: Sequence[int]) -> list[_Play]:
         """Read the texts once, and rank the words that may be attacked."""
-        words = [Words(_attacked(text, self.column)) for text in texts]
+        words = [Words(segment(text, self.column)) for text in texts]
         reading = reader.weigh(texts, labels, words)
         plays = []
         for i, text in enumerate(texts):
@@ -115,21 +115,21 @@ class WordSubstitution:
         positions = [play.order.pop(0) for play in active]
         proposed = self.candidates([Words(play.now()) for play in active], positions)
         trials = [
-            _Trial(play, at, new)
+            _Trial(play, at, new, play.words.replaced(play.swaps | {at: new}))
             for play, at, words in zip(active, positions, proposed, strict=True)
             for new in words
         ]
         if self.similarity is not None:
-            cosines = self.similarity(
-                [trial.play.words.text for trial in trials], [trial.words() for trial in trials]
-            )
-            least = self.similarity.min_cosine
-            trials = [t for t, c in zip(trials, cosines.tolist(), strict=True) if c >= least]
+            originals = [trial.play.words.text for trial in trials]
+            kept = self.similarity.keeps(originals, [trial.text for trial in trials])
+            trials = list(compress(trials, kept))
         if not trials:
             return
-        reading = reader.read([t.text() for t in trials], [t.play.label for t in trials])
-        for play, own in groupby(range(len(trials)), lambda i: trials[i].play):
-            play.choose({i: trials[i] for i in own}, reading)
+        texts = [with_segment(t.play.text, self.column, t.text) for t in trials]
+        reading = reader.read(texts, [t.play.label for t in trials])
+        found = zip(trials, reading.predictions.tolist(), reading.losses.tolist(), strict=True)
+        for play, own in groupby(found, lambda row: row[0].play):
+            play.choose(list(own))
 
 
 @dataclass(eq=False)
@@ -152,60 +152,33 @@ class _Play:
     def goes_on(self) -> bool:
         return self.after == self.label and self.left > 0 and len(self.order) > 0
 
-    def now(self, more: Mapping[int, str] | None = None) -> str:
-        """Return the attacked text with the words replaced so far, and more of them."""
-        return self.words.replaced(self.swaps | dict(more or {}))
+    def now(self) -> str:
+        """Return the attacked text with the words replaced so far."""
+        return self.words.replaced(self.swaps)
 
-    def whole(self, attacked: str) -> Text:
-        """Return what the model reads: the attacked text, with the other one of a pair."""
-        if isinstance(self.text, str):
-            return attacked
-        return (attacked, self.text[1]) if self.column == 0 else (self.text[0], attacked)
-
-    def choose(self, trials: Mapping[int, _Trial], reading: ReadTexts) -> None:
-        """Keep the best of the trials, by their numbers in the reading, if it is an advance."""
-        self.queries += len(trials)
-        worth = {
-            i: (int(reading.predictions[i]) != self.label, float(reading.losses[i])) for i in trials
-        }
-        best = max(worth, key=worth.__getitem__)
-        if worth[best] > (False, self.loss):
-            self.swaps[trials[best].at] = trials[best].new
-            self.loss, self.after = worth[best][1], int(reading.predictions[best])
+    def choose(self, read: list[tuple[_Trial, int, float]]) -> None:
+        """Keep the best of the trials, read with predictions and losses, if it is an advance."""
+        self.queries += len(read)
+        trial, after, loss = max(read, key=lambda row: (row[1] != self.label, row[2]))
+        if (after != self.label, loss) > (False, self.loss):
+            self.swaps[trial.at] = trial.new
+            self.loss, self.after = loss, after
             self.left -= 1
 
     def result(self) -> Attack:
         swaps = {at: (self.words[at], new) for at, new in sorted(self.swaps.items())}
-        perturbed = self.whole(self.now())
-        return Attack(
-            self.text,
-            perturbed,
-            self.label,
-            self.before,
-            self.after,
-            swaps,
-            len(self.words),
-            self.queries,
-        )
+        texts = self.text, with_segment(self.text, self.column, self.now())
+        labels = self.label, self.before, self.after
+        return Attack(*texts, *labels, swaps, len(self.words), self.queries)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """A candidate in its place."""
+class _Trial(NamedTuple):
+    """A candidate in its place, and the attacked text with it."""
 
     play: _Play
     at: int
     new: str
-
-    def words(self) -> str:
-        return self.play.now({self.at: self.new})
-
-    def text(self) -> Text:
-        return self.play.whole(self.words())
-
-
-def _attacked(text: Text, column: int) -> str:
-    return text if isinstance(text, str) else text[column]
+    text: str
 
 
 def _check(texts: Sequence[Text], labels: Sequence[int]) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixadv.checks import check_integer
 from mixadv.model.replay import evaluating
-from mixadv.tokens.reading.encoding import longest, tokens
+from mixadv.tokens.reading.encoding import check_fast, longest, tokens
 from mixadv.tokens.reading.masked import output_layer
 from mixadv.tokens.reading.words import Words
-from mixadv.tokens.substitution.candidates import check_most, usable
+from mixadv.tokens.substitution.candidates import usable
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,13 @@ class MaskedCandidates:
     _vocabulary: dict[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_most("max_candidates", self.max_candidates)
+        check_integer("MaskedCandidates", "max_candidates", self.max_candidates, 1)
         if getattr(self.tokenizer, "mask_token", None) is None:
             raise ValueError(
                 f"{type(self.tokenizer).__name__} has no mask token: use the model and tokenizer "
                 "of a masked language model, such as BERT's or RoBERTa's."
             )
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise TypeError(
-                f"{type(self.tokenizer).__name__} does not tell where the mask lies: use the fast "
-                "tokenizer of the model."
-            )
+        check_fast(self.tokenizer)
         output_layer(self.model)
         object.__setattr__(self, "_vocabulary", _whole_words(self.tokenizer))
 
@@ -71,10 +68,9 @@ class MaskedCandidates:
     def _batch(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
         mask = self.tokenizer.mask_token
         texts = [text.replaced({i: mask}) for text, i in zip(words, indices, strict=True)]
-        most = longest(self.model, self.tokenizer)
-        encoding = tokens(self.model, self.tokenizer, texts, most)
-        device = next(self.model.parameters()).device
-        logits = self.model(**{k: v.to(device) for k, v in encoding.items()}).logits
+        limit = longest(self.model, self.tokenizer)
+        encoding = tokens(self.model, self.tokenizer, texts, limit)
+        logits = self.model(**encoding.to(next(self.model.parameters()).device)).logits
         found = []
         for row, (text, index) in enumerate(zip(words, indices, strict=True)):
             at = encoding.char_to_token(row, text.spans[index][0])

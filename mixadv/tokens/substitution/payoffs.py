@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mixadv.checks import check_integer
 from mixadv.game import Game
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
-from mixadv.tokens.reading.encoding import Text, longest, tokens
+from mixadv.tokens.reading.encoding import Text, longest, segment, tokens, with_segment
 from mixadv.tokens.reading.words import Words
-from mixadv.tokens.substitution.candidates import Candidates, check_most
+from mixadv.tokens.substitution.candidates import Candidates
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity
 from mixadv.tokens.substitution.game import SubstitutionGame
 
@@ -23,7 +26,7 @@ Classifier = Callable[..., Any]
 """Reads an encoding as a classifier does, by keyword: returns logits, or an output with them."""
 
 
-def substitutions(
+def single_substitutions(
     text: Text,
     candidates: Candidates,
     *,
@@ -46,11 +49,11 @@ def substitutions(
 
     Example:
         >>> from mixadv.tokens import SimilarWords
-        >>> substitutions("a fine film", SimilarWords({"film": ["movie"], "fine": ["good"]}))
+        >>> single_substitutions("a fine film", SimilarWords({"film": ["movie"], "fine": ["good"]}))
         ('a fine film', 'a good film', 'a fine movie')
     """
-    check_most("max_texts", max_texts)
-    words = Words(text if isinstance(text, str) else text[column])
+    check_integer("single_substitutions", "max_texts", max_texts, 1)
+    words = Words(segment(text, column))
     at = [i for i in range(len(words)) if words[i].lower() not in protected]
     found = [
         words.replaced({i: new})
@@ -58,17 +61,12 @@ def substitutions(
         for new in replacements
     ]
     if similarity is not None:
-        near = similarity([words.text] * len(found), found)
-        found = [
-            new for new, cosine in zip(found, near, strict=True) if cosine >= similarity.min_cosine
-        ]
+        found = list(compress(found, similarity.keeps([words.text] * len(found), found)))
     if len(found) > max_texts - 1:
         draw = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(found), generator=draw)[: max_texts - 1].sort().values
         found = [found[i] for i in chosen.tolist()]
-    if isinstance(text, str):
-        return (text, *found)
-    return (text, *((text[0], new) if column else (new, text[1]) for new in found))
+    return (text, *(with_segment(text, column, new) for new in found))
 
 
 def dropout_masks(model: nn.Module, seeds: Sequence[int]) -> list[Classifier]:
@@ -78,20 +76,17 @@ def dropout_masks(model: nn.Module, seeds: Sequence[int]) -> list[Classifier]:
     of the game depends on its row and its column alone.
     """
 
-    def learner(seed: int) -> Classifier:
-        def read(**encoding: Tensor) -> Tensor:
-            logits = []
-            with evaluating(model):
-                model.train()
-                for row, real in enumerate(encoding["attention_mask"].bool()):
-                    torch.manual_seed(seed)
-                    text = {n: v[row : row + 1, real] for n, v in encoding.items()}
-                    logits.append(_logits(model(**text)))
-            return torch.cat(logits)
+    def read(seed: int, /, **encoding: Tensor) -> Tensor:
+        logits = []
+        with evaluating(model):
+            model.train()
+            for row, real in enumerate(encoding["attention_mask"].bool()):
+                torch.manual_seed(seed)
+                text = {n: v[row : row + 1, real] for n, v in encoding.items()}
+                logits.append(_logits(model(**text)))
+        return torch.cat(logits)
 
-        return _Sample(model, read)
-
-    return [learner(seed) for seed in seeds]
+    return [_Sample(model, partial(read, seed)) for seed in seeds]
 
 
 def learner_samples(game: Game) -> list[Classifier]:
@@ -102,14 +97,11 @@ def learner_samples(game: Game) -> list[Classifier]:
     """
     model = unwrap(game.model)
 
-    def learner(sample: dict[str, Tensor]) -> Classifier:
-        def read(**encoding: Tensor) -> Tensor:
-            with evaluating(model):
-                return _logits(functional_call(model, sample, (), encoding))
+    def read(sample: dict[str, Tensor], /, **encoding: Tensor) -> Tensor:
+        with evaluating(model):
+            return _logits(functional_call(model, sample, (), encoding))
 
-        return _Sample(model, read)
-
-    return [learner(sample) for sample in game.learner_samples]
+    return [_Sample(model, partial(read, sample)) for sample in game.learner_samples]
 
 
 def substitution_game(
@@ -129,7 +121,7 @@ def substitution_game(
     Args:
         learners: the rows; classifiers, or functions that read encodings as they do.
         tokenizer: of them all.
-        texts: the columns, as `substitutions` returns them; right-padded together.
+        texts: the columns, as `single_substitutions` returns them; right-padded together.
         label: the right one of the first text.
         max_length: tokens; the rest of a text is cut. None asks the tokenizer and the model.
         batch_size: texts that are read at a time.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixadv.tokens.reading.encoding import Text, longest, tokens
+from mixadv.tokens.reading.encoding import Text, batches, check_fast, longest
 from mixadv.tokens.reading.words import Words
 
 
@@ -47,11 +47,7 @@ class Reader:
     def __init__(
         self, model: nn.Module, tokenizer: Any, max_length: int | None, batch_size: int, column: int
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise TypeError(
-                f"{type(tokenizer).__name__} does not tell which characters a token stands for: "
-                "use the fast tokenizer of the model (AutoTokenizer gives it by default)."
-            )
+        check_fast(tokenizer)
         if not hasattr(model, "get_input_embeddings"):
             raise TypeError(
                 f"{type(model).__name__} has no get_input_embeddings(): pass the bare model, not "
@@ -62,12 +58,11 @@ class Reader:
         self.max_length = max_length or longest(model, tokenizer)
         self.batch_size = batch_size
         self.column = column
-        self.device = next(model.parameters()).device
 
     def read(self, texts: Sequence[Text], labels: Sequence[int]) -> ReadTexts:
         """Read texts without gradients; `importances` is empty."""
         with torch.no_grad():
-            return self._in_batches(texts, labels, words=None)
+            return self._in_batches(texts, labels, [])
 
     def weigh(self, texts: Sequence[Text], labels: Sequence[int], words: list[Words]) -> ReadTexts:
         """Read texts with one backward pass to their embeddings, which weighs their words."""
@@ -75,49 +70,37 @@ class Reader:
             return self._in_batches(texts, labels, words)
 
     def _in_batches(
-        self, texts: Sequence[Text], labels: Sequence[int], words: list[Words] | None
+        self, texts: Sequence[Text], labels: Sequence[int], words: list[Words]
     ) -> ReadTexts:
-        """Read the texts in batches of similar length, so that little is padded."""
-        order = sorted(range(len(texts)), key=lambda i: sum(map(len, _columns(texts[i]))))
         losses = torch.zeros(len(texts), dtype=torch.double)
         predictions = torch.zeros(len(texts), dtype=torch.long)
         importances: list[dict[int, float]] = [{} for _ in texts]
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            encoding = tokens(
-                self.model,
-                self.tokenizer,
-                [texts[i] for i in rows],
-                self.max_length,
-                return_offsets_mapping=words is not None,
-            )
+        weighed, limits = bool(words), (self.max_length, self.batch_size)
+        more = {"return_offsets_mapping": weighed}
+        for rows, encoding in batches(self.model, self.tokenizer, texts, *limits, **more):
             offsets = encoding.pop("offset_mapping", None)
             wanted = torch.tensor([labels[i] for i in rows])
-            logits, norms = self._pass(encoding, wanted, gradient=words is not None)
+            logits, norms = self._pass(encoding, wanted, weighed)
             losses[rows] = F.cross_entropy(logits, wanted, reduction="none")
             predictions[rows] = logits.argmax(-1)
-            if words is not None:
-                for at, i in enumerate(rows):
-                    own = [column == self._column(texts[i]) for column in encoding.sequence_ids(at)]
-                    importances[i] = _by_word(words[i], offsets[at].tolist(), norms[at], own)
+            for at, i in enumerate(rows if weighed else ()):
+                column = 0 if isinstance(texts[i], str) else self.column
+                own = [number == column for number in encoding.sequence_ids(at)]
+                importances[i] = _by_word(words[i], offsets[at].tolist(), norms[at], own)
         return ReadTexts(losses, predictions, importances)
-
-    def _column(self, text: Text) -> int:
-        return 0 if isinstance(text, str) else self.column
 
     def _pass(self, encoding: Any, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         """Return logits, and squared norms of the loss's gradient to each embedding."""
-        inputs = {name: tensor.to(self.device) for name, tensor in encoding.items()}
-        found: list[Tensor] = []
+        leaves: list[Tensor] = []
 
         def leaf(module: nn.Module, given: Any, output: Tensor) -> Tensor:
-            found.append(output.detach().requires_grad_())
-            return found[-1]
+            leaves.append(output.detach().requires_grad_())
+            return leaves[-1]
 
         embeddings: Any = self.model.get_input_embeddings
         hook = embeddings().register_forward_hook(leaf) if gradient else None
         try:
-            output = self.model(**inputs)
+            output = self.model(**encoding)
         finally:
             if hook is not None:
                 hook.remove()
@@ -131,12 +114,8 @@ class Reader:
         if not gradient:
             return logits, torch.empty(0)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        [slope] = torch.autograd.grad(loss, found[:1])
+        [slope] = torch.autograd.grad(loss, leaves[:1])
         return logits.detach(), slope.float().square().sum(-1).cpu()
-
-
-def _columns(text: Text) -> tuple[str, ...]:
-    return (text,) if isinstance(text, str) else text
 
 
 def _logits(output: Any) -> Tensor:
