@@ -25,7 +25,7 @@ from common.loop import Training
 from common.results import Run
 from common.substitution import BUILTIN, Source, candidates
 from mixadv.tokens import Attack, SimilarWords, WordSubstitution, adversarial_rows
-from mixadv.tokens.substitution.augmentation import copies
+from mixadv.tokens.substitution.constraints import portion
 from tests.scripts import own_start, weights_of  # noqa: F401
 from tests.substitution_zoo import TABLE, VOCABULARY, bag_of_words, tiny, word_tokenizer
 from tests.zoo import assert_same
@@ -59,7 +59,7 @@ def drawn(part: slice = slice(None), fraction: float = 0.3, seed: int = 0) -> An
 @given(st.sampled_from([0.0, 0.01, 0.2, 0.5, 1.0]), st.integers(0, 5), st.integers(1, 4))
 def test_processes_share_the_rows_drawn(fraction: float, seed: int, processes: int):
     numbers, texts = drawn(fraction=fraction, seed=seed)
-    assert len(numbers) == len(set(numbers)) == math.ceil(fraction * 23) == copies(23, fraction)
+    assert len(numbers) == len(set(numbers)) == math.ceil(fraction * 23) == portion(23, fraction)
     assert set(numbers) <= set(range(23))
     parts = [drawn(slice(rank, None, processes), fraction, seed) for rank in range(processes)]
     shared = list(itertools.chain(*(zip(*part, strict=True) for part in parts)))

@@ -30,7 +30,7 @@ from transformers import (
 
 from mixadv.tokens import ReplacedTokenDetection, generator_config
 from mixadv.tokens.pretraining import electra
-from mixadv.tokens.pretraining.drawing import draw_positions, sample
+from mixadv.tokens.pretraining.electra import draw_positions, sample
 from tests.tokenizers_zoo import word_pieces
 
 PAD, CLS, SEP, MASK, FIRST, VOCABULARY = 0, 2, 3, 4, 5, 24

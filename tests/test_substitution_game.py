@@ -14,12 +14,13 @@ from transformers import BertForSequenceClassification
 
 import attack_game
 import mixadv
-from mixadv.tokens import SimilarWords
-from mixadv.tokens.substitution.game import SubstitutionGame, solve_games
-from mixadv.tokens.substitution.payoffs import (
+from mixadv.tokens import (
+    SimilarWords,
+    SubstitutionGame,
     dropout_masks,
     learner_samples,
     single_substitutions,
+    solve_games,
     substitution_game,
 )
 from tests.substitution_zoo import TABLE, word_tokenizer

@@ -37,8 +37,7 @@ from mixadv.tokens import (
     solve_games,
     substitution_game,
 )
-from mixadv.tokens.substitution.game import Equilibrium, SubstitutionGame
-from mixadv.tokens.substitution.payoffs import Classifier
+from mixadv.tokens.substitution.game import Classifier, Equilibrium, SubstitutionGame
 from theory import oracles
 
 NAMES = ("pure_adversary_value", "guaranteed", "value", "worst", "pure_learner_value")

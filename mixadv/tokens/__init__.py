@@ -10,17 +10,22 @@ from mixadv.tokens.reading.neighbours import Neighbours
 from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.attacks import Attack, attack_summary
 from mixadv.tokens.substitution.augmentation import adversarial_rows, substitute_words
-from mixadv.tokens.substitution.candidates import Candidates, SimilarWords, Typos
+from mixadv.tokens.substitution.candidates import (
+    Candidates,
+    MaskedCandidates,
+    SimilarWords,
+    Typos,
+)
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity
-from mixadv.tokens.substitution.game import SubstitutionGame, solve_games
-from mixadv.tokens.substitution.greedy import WordSubstitution
-from mixadv.tokens.substitution.masked_candidates import MaskedCandidates
-from mixadv.tokens.substitution.payoffs import (
+from mixadv.tokens.substitution.game import (
+    SubstitutionGame,
     dropout_masks,
     learner_samples,
     single_substitutions,
+    solve_games,
     substitution_game,
 )
+from mixadv.tokens.substitution.greedy import WordSubstitution
 
 __all__ = [
     "FUNCTION_WORDS",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from mixadv.tokens.reading.encoding import check_fast
-from mixadv.tokens.reading.words import Words
+from mixadv.tokens.reading.words import Span, Words, overlapping
 
-Span = tuple[int, int]
 NO_WORD = -1
 
 
@@ -102,14 +100,13 @@ def _is_cut(number: int, spans: Sequence[Span], inside: Span) -> bool:
 
 def _numbers(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     """Return the number of the word that each token lies in, the first of those it shares."""
-    begins, ends = [b for b, _ in spans], [e for _, e in spans]
     leader: dict[int, int] = {}
     numbers = []
     for begin, end in offsets:
-        first, after = bisect_right(ends, begin), bisect_left(begins, end)
-        lead = leader.get(first, first)
-        leader.update(dict.fromkeys(range(first, after), lead))
-        numbers.append(lead if first < after else NO_WORD)
+        words = overlapping(spans, begin, end)
+        lead = leader.get(words.start, words.start) if words else NO_WORD
+        leader.update(dict.fromkeys(words, lead))
+        numbers.append(lead)
     return numbers
 
 

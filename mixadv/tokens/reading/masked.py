@@ -111,11 +111,8 @@ def at_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
             )
         return (hidden[positions], *others)
 
-    hook = output_layer(unwrap(model)).register_forward_pre_hook(select)
-    try:
+    with output_layer(unwrap(model)).register_forward_pre_hook(select):
         yield
-    finally:
-        hook.remove()
 
 
 def output_layer(model: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from mixadv.checks import check_number
 from mixadv.tokens.reading.encoding import Text
 from mixadv.tokens.reading.neighbours import Neighbours
 from mixadv.tokens.reading.words import Words, cased_like
+from mixadv.tokens.substitution.constraints import portion
 from mixadv.tokens.substitution.greedy import WordSubstitution
 
 
@@ -53,19 +53,9 @@ def adversarial_rows(
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is a share of the rows, 0 to 1, got {fraction}.")
     order: list[int] = torch.randperm(len(texts), generator=generator).tolist()
-    drawn: list[int] = order[: copies(len(texts), fraction)][part]
+    drawn: list[int] = order[: portion(len(texts), fraction)][part]
     attacks = attack.attack(model, tokenizer, [texts[i] for i in drawn], [labels[i] for i in drawn])
     return drawn, [found.perturbed for found in attacks]
-
-
-def copies(rows: int, fraction: float) -> int:
-    """Return how many perturbed copies a fraction of the rows makes.
-
-    Example:
-        >>> copies(100, 0.2), copies(101, 0.2)
-        (20, 21)
-    """
-    return math.ceil(round(fraction * rows, 9))
 
 
 def substitute_words(

@@ -40,8 +40,17 @@ def budget(words: int, max_share: float, min_words: int) -> int:
         >>> budget(30, 0.1, 1), budget(31, 0.1, 1), budget(30, 0.1, 4), budget(2, 0.1, 4)
         (3, 4, 4, 2)
     """
-    share = math.ceil(round(max_share * words, 9))  # 0.07 × 100 is more than 7 in floats
-    return min(words, max(share, min_words))
+    return min(words, max(portion(words, max_share), min_words))
+
+
+def portion(count: int, share: float) -> int:
+    """Return how many a share of so many is, rounded up.
+
+    Example:
+        >>> portion(100, 0.07), portion(101, 0.07)
+        (7, 8)
+    """
+    return math.ceil(round(share * count, 9))  # 0.07 × 100 is more than 7 in floats
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixadv.tokens.reading.encoding import Text, batches, check_fast, longest
-from mixadv.tokens.reading.words import Words
+from mixadv.tokens.reading.words import Words, overlapping
 
 
 class ReadTexts(NamedTuple):
@@ -98,14 +99,10 @@ class Reader:
             return leaves[-1]
 
         embeddings: Any = self.model.get_input_embeddings
-        hook = embeddings().register_forward_hook(leaf) if gradient else None
-        try:
+        with embeddings().register_forward_hook(leaf) if gradient else nullcontext():
             output = self.model(**encoding)
-        finally:
-            if hook is not None:
-                hook.remove()
         # In fp32 the loss of a sure prediction is 0, and no change of a word would raise it.
-        logits = _logits(output).cpu().double()
+        logits = class_logits(output).cpu().double()
         if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
             raise ValueError(
                 f"labels must be numbers from 0 to {logits.shape[1] - 1}, the model's classes; "
@@ -118,7 +115,7 @@ class Reader:
         return logits.detach(), slope.float().square().sum(-1).cpu()
 
 
-def _logits(output: Any) -> Tensor:
+def class_logits(output: Any) -> Tensor:
     """Return the logits of a model's output; raise unless they are of classes."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
@@ -135,14 +132,7 @@ def _by_word(
 ) -> dict[int, float]:
     """Return the norm of the gradient to the tokens of each word that has any."""
     squares: dict[int, float] = {}
-    index = 0
     for (begin, end), square, is_own in zip(offsets, norms.tolist(), own, strict=True):
-        if not is_own or begin == end:
-            continue
-        while index < len(words) and words.spans[index][1] <= begin:
-            index += 1
-        at = index
-        while at < len(words) and words.spans[at][0] < end:
+        for at in overlapping(words.spans, begin, end) if is_own and begin < end else ():
             squares[at] = squares.get(at, 0.0) + square
-            at += 1
     return {at: math.sqrt(square) for at, square in squares.items()}
