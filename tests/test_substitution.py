@@ -221,8 +221,8 @@ def test_words_are_weighed_by_the_gradients_of_their_tokens(column: int | None):
     read: Any = PAIRS if column is not None else [*PAIRS[0], "the slow thunder-plot was 1990"]
     own = [text if column is None else text[column] for text in read]
     reader = Reader(model, tokenizer, None, 2, 1 if column is None else column)
-    found = reader.weigh(read, [2, 1, 0][: len(read)], [Words(text) for text in own])
-    for label, text, part, weights in zip([2, 1, 0], read, own, found.importances, strict=False):
+    found = reader.read(read, [2, 1, 0][: len(read)], [Words(text) for text in own])
+    for label, text, part, result in zip([2, 1, 0], read, own, found, strict=False):
         columns = (text,) if column is None else text
         encoding = tokenizer(*columns, return_tensors="pt", return_offsets_mapping=True)
         spans = encoding.pop("offset_mapping")[0].tolist()
@@ -238,7 +238,7 @@ def test_words_are_weighed_by_the_gradients_of_their_tokens(column: int | None):
                 if belongs[i] and match.start() <= a < b <= match.end()
             ]
             expected[at] = float(embedded.grad[0, inside].norm())
-        assert weights == pytest.approx(expected, rel=1e-4)
+        assert result.importances == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_words_that_weigh_most_are_tried_first():
@@ -254,7 +254,8 @@ def test_the_words_that_weigh_most_are_tried_first():
 
     WordSubstitution(watch).attack(model, tokenizer, [text], [label])
     model.eval()
-    [weights] = Reader(model, tokenizer, None, 2, 1).weigh([text], [label], [Words(text)])[2]
+    [found] = Reader(model, tokenizer, None, 2, 1).read([text], [label], [Words(text)])
+    weights = found.importances
     assert tried == sorted(weights, key=weights.__getitem__, reverse=True)
 
 

@@ -59,33 +59,22 @@ def padding_side(model: nn.Module, tokenizer: Any) -> str:
 _COUNTED = {"wpe", "position_embeddings", "positions_embed", "embed_positions"}
 
 
-def tokens(
-    model: nn.Module, tokenizer: Any, texts: Sequence[Text], max_length: int | None, **more: Any
-) -> Any:
+def tokens(model: nn.Module, tokenizer: Any, texts: Sequence[Text], max_length: int | None) -> Any:
     """Return the tokenizer's encoding of texts or pairs as tensors, padded, and cut if need be."""
     first = [text if isinstance(text, str) else text[0] for text in texts]
     second = None if isinstance(texts[0], str) else [text[1] for text in texts]
     cut = {"truncation": max_length is not None, "max_length": max_length}
-    cut |= {"padding_side": padding_side(model, tokenizer)}
-    return tokenizer(first, second, padding=True, return_tensors="pt", **cut, **more)
+    filled = {"padding": True, "padding_side": padding_side(model, tokenizer)}
+    return tokenizer(first, second, return_tensors="pt", **cut, **filled)
 
 
 def batches(
-    model: nn.Module,
-    tokenizer: Any,
-    texts: Sequence[Text],
-    max_length: int | None,
-    batch_size: int,
-    **more: Any,
+    model: nn.Module, tokenizer: Any, texts: Sequence[Text], max_length: int | None, batch_size: int
 ) -> Iterator[tuple[list[int], Any]]:
     """Yield numbers of texts of similar length, so that little is padded, and their encoding."""
     device = next(model.parameters()).device
-    order = sorted(range(len(texts)), key=lambda i: _characters(texts[i]))
+    order = sorted(range(len(texts)), key=lambda i: len("".join(texts[i])))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         read = [texts[i] for i in rows]
-        yield rows, tokens(model, tokenizer, read, max_length, **more).to(device)
-
-
-def _characters(text: Text) -> int:
-    return len(text) if isinstance(text, str) else sum(map(len, text))
+        yield rows, tokens(model, tokenizer, read, max_length).to(device)

@@ -53,7 +53,7 @@ class Vocabulary:
         """Tokens of letters, marks and digits alone, none special, by how they are marked."""
         pools: dict[str, list[int]] = {}
         for i in range(len(self.tokenizer)):
-            if i not in self.special and _is_lettered(self._text(i)):
+            if i not in self.special and _is_lettered(self.text(i)):
                 pools.setdefault(self._mark(i), []).append(i)
         if not pools:
             raise ValueError(
@@ -64,7 +64,7 @@ class Vocabulary:
 
     def words(self) -> Iterator[tuple[str, int]]:
         """Yield the words that are one token, with it: letters alone, which read back as it."""
-        texts = {i: self._text(i).strip() for i in sorted(self._all.tolist())}
+        texts = {i: self.text(i) for i in sorted(self._all.tolist())}
         texts = {i: text for i, text in texts.items() if text.isalpha()}
         written = [self._each(before + text for text in texts.values()) for before in ("", " ")]
         for (i, text), *ways in zip(texts.items(), *written, strict=True):
@@ -85,10 +85,11 @@ class Vocabulary:
     def _mark(self, token: int) -> str:
         return next((mark for mark in MARKS if self._name(token).startswith(mark)), "")
 
-    def _text(self, token: int) -> str:
-        return self.tokenizer.convert_tokens_to_string([self._name(token).removeprefix("##")])
+    def text(self, token: int) -> str:
+        """Return what a token stands for, without spaces around it."""
+        name = self._name(token).removeprefix("##")
+        return self.tokenizer.convert_tokens_to_string([name]).strip()
 
 
 def _is_lettered(text: str) -> bool:
-    text = text.strip()
     return text != "" and all(unicodedata.category(c)[0] in "LMN" for c in text)

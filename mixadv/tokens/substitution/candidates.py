@@ -14,6 +14,7 @@ from mixadv.checks import check_integer
 from mixadv.model.replay import evaluating
 from mixadv.tokens.reading.encoding import check_fast, longest, tokens
 from mixadv.tokens.reading.masked import output_layer
+from mixadv.tokens.reading.vocabulary import Vocabulary
 from mixadv.tokens.reading.words import Words, cased_like
 
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -236,16 +237,11 @@ def _beside(letter: str) -> str:
 
 def _whole_words(tokenizer: Any) -> dict[int, str]:
     """Return the tokens of a vocabulary that are words by themselves, letters alone."""
-    vocabulary = tokenizer.get_vocab()
-    special = set(tokenizer.all_special_ids)
+    vocabulary = Vocabulary(tokenizer)
     # Byte-pair and unigram vocabularies mark the beginnings of words, WordPiece the other pieces.
-    mark = next((m for m in "Ġ▁" if any(token.startswith(m) for token in vocabulary)), "")
-    whole = {}
-    for token, number in vocabulary.items():
-        if number not in special and token.startswith(mark):
-            word = tokenizer.convert_tokens_to_string([token]).strip() if mark else token
-            if word.isalpha():
-                whole[number] = word
+    mark = next((m for m in "Ġ▁" if m in vocabulary.ordinary), "")
+    begin = vocabulary.ordinary.get(mark, torch.empty(0)).tolist()
+    whole = {i: word for i in begin if (word := vocabulary.text(i)).isalpha()}
     if not whole:
         raise ValueError(f"{type(tokenizer).__name__} has no token that is a whole word.")
     return whole

@@ -19,7 +19,7 @@ from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.attacks import Attack
 from mixadv.tokens.substitution.candidates import Candidates
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity, budget
-from mixadv.tokens.substitution.reader import Reader
+from mixadv.tokens.substitution.reader import Reader, ReadText
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,14 @@ class WordSubstitution:
     def _begin(self, reader: Reader, texts: Sequence[Text], labels: Sequence[int]) -> list[_Play]:
         """Read the texts once, and rank the words that may be attacked."""
         words = [Words(segment(text, self.column)) for text in texts]
-        reading = reader.weigh(texts, labels, words)
+        found = zip(texts, words, labels, reader.read(texts, labels, words), strict=True)
         plays = []
-        for i, text in enumerate(texts):
-            weights = reading.importances[i]
+        for text, own, label, read in found:
+            weights = read.importances
             ranked = sorted(weights, key=lambda at: (-weights[at], at))
-            order = [at for at in ranked if words[i][at].lower() not in self.protected]
-            left = budget(len(words[i]), self.max_share, self.min_words)
-            loss, before = float(reading.losses[i]), int(reading.predictions[i])
-            plays.append(
-                _Play(text, self.column, words[i], labels[i], order, left, loss, before, before)
-            )
+            order = [at for at in ranked if own[at].lower() not in self.protected]
+            left = budget(len(own), self.max_share, self.min_words)
+            plays.append(_Play(text, self.column, own, label, order, left, read, read.prediction))
         return plays
 
     def _turn(self, reader: Reader, active: list[_Play]) -> None:
@@ -126,10 +123,9 @@ class WordSubstitution:
         if not trials:
             return
         texts = [with_segment(t.play.text, self.column, t.text) for t in trials]
-        reading = reader.read(texts, [t.play.label for t in trials])
-        found = zip(trials, reading.predictions.tolist(), reading.losses.tolist(), strict=True)
-        for play, own in groupby(found, lambda row: row[0].play):
-            play.choose(list(own))
+        read = zip(trials, reader.read(texts, [t.play.label for t in trials]), strict=True)
+        for play, tried in groupby(read, lambda row: row[0].play):
+            play.choose(list(tried))
 
 
 @dataclass(eq=False)
@@ -142,33 +138,35 @@ class _Play:
     label: int
     order: list[int]
     left: int
-    loss: float
+    last: ReadText
     before: int
-    after: int
     queries: int = 1
     swaps: dict[int, str] = field(default_factory=dict)
 
     @property
     def goes_on(self) -> bool:
-        return self.after == self.label and self.left > 0 and len(self.order) > 0
+        return self.last.prediction == self.label and self.left > 0 and len(self.order) > 0
 
     def now(self) -> str:
         """Return the attacked text with the words replaced so far."""
         return self.words.replaced(self.swaps)
 
-    def choose(self, read: list[tuple[_Trial, int, float]]) -> None:
-        """Keep the best of the trials, read with predictions and losses, if it is an advance."""
-        self.queries += len(read)
-        trial, after, loss = max(read, key=lambda row: (row[1] != self.label, row[2]))
-        if (after != self.label, loss) > (False, self.loss):
+    def choose(self, tried: list[tuple[_Trial, ReadText]]) -> None:
+        """Keep the best of the trials, if it is an advance."""
+        self.queries += len(tried)
+        trial, read = max(tried, key=lambda row: self._worth(row[1]))
+        if self._worth(read) > (False, self.last.loss):
             self.swaps[trial.at] = trial.new
-            self.loss, self.after = loss, after
+            self.last = read
             self.left -= 1
+
+    def _worth(self, read: ReadText) -> tuple[bool, float]:
+        return read.prediction != self.label, read.loss
 
     def result(self) -> Attack:
         swaps = {at: (self.words[at], new) for at, new in sorted(self.swaps.items())}
         texts = self.text, with_segment(self.text, self.column, self.now())
-        labels = self.label, self.before, self.after
+        labels = self.label, self.before, self.last.prediction
         return Attack(*texts, *labels, swaps, len(self.words), self.queries)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,80 +16,57 @@ from mixadv.tokens.reading.encoding import Text, batches, check_fast, longest
 from mixadv.tokens.reading.words import Words, overlapping
 
 
-class ReadTexts(NamedTuple):
-    """What a classifier makes of texts.
+class ReadText(NamedTuple):
+    """What a classifier makes of a text."""
 
-    Attributes:
-        losses: cross-entropy of each text's label, nats, [texts], fp64 on the CPU.
-        predictions: label numbers, [texts].
-        importances: of each text, the words that were read and the norms of their gradients.
-    """
-
-    losses: Tensor
-    predictions: Tensor
-    importances: list[dict[int, float]]
+    loss: float  # cross-entropy of the label, nats, of fp64 logits
+    prediction: int
+    importances: dict[int, float]  # of the words that were read: norms of their gradients
 
 
+@dataclass
 class Reader:
     """A classifier and its tokenizer, as a function of texts.
-
-    Args:
-        model: returns logits [texts, labels], by themselves or as `.logits`; with
-            `get_input_embeddings()`.
-        tokenizer: of the model, a fast one.
-        max_length: tokens; the rest of a text is cut. `None` asks the model.
-        batch_size: texts that the model reads at a time.
-        column: which text of a pair the words are of.
 
     Raises:
         TypeError: for a tokenizer that does not tell where its tokens lie, or a model whose
             embeddings are not to be found.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, max_length: int | None, batch_size: int, column: int
-    ) -> None:
-        check_fast(tokenizer)
-        if not hasattr(model, "get_input_embeddings"):
+    model: nn.Module  # returns logits [texts, labels], by themselves or as `.logits`
+    tokenizer: Any
+    max_length: int | None  # tokens; the rest of a text is cut; None asks the model
+    batch_size: int
+    column: int  # which text of a pair the words are of
+
+    def __post_init__(self) -> None:
+        check_fast(self.tokenizer)
+        if not hasattr(self.model, "get_input_embeddings"):
             raise TypeError(
-                f"{type(model).__name__} has no get_input_embeddings(): pass the bare model, not "
-                "one wrapped for several devices."
+                f"{type(self.model).__name__} has no get_input_embeddings(): pass the bare model, "
+                "not one wrapped for several devices."
             )
-        self.model = model
-        self.tokenizer = tokenizer
-        self.max_length = max_length or longest(model, tokenizer)
-        self.batch_size = batch_size
-        self.column = column
+        self.max_length = self.max_length or longest(self.model, self.tokenizer)
 
-    def read(self, texts: Sequence[Text], labels: Sequence[int]) -> ReadTexts:
-        """Read texts without gradients; `importances` is empty."""
-        with torch.no_grad():
-            return self._in_batches(texts, labels, [])
-
-    def weigh(self, texts: Sequence[Text], labels: Sequence[int], words: list[Words]) -> ReadTexts:
-        """Read texts with one backward pass to their embeddings, which weighs their words."""
-        with torch.inference_mode(False), torch.enable_grad():
-            return self._in_batches(texts, labels, words)
-
-    def _in_batches(
-        self, texts: Sequence[Text], labels: Sequence[int], words: list[Words]
-    ) -> ReadTexts:
-        losses = torch.zeros(len(texts), dtype=torch.double)
-        predictions = torch.zeros(len(texts), dtype=torch.long)
-        importances: list[dict[int, float]] = [{} for _ in texts]
-        weighed, limits = bool(words), (self.max_length, self.batch_size)
-        more = {"return_offsets_mapping": weighed}
-        for rows, encoding in batches(self.model, self.tokenizer, texts, *limits, **more):
-            offsets = encoding.pop("offset_mapping", None)
-            wanted = torch.tensor([labels[i] for i in rows])
-            logits, norms = self._pass(encoding, wanted, weighed)
-            losses[rows] = F.cross_entropy(logits, wanted, reduction="none")
-            predictions[rows] = logits.argmax(-1)
-            for at, i in enumerate(rows if weighed else ()):
-                column = 0 if isinstance(texts[i], str) else self.column
-                own = [number == column for number in encoding.sequence_ids(at)]
-                importances[i] = _by_word(words[i], offsets[at].tolist(), norms[at], own)
-        return ReadTexts(losses, predictions, importances)
+    def read(
+        self, texts: Sequence[Text], labels: Sequence[int], words: Sequence[Words] = ()
+    ) -> list[ReadText]:
+        """Read texts; where their words are given, a backward pass to the embeddings weighs them."""
+        found: dict[int, ReadText] = {}
+        given = batches(self.model, self.tokenizer, texts, self.max_length, self.batch_size)
+        with torch.inference_mode(False), torch.set_grad_enabled(bool(words)):
+            for rows, encoding in given:
+                wanted = torch.tensor([labels[i] for i in rows])
+                logits, norms = self._pass(encoding, wanted, bool(words))
+                losses = F.cross_entropy(logits, wanted, reduction="none").tolist()
+                weights: list[dict[int, float]] = [{} for _ in rows]
+                if words:
+                    column = 0 if isinstance(texts[0], str) else self.column
+                    weighed = zip(rows, encoding.encodings, norms.tolist(), strict=True)
+                    weights = [_by_word(words[i], column, own, norm) for i, own, norm in weighed]
+                read = map(ReadText, losses, logits.argmax(-1).tolist(), weights)
+                found.update(zip(rows, read, strict=True))
+        return [found[i] for i in range(len(texts))]
 
     def _pass(self, encoding: Any, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         """Return logits, and squared norms of the loss's gradient to each embedding."""
@@ -127,12 +105,11 @@ def class_logits(output: Any) -> Tensor:
     return logits
 
 
-def _by_word(
-    words: Words, offsets: list[list[int]], norms: Tensor, own: list[bool]
-) -> dict[int, float]:
+def _by_word(words: Words, column: int, encoding: Any, squares: list[float]) -> dict[int, float]:
     """Return the norm of the gradient to the tokens of each word that has any."""
-    squares: dict[int, float] = {}
-    for (begin, end), square, is_own in zip(offsets, norms.tolist(), own, strict=True):
-        for at in overlapping(words.spans, begin, end) if is_own and begin < end else ():
-            squares[at] = squares.get(at, 0.0) + square
-    return {at: math.sqrt(square) for at, square in squares.items()}
+    found: dict[int, float] = {}
+    tokens = zip(encoding.offsets, encoding.sequence_ids, squares, strict=True)
+    for (begin, end), which, square in tokens:
+        for at in overlapping(words.spans, begin, end) if which == column and begin < end else ():
+            found[at] = found.get(at, 0.0) + square
+    return {at: math.sqrt(square) for at, square in found.items()}
