@@ -77,7 +77,7 @@ def test_copies_are_what_the_attack_leaves():
 
 
 def test_a_fraction_is_a_share():
-    with pytest.raises(ValueError, match=r"fraction is a share of the rows, 0 to 1, got 20"):
+    with pytest.raises(ValueError, match="fraction must be finite and between 0 and 1, got 20"):
         drawn(fraction=20)
 
 

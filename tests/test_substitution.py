@@ -404,9 +404,9 @@ def test_wrong_texts_and_labels_are_refused(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_share": 1.5}, "max_share is a share of the words, 0 to 1, got 1.5"),
+        ({"max_share": 1.5}, "max_share must be finite and between 0 and 1, got 1.5"),
         ({"min_words": -1}, "min_words must be at least 0"),
-        ({"batch_size": 0}, "batch_size at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"column": 2}, "column is 0 or 1"),
     ],
 )
@@ -431,7 +431,7 @@ def test_models_and_tokenizers_that_cannot_be_attacked_are_refused():
     headed = Similarity(tiny(transformers.BertForMaskedLM, tokenizer), tokenizer)
     with pytest.raises(TypeError, match="BertForMaskedLM returns no last_hidden_state"):
         headed(["good"], ["bad"])
-    with pytest.raises(ValueError, match=r"from -1 to 1, got 1\.2"):
+    with pytest.raises(ValueError, match=r"between -1 and 1, got 1\.2"):
         Similarity(number, tokenizer, min_cosine=1.2)
 
 

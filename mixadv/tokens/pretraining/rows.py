@@ -64,20 +64,15 @@ class WordTokenizer:
         encoded = self.tokenizer(
             list(texts),
             None if pairs is None else list(pairs),
-            return_offsets_mapping=True,
             truncation=self.max_length is not None,
             max_length=self.max_length,
         )
         segments = [texts] if pairs is None else [texts, pairs]
-        offsets = encoded.pop("offset_mapping")
-        columns = dict(encoded)
-        columns["word_ids"] = [
-            self._word_ids([s[i] for s in segments], offsets[i], encoded.encodings[i])
-            for i in range(len(texts))
-        ]
-        return columns
+        rows = zip(encoded.encodings, *segments, strict=True)
+        return {**encoded, "word_ids": [self._word_ids(*row) for row in rows]}
 
-    def _word_ids(self, segments: list[str], offsets: list[Span], encoding: Any) -> list[int]:
+    def _word_ids(self, encoding: Any, *segments: str) -> list[int]:
+        offsets = encoding.offsets
         numbers, first = [NO_WORD] * len(offsets), 0
         for which, text in enumerate(segments):
             at = [i for i, segment in enumerate(encoding.sequence_ids) if segment == which]

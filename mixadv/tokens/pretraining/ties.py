@@ -17,15 +17,6 @@ def share_embeddings(borrower: nn.Module, owner: nn.Module) -> None:
     Tables are those of tokens, and those beside them that have the same name in both models:
     positions and token types. Where the borrower holds one a second time, as a tied output layer
     does, it holds the owner's there too. Raise ValueError if two tables differ in size.
-
-    Example:
-        >>> from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
-        >>> size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        >>> config = ElectraConfig(vocab_size=9, embedding_size=4, **size)
-        >>> generator, discriminator = ElectraForMaskedLM(config), ElectraForPreTraining(config)
-        >>> share_embeddings(generator, discriminator)
-        >>> generator.generator_lm_head.weight is discriminator.get_input_embeddings().weight
-        True
     """
     theirs = _tables(owner)
     pairs = {n: (own, theirs[n]) for n, own in _tables(borrower).items() if n in theirs}
@@ -88,14 +79,6 @@ def save_once(model: nn.Module) -> None:
     Formats that refuse tensors which share memory, safetensors with it, can then write
     `model.state_dict()`. Loading gives all places what the checkpoint has, and ties stay ties.
     The model is changed in place; copies, wrappers and pickles of it behave in the same way.
-
-    Example:
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3, bias=False))
-        >>> model[1].weight = model[0].weight
-        >>> save_once(model)
-        >>> list(model.state_dict()), model.load_state_dict(model.state_dict())
-        (['0.weight'], <All keys matched successfully>)
     """
     model.register_state_dict_post_hook(_drop_repeated)
     model.register_load_state_dict_pre_hook(_repeat)

@@ -50,8 +50,7 @@ def adversarial_rows(
     Raises:
         ValueError: for a fraction outside [0, 1].
     """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction is a share of the rows, 0 to 1, got {fraction}.")
+    check_number("adversarial_rows", "fraction", fraction, most=1.0)
     order: list[int] = torch.randperm(len(texts), generator=generator).tolist()
     drawn: list[int] = order[: portion(len(texts), fraction)][part]
     attacks = attack.attack(model, tokenizer, [texts[i] for i in drawn], [labels[i] for i in drawn])

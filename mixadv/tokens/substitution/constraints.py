@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixadv.checks import check_number
 from mixadv.model.replay import evaluating
 from mixadv.tokens.reading.encoding import batches, longest
 
@@ -73,15 +74,14 @@ class Similarity:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if not -1 <= self.min_cosine <= 1:
-            raise ValueError(f"min_cosine is a cosine, from -1 to 1, got {self.min_cosine}.")
+        check_number("Similarity", "min_cosine", self.min_cosine, least=-1.0, most=1.0)
 
     def __call__(self, originals: Sequence[str], changed: Sequence[str]) -> Tensor:
         """Return the cosine of each text with its original, [texts], fp32 on the CPU."""
         if not changed:
             return torch.empty(0)
         texts = list(dict.fromkeys([*originals, *changed]))  # many share an original
-        vectors = dict(zip(texts, self.vectors(texts), strict=True))
+        vectors = self._vectors(texts)
         first = torch.stack([vectors[text] for text in originals])
         return F.cosine_similarity(first, torch.stack([vectors[text] for text in changed]))
 
@@ -89,9 +89,9 @@ class Similarity:
         """Return of each text whether it is similar enough to its original."""
         return [cosine >= self.min_cosine for cosine in self(originals, changed).tolist()]
 
-    def vectors(self, texts: Sequence[str]) -> Tensor:
-        """Return the mean state of each text, [texts, dim]."""
-        found: list[Tensor] = [torch.empty(0)] * len(texts)
+    def _vectors(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the mean state [dim] of each text."""
+        found: dict[str, Tensor] = {}
         limit = longest(self.encoder, self.tokenizer)
         read = batches(self.encoder, self.tokenizer, texts, limit, self.batch_size)
         with evaluating(self.encoder), torch.no_grad():
@@ -104,6 +104,5 @@ class Similarity:
                     )
                 mask = inputs["attention_mask"].unsqueeze(-1).to(states)
                 means = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
-                for i, mean in zip(rows, means.float().cpu(), strict=True):
-                    found[i] = mean
-        return torch.stack(found)
+                found.update(zip((texts[i] for i in rows), means.float().cpu(), strict=True))
+        return found

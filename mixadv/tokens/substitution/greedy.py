@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from mixadv.checks import check_integer, check_number
 from mixadv.model.replay import evaluating
 from mixadv.tokens.reading.encoding import Text, segment, with_segment
 from mixadv.tokens.reading.words import Words
@@ -57,13 +58,9 @@ class WordSubstitution:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_share <= 1:
-            raise ValueError(f"max_share is a share of the words, 0 to 1, got {self.max_share}.")
-        if self.min_words < 0 or self.batch_size < 1:
-            raise ValueError(
-                "min_words must be at least 0 and batch_size at least 1, got "
-                f"{self.min_words} and {self.batch_size}."
-            )
+        check_number("WordSubstitution", "max_share", self.max_share, most=1.0)
+        check_integer("WordSubstitution", "min_words", self.min_words, 0)
+        check_integer("WordSubstitution", "batch_size", self.batch_size, 1)
         if self.column not in (0, 1):
             raise ValueError(f"column is 0 or 1, the text of a pair, got {self.column!r}.")
 

@@ -51,7 +51,7 @@ class Reader:
     def read(
         self, texts: Sequence[Text], labels: Sequence[int], words: Sequence[Words] = ()
     ) -> list[ReadText]:
-        """Read texts; where their words are given, a backward pass to the embeddings weighs them."""
+        """Read texts; words, where they are given, are weighed by one backward pass."""
         found: dict[int, ReadText] = {}
         given = batches(self.model, self.tokenizer, texts, self.max_length, self.batch_size)
         with torch.inference_mode(False), torch.set_grad_enabled(bool(words)):
