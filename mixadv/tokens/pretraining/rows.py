@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ def _spans(text: str) -> Sequence[Span]:
     return Words(text).spans
 
 
+@dataclass
 class WordTokenizer:
     """Turns texts into rows of tokens with `word_ids`: the number of the word of every token.
 
@@ -24,7 +26,7 @@ class WordTokenizer:
     a word that was cut off. "don't" is one word whatever the tokenizer makes of it, and words that
     share a token count as one. In a pair, numbers go on from the first text to the second.
 
-    Args:
+    Attributes:
         tokenizer: a fast tokenizer of transformers, which tells where in the text its tokens lie.
         max_length: longer rows are cut; None cuts nothing.
         spans: where the words of a text begin and end, in characters, from left to right; by
@@ -34,16 +36,12 @@ class WordTokenizer:
         TypeError: for a tokenizer that is not fast.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        max_length: int | None = None,
-        spans: Callable[[str], Sequence[Span]] = _spans,
-    ) -> None:
-        check_fast(tokenizer)
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.spans = spans
+    tokenizer: Any
+    max_length: int | None = None
+    spans: Callable[[str], Sequence[Span]] = _spans
+
+    def __post_init__(self) -> None:
+        check_fast(self.tokenizer)
 
     def __call__(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None
@@ -78,19 +76,14 @@ class WordTokenizer:
             at = [i for i, segment in enumerate(encoding.sequence_ids) if segment == which]
             spans = self.spans(text)
             found = _numbers([offsets[i] for i in at], spans)
-            if encoding.overflowing and found:
-                inside = offsets[at[0]][0], offsets[at[-1]][1]
-                found = [NO_WORD if _is_cut(number, spans, inside) else number for number in found]
+            lost = {NO_WORD}
+            if encoding.overflowing and at:
+                begin, end = offsets[at[0]][0], offsets[at[-1]][1]
+                lost |= {number for number, (b, e) in enumerate(spans) if b < begin or e > end}
             for i, number in zip(at, found, strict=True):
-                numbers[i] = number if number == NO_WORD else first + number
+                numbers[i] = NO_WORD if number in lost else first + number
             first += len(spans)
         return numbers
-
-
-def _is_cut(number: int, spans: Sequence[Span], inside: Span) -> bool:
-    """Return whether a word goes on beyond what was kept of the text."""
-    begin, end = spans[number] if number != NO_WORD else inside
-    return begin < inside[0] or end > inside[1]
 
 
 def _numbers(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
 
 MARKS = ("##", "Ġ", "▁")
 """How a token's name tells that it continues a word (WordPiece), or begins one (the others)."""
@@ -46,10 +46,10 @@ class Vocabulary:
         """
         pools = [self.ordinary.get(self._mark(i), self._all) for i in ids]
         draws = torch.rand(len(ids), generator=generator, dtype=torch.float64).tolist()
-        return [int(p[int(u * len(p))]) for p, u in zip(pools, draws, strict=True)]
+        return [p[int(u * len(p))] for p, u in zip(pools, draws, strict=True)]
 
     @cached_property
-    def ordinary(self) -> dict[str, Tensor]:
+    def ordinary(self) -> dict[str, list[int]]:
         """Tokens of letters, marks and digits alone, none special, by how they are marked."""
         pools: dict[str, list[int]] = {}
         for i in range(len(self.tokenizer)):
@@ -60,23 +60,24 @@ class Vocabulary:
                 f"None of the tokenizer's {len(self.tokenizer)} tokens is made of letters or "
                 "digits, so that there is no random word to draw: was it trained?"
             )
-        return {mark: torch.tensor(ids) for mark, ids in pools.items()}
+        return pools
 
     def words(self) -> Iterator[tuple[str, int]]:
         """Yield the words that are one token, with it: letters alone, which read back as it."""
-        texts = {i: self.text(i) for i in sorted(self._all.tolist())}
+        texts = {i: self.text(i) for i in sorted(self._all)}
         texts = {i: text for i, text in texts.items() if text.isalpha()}
-        written = [self._each(before + text for text in texts.values()) for before in ("", " ")]
-        for (i, text), *ways in zip(texts.items(), *written, strict=True):
-            if [i] in ways:
+        plain, spaced = (
+            self.tokenizer([before + text for text in texts.values()], add_special_tokens=False)
+            for before in ("", " ")
+        )
+        ways = zip(plain["input_ids"], spaced["input_ids"], strict=True)
+        for (i, text), written in zip(texts.items(), ways, strict=True):
+            if [i] in written:
                 yield text, i
 
-    def _each(self, texts: Iterable[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-
     @cached_property
-    def _all(self) -> Tensor:
-        return torch.cat(list(self.ordinary.values()))
+    def _all(self) -> list[int]:
+        return [*chain(*self.ordinary.values())]
 
     def _name(self, token: int) -> str:
         # a model's table may have more rows than names

@@ -240,7 +240,7 @@ def _whole_words(tokenizer: Any) -> dict[int, str]:
     vocabulary = Vocabulary(tokenizer)
     # Byte-pair and unigram vocabularies mark the beginnings of words, WordPiece the other pieces.
     mark = next((m for m in "Ġ▁" if m in vocabulary.ordinary), "")
-    begin = vocabulary.ordinary.get(mark, torch.empty(0)).tolist()
+    begin = vocabulary.ordinary.get(mark, [])
     whole = {i: word for i in begin if (word := vocabulary.text(i)).isalpha()}
     if not whole:
         raise ValueError(f"{type(tokenizer).__name__} has no token that is a whole word.")
