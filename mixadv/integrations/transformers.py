@@ -41,13 +41,8 @@ else:
     Base = object
 
 
-LOGGED = {
-    "clean_loss": "clean_loss",
-    "payoff": "payoff",
-    "radius": "radius",
-    "entropy": "strategy_entropy",
-    "nonfinite": "nonfinite",
-}
+LOGGED = {name: name for name in ("clean_loss", "payoff", "radius", "nonfinite")}
+LOGGED["entropy"] = "strategy_entropy"
 """Trainer's names for what a round comes to, by those of `Outcome`."""
 
 

@@ -151,10 +151,9 @@ class CorrectionCollator:
         self, ids: tuple[int, ...], word: str, near: tuple[str, ...]
     ) -> list[tuple[int, ...]]:
         pieces, special = self._vocabulary.pieces, self._vocabulary.special
-        before = next((c for c in CONTEXTS if pieces(word, c) == ids), None)
-        if before is None:  # tokens that hold more than the word, as a sign before it
-            return []
-        found = dict.fromkeys(pieces(cased_like(similar, word), before) for similar in near)
+        # No context writes tokens that hold more than the word, as a sign before it.
+        before = [context for context in CONTEXTS if pieces(word, context) == ids][:1]
+        found = dict.fromkeys(pieces(cased_like(new, word), c) for c in before for new in near)
         return [
             new for new in found if len(new) == len(ids) and new != ids and special.isdisjoint(new)
         ]

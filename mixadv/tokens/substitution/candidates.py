@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mixadv.checks import check_integer
 from mixadv.model.replay import evaluating
@@ -139,7 +140,6 @@ class MaskedCandidates:
     tokenizer: Any
     max_candidates: int = 20
     batch_size: int = 32
-    _vocabulary: dict[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_integer("MaskedCandidates", "max_candidates", self.max_candidates, 1)
@@ -150,7 +150,7 @@ class MaskedCandidates:
             )
         check_fast(self.tokenizer)
         output_layer(self.model)
-        object.__setattr__(self, "_vocabulary", _whole_words(self.tokenizer))
+        _ = self._whole_words  # so that its error comes now
 
     def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
         """See `Candidates`."""
@@ -170,15 +170,23 @@ class MaskedCandidates:
         found = []
         for row, (text, index) in enumerate(zip(words, indices, strict=True)):
             at = encoding.char_to_token(row, text.spans[index][0])
-            likely = [] if at is None else self._likeliest(logits[row, at])  # cut texts have none
+            # A text that is cut before the word has no place for it.
+            ranks = [] if at is None else logits[row, at].argsort(descending=True).tolist()
+            likely = (self._whole_words[i] for i in ranks if i in self._whole_words)
             found.append(usable(text, index, likely, self.max_candidates))
         return found
 
-    def _likeliest(self, logits: Tensor) -> Iterable[str]:
-        """Yield whole words, the likeliest first."""
-        for token in logits.argsort(descending=True).tolist():
-            if token in self._vocabulary:
-                yield self._vocabulary[token]
+    @cached_property
+    def _whole_words(self) -> dict[int, str]:
+        """Tokens of the vocabulary that are words by themselves, letters alone."""
+        vocabulary = Vocabulary(self.tokenizer)
+        # Byte-pair and unigram vocabularies mark the beginnings of words, WordPiece other pieces.
+        mark = next((m for m in "Ġ▁" if m in vocabulary.ordinary), "")
+        begin = vocabulary.ordinary.get(mark, [])
+        whole = {i: word for i in begin if (word := vocabulary.text(i)).isalpha()}
+        if not whole:
+            raise ValueError(f"{type(self.tokenizer).__name__} has no token that is a whole word.")
+        return whole
 
 
 def usable(words: Words, index: int, found: Iterable[str], most: int) -> list[str]:
@@ -233,15 +241,3 @@ def _beside(letter: str) -> str:
             keys = letters[max(at - 1, 0) : at] + letters[at + 1 : at + 2]
             keys += KEYBOARD[row + 1][at : at + 1] if row + 1 < len(KEYBOARD) else ""
     return keys.upper() if letter.isupper() else keys
-
-
-def _whole_words(tokenizer: Any) -> dict[int, str]:
-    """Return the tokens of a vocabulary that are words by themselves, letters alone."""
-    vocabulary = Vocabulary(tokenizer)
-    # Byte-pair and unigram vocabularies mark the beginnings of words, WordPiece the other pieces.
-    mark = next((m for m in "Ġ▁" if m in vocabulary.ordinary), "")
-    begin = vocabulary.ordinary.get(mark, [])
-    whole = {i: word for i in begin if (word := vocabulary.text(i)).isalpha()}
-    if not whole:
-        raise ValueError(f"{type(tokenizer).__name__} has no token that is a whole word.")
-    return whole
