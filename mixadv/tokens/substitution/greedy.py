@@ -101,13 +101,13 @@ class WordSubstitution:
             ranked = sorted(weights, key=lambda at: (-weights[at], at))
             order = [at for at in ranked if own[at].lower() not in self.protected]
             left = budget(len(own), self.max_share, self.min_words)
-            plays.append(_Play(text, self.column, own, label, order, left, read, read.prediction))
+            plays.append(_Play(text, self.column, own, own.text, label, order, left, read, read))
         return plays
 
     def _turn(self, reader: Reader, active: list[_Play]) -> None:
         """Replace the next word of each text by its best candidate, if that is better."""
         positions = [play.order.pop(0) for play in active]
-        proposed = self.candidates([Words(play.now()) for play in active], positions)
+        proposed = self.candidates([Words(play.now) for play in active], positions)
         trials = [
             _Trial(play, at, new, play.words.replaced(play.swaps | {at: new}))
             for play, at, words in zip(active, positions, proposed, strict=True)
@@ -117,8 +117,6 @@ class WordSubstitution:
             originals = [trial.play.words.text for trial in trials]
             kept = self.similarity.keeps(originals, [trial.text for trial in trials])
             trials = list(compress(trials, kept))
-        if not trials:
-            return
         texts = [with_segment(t.play.text, self.column, t.text) for t in trials]
         read = zip(trials, reader.read(texts, [t.play.label for t in trials]), strict=True)
         for play, tried in groupby(read, lambda row: row[0].play):
@@ -132,11 +130,12 @@ class _Play:
     text: Text
     column: int
     words: Words
+    now: str
     label: int
     order: list[int]
     left: int
+    first: ReadText
     last: ReadText
-    before: int
     queries: int = 1
     swaps: dict[int, str] = field(default_factory=dict)
 
@@ -144,17 +143,13 @@ class _Play:
     def goes_on(self) -> bool:
         return self.last.prediction == self.label and self.left > 0 and len(self.order) > 0
 
-    def now(self) -> str:
-        """Return the attacked text with the words replaced so far."""
-        return self.words.replaced(self.swaps)
-
     def choose(self, tried: list[tuple[_Trial, ReadText]]) -> None:
         """Keep the best of the trials, if it is an advance."""
         self.queries += len(tried)
         trial, read = max(tried, key=lambda row: self._worth(row[1]))
         if self._worth(read) > (False, self.last.loss):
             self.swaps[trial.at] = trial.new
-            self.last = read
+            self.now, self.last = trial.text, read
             self.left -= 1
 
     def _worth(self, read: ReadText) -> tuple[bool, float]:
@@ -162,8 +157,8 @@ class _Play:
 
     def result(self) -> Attack:
         swaps = {at: (self.words[at], new) for at, new in sorted(self.swaps.items())}
-        texts = self.text, with_segment(self.text, self.column, self.now())
-        labels = self.label, self.before, self.last.prediction
+        texts = self.text, with_segment(self.text, self.column, self.now)
+        labels = self.label, self.first.prediction, self.last.prediction
         return Attack(*texts, *labels, swaps, len(self.words), self.queries)
 
 
