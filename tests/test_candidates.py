@@ -13,6 +13,7 @@ from mixadv.tokens import MaskedCandidates, SimilarWords, Typos
 from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.candidates import usable
 from tests.substitution_zoo import TABLE, piece_tokenizer, tiny, word_tokenizer
+from tests.tokenizers_zoo import word_pieces
 from tests.zoo import assert_same, fingerprint
 
 TEXTS = st.text(alphabet="abXY'’-. ,9é我们 \n", min_size=1, max_size=25)
@@ -178,6 +179,12 @@ def test_candidates_are_whole_words_of_letters(masked: MaskedCandidates):
     vocabulary = set(masked.tokenizer.get_vocab())
     assert set(found) == {token for token in vocabulary if token.isalpha()} - {"film"}
     assert {"1", "##der", "."} <= vocabulary
+
+
+def test_a_sign_that_another_family_marks_words_with_hides_no_words():
+    tokenizer = word_pieces("film", "movie", "##s", "▁")
+    source = MaskedCandidates(tiny(transformers.BertForMaskedLM, tokenizer), tokenizer)
+    assert source([Words("film")], [0]) == [["movie"]]
 
 
 def test_a_masked_model_is_left_as_it_was(masked: MaskedCandidates):
