@@ -20,7 +20,7 @@ from mixadv.robustness.data import Rows
 from mixadv.robustness.measured import Measured, Record, estimate
 from mixadv.robustness.statistics import Estimate, bootstrap
 from mixadv.robustness.vicinity import LossIncrease, accuracy_at_radii, loss_increase
-from mixadv.tokens import Attack, WordSubstitution, summary
+from mixadv.tokens import Attack, WordSubstitution, attack_summary
 
 STEP = 32  # rows attacked between two writes
 
@@ -118,7 +118,7 @@ class Attacked:
             return [dataclasses.asdict(attack) for attack in found]
 
         each = self._records(name, key, compute)
-        return {**summary(Attack(**record) for record in each), "per row": each}
+        return {**attack_summary(Attack(**record) for record in each), "per row": each}
 
     def exploitability(self, game: Game, steps: int, restarts: int) -> Record:
         """Return a lower bound of what the adversary gains by leaving the game's strategy."""
