@@ -15,9 +15,8 @@ from torch.func import jacrev, vmap
 
 from mixadv.checks import check_integer, check_number
 from mixadv.games.matrix import gap, numbers
-from mixadv.games.payoff import PairPayoff
-from mixadv.games.space import Space, check_points
-from mixadv.games.spaces import REACH
+from mixadv.games.payoff import PairPayoff, check_finite
+from mixadv.games.spaces import REACH, Space
 from mixadv.games.strategies import Gap, Particles
 from mixadv.maths.geometry import unit
 
@@ -100,6 +99,22 @@ class ContinuousGame(PairPayoff):
             raise ValueError(f"points must be [N, dim], one per row, got {list(points.shape)}.")
         return Particles(points, points.new_full((len(points),), -math.log(max(1, len(points)))))
 
+    def cloud(self, who: str, points: Tensor | Particles, side: int) -> Particles:
+        """Return a strategy of a side, 0 or 1; raise unless its points are in the side's set."""
+        cloud, space = self.particles(points), (self.learner, self.adversary)[side]
+        if cloud.points.dim() != 2 or cloud.points.shape[1] != space.dim or not len(cloud.points):
+            raise ValueError(
+                f"{who} must be points of shape [N, {space.dim}] with N at least 1, got "
+                f"{list(cloud.points.shape)}."
+            )
+        out = ~space.holds(cloud.points)
+        if out.any():
+            raise ValueError(
+                f"{who} has {int(out.sum())} points outside {space}, the first is "
+                f"{cloud.points[out][0].tolist()}: project them."
+            )
+        return cloud
+
     def smoothness(self, seed: int = 0, draws: int = 64) -> float:
         """Return the largest spectral norm of f's second derivatives at drawn pairs."""
         draw, split = self.generator(seed), self.learner.dim
@@ -155,9 +170,7 @@ class ContinuousGame(PairPayoff):
             steps: see `grid`.
             seed: of the restarts.
         """
-        mu, nu = self.particles(mu), self.particles(nu)
-        check_points("learner", mu.points, self.learner)
-        check_points("adversary", nu.points, self.adversary)
+        mu, nu = self.cloud("learner", mu, 0), self.cloud("adversary", nu, 1)
         size = self.judging_grid(grid)
         if size is not None:
             return self._gap_on_grid(mu, nu, size)
@@ -183,14 +196,8 @@ class ContinuousGame(PairPayoff):
         """
         xs, ys = (reference.points for reference in self.grid(size))
         losses, gains = self.losses(xs, nu), self.gains(ys, mu)
-        for who, nodes, payoffs in (("x", xs, losses), ("y", ys, gains)):
-            bad = (~payoffs.isfinite()).nonzero()
-            if len(bad):
-                i = int(bad[0])
-                raise ValueError(
-                    f"payoff must be finite on the sets: its mean at {who}={nodes[i].tolist()} is "
-                    f"{payoffs[i].item()}. Without a bound there is no value."
-                )
+        check_finite("its mean", losses, x=xs)
+        check_finite("its mean", gains, y=ys)
         value = gap(losses, gains)
         how = f"a grid of {len(xs)} and {len(ys)} points"
         if not (self.learner.bounded and self.adversary.bounded):

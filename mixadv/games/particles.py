@@ -17,7 +17,7 @@ from torch import Tensor
 from mixadv.checks import check_integer, check_number
 from mixadv.games.continuous import ContinuousGame
 from mixadv.games.method import Output, Profile, StepSize, check_step_size
-from mixadv.games.space import Space
+from mixadv.games.spaces import Space
 from mixadv.games.strategies import Particles, Slopes
 from mixadv.maths import langevin, mirror
 
@@ -171,6 +171,11 @@ class GradientDescentAscent(Langevin):
     name: ClassVar[str] = "gradient_descent_ascent"
     paper: ClassVar[str] = "Arrow, Hurwicz and Uzawa 1958"
     output: ClassVar[Output] = "last"
+
+
+PARTICLE_METHODS: dict[str, type[ParticleMethod]] = {
+    method.name: method for method in (Langevin, WassersteinFisherRao, GradientDescentAscent)
+}
 
 
 def _noise(draw: torch.Generator) -> Callable[[Tensor], Tensor]:

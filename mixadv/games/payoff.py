@@ -18,20 +18,7 @@ PAIRS = 1 << 20
 
 
 class PairPayoff:
-    """f(x, y) of one pair of points, at all pairs and in the mean over strategies.
-
-    Args:
-        payoff: `f(x, y)` of one point `[dim]` each, plain torch, a number; the learner minimises.
-        dtype: of what is computed with it.
-
-    Raises:
-        TypeError: if the payoff is no function, or the dtype no real one.
-
-    Example:
-        >>> distance = PairPayoff(lambda x, y: (x - y).abs().sum(), torch.float32)
-        >>> distance.payoffs(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]])).tolist()
-        [[3.0], [2.0]]
-    """
+    """f(x, y) of one pair of points, at all pairs and in the mean over strategies."""
 
     def __init__(self, payoff: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
         if not callable(payoff):
@@ -97,13 +84,7 @@ class PairPayoff:
                 "payoff must be plain torch, which torch.func.vmap can run on many pairs of points "
                 f"at once: no `if` on a tensor (use torch.where), no .item(). {error}"
             ) from error
-        bad = (~drawn.isfinite()).nonzero()
-        if len(bad):
-            i = int(bad[0])
-            raise ValueError(
-                f"payoff must be finite on the sets: it is {drawn[i].item()} at "
-                f"x={xs[i].tolist()}, y={ys[i].tolist()}. Without a bound there is no value."
-            )
+        check_finite("its value", drawn, x=xs, y=ys)
 
     def _mean(self, rival: Particles, side: int) -> Callable[[Tensor], Tensor]:
         """Return the mean payoff of one point against the other side's strategy."""
@@ -115,6 +96,18 @@ class PairPayoff:
             return rival.weights @ vmap(against)(rival.points)
 
         return mean
+
+
+def check_finite(what: str, payoffs: Tensor, **points: Tensor) -> None:
+    """Raise unless the payoffs `[N]` at some points are finite."""
+    bad = (~payoffs.isfinite()).nonzero()
+    if len(bad):
+        i = int(bad[0])
+        where = ", ".join(f"{who}={nodes[i].tolist()}" for who, nodes in points.items())
+        raise ValueError(
+            f"payoff must be finite on the sets: {what} at {where} is {payoffs[i].item()}. Without "
+            "a bound there is no value."
+        )
 
 
 def _chunk(rivals: Tensor) -> int:
