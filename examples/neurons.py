@@ -23,8 +23,7 @@ from tqdm.auto import tqdm
 from common import command, data, model
 from common.options import Named, positive, script
 from mixadv.neurons import NeuronAnalysis, activations, analyse_neurons
-from mixadv.neurons.analysis import counts, table
-from mixadv.neurons.pictures import compare_layers, compare_tags, draw
+from mixadv.neurons.analysis import compare_layers, compare_tags, counts, draw, table
 from mixadv.reports.kept import Kept
 from mixadv.robustness.data import DataError
 

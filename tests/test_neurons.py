@@ -18,10 +18,8 @@ from sklearn.linear_model import LogisticRegression
 
 from mixadv.neurons import Activations, NeuronAnalysis, activations, analyse_neurons
 from mixadv.neurons.analyse import smallest
-from mixadv.neurons.analysis import counts, table
-from mixadv.neurons.pictures import compare_layers, compare_tags, draw
-from mixadv.neurons.probe import Probe
-from mixadv.neurons.ranking import before, claims, rank
+from mixadv.neurons.analysis import compare_layers, compare_tags, counts, draw, table
+from mixadv.neurons.probe import Probe, before, claims, rank
 from tests.tokenizers_zoo import byte_level, word_pieces
 from tests.zoo import player
 

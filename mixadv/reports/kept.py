@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-FORMAT = 2  # of the files; a change in what sections hold makes the old ones unknown
+FORMAT = 3  # of the files; a change in what sections hold makes the old ones unknown
 SAVED = ("_name_or_path", "transformers_version", "architectures", "dtype")
 """What a configuration says of where it was saved; the tensors have a dtype of their own."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mixadv.checks import check_integer
 from mixadv.robustness.data import DataError, Rows
-from mixadv.tokens.reading.encoding import Text, longest, tokens
+from mixadv.tokens.reading.encoding import longest, tokens
 
 
 class Batch(NamedTuple):
@@ -57,16 +57,14 @@ def text_batches(
     check_integer("text_batches", "batch_size", batch_size, 1)
     device = next(model.parameters()).device
     most = max_length or longest(model, tokenizer)
-    texts: list[Any] = rows.texts
-    characters = [len(x) if isinstance(x, str) else len(x[0]) + len(x[1]) for x in texts]
-    order = sorted(range(len(rows)), key=characters.__getitem__, reverse=True)
+    order = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)
     made = []
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        chunk: list[Text] = [texts[i] for i in places]
-        encoding = {k: v.to(device) for k, v in tokens(model, tokenizer, chunk, most).items()}
+        part = rows.take(places)
+        encoding = {k: v.to(device) for k, v in tokens(model, tokenizer, part.texts, most).items()}
         _check_tokens(encoding, rows, places)
-        labels = torch.tensor([rows.labels[i] for i in places], device=device)
+        labels = torch.tensor(part.labels, device=device)
         made.append(Batch(_closure(model, encoding, labels), labels, places))
     return made
 

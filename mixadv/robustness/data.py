@@ -47,6 +47,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Characters of each text, or of both."""
+        return [len(text) if isinstance(text, str) else sum(map(len, text)) for text in self.texts]
+
+    def take(self, places: Sequence[int]) -> Rows:
+        """Return some of the rows, in the order of their places."""
+        texts: Any = [self.texts[i] for i in places]
+        return Rows(texts, [self.labels[i] for i in places], self.name)
+
 
 def read_rows(
     source: Any,
@@ -95,7 +105,7 @@ def read_rows(
     if not gold:
         raise DataError(f"{name} has no gold labels: {label!r} is {UNLABELLED} in all its rows.")
     texts: Any = read[0] if len(read) == 1 else list(zip(*read, strict=True))
-    return Rows([texts[i] for i in gold], [labels[i] for i in gold], name)
+    return Rows(texts, labels, name).take(gold)
 
 
 def _labels_of(model: nn.Module) -> dict[str, int]:

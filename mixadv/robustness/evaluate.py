@@ -14,10 +14,9 @@ from mixadv.game import Game
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
 from mixadv.reports.kept import Kept, as_json, digest
-from mixadv.robustness.attacked import Attacked, drawn
 from mixadv.robustness.data import DataError, Rows, read_rows
-from mixadv.robustness.measured import Measured, Record
 from mixadv.robustness.report import Report
+from mixadv.robustness.sections import Attacked, Measured, Record, drawn
 from mixadv.round.validate import check_seed
 from mixadv.tokens import WordSubstitution
 from mixadv.tokens.reading.encoding import longest

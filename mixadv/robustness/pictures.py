@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mixadv.reports.pictures import COLOURS, figure
-from mixadv.robustness.attacked import increase_of
 from mixadv.robustness.predictions import BINS
+from mixadv.robustness.sections import increase_of
 from mixadv.robustness.tables import unit
 
 Reports = Mapping[str, Mapping[str, Any]]

@@ -13,7 +13,7 @@ import numpy as np
 from mixadv.reports.kept import write
 from mixadv.reports.tables import DASH, Table, number, quartiles, share
 from mixadv.robustness import pictures
-from mixadv.robustness.attacked import increase_of
+from mixadv.robustness.sections import increase_of
 from mixadv.robustness.tables import INCREASES, success, tables
 from mixadv.robustness.vicinity import all_correct
 

@@ -10,7 +10,7 @@ from common.results import over_seeds
 from common.tables import markdown
 from mixadv.reports.tables import DASH
 from mixadv.robustness import all_correct
-from mixadv.robustness.attacked import increase_of
+from mixadv.robustness.sections import increase_of
 from mixadv.robustness.statistics import Comparison, paired_t_test
 from mixadv.robustness.tables import INCREASES
 from studying.findings import Findings, Values, differences, first
