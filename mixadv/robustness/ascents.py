@@ -28,7 +28,7 @@ from mixadv.model.replay import Noise, evaluating
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
-from mixadv.robustness.batches import Batch, check_reading, in_order
+from mixadv.robustness.predictions import Batch, check_reading, in_order
 from mixadv.round.stage import Stage
 from mixadv.round.unit import measure_unit
 from mixadv.round.validate import check_seed
@@ -79,7 +79,7 @@ def play(
                     check_reading(batch, clean.loss, clean.predictions)
                     measured = measure(stage, batch)
                 rows.append(batch.rows)
-                columns.append([_wide(column.detach()).cpu() for column in measured])
+                columns.append([column.detach().cpu() for column in measured])
         finally:
             game.close()
     return in_order(rows, columns)
@@ -152,7 +152,3 @@ def _learnable(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-def _wide(column: Tensor) -> Tensor:
-    return column if column.dtype == torch.bool else column.double()

@@ -118,15 +118,11 @@ def _labels_of(model: nn.Module) -> dict[str, int]:
             "transformers. Make the batches of another model yourself, as mixadv.robustness.Batch."
         )
     kind = getattr(config, "problem_type", None)
-    if count == 1 or kind == "regression":
+    many = kind == "multi_label_classification"
+    if count == 1 or many or kind == "regression":
         raise DataError(
-            f"{type(model).__name__} predicts a number (num_labels={count}, problem_type={kind!r}),"
-            " and robustness is measured of classes."
-        )
-    if kind == "multi_label_classification":
-        raise DataError(
-            f"{type(model).__name__} predicts several labels of a text (problem_type={kind!r}), "
-            "and robustness is measured of one."
+            f"{type(model).__name__} predicts {'several labels of a text' if many else 'a number'} "
+            f"(num_labels={count}, problem_type={kind!r}), and robustness is measured of one class."
         )
     named = getattr(config, "label2id", None) or {}
     return {**{f"LABEL_{i}": i for i in range(count)}, **named} if len(named) < count else named

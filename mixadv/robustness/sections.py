@@ -18,9 +18,8 @@ from mixadv.exploited import Exploitability
 from mixadv.game import Game
 from mixadv.reports.kept import Kept, digest
 from mixadv.robustness.ascents import token_norm
-from mixadv.robustness.batches import Batch, text_batches
 from mixadv.robustness.data import Rows
-from mixadv.robustness.predictions import predict
+from mixadv.robustness.predictions import Batch, predict, text_batches
 from mixadv.robustness.statistics import Estimate, bootstrap, bootstrap_difference
 from mixadv.robustness.vicinity import LossIncrease, accuracy_at_radii, loss_increase
 from mixadv.tokens import Attack, WordSubstitution, summary

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixadv.checks import check_integer
 from mixadv.players.ascent import Ascent
 from mixadv.robustness.ascents import ascents_of, climb, play, start
-from mixadv.robustness.batches import Batch
+from mixadv.robustness.predictions import Batch
 from mixadv.round.stage import Stage
 
 
