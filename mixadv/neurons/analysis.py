@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mixadv.reports.pictures import COLOURS, figure
-from mixadv.reports.tables import DASH, Table
+from mixadv.reports.shown import COLOURS, DASH, Table, figure
 
 TOP, RANDOM, OTHER = COLOURS[0], COLOURS[1], COLOURS[-1]
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mixadv.reports.pictures import COLOURS, figure
+from mixadv.reports.shown import COLOURS, figure
 from mixadv.robustness.predictions import BINS
-from mixadv.robustness.sections import increase_of
-from mixadv.robustness.tables import unit
+from mixadv.robustness.sections import increase_of, unit
 
 Reports = Mapping[str, Mapping[str, Any]]
 """The sections of reports, by the name of the model."""

@@ -17,6 +17,7 @@ from mixadv.equilibrium import exploitability
 from mixadv.exploited import Exploitability
 from mixadv.game import Game
 from mixadv.reports.kept import Kept, digest
+from mixadv.reports.shown import number
 from mixadv.robustness.ascents import token_norm
 from mixadv.robustness.data import Rows
 from mixadv.robustness.predictions import Batch, predict, text_batches
@@ -236,6 +237,11 @@ def increase_of(section: Mapping[str, Any]) -> LossIncrease:
     return LossIncrease(
         **columns, correct=np.array(each["correct"], bool), radius=section["length"]
     )
+
+
+def unit(about: Mapping[str, Any]) -> str:
+    """Return what radii are multiples of."""
+    return ("token norms of" if about["measured"] else "units of") + f" {number(about['unit'])}"
 
 
 def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
