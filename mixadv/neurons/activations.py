@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,8 +68,8 @@ class Activations:
         tags = np.array([number.get(name, -1) for name in self.names], int)[self.tags]
         kept = np.flatnonzero(tags >= 0)
         words = tuple(self.words[i] for i in kept)
-        layers, hidden = self.layers, self.hidden
-        return Activations(self.values[kept], tags[kept], tuple(names), words, layers, hidden)
+        found = {"values": self.values[kept], "tags": tags[kept], "words": words}
+        return replace(self, **found, names=tuple(names))
 
 
 def activations(
@@ -162,15 +162,6 @@ def _taken(sentences: Sentences, max_tokens: int, seed: int | None) -> list[int]
     return taken
 
 
-def _encoder(model: nn.Module) -> Any:
-    """Return the part of a model that has the hidden states."""
-    inner: Any = unwrap(model)
-    inner = getattr(inner, "base_model", inner)
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        return inner.get_encoder()
-    return inner
-
-
 def _read_all(
     model: nn.Module,
     tokenizer: Any,
@@ -180,7 +171,10 @@ def _read_all(
     max_length: int | None,
 ) -> dict[int, dict[int, np.ndarray]]:
     """Return the activations of the words of some sentences, by number and place."""
-    encoder = _encoder(model)
+    bare: Any = unwrap(model)
+    encoder = getattr(bare, "base_model", bare)  # without a head
+    if getattr(getattr(encoder, "config", None), "is_encoder_decoder", False):
+        encoder = encoder.get_encoder()
     most = max_length or longest(encoder, tokenizer)
     by_length = sorted(taken, key=lambda i: sum(map(len, sentences[i])))
     found: dict[int, dict[int, np.ndarray]] = {}

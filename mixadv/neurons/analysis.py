@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -116,25 +116,14 @@ def draw(analysis: NeuronAnalysis, path: str | Path) -> None:
         drawn.savefig(path)
 
 
-def compare_layers(analyses: Mapping[str, NeuronAnalysis], path: str | Path) -> None:
-    """Save how many neurons of each layer are in the smallest set of each model, by name."""
-    bars = {name: dict(enumerate(found.per_layer)) for name, found in analyses.items()}
-    _compare(analyses, bars, "layer (0: embeddings)", path)
-
-
-def compare_tags(analyses: Mapping[str, NeuronAnalysis], path: str | Path) -> None:
-    """Save how many neurons each tag has in the smallest set of each model, by name."""
-    bars = {name: found.per_tag for name, found in analyses.items()}
-    _compare(analyses, bars, "tag", path)
-
-
-def _compare(
-    analyses: Mapping[str, NeuronAnalysis],
-    bars: Mapping[str, Mapping[Any, int]],
-    what: str,
-    path: str | Path,
+def compare(
+    analyses: Mapping[str, NeuronAnalysis], by: Literal["layer", "tag"], path: str | Path
 ) -> None:
-    """Draw groups of bars, one for each model."""
+    """Save how many neurons of each layer or tag are in the smallest set of each model, by name."""
+    bars: dict[str, dict[Any, int]] = {
+        name: dict(enumerate(found.per_layer)) if by == "layer" else found.per_tag
+        for name, found in analyses.items()
+    }
     places = sorted({place for own in bars.values() for place in own})
     with figure(max(6.0, 0.25 * len(places) * (len(bars) + 1)), 3.6) as drawn:
         axes, width = drawn.subplots(), 0.8 / max(1, len(bars))
@@ -144,7 +133,7 @@ def _compare(
             label = f"{name} ({analyses[name].neurons})"
             axes.bar(at, heights, width, label=label, color=colour)
         axes.set_xticks(range(len(places)), [str(place) for place in places])
-        axes.set(xlabel=what)
+        axes.set(xlabel="layer (0: embeddings)" if by == "layer" else by)
         axes.set_title("Neurons of the smallest set", loc="left")
         drawn.legend(loc="outside right upper")
         drawn.savefig(path)
