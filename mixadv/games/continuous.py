@@ -15,9 +15,8 @@ from torch.func import jacrev, vmap
 
 from mixadv.checks import check_integer, check_number
 from mixadv.games.matrix import gap, numbers
-from mixadv.games.payoff import PairPayoff, check_finite
 from mixadv.games.spaces import REACH, Space
-from mixadv.games.strategies import Gap, Particles
+from mixadv.games.strategies import Gap, PairPayoff, Particles, check_finite
 from mixadv.maths.geometry import unit
 
 NODES = {1: 1001, 2: 65}
@@ -126,8 +125,6 @@ class ContinuousGame(PairPayoff):
     def generator(self, seed: int) -> torch.Generator:
         """Return a generator of draws on the game's device."""
         return torch.Generator(self.device).manual_seed(seed)
-
-    # Certificates --------------------------------------------------------------------------------
 
     def grid(self, size: int) -> tuple[Particles, Particles]:
         """Return both references on grids of `size` nodes per dimension.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mixadv.games.continuous import ContinuousGame
 from mixadv.games.matrix import MatrixGame, gap
-from mixadv.games.method import Answer, Method, Profile
+from mixadv.games.method import Answer, Method, Profile, Strategy
 from mixadv.games.particles import Clouds, ParticleMethod
 from mixadv.games.strategies import Pair, Particles, Slopes
 
-Strategy = TypeVar("Strategy")
 Reply = TypeVar("Reply", covariant=True)
 
 KEPT = 8192
@@ -24,10 +23,7 @@ KEPT = 8192
 class Ledger(Protocol[Strategy, Reply]):
     """What answers the profiles that a method plays, and keeps what a solution is made of."""
 
-    @property
-    def method(self) -> Method | ParticleMethod:
-        """Which plays."""
-        ...
+    method: Any
 
     def answer(self, profile: Profile[Strategy]) -> Reply:
         """Return what the game says to a profile; keep the profile if it counts."""
@@ -37,8 +33,13 @@ class Ledger(Protocol[Strategy, Reply]):
         """Return the gap of the method's output so far."""
         ...
 
+    @property
+    def output(self) -> Pair:
+        """The strategies that the method's bound is about: its "average", "last" or "best" ones."""
+        return getattr(self, self.method.output)
 
-class Means:
+
+class Means(Ledger[Tensor, Answer]):
     """The strategies of a finite game that were played: their mean, the last, the best."""
 
     def __init__(self, game: MatrixGame, method: Method) -> None:
@@ -74,11 +75,6 @@ class Means:
         """The mean strategies."""
         return Pair(self.mean[0], self.mean[1])
 
-    @property
-    def output(self) -> Pair:
-        """The strategies that the method's bound is about."""
-        return getattr(self, self.method.output)
-
     def gap(self) -> Tensor:
         """Return the gap of the method's output; the game is linear, so its answers average."""
         if self.method.output == "average":
@@ -86,7 +82,7 @@ class Means:
         return self.least if self.method.output == "best" else gap(*self.answered)
 
 
-class Snapshots:
+class Snapshots(Ledger[Particles, Slopes]):
     """The clouds that were played: the last one, and a sample of all of them.
 
     Play goes in cycles, and a few whole clouds could be but a few phases of a cycle: so a few
@@ -135,11 +131,6 @@ class Snapshots:
     def average(self) -> Pair:
         """The mean strategies: all kept particles, those of each cloud with the same mass."""
         return _union(self.kept)
-
-    @property
-    def output(self) -> Pair:
-        """The strategies that the method gives."""
-        return getattr(self, self.method.output)
 
     def gap(self) -> Tensor:
         """Return the gap of the method's output.

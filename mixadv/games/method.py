@@ -20,7 +20,6 @@ from mixadv.checks import check_number
 StepSize = float | tuple[float, float] | Literal["auto"]
 Output = Literal["average", "last", "best"]
 
-
 Strategy = TypeVar("Strategy")
 
 

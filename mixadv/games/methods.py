@@ -20,7 +20,6 @@ from mixadv.games.method import Answer, Method, Output, Players, Profile, Scene,
 from mixadv.maths import mirror
 
 
-@dataclass(frozen=True, kw_only=True)
 class Hedge(Method):
     """Entropic mirror descent; both players move at once."""
 
@@ -44,7 +43,6 @@ class Hedge(Method):
         return best(x.shape[-1]), best(y.shape[-1])
 
 
-@dataclass(frozen=True, kw_only=True)
 class AnytimeHedge(Hedge):
     """Hedge with decreasing steps: its bound holds at every step, whenever one stops.
 
@@ -68,7 +66,6 @@ class AnytimeHedge(Hedge):
             y = mirror.step(start_y, earned, 1 / math.sqrt(step), -1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class OptimisticHedge(Method):
     """Hedge that expects the last payoffs to come again."""
 
@@ -92,7 +89,6 @@ class OptimisticHedge(Method):
         return eta, eta
 
 
-@dataclass(frozen=True, kw_only=True)
 class MirrorProx(Method):
     """Two steps from one point, the second with the payoffs that the first one finds."""
 
@@ -171,7 +167,6 @@ class Magnetic(Method):
         return eta, eta
 
 
-@dataclass(frozen=True, kw_only=True)
 class BestResponseDynamics(Method):
     """Pure play: each player moves to the best answer to what the other has just played.
 

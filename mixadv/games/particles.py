@@ -7,7 +7,7 @@ Positions move by `mixadv.maths.langevin.step`, weights by `mixadv.maths.mirror.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -107,12 +107,13 @@ class Langevin(ParticleMethod):
         """Move by x ← Π( x − γ·∇h(x) + γτ·∇log π(x) + √(2γτ)·ξ ), h the mean payoff against y."""
         step_x, step_y = self.step_sizes(game, steps, self.temperature)
 
+        def noise(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=draw, dtype=like.dtype, device=like.device)
+
         def move(cloud: Particles, uphill: Tensor, size: float, space: Space) -> Particles:
             drift = uphill + self.temperature * space.score(cloud.points)
-            moved = langevin.step(
-                cloud.points, drift, size, self.temperature, _noise(draw), space.project
-            )
-            return cloud._replace(points=moved)
+            x = langevin.step(cloud.points, drift, size, self.temperature, noise, space.project)
+            return cloud._replace(points=x)
 
         while True:
             found = yield Profile(x, y)
@@ -176,10 +177,3 @@ class GradientDescentAscent(Langevin):
 PARTICLE_METHODS: dict[str, type[ParticleMethod]] = {
     method.name: method for method in (Langevin, WassersteinFisherRao, GradientDescentAscent)
 }
-
-
-def _noise(draw: torch.Generator) -> Callable[[Tensor], Tensor]:
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=draw, dtype=like.dtype, device=like.device)
-
-    return noise

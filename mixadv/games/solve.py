@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -16,9 +16,9 @@ from torch import Tensor
 from mixadv.checks import check_flag, check_integer, check_number
 from mixadv.errors import build
 from mixadv.games.continuous import ContinuousGame
-from mixadv.games.ledgers import Ledger, Means, Reply, Snapshots, Strategy
+from mixadv.games.ledgers import Ledger, Means, Reply, Snapshots
 from mixadv.games.matrix import MatrixGame
-from mixadv.games.method import Method, Profile, Scene
+from mixadv.games.method import Method, Profile, Scene, Strategy
 from mixadv.games.methods import METHODS
 from mixadv.games.particles import PARTICLE_METHODS, ParticleMethod
 from mixadv.games.solution import Solution, duality_gap
@@ -193,8 +193,8 @@ def _play(
     """Play the steps; return those recorded, each `every` and the last, and the gaps there."""
     recorded, gaps = [], []
     profile = next(players)
-    with _bar(run.steps, ledger.method.name, run.progress) as advance:
-        for step in range(1, run.steps + 1):
+    with _bar(range(1, run.steps + 1), ledger.method.name, run.progress) as steps:
+        for step in steps:
             while not profile.counts:
                 profile = players.send(ledger.answer(profile))
             reply = ledger.answer(profile)
@@ -205,20 +205,16 @@ def _play(
                     break
             if step < run.steps:
                 profile = players.send(reply)
-            advance()
     return recorded, gaps
 
 
-@contextmanager
-def _bar(steps: int, name: str, wanted: bool) -> Iterator[Callable[[], object]]:
-    """Yield what advances a progress bar; nothing is shown off a terminal or without tqdm."""
+def _bar(steps: range, name: str, wanted: bool) -> AbstractContextManager[Iterable[int]]:
+    """Return steps under a progress bar; nothing is shown off a terminal or without tqdm."""
     if not wanted or find_spec("tqdm") is None:
-        yield lambda: None
-        return
+        return nullcontext(steps)
     from tqdm import tqdm
 
-    with tqdm(total=steps, desc=name, delay=2, disable=None, leave=False) as bar:
-        yield bar.update
+    return tqdm(steps, desc=name, delay=2, disable=None, leave=False)
 
 
 def _method(method: Any, parameters: dict[str, Any]) -> Method | ParticleMethod:
@@ -229,10 +225,9 @@ def _method(method: Any, parameters: dict[str, Any]) -> Method | ParticleMethod:
                 f"{type(method).__name__}(...), or give the method by name."
             )
         return method
-    if isinstance(method, type):
-        raise TypeError(f"method must be a name or an object, such as {method.__name__}().")
     if not isinstance(method, str):
-        raise TypeError(f"method must be a name or an object, such as Hedge(), got {method!r}.")
+        kind = method.__name__ if isinstance(method, type) else "Hedge"
+        raise TypeError(f"method must be a name or an object, such as {kind}(), got {method!r}.")
     return build("method", {**METHODS, **PARTICLE_METHODS}, method, parameters)
 
 

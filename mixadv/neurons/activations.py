@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -149,15 +150,11 @@ def _taken(sentences: Sentences, max_tokens: int, seed: int | None) -> list[int]
     order = list(range(len(sentences)))
     if seed is not None:
         random.Random(seed).shuffle(order)
-    taken, words = [], 0
-    for i in order:
-        words += len(sentences[i])
-        if words > max_tokens:
-            break
-        taken.append(i)
-    if not words or not taken:
+    words = [*itertools.accumulate(len(sentences[i]) for i in order)]
+    taken = [i for i, count in zip(order, words, strict=True) if count <= max_tokens]
+    if not taken or not words[-1]:
         raise ValueError(
-            f"max_tokens is {max_tokens}, and the first sentence has {words} words: raise it."
+            f"max_tokens is {max_tokens}, and the first sentence has {words[0]} words: raise it."
         )
     return taken
 

@@ -143,12 +143,7 @@ def before(weights: np.ndarray) -> np.ndarray:
 
 
 def rank(weights: np.ndarray) -> np.ndarray:
-    """Return the neurons in the order in which they enter, [neurons].
-
-    Example:
-        >>> rank(np.array([[0.0, 2, -5, 3], [1, 0, 0, 0]]))
-        array([0, 2, 3, 1])
-    """
+    """Return the neurons in the order in which they enter, [neurons]."""
     return np.lexsort((-_shares(weights).max(0), before(weights).min(0)))
 
 
@@ -157,11 +152,6 @@ def claims(weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
     True, [classes, chosen], where the class covers the neuron at the share at which the last of
     them enters; every neuron has a class, and may have several.
-
-    Example:
-        >>> weights = np.array([[0.0, 2, -5, 3], [1, 0, 0, 0]])
-        >>> claims(weights, rank(weights)[:3]).sum(1)
-        array([2, 1])
     """
     found = before(weights)[:, chosen]
     return (found < 1) & (found <= found.min(0).max())

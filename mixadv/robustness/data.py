@@ -99,12 +99,16 @@ def read_rows(
     for column in (*several, label):
         if column not in columns:
             raise DataError(f"{name} has no column {column!r}, it has {', '.join(columns)}.")
-    read = [_strings(columns[column], column, name) for column in several]
+    for column in several:
+        for i, value in enumerate(columns[column], 1):
+            if not isinstance(value, str):
+                raise DataError(f"{name}, row {i}: {column} is {value!r:.60}, not a string.")
     labels = _numbers(_named(source, label, columns[label], known), known, label, name)
     gold = [i for i, number in enumerate(labels) if number != UNLABELLED]
     if not gold:
         raise DataError(f"{name} has no gold labels: {label!r} is {UNLABELLED} in all its rows.")
-    texts: Any = read[0] if len(read) == 1 else list(zip(*read, strict=True))
+    texts: Any = [columns[column] for column in several]
+    texts = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
     return Rows(texts, labels, name).take(gold)
 
 
@@ -194,13 +198,6 @@ def _find(columns: Mapping[str, Any], name: str) -> str | tuple[str, str]:
         f"{name} has none of the usual columns of text, it has {', '.join(columns)}: name one, or "
         "the two of pairs, with text=."
     )
-
-
-def _strings(values: list[Any], column: str, name: str) -> list[str]:
-    for i, value in enumerate(values, 1):
-        if not isinstance(value, str):
-            raise DataError(f"{name}, row {i}: {column} is {value!r:.60}, not a string.")
-    return values
 
 
 def _named(source: Any, label: str, values: list[Any], known: Mapping[str, int]) -> list[Any]:

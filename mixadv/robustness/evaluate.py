@@ -97,8 +97,15 @@ class Evaluation:
         self, model: nn.Module, tokenizer: Any, data: Any, game: Game | None = None
     ) -> Report:
         """Return what `evaluate` does of one model."""
-        if game is not None:
-            _check_game(game, model)
+        if game is not None and not isinstance(game, Game):
+            raise TypeError(
+                f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}."
+            )
+        if game is not None and unwrap(game.model) is not unwrap(model):
+            raise ValueError(
+                "The game is played on another model than the one evaluated: pass the game that "
+                "trained this model, or leave game out."
+            )
         sets = self._read(model, data)
         reader = Reader(model, tokenizer, self.max_length, self.batch_size, 0)  # refuses slow ones
         most = longest(model, tokenizer)
@@ -213,13 +220,3 @@ def evaluate(
         >>> print(report)  # doctest: +SKIP
     """
     return Evaluation(**settings).measure(model, tokenizer, data, game)
-
-
-def _check_game(game: Game, model: nn.Module) -> None:
-    if not isinstance(game, Game):
-        raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}.")
-    if unwrap(game.model) is not unwrap(model):
-        raise ValueError(
-            "The game is played on another model than the one evaluated: pass the game that "
-            "trained this model, or leave game out."
-        )

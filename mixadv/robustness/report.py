@@ -119,7 +119,10 @@ def compare(reports: Mapping[str, Report]) -> str:
     sections = {name: report.sections for name, report in reports.items()}
     _check_alike(sections)
     cells = {name: _cells(found) for name, found in sections.items()}
-    notes = _unit_notes(sections)
+    notes, units = [], {name: found["about"]["unit"] for name, found in sections.items()}
+    if len(set(units.values())) > 1:
+        each = ", ".join(f"{name} {number(value)}" for name, value in units.items())
+        notes.append(f"Radii are in token norms of each model, balls of different size: {each}.")
     for name, more in _increases(sections, notes).items():
         cells[name].update(more)
     columns = dict.fromkeys(column for row in cells.values() for column in row)
@@ -222,15 +225,6 @@ def _check_alike(sections: Mapping[str, Mapping[str, Any]]) -> None:
         for key in shifted[0].keys() & shifted[1].keys():
             if shifted[0][key]["texts"] != shifted[1][key]["texts"]:
                 raise ValueError(f"{name} has other rows in {key} than {first}: {ALIKE_HOW}")
-
-
-def _unit_notes(sections: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a line if models were not perturbed in the same balls."""
-    units = {name: found["about"]["unit"] for name, found in sections.items()}
-    if len(set(units.values())) == 1:
-        return []
-    each = ", ".join(f"{name} {number(value)}" for name, value in units.items())
-    return [f"Radii are in token norms of each model, balls of different size: {each}."]
 
 
 def _cells(sections: Mapping[str, Any]) -> dict[str, str]:

@@ -44,13 +44,9 @@ class Measured:
     def predictions(
         self, name: str, rows: Rows, game: Game | None = None, learner: Any = None
     ) -> Record:
-        """Return how rows are predicted.
+        """Return how rows are predicted, by the model or by the mixture of a game's samples.
 
-        Args:
-            name: of the rows.
-            rows: to read.
-            game: the mixture of whose samples predicts, in place of the model.
-            learner: that predicts; None for the model as it was given.
+        What is kept depends on the learner too, if that is not the model as it was given.
         """
 
         def compute() -> Record:
@@ -111,19 +107,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Attacked:
-    """Attacks rows, each way once.
-
-    Attributes:
-        by: reads the rows.
-        rows: the clean ones.
-        places: of those that are attacked, in the order of their records.
-        seed: of random starts.
-    """
+    """Attacks some of the clean rows, each way once."""
 
     by: Measured
     rows: Rows
-    places: Sequence[int]
-    seed: int
+    places: Sequence[int]  # of those that are attacked, in the order of their records
+    seed: int  # of random starts
 
     @property
     def key(self) -> Record:
