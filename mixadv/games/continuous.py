@@ -68,10 +68,10 @@ class ContinuousGame(PairPayoff):
         jumps = isinstance(lipschitz, float) and lipschitz == math.inf
         if lipschitz is not None and not jumps:
             check_number("ContinuousGame", "lipschitz", lipschitz)
-        self.learner, self.adversary = learner, adversary
+        self.learner, self.adversary = self.spaces = learner, adversary
         self.lipschitz, self.device = lipschitz, _device(device)
         draw = self.generator(0)
-        self.check(*(space.sample(64, draw, dtype) for space in (learner, adversary)))
+        self.check(*(space.sample(64, draw, dtype) for space in self.spaces))
 
     def __repr__(self) -> str:
         return f"ContinuousGame({self.learner}, {self.adversary}, {self.dtype})"
@@ -100,7 +100,7 @@ class ContinuousGame(PairPayoff):
 
     def cloud(self, who: str, points: Tensor | Particles, side: int) -> Particles:
         """Return a strategy of a side, 0 or 1; raise unless its points are in the side's set."""
-        cloud, space = self.particles(points), (self.learner, self.adversary)[side]
+        cloud, space = self.particles(points), self.spaces[side]
         if cloud.points.dim() != 2 or cloud.points.shape[1] != space.dim or not len(cloud.points):
             raise ValueError(
                 f"{who} must be points of shape [N, {space.dim}] with N at least 1, got "
@@ -117,10 +117,9 @@ class ContinuousGame(PairPayoff):
     def smoothness(self, seed: int = 0, draws: int = 64) -> float:
         """Return the largest spectral norm of f's second derivatives at drawn pairs."""
         draw, split = self.generator(seed), self.learner.dim
-        xs = self.learner.sample(draws, draw, self.dtype)
-        ys = self.adversary.sample(draws, draw, self.dtype)
+        pairs = torch.cat([space.sample(draws, draw, self.dtype) for space in self.spaces], 1)
         second = vmap(jacrev(jacrev(lambda z: self.number(z[:split], z[split:]))))
-        return torch.linalg.matrix_norm(second(torch.cat([xs, ys], 1)), 2).max().item()
+        return torch.linalg.matrix_norm(second(pairs), 2).max().item()
 
     def generator(self, seed: int) -> torch.Generator:
         """Return a generator of draws on the game's device."""
@@ -141,7 +140,7 @@ class ContinuousGame(PairPayoff):
             )
         mu, nu = (
             Particles(*(v.to(self.device, self.dtype) for v in space.grid(size)))
-            for space in (self.learner, self.adversary)
+            for space in self.spaces
         )
         return mu, nu
 

@@ -133,11 +133,7 @@ class Snapshots(Ledger[Particles, Slopes]):
         return _union(self.kept)
 
     def gap(self) -> Tensor:
-        """Return the gap of the method's output.
-
-        Raises:
-            FloatingPointError: if the particles have left for infinity.
-        """
+        """Return the gap of the method's output; raise if its particles left for infinity."""
         if not all(cloud.points.isfinite().all() for cloud in self.last):
             raise FloatingPointError(
                 f"The particles left for infinity within {self.count} steps: give a step_size "

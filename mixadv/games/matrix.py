@@ -100,11 +100,7 @@ def gap(losses: Tensor, gains: Tensor) -> Tensor:
 
 
 def numbers(who: str, values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return values as a tensor.
-
-    Raises:
-        ValueError: if they are no real numbers, or rows differ in length.
-    """
+    """Return values as a tensor; raise unless they are real numbers, with rows of one length."""
     try:
         if not torch.as_tensor(values).is_complex():
             return torch.as_tensor(values, dtype=dtype, device=device).detach()

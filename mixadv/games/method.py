@@ -24,17 +24,11 @@ Strategy = TypeVar("Strategy")
 
 
 class Profile(NamedTuple, Generic[Strategy]):
-    """What both players play: log-weights `[..., m]` and `[..., n]`, or particles.
-
-    Attributes:
-        x: the learner's.
-        y: the adversary's.
-        counts: whether it is a step of the method, or only looked at on the way to one.
-    """
+    """What learner and adversary play: log-weights `[..., m]` and `[..., n]`, or particles."""
 
     x: Strategy
     y: Strategy
-    counts: bool = True
+    counts: bool = True  # a step of the method, or only looked at on the way to one
 
 
 class Answer(NamedTuple):

@@ -278,8 +278,6 @@ class _Run:
         """Return the average or the last pair, whose gap is less in each game, and that gap."""
         mean, last = gap(*self.mean)[..., None], gap(*self.answer)[..., None]
         nearer = last < mean
-        x, y = (
-            torch.where(nearer, new, old)
-            for new, old in ((self.last.x, self.x), (self.last.y, self.y))
-        )
+        x = torch.where(nearer, self.last.x, self.x)
+        y = torch.where(nearer, self.last.y, self.y)
         return x, y, torch.minimum(mean, last)

@@ -64,12 +64,10 @@ class ParticleMethod:
         if not isinstance(self.step_size, str):
             return self.step_size, self.step_size
         smoothness = game.smoothness()
-        pulls = [temperature * space.curvature for space in (game.learner, game.adversary)]
+        pulls = [temperature * space.curvature for space in game.spaces]
         if smoothness + min(pulls) > 0:
             return 0.1 / (smoothness + pulls[0]), 0.1 / (smoothness + pulls[1])
-        drawn = [
-            s.sample(64, game.generator(0), game.dtype) for s in (game.learner, game.adversary)
-        ]
+        drawn = [space.sample(64, game.generator(0), game.dtype) for space in game.spaces]
         found = game.slopes(*map(game.particles, drawn))
 
         def best(space: Space, uphill: Tensor) -> float:

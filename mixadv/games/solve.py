@@ -140,8 +140,7 @@ def _on_grid(game: ContinuousGame, method: Method, run: _Run) -> Solution:
     return replace(
         solved,
         game=game,
-        learner=output.learner,
-        adversary=output.adversary,
+        **output._asdict(),
         average=on_nodes(*solved.average),
         last=on_nodes(*solved.last),
         gap=game.duality_gap(*output, grid=size),
@@ -157,8 +156,7 @@ def _with_particles(
             f"one of {', '.join(METHODS)}."
         )
     draw = game.generator(run.seed)
-    spaces = (game.learner, game.adversary)
-    start = run.start or [s.sample(method.particles, draw, game.dtype) for s in spaces]
+    start = run.start or [s.sample(method.particles, draw, game.dtype) for s in game.spaces]
     x, y = (_cloud(game, side, start[side], method.particles) for side in (0, 1))
     ledger = Snapshots(game, method, run.steps, run.grid)
     players = method.play(x, y, game, run.steps, draw)
@@ -173,8 +171,7 @@ def _solution(
     return Solution(
         game=game,
         method=ledger.method,
-        learner=output.learner,
-        adversary=output.adversary,
+        **output._asdict(),
         average=ledger.average,
         last=ledger.last,
         value=game.value(*output),
@@ -247,7 +244,7 @@ def _start(game: MatrixGame, side: int, run: _Run) -> Tensor:
 
 
 def _cloud(game: ContinuousGame, side: int, points: Any, particles: int) -> Particles:
-    cloud, space = game.cloud(f"start[{side}]", points, side), (game.learner, game.adversary)[side]
+    cloud, space = game.cloud(f"start[{side}]", points, side), game.spaces[side]
     if len(cloud.points) != particles:
         raise ValueError(
             f"start[{side}] must be points [{particles}, {space.dim}], one row per particle, got "

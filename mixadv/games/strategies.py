@@ -47,19 +47,12 @@ class Particles(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """What each particle pays or earns against the other side, and where that grows.
+    """What each particle pays or earns against the other side, and where that grows."""
 
-    Attributes:
-        losses: `[N]`, of the learner's points.
-        gains: `[M]`, of the adversary's points.
-        uphill_x: gradients of `losses`, `[N, dim]`.
-        uphill_y: gradients of `gains`, `[M, dim]`.
-    """
-
-    losses: Tensor
-    gains: Tensor
-    uphill_x: Tensor
-    uphill_y: Tensor
+    losses: Tensor  # of the learner's points, `[N]`
+    gains: Tensor  # of the adversary's points, `[M]`
+    uphill_x: Tensor  # gradients of `losses`, `[N, dim]`
+    uphill_y: Tensor  # gradients of `gains`, `[M, dim]`
 
 
 @dataclass(frozen=True)
@@ -132,12 +125,7 @@ class PairPayoff:
         return Slopes(losses, gains, uphill_x, uphill_y)
 
     def climb(self, rival: Particles, side: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """Return what maps points to gradients and payoffs of the player against a rival.
-
-        Args:
-            rival: the other side's strategy.
-            side: whose points they are: 0 the learner's, 1 the adversary's.
-        """
+        """Return what maps points of a side, 0 or 1, to gradients and payoffs against a rival."""
         return vmap(grad_and_value(self._mean(rival, side)), chunk_size=_chunk(rival.points))
 
     def check(self, xs: Tensor, ys: Tensor) -> None:

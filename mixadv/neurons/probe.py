@@ -15,14 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax
-
-if TYPE_CHECKING:
-    from sklearn.preprocessing import StandardScaler
 
 
 @dataclass(frozen=True)
@@ -37,18 +34,12 @@ class Probe:
     Minimised by L-BFGS-B of scipy over the positive and the negative part of W, so that weights
     are exactly 0 where the l1-norm wants them to be. On the activations of a small encoder this
     takes a small part of the time that scikit-learn's saga, its one solver of this problem, does.
-
-    Attributes:
-        weights: W, [classes, features], fp64.
-        bias: b, [classes].
-        scaler: standardises features as on the training rows.
-        converged: whether the minimum was reached within the steps allowed.
     """
 
-    weights: np.ndarray
-    bias: np.ndarray
-    scaler: StandardScaler
-    converged: bool
+    weights: np.ndarray  # W, [classes, features], fp64
+    bias: np.ndarray  # b, [classes]
+    scaler: Any  # standardises features as on the training rows
+    converged: bool  # whether the minimum was reached within the steps allowed
 
     @classmethod
     def fit(

@@ -28,7 +28,8 @@ class Kept:
     """Finished parts by name and key, as JSON files; without a folder nothing is kept.
 
     A file is written whole or not at all. What is found is returned as it will be read, so that a
-    resumed evaluation has the numbers of an uninterrupted one.
+    resumed evaluation has the numbers of an uninterrupted one. A file of the folder that is not
+    what was written there is a ValueError.
 
     Args:
         folder: made when the first part is finished.
@@ -61,11 +62,7 @@ class Kept:
         compute: Callable[[slice], Iterable[Any]],
         step: int,
     ) -> list[Any]:
-        """Return one record for each of `count` rows, computed and kept `step` at a time.
-
-        Raises:
-            ValueError: if a file of the folder is not what was written there.
-        """
+        """Return one record for each of `count` rows, computed and kept `step` at a time."""
         path, whole = self._path(name, key)
         found = self._read(path, whole) or []
         hidden = None if self.progress else True  # None: hidden where there is no terminal

@@ -99,16 +99,11 @@ def read_rows(
     for column in (*several, label):
         if column not in columns:
             raise DataError(f"{name} has no column {column!r}, it has {', '.join(columns)}.")
-    for column in several:
-        for i, value in enumerate(columns[column], 1):
-            if not isinstance(value, str):
-                raise DataError(f"{name}, row {i}: {column} is {value!r:.60}, not a string.")
+    texts = _texts({column: columns[column] for column in several}, name)
     labels = _numbers(_named(source, label, columns[label], known), known, label, name)
     gold = [i for i, number in enumerate(labels) if number != UNLABELLED]
     if not gold:
         raise DataError(f"{name} has no gold labels: {label!r} is {UNLABELLED} in all its rows.")
-    texts: Any = [columns[column] for column in several]
-    texts = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
     return Rows(texts, labels, name).take(gold)
 
 
@@ -198,6 +193,16 @@ def _find(columns: Mapping[str, Any], name: str) -> str | tuple[str, str]:
         f"{name} has none of the usual columns of text, it has {', '.join(columns)}: name one, or "
         "the two of pairs, with text=."
     )
+
+
+def _texts(columns: Mapping[str, list[Any]], name: str) -> Any:
+    """Return the texts of one column, or the pairs of two."""
+    for column, values in columns.items():
+        for i, value in enumerate(values, 1):
+            if not isinstance(value, str):
+                raise DataError(f"{name}, row {i}: {column} is {value!r:.60}, not a string.")
+    first, *second = columns.values()
+    return list(zip(first, *second, strict=True)) if second else first
 
 
 def _named(source: Any, label: str, values: list[Any], known: Mapping[str, int]) -> list[Any]:
