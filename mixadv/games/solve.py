@@ -16,12 +16,11 @@ from torch import Tensor
 from mixadv.checks import check_flag, check_integer, check_number
 from mixadv.errors import build
 from mixadv.games.continuous import ContinuousGame
-from mixadv.games.ledgers import Ledger, Means, Reply, Snapshots
 from mixadv.games.matrix import MatrixGame
 from mixadv.games.method import Method, Profile, Scene, Strategy
 from mixadv.games.methods import METHODS
 from mixadv.games.particles import PARTICLE_METHODS, ParticleMethod
-from mixadv.games.solution import Solution, duality_gap
+from mixadv.games.solution import Ledger, Means, Reply, Snapshots, Solution, duality_gap
 from mixadv.games.strategies import Pair, Particles
 from mixadv.maths import mirror
 

@@ -145,12 +145,7 @@ class _Probing:
 
 
 def smallest(score: Callable[[int], float], sizes: list[int], most: int, enough: float) -> int:
-    """Return the fewest neurons with a score that is enough; `most` are taken to have one.
-
-    Example:
-        >>> smallest(lambda k: min(k, 11) / 11, [1, 2, 4, 8, 16], 20, 0.9)
-        10
-    """
+    """Return the fewest neurons with a score that is enough; `most` are taken to have one."""
     high = next((k for k in sizes if score(k) >= enough), most)
     low = max((k for k in sizes if k < high), default=0)
     while high - low > 1:

@@ -56,13 +56,6 @@ class Probe:
         """Fit λ = `penalty` and ρ = `l1_ratio` on [rows, features] and labels below `classes`.
 
         Steps of L-BFGS-B end where one lowers the objective by less than `tolerance`, in nats.
-
-        Example:
-            >>> x = np.random.default_rng(0).normal(size=(200, 3))
-            >>> probe = Probe.fit(x, (x[:, 1] > 0).astype(int), 2, penalty=0.1)
-            >>> probe.weights.round(1) + 0
-            array([[ 0., -1.,  0.],
-                   [ 0.,  1.,  0.]])
         """
         if not (penalty >= 0 and 0 <= l1_ratio <= 1):
             raise ValueError(
