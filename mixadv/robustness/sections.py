@@ -157,7 +157,7 @@ class Attacked:
         each = _columns(INCREASE, self._kept(f"loss increase, {radius:g}", how, compute))
         found = {"radius": radius, "length": radius * unit, "restarts": restarts, "per row": each}
         measured = increase_of(found)
-        sums = measured.attack_summary(measured.correct) if measured.correct.any() else {"n": 0}
+        sums = measured.summary(measured.correct) if measured.correct.any() else {"n": 0}
         return {**sums, **found}
 
     def attack(self, name: str, attack: WordSubstitution) -> Record:
