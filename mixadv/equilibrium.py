@@ -13,8 +13,6 @@ lengths is measured on the first batch, and forgotten again. Of several processe
 own samples.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -163,7 +161,7 @@ def exploitability(
         'projected ascent, 20 steps × 4 restarts, l2 ball of 0.5 token norms'
     """
     _check_game(game)
-    ascent = _stronger(game.solver, steps, restarts)
+    ascent, response = _stronger(game.solver, steps, restarts)
     if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
         raise ValueError(f"exploitability: level must be between 0 and 1, got {level!r}.")
     with torch.enable_grad(), _untouched(game):
@@ -171,13 +169,7 @@ def exploitability(
     if not found:
         raise ValueError("exploitability: no closure was given, so nothing was measured.")
     played, reached = (torch.cat(payoffs) for payoffs in zip(*found, strict=True))
-    return Exploitability(played, reached, _described(ascent, steps, restarts), level)
-
-
-def _described(ascent: Ascent, steps: int, restarts: int) -> str:
-    where = f"{ascent.norm} ball of {ascent.radius:g}"
-    where += " token norms" * (ascent.unit == "relative") + " per token" * (ascent.per == "token")
-    return f"projected ascent, {steps} steps × {restarts} restarts, {where}"
+    return Exploitability(played, reached, response, level)
 
 
 def _check_game(game: Game) -> None:
@@ -185,8 +177,8 @@ def _check_game(game: Game) -> None:
         raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r}.")
 
 
-def _stronger(solver: Solver, steps: int, restarts: int) -> Ascent:
-    """Return steepest ascent in the solver's ball, by steps that do not shrink with their number.
+def _stronger(solver: Solver, steps: int, restarts: int) -> tuple[Ascent, str]:
+    """Return steepest ascent by steps that do not shrink with their number, and its name.
 
     Where u is linear, the angle to the best direction shrinks by 1/(1 + step/radius) in each.
     """
@@ -197,18 +189,14 @@ def _stronger(solver: Solver, steps: int, restarts: int) -> Ascent:
             f"{type(solver).__name__} has radius=None: with the whole space to move in, no "
             "response is best. Ask a game whose solver has a radius."
         )
-    return Ascent(
-        steps=steps,
-        step_size=solver.radius / 4,
-        radius=solver.radius,
-        norm=solver.norm,
-        per=solver.per,
-        unit=solver.unit,
-    )
+    ball = {word: getattr(solver, word) for word in ("radius", "norm", "per", "unit")}
+    where = f"{solver.norm} ball of {solver.radius:g}"
+    where += " token norms" * (solver.unit == "relative") + " per token" * (solver.per == "token")
+    named = f"projected ascent, {steps} steps × {restarts} restarts, {where}"
+    return Ascent(steps=steps, step_size=solver.radius / 4, **ball), named
 
 
 def _each(closures: Closure | Iterable[Closure]) -> Iterator[Closure]:
-    """Yield the closures, one by one as they are made."""
     several = [closures] if callable(closures) else closures
     for closure in several if isinstance(several, Iterable) else [several]:
         if not callable(closure):

@@ -1,7 +1,5 @@
 """The game: model, site and solver, and the state of both players."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,16 +66,8 @@ class Game:
         validate.check_game_arguments(model, solver, optimizer, seed, schedule)
         self.solver = solver
         self.learner = solver.learner()
-        reads = solver.reads
-        arena = Arena(
-            model,
-            solver,
-            place(model, site),
-            seed,
-            optimizer,
-            self.learner,
-            Representation(model, reads) if reads else None,
-        )
+        read = Representation(model, solver.reads) if solver.reads else None
+        arena = Arena(model, solver, place(model, site), seed, optimizer, self.learner, read)
         for module in solver.modules().values():
             assert optimizer is not None
             _train(optimizer, module)
@@ -120,8 +110,6 @@ class Game:
     def strategy(self) -> Strategy | None:
         """What the adversary played in the last round, without gradients."""
         return self.rounds.strategy
-
-    # Playing ---------------------------------------------------------------------------------
 
     def backward(
         self,
@@ -186,8 +174,6 @@ class Game:
                 "optimizer.step(closure) of the wrapped optimizer."
             )
 
-    # Evaluation ------------------------------------------------------------------------------
-
     def explain(self, closure: Closure | None = None) -> Explanation:
         """Return what a round will do: site, unit, absolute radius, passes and their cost.
 
@@ -250,8 +236,6 @@ class Game:
                 f"least one round ({type(self.solver).__name__} so far played {self.round})."
             )
         return kept
-
-    # State -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs: seed and round of the draws, the unit, what the solver keeps.

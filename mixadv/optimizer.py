@@ -1,7 +1,5 @@
 """The wrapped optimizer: a real `torch.optim.Optimizer` whose step plays a round."""
 
-from __future__ import annotations
-
 import warnings
 from collections import OrderedDict
 from contextlib import ExitStack
@@ -16,7 +14,7 @@ from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
-from mixadv.model.gradients import gradients_kept
+from mixadv.model.contexts import gradients_kept
 from mixadv.model.private_torch import sequence_number
 from mixadv.model.replay import Replay
 from mixadv.round import validate
@@ -25,11 +23,6 @@ from mixadv.round.schedule import Schedule
 from mixadv.solvers.base import Solver
 
 STATE_KEY = "mixadv"
-
-_PLAYED_NOTHING = (
-    "This closure returned a loss and played no round, where earlier ones played theirs themselves "
-    "or did nothing: call game.loss in it, or wrap another optimizer for steps that play."
-)
 
 _PLAIN = (
     "The optimizer steps before its game has played a round: the gradients are those of a plain "
@@ -53,7 +46,7 @@ def wrap(
     site: Any = None,
     seed: int = 0,
     schedule: Schedule | None = None,
-) -> GameOptimizer:
+) -> "GameOptimizer":
     """Wrap an optimizer so that its steps play a game on the model.
 
     Args:
@@ -85,7 +78,7 @@ def wrap(
 def _of_base(name: str) -> property:
     """Return a property that is the base's own, live also after it loads a checkpoint."""
 
-    def put(self: GameOptimizer, value: Any) -> None:
+    def put(self: "GameOptimizer", value: Any) -> None:
         setattr(self.base, name, value)
 
     return property(lambda self: getattr(self.base, name), put, doc=f"The base's {name}.")
@@ -132,8 +125,6 @@ class GameOptimizer(Optimizer):
         """What the last round came to; None before the first."""
         return self.game.outcome
 
-    # What belongs to the base ------------------------------------------------------------------
-
     param_groups: Any = _of_base("param_groups")
     state: Any = _of_base("state")
     defaults: Any = _of_base("defaults")
@@ -154,8 +145,6 @@ class GameOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the base's parameters."""
         self.base.zero_grad(set_to_none)
-
-    # The step ----------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None, *, check: bool = False) -> Any:  # pyright: ignore
         """Play a round and step; see the class.
@@ -180,7 +169,11 @@ class GameOptimizer(Optimizer):
             elif self._closure_plays:
                 result = closure()
                 if result is not None and self.game.round == rounds:
-                    raise GameError(_PLAYED_NOTHING)
+                    raise GameError(
+                        "This closure returned a loss and played no round, where earlier ones "
+                        "played theirs themselves or did nothing: call game.loss in it, or wrap "
+                        "another optimizer for steps that play."
+                    )
             if not self._closure_plays:
                 return self._round(closure, check)
             self.base.step()
@@ -211,8 +204,6 @@ class GameOptimizer(Optimizer):
             warnings.warn(_DRIFTING, stacklevel=4)
         return outcome.objective
 
-    # State -------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state and, under "mixadv", that of the game and the learner."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
@@ -241,18 +232,18 @@ class GameOptimizer(Optimizer):
         if ours is not None:
             check_entries("entry 'mixadv'", ours, ("game", "learner"))
             self.game.rounds.check_state(ours["game"])
-        if ours is not None and (ours["learner"] is None) != (learner is None):
-            raise ValueError(
-                f"The checkpoint was written {'without' if learner else 'with'} a learner part and "
-                f"{type(self.game.solver).__name__} has {'one' if learner else 'none'}: build the "
-                "solver as it was, or drop the checkpoint's 'mixadv' entry to start afresh."
-            )
-        if ours is None and self.game.solver.modules():  # which a plain optimizer did not train
-            own = self.base.state_dict()["param_groups"]
-            groups = state["param_groups"]
+            if (ours["learner"] is None) != (learner is None):
+                raise ValueError(
+                    f"The checkpoint was written {'without' if learner else 'with'} a learner part "
+                    f"and {type(self.game.solver).__name__} has {'one' if learner else 'none'}: "
+                    "build the solver as it was, or drop the checkpoint's 'mixadv' entry to start "
+                    "afresh."
+                )
+            if learner is not None:
+                learner.check_state(ours["learner"])
+        elif self.game.solver.modules():  # which a plain optimizer did not train
+            own, groups = self.base.state_dict()["param_groups"], state["param_groups"]
             state["param_groups"] = [*groups, *own[len(groups) :]]
-        if ours is not None and learner is not None:
-            learner.check_state(ours["learner"])
         self.base.load_state_dict(state)
         fresh = {"seed": self.game.rounds.arena.seed, "round": 0, "unit": None}
         self.game.load_state_dict(fresh if ours is None else ours["game"])
@@ -281,7 +272,7 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
     validate.check_closure(closure)
     rounds = game.rounds
     replay, before, nodes = Replay(game.model), rounds.round, sequence_number()
-    with gradients_kept(rounds.arena.parameters()) as gradients:
+    with gradients_kept(rounds.arena.parameters()) as release:
         try:
             with ExitStack() as rounds.probing:
                 rounds.probing.enter_context(parallel.local(game.model))
@@ -294,7 +285,7 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
         finally:
             rounds.probing = None
         if played:
-            gradients.release()
+            release()
         else:
             replay.undo()
     return result, played

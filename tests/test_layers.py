@@ -40,8 +40,10 @@ def test_rooms_are_small():
 @pytest.mark.parametrize("played", [Stage, Rehearsal])
 def test_what_solvers_play_on_is_whole(played: type):
     """A protocol's own methods return None: one that is left out would be played in silence."""
+    made_of_others = ("ascend", "leap", "origin")
     for name, move in vars(Moves).items():
-        if not name.startswith("_") and (callable(move) or isinstance(move, property)):
+        kind = callable(move) or isinstance(move, property)
+        if kind and not name.startswith("_") and name not in made_of_others:
             own = vars(played)[name]
             if callable(move):
                 assert [*inspect.signature(own).parameters] == [*inspect.signature(move).parameters]

@@ -32,10 +32,6 @@ def pgd(s: mixadv.PGD) -> Cost:
     return Cost(s.steps + 1 + target, s.steps, 1, 1)
 
 
-def smart(s: mixadv.SMART) -> Cost:
-    return Cost(2 + s.steps + int(s.proximal_weight > 0), s.steps, 1, 1)
-
-
 def mat(s: mixadv.MAT, samples: int | None = None) -> Cost:
     """`samples` optimizer steps of a round: all K_θ, or 1 where the loop owns the step."""
     k_theta = samples or s.learner_steps
@@ -56,7 +52,7 @@ TABLE: dict[str, Callable[..., Cost]] = {
     "vat": comparison,
     "r3f": lambda s: Cost(2, 0, 1, 1),
     "alum": comparison,
-    "smart": smart,
+    "smart": lambda s: Cost(2 + s.steps + int(s.proximal_weight > 0), s.steps, 1, 1),
     "mat": mat,
 }
 FEW = st.integers(0, 3)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,7 +14,6 @@ import mixadv
 from mixadv import MAT, GameError
 from mixadv.maths import mirror
 from mixadv.round import routes
-from mixadv.round.routes import ROUTES
 from tests.zoo import Player, assert_same, fingerprint, player, small, without_dropout, wrapped
 
 FAMILIES = ["bert", "distilbert", "gpt2", "t5", "bart"]
@@ -65,7 +64,7 @@ def evaluate(p: Player, closure: Any, payoff: str, route: str) -> tuple[Tensor, 
     with game.rounds.open(closure) as stage:
         stage.clean()
         q = stage.start(solver)
-        return stage.payoffs_by(ROUTES[route], q, payoff, solver)[1:]
+        return stage.payoffs(q, payoff, replace(solver, particle_batching=route))[1:]
 
 
 def trained(p: Player, closure: Any, **settings: Any) -> list[Any]:
@@ -134,7 +133,8 @@ def test_routes_agree_on_the_way_of_a_representation(family: str, route: str):
         with wrapped(p, Away()).game.rounds.open(sharpness(p)) as stage:
             stage.clean()
             q = stage.start(stage.arena.solver)
-            return stage.payoffs_by(ROUTES[route], q, "loss", Away(), deviation)[1:]
+            ascent = Away(particle_batching=route)
+            return stage.payoffs(q, "loss", ascent, deviation)[1:]
 
     one = payoffs(2.0, "loop")
     torch.testing.assert_close(payoffs(2.0, route), one, **CLOSE)

@@ -17,8 +17,6 @@ The quadratic form is that of Miyato et al. 2018, arXiv:1704.03976, eq. 8, who a
 eigenvector by power iteration; its Gauss–Newton form is in Martens 2020, arXiv:1412.1193, §9.2.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ that is older than the hook would leave δ out; the hook counts the slots that i
 such pass goes unnoticed.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,21 +29,13 @@ def place(model: nn.Module, site: Any = None) -> Site:
 
 
 class Pattern(NamedTuple):
-    """How one call at the site follows from the inputs of the model.
-
-    Attributes:
-        module: the module that is called.
-        name: the input whose leading sizes are those of the output.
-        sizes: how many they are.
-        ids: the input that the module itself is called with, None if there is none.
-        call: the call that was learned from.
-    """
+    """How one call at the site follows from the inputs of the model."""
 
     module: nn.Module
-    name: str
-    sizes: int
-    ids: str | None
-    call: Call
+    name: str  # the input whose leading sizes are those of the output
+    sizes: int  # how many they are
+    ids: str | None  # the input that the module itself is called with, None if there is none
+    call: Call  # that was learned from
 
 
 class CompiledSite(Site):
@@ -107,8 +97,6 @@ class CompiledSite(Site):
         for handle in self._dormant:
             handle.remove()
 
-    # Hooks -----------------------------------------------------------------------------------
-
     def _at_slot(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
             if self._learning and self.current is not None:
@@ -165,8 +153,6 @@ class CompiledSite(Site):
                 "it. Otherwise what the site returns changes its shape independently of the "
                 "model's inputs: choose another site."
             )
-
-    # Helpers ---------------------------------------------------------------------------------
 
     def _given(self) -> dict[str, Tensor]:
         assert self.current is not None

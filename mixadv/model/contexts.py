@@ -1,19 +1,19 @@
 """What passes and their backwards run in."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from mixadv.model.private_torch import keeping_buffers
+from mixadv.errors import GameError
+from mixadv.model.private_torch import version
 
-
-def reusable(wanted: bool) -> AbstractContextManager[Any]:
-    """Return what to run a pass in whose graph is differentiated twice, where it is compiled."""
-    return keeping_buffers() if wanted else nullcontext()
+_CHANGED = (
+    "The closure changes gradients: it calls backward or zero_grad. A closure runs the forward "
+    "pass and returns the loss; the round does the rest."
+)
 
 
 def without_autocast(like: Tensor) -> torch.autocast:
@@ -49,3 +49,41 @@ def compute_dtype(output: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return output.dtype
+
+
+def _noted(parameters: list[Tensor]) -> list[tuple[Tensor | None, int]]:
+    """Return the gradients, each with its version, which tells of changes in place."""
+    return [(g, -1 if g is None else version(g)) for g in [p.grad for p in parameters]]
+
+
+def _changed(parameters: list[Tensor], before: list[tuple[Tensor | None, int]]) -> bool:
+    """Return whether a gradient is another one now, or has other values."""
+    pairs = zip(before, _noted(parameters), strict=True)
+    return any(a is not b or old != new for (a, old), (b, new) in pairs)
+
+
+@contextmanager
+def gradients_untouched(parameters: list[Tensor]) -> Iterator[None]:
+    """Raise if the body replaces or changes a gradient."""
+    before = _noted(parameters)
+    yield
+    if _changed(parameters, before):
+        raise GameError(_CHANGED)
+
+
+@contextmanager
+def gradients_kept(parameters: list[Tensor]) -> Iterator[Callable[[], None]]:
+    """Put back gradients that the body changes, and raise; not if it calls what it is given."""
+    before, kept = _noted(parameters), [*parameters]
+    values = [None if g is None else g.detach().clone() for g, _ in before]
+    changed = False
+    try:
+        yield kept.clear
+    finally:
+        if kept and (changed := _changed(kept, before)):
+            for parameter, (gradient, _), value in zip(kept, before, values, strict=True):
+                parameter.grad = gradient
+                if gradient is not None and value is not None:
+                    gradient.detach().copy_(value)
+    if changed:
+        raise GameError(_CHANGED)

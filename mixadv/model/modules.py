@@ -31,13 +31,7 @@ def weak_hook(method: Callable[[], None]) -> Callable[..., None]:
 def functional(
     model: nn.Module, weights: dict[Tensor, Tensor], call: Callable[[], Any]
 ) -> Callable[[], Any]:
-    """Return the call with other values for parameters, which it reads in the model as it runs.
-
-    Args:
-        model: whose parameters are replaced, at each place where it holds them.
-        weights: the values, by parameter; computed with in the parameter's number format.
-        call: runs the model.
-    """
+    """Return a call of the model with other values for parameters, in their number format."""
     if sharded(model):  # each forward gathers the weights anew, from the parameters alone
 
         def run() -> object:

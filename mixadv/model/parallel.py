@@ -1,7 +1,5 @@
 """Models spread over processes: DistributedDataParallel, and weights sharded by `fully_shard`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -15,10 +15,11 @@ from torch._functorch import config as functorch_config
 # Untyped on purpose: the stubs of torch list a part of this.
 _C: Any = torch._C
 
-# Made once: torch keeps a context variable of each such patch for ever.
-_KEEPING_BUFFERS: AbstractContextManager[Any] = functorch_config.patch(donated_buffer=False)
+KEEPING_BUFFERS: AbstractContextManager[Any] = functorch_config.patch(donated_buffer=False)
+"""What to run a compiled pass in whose graph is differentiated more than once.
 
-# Autograd ------------------------------------------------------------------------------------
+Made once: torch keeps a context variable of each such patch for ever.
+"""
 
 
 def running_backward() -> int:
@@ -85,11 +86,6 @@ def more_graphs(factor: int) -> AbstractContextManager[Any]:
     return config.patch(recompile_limit=factor * config.recompile_limit)
 
 
-def keeping_buffers() -> AbstractContextManager[Any]:
-    """Return what to run a compiled pass in whose graph is differentiated more than once."""
-    return _KEEPING_BUFFERS
-
-
 def original(model: nn.Module) -> nn.Module | None:
     """Return the module that `torch.compile` has wrapped in a model, None elsewhere."""
     inner = getattr(model, "_orig_mod", None)
@@ -104,9 +100,6 @@ def is_compiled(module: nn.Module) -> bool:
 def compiled_in_place(module: nn.Module) -> bool:
     """Return whether a module was compiled by its own `compile()`."""
     return module._compiled_call_impl is not None
-
-
-# Many tensors at once ------------------------------------------------------------------------
 
 
 def lerp_all(tensors: list[Tensor], goals: list[Tensor], weight: float) -> None:

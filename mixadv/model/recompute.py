@@ -23,16 +23,11 @@ NO_GRADIENT = (
 
 
 class Cut:
-    """The passes since the last optimizer step whose graphs were not kept.
-
-    Attributes:
-        passes: their outputs as leaves, and what was added at the site.
-        more: whether another backward follows that of the pass that runs.
-    """
+    """The passes since the last optimizer step whose graphs were not kept."""
 
     def __init__(self) -> None:
-        self.passes: list[tuple[Reading, Provide]] = []
-        self.more = False
+        self.passes: list[tuple[Reading, Provide]] = []  # outputs as leaves, what the site added
+        self.more = False  # another backward follows that of the pass that runs
 
     def off(self, reading: Reading, provide: Provide) -> Reading:
         """Return a reading as leaves, to which its objective is differentiated first."""

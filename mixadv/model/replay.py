@@ -19,6 +19,7 @@ from mixadv.model.private_torch import keeping_version
 
 RandomState = list[tuple[torch.device, Tensor]]
 Slot = tuple[nn.Module, str]
+Snapshot = list[tuple[Tensor, Tensor]]
 
 
 def random_state(devices: list[torch.device]) -> RandomState:
@@ -60,13 +61,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 class Replay:
-    """Random state and buffers of one round.
-
-    Args:
-        model: whose buffers are watched.
-        fresh: draw new dropout masks in every pass.
-        slots: the buffers to watch, see `Buffers`.
-    """
+    """Random state and buffers of one round; `fresh` draws new dropout masks in every pass."""
 
     def __init__(
         self, model: nn.Module, fresh: bool = False, slots: list[Slot] | None = None
@@ -77,6 +72,7 @@ class Replay:
         )
         self.fresh = fresh
         self.buffers = Buffers(model, slots)
+        self.begin = self.kept = self.buffers.found  # of the first forward since the last step
         self.found = random_state(self.devices)
         self.before: RandomState | None = None
         self.after: RandomState | None = None
@@ -88,15 +84,15 @@ class Replay:
         if self.before is None:
             self.before = random_state(self.devices)
         else:
-            self.buffers.rewind()
+            self.buffers.put(self.begin)
             if not self.fresh:
                 set_random_state(self.before)
         yield
         if first:
             self.after = random_state(self.devices)
-            self.buffers.keep()
+            self.kept = self.buffers.snapshot()
         else:
-            self.buffers.restore()
+            self.buffers.put(self.kept)
 
     def drew(self) -> bool:
         """Return whether the first pass since the last step drew random numbers."""
@@ -110,7 +106,7 @@ class Replay:
         if self.after is not None:
             set_random_state(self.after)
         self.before = self.after = None
-        self.buffers.renew()
+        self.begin = self.kept
 
     def undo(self) -> None:
         """Put the random state and the buffers back to where the round found them."""
@@ -122,12 +118,8 @@ class Buffers:
     """Buffers that forward passes change, such as running statistics.
 
     They are found by value, in the first round: batch normalisation does not touch the version
-    counters of its own.
-
-    Args:
-        model: whose buffers are watched.
-        slots: the (module, name) pairs to watch, as `changed()` of an earlier round returned them;
-            None watches and compares all (so only until it is known which ones change).
+    counters of its own. Until then, without the `slots` that `changed()` of an earlier round
+    returned, all are watched and compared.
     """
 
     def __init__(self, model: nn.Module, slots: list[Slot] | None = None) -> None:
@@ -136,32 +128,16 @@ class Buffers:
             named = [(m, n, b) for m in model.modules() for n, b in m._buffers.items()]
             slots = [(m, n) for m, n, b in named if b is not None and not b.is_meta]
         self.slots = slots
-        self.found = self._snapshot()
-        self.begin = self.kept = self.found
+        self.found = self.snapshot()
 
-    def _snapshot(self) -> list[tuple[Tensor, Tensor]]:
+    def snapshot(self) -> Snapshot:
+        """Return the buffers there are, and copies of their values."""
         live = [module._buffers[name] for module, name in self.slots]
         return [(b, b.detach().clone()) for b in live if b is not None]
 
-    def keep(self) -> None:
-        """Remember the values as they are now, as those after one forward."""
-        self.kept = self._snapshot()
-
-    def restore(self) -> None:
-        """Put back what was kept."""
-        self._put(self.kept)
-
-    def rewind(self) -> None:
-        """Put back what the first forward since the last step began with."""
-        self._put(self.begin)
-
-    def renew(self) -> None:
-        """Go on from what was kept."""
-        self.begin = self.kept
-
     def undo(self) -> None:
         """Put back what the round found."""
-        self._put(self.found)
+        self.put(self.found)
 
     def changed(self) -> list[Slot]:
         """Return the slots whose buffer was written to, or replaced, since the round began."""
@@ -172,7 +148,8 @@ class Buffers:
             if module._buffers[name] is not buffer or not torch.equal(buffer, value)
         ]
 
-    def _put(self, snapshot: list[tuple[Tensor, Tensor]]) -> None:
+    def put(self, snapshot: Snapshot) -> None:
+        """Put buffers back, with the values they had."""
         for (module, name), (buffer, value) in zip(self.slots, snapshot, strict=True):
             if module._buffers[name] is not buffer:
                 module._buffers[name] = buffer

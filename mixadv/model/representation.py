@@ -7,8 +7,6 @@ texts. A hook on the source reads it: the model is not asked for hidden states i
 On a compiled model the hook has to be there before the model's first call, and stays.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple

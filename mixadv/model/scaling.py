@@ -49,13 +49,8 @@ class Formats(TorchFunctionMode):
 def of_predictions(values: Tensor, predictions: Tensor | None, scaling: Scaling) -> Tensor | None:
     """Return the scales of payoffs, shaped like them, or one for all, 0-d.
 
-    Args:
-        values: the payoffs `[..., B]`, or fewer where samples share one.
-        predictions: `[..., B, C]` or `[..., B, n, C]`, in at least fp32.
-        scaling: whether each sample may have its own.
-
-    Returns:
-        None where the payoffs were not computed from the predictions.
+    None where the payoffs `[..., B]` (fewer where samples share one) were not computed from the
+    predictions `[..., B, C]` or `[..., B, n, C]`, in at least fp32.
     """
     if predictions is None or not predictions.requires_grad:
         return None
@@ -80,13 +75,9 @@ def following(memory: dict[str, Tensor], values: Tensor, samples: int) -> Tensor
 def follow(
     memory: dict[str, Tensor], scale: Tensor, gradients: Iterable[Tensor], most: bool = True
 ) -> None:
-    """Let the scale follow the gradients that came of it.
+    """Let the scale in memory follow the gradients that came of it.
 
-    Args:
-        memory: where it is kept.
-        scale: with which they were computed.
-        gradients: which came of it.
-        most: of their entries have to be finite, for one sample may be broken by itself; else all.
+    `most` of their entries have to be finite, for one sample may be broken by itself; else all.
     """
     given = [g.detach() for g in gradients]
     largest = torch.stack([torch.where(g.isfinite(), g, 0).abs().amax().float() for g in given])

@@ -119,8 +119,6 @@ class Site:
             f"{names[:6]}."
         )
 
-    # Hooks -----------------------------------------------------------------------------------
-
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.current is None or recomputing():
             return
@@ -159,7 +157,9 @@ class Site:
         if self.current is not None and not recomputing():
             self._numbers[module] = sequence_number()
         arguments = bound(module, args, kwargs)
-        floats = [k for k, v in arguments.items() if _is_float(v)]
+        floats = [
+            k for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()
+        ]
         preferred = getattr(unwrap(module), "main_input_name", None)
         name = preferred if preferred in floats else floats[0] if floats else None
         if name is None:
@@ -206,22 +206,14 @@ class Site:
         fitting = (m for m in self._masks[::-1] if m is not None and m.shape == output.shape[:2])
         mask = next(fitting, None)
         if mask is None:
-            module_input = args[0] if args else None
-            padding = self._padding_index(module_input, output)
-            if padding is None:
+            ids = args[0] if args else None
+            embeddings = [m for _, m in self.targets if isinstance(m, nn.Embedding)]
+            padding = next((i for m in embeddings if (i := m.padding_idx) is not None), None)
+            if padding is None or not isinstance(ids, Tensor) or ids.shape != output.shape[:2]:
                 return None
-            assert isinstance(module_input, Tensor)
-            mask = module_input != padding
+            mask = ids != padding
         mask = (mask > 0).to(torch.promote_types(output.dtype, torch.float32))
         return mask.view(*mask.shape, *[1] * (output.dim() - 2))
-
-    def _padding_index(self, ids: Any, output: Tensor) -> int | None:
-        if not isinstance(ids, Tensor) or ids.shape != output.shape[:2]:
-            return None
-        for _, module in self.targets:
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                return module.padding_idx
-        return None
 
 
 def tokens_of(module: nn.Module, entered: Any) -> tuple[Tensor | None, nn.Module | None]:
@@ -244,7 +236,3 @@ def with_first(output: Any, first: Tensor) -> Any:
 def add(output: Tensor, delta: Tensor) -> Tensor:
     """Return output + δ, summed in δ's precision and cast once (bf16 would swallow a small δ)."""
     return (output.to(delta.dtype) + delta).to(output.dtype)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()

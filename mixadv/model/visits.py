@@ -1,8 +1,7 @@
 """Passes through the site: each call there, the δ it was given, and which one a backward repeats.
 
-A call made while a backward recomputes a checkpoint gets the δ of the visit it repeats. Autograd
-numbers its nodes in the order of creation, so the number of the node that is running tells which
-visit that is.
+Autograd numbers its nodes in the order of creation: the number of the node whose backward is
+running tells which visit a checkpoint recomputes.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,20 +15,13 @@ from mixadv.model.private_torch import running_backward, saving_hook, sequence_n
 
 
 class Call(NamedTuple):
-    """What a call at the site returned: enough to make a δ for it.
-
-    Attributes:
-        shape, dtype, device: of the output.
-        mask: 1 at real tokens, broadcastable to the output; None where all are real.
-        ids: the token ids that an embedding was called with, None at other sites.
-        embedding: that embedding.
-    """
+    """What a call at the site returned: enough to make a δ for it."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    mask: Tensor | None
-    ids: Tensor | None = None
+    mask: Tensor | None  # 1 at real tokens, broadcastable to the output; None where all are real
+    ids: Tensor | None = None  # that an embedding was called with, None at other sites
     embedding: nn.Module | None = None
 
     @property
@@ -47,21 +39,13 @@ Provide = Callable[[int, Call, Tensor], Tensor | None]
 
 
 class Visit(NamedTuple):
-    """One call at the site in a pass.
-
-    Attributes:
-        module: which was called.
-        call: what it returned.
-        delta: what was added to that.
-        number: of the node that autograd made next.
-        frame: the same for visits that are recomputed together, in their order.
-    """
+    """One call at the site in a pass."""
 
     module: nn.Module
     call: Call
-    delta: Tensor | None
-    number: int
-    frame: Any
+    delta: Tensor | None  # what was added to its output
+    number: int  # of the node that autograd made next
+    frame: Any  # the same for visits that are recomputed together, in their order
 
 
 class Pass:

@@ -133,8 +133,7 @@ class Ascent:
         if self.ascent_dtype not in (None, torch.bfloat16, "bfloat16"):
             raise ValueError(
                 f"{who}: ascent_dtype must be torch.bfloat16, 'bfloat16' or None, got "
-                f"{self.ascent_dtype!r}: "
-                "for other formats put autocast around the round."
+                f"{self.ascent_dtype!r}: for other formats put autocast around the round."
             )
         check_number(who, "step_size", self.step_size)
         check_number(who, "temperature", self.temperature)

@@ -21,19 +21,10 @@ from mixadv.players.strategy import Strategy, by_row
 def turn(
     q: Strategy, gradients: Sequence[Tensor], predictions: Tensor, clean: Reading
 ) -> tuple[Strategy, list[Tensor]]:
-    """Turn the points at which the likeliest label got likelier.
+    """Return the strategy with the points turned where the likeliest label got likelier.
 
-    Args:
-        q: the points.
-        gradients: of a divergence there, per call at the site as `[M, B, ...]`.
-        predictions: there, `[M, B, C]` or `[M, B, n, C]`.
-        clean: the clean pass, with predictions; tokens that count are added up.
-
-    Returns:
-        The strategy at the points turned, and the gradients there.
-
-    Raises:
-        GameError: if the rows are not as many for each prediction.
+    The gradients of a divergence are turned with them; predictions are `[M, B, C]`, or
+    `[M, B, n, C]`, of which the tokens that count are added up.
     """
     sign = _signs(predictions, clean)
     for g in gradients:

@@ -4,8 +4,6 @@ A class says what it adds. What it does stands in its docstring, the formula in 
 and each parameter where it is declared; here they are put together, once for each class.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import sys
@@ -29,12 +27,9 @@ Example:
 
 
 def compose(cls: type[Any], parent: type[Any], registered: bool) -> tuple[str, dict[str, str]]:
-    """Return the docstring of a class, and what it says of each parameter.
+    """Return the docstring of a class that extends a dataclass, and what it says of parameters.
 
-    Args:
-        cls: a class that is about to be made a dataclass.
-        parent: the dataclass that it extends, with the `described` parameters of its own.
-        registered: one of the library's solvers, which the common example is true of.
+    The common example is true of the library's own solvers, which are `registered`.
     """
     doc = cls.__dict__.get("__doc__") or ""
     known = {**parent.described, **described(doc)}

@@ -10,10 +10,9 @@ with θ_t a true copy taken before the first step of the round, and only trainab
 touched: `state_dict()` is an alias of the live weights, and averaging it corrupts integer buffers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -34,6 +33,7 @@ _WEIGHTS = ("backup", "mean", "average", "teacher")
 _COUNTERS = ("count", "position", "rounds")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Learner:
     """The learner's moves, run by hooks around the base optimizer's step, whoever calls it.
 
@@ -45,32 +45,22 @@ class Learner:
         temperature: τ; the law of θ is the Gibbs measure for plain SGD only.
         damping: β within a round: 0 keeps the last sample, `"uniform"` the mean of the samples.
         round_damping: β' between rounds.
-        average: None, `"uniform"`, or the decay of an exponential average over closed rounds.
-        samples: R, how many of the last samples to keep.
+        average_decay: None, `"uniform"`, or the decay of an exponential average over closed rounds.
+        most_samples: R, how many of the last samples to keep.
         ema_decay: of the teacher `θ̃ ← (1−ema_decay)·θ + ema_decay·θ̃`; None keeps no teacher.
         teacher_every: samples between two updates of the teacher.
     """
 
-    def __init__(
-        self,
-        *,
-        steps: int = 1,
-        temperature: float = 0.0,
-        damping: Damping = 0.0,
-        round_damping: float = 0.0,
-        average: Damping | None = None,
-        samples: int = 0,
-        ema_decay: float | None = None,
-        teacher_every: int = 1,
-    ) -> None:
-        self.steps = steps
-        self.temperature = temperature
-        self.damping = damping
-        self.round_damping = round_damping
-        self.average_decay = average
-        self.ema_decay = ema_decay
-        self.teacher_every = teacher_every
-        self.most_samples = samples
+    steps: int = 1
+    temperature: float = 0.0
+    damping: Damping = 0.0
+    round_damping: float = 0.0
+    average_decay: Damping | None = None
+    most_samples: int = 0
+    ema_decay: float | None = None
+    teacher_every: int = 1
+
+    def __post_init__(self) -> None:
         self.swapped = False  # the average is in the model
         self._depth = 0  # of steps within steps
         self._opened = False  # a round since the last step
@@ -150,8 +140,6 @@ class Learner:
             finally:
                 self.swapped = outer
 
-    # Around a step ---------------------------------------------------------------------------
-
     # An optimizer whose step calls that of its parent class runs its hooks twice, and one whose
     # step fails does not leave; after a round has been opened, a step that enters is a new one.
 
@@ -228,8 +216,6 @@ class Learner:
         uniform = self.average_decay == "uniform"
         weight = 1 / self.rounds if uniform else 1 - float(self.average_decay)
         move_toward(self.average, live, weight, keep)
-
-    # State -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters and weights, these by the number of their parameter in the optimizer.

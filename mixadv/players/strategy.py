@@ -38,9 +38,6 @@ class Strategy:
             weighs all particles alike.
         unit: what one unit of length of the points is at the site.
 
-    Attributes:
-        size: M, the number of particles.
-
     Example:
         >>> q = Strategy([torch.tensor([[[1.0]], [[3.0]]])])
         >>> q.size, q.mean().points[0].tolist()
@@ -217,14 +214,7 @@ class Strategy:
 
 
 class Opening(Strategy):
-    """A start whose points are drawn in a round's first pass, as the site is called.
-
-    Args:
-        begin: draws the points of a call, `[M, B, ...]`.
-        size: M.
-        unit: as in `Strategy`.
-        leaf: whether the points require grad.
-    """
+    """A start whose points `begin` draws in a round's first pass, as the site is called."""
 
     def __init__(self, begin: Begin, size: int, unit: float, leaf: bool = True) -> None:
         super().__init__((), (), None, unit)
@@ -256,12 +246,7 @@ def opening(
 ) -> Strategy:
     """Return the adversary's start: at the calls of an earlier pass, else drawn in the first one.
 
-    Args:
-        ascent: how to start.
-        draw: `draw(kind, like)`, as in `Ascent.begin`.
-        calls: at the site, in their order; empty where no pass has shown them yet.
-        unit: as in `Strategy`.
-        begin: gives the one point of each call, where it is not the ascent's own start.
+    `begin` gives the one point of each call, where it is not the ascent's own start.
     """
 
     def start(index: int, call: Call) -> Tensor:

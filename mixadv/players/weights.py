@@ -1,7 +1,5 @@
 """Weights kept beside the live ones, by parameter: copies, means, and their place in a state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

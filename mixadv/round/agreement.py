@@ -1,6 +1,6 @@
 """Whether the ways to compute many particles agree on this model and closure."""
 
-from __future__ import annotations
+from dataclasses import replace
 
 import torch
 
@@ -16,16 +16,8 @@ from mixadv.round.unit import no_trace
 def check_batching(arena: Arena, closure: Closure, memory: Memory, low: bool) -> frozenset[Modes]:
     """Check that the route for many particles agrees with one pass after another.
 
-    Args:
-        arena: where the round is to be played.
-        closure: what it is played on.
-        memory: what the solver keeps.
-        low: whether the model computes in a low format: divergences of close predictions are
-            rounded much there; other dropout is far off all the same.
-
-    Returns:
-        The modes in which small batches of particles may be stacked, where that is for the first
-        round to find out.
+    Returns the modes in which `"auto"` may stack small batches. In a `low` format divergences of
+    close predictions are rounded much; other dropout is far off all the same.
     """
     solver, slack = arena.solver, 0.3 if low else 1e-3
     stackable = arena.calibration.stackable
@@ -66,8 +58,8 @@ def _compare(arena: Arena, closure: Closure, memory: Memory, route: str, slack: 
             stage.clean()
             drawn = stage.passes.replay.drew()
             q = stage.start(solver).detach()
-            each = (routes.loop, routes.ROUTES[route])
-            looped, routed = (stage.payoffs_by(r, q, solver.gain, solver)[1:] for r in each)
+            each = (replace(solver, particle_batching=batching) for batching in ("loop", route))
+            looped, routed = (stage.payoffs(q, solver.gain, ascent)[1:] for ascent in each)
     except (GameError, torch.OutOfMemoryError):
         raise
     except Exception as error:

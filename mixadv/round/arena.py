@@ -1,7 +1,5 @@
 """What the rounds of a game share: the model, where δ acts on it, and what was measured there."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,23 +25,14 @@ Modes = tuple[bool, ...]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the first round finds out, and later ones go by.
-
-    Attributes:
-        checked: the first round has been checked.
-        unit: mean L2 norm of a real token's output at the site.
-        leaf_backward: reentrant checkpoints allow only a plain backward to leaves.
-        scaling: how payoffs in fp16 are scaled, None where none are.
-        scale: the scale of fp16 to begin with; see `mixadv.model.scaling`.
-        stackable: modes in which copies of the batch can be stacked.
-    """
+    """What the first round finds out, and later ones go by."""
 
     checked: bool = False
-    unit: float | None = None
-    leaf_backward: bool = False
-    scaling: Scaling | None = None
-    scale: Tensor | None = None
-    stackable: frozenset[Modes] = frozenset()
+    unit: float | None = None  # mean L2 norm of a real token's output at the site
+    leaf_backward: bool = False  # reentrant checkpoints allow only a plain backward to leaves
+    scaling: Scaling | None = None  # of payoffs in fp16, None where none are
+    scale: Tensor | None = None  # of fp16 to begin with; see `mixadv.model.scaling`
+    stackable: frozenset[Modes] = frozenset()  # modes in which copies of the batch can be stacked
 
     def begin(self, memory: Memory) -> Memory:
         """Return what the solver keeps, with the scale of fp16 where it has none yet."""
@@ -52,30 +41,17 @@ class Calibration:
 
 @dataclass
 class Arena:
-    """Where rounds are played.
+    """Where rounds are played."""
 
-    Attributes:
-        model: what closures call.
-        solver: how rounds are played.
-        site: where δ acts.
-        seed: of the players' draws.
-        noise: the adversary's draws.
-        optimizer: the base optimizer, where the game knows it.
-        learner: what happens to θ after a step, where the solver says something of it.
-        representation: reads it from the model, where the solver compares representations.
-        calibration: what the first round found out.
-        stateful: the buffers that change in a forward pass, by modes.
-    """
-
-    model: nn.Module
+    model: nn.Module  # what closures call
     solver: Solver
     site: Site
-    seed: int = 0
-    optimizer: Optimizer | None = None
-    learner: Learner | None = None
-    representation: Representation | None = None
+    seed: int = 0  # of both players' draws
+    optimizer: Optimizer | None = None  # the base, where the game knows it
+    learner: Learner | None = None  # where the solver says what happens to θ after a step
+    representation: Representation | None = None  # where the solver compares representations
     calibration: Calibration = Calibration()
-    stateful: dict[Modes, list[Slot]] = field(default_factory=dict)
+    stateful: dict[Modes, list[Slot]] = field(default_factory=dict)  # buffers that passes change
 
     def __post_init__(self) -> None:
         self.reseed(self.seed)
@@ -92,11 +68,7 @@ class Arena:
         self.calibration = replace(self.calibration, unit=unit, checked=checked)
 
     def follow(self, model: nn.Module) -> None:
-        """Play on what the model was wrapped in since the game was made, by `torch.compile` say.
-
-        Args:
-            model: the wrapper, which closures call from now on; around the very modules of before.
-        """
+        """Play on what the model was wrapped in since the game was made, by `torch.compile` say."""
         if model is self.model:
             return
         targets = [INPUT if name == INPUT else module for name, module in self.site.targets]

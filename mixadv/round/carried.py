@@ -16,10 +16,6 @@ _NOT_PASS_BY_PASS = (
     "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss needs for {}: "
     "set use_reentrant=False, or use game.backward."
 )
-_NOT_SHARDED = (
-    "game.loss differentiates each pass of {} by itself, and weights that are sharded by "
-    "fully_shard get their gradients from a whole backward: use game.backward."
-)
 
 
 class _Carried(torch.autograd.Function):
@@ -57,18 +53,20 @@ class Carried:
         self.value = torch.zeros(())
 
     def add(self, objective: Tensor, points: Sequence[Tensor]) -> None:
-        """Differentiate a pass.
+        """Differentiate a pass: gradients of weights are carried.
 
-        Args:
-            objective: 0-d.
-            points: of the adversary: their gradients, and those of passes that were cut off, are
-                left in `.grad`. Gradients of weights are carried.
+        Those of the adversary's points, and of passes that were cut off, are left in `.grad`.
         """
         passes, arena = self.passes, self.passes.arena
+        who = type(arena.solver).__name__
         if parallel.sharded(arena.model):
-            raise GameError(_NOT_SHARDED.format(type(arena.solver).__name__))
+            raise GameError(
+                f"game.loss differentiates each pass of {who} by itself, and weights that are "
+                "sharded by fully_shard get their gradients from a whole backward: use "
+                "game.backward."
+            )
         if arena.calibration.leaf_backward:
-            raise GameError(_NOT_PASS_BY_PASS.format(type(arena.solver).__name__))
+            raise GameError(_NOT_PASS_BY_PASS.format(who))
         cut = passes.cut.leaves()
         inputs = [x for x in [*passes.parameters, *cut, *points] if x.requires_grad]
         scaled = arena.calibration.scaling is not None

@@ -1,7 +1,5 @@
 """The passes of a round, counted by playing it without a model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -21,20 +19,12 @@ from mixadv.solvers.play import Moves, Step
 
 @dataclass(frozen=True)
 class Counts:
-    """Passes of one round.
-
-    Attributes:
-        forwards: runs of the closure.
-        delta_backwards: backwards with respect to δ alone.
-        theta_backwards: backwards that build the learner's gradients.
-        branches: forward passes that these go through (two for a divergence).
-        steps: optimizer steps.
-    """
+    """Passes of one round; see `Outcome`."""
 
     forwards: int
     delta_backwards: int
     theta_backwards: int
-    branches: int
+    branches: int  # forward passes that these go through (two for a divergence)
     steps: int
 
     @property
@@ -65,7 +55,7 @@ def recomputes(solver: Solver) -> bool:
     return counts.branches > counts.theta_backwards
 
 
-def _rehearse(solver: Solver) -> tuple[Counts, Rehearsal]:
+def _rehearse(solver: Solver) -> tuple[Counts, "Rehearsal"]:
     stage = Rehearsal()
     thetas = steps = 0
     alone = replace(solver, **dict.fromkeys(solver.modules()))  # they have nothing to act on
@@ -110,10 +100,7 @@ class Rehearsal(Moves):
         return [Call(torch.Size([1, 1]), torch.float32, torch.device("cpu"), None)]
 
     def start(self, ascent: Ascent, begin: Begin | None = None) -> Strategy:
-        return Strategy([torch.zeros(ascent.particles, 1, 1)])
-
-    def origin(self, ascent: Ascent) -> Strategy:
-        return Strategy([torch.zeros(1, 1, 1)])
+        return Strategy([torch.zeros(ascent.particles if begin is None else 1, 1, 1)])
 
     def draw(self, ascent: Ascent, call: Call) -> Tensor:
         return torch.zeros(1, 1)
@@ -122,11 +109,7 @@ class Rehearsal(Moves):
         return torch.zeros_like(like)
 
     def payoffs(
-        self,
-        q: Strategy,
-        payoff: str | Divergence,
-        ascent: Ascent,
-        deviation_weight: float = 0.0,
+        self, q: Strategy, payoff: str | Divergence, ascent: Ascent, deviation_weight: float = 0.0
     ) -> tuple[Strategy, Tensor, list[Tensor]]:
         self.ascends = True
         if payoff != "loss" or deviation_weight:
@@ -144,26 +127,9 @@ class Rehearsal(Moves):
     def second_order(self, kind: str | Divergence, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
         return self.clean_gradients(ascent)
 
-    def leap(self, kind: str | Divergence, ascent: Ascent) -> Strategy:
-        self.second_order(kind, ascent)
-        return self.start(ascent)
-
     def move(
         self, q: Strategy, how: Ascent | Rule, gradients: Sequence[Tensor] | None = None
     ) -> Strategy:
-        return q
-
-    def ascend(
-        self,
-        payoff: str | Divergence,
-        ascent: Ascent,
-        deviation_weight: float = 0.0,
-        begin: Begin | None = None,
-    ) -> Strategy:
-        leaps = ascent.leaps and begin is None
-        q = self.leap(payoff, ascent) if leaps else self.start(ascent)
-        for _ in range(ascent.steps - leaps):
-            self.payoffs(q, payoff, ascent, deviation_weight)
         return q
 
     def clean(self) -> Reading:

@@ -1,7 +1,5 @@
 """What a round will do, before it is played."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any

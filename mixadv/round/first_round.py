@@ -3,11 +3,10 @@
 Costs a few passes once. Later rounds are not checked, and read nothing from the device.
 """
 
-from __future__ import annotations
-
 import copy
+import math
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -17,25 +16,28 @@ from mixadv.maths.divergence import divergence
 from mixadv.model import parallel
 from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.compiled_site import CompiledSite
-from mixadv.model.contexts import compute_dtype
-from mixadv.model.gradients import gradients_kept
+from mixadv.model.contexts import compute_dtype, gradients_kept, no_grad
+from mixadv.model.replay import Noise
 from mixadv.model.scaling import KEY, Formats
+from mixadv.model.visits import Call
+from mixadv.players.ascent import Ascent
+from mixadv.players.strategy import opening
 from mixadv.round import validate
 from mixadv.round.agreement import check_batching
 from mixadv.round.arena import Arena, Calibration, Memory
 from mixadv.round.carried import Carried
 from mixadv.round.cost import count_passes
 from mixadv.round.gains import losses_of_samples
-from mixadv.round.noise_floor import check_noise_floor
 from mixadv.round.passes import Passes, nowhere
 from mixadv.round.stage import Stage
 from mixadv.round.unit import mean_length, measuring, no_trace
 
 _TRIES = 8  # to find the scale of a loss in fp16
-_SHARDED_REENTRANT = (
-    "Reentrant checkpointing allows no backward to δ alone, without which weights that are sharded "
-    "by fully_shard would take gradients of the ascent: set use_reentrant=False."
-)
+
+# Where a start changes the predictions as much as rounding does, the gradient of the symmetric KL
+# there has a cosine of 0.1 to 0.5 with the exact one; at twice that change one of 0.8 to 0.95, at
+# five times one of 0.97 (MiniLM, fp32 and bf16 autocast).
+_NOISE_FLOOR = 2.0
 
 
 def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
@@ -62,7 +64,7 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
         _check_reading(trial, zero)
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_length(trial, lengths))
-        check_noise_floor(stage, zero, _check_slopes(trial, slopes))
+        _check_noise_floor(stage, zero, _check_slopes(trial, slopes))
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, closure, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
@@ -99,7 +101,11 @@ def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor], list[Tensor]]:
             if "heckpoint" not in str(error):
                 raise
             if parallel.sharded(arena.model):
-                raise GameError(_SHARDED_REENTRANT) from error
+                raise GameError(
+                    "Reentrant checkpointing allows no backward to δ alone, without which weights "
+                    "that are sharded by fully_shard would take gradients of the ascent: set "
+                    "use_reentrant=False."
+                ) from error
             # Reentrant checkpointing allows only a plain backward.
             arena.calibration = replace(arena.calibration, leaf_backward=True)
             reading = passes.run(measuring(lengths, leaves := []))
@@ -148,24 +154,18 @@ def _measure_carried(stage: Stage) -> None:
 
 
 def _check_unpacked(passes: Passes) -> None:
-    if _packed(passes):
+    context = passes.kept[-1].context
+    positions, mask = context.get("position_ids"), context.get("attention_mask")
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return
+    restarts = positions[:, 1:] <= positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.shape == positions.shape:
+        restarts &= (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
+    if passes.arena.solver.per == "sample" and bool(restarts.any()):
         raise GameError(
             "The batch is packed (positions restart within a row), so a row is not one sample "
             "and per-sample norms mean nothing. Use per='token', or unpacked batches."
         )
-
-
-def _packed(passes: Passes) -> bool:
-    if passes.arena.solver.per == "token":
-        return False
-    context = passes.kept[-1].context
-    positions, mask = context.get("position_ids"), context.get("attention_mask")
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
-        return False
-    restarts = positions[:, 1:] <= positions[:, :-1]
-    if isinstance(mask, Tensor) and mask.shape == positions.shape:
-        restarts &= (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
-    return bool(restarts.any())
 
 
 def _no_gradient(arena: Arena) -> str:
@@ -235,3 +235,50 @@ def _check_slopes(arena: Arena, gradients: list[Tensor]) -> bool:
         stacklevel=6,
     )
     return False
+
+
+def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
+    """Warn if the adversary's start `moves` the predictions by little more than rounding does.
+
+    The gradient of a divergence there is a difference of almost equal predictions, and noise if
+    they differ by rounding; the gradient of a loss needs no such difference. The passes are run
+    whether it moves or not: of several processes, which wait for each other in a pass, it may in
+    one alone.
+    """
+    arena, passes = stage.arena, stage.passes
+    solver = arena.solver
+    if solver.leaps or solver.initial_size == 0 or solver.radius == 0:
+        return
+    noise = Noise(arena.seed)
+    noise.begin("noise floor", 0)
+    start = "uniform" if solver.start == "zero" else solver.start
+    words = {f.name: getattr(solver, f.name) for f in fields(Ascent)}
+    ascent = Ascent(**{**words, "particles": 1, "start": start})
+    q = opening(ascent, noise, stage.calls, arena.scale)
+
+    def rounding(index: int, call: Call, output: Tensor) -> Tensor:
+        like = call.empty()
+        size = like.shape[-1] if like.dim() == 3 else like[0].numel()
+        eps = torch.finfo(compute_dtype(output)).eps
+        length = eps * (arena.calibration.unit or 1.0) / math.sqrt(size)
+        return length * noise("uniform", like).sign()
+
+    # A compiled model would have to make a graph for passes without gradients.
+    quiet = passes.frozen() if isinstance(arena.site, CompiledSite) else no_grad()
+    with quiet, passes.autocast(solver):
+        change = _distance(passes.run(passes.at(q.detach())), zero)
+        floor = _distance(passes.run(rounding), zero)
+    if moves and change <= _NOISE_FLOOR * floor:
+        warnings.warn(
+            f"{type(solver).__name__} starts below the noise floor: δ of size "
+            f"{solver.initial_size:g} (start_size, or radius={solver.radius}) moves the "
+            f"predictions by {change:.2g}, rounding alone by {floor:.2g}: what the adversary sees "
+            "is largely noise. Enlarge them, or compute in a wider number format.",
+            stacklevel=6,
+        )
+
+
+def _distance(a: Reading, b: Reading) -> float:
+    """Return the root mean square difference of two passes' predictions, or else losses."""
+    first, second = ((r.loss if r.predictions is None else r.predictions).detach() for r in (a, b))
+    return float((first.double() - second.double()).square().mean().sqrt())

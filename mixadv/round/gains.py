@@ -1,7 +1,5 @@
 """What the adversary gains: payoffs read from a pass, and gradients that a backward left."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -21,13 +19,9 @@ Gains = Callable[[Reading, int], Tensor]
 def gains_of(
     payoff: str | Divergence, clean: Callable[[], Reading], deviation_weight: float = 0.0
 ) -> Gains:
-    """Return what reads the payoffs of a pass.
+    """Return what reads the payoffs of a pass; for the words see `Moves.payoffs`.
 
-    Args:
-        payoff: `"loss"`, or a divergence from the clean predictions, by name or callable.
-        clean: returns the clean pass; called where one is compared with.
-        deviation_weight: of the cosine distance between the perturbed and the clean
-            representation, added to the payoff.
+    `clean` returns the clean pass, and is called where that is compared with.
     """
     target = None if payoff == "loss" else clean().compared.detach()
     measure = None if target is None else divergence(payoff)
@@ -86,11 +80,7 @@ def _spread(values: Tensor, rows: int) -> Tensor:
 
 
 class Arrived:
-    """What a backward brings to a pass: whatever multiplied its loss, such as 1/K of FreeLB.
-
-    Args:
-        reading: of the pass; its loss is watched.
-    """
+    """What a backward brings to a pass: whatever multiplied its loss, such as 1/K of FreeLB."""
 
     def __init__(self, reading: Reading, objective: Tensor) -> None:
         self.samples = reading.samples

@@ -1,7 +1,5 @@
 """The passes of one round: running the closure, and differentiating what it gives."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,10 +10,10 @@ from torch import Tensor
 from mixadv.errors import GameError
 from mixadv.model import scaling
 from mixadv.model.closure import Closure, Reading, parse_output
-from mixadv.model.contexts import cast_anew, no_grad, reusable, without_autocast
-from mixadv.model.gradients import gradients_untouched
+from mixadv.model.contexts import cast_anew, gradients_untouched, no_grad, without_autocast
 from mixadv.model.modules import unwrap
 from mixadv.model.parallel import local
+from mixadv.model.private_torch import KEEPING_BUFFERS
 from mixadv.model.recompute import Cut
 from mixadv.model.replay import Replay
 from mixadv.model.visits import Call, Pass, Provide
@@ -25,45 +23,33 @@ from mixadv.round.arena import Arena, Memory
 
 
 class Passes:
-    """Runs the closure of one round, as often as the solver asks.
-
-    Attributes:
-        arena: where the round is played.
-        closure: runs the forward pass.
-        memory: a copy of what the solver keeps, which the round may change.
-        replay: random state and buffers.
-        cut: the passes whose graphs were not kept.
-        calls: those at the site in the last pass that was not stacked.
-        kept: the passes that a backward may come back to.
-        forwards: runs of the closure so far; a pass over M stacked copies counts as M.
-        theta_backwards: backwards that build the learner's gradients.
-    """
+    """Runs the closure of one round, as often as the solver asks."""
 
     def __init__(self, arena: Arena, closure: Closure, memory: Memory) -> None:
         self.arena = arena
         self.closure = closure
-        self.memory = dict(memory)
+        self.memory = dict(memory)  # which the round may change
         slots = arena.stateful.get(arena.modes)
         self.replay = Replay(arena.model, arena.solver.fresh_dropout, slots)
         self.cut = Cut()
         self.parameters = arena.parameters()  # listed once: passes are many
-        self.calls: list[Call] = []
-        self.kept: list[Pass] = []
-        self.forwards = self.theta_backwards = 0
+        self.calls: list[Call] = []  # at the site in the last pass that was not stacked
+        self.kept: list[Pass] = []  # that a backward may come back to
+        self.forwards = 0  # a pass over M stacked copies counts as M
+        self.theta_backwards = 0
         self._calls_per_pass: int | None = None
-
-    # Running ---------------------------------------------------------------------------------
 
     def run(self, provide: Provide, closure: Closure | None = None, copies: int = 1) -> Reading:
         """Run one pass of the closure and return what it gave."""
         arena, represents = self.arena, self.arena.representation
+        twice = arena.solver.differentiates_twice or arena.solver.leaps
         with (
             local(arena.model) if self.cut.more else nullcontext(),  # another backward follows
             cast_anew(),
             self.replay.run(),
             arena.site.run(provide) as current,
             gradients_untouched(self.parameters),
-            reusable(arena.solver.differentiates_twice or arena.solver.leaps),
+            KEEPING_BUFFERS if twice else nullcontext(),
             represents.run() if represents else nullcontext(),
         ):
             result = (closure or self.closure)()
@@ -145,8 +131,6 @@ class Passes:
             return nullcontext()
         return torch.autocast(self.parameters[0].device.type, torch.bfloat16)
 
-    # Differentiating -------------------------------------------------------------------------
-
     def differentiate(
         self,
         values: Tensor,
@@ -157,12 +141,8 @@ class Passes:
     ) -> list[Tensor]:
         """Return the gradients of a sum of payoffs with respect to leaf perturbations.
 
-        Args:
-            values: the payoffs, of any shape.
-            leaves: the perturbations.
-            samples: of the pass that the payoffs come from.
-            predictions: what the payoffs may be computed from, which tells their scale in fp16.
-            keep: the graph, for another backward.
+        The scale of fp16 follows from the predictions, if the payoffs are computed from them, else
+        from the samples of the pass. `keep` keeps the graph, for another backward.
         """
         if not values.requires_grad:
             raise GameError(
@@ -196,8 +176,6 @@ class Passes:
         with without_autocast(objective):
             (backward or torch.autograd.backward)(objective)
         self.theta_backwards += 1
-
-    # Between optimizer steps, and at the end -------------------------------------------------
 
     def renew(self) -> None:
         """Forget what belongs to the weights before the learner's step."""

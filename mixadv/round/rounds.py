@@ -1,7 +1,5 @@
 """Rounds, one after another: opening and closing them, and what is kept from one to the next."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,51 +18,30 @@ from mixadv.model.modules import weak_hook
 from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena, Memory
-from mixadv.round.cost import count_passes
 from mixadv.round.first_round import calibrate
 from mixadv.round.outcome import Outcome
 from mixadv.round.schedule import Schedule
 from mixadv.round.stage import Stage
 from mixadv.solvers.play import Step
 
-_KINDS = {  # of what is saved
-    "round": int,
-    "updates": int,
-    "unit": (float, NoneType),
-    "memory": dict,
-    "modules": dict,
-}
+_KINDS = {"round": int, "updates": int, "unit": (float, NoneType), "memory": dict, "modules": dict}
 
 
 class Rounds:
-    """Plays the rounds of a game.
-
-    Attributes:
-        arena: where they are played.
-        schedule: when the adversary plays.
-        memory: what the solver keeps from round to round.
-        round: rounds played.
-        updates: rounds, those of micro-batches of one optimizer step as one.
-        outcome: what the last round came to.
-        strategy: what the adversary played in it.
-        probing: holds a closure's gradients back until it plays a round itself.
-        busy: a round is open.
-    """
+    """Plays the rounds of a game."""
 
     def __init__(self, arena: Arena, schedule: Schedule) -> None:
         self.arena = arena
         self.schedule = schedule
-        self.memory: Memory = {}
-        self.round = 0
-        self.updates = 0
-        self.outcome: Outcome | None = None
-        self.strategy: Strategy | None = None
-        self.probing: ExitStack | None = None
-        self.busy = False
+        self.memory: Memory = {}  # what the solver keeps from round to round
+        self.round = 0  # rounds played
+        self.updates = 0  # the same, with those of micro-batches of one optimizer step as one
+        self.outcome: Outcome | None = None  # of the last round
+        self.strategy: Strategy | None = None  # the adversary's in it
+        self.probing: ExitStack | None = None  # holds gradients back until a closure plays itself
+        self.busy = False  # a round is open
         self._stepped = True  # since the last round
         self._watch(arena.optimizer)
-
-    # A round ---------------------------------------------------------------------------------
 
     @contextmanager
     def open(self, closure: Closure, check: bool = False) -> Iterator[Stage]:
@@ -135,8 +112,7 @@ class Rounds:
         finally:
             self.busy = False
         if calibration.leaf_backward:
-            counts = count_passes(solver)
-            validate.check_reentrant(model, solver, counts.branches, counts.theta_backwards)
+            validate.check_reentrant(model, solver)
         self.arena.calibration = calibration
         self.memory = calibration.begin(self.memory)
 
@@ -172,26 +148,17 @@ class Rounds:
             )
 
     def finish(self, stage: Stage, objective: Tensor, steps: int) -> Outcome:
-        """Note and return what a round came to.
-
-        Args:
-            stage: the round.
-            objective: the sum of its objectives, 0-d and detached.
-            steps: its optimizer steps.
-        """
-        self.strategy = None if stage.played is None else stage.played.detach()
-        self.outcome = self._outcome(stage, objective, steps)
-        return self.outcome
-
-    def _outcome(self, stage: Stage, objective: Tensor, steps: int) -> Outcome:
-        q, solver = self.strategy, self.arena.solver
+        """Note and return what a round came to, with the sum of its objectives, detached."""
+        q, solver = stage.played, self.arena.solver
         radius = entropy = weights = None
         if q is not None:
+            q = q.detach()
             radius = q.length(solver.norm, solver.per)
             entropy = q.entropy().mean().detach()
             weights = "sample" if q.log_weights.shape[1] > 1 else "batch"
         fallen = torch.stack([x.sum() for x in stage.fallen]).sum() if stage.fallen else None
-        return Outcome(
+        self.strategy = q
+        self.outcome = Outcome(
             objective=objective / steps,
             clean_loss=stage.clean_loss,
             payoff=stage.payoff,
@@ -204,8 +171,7 @@ class Rounds:
             steps=steps,
             weights=weights,
         )
-
-    # State -----------------------------------------------------------------------------------
+        return self.outcome
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs; tensors refer to the live ones."""
@@ -241,13 +207,10 @@ class Rounds:
         arena.reseed(state["seed"])
         self.outcome = self.strategy = None
 
-    # The optimizer's steps -------------------------------------------------------------------
-
     def _watch(self, optimizer: Optimizer | None) -> None:
         """Notice the steps of an optimizer, which end an update."""
-        self._watching = []
-        if optimizer is not None:
-            self._watching.append(optimizer.register_step_post_hook(weak_hook(self._note_step)))
+        watched = [] if optimizer is None else [optimizer]
+        self._watching = [o.register_step_post_hook(weak_hook(self._note_step)) for o in watched]
 
     def _note_step(self) -> None:
         self._stepped = True

@@ -6,8 +6,6 @@
   batch statistics, and with predictions or one loss per sample.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,19 +26,12 @@ from mixadv.round.passes import Passes, scaled
 
 
 class Payoffs(NamedTuple):
-    """What a route returns.
+    """What a route returns."""
 
-    Attributes:
-        values: `[M, B]`, or fewer where samples share one.
-        gradients: per call at the site, `[M, B, ...]`.
-        predictions: `[M, B, ...]` of the passes, detached; None where the closure returned none.
-        samples: B.
-    """
-
-    values: Tensor
-    gradients: list[Tensor]
-    predictions: Tensor | None
-    samples: int
+    values: Tensor  # [M, B], or fewer where samples share one
+    gradients: list[Tensor]  # per call at the site, [M, B, ...]
+    predictions: Tensor | None  # [M, B, ...], detached; None where the closure returned none
+    samples: int  # B
 
 
 Route = Callable[[Passes, Strategy, Gains], Payoffs]
@@ -114,11 +105,7 @@ def stacked(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
     return Payoffs(_apart(values.detach(), q), columns, predictions, samples)
 
 
-ROUTES: dict[str, Route] = {
-    "loop": loop,
-    "vmap": vmapped,
-    "stack": stacked,
-}
+ROUTES: dict[str, Route] = {"loop": loop, "vmap": vmapped, "stack": stacked}
 
 
 FEW = 256

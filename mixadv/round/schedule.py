@@ -1,7 +1,5 @@
 """When the adversary plays, and in how large a ball: plain training elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

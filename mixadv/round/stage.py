@@ -1,10 +1,7 @@
 """One round of the game: what a solver plays on, and what it came to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import final
 
 import torch
@@ -28,11 +25,6 @@ from mixadv.round.arena import Arena, Memory
 from mixadv.round.gains import Arrived, gains_of, losses, losses_of_samples, repeated, shared
 from mixadv.round.passes import Passes, nowhere
 from mixadv.solvers.play import Moves
-
-_DIFFERENTIATED_TWICE = (
-    "{} differentiates the clean pass twice, which reentrant checkpointing does not allow: set "
-    "use_reentrant=False."
-)
 
 
 @final
@@ -68,13 +60,8 @@ class Stage(Moves):
     def calls(self) -> list[Call]:
         return self.passes.calls
 
-    # The adversary ---------------------------------------------------------------------------
-
     def start(self, ascent: Ascent, begin: Begin | None = None) -> Strategy:
         return opening(ascent, self.arena.noise, self.calls, self.arena.scale, begin)
-
-    def origin(self, ascent: Ascent) -> Strategy:
-        return self.start(ascent, lambda index, call: torch.zeros_like(call.empty()))
 
     def draw(self, ascent: Ascent, call: Call) -> Tensor:
         return ascent.begin(call.empty(), call.mask, self.arena.noise)
@@ -85,25 +72,10 @@ class Stage(Moves):
         return noise(kind, like)
 
     def payoffs(
-        self,
-        q: Strategy,
-        payoff: str | Divergence,
-        ascent: Ascent,
-        deviation_weight: float = 0.0,
+        self, q: Strategy, payoff: str | Divergence, ascent: Ascent, deviation_weight: float = 0.0
     ) -> tuple[Strategy, Tensor, list[Tensor]]:
-        route = routes.ROUTES[routes.chosen(self.passes, q, ascent)]
-        return self.payoffs_by(route, q, payoff, ascent, deviation_weight)
-
-    def payoffs_by(
-        self,
-        route: routes.Route,
-        q: Strategy,
-        payoff: str | Divergence,
-        ascent: Ascent,
-        deviation_weight: float = 0.0,
-    ) -> tuple[Strategy, Tensor, list[Tensor]]:
-        """Return what `payoffs` returns, computed by a route of one's choice."""
         gains = gains_of(payoff, self.clean, deviation_weight)
+        route = routes.ROUTES[routes.chosen(self.passes, q, ascent)]
         with self.passes.ascending(ascent):
             values, gradients, predictions, samples = route(self.passes, q, gains)
         self.delta_backwards += q.size
@@ -129,7 +101,10 @@ class Stage(Moves):
         """Return δ = 0, the gradient there of what is gained in the clean pass, and that pass."""
         passes, again = self.passes, self.arena.solver.recompute
         if self.arena.calibration.leaf_backward and not again:
-            raise GameError(_DIFFERENTIATED_TWICE.format(type(self.arena.solver).__name__))
+            raise GameError(
+                f"{type(self.arena.solver).__name__} differentiates the clean pass twice, which "
+                "reentrant checkpointing does not allow: set use_reentrant=False."
+            )
         zero = self.origin(ascent)
         with ExitStack() as alone:
             if again:
@@ -155,25 +130,6 @@ class Stage(Moves):
         self.fallen = [old | new for old, new in zip(before, fallen, strict=True)]
         return q
 
-    def ascend(
-        self,
-        payoff: str | Divergence,
-        ascent: Ascent,
-        deviation_weight: float = 0.0,
-        begin: Begin | None = None,
-    ) -> Strategy:
-        leaps = ascent.leaps and begin is None
-        q = self.leap(payoff, ascent) if leaps else self.start(ascent, begin)
-        for _ in range(ascent.steps - leaps):
-            q, _, gradients = self.payoffs(q, payoff, ascent, deviation_weight)
-            q = self.move(q, ascent, gradients)
-        return q.detach()
-
-    def leap(self, kind: str | Divergence, ascent: Ascent) -> Strategy:
-        zero, gradients = self.second_order(kind, ascent)
-        size = ascent.step_size if ascent.radius is None else ascent.radius
-        return self.move(zero, replace(ascent, step_size=size), gradients)
-
     def second_order(self, kind: str | Divergence, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
         if kind not in gauss_newton.CURVED + gauss_newton.FLAT:
             raise GameError(f"direction='gauss_newton' is for divergences, and not for {kind!r}.")
@@ -189,8 +145,6 @@ class Stage(Moves):
             drawn = self.arena.noise("uniform", gradients[0].new_empty(1, rows if fits else 1))
             gradients = [by_row(drawn.sign().to(g), g) * g for g in gradients]
         return zero, gradients
-
-    # The learner -----------------------------------------------------------------------------
 
     def clean(self) -> Reading:
         return self._clean or self._keep_clean(self.passes.part(nowhere))

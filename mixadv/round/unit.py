@@ -1,7 +1,5 @@
 """The unit of lengths: the mean L2 norm of a real token's output at the site."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

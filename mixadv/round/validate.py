@@ -1,7 +1,5 @@
 """Checks at construction, and of what a solver yields; those that need a batch: `first_round`."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch.optim import Optimizer
 
 from mixadv.errors import GameError
 from mixadv.model import parallel
-from mixadv.round.cost import ascends, recomputes
+from mixadv.round.cost import ascends, count_passes, recomputes
 from mixadv.round.schedule import Schedule
 from mixadv.solvers.base import Solver
 
@@ -30,14 +28,22 @@ def check_game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, sch
     check_seed(seed)
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a mixadv.Schedule or None, got {schedule!r}.")
-    _check_passes(solver)
+    if solver.ascent_dtype is not None and not ascends(solver):
+        raise ValueError(
+            f"{type(solver).__name__} finds δ in the learner's own passes, and ascent_dtype= acts "
+            "on others: leave it out, or put autocast around the round."
+        )
+    if solver.recompute and not recomputes(solver):
+        raise ValueError(
+            f"{type(solver).__name__} keeps the graph of one pass at a time as it is: leave "
+            "recompute=True out."
+        )
     if any(isinstance(m, nn.DataParallel) for m in model.modules()):
         raise TypeError(
             "The model is wrapped in torch.nn.DataParallel, whose replicas would not receive δ. "
             "Use DistributedDataParallel (one process per device), or the bare model."
         )
-    replicated = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    if any(m.static_graph for m in replicated):
+    if any(isinstance(m, DistributedDataParallel) and m.static_graph for m in model.modules()):
         raise ValueError(
             "The model is in DistributedDataParallel(static_graph=True), which expects one forward "
             "and backward per step; under a round its replicas drift apart. Leave it out."
@@ -83,20 +89,6 @@ def check_trained(model: nn.Module, solver: Solver, optimizer: Any) -> None:
             f"The optimizer trains {len(outside)} parameters that are not part of the model, and "
             f"{type(solver).__name__} runs the model with other weights (a teacher, or samples), "
             "which would leave them out. Give the game a module that holds them all."
-        )
-
-
-def _check_passes(solver: Solver) -> None:
-    """Check that what a solver is told of its passes applies to some."""
-    if solver.ascent_dtype is not None and not ascends(solver):
-        raise ValueError(
-            f"{type(solver).__name__} finds δ in the learner's own passes, and ascent_dtype= acts "
-            "on others: leave it out, or put autocast around the round."
-        )
-    if solver.recompute and not recomputes(solver):
-        raise ValueError(
-            f"{type(solver).__name__} keeps the graph of one pass at a time as it is: leave "
-            "recompute=True out."
         )
 
 
@@ -153,10 +145,11 @@ def check_base_optimizer(optimizer: Any) -> None:
         )
 
 
-def check_reentrant(model: nn.Module, solver: Solver, branches: int, backwards: int) -> None:
+def check_reentrant(model: nn.Module, solver: Solver) -> None:
     """Check that replicas can train a model with reentrant checkpoints."""
+    counts = count_passes(solver)
     replicated = any(isinstance(m, DistributedDataParallel) for m in model.modules())
-    if replicated and branches > backwards:
+    if replicated and counts.branches > counts.theta_backwards:
         raise GameError(
             f"A backward of {type(solver).__name__} runs through several passes, for each of which "
             "reentrant checkpointing would have DistributedDataParallel reduce a gradient anew: "

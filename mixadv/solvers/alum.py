@@ -11,8 +11,6 @@ embedding in the adversarial branch, rescales δ to norm 1 whatever ε, and as s
 adversarial term off.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

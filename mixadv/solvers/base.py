@@ -1,7 +1,5 @@
 """What every solver is: an ascent's hyper-parameters, and how a round is played with them."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self

@@ -8,8 +8,6 @@ clean pass gives the gradient for r too. The contrastive loss compares the sampl
 each other: unlike other solvers' it depends on how a batch is split, over processes too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

@@ -8,8 +8,6 @@ with h the encoder's representation of the sample: an attack on the loss alone m
 leave the encoder as it is. By default h is the first token of the last hidden state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -7,8 +7,6 @@ normalised to mean 0 and variance 1, so its ε = 5 does not carry over to other 
 `norm="linf"` is FGSM.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import ClassVar
 

@@ -12,8 +12,6 @@ project δ_0 (which matters for CoLA alone), divides the loss by 1 + m, and shor
 is that of FreeLB (`help(mixadv.solvers.freelb)`), where updates count batches, not steps.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -31,8 +31,6 @@ attention dropout 0, for QQP and RTE 0.1) and linear decay; ALBERT and "-fp16" i
     albert-xxlarge-v2  rte       3e-5      32      800      200
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -34,8 +34,6 @@ is drawn anew in each pass, and moves the predictions far more than δ does. Tra
     roberta-large      sst2      1e-5      32        5      0.1
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -145,8 +143,8 @@ class MAT(DivergenceSolver):
             temperature=self.learner_temperature,
             damping=self.damping,
             round_damping=self.round_damping,
-            average=self.average,
-            samples=self.samples,
+            average_decay=self.average,
+            most_samples=self.samples,
         )
 
     def play(self, stage: Moves) -> Play:

@@ -7,8 +7,6 @@ tokens of a sample; the Hugging Face argument `neftune_noise_alpha` counts paddi
 it. `UniformNoise(radius=5.0, unit="absolute")` is NEFTune with α = 5.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import ClassVar
 

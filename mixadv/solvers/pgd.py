@@ -10,8 +10,6 @@ fairseq-RoBERTa/launch/VanillaPGD/*.sh (that for QNLI ships no row). That code d
 which matters for CoLA alone. Trained as FreeLB is (`help(mixadv.solvers.freelb)`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

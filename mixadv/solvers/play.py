@@ -5,11 +5,11 @@ and `Step(objective)` for the last pass before an optimizer step; between two yi
 run the backward pass, after a `Step` also the learner's step.
 """
 
-from __future__ import annotations
-
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from mixadv.maths.divergence import Divergence
@@ -47,8 +47,6 @@ class Moves(Protocol):
         """The calls at the site in a pass; empty before the first."""
         ...
 
-    # The adversary ---------------------------------------------------------------------------
-
     def start(self, ascent: Ascent, begin: Begin | None = None) -> Strategy:
         """Return the adversary's start points, leaves that require grad.
 
@@ -60,7 +58,7 @@ class Moves(Protocol):
 
     def origin(self, ascent: Ascent) -> Strategy:
         """Return δ = 0, as a point that requires grad."""
-        ...
+        return self.start(ascent, lambda index, call: torch.zeros_like(call.empty()))
 
     def draw(self, ascent: Ascent, call: Call) -> Tensor:
         """Return the ascent's own start at a call, `[B, ...]`."""
@@ -71,11 +69,7 @@ class Moves(Protocol):
         ...
 
     def payoffs(
-        self,
-        q: Strategy,
-        payoff: str | Divergence,
-        ascent: Ascent,
-        deviation_weight: float = 0.0,
+        self, q: Strategy, payoff: str | Divergence, ascent: Ascent, deviation_weight: float = 0.0
     ) -> tuple[Strategy, Tensor, list[Tensor]]:
         """Return the strategy, each particle's payoff, and its gradient with respect to δ alone.
 
@@ -109,10 +103,12 @@ class Moves(Protocol):
 
     def leap(self, kind: str | Divergence, ascent: Ascent) -> Strategy:
         """Return the first move of an ascent that begins by Gauss–Newton; see `gauss_newton`."""
-        ...
+        zero, gradients = self.second_order(kind, ascent)
+        size = ascent.step_size if ascent.radius is None else ascent.radius
+        return self.move(zero, replace(ascent, step_size=size), gradients)
 
     def move(
-        self, q: Strategy, how: Ascent | Rule, gradients: list[Tensor] | None = None
+        self, q: Strategy, how: Ascent | Rule, gradients: Sequence[Tensor] | None = None
     ) -> Strategy:
         """Return the strategy after one move of the ascent.
 
@@ -132,9 +128,12 @@ class Moves(Protocol):
         begin: Begin | None = None,
     ) -> Strategy:
         """Return where the ascent ends after its K steps, detached; `begin` as for `start`."""
-        ...
-
-    # The learner -----------------------------------------------------------------------------
+        leaps = ascent.leaps and begin is None
+        q = self.leap(payoff, ascent) if leaps else self.start(ascent, begin)
+        for _ in range(ascent.steps - leaps):
+            q, _, gradients = self.payoffs(q, payoff, ascent, deviation_weight)
+            q = self.move(q, ascent, gradients)
+        return q.detach()
 
     def clean(self) -> Reading:
         """Return the clean pass; run once between two optimizer steps and shared."""

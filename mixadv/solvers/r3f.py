@@ -16,8 +16,6 @@ Trained with Adam (β 0.9 and 0.98, weight decay 0.1, no clipping) and linear de
     roberta-large      rte       1e-5       8     3120      187
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import ClassVar
 

@@ -12,8 +12,6 @@ mt-dnn code perturbs an already embedded input, rescales Î´ to norm 1 whatever Î
 term; its rescaling is `projection="sphere", norm="linf", per="token", normalize="none"`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -27,8 +27,6 @@ decay, clipping at 1) and linear decay, on 4 GPUs:
     bert-base-uncased  rte       2e-5      32        9       30
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 

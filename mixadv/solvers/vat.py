@@ -8,8 +8,6 @@ iteration on the Hessian by finite differences, which needs no second derivative
 `start_size`; the paper's 1e-6 lies below the noise floor of an encoder in fp32.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
