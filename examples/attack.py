@@ -33,7 +33,7 @@ from common.results import EMBEDDED_MODEL
 from common.substitution import SOURCES, candidates
 from common.tables import markdown
 from mixadv.reports.kept import Kept
-from mixadv.tokens import Attack, Similarity, WordSubstitution, summary
+from mixadv.tokens import Attack, Similarity, WordSubstitution, attack_summary
 
 STEP = 32  # rows attacked between two writes
 HEAD = ("model", "rows", "clean", "under attack", "success %", "words", "queries", "s/row")
@@ -130,7 +130,7 @@ def run(name: str, options: Namespace, attack: WordSubstitution, task: Task) -> 
 
 def row(name: str, found: Sequence[dict[str, Any]]) -> list[str]:
     """Return a row of the table."""
-    numbers = summary(Attack(**record["attack"]) for record in found)
+    numbers = attack_summary(Attack(**record["attack"]) for record in found)
     success = "–"
     if numbers["success_rate"] is not None:
         low, high = numbers["success_interval"]

@@ -35,7 +35,7 @@ from mixadv.robustness import (
     text_batches,
     token_norm,
 )
-from mixadv.robustness.attacked import drawn, taken
+from mixadv.robustness.sections import drawn
 from mixadv.tokens import WordSubstitution
 
 
@@ -95,7 +95,7 @@ def unit(options: Namespace, labels: Any, columns: dict[str, Any]) -> float | No
     )
     found.to(model.device())
     rows = read_rows(options.data, found, **columns)
-    attacked = taken(rows, drawn(rows, options.rows, seed=0))
+    attacked = rows.take(drawn(rows, options.rows, seed=0))
     batches = text_batches(
         found, tokenizer, attacked, batch_size=options.batch_size, max_length=options.max_length
     )

@@ -23,8 +23,7 @@ from tqdm.auto import tqdm
 from common import command, data, model
 from common.options import Named, positive, script
 from mixadv.neurons import NeuronAnalysis, activations, analyse_neurons
-from mixadv.neurons.analysis import counts, table
-from mixadv.neurons.pictures import compare_layers, compare_tags, draw
+from mixadv.neurons.analysis import compare, counts, draw, table
 from mixadv.reports.kept import Kept
 from mixadv.robustness.data import DataError
 
@@ -127,8 +126,8 @@ def work(options: Namespace) -> str:
     }
     for name, found in analyses.items():
         draw(found, options.output / f"{name}.png")
-    compare_layers(analyses, options.output / "layers.png")
-    compare_tags(analyses, options.output / "tags.png")
+    compare(analyses, "layer", options.output / "layers.png")
+    compare(analyses, "tag", options.output / "tags.png")
     return f"{table(analyses)}\n\n{counts(analyses)}"
 
 

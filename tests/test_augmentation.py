@@ -25,7 +25,7 @@ from common.loop import Training
 from common.results import Run
 from common.substitution import BUILTIN, Source, candidates
 from mixadv.tokens import Attack, SimilarWords, WordSubstitution, adversarial_rows
-from mixadv.tokens.substitution.augmentation import copies
+from mixadv.tokens.substitution.constraints import portion
 from tests.scripts import own_start, weights_of  # noqa: F401
 from tests.substitution_zoo import TABLE, VOCABULARY, bag_of_words, tiny, word_tokenizer
 from tests.zoo import assert_same
@@ -52,22 +52,14 @@ def drawn(part: slice = slice(None), fraction: float = 0.3, seed: int = 0) -> An
     """Return the copies of a fraction of 23 rows."""
     rows = sentences(23, seed=5)
     generator = torch.Generator().manual_seed(seed)
-    return adversarial_rows(
-        bag_of_words(1),
-        word_tokenizer(),
-        rows,
-        [0, 1] * 11 + [0],
-        ATTACK,
-        fraction,
-        generator,
-        part,
-    )
+    data = bag_of_words(1), word_tokenizer(), rows, [0, 1] * 11 + [0]
+    return adversarial_rows(*data, ATTACK, fraction, generator, part)
 
 
 @given(st.sampled_from([0.0, 0.01, 0.2, 0.5, 1.0]), st.integers(0, 5), st.integers(1, 4))
 def test_processes_share_the_rows_drawn(fraction: float, seed: int, processes: int):
     numbers, texts = drawn(fraction=fraction, seed=seed)
-    assert len(numbers) == len(set(numbers)) == math.ceil(fraction * 23) == copies(23, fraction)
+    assert len(numbers) == len(set(numbers)) == math.ceil(fraction * 23) == portion(23, fraction)
     assert set(numbers) <= set(range(23))
     parts = [drawn(slice(rank, None, processes), fraction, seed) for rank in range(processes)]
     shared = list(itertools.chain(*(zip(*part, strict=True) for part in parts)))
@@ -78,15 +70,14 @@ def test_copies_are_what_the_attack_leaves():
     numbers, texts = drawn(fraction=1.0)
     rows, labels = sentences(23, seed=5), [0, 1] * 11 + [0]
     found = ATTACK.attack(bag_of_words(1), word_tokenizer(), rows, labels)
-    assert dict(zip(numbers, texts, strict=True)) == {
-        i: one.perturbed for i, one in enumerate(found)
-    }
-    assert {one.perturbed != one.original for one in found} == {True, False}
+    copied = dict(zip(numbers, texts, strict=True))
+    assert copied == {i: attack.perturbed for i, attack in enumerate(found)}
+    assert {attack.perturbed != attack.original for attack in found} == {True, False}
     assert drawn(seed=1)[0] != drawn(seed=2)[0]
 
 
 def test_a_fraction_is_a_share():
-    with pytest.raises(ValueError, match=r"fraction is a share of the rows, 0 to 1, got 20"):
+    with pytest.raises(ValueError, match="fraction must be finite and between 0 and 1, got 20"):
         drawn(fraction=20)
 
 

@@ -13,6 +13,7 @@ from mixadv.tokens import MaskedCandidates, SimilarWords, Typos
 from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.candidates import usable
 from tests.substitution_zoo import TABLE, piece_tokenizer, tiny, word_tokenizer
+from tests.tokenizers_zoo import word_pieces
 from tests.zoo import assert_same, fingerprint
 
 TEXTS = st.text(alphabet="abXY'’-. ,9é我们 \n", min_size=1, max_size=25)
@@ -76,16 +77,16 @@ def test_a_table_without_similar_words_is_refused():
 # Typos -----------------------------------------------------------------------------------------
 
 
-def distance(one: str, other: str) -> int:
+def distance(old: str, new: str) -> int:
     """Return how many slips apart two words are: letters in, out, changed, or two swapped."""
-    costs = {(i, 0): i for i in range(len(one) + 1)}
-    costs |= {(0, j): j for j in range(len(other) + 1)}
-    for i, j in itertools.product(range(1, len(one) + 1), range(1, len(other) + 1)):
-        change = costs[i - 1, j - 1] + (one[i - 1] != other[j - 1])
+    costs = {(i, 0): i for i in range(len(old) + 1)}
+    costs |= {(0, j): j for j in range(len(new) + 1)}
+    for i, j in itertools.product(range(1, len(old) + 1), range(1, len(new) + 1)):
+        change = costs[i - 1, j - 1] + (old[i - 1] != new[j - 1])
         costs[i, j] = min(costs[i - 1, j] + 1, costs[i, j - 1] + 1, change)
-        if i > 1 and j > 1 and one[i - 2 : i] == other[j - 2 : j][::-1]:
+        if i > 1 and j > 1 and old[i - 2 : i] == new[j - 2 : j][::-1]:
             costs[i, j] = min(costs[i, j], costs[i - 2, j - 2] + 1)
-    return costs[len(one), len(other)]
+    return costs[len(old), len(new)]
 
 
 @given(
@@ -180,6 +181,12 @@ def test_candidates_are_whole_words_of_letters(masked: MaskedCandidates):
     assert {"1", "##der", "."} <= vocabulary
 
 
+def test_a_sign_that_another_family_marks_words_with_hides_no_words():
+    tokenizer = word_pieces("film", "movie", "##s", "▁")
+    source = MaskedCandidates(tiny(transformers.BertForMaskedLM, tokenizer), tokenizer)
+    assert source([Words("film")], [0]) == [["movie"]]
+
+
 def test_a_masked_model_is_left_as_it_was(masked: MaskedCandidates):
     masked.model.train()
     before = fingerprint(masked.model)
@@ -195,7 +202,7 @@ class Slow:
 def test_what_is_no_masked_language_model_is_refused():
     tokenizer = word_tokenizer()
     model = tiny(transformers.BertForMaskedLM, tokenizer)
-    with pytest.raises(TypeError, match="Slow does not tell where the mask lies"):
+    with pytest.raises(TypeError, match="Slow does not tell which characters"):
         MaskedCandidates(model, Slow())
     for kind in (transformers.BertModel, transformers.BertForSequenceClassification):
         with pytest.raises(TypeError, match=f"{kind.__name__} has no language-model head"):

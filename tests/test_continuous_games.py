@@ -25,7 +25,6 @@ from mixadv.games import (
     Torus,
     WassersteinFisherRao,
     duality_gap,
-    snapshots,
     solve,
 )
 from mixadv.games.method import Scene
@@ -375,7 +374,7 @@ def test_automatic_steps_are_stable_where_the_reference_is_steeper_than_the_payo
 
 def test_average_is_of_the_whole_way_however_large_a_cloud_is(monkeypatch):
     """Two particles of each of 40 clouds of 20, drawn by weight: means agree to standard errors."""
-    monkeypatch.setattr(snapshots, "KEPT", 80)
+    monkeypatch.setattr("mixadv.games.solution.KEPT", 80)
     game = ContinuousGame(lambda x, y: product(x, y) + product(x, x), Box(), Box())
     method = WassersteinFisherRao(particles=20, step_size=0.05, mirror_step=0.3)
     found = solve(game, method, 40, grid=5).average.learner
@@ -393,7 +392,7 @@ def test_average_is_of_the_whole_way_however_large_a_cloud_is(monkeypatch):
 
 def test_average_of_a_cycle_is_no_phase_of_it(monkeypatch):
     """The period of xy at γ = 0.5 is 2π/γ = 12.6 steps: every 25th cloud meets the same phase."""
-    monkeypatch.setattr(snapshots, "KEPT", 16 * 32)
+    monkeypatch.setattr("mixadv.games.solution.KEPT", 16 * 32)
     game, _ = play("bilinear")
     for steps in (380, 400):
         still = Langevin(temperature=0.0, particles=32, step_size=0.5)

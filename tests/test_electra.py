@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -27,15 +26,16 @@ from transformers import (
     ElectraConfig,
     ElectraForMaskedLM,
     ElectraForPreTraining,
-    PreTrainedTokenizerFast,
 )
 
 from mixadv.tokens import ReplacedTokenDetection, generator_config
 from mixadv.tokens.pretraining import electra
-from mixadv.tokens.pretraining.drawing import draw_positions, sample
+from mixadv.tokens.pretraining.electra import draw_positions, sample
+from tests.tokenizers_zoo import word_pieces
 
 PAD, CLS, SEP, MASK, FIRST, VOCABULARY = 0, 2, 3, 4, 5, 24
 IDS = {"mask_token_id": MASK, "special_token_ids": [PAD, 1, CLS, SEP]}
+TOKENIZER = word_pieces("a", "b", "c")
 
 
 def config(**changes: Any) -> ElectraConfig:
@@ -254,11 +254,11 @@ def test_the_loss_is_that_of_a_computation_in_float64(counts, generator, seed, w
 def test_what_lies_under_padding_changes_nothing(objective):
     model = game(generator_objective=objective).eval()
     inputs = batch([3, 20, 11])
-    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
-    other["input_ids"][inputs["attention_mask"] == 0] = PAD
-    assert not torch.equal(other["input_ids"], inputs["input_ids"])
+    padded = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    padded["input_ids"][inputs["attention_mask"] == 0] = PAD
+    assert not torch.equal(padded["input_ids"], inputs["input_ids"])
     outputs = []
-    for given_ in (inputs, other):
+    for given_ in (inputs, padded):
         torch.manual_seed(3)
         outputs.append(model(**given_))
     for name in ("loss", "generator_loss", "discriminator_loss", "generator_accuracy"):
@@ -451,22 +451,22 @@ def test_ties_outlive_copies_moves_steps_and_checkpoints(generator, tmp_path):
     safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
     state = safetensors.torch.load_file(tmp_path / "weights.safetensors")
     for assign in (False, True):
-        other = game(generator)
-        assert str(other.load_state_dict(state, assign=assign)) == "<All keys matched successfully>"
-        assert_tied(other)
-        own, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+        fresh = game(generator)
+        assert str(fresh.load_state_dict(state, assign=assign)) == "<All keys matched successfully>"
+        assert_tied(fresh)
+        own, theirs = dict(model.named_parameters()), dict(fresh.named_parameters())
         assert own.keys() == theirs.keys()
         assert all(torch.equal(own[name], theirs[name]) for name in own)
 
 
 def test_a_checkpoint_of_a_wrapper_holds_each_table_once():
-    wrapped, other = nn.ModuleDict({"module": game()}), nn.ModuleDict({"module": game()})
+    wrapped, fresh = nn.ModuleDict({"module": game()}), nn.ModuleDict({"module": game()})
     state = wrapped.state_dict()
     pointers = [value.data_ptr() for value in state.values()]
     assert len(pointers) == len({*pointers})
-    other.load_state_dict(state)
-    assert_tied(other["module"])
-    assert torch.equal(*(m["module"].generator.generator_lm_head.weight for m in (wrapped, other)))
+    fresh.load_state_dict(state)
+    assert_tied(fresh["module"])
+    assert torch.equal(*(m["module"].generator.generator_lm_head.weight for m in (wrapped, fresh)))
 
 
 def test_what_a_checkpoint_lacks_is_still_missed():
@@ -499,23 +499,13 @@ def test_a_narrower_generator_can_be_built_and_tied(width, heads, fraction):
     assert_tied(ReplacedTokenDetection(generator, discriminator, **IDS))
 
 
-def tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]
-    words = {word: i for i, word in enumerate(words)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokens = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, **tokens, sep_token="[SEP]", **{"mask_token": "[MASK]", **special}
-    )
-
-
 def test_the_exported_discriminator_is_an_encoder_to_fine_tune(tmp_path):
     model = ReplacedTokenDetection.from_tokenizer(
-        GENERATORS["electra"](), ElectraForPreTraining(config()), tokenizer()
+        GENERATORS["electra"](), ElectraForPreTraining(config()), TOKENIZER
     )
     assert model.special.tolist() == [0, 1, 2, 3, 4]
     assert model.mask_token_id == MASK
-    model.export(tmp_path / "encoder", tokenizer())
+    model.export(tmp_path / "encoder", TOKENIZER)
     tuned, report = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "encoder", output_loading_info=True
     )
@@ -600,15 +590,6 @@ def test_settings_out_of_range_are_refused(settings, message):
         game(**settings)
 
 
-def test_a_mask_token_of_none_is_refused():
-    with pytest.raises(TypeError, match="mask_token_id must be an integer, got None"):
-        game(mask_token_id=None)
-    with pytest.raises(ValueError, match="has no mask token"):
-        ReplacedTokenDetection.from_tokenizer(
-            GENERATORS["electra"](), ElectraForPreTraining(config()), tokenizer(mask_token=None)
-        )
-
-
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
@@ -618,34 +599,45 @@ def test_a_mask_token_of_none_is_refused():
     ],
 )
 def test_tables_of_different_size_cannot_be_shared(changes, name):
-    generator, discriminator = (
-        ElectraForMaskedLM(config(**changes)),
-        ElectraForPreTraining(config()),
-    )
+    generator = ElectraForMaskedLM(config(**changes))
     own = generator.get_input_embeddings().weight
     with pytest.raises(ValueError, match=f"cannot share their {name}.*embedding_size"):
-        ReplacedTokenDetection(generator, discriminator, **IDS)
+        ReplacedTokenDetection(generator, ElectraForPreTraining(config()), **IDS)
     assert generator.get_input_embeddings().weight is own
 
 
-def test_a_generator_without_a_head_is_refused():
-    with pytest.raises(TypeError, match="BertModel has no language-model head"):
-        ReplacedTokenDetection(BertModel(bert()), ElectraForPreTraining(config()), **IDS)
+def detection(generator: nn.Module, discriminator: nn.Module) -> ReplacedTokenDetection:
+    return ReplacedTokenDetection(generator, discriminator, **IDS)
 
 
-def test_a_discriminator_of_texts_is_refused():
-    model = ReplacedTokenDetection(
-        GENERATORS["electra"](), BertForTokenClassification(bert(num_labels=2)), **IDS
-    )
-    with pytest.raises(ValueError, match=r"logits \[2, 11, 2\] for tokens \[2, 11\]"):
-        model(**batch([9, 4]))
+def unmasked() -> Any:
+    """Return a tokenizer without a mask token."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.mask_token = None
+    return tokenizer
 
 
-def test_a_generator_as_wide_as_its_embeddings_has_no_narrower_one():
-    with pytest.raises(ValueError, match="BertConfig has no embedding_size"):
-        generator_config(BertConfig())
-    with pytest.raises(ValueError, match=r"fraction must be .* got 1.5"):
-        generator_config(config(), 1.5)
+REFUSED = {  # who cannot play, and what is said
+    "mask_token_id must be an integer, got None": lambda: game(mask_token_id=None),
+    "has no mask token": lambda: ReplacedTokenDetection.from_tokenizer(
+        GENERATORS["electra"](), ElectraForPreTraining(config()), unmasked()
+    ),
+    "BertModel has no language-model head": lambda: detection(
+        BertModel(bert()), ElectraForPreTraining(config())
+    ),
+    r"logits \[2, 11, 2\] for tokens \[2, 11\]": lambda: detection(
+        GENERATORS["electra"](), BertForTokenClassification(bert(num_labels=2))
+    )(**batch([9, 4])),
+    "BertConfig has no embedding_size": lambda: generator_config(BertConfig()),
+    "fraction must be .* got 1.5": lambda: generator_config(config(), 1.5),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_players_that_cannot_play_are_refused(message):
+    wrong_kind = "integer" in message or "head" in message
+    with pytest.raises(TypeError if wrong_kind else ValueError, match=message):
+        REFUSED[message]()
 
 
 def test_a_sample_has_no_gradient():

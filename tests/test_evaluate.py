@@ -42,7 +42,7 @@ from mixadv.robustness import (
     read_rows,
     text_batches,
 )
-from mixadv.tokens import SimilarWords, Typos, WordSubstitution, summary
+from mixadv.tokens import SimilarWords, Typos, WordSubstitution, attack_summary
 from tests.substitution_zoo import TABLE, VOCABULARY, tiny, word_tokenizer
 from tests.zoo import assert_same, fingerprint
 
@@ -162,7 +162,7 @@ def test_sections_agree_with_their_parts_computed_by_hand(whole):
     assert section["increase"] == pytest.approx(sums["increase"], rel=1e-4)
 
     attacks = ATTACK.attack(model, word_tokenizer(), rows.texts, rows.labels)
-    by_hand = summary(attacks)
+    by_hand = attack_summary(attacks)
     by_hand["success_interval"] = list(by_hand["success_interval"])
     assert {k: v for k, v in found["attacks"]["similar"].items() if k != "per row"} == by_hand
 

@@ -183,6 +183,10 @@ def test_huge_steps_neither_overflow_nor_leave_the_simplex(name, dtype, seed, m,
     assert found.gaps.isfinite().all()
 
 
+def test_weights_in_a_list_are_as_exact_as_the_game():
+    assert MatrixGame([[0.0, 1.0]]).weights("y", [0.1, 0.9], 1).tolist() == [0.1, 0.9]
+
+
 @given(sizes, sizes, st.integers(1, 1000), st.floats(1e-6, 1e6))
 def test_automatic_step_sizes_are_those_of_the_bounds(m, n, steps, range_):
     scene = Scene(torch.tensor([range_]).double(), steps)

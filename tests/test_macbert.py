@@ -301,9 +301,9 @@ def test_correction_and_sentence_order_train_under_trainer_and_resume_after_an_e
         return model
 
     whole, resumed = trained(), trained(str(tmp_path / "checkpoint-2"))
-    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert one.isfinite().all()
-        assert one.equal(other)
+    for expected, weight in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert expected.isfinite().all()
+        assert expected.equal(weight)
     heads, start = whole.cls, untrained(tokenizer).cls
     assert not heads.predictions.bias.equal(start.predictions.bias)
     assert not heads.seq_relationship.weight.equal(start.seq_relationship.weight)

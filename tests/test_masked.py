@@ -1,6 +1,7 @@
 """Predictions at masked positions alone: the loss of all logits, at the labels only."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -9,24 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from hypothesis import given
-from transformers import (
-    AlbertConfig,
-    AlbertForMaskedLM,
-    BertConfig,
-    BertForMaskedLM,
-    BertForPreTraining,
-    BertModel,
-    DebertaV2Config,
-    DebertaV2ForMaskedLM,
-    DistilBertConfig,
-    DistilBertForMaskedLM,
-    ElectraConfig,
-    ElectraForMaskedLM,
-    ModernBertConfig,
-    ModernBertForMaskedLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
-)
+from transformers import BertConfig, BertForPreTraining, BertModel
 
 import mixadv
 from mixadv.tokens.reading.masked import at_positions, masked_predictions, predictions_at
@@ -36,16 +20,21 @@ SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZE |= {"intermediate_size": 24, "max_position_embeddings": 24, "vocab_size": WORDS}
 SMALL = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}
 
-MODELS: dict[str, Any] = {
-    "bert": lambda: BertForMaskedLM(BertConfig(**SIZE)),
-    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SIZE)),
-    "distilbert": lambda: DistilBertForMaskedLM(DistilBertConfig(vocab_size=WORDS, **SMALL)),
-    "electra": lambda: ElectraForMaskedLM(ElectraConfig(**SIZE, embedding_size=12)),
-    "albert": lambda: AlbertForMaskedLM(AlbertConfig(**SIZE, embedding_size=12)),
-    "deberta": lambda: DebertaV2ForMaskedLM(DebertaV2Config(**SIZE)),
-    "modernbert": lambda: ModernBertForMaskedLM(
-        ModernBertConfig(**SIZE, pad_token_id=0, attn_implementation="eager")
-    ),
+
+def masked_lm(family: str, **size: Any) -> Callable[[], Any]:
+    """Return what builds a masked-language model of a family of transformers."""
+    config, model = (getattr(transformers, f"{family}{part}") for part in ("Config", "ForMaskedLM"))
+    return lambda: model(config(**size))
+
+
+MODELS = {
+    "bert": masked_lm("Bert", **SIZE),
+    "roberta": masked_lm("Roberta", **SIZE),
+    "distilbert": masked_lm("DistilBert", vocab_size=WORDS, **SMALL),
+    "electra": masked_lm("Electra", **SIZE, embedding_size=12),
+    "albert": masked_lm("Albert", **SIZE, embedding_size=12),
+    "deberta": masked_lm("DebertaV2", **SIZE),
+    "modernbert": masked_lm("ModernBert", **SIZE, pad_token_id=0, attn_implementation="eager"),
 }
 
 
@@ -222,4 +211,3 @@ def test_nothing_is_said_while_a_round_is_played():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mixadv.Game(model, mixadv.ALUM()).loss(lambda: masked_predictions(model, **batch(0)))
-    assert transformers.__version__

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from mixadv.tokens import Neighbours, substituted
+from mixadv.tokens import Neighbours, substitute_words
 from mixadv.tokens.reading.words import Words
 from tests.tokenizers_zoo import texts, word_pieces
 
@@ -147,8 +147,8 @@ def test_a_table_that_the_tokenizer_cannot_write_is_refused_with_examples():
 @given(texts, st.integers(0, 99))
 def test_substitution_changes_words_that_have_neighbours_and_nothing_else(text, seed):
     generator = torch.Generator().manual_seed(seed)
-    assert substituted([text], TABLE, 0.0, generator=generator) == [text]
-    (new,) = substituted([text], TABLE, 1.0, generator=generator)
+    assert substitute_words([text], TABLE, 0.0, generator=generator) == [text]
+    (new,) = substitute_words([text], TABLE, 1.0, generator=generator)
     expected, end = "", 0
     words = Words(text)
     for word, (begin, after) in zip(words, words.spans, strict=True):
@@ -163,17 +163,17 @@ def test_substitution_changes_words_that_have_neighbours_and_nothing_else(text, 
 def test_substitution_follows_the_case_and_its_probability():
     generator = torch.Generator().manual_seed(0)
     row = " ".join(["Film"] * 5000 + ["tree"] * 100)
-    new = substituted([row, "FILM film"], TABLE, 0.3, generator=generator)
+    new = substitute_words([row, "FILM film"], TABLE, 0.3, generator=generator)
     count = sum(word in ("Movie", "Picture") for word in Words(new[0]))
     assert abs(count - 1500) < 4 * math.sqrt(5000 * 0.3 * 0.7)
     movies = sum(word == "Movie" for word in Words(new[0]))
     assert abs(movies - count / 2) < 4 * math.sqrt(count / 4)
     assert list(Words(new[0]))[5000:] == ["tree"] * 100
-    assert substituted(["FILM film"], Neighbours({"film": ["movie"]}), 1.0) == ["MOVIE movie"]
+    assert substitute_words(["FILM film"], Neighbours({"film": ["movie"]}), 1.0) == ["MOVIE movie"]
 
 
 def test_one_text_and_a_fraction_that_is_none_are_refused():
     with pytest.raises(TypeError, match="a list of texts, got the text 'film'"):
-        substituted("film", TABLE)
+        substitute_words("film", TABLE)
     with pytest.raises(ValueError, match="between 0 and 1, got 15"):
-        substituted(["film"], TABLE, 15)
+        substitute_words(["film"], TABLE, 15)

@@ -18,10 +18,8 @@ from sklearn.linear_model import LogisticRegression
 
 from mixadv.neurons import Activations, NeuronAnalysis, activations, analyse_neurons
 from mixadv.neurons.analyse import smallest
-from mixadv.neurons.analysis import counts, table
-from mixadv.neurons.pictures import compare_layers, compare_tags, draw
-from mixadv.neurons.probe import Probe
-from mixadv.neurons.ranking import before, claims, rank
+from mixadv.neurons.analysis import compare, counts, draw, table
+from mixadv.neurons.probe import Probe, before, claims, rank
 from tests.tokenizers_zoo import byte_level, word_pieces
 from tests.zoo import player
 
@@ -457,7 +455,7 @@ def test_tables_have_a_row_for_each_model_layer_and_tag(found):
 
 def test_pictures_are_written(found, tmp_path):
     draw(found, tmp_path / "one.png")
-    compare_layers({"plain": found, "freelb": found}, tmp_path / "layers.png")
-    compare_tags({"plain": found, "freelb": found}, tmp_path / "tags.png")
+    compare({"plain": found, "freelb": found}, "layer", tmp_path / "layers.png")
+    compare({"plain": found, "freelb": found}, "tag", tmp_path / "tags.png")
     for name in ("one", "layers", "tags"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

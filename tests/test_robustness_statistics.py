@@ -70,12 +70,10 @@ def test_differences_of_two_sets_are_covered_and_not_those_of_pairs():
     """Rows of one set do not belong to rows of the other: a common part does not cancel."""
     random = np.random.default_rng(1)
     sets = 200
-    found = [
-        bootstrap_difference(
-            random.normal(1, 1, 50), random.normal(0, 2, 70), resamples=300, seed=i
-        )
-        for i in range(sets)
-    ]
+    found = []
+    for i in range(sets):
+        pair = random.normal(1, 1, 50), random.normal(0, 2, 70)
+        found.append(bootstrap_difference(*pair, resamples=300, seed=i))
     low, high = band(sets)
     assert low <= coverage(found, 1.0) <= high
     common = random.normal(size=100)
@@ -262,9 +260,7 @@ def test_one_seed_tells_no_interval_and_nor_do_equal_gains():
     assert one.difference.value == 0.25
     assert math.isnan(one.p)
     assert math.isnan(one.difference.low)
-    equal = paired_t_test(
-        {1: 1.5, 2: 2.5}, {1: 1.0, 2: 2.0}
-    )  # as of accuracies on few rows, by chance
+    equal = paired_t_test({1: 1.5, 2: 2.5}, {1: 1.0, 2: 2.0})  # as by chance of a few rows
     assert equal.difference.value == 0.5
     assert math.isnan(equal.p)
     assert math.isnan(equal.difference.low)

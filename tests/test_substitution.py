@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from mixadv.tokens import Attack, Similarity, SimilarWords, Typos, WordSubstitution, summary
+from mixadv.tokens import Attack, Similarity, SimilarWords, Typos, WordSubstitution, attack_summary
 from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.attacks import wilson
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, budget
@@ -42,6 +42,10 @@ def texts(draw: Any) -> str:
     """Return a text in several cases, with punctuation."""
     pieces = [[draw(CASES)(word), draw(SEPARATORS)] for word in draw(SENTENCES)]
     return "".join(itertools.chain(*pieces)).strip()
+
+
+def classifier(tokenizer: Any, labels: int = 2, seed: int = 0) -> Any:
+    return tiny(transformers.BertForSequenceClassification, tokenizer, seed, num_labels=labels)
 
 
 # A check that uses nothing of the library --------------------------------------------------------
@@ -102,8 +106,8 @@ def test_an_attack_keeps_what_it_promises(
     found = attack.attack(model, tokenizer, given_texts, labels)
     assert [(a.original, a.label) for a in found] == list(zip(given_texts, labels, strict=True))
     assert sum(a.queries for a in found) == model.texts
-    for one in found:
-        check(one, model, tokenizer, TABLE, *allowed)
+    for attacked_text in found:
+        check(attacked_text, model, tokenizer, TABLE, *allowed)
 
 
 def losses(model: Any, tokenizer: Any, candidates: list[str], label: int) -> torch.Tensor:
@@ -148,12 +152,10 @@ def test_one_word_that_may_change_takes_the_best_of_its_candidates(
 
 def test_texts_do_not_depend_on_their_company_nor_on_the_batch():
     tokenizer = piece_tokenizer()
-    model = tiny(transformers.BertForSequenceClassification, tokenizer, seed=2, num_labels=2)
+    model = classifier(tokenizer, seed=2)
     draw = torch.Generator().manual_seed(0)
-    rows = []
-    for length in range(1, 13):
-        chosen = torch.randint(len(VOCABULARY), (length,), generator=draw).tolist()
-        rows.append(" ".join(VOCABULARY[i] for i in chosen))
+    drawn = [torch.randint(len(VOCABULARY), (n,), generator=draw) for n in range(1, 13)]
+    rows = [" ".join(VOCABULARY[i] for i in chosen.tolist()) for chosen in drawn]
     labels = [predicted(model, tokenizer, text) for text in rows]
     together = WordSubstitution(SimilarWords(TABLE)).attack(model, tokenizer, rows, labels)
     assert {a.succeeded for a in together if a.swaps} == {True, False}
@@ -165,14 +167,14 @@ def test_texts_do_not_depend_on_their_company_nor_on_the_batch():
 @pytest.mark.parametrize("column", [0, 1])
 def test_one_text_of_a_pair_is_attacked(column: int):
     tokenizer = piece_tokenizer()
-    model = tiny(transformers.BertForSequenceClassification, tokenizer, num_labels=3)
+    model = classifier(tokenizer, 3)
     pairs = [("the film was good", "Bad plot, slow actor"), ("good film", "good end"), ("the", "a")]
     labels = [predicted(model, tokenizer, pair) for pair in pairs]
     attack = WordSubstitution(SimilarWords(TABLE), column=column)
     found = attack.attack(model, tokenizer, pairs, labels)
     assert found[0].swaps
-    for one in found:
-        check(one, model, tokenizer, TABLE, column=column)
+    for attacked_text in found:
+        check(attacked_text, model, tokenizer, TABLE, column=column)
 
 
 @given(st.lists(texts(), min_size=1, max_size=3), st.sampled_from([0.5, 0.9, 0.97]))
@@ -188,8 +190,8 @@ def test_perturbed_texts_stay_similar_to_the_original(given_texts: list[str], le
         pair = [mean_state(encoder, tokenizer, text) for text in (old, new)]
         return float(F.cosine_similarity(*pair, dim=0)) - least
 
-    for one in found:
-        check(one, model, tokenizer, TABLE, share=1.0, cosine=cosine)
+    for attacked_text in found:
+        check(attacked_text, model, tokenizer, TABLE, share=1.0, cosine=cosine)
 
 
 def test_similarity_is_the_cosine_of_mean_states():
@@ -215,16 +217,16 @@ PAIRS = [("Wonderful actor, don't!", "the end"), ("bad", "thunder-plot")]
 @pytest.mark.parametrize("column", [None, 0, 1])
 def test_words_are_weighed_by_the_gradients_of_their_tokens(column: int | None):
     tokenizer = piece_tokenizer()
-    model = tiny(transformers.BertForSequenceClassification, tokenizer, num_labels=3).eval()
+    model = classifier(tokenizer, 3).eval()
     read: Any = PAIRS if column is not None else [*PAIRS[0], "the slow thunder-plot was 1990"]
     own = [text if column is None else text[column] for text in read]
     reader = Reader(model, tokenizer, None, 2, 1 if column is None else column)
-    found = reader.weigh(read, [2, 1, 0][: len(read)], [Words(text) for text in own])
-    for label, text, part, weights in zip([2, 1, 0], read, own, found.importances, strict=False):
+    found = reader.read(read, [2, 1, 0][: len(read)], [Words(text) for text in own])
+    for label, text, part, result in zip([2, 1, 0], read, own, found, strict=False):
         columns = (text,) if column is None else text
         encoding = tokenizer(*columns, return_tensors="pt", return_offsets_mapping=True)
         spans = encoding.pop("offset_mapping")[0].tolist()
-        belongs = [one == (column or 0) for one in encoding.sequence_ids()]
+        belongs = [segment == (column or 0) for segment in encoding.sequence_ids()]
         embedded = model.get_input_embeddings()(encoding.pop("input_ids")).detach()
         embedded.requires_grad_()
         model(inputs_embeds=embedded, **encoding).logits.log_softmax(-1)[0, label].backward()
@@ -236,12 +238,12 @@ def test_words_are_weighed_by_the_gradients_of_their_tokens(column: int | None):
                 if belongs[i] and match.start() <= a < b <= match.end()
             ]
             expected[at] = float(embedded.grad[0, inside].norm())
-        assert weights == pytest.approx(expected, rel=1e-4)
+        assert result.importances == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_words_that_weigh_most_are_tried_first():
     tokenizer = piece_tokenizer()
-    model = tiny(transformers.BertForSequenceClassification, tokenizer, num_labels=2)
+    model = classifier(tokenizer)
     text = "good film bad plot slow actor"
     label = predicted(model, tokenizer, text)
     tried: list[int] = []
@@ -252,13 +254,14 @@ def test_the_words_that_weigh_most_are_tried_first():
 
     WordSubstitution(watch).attack(model, tokenizer, [text], [label])
     model.eval()
-    [weights] = Reader(model, tokenizer, None, 2, 1).weigh([text], [label], [Words(text)])[2]
+    [found] = Reader(model, tokenizer, None, 2, 1).read([text], [label], [Words(text)])
+    weights = found.importances
     assert tried == sorted(weights, key=weights.__getitem__, reverse=True)
 
 
 def test_function_words_and_words_that_are_cut_stay():
     model, tokenizer = bag_of_words(0), word_tokenizer()
-    everything = {word: [other for other in VOCABULARY if other != word] for word in VOCABULARY}
+    everything = {word: [new for new in VOCABULARY if new != word] for word in VOCABULARY}
     text = " ".join(["the", "good", "and", "film", "was", "bad"] * 4)
     attack = WordSubstitution(SimilarWords(everything), max_share=1, max_length=9)
     for label in (0, 1):
@@ -323,7 +326,7 @@ class BrokenError(Exception):
 @pytest.mark.parametrize("at", [1, 2, None])
 def test_the_model_is_left_as_it_was_after_errors_too(at: int | None):
     tokenizer = word_tokenizer()
-    model = tiny(transformers.BertForSequenceClassification, tokenizer, num_labels=2)
+    model = classifier(tokenizer)
     model.bert.embeddings.eval()  # a mode of its own
     model.classifier.bias.requires_grad_(False)
     text = "the good film was bad and the plot really slow"
@@ -353,7 +356,7 @@ def test_the_model_is_left_as_it_was_after_errors_too(at: int | None):
 
 def test_an_attack_works_in_inference_mode():
     tokenizer = word_tokenizer()
-    model = tiny(transformers.BertForSequenceClassification, tokenizer, num_labels=2)
+    model = classifier(tokenizer)
     text = "the good film was bad"
     label = predicted(model, tokenizer, text)
     attack = WordSubstitution(SimilarWords(TABLE))
@@ -401,9 +404,9 @@ def test_wrong_texts_and_labels_are_refused(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_share": 1.5}, "max_share is a share of the words, 0 to 1, got 1.5"),
+        ({"max_share": 1.5}, "max_share must be finite and between 0 and 1, got 1.5"),
         ({"min_words": -1}, "min_words must be at least 0"),
-        ({"batch_size": 0}, "batch_size at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"column": 2}, "column is 0 or 1"),
     ],
 )
@@ -422,13 +425,13 @@ def test_models_and_tokenizers_that_cannot_be_attacked_are_refused():
         attack.attack(bag_of_words(0), SlowTokenizer(), ["good"], [0])
     with pytest.raises(TypeError, match="Linear has no get_input_embeddings"):
         attack.attack(torch.nn.Linear(1, 1), tokenizer, ["good"], [0])
-    number = tiny(transformers.BertForSequenceClassification, tokenizer, num_labels=1)
+    number = classifier(tokenizer, 1)
     with pytest.raises(ValueError, match=r"at least two labels, got \(1, 1\)"):
         attack.attack(number, tokenizer, ["good"], [0])
     headed = Similarity(tiny(transformers.BertForMaskedLM, tokenizer), tokenizer)
     with pytest.raises(TypeError, match="BertForMaskedLM returns no last_hidden_state"):
         headed(["good"], ["bad"])
-    with pytest.raises(ValueError, match=r"from -1 to 1, got 1\.2"):
+    with pytest.raises(ValueError, match=r"between -1 and 1, got 1\.2"):
         Similarity(number, tokenizer, min_cosine=1.2)
 
 
@@ -442,14 +445,19 @@ def test_wilson_intervals_are_those_of_scipy(trials: int, data: Any):
     assert wilson(successes, trials) == pytest.approx((own.low, own.high), abs=1e-6)
 
 
-def one(before: int, after: int, swaps: int, queries: int) -> Attack:
+def attack_of(before: int, after: int, swaps: int, queries: int) -> Attack:
     swapped = dict.fromkeys(range(swaps), ("a", "b"))
     return Attack("a", "b", 0, before, after, swapped, 10, queries)
 
 
 def test_the_summary_counts_what_was_attacked():
-    attacks = [one(0, 1, 2, 10), one(0, 2, 1, 6), one(0, 0, 4, 41), one(1, 1, 0, 1)]
-    assert summary(attacks) == {
+    attacks = [
+        attack_of(0, 1, 2, 10),
+        attack_of(0, 2, 1, 6),
+        attack_of(0, 0, 4, 41),
+        attack_of(1, 1, 0, 1),
+    ]
+    assert attack_summary(attacks) == {
         "rows": 4,
         "clean_accuracy": 3 / 4,
         "accuracy_under_attack": 1 / 4,
@@ -459,7 +467,7 @@ def test_the_summary_counts_what_was_attacked():
         "share_changed": pytest.approx(0.15),
         "queries": 19,
     }
-    none = summary([one(1, 1, 0, 1)])
+    none = attack_summary([attack_of(1, 1, 0, 1)])
     assert none["success_rate"] is none["success_interval"] is none["queries"] is None
     with pytest.raises(ValueError, match="no attacks to sum up"):
-        summary([])
+        attack_summary([])

@@ -14,19 +14,21 @@ from transformers import BertForSequenceClassification
 
 import attack_game
 import mixadv
-from mixadv.tokens import SimilarWords
-from mixadv.tokens.substitution.game import SubstitutionGame, solve_all
-from mixadv.tokens.substitution.payoffs import (
+from mixadv.tokens import (
+    SimilarWords,
+    SubstitutionGame,
     dropout_masks,
     learner_samples,
+    single_substitutions,
+    solve_games,
     substitution_game,
-    substitutions,
 )
 from tests.substitution_zoo import TABLE, word_tokenizer
 from tests.zoo import tiny_bert
 
 TEXT = "The good film and the plot"
 LABELS = {0: "negative", 1: "positive"}
+TEXTS = single_substitutions(TEXT, SimilarWords(TABLE))
 
 
 def classifier(seed: int, dropout: float = 0.0) -> Any:
@@ -104,7 +106,7 @@ def test_the_exploitability_of_a_pair_is_its_gap(payoff: torch.Tensor):
 @given(st.lists(payoffs(3), min_size=2, max_size=5))
 @settings(max_examples=15)
 def test_games_of_different_widths_are_solved_together_as_alone(several: list[torch.Tensor]):
-    together = solve_all([game(payoff) for payoff in several])
+    together = solve_games([game(payoff) for payoff in several])
     for payoff, found in zip(several, together, strict=True):
         assert len(found.adversary) == payoff.shape[1]
         assert found.adversary.sum().item() == pytest.approx(1)
@@ -123,32 +125,34 @@ def test_matching_pennies_wants_both_to_mix():
 
 
 def test_the_columns_are_the_text_and_single_substitutions():
-    texts = substitutions(TEXT, SimilarWords(TABLE))
-    assert texts[0] == TEXT
+    assert TEXTS[0] == TEXT
     expected = {TEXT.replace(old, new) for old, news in TABLE.items() for new in news} - {TEXT}
-    assert set(texts[1:]) == expected
-    few = substitutions(TEXT, SimilarWords(TABLE), max_texts=4)
+    assert set(TEXTS[1:]) == expected
+    few = single_substitutions(TEXT, SimilarWords(TABLE), max_texts=4)
     assert len(few) == 4
     assert few[0] == TEXT
-    assert set(few) <= set(texts)
-    assert few == substitutions(TEXT, SimilarWords(TABLE), max_texts=4)
-    kept = substitutions(TEXT, SimilarWords(TABLE), protected=frozenset({"film"}))
-    assert set(kept) == {t for t in texts if "film" in t}
+    assert set(few) <= set(TEXTS)
+    assert few == single_substitutions(TEXT, SimilarWords(TABLE), max_texts=4)
+    kept = single_substitutions(TEXT, SimilarWords(TABLE), protected=frozenset({"film"}))
+    assert set(kept) == {t for t in TEXTS if "film" in t}
 
 
 @pytest.mark.parametrize("column", [0, 1])
 def test_of_a_pair_one_text_changes(column: int):
     pair = ("the good plot", "a good film")
-    texts = substitutions(pair, SimilarWords(TABLE), column=column)
+    texts = single_substitutions(pair, SimilarWords(TABLE), column=column)
     assert len(texts) > 1
     assert all(text[1 - column] == pair[1 - column] for text in texts)
 
 
 def test_entries_are_the_errors_of_each_learner_at_each_text():
-    models, texts = [classifier(s) for s in range(3)], substitutions(TEXT, SimilarWords(TABLE))
+    models, texts = (
+        [classifier(s) for s in range(3)],
+        single_substitutions(TEXT, SimilarWords(TABLE)),
+    )
     found = substitution_game(models, word_tokenizer(), texts, 1, batch_size=2)
     for i, model in enumerate(models):
-        for j, text in enumerate(texts):
+        for j, text in enumerate(TEXTS):
             inputs = word_tokenizer()(text, return_tensors="pt")
             with torch.no_grad():
                 logits = model.eval()(**inputs).logits[0]
@@ -157,15 +161,12 @@ def test_entries_are_the_errors_of_each_learner_at_each_text():
 
 
 def test_a_dropout_row_is_one_function_of_the_text_whatever_is_read_beside_it():
-    model, texts = classifier(0, dropout=0.3), substitutions(TEXT, SimilarWords(TABLE))
-    learners = dropout_masks(model, [0, 1])
-    whole = substitution_game(learners, word_tokenizer(), texts, 0).payoff
-    torch.testing.assert_close(
-        substitution_game(learners, word_tokenizer(), texts, 0, batch_size=1).payoff, whole
-    )
-    torch.testing.assert_close(
-        substitution_game(learners, word_tokenizer(), texts[::-1], 0).payoff, whole.flip(1)
-    )
+    learners, words = dropout_masks(classifier(0, dropout=0.3), [0, 1]), word_tokenizer()
+    whole = substitution_game(learners, words, TEXTS, 0).payoff
+    alone = substitution_game(learners, words, TEXTS, 0, batch_size=1).payoff
+    torch.testing.assert_close(alone, whole)
+    backwards = substitution_game(learners, words, TEXTS[::-1], 0).payoff
+    torch.testing.assert_close(backwards, whole.flip(1))
     assert (whole[0] - whole[1]).abs().max() > 1e-3
 
 
@@ -193,9 +194,8 @@ def test_the_rows_of_mat_are_the_samples_that_it_keeps():
     batch = {**words([TEXT, "the plot"], padding=True, return_tensors="pt")}
     for _ in range(3):
         optimizer.step(lambda: model(**batch, labels=torch.tensor([0, 1])))
-    texts = substitutions(TEXT, SimilarWords(TABLE))
-    found = substitution_game(learner_samples(optimizer.game), words, texts, 0).payoff
-    inputs = words(list(texts), padding=True, return_tensors="pt")
+    found = substitution_game(learner_samples(optimizer.game), words, TEXTS, 0).payoff
+    inputs = words(list(TEXTS), padding=True, return_tensors="pt")
     mixed = optimizer.game.mixture(lambda: model.eval()(**inputs))
     torch.testing.assert_close(1 - found.mean(0), mixed.double().exp()[:, 0], atol=1e-6, rtol=0)
     assert len(found) == 3
@@ -223,11 +223,11 @@ def test_wrong_games_are_refused():
     with pytest.raises(ValueError, match=r"each of the 1 texts, got shape \[2, 3\]"):
         SubstitutionGame(("a",), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"2 games with \[1, 2\] learners"):
-        solve_all([game(torch.zeros(1, 2)), game(torch.zeros(2, 2))])
+        solve_games([game(torch.zeros(1, 2)), game(torch.zeros(2, 2))])
     with pytest.raises(ValueError, match="max_texts must be at least 1, got 0"):
-        substitutions(TEXT, SimilarWords(TABLE), max_texts=0)
+        single_substitutions(TEXT, SimilarWords(TABLE), max_texts=0)
     with pytest.raises(ValueError, match="got 0 games"):
-        solve_all([])
+        solve_games([])
 
 
 # The script ------------------------------------------------------------------------------------

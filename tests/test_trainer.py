@@ -18,7 +18,17 @@ import transformers
 from torch import Tensor, nn
 
 import mixadv
-from tests.zoo import PAD, assert_same, or_refused, player, text_batch, without_dropout
+from tests.zoo import (
+    PAD,
+    assert_same,
+    bart_config,
+    copies,
+    or_refused,
+    player,
+    slow_but,
+    text_batch,
+    without_dropout,
+)
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
@@ -103,7 +113,7 @@ def trainer_of(
 
 
 def weights(trainer: Any) -> list[Tensor]:
-    return [p.detach().clone() for p in trainer.model.parameters()]
+    return copies(trainer.model.parameters())
 
 
 def logged(trainer: Any, name: str = "loss") -> list[float]:
@@ -125,16 +135,14 @@ def share_of_items(outputs: Any, labels: Tensor, num_items_in_batch: Any = None)
     return found / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
+OWN_LOSS = {"given": {"compute_loss_func": share_of_items}}
+SMOOTHED = {"label_smoothing_factor": 0.1}
 PLAIN: dict[str, dict[str, Any]] = {
     "one batch": {},
     "accumulated": {"gradient_accumulation_steps": 2, "rows": 10, "max_steps": 3},
     "tokens": {"family": "llama-causal", "gradient_accumulation_steps": 3, "rows": 10},
-    "label smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
-    "own loss": {
-        "given": {"compute_loss_func": share_of_items},
-        "gradient_accumulation_steps": 2,
-        "rows": 7,
-    },
+    "label smoothing": {**SMOOTHED, "gradient_accumulation_steps": 2},
+    "own loss": {**OWN_LOSS, "gradient_accumulation_steps": 2, "rows": 7},
 }
 """Ways of training, with an incomplete last accumulation in some."""
 
@@ -187,11 +195,8 @@ STILL = [
     )
 ]
 """Solvers that draw nothing, for comparisons across splits of a batch."""
-SPLITS: dict[str, dict[str, Any]] = {
-    "tokens": {"family": "llama-causal"},
-    "label smoothing": {"label_smoothing_factor": 0.1},
-    "own loss": {"given": {"compute_loss_func": share_of_items}},
-}
+SPLITS = {"tokens": {"family": "llama-causal"}, "label smoothing": SMOOTHED, "own loss": OWN_LOSS}
+ONCE = {"optim": "sgd", "max_steps": 1, "dropout": False, "max_grad_norm": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -206,11 +211,9 @@ SPLITS: dict[str, dict[str, Any]] = {
 def test_accumulated_micro_batches_are_one_batch_to_learner_and_adversary(
     solver: mixadv.Solver, way: str, tmp_path: Path
 ):
-
     def train(size: int, micro: int) -> Any:
-        options = {"optim": "sgd", "max_steps": 1, "dropout": False, "max_grad_norm": 0.0}
-        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro}
-        return trained(tmp_path, solver, **options, **SPLITS[way])
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro}
+        return trained(tmp_path, solver, **ONCE, **options, **SPLITS[way])
 
     one, three = train(8, 1), train(3, 3)  # 3 + 3 + 2 rows
     torch.testing.assert_close(weights(three), weights(one), rtol=1e-4, atol=1e-6)
@@ -224,9 +227,9 @@ def test_a_model_that_ignores_the_number_of_items_keeps_loss_and_divergence_in_p
     """Trainer adds up the means of such a model, of which BERT is one."""
 
     def train(micro: int) -> list[Tensor]:
-        options = {"optim": "sgd", "max_steps": 1, "dropout": False, "max_grad_norm": 0.0}
-        options |= {"per_device_train_batch_size": 8 // micro, "learning_rate": 0.1 / micro}
-        return weights(trained(tmp_path, solver, gradient_accumulation_steps=micro, **options))
+        options = {"per_device_train_batch_size": 8 // micro, "learning_rate": 0.1 / micro}
+        options |= {"gradient_accumulation_steps": micro}
+        return weights(trained(tmp_path, solver, **ONCE, **options))
 
     torch.testing.assert_close(train(2), train(1), rtol=1e-4, atol=1e-6)
 
@@ -277,9 +280,8 @@ def test_training_is_that_of_the_loop_written_by_hand(name: str, tmp_path: Path)
         head = {"head": nn.Linear(16, 4), "contrast_weight": 0.5} if name == "cat" else {}
         return mixadv.make_solver(name, **head)
 
-    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-    options |= {"max_steps": 3, "rows": 12, "optim": "sgd", "max_grad_norm": 0.0}
-    options |= {"lr_scheduler_type": "constant", "base": Sequential, "dropout": False}
+    options = {**ONCE, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    options |= {"max_steps": 3, "rows": 12, "lr_scheduler_type": "constant", "base": Sequential}
     trainer = trained(tmp_path, solver(), **options)
 
     p = player("bert", rows=12)
@@ -393,10 +395,12 @@ def test_a_batch_that_is_too_large_is_found_out_and_training_starts_again(tmp_pa
     assert logged(trainer)[-1] < 3
 
 
+CLIPPED = {"optim": "sgd", "max_steps": 1, "learning_rate": 1.0, "max_grad_norm": 1e-3}
+
+
 def test_gradients_of_the_whole_round_are_clipped(tmp_path: Path):
-    options = {"optim": "sgd", "max_steps": 1, "learning_rate": 1.0, "max_grad_norm": 1e-3}
     before = weights(trainer_of(tmp_path, None))
-    trainer = trained(tmp_path, mixadv.FreeLB(), **options)
+    trainer = trained(tmp_path, mixadv.FreeLB(), **CLIPPED)
     moves = [a - b for a, b in zip(weights(trainer), before, strict=True)]
     length = torch.stack([m.norm() for m in moves]).norm()
     assert length == pytest.approx(1e-3, rel=1e-3)
@@ -406,8 +410,7 @@ def test_gradients_of_the_whole_round_are_clipped(tmp_path: Path):
 def test_gradients_of_a_head_are_clipped_with_the_models(tmp_path: Path):
     head = nn.Linear(16, 4)
     before = copy.deepcopy(head.state_dict())
-    options = {"optim": "sgd", "max_steps": 1, "learning_rate": 1.0, "max_grad_norm": 1e-3}
-    trained(tmp_path, mixadv.CAT(head=head, contrast_weight=0.5), **options)
+    trained(tmp_path, mixadv.CAT(head=head, contrast_weight=0.5), **CLIPPED)
     moved = torch.stack([(v - before[n]).norm() for n, v in head.state_dict().items()]).norm()
     assert 0 < moved < 1e-3
 
@@ -420,9 +423,8 @@ def test_a_loss_computed_past_the_mixin_is_an_error(tmp_path: Path):
             return model(**inputs).loss
 
     for micro in (1, 2):
-        trainer = trainer_of(
-            tmp_path, mixadv.PGD(), base=Own, rows=16, gradient_accumulation_steps=micro
-        )
+        options = {"base": Own, "rows": 16, "gradient_accumulation_steps": micro}
+        trainer = trainer_of(tmp_path, mixadv.PGD(), **options)
         with pytest.raises(mixadv.GameError, match=r"No round was played.*Override forward_pass"):
             trainer.train()
 
@@ -484,17 +486,10 @@ def test_recomputed_activations_change_nothing(tmp_path: Path):
     torch.testing.assert_close(weights(trainer), weights(plain), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "solver",
-    [
-        mixadv.FreeLB(),
-        pytest.param(SINGLE, marks=pytest.mark.slow),
-        pytest.param(mixadv.CAT(), marks=pytest.mark.slow),
-    ],
-    ids=lambda s: s.name,
-)
-def test_a_model_that_trainer_compiles_is_played_on(solver: mixadv.Solver, tmp_path: Path):
+@pytest.mark.parametrize("name", slow_but(["freelb"], ["freelb", "mat", "cat"]))
+def test_a_model_that_trainer_compiles_is_played_on(name: str, tmp_path: Path):
     torch.compiler.reset()
+    solver = SINGLE if name == "mat" else mixadv.make_solver(name)
     options = {"dropout": False, "optim": "sgd", "eval_on_start": True}
     plain = trained(tmp_path, solver, **options)
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
@@ -535,9 +530,9 @@ def kept(trainer: Any) -> list[Any]:
     "solver",
     [
         lambda: mixadv.MAT(learner_steps=3, samples=2, learner_temperature=1e-4),
-        lambda: mixadv.TextAT(),
+        mixadv.TextAT,
         lambda: mixadv.CAT(head=nn.Linear(16, 4)),
-        lambda: mixadv.SMART(),
+        mixadv.SMART,
     ],
     ids=["mat", "textat", "cat", "smart"],
 )
@@ -573,8 +568,8 @@ def test_evaluation_and_prediction_run_at_the_average(tmp_path: Path):
         trainer.save_model(str(tmp_path / "exported"))
         assert trainer.evaluate()["eval_loss"] == found["eval_loss"]
     model = type(trainer.model).from_pretrained(tmp_path / "exported").eval()
-    batch = {k: torch.stack([row[k] for row in trainer.eval_dataset]) for k in ("input_ids",)}
-    batch["attention_mask"] = torch.stack([row["attention_mask"] for row in trainer.eval_dataset])
+    names = ("input_ids", "attention_mask")
+    batch = {k: torch.stack([row[k] for row in trainer.eval_dataset]) for k in names}
     torch.testing.assert_close(model(**batch).logits, torch.tensor(predicted))
 
 
@@ -613,9 +608,8 @@ def test_training_stops_when_the_average_gets_worse(tmp_path: Path):
 def test_training_stops_early(tmp_path: Path):
     options = {**BEST, "max_steps": 9, "learning_rate": 0.0}
     given = {"callbacks": [EarlyStoppingCallback(2)], "compute_metrics": right}
-    solver = mixadv.MAT(learner_temperature=0.0)
     options["metric_for_best_model"] = "accuracy"
-    trainer = trained(tmp_path, solver, given=given, **options)
+    trainer = trained(tmp_path, mixadv.MAT(learner_temperature=0.0), given=given, **options)
     assert trainer.state.global_step == 3
 
 
@@ -644,13 +638,8 @@ def test_the_log_has_the_round_and_reads_it_only_when_trainer_logs(
 
 
 def test_a_sequence_to_sequence_trainer_plays_and_generates(tmp_path: Path):
-    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 40}
-    size |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    size |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
-    tokens = {"pad_token_id": PAD, "eos_token_id": 2, "decoder_start_token_id": 2}
-    config = transformers.BartConfig(
-        vocab_size=99, bos_token_id=0, forced_eos_token_id=2, **size, **tokens
-    )
+    config = bart_config(1)
+    config.forced_eos_token_id = 2
     batch = text_batch(8)
     batch["labels"] = batch["input_ids"][:, :5].masked_fill(batch["input_ids"][:, :5] == PAD, -100)
 
@@ -663,9 +652,7 @@ def test_a_sequence_to_sequence_trainer_plays_and_generates(tmp_path: Path):
     torch.manual_seed(0)
     model = transformers.BartForConditionalGeneration(config)
     data = [{**row, "decoder_input_ids": row["labels"].clamp(min=0)} for row in rows_of(batch)]
-    trainer = Playing(
-        model=model, args=args, train_dataset=data, eval_dataset=data, solver=mixadv.MAT()
-    )
+    trainer = Playing(model=model, args=args, train_dataset=data, solver=mixadv.MAT())
     trainer.train()
     assert trainer.game.site.names == ["model.encoder.embed_tokens"]
     assert trainer.predict(data).predictions.ndim == 2
@@ -689,26 +676,13 @@ def test_tokens_without_a_label_are_no_aim_of_the_adversary(tmp_path: Path):
 
 # Refusals -----------------------------------------------------------------------------------------
 
+AVERAGE = "MAT is evaluated at the average of its weights, which is saved with the optimizer"
+STATIC = {"ddp_static_graph": True}
 REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "steps within a batch": (mixadv.FreeAT(), {}, ValueError, "FreeAT takes an optimizer step"),
     "a class": (mixadv.MAT, {}, TypeError, r"solver such as mixadv\.MAT\(\), got <class"),
-    "static graph": (
-        mixadv.FreeLB(),
-        {"ddp_static_graph": True},
-        ValueError,
-        "the replicas drift apart",
-    ),
-    "best without average": (
-        mixadv.MAT(),
-        {
-            "load_best_model_at_end": True,
-            "save_only_model": True,
-            "eval_strategy": "steps",
-            "save_strategy": "steps",
-        },
-        ValueError,
-        "MAT is evaluated at the average of its weights, which is saved with the optimizer",
-    ),
+    "static graph": (mixadv.FreeLB(), STATIC, ValueError, "the replicas drift apart"),
+    "best without average": (mixadv.MAT(), BEST | {"save_only_model": True}, ValueError, AVERAGE),
 }
 
 

@@ -162,7 +162,7 @@ def test_rows_of_nothing_are_rows():
     assert tokenize(["", "…"], ["", "good"])["word_ids"] == [[-1] * 3, [-1, -1, -1, 0, -1]]
     with pytest.raises(TypeError, match="a list of texts, got the text 'film'"):
         tokenize("film")
-    with pytest.raises(TypeError, match="use a fast tokenizer"):
+    with pytest.raises(TypeError, match="use the fast tokenizer"):
         WordTokenizer(object())
 
 

@@ -21,7 +21,7 @@ from mixadv.tokens import (
     WordSubstitution,
     adversarial_rows,
 )
-from mixadv.tokens.substitution.augmentation import copies
+from mixadv.tokens.substitution.constraints import portion
 
 BUILTIN = Path(__file__).parent.parent / "data" / "neighbours" / "neighbours.jsonl"
 SOURCES = (
@@ -73,7 +73,7 @@ class Source:
         self.attack: WordSubstitution | None = None
         if run.substitute:
             self.attack = WordSubstitution(candidates(run.neighbours), max_length=run.max_length)
-        self.later = len(rows) + copies(len(rows), run.substitute)
+        self.later = len(rows) + portion(len(rows), run.substitute)
         """Rows of an epoch after the first."""
 
     def updates(self, epochs: float) -> float:

@@ -33,12 +33,11 @@ from common.tables import markdown
 from mixadv.tokens import (
     dropout_masks,
     learner_samples,
-    solve_all,
+    single_substitutions,
+    solve_games,
     substitution_game,
-    substitutions,
 )
-from mixadv.tokens.substitution.game import Equilibrium, SubstitutionGame
-from mixadv.tokens.substitution.payoffs import Classifier
+from mixadv.tokens.substitution.game import Classifier, Equilibrium, SubstitutionGame
 from theory import oracles
 
 NAMES = ("pure_adversary_value", "guaranteed", "value", "worst", "pure_learner_value")
@@ -133,10 +132,10 @@ def work(options: Namespace) -> str:
     for name, (rows, tokenizer) in learners(options, task).items():
         games = []
         for text, label in zip(tqdm(texts, desc=name, disable=None), labels, strict=True):
-            columns = substitutions(text, source, max_texts=options.columns)
+            columns = single_substitutions(text, source, max_texts=options.columns)
             game = substitution_game(rows, tokenizer, columns, label, max_length=LENGTH)
             games.append(game)
-        found = solve_all(games)
+        found = solve_games(games)
         lines.append(row(name, games, found))
         if options.output:
             write(options.output, name, options, games, found)

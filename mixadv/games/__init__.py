@@ -10,25 +10,25 @@ from mixadv.games.continuous import ContinuousGame
 from mixadv.games.matrix import MatrixGame
 from mixadv.games.method import Method
 from mixadv.games.methods import (
+    METHODS,
     AnytimeHedge,
     BestResponseDynamics,
     Hedge,
     Magnetic,
     MirrorProx,
     OptimisticHedge,
+    Restarted,
 )
 from mixadv.games.particles import (
+    PARTICLE_METHODS,
     GradientDescentAscent,
     Langevin,
     ParticleMethod,
     WassersteinFisherRao,
 )
-from mixadv.games.registry import METHODS, PARTICLE_METHODS
-from mixadv.games.restarted import Restarted
 from mixadv.games.solution import Solution, duality_gap
 from mixadv.games.solve import solve
-from mixadv.games.space import Space
-from mixadv.games.spaces import Ball, Box, Gaussian, Torus
+from mixadv.games.spaces import Ball, Box, Gaussian, Space, Torus
 from mixadv.games.strategies import Gap, Pair, Particles
 
 __all__ = [

@@ -15,10 +15,8 @@ from torch.func import jacrev, vmap
 
 from mixadv.checks import check_integer, check_number
 from mixadv.games.matrix import gap, numbers
-from mixadv.games.payoff import PairPayoff
-from mixadv.games.space import Space, check_points
-from mixadv.games.spaces import REACH
-from mixadv.games.strategies import Gap, Particles
+from mixadv.games.spaces import REACH, Space
+from mixadv.games.strategies import Gap, PairPayoff, Particles, check_finite
 from mixadv.maths.geometry import unit
 
 NODES = {1: 1001, 2: 65}
@@ -70,10 +68,10 @@ class ContinuousGame(PairPayoff):
         jumps = isinstance(lipschitz, float) and lipschitz == math.inf
         if lipschitz is not None and not jumps:
             check_number("ContinuousGame", "lipschitz", lipschitz)
-        self.learner, self.adversary = learner, adversary
+        self.learner, self.adversary = self.spaces = learner, adversary
         self.lipschitz, self.device = lipschitz, _device(device)
         draw = self.generator(0)
-        self.check(*(space.sample(64, draw, dtype) for space in (learner, adversary)))
+        self.check(*(space.sample(64, draw, dtype) for space in self.spaces))
 
     def __repr__(self) -> str:
         return f"ContinuousGame({self.learner}, {self.adversary}, {self.dtype})"
@@ -100,19 +98,32 @@ class ContinuousGame(PairPayoff):
             raise ValueError(f"points must be [N, dim], one per row, got {list(points.shape)}.")
         return Particles(points, points.new_full((len(points),), -math.log(max(1, len(points)))))
 
+    def cloud(self, who: str, points: Tensor | Particles, side: int) -> Particles:
+        """Return a strategy of a side, 0 or 1; raise unless its points are in the side's set."""
+        cloud, space = self.particles(points), self.spaces[side]
+        if cloud.points.dim() != 2 or cloud.points.shape[1] != space.dim or not len(cloud.points):
+            raise ValueError(
+                f"{who} must be points of shape [N, {space.dim}] with N at least 1, got "
+                f"{list(cloud.points.shape)}."
+            )
+        out = ~space.holds(cloud.points)
+        if out.any():
+            raise ValueError(
+                f"{who} has {int(out.sum())} points outside {space}, the first is "
+                f"{cloud.points[out][0].tolist()}: project them."
+            )
+        return cloud
+
     def smoothness(self, seed: int = 0, draws: int = 64) -> float:
         """Return the largest spectral norm of f's second derivatives at drawn pairs."""
         draw, split = self.generator(seed), self.learner.dim
-        xs = self.learner.sample(draws, draw, self.dtype)
-        ys = self.adversary.sample(draws, draw, self.dtype)
+        pairs = torch.cat([space.sample(draws, draw, self.dtype) for space in self.spaces], 1)
         second = vmap(jacrev(jacrev(lambda z: self.number(z[:split], z[split:]))))
-        return torch.linalg.matrix_norm(second(torch.cat([xs, ys], 1)), 2).max().item()
+        return torch.linalg.matrix_norm(second(pairs), 2).max().item()
 
     def generator(self, seed: int) -> torch.Generator:
         """Return a generator of draws on the game's device."""
         return torch.Generator(self.device).manual_seed(seed)
-
-    # Certificates --------------------------------------------------------------------------------
 
     def grid(self, size: int) -> tuple[Particles, Particles]:
         """Return both references on grids of `size` nodes per dimension.
@@ -129,7 +140,7 @@ class ContinuousGame(PairPayoff):
             )
         mu, nu = (
             Particles(*(v.to(self.device, self.dtype) for v in space.grid(size)))
-            for space in (self.learner, self.adversary)
+            for space in self.spaces
         )
         return mu, nu
 
@@ -155,9 +166,7 @@ class ContinuousGame(PairPayoff):
             steps: see `grid`.
             seed: of the restarts.
         """
-        mu, nu = self.particles(mu), self.particles(nu)
-        check_points("learner", mu.points, self.learner)
-        check_points("adversary", nu.points, self.adversary)
+        mu, nu = self.cloud("learner", mu, 0), self.cloud("adversary", nu, 1)
         size = self.judging_grid(grid)
         if size is not None:
             return self._gap_on_grid(mu, nu, size)
@@ -183,14 +192,8 @@ class ContinuousGame(PairPayoff):
         """
         xs, ys = (reference.points for reference in self.grid(size))
         losses, gains = self.losses(xs, nu), self.gains(ys, mu)
-        for who, nodes, payoffs in (("x", xs, losses), ("y", ys, gains)):
-            bad = (~payoffs.isfinite()).nonzero()
-            if len(bad):
-                i = int(bad[0])
-                raise ValueError(
-                    f"payoff must be finite on the sets: its mean at {who}={nodes[i].tolist()} is "
-                    f"{payoffs[i].item()}. Without a bound there is no value."
-                )
+        check_finite("its mean", losses, x=xs)
+        check_finite("its mean", gains, y=ys)
         value = gap(losses, gains)
         how = f"a grid of {len(xs)} and {len(ys)} points"
         if not (self.learner.bounded and self.adversary.bounded):

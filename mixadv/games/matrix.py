@@ -100,15 +100,10 @@ def gap(losses: Tensor, gains: Tensor) -> Tensor:
 
 
 def numbers(who: str, values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return values as a tensor.
-
-    Raises:
-        ValueError: if they are no real numbers, or rows differ in length.
-    """
+    """Return values as a tensor; raise unless they are real numbers, with rows of one length."""
     try:
-        tensor = torch.as_tensor(values)
-        if not tensor.is_complex():
-            return tensor.detach().to(device, dtype)
+        if not torch.as_tensor(values).is_complex():
+            return torch.as_tensor(values, dtype=dtype, device=device).detach()
         why = "they are complex"
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         why = str(error)

@@ -20,22 +20,15 @@ from mixadv.checks import check_number
 StepSize = float | tuple[float, float] | Literal["auto"]
 Output = Literal["average", "last", "best"]
 
-
 Strategy = TypeVar("Strategy")
 
 
 class Profile(NamedTuple, Generic[Strategy]):
-    """What both players play: log-weights `[..., m]` and `[..., n]`, or particles.
-
-    Attributes:
-        x: the learner's.
-        y: the adversary's.
-        counts: whether it is a step of the method, or only looked at on the way to one.
-    """
+    """What learner and adversary play: log-weights `[..., m]` and `[..., n]`, or particles."""
 
     x: Strategy
     y: Strategy
-    counts: bool = True
+    counts: bool = True  # a step of the method, or only looked at on the way to one
 
 
 class Answer(NamedTuple):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from mixadv.checks import check_number
+from mixadv.games.matrix import gap
 from mixadv.games.method import Answer, Method, Output, Players, Profile, Scene, StepSizes
 from mixadv.maths import mirror
 
 
-@dataclass(frozen=True, kw_only=True)
 class Hedge(Method):
     """Entropic mirror descent; both players move at once."""
 
@@ -43,7 +43,6 @@ class Hedge(Method):
         return best(x.shape[-1]), best(y.shape[-1])
 
 
-@dataclass(frozen=True, kw_only=True)
 class AnytimeHedge(Hedge):
     """Hedge with decreasing steps: its bound holds at every step, whenever one stops.
 
@@ -67,7 +66,6 @@ class AnytimeHedge(Hedge):
             y = mirror.step(start_y, earned, 1 / math.sqrt(step), -1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class OptimisticHedge(Method):
     """Hedge that expects the last payoffs to come again."""
 
@@ -91,7 +89,6 @@ class OptimisticHedge(Method):
         return eta, eta
 
 
-@dataclass(frozen=True, kw_only=True)
 class MirrorProx(Method):
     """Two steps from one point, the second with the payoffs that the first one finds."""
 
@@ -170,7 +167,6 @@ class Magnetic(Method):
         return eta, eta
 
 
-@dataclass(frozen=True, kw_only=True)
 class BestResponseDynamics(Method):
     """Pure play: each player moves to the best answer to what the other has just played.
 
@@ -189,6 +185,99 @@ class BestResponseDynamics(Method):
             x, y = _pure(losses.argmin(-1), x), _pure(gains.argmax(-1), y)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Restarted(Method):
+    """Another method, begun anew from where it has come, in ever longer runs.
+
+    A run of T steps ends at a gap of KL/(ηT), with KL from its start to an equilibrium. It starts
+    from the better of the last run's average and last pair, mixed with a little of the uniform one,
+    a tenth of the gap in units of r: so KL is at most about distance·log(1/gap), the distance at
+    most gap/α for a constant α of the game, and once T is long enough each run divides the gap. α
+    can be arbitrarily small, so there is no bound for all games.
+
+    Attributes:
+        inner: what is restarted, a class of methods; `step_size` is handed to it.
+    """
+
+    inner: type[Method] = MirrorProx
+
+    name: ClassVar[str] = "restarted"
+    paper: ClassVar[str] = "Applegate et al. 2023, arXiv:2105.12715, for linear programs"
+    bound: ClassVar[str] = "none"
+    output: ClassVar[Output] = "best"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.inner, type) and issubclass(self.inner, Method)):
+            raise TypeError(
+                f"Restarted: inner must be a class of methods such as Hedge, got {self.inner!r}."
+            )
+
+    def play(self, x: Tensor, y: Tensor, scene: Scene) -> Players:
+        """Play runs of growing length, each from the end of the one before."""
+        method, length = self.inner(step_size=self.step_size), 16
+        while True:
+            run = _Run(x, y)
+            yield from run.play(method, scene._replace(steps=length), length)
+            x, y, least = run.best()
+            yield Profile(x, y)
+            share = (0.1 * least * scene.over_spread(1.0)).clamp(max=0.5)
+            x, y = _with_uniform(x, share), _with_uniform(y, share)
+            length = math.ceil(1.2 * length)
+
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Hedge,
+        AnytimeHedge,
+        OptimisticHedge,
+        MirrorProx,
+        Magnetic,
+        Restarted,
+        BestResponseDynamics,
+    )
+}
+"""By name: a new one is a class and a line here."""
+
+
 def _pure(choice: Tensor, like: Tensor) -> Tensor:
     certain = torch.full_like(like, -math.inf)
     return certain.scatter(-1, choice[..., None], 0.0)
+
+
+def _with_uniform(x: Tensor, share: Tensor) -> Tensor:
+    """Return the log-weights of (1 − share)·x + share·uniform."""
+    return torch.logaddexp(x + (-share).log1p(), (share / x.shape[-1]).log())
+
+
+class _Run:
+    """A few steps of a method from one start, their average and the last of them."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.start = x, y
+        self.x, self.y = torch.full_like(x, -math.inf), torch.full_like(y, -math.inf)
+        self.paid, self.earned = torch.zeros_like(x), torch.zeros_like(y)
+
+    def play(self, method: Method, scene: Scene, length: int) -> Players:
+        players = method.play(*self.start, scene)
+        move = next(players)
+        for _ in range(length):
+            while not move.counts:
+                move = players.send((yield move))
+            answer = yield move
+            self.last, self.answer = move, answer
+            # Summed in the log domain: weights that underflow once can come back.
+            self.x, self.y = torch.logaddexp(self.x, move.x), torch.logaddexp(self.y, move.y)
+            self.paid, self.earned = self.paid + answer.losses, self.earned + answer.gains
+            move = players.send(answer)
+        self.x, self.y = self.x.log_softmax(-1), self.y.log_softmax(-1)
+        self.mean = Answer(self.paid / length, self.earned / length)
+
+    def best(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the average or the last pair, whose gap is less in each game, and that gap."""
+        mean, last = gap(*self.mean)[..., None], gap(*self.answer)[..., None]
+        nearer = last < mean
+        x = torch.where(nearer, self.last.x, self.x)
+        y = torch.where(nearer, self.last.y, self.y)
+        return x, y, torch.minimum(mean, last)

@@ -7,7 +7,7 @@ Positions move by `mixadv.maths.langevin.step`, weights by `mixadv.maths.mirror.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from mixadv.checks import check_integer, check_number
 from mixadv.games.continuous import ContinuousGame
 from mixadv.games.method import Output, Profile, StepSize, check_step_size
-from mixadv.games.space import Space
+from mixadv.games.spaces import Space
 from mixadv.games.strategies import Particles, Slopes
 from mixadv.maths import langevin, mirror
 
@@ -64,12 +64,10 @@ class ParticleMethod:
         if not isinstance(self.step_size, str):
             return self.step_size, self.step_size
         smoothness = game.smoothness()
-        pulls = [temperature * space.curvature for space in (game.learner, game.adversary)]
+        pulls = [temperature * space.curvature for space in game.spaces]
         if smoothness + min(pulls) > 0:
             return 0.1 / (smoothness + pulls[0]), 0.1 / (smoothness + pulls[1])
-        drawn = [
-            s.sample(64, game.generator(0), game.dtype) for s in (game.learner, game.adversary)
-        ]
+        drawn = [space.sample(64, game.generator(0), game.dtype) for space in game.spaces]
         found = game.slopes(*map(game.particles, drawn))
 
         def best(space: Space, uphill: Tensor) -> float:
@@ -107,12 +105,13 @@ class Langevin(ParticleMethod):
         """Move by x ← Π( x − γ·∇h(x) + γτ·∇log π(x) + √(2γτ)·ξ ), h the mean payoff against y."""
         step_x, step_y = self.step_sizes(game, steps, self.temperature)
 
+        def noise(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=draw, dtype=like.dtype, device=like.device)
+
         def move(cloud: Particles, uphill: Tensor, size: float, space: Space) -> Particles:
             drift = uphill + self.temperature * space.score(cloud.points)
-            moved = langevin.step(
-                cloud.points, drift, size, self.temperature, _noise(draw), space.project
-            )
-            return cloud._replace(points=moved)
+            x = langevin.step(cloud.points, drift, size, self.temperature, noise, space.project)
+            return cloud._replace(points=x)
 
         while True:
             found = yield Profile(x, y)
@@ -173,8 +172,6 @@ class GradientDescentAscent(Langevin):
     output: ClassVar[Output] = "last"
 
 
-def _noise(draw: torch.Generator) -> Callable[[Tensor], Tensor]:
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=draw, dtype=like.dtype, device=like.device)
-
-    return noise
+PARTICLE_METHODS: dict[str, type[ParticleMethod]] = {
+    method.name: method for method in (Langevin, WassersteinFisherRao, GradientDescentAscent)
+}

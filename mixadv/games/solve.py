@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import reprlib
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixadv.checks import check_flag, check_integer, check_number
 from mixadv.errors import build
 from mixadv.games.continuous import ContinuousGame
 from mixadv.games.matrix import MatrixGame
-from mixadv.games.means import Means
-from mixadv.games.method import Method, Scene
-from mixadv.games.particles import ParticleMethod
-from mixadv.games.registry import METHODS, PARTICLE_METHODS
-from mixadv.games.run import Run, play
-from mixadv.games.snapshots import Snapshots
-from mixadv.games.solution import Solution, duality_gap
-from mixadv.games.space import check_points
+from mixadv.games.method import Method, Profile, Scene, Strategy
+from mixadv.games.methods import METHODS
+from mixadv.games.particles import PARTICLE_METHODS, ParticleMethod
+from mixadv.games.solution import Ledger, Means, Reply, Snapshots, Solution, duality_gap
 from mixadv.games.strategies import Pair, Particles
 from mixadv.maths import mirror
 
@@ -63,11 +64,34 @@ def solve(
         >>> round(solution.value.item(), 2), float(solution.gap) < 0.02
         (0.14, True)
     """
-    run = Run(steps, start, tolerance, grid, seed, progress)
+    run = _Run(steps, start, tolerance, grid, seed, progress)
     return _solve(game, _method(method, parameters), run)
 
 
-def _solve(game: Any, method: Method | ParticleMethod, run: Run) -> Solution:
+@dataclass(frozen=True)
+class _Run:
+    """What `solve` is asked for besides the game and the method; see there."""
+
+    steps: int
+    start: tuple[Any, Any] | None
+    tolerance: float
+    grid: int | None
+    seed: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        pair = isinstance(self.start, (tuple, list)) and len(self.start) == 2
+        if self.start is not None and not pair:
+            raise TypeError(
+                f"start must be a pair (learner's, adversary's), got {reprlib.repr(self.start)}."
+            )
+        check_integer("solve", "steps", self.steps, 1)
+        check_integer("solve", "seed", self.seed, 0)
+        check_number("solve", "tolerance", self.tolerance)
+        check_flag("solve", "progress", self.progress)
+
+
+def _solve(game: Any, method: Method | ParticleMethod, run: _Run) -> Solution:
     if not isinstance(game, (MatrixGame, ContinuousGame)):
         raise TypeError(
             f"game must be a MatrixGame or a ContinuousGame, got {type(game).__name__}: wrap a "
@@ -82,11 +106,11 @@ def _solve(game: Any, method: Method | ParticleMethod, run: Run) -> Solution:
     return _finite(game, method, run)
 
 
-def _finite(game: MatrixGame, method: Method, run: Run) -> Solution:
+def _finite(game: MatrixGame, method: Method, run: _Run) -> Solution:
     x, y = (_start(game, side, run) for side in (0, 1))
     ledger = Means(game, method)
     players = method.play(x, y, Scene(game.spread[..., None], run.steps))
-    recorded, gaps = play(players, ledger, run, math.ceil(run.steps / RECORDS))
+    recorded, gaps = _play(players, ledger, run, math.ceil(run.steps / RECORDS))
     if not all(weights.isfinite().all() for weights in ledger.output):
         raise FloatingPointError(
             f"{method.name}: step size × payoffs overflow in {game.payoff.dtype}: give a smaller "
@@ -95,7 +119,7 @@ def _finite(game: MatrixGame, method: Method, run: Run) -> Solution:
     return _solution(ledger, recorded, gaps)
 
 
-def _on_grid(game: ContinuousGame, method: Method, run: Run) -> Solution:
+def _on_grid(game: ContinuousGame, method: Method, run: _Run) -> Solution:
     coarse = {1: 201, 2: 21}.get(max(game.learner.dim, game.adversary.dim))
     size = coarse if run.grid is None else run.grid
     if size is None:
@@ -115,8 +139,7 @@ def _on_grid(game: ContinuousGame, method: Method, run: Run) -> Solution:
     return replace(
         solved,
         game=game,
-        learner=output.learner,
-        adversary=output.adversary,
+        **output._asdict(),
         average=on_nodes(*solved.average),
         last=on_nodes(*solved.last),
         gap=game.duality_gap(*output, grid=size),
@@ -124,7 +147,7 @@ def _on_grid(game: ContinuousGame, method: Method, run: Run) -> Solution:
 
 
 def _with_particles(
-    game: MatrixGame | ContinuousGame, method: ParticleMethod, run: Run
+    game: MatrixGame | ContinuousGame, method: ParticleMethod, run: _Run
 ) -> Solution:
     if isinstance(game, MatrixGame):
         raise ValueError(
@@ -132,12 +155,11 @@ def _with_particles(
             f"one of {', '.join(METHODS)}."
         )
     draw = game.generator(run.seed)
-    spaces = (game.learner, game.adversary)
-    start = run.start or [s.sample(method.particles, draw, game.dtype) for s in spaces]
+    start = run.start or [s.sample(method.particles, draw, game.dtype) for s in game.spaces]
     x, y = (_cloud(game, side, start[side], method.particles) for side in (0, 1))
     ledger = Snapshots(game, method, run.steps, run.grid)
     players = method.play(x, y, game, run.steps, draw)
-    recorded, gaps = play(players, ledger, run, ledger.record_every)
+    recorded, gaps = _play(players, ledger, run, ledger.record_every)
     return _solution(ledger, recorded, gaps, grid=run.grid)
 
 
@@ -148,8 +170,7 @@ def _solution(
     return Solution(
         game=game,
         method=ledger.method,
-        learner=output.learner,
-        adversary=output.adversary,
+        **output._asdict(),
         average=ledger.average,
         last=ledger.last,
         value=game.value(*output),
@@ -157,6 +178,39 @@ def _solution(
         gaps=torch.stack(gaps),
         steps=recorded,
     )
+
+
+def _play(
+    players: Generator[Profile[Strategy], Reply, None],
+    ledger: Ledger[Strategy, Reply],
+    run: _Run,
+    every: int,
+) -> tuple[list[int], list[Tensor]]:
+    """Play the steps; return those recorded, each `every` and the last, and the gaps there."""
+    recorded, gaps = [], []
+    profile = next(players)
+    with _bar(range(1, run.steps + 1), ledger.method.name, run.progress) as steps:
+        for step in steps:
+            while not profile.counts:
+                profile = players.send(ledger.answer(profile))
+            reply = ledger.answer(profile)
+            if step % every == 0 or step == run.steps:
+                recorded.append(step)
+                gaps.append(ledger.gap())
+                if run.tolerance and (gaps[-1] <= run.tolerance).all():
+                    break
+            if step < run.steps:
+                profile = players.send(reply)
+    return recorded, gaps
+
+
+def _bar(steps: range, name: str, wanted: bool) -> AbstractContextManager[Iterable[int]]:
+    """Return steps under a progress bar; nothing is shown off a terminal or without tqdm."""
+    if not wanted or find_spec("tqdm") is None:
+        return nullcontext(steps)
+    from tqdm import tqdm
+
+    return tqdm(steps, desc=name, delay=2, disable=None, leave=False)
 
 
 def _method(method: Any, parameters: dict[str, Any]) -> Method | ParticleMethod:
@@ -167,14 +221,13 @@ def _method(method: Any, parameters: dict[str, Any]) -> Method | ParticleMethod:
                 f"{type(method).__name__}(...), or give the method by name."
             )
         return method
-    if isinstance(method, type):
-        raise TypeError(f"method must be a name or an object, such as {method.__name__}().")
     if not isinstance(method, str):
-        raise TypeError(f"method must be a name or an object, such as Hedge(), got {method!r}.")
+        kind = method.__name__ if isinstance(method, type) else "Hedge"
+        raise TypeError(f"method must be a name or an object, such as {kind}(), got {method!r}.")
     return build("method", {**METHODS, **PARTICLE_METHODS}, method, parameters)
 
 
-def _start(game: MatrixGame, side: int, run: Run) -> Tensor:
+def _start(game: MatrixGame, side: int, run: _Run) -> Tensor:
     """Return the log-weights a player starts from, `[..., size]`."""
     shape = (*game.payoff.shape[:-2], game.shape[side])
     if run.start is None:
@@ -190,11 +243,10 @@ def _start(game: MatrixGame, side: int, run: Run) -> Tensor:
 
 
 def _cloud(game: ContinuousGame, side: int, points: Any, particles: int) -> Particles:
-    cloud, space = game.particles(points), (game.learner, game.adversary)[side]
+    cloud, space = game.cloud(f"start[{side}]", points, side), game.spaces[side]
     if len(cloud.points) != particles:
         raise ValueError(
             f"start[{side}] must be points [{particles}, {space.dim}], one row per particle, got "
             f"{list(cloud.points.shape)}."
         )
-    check_points(f"start[{side}]", cloud.points, space)
     return cloud._replace(points=space.project(cloud.points))

@@ -1,17 +1,13 @@
 """The sets the players of a continuous game choose from, each with its reference measure.
 
-    Box     a product of intervals, uniform
-    Torus   [0, 1)^d with ends joined, uniform
-    Ball    ‖x‖₂ ≤ radius, uniform
-    Gaussian  all of R^d with N(0, scale²·I): entropy needs a reference of mass 1
-
-The reference is where strategies start, and what entropy is measured against.
+The reference is where strategies start, and what entropy is measured against: of mass 1, uniform on
+bounded sets.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,11 +15,54 @@ import torch
 from torch import Tensor
 
 from mixadv.checks import check_integer, check_number
-from mixadv.games.space import Space
-from mixadv.maths import geometry
+from mixadv.maths import geometry, mirror
 
 REACH = 6.0
 """A grid on R^d covers this many standard deviations of the reference to either side."""
+
+
+class Space:
+    """A set with a reference measure; points are rows of `[N, dim]`."""
+
+    dim: int
+    bounded: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_integer(type(self).__name__, "dim", self.dim, 1)
+
+    @property
+    def diameter(self) -> float:
+        """Largest distance of two points; of R^d, of two typical draws of its reference."""
+        raise NotImplementedError
+
+    def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """Draw `[count, dim]` points from the reference, on the generator's device."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the nearest points of the set, `[N, dim]`."""
+        raise NotImplementedError
+
+    def holds(self, x: Tensor) -> Tensor:
+        """Return which points lie in the set, up to rounding, `[N]`."""
+        return (self.project(x) - x).norm(dim=1) <= 1e-4 * self.diameter
+
+    def score(self, x: Tensor) -> Tensor:
+        """Return the gradient of the reference's log-density, `[N, dim]`."""
+        return torch.zeros_like(x)
+
+    @property
+    def curvature(self) -> float:
+        """How fast the score changes: its Lipschitz constant."""
+        return 0.0
+
+    def grid(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return nodes `[G, dim]` and the reference's log-weights there, `[G]`, in float64."""
+        raise NotImplementedError
+
+    def covering(self, size: int) -> float:
+        """Return how far a point of the set can be from a grid; none covers R^d."""
+        return math.inf
 
 
 @dataclass(frozen=True)
@@ -45,7 +84,7 @@ class Box(Space):
     dim: int = 1
 
     def __post_init__(self) -> None:
-        check_integer("Box", "dim", self.dim, 1)
+        super().__post_init__()
         given = {len(end) for end in (self.low, self.high) if isinstance(end, Sequence)}
         if self.dim > 1 or not given:
             given.add(self.dim)
@@ -55,10 +94,8 @@ class Box(Space):
                 "of dimensions."
             )
         [dim] = given
-        ends = [
-            tuple(end) if isinstance(end, Sequence) else (end,) * dim
-            for end in (self.low, self.high)
-        ]
+        ends = (self.low, self.high)
+        ends = [tuple(end) if isinstance(end, Sequence) else (end,) * dim for end in ends]
         for low, high in zip(*ends, strict=True):
             if any(isinstance(end, float) and math.isinf(end) for end in (low, high)):
                 raise ValueError(
@@ -69,9 +106,8 @@ class Box(Space):
             check_number("Box", "high", high, -math.inf)
             if low >= high:
                 raise ValueError(f"Box: low must be below high, got [{low}, {high}].")
-        object.__setattr__(self, "low", ends[0])
-        object.__setattr__(self, "high", ends[1])
-        object.__setattr__(self, "dim", len(ends[0]))
+        for name, value in zip(("low", "high", "dim"), (*ends, dim), strict=True):
+            object.__setattr__(self, name, value)
 
     def _ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return like.new_tensor(self.low), like.new_tensor(self.high)
@@ -83,7 +119,7 @@ class Box(Space):
 
     def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         """Draw uniform points."""
-        x = _uniform(count, self.dim, generator, dtype)
+        x = _draws(torch.rand, count, self.dim, generator, dtype)
         low, high = self._ends(x)
         return low + (high - low) * x
 
@@ -97,7 +133,7 @@ class Box(Space):
             torch.linspace(low, high, size, dtype=torch.float64)
             for low, high in zip(self.low, self.high, strict=True)  # pyright: ignore
         ]
-        return _even(torch.cartesian_prod(*axes).view(-1, self.dim))
+        return _even(axes)
 
     def covering(self, size: int) -> float:
         """Half the diagonal of a cell."""
@@ -115,9 +151,6 @@ class Torus(Space):
 
     dim: int = 1
 
-    def __post_init__(self) -> None:
-        check_integer("Torus", "dim", self.dim, 1)
-
     @property
     def diameter(self) -> float:
         """Distance to the opposite point."""
@@ -125,7 +158,7 @@ class Torus(Space):
 
     def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         """Draw uniform points."""
-        return _uniform(count, self.dim, generator, dtype)
+        return _draws(torch.rand, count, self.dim, generator, dtype)
 
     def project(self, x: Tensor) -> Tensor:
         """Return the coordinates modulo 1."""
@@ -138,7 +171,7 @@ class Torus(Space):
     def grid(self, size: int) -> tuple[Tensor, Tensor]:
         """Return the multiples of 1/size, of equal weight."""
         axis = torch.arange(size, dtype=torch.float64) / size
-        return _even(torch.cartesian_prod(*[axis] * self.dim).view(-1, self.dim))
+        return _even([axis] * self.dim)
 
     def covering(self, size: int) -> float:
         """Half the diagonal of a cell."""
@@ -158,7 +191,7 @@ class Ball(Space):
     radius: float = 1.0
 
     def __post_init__(self) -> None:
-        check_integer("Ball", "dim", self.dim, 1)
+        super().__post_init__()
         check_number("Ball", "radius", self.radius)
         if self.radius == 0:
             raise ValueError("Ball: radius must be above 0, got 0.")
@@ -170,8 +203,8 @@ class Ball(Space):
 
     def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         """Draw uniform points: a direction, and the dim-th root of a uniform number as length."""
-        x = _normal(count, self.dim, generator, dtype)
-        length = _uniform(count, 1, generator, dtype) ** (1 / self.dim)
+        x = _draws(torch.randn, count, self.dim, generator, dtype)
+        length = _draws(torch.rand, count, 1, generator, dtype) ** (1 / self.dim)
         return self.radius * length * geometry.unit(x)
 
     def project(self, x: Tensor) -> Tensor:
@@ -186,8 +219,7 @@ class Ball(Space):
         nodes = Box(-self.radius, self.radius, self.dim).grid(size)[0]
         nodes = nodes[nodes.norm(dim=1) <= self.radius + self.covering(size)]
         fifths = (torch.arange(5, dtype=torch.float64) - 2) / 5 * 2 * self.radius / (size - 1)
-        within = torch.cartesian_prod(*[fifths] * self.dim).view(-1, self.dim)
-        inside = (nodes[:, None] + within).norm(dim=2) <= self.radius
+        inside = (nodes[:, None] + _even([fifths] * self.dim)[0]).norm(dim=2) <= self.radius
         points, which = torch.unique(self.project(nodes), dim=0, return_inverse=True)
         least = 1e-3  # a point that is reached by moving alone would never be
         mass = nodes.new_zeros(len(points))
@@ -214,7 +246,7 @@ class Gaussian(Space):
     bounded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_integer("Gaussian", "dim", self.dim, 1)
+        super().__post_init__()
         check_number("Gaussian", "scale", self.scale)
         if self.scale == 0:
             raise ValueError("Gaussian: scale must be above 0, got 0.")
@@ -226,7 +258,7 @@ class Gaussian(Space):
 
     def sample(self, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         """Draw from the reference."""
-        return self.scale * _normal(count, self.dim, generator, dtype)
+        return self.scale * _draws(torch.randn, count, self.dim, generator, dtype)
 
     def project(self, x: Tensor) -> Tensor:
         """Return the points: all of R^d is in the set."""
@@ -246,18 +278,14 @@ class Gaussian(Space):
         nodes = Box(-REACH * self.scale, REACH * self.scale, self.dim).grid(size)[0]
         return nodes, (-(nodes / self.scale).square().sum(1) / 2).log_softmax(0)
 
-    def covering(self, size: int) -> float:
-        """No grid covers R^d."""
-        return math.inf
+
+def _draws(
+    law: Callable[..., Tensor], count: int, dim: int, draw: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    return law(count, dim, generator=draw, dtype=dtype, device=draw.device)
 
 
-def _uniform(count: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    return torch.rand(count, dim, generator=generator, dtype=dtype, device=generator.device)
-
-
-def _normal(count: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    return torch.randn(count, dim, generator=generator, dtype=dtype, device=generator.device)
-
-
-def _even(nodes: Tensor) -> tuple[Tensor, Tensor]:
-    return nodes, torch.full((len(nodes),), -math.log(len(nodes)), dtype=nodes.dtype)
+def _even(axes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return all points with coordinates on the axes, of equal weight."""
+    nodes = torch.cartesian_prod(*axes).view(-1, len(axes))
+    return nodes, mirror.uniform(len(nodes), dtype=nodes.dtype)

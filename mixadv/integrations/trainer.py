@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,54 +18,36 @@ from mixadv.optimizer import GameOptimizer
 from mixadv.solvers.base import Solver
 
 
-class Plays(Protocol):
-    """A Trainer that plays a game."""
+class Rounds(TrainerCallback):
+    """Asks for a round before each optimizer step, and zeroes gradients beside the model's.
 
-    @property
-    def game(self) -> Game:
-        """The game, once training has begun."""
-        ...
-
-
-class Zeroing(TrainerCallback):
-    """Zeroes the gradients of what the solver trains: Trainer does so for its model alone.
-
-    Before a step, since loss scaling may skip the last one and its gradients that are not finite.
+    Trainer zeroes those of its model alone. What the solver trains is zeroed before a step: loss
+    scaling may skip the last one, and its gradients are not finite.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules = modules
+    def __init__(self, who: str, modules: Iterable[nn.Module]) -> None:
+        self.who, self.modules = who, modules
+        self.played = 0
+
+    def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        """Note the rounds so far, of a game that may be new."""
+        self.played = game_of(optimizer).round
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Zero them."""
+        """Zero the gradients of what the solver trains."""
         for module in self.modules:
             module.zero_grad()
 
-
-class Playing(TrainerCallback):
-    """Raises before an optimizer step for which no round was played."""
-
-    def __init__(self, trainer: Plays) -> None:
-        self.trainer = weakref.ref(trainer)
-        self.round = 0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Note the rounds so far, of a game that may be new."""
-        trainer = self.trainer()
-        self.round = 0 if trainer is None else trainer.game.round
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
         """Compare the number of rounds with that before the last step."""
-        trainer = self.trainer()
-        if trainer is None:
-            return
-        if trainer.game.round == self.round:
+        played = game_of(optimizer).round
+        if played == self.played:
             raise GameError(
-                f"No round was played since the last optimizer step: {type(trainer).__name__} "
-                "computes its loss past compute_loss of the mixin. Override forward_pass, or put "
-                "the loss in a Trainer that the mixin is named before."
+                f"No round was played since the last optimizer step: {self.who} computes its loss "
+                "past compute_loss of the mixin. Override forward_pass, or put the loss in a "
+                "Trainer that the mixin is named before."
             )
-        self.round = trainer.game.round
+        self.played = played
 
 
 def wrapped(optimizer: Any) -> GameOptimizer | None:
@@ -74,6 +55,14 @@ def wrapped(optimizer: Any) -> GameOptimizer | None:
     while optimizer is not None and not isinstance(optimizer, GameOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
+
+
+def game_of(optimizer: Any) -> Game:
+    """Return the game of an optimizer."""
+    made = wrapped(optimizer)
+    if made is None:
+        raise GameError("The game is made with the optimizer, when training begins.")
+    return made.game
 
 
 def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:
@@ -121,13 +110,9 @@ class Share:
     def of_mean(
         self, trainer: Trainer, inputs: dict[str, Any], items: Any, loss: Callable[[Any], Tensor]
     ) -> Tensor | float:
-        """Return the share of a micro-batch.
+        """Return the share of a micro-batch, of those that have so many items together.
 
-        Args:
-            trainer: which asks for it.
-            inputs: the micro-batch.
-            items: the number that Trainer tells of all that are accumulated, if it does.
-            loss: `loss(items)` runs the model on the micro-batch, told of so many.
+        `loss(items)` runs the model on the micro-batch, told of so many.
         """
         steps = trainer.current_gradient_accumulation_steps
         scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # Trainer's rule

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.model.private_torch import original
 from mixadv.optimizer import STATE_KEY, wrap
@@ -29,7 +28,7 @@ try:
     from transformers import Trainer
     from transformers.trainer import OPTIMIZER_NAME
 
-    from mixadv.integrations.trainer import Playing, Share, Zeroing, check_playable, wrapped
+    from mixadv.integrations.trainer import Rounds, Share, check_playable, game_of, wrapped
 except ImportError as error:
     raise ImportError(
         "mixadv.integrations.transformers needs transformers and accelerate: "
@@ -42,13 +41,8 @@ else:
     Base = object
 
 
-LOGGED = {
-    "clean_loss": "clean_loss",
-    "payoff": "payoff",
-    "radius": "radius",
-    "entropy": "strategy_entropy",
-    "nonfinite": "nonfinite",
-}
+LOGGED = {name: name for name in ("clean_loss", "payoff", "radius", "nonfinite")}
+LOGGED["entropy"] = "strategy_entropy"
 """Trainer's names for what a round comes to, by those of `Outcome`."""
 
 
@@ -121,10 +115,8 @@ class Adversarial(Base):
         self.site, self.schedule, self.evaluate_average = site, schedule, evaluate_average
         self._share = Share()
         check_playable(self, self.solver, self.averages)
-        self.add_callback(Playing(self))
         self._besides = {m: copy.deepcopy(m.state_dict()) for m in self.solver.modules().values()}
-        if self._besides:
-            self.add_callback(Zeroing([*self._besides]))
+        self.add_callback(Rounds(type(self).__name__, self._besides))
         if self.optimizer is not None:
             self.create_optimizer()
 
@@ -137,10 +129,7 @@ class Adversarial(Base):
     @property
     def game(self) -> Game:
         """The game, once training has begun."""
-        made = wrapped(self.optimizer)
-        if made is None:
-            raise GameError("The game is made with the optimizer, when training begins.")
-        return made.game
+        return game_of(self.optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Create the Trainer's optimizer and wrap it, unless it is."""
@@ -153,8 +142,6 @@ class Adversarial(Base):
             how: Any = {"site": self.site, "schedule": self.schedule, "seed": self.args.seed}
             self.optimizer = made = wrap(made, played, self.solver, **how)
         return made
-
-    # Training ----------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -221,8 +208,6 @@ class Adversarial(Base):
             return super()._clip_grad_norm(model)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
-
-    # Evaluation --------------------------------------------------------------------------------
 
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
         """Evaluate, at the learner's average where there is one."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,8 @@ class Activations:
         tags = np.array([number.get(name, -1) for name in self.names], int)[self.tags]
         kept = np.flatnonzero(tags >= 0)
         words = tuple(self.words[i] for i in kept)
-        layers, hidden = self.layers, self.hidden
-        return Activations(self.values[kept], tags[kept], tuple(names), words, layers, hidden)
+        found = {"values": self.values[kept], "tags": tags[kept], "words": words}
+        return replace(self, **found, names=tuple(names))
 
 
 def activations(
@@ -149,26 +150,13 @@ def _taken(sentences: Sentences, max_tokens: int, seed: int | None) -> list[int]
     order = list(range(len(sentences)))
     if seed is not None:
         random.Random(seed).shuffle(order)
-    taken, words = [], 0
-    for i in order:
-        words += len(sentences[i])
-        if words > max_tokens:
-            break
-        taken.append(i)
-    if not words or not taken:
+    words = [*itertools.accumulate(len(sentences[i]) for i in order)]
+    taken = [i for i, count in zip(order, words, strict=True) if count <= max_tokens]
+    if not taken or not words[-1]:
         raise ValueError(
-            f"max_tokens is {max_tokens}, and the first sentence has {words} words: raise it."
+            f"max_tokens is {max_tokens}, and the first sentence has {words[0]} words: raise it."
         )
     return taken
-
-
-def _encoder(model: nn.Module) -> Any:
-    """Return the part of a model that has the hidden states."""
-    inner: Any = unwrap(model)
-    inner = getattr(inner, "base_model", inner)
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        return inner.get_encoder()
-    return inner
 
 
 def _read_all(
@@ -180,7 +168,10 @@ def _read_all(
     max_length: int | None,
 ) -> dict[int, dict[int, np.ndarray]]:
     """Return the activations of the words of some sentences, by number and place."""
-    encoder = _encoder(model)
+    bare: Any = unwrap(model)
+    encoder = getattr(bare, "base_model", bare)  # without a head
+    if getattr(getattr(encoder, "config", None), "is_encoder_decoder", False):
+        encoder = encoder.get_encoder()
     most = max_length or longest(encoder, tokenizer)
     by_length = sorted(taken, key=lambda i: sum(map(len, sentences[i])))
     found: dict[int, dict[int, np.ndarray]] = {}

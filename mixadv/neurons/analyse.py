@@ -19,8 +19,7 @@ from tqdm.auto import tqdm
 
 from mixadv.neurons.activations import Activations
 from mixadv.neurons.analysis import NeuronAnalysis
-from mixadv.neurons.probe import Probe
-from mixadv.neurons.ranking import claims, rank
+from mixadv.neurons.probe import Probe, claims, rank
 
 PENALTIES = (1e-2, 3e-3, 1e-3)
 """What the penalty of the probe is chosen from."""
@@ -146,18 +145,7 @@ class _Probing:
 
 
 def smallest(score: Callable[[int], float], sizes: list[int], most: int, enough: float) -> int:
-    """Return the fewest neurons with a score that is enough.
-
-    Args:
-        score: of a number of neurons.
-        sizes: to try first, rising.
-        most: neurons, which are taken to be enough.
-        enough: a score.
-
-    Example:
-        >>> smallest(lambda k: min(k, 11) / 11, [1, 2, 4, 8, 16], 20, 0.9)
-        10
-    """
+    """Return the fewest neurons with a score that is enough; `most` are taken to have one."""
     high = next((k for k in sizes if score(k) >= enough), most)
     low = max((k for k in sizes if k < high), default=0)
     while high - low > 1:

@@ -1,12 +1,17 @@
-"""What an analysis of neurons has found, as data and as tables."""
+"""What an analysis of neurons has found, as data, as tables and as pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from mixadv.reports.tables import DASH, Table
+import numpy as np
+
+from mixadv.reports.shown import COLOURS, DASH, Table, figure
+
+TOP, RANDOM, OTHER = COLOURS[0], COLOURS[1], COLOURS[-1]
 
 
 @dataclass(frozen=True)
@@ -94,3 +99,60 @@ def counts(analyses: Mapping[str, NeuronAnalysis]) -> str:
     ]
     rows += [[tag, *(str(a.per_tag.get(tag, DASH)) for a in analyses.values())] for tag in tags]
     return Table("", ["neurons", *analyses], rows).markdown()
+
+
+def draw(analysis: NeuronAnalysis, path: str | Path) -> None:
+    """Save accuracy against neurons, and neurons of the smallest set per layer and per tag."""
+    with figure(12, 4.2) as drawn:
+        curves, layers, tags = drawn.subplots(1, 3, width_ratios=(1.5, 1, 1))
+        _curves(curves, analysis)
+        layers.bar(range(analysis.layers), analysis.per_layer, color=TOP)
+        layers.set(xlabel="layer (0: embeddings)", xticks=range(analysis.layers))
+        layers.set_title(f"Layers of the {analysis.neurons}", loc="left")
+        names = sorted(analysis.per_tag, key=analysis.per_tag.__getitem__)
+        tags.barh(names, [analysis.per_tag[name] for name in names], color=TOP)
+        tags.set(xlabel="neurons, some of several tags")
+        tags.set_title("Neurons of each tag", loc="left")
+        drawn.savefig(path)
+
+
+def compare(
+    analyses: Mapping[str, NeuronAnalysis], by: Literal["layer", "tag"], path: str | Path
+) -> None:
+    """Save how many neurons of each layer or tag are in the smallest set of each model, by name."""
+    bars: dict[str, dict[Any, int]] = {
+        name: dict(enumerate(found.per_layer)) if by == "layer" else found.per_tag
+        for name, found in analyses.items()
+    }
+    places = sorted({place for own in bars.values() for place in own})
+    with figure(max(6.0, 0.25 * len(places) * (len(bars) + 1)), 3.6) as drawn:
+        axes, width = drawn.subplots(), 0.8 / max(1, len(bars))
+        for i, (name, own) in enumerate(bars.items()):
+            at = np.arange(len(places)) + (i + 0.5) * width - 0.4
+            heights, colour = [own.get(place, 0) for place in places], COLOURS[i % len(COLOURS)]
+            label = f"{name} ({analyses[name].neurons})"
+            axes.bar(at, heights, width, label=label, color=colour)
+        axes.set_xticks(range(len(places)), [str(place) for place in places])
+        axes.set(xlabel="layer (0: embeddings)" if by == "layer" else by)
+        axes.set_title("Neurons of the smallest set", loc="left")
+        drawn.legend(loc="outside right upper")
+        drawn.savefig(path)
+
+
+def _curves(axes: Any, analysis: NeuronAnalysis) -> None:
+    """Draw accuracies against numbers of neurons."""
+    sizes, random = analysis.sizes, 100 * np.array(analysis.random_curves)
+    axes.plot(sizes, 100 * np.array(analysis.top_curve), "o-", ms=3, color=TOP, label="first")
+    axes.plot(sizes, random.mean(0), "o-", ms=3, color=RANDOM, label="random")
+    axes.fill_between(sizes, random.min(0), random.max(0), color=RANDOM, alpha=0.25, lw=0)
+    axes.axhline(100 * analysis.accuracy["majority"], color=OTHER, lw=0.8, ls=":")
+    axes.axvline(analysis.neurons, color=TOP, lw=0.8, ls="--")
+    below, right = axes.get_xaxis_transform(), axes.get_yaxis_transform()
+    axes.text(analysis.neurons, 0.02, f" {analysis.neurons}", color=TOP, transform=below)
+    high = 100 * analysis.accuracy["majority"]
+    axes.text(1, high, "most frequent tag ", color=OTHER, transform=right, ha="right", va="bottom")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="neurons", xlim=(1, sizes[-1]))
+    axes.set_title("Accuracy of a probe, %", loc="left")
+    axes.legend(loc="upper left")

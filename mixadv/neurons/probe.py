@@ -1,22 +1,30 @@
-"""A linear probe: multinomial logistic regression with an elastic net."""
+r"""A linear probe, and the order of the neurons by its weights.
+
+For class c the neurons are ordered by falling |W_cd|, and a_cd is the share of the weight of c that
+lies before neuron d. To cover a share p of it takes the neurons with a_cd < p. As p rises from 0 to
+1 for all classes at once, neuron d enters at
+
+.. math:: a_d = \min_c a_{cd},
+
+which ranks all neurons; of those that enter together the one with the larger share goes first.
+The idea of raising the share is that of Dalvi et al. (2019, arXiv 1812.09355); the limit of
+infinitely small raises, and the tie-break, are ours.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
-if TYPE_CHECKING:
-    from sklearn.preprocessing import StandardScaler
-
 
 @dataclass(frozen=True)
 class Probe:
-    r"""A linear classifier of standardised features.
+    r"""A linear classifier of standardised features: logistic regression with an elastic net.
 
     Over W and b it minimises
 
@@ -26,18 +34,12 @@ class Probe:
     Minimised by L-BFGS-B of scipy over the positive and the negative part of W, so that weights
     are exactly 0 where the l1-norm wants them to be. On the activations of a small encoder this
     takes a small part of the time that scikit-learn's saga, its one solver of this problem, does.
-
-    Attributes:
-        weights: W, [classes, features], fp64.
-        bias: b, [classes].
-        scaler: standardises features as on the training rows.
-        converged: whether the minimum was reached within the steps allowed.
     """
 
-    weights: np.ndarray
-    bias: np.ndarray
-    scaler: StandardScaler
-    converged: bool
+    weights: np.ndarray  # W, [classes, features], fp64
+    bias: np.ndarray  # b, [classes]
+    scaler: Any  # standardises features as on the training rows
+    converged: bool  # whether the minimum was reached within the steps allowed
 
     @classmethod
     def fit(
@@ -51,23 +53,9 @@ class Probe:
         tolerance: float = 1e-6,
         max_steps: int = 500,
     ) -> Probe:
-        """Fit a probe.
+        """Fit λ = `penalty` and ρ = `l1_ratio` on [rows, features] and labels below `classes`.
 
-        Args:
-            features: [rows, features].
-            labels: numbers below `classes`, [rows].
-            classes: how many there are.
-            penalty: λ.
-            l1_ratio: ρ, 1 for the l1-norm alone.
-            tolerance: the decrease of the objective in a step at which to stop, nats.
-            max_steps: of L-BFGS-B.
-
-        Example:
-            >>> x = np.random.default_rng(0).normal(size=(200, 3))
-            >>> probe = Probe.fit(x, (x[:, 1] > 0).astype(int), 2, penalty=0.1)
-            >>> probe.weights.round(1) + 0
-            array([[ 0., -1.,  0.],
-                   [ 0.,  1.,  0.]])
+        Steps of L-BFGS-B end where one lowers the objective by less than `tolerance`, in nats.
         """
         if not (penalty >= 0 and 0 <= l1_ratio <= 1):
             raise ValueError(
@@ -120,3 +108,39 @@ def _objective(
         )
 
     return objective
+
+
+def before(weights: np.ndarray) -> np.ndarray:
+    """Return a, [classes, neurons], in [0, 1), of a probe's weights; 1 where the weight is 0.
+
+    Example:
+        >>> before(np.array([[0.0, 2, -5, 3], [1, 0, 0, 1]]))
+        array([[1. , 0.8, 0. , 0.5],
+               [0. , 1. , 1. , 0.5]])
+    """
+    share = _shares(weights)
+    order = np.argsort(-share, axis=1, kind="stable")
+    falling = np.take_along_axis(share, order, 1)
+    found = np.empty_like(share)
+    np.put_along_axis(found, order, np.cumsum(falling, 1) - falling, 1)
+    return np.where(share > 0, found, 1.0)
+
+
+def rank(weights: np.ndarray) -> np.ndarray:
+    """Return the neurons in the order in which they enter, [neurons]."""
+    return np.lexsort((-_shares(weights).max(0), before(weights).min(0)))
+
+
+def claims(weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Return which classes have brought in each of the first neurons of the ranking.
+
+    True, [classes, chosen], where the class covers the neuron at the share at which the last of
+    them enters; every neuron has a class, and may have several.
+    """
+    found = before(weights)[:, chosen]
+    return (found < 1) & (found <= found.min(0).max())
+
+
+def _shares(weights: np.ndarray) -> np.ndarray:
+    size = np.abs(np.asarray(weights, dtype=np.float64))
+    return size / np.maximum(size.sum(1, keepdims=True), np.finfo(np.float64).tiny)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-FORMAT = 2  # of the files; a change in what sections hold makes the old ones unknown
+FORMAT = 3  # of the files; a change in what sections hold makes the old ones unknown
 SAVED = ("_name_or_path", "transformers_version", "architectures", "dtype")
 """What a configuration says of where it was saved; the tensors have a dtype of their own."""
 
@@ -28,7 +28,8 @@ class Kept:
     """Finished parts by name and key, as JSON files; without a folder nothing is kept.
 
     A file is written whole or not at all. What is found is returned as it will be read, so that a
-    resumed evaluation has the numbers of an uninterrupted one.
+    resumed evaluation has the numbers of an uninterrupted one. A file of the folder that is not
+    what was written there is a ValueError.
 
     Args:
         folder: made when the first part is finished.
@@ -37,9 +38,9 @@ class Kept:
     """
 
     def __init__(self, folder: Path | None, key: Mapping[str, Any], progress: bool = True) -> None:
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"folder is {folder}, a file: name a folder, or none.")
-        if folder is not None and not folder.exists():
+        if folder is not None and not folder.is_dir():
+            if folder.exists():
+                raise NotADirectoryError(f"folder is {folder}, a file: name a folder, or none.")
             parent = next(above for above in folder.absolute().parents if above.exists())
             if not os.access(parent, os.W_OK):
                 raise PermissionError(f"folder is {folder}, and {parent} cannot be written in.")
@@ -61,11 +62,7 @@ class Kept:
         compute: Callable[[slice], Iterable[Any]],
         step: int,
     ) -> list[Any]:
-        """Return one record for each of `count` rows, computed and kept `step` at a time.
-
-        Raises:
-            ValueError: if a file of the folder is not what was written there.
-        """
+        """Return one record for each of `count` rows, computed and kept `step` at a time."""
         path, whole = self._path(name, key)
         found = self._read(path, whole) or []
         hidden = None if self.progress else True  # None: hidden where there is no terminal
@@ -132,9 +129,6 @@ def as_json(value: Any) -> Any:
     return value
 
 
-# Keys ------------------------------------------------------------------------------------------
-
-
 def digest(value: Any) -> str:
     """Return a name that is the same for values that do the same, in another process too.
 
@@ -143,10 +137,6 @@ def digest(value: Any) -> str:
 
     Raises:
         TypeError: for an object that does not say what it is made of, such as an open file.
-
-    Example:
-        >>> digest({"radius": 0.1}) == digest({"radius": 0.1}), digest([1]) == digest([2])
-        (True, False)
     """
     known = hashlib.sha256()
     _add(value, known.update, {})
@@ -176,7 +166,10 @@ def _parts(value: Any) -> Iterable[Any]:
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return [str(value.dtype), list(value.shape), raw.numpy().tobytes()]
     if isinstance(value, nn.Module):
-        return [[type(part) for part in value.modules()], dict(value.state_dict()), _config(value)]
+        config: Any = getattr(value, "config", None)  # whatever folder and version it is saved by
+        if hasattr(config, "to_dict"):
+            config = {k: v for k, v in config.to_dict().items() if k not in SAVED}
+        return [[type(part) for part in value.modules()], dict(value.state_dict()), config]
     if hasattr(value, "get_vocab"):
         return [_tokenizer(value)]
     if isinstance(value, Mapping):
@@ -207,14 +200,6 @@ def _parts(value: Any) -> Iterable[Any]:
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _config(model: nn.Module) -> Any:
-    """Return a model's configuration, whatever folder and version it was saved by."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
-        return config
-    return {k: v for k, v in config.to_dict().items() if k not in SAVED}
 
 
 def _tokenizer(tokenizer: Any) -> Any:

@@ -2,14 +2,15 @@
 
 try:
     from mixadv.robustness.ascents import token_norm
-    from mixadv.robustness.batches import Batch, text_batches
     from mixadv.robustness.data import DataError, Rows, read_rows
     from mixadv.robustness.evaluate import Evaluation, evaluate
     from mixadv.robustness.predictions import (
+        Batch,
         Predictions,
         accuracy_drop,
         expected_calibration_error,
         predict,
+        text_batches,
     )
     from mixadv.robustness.report import Report, compare
     from mixadv.robustness.statistics import (

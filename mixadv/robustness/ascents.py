@@ -12,7 +12,7 @@ settle.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from mixadv.model.replay import Noise, evaluating
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
-from mixadv.robustness.batches import Batch, check_reading, in_order
+from mixadv.robustness.predictions import Batch, check_reading, in_order
 from mixadv.round.stage import Stage
 from mixadv.round.unit import measure_unit
 from mixadv.round.validate import check_seed
@@ -64,24 +64,27 @@ def play(
 ) -> list[NDArray[Any]]:
     """Measure on each batch and return the columns, rows in order; the model is left as it was."""
     rows, columns = [], []
-    with evaluating(model), _learnable(model), torch.inference_mode(False), torch.enable_grad():
-        game = Game(model, PGD(unit="absolute", start="zero", start_size=0.0))
+    solver = PGD(unit="absolute", start="zero", start_size=0.0)
+    with (
+        evaluating(model),
+        _learnable(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        closing(Game(model, solver)) as game,
+    ):
         # The unit is never used, and would be measured on all processes together.
         game.rounds.arena.calibrate(unit=1.0)
-        try:
-            for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
-                with game.rounds.rehearse(batch.closure) as stage, stage.passes.frozen():
-                    clean = stage.clean()
-                    if clean.predictions is None:
-                        raise ValueError(
-                            "A batch's closure must return losses and logits, not losses alone."
-                        )
-                    check_reading(batch, clean.loss, clean.predictions)
-                    measured = measure(stage, batch)
-                rows.append(batch.rows)
-                columns.append([_wide(column.detach()).cpu() for column in measured])
-        finally:
-            game.close()
+        for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
+            with game.rounds.rehearse(batch.closure) as stage, stage.passes.frozen():
+                clean = stage.clean()
+                if clean.predictions is None:
+                    raise ValueError(
+                        "A batch's closure must return losses and logits, not losses alone."
+                    )
+                check_reading(batch, clean.loss, clean.predictions)
+                measured = measure(stage, batch)
+            rows.append(batch.rows)
+            columns.append([column.detach().cpu() for column in measured])
     return in_order(rows, columns)
 
 
@@ -132,12 +135,8 @@ def token_norm(model: nn.Module, batches: Iterable[Batch]) -> float:
     closures = [batch.closure for batch in batches]
     if not closures:
         raise ValueError("There are no rows to measure on: the batches are empty.")
-    with evaluating(model):
-        game = Game(model, PGD())
-        try:
-            return measure_unit(game.rounds.arena, closures)
-        finally:
-            game.close()
+    with evaluating(model), closing(Game(model, PGD())) as game:
+        return measure_unit(game.rounds.arena, closures)
 
 
 @contextmanager
@@ -152,7 +151,3 @@ def _learnable(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-def _wide(column: Tensor) -> Tensor:
-    return column if column.dtype == torch.bool else column.double()

@@ -47,6 +47,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Characters of each text, or of both."""
+        return [len(text) if isinstance(text, str) else sum(map(len, text)) for text in self.texts]
+
+    def take(self, places: Sequence[int]) -> Rows:
+        """Return some of the rows, in the order of their places."""
+        texts: Any = [self.texts[i] for i in places]
+        return Rows(texts, [self.labels[i] for i in places], self.name)
+
 
 def read_rows(
     source: Any,
@@ -89,13 +99,12 @@ def read_rows(
     for column in (*several, label):
         if column not in columns:
             raise DataError(f"{name} has no column {column!r}, it has {', '.join(columns)}.")
-    read = [_strings(columns[column], column, name) for column in several]
+    texts = _texts({column: columns[column] for column in several}, name)
     labels = _numbers(_named(source, label, columns[label], known), known, label, name)
     gold = [i for i, number in enumerate(labels) if number != UNLABELLED]
     if not gold:
         raise DataError(f"{name} has no gold labels: {label!r} is {UNLABELLED} in all its rows.")
-    texts: Any = read[0] if len(read) == 1 else list(zip(*read, strict=True))
-    return Rows([texts[i] for i in gold], [labels[i] for i in gold], name)
+    return Rows(texts, labels, name).take(gold)
 
 
 def _labels_of(model: nn.Module) -> dict[str, int]:
@@ -108,15 +117,11 @@ def _labels_of(model: nn.Module) -> dict[str, int]:
             "transformers. Make the batches of another model yourself, as mixadv.robustness.Batch."
         )
     kind = getattr(config, "problem_type", None)
-    if count == 1 or kind == "regression":
+    many = kind == "multi_label_classification"
+    if count == 1 or many or kind == "regression":
         raise DataError(
-            f"{type(model).__name__} predicts a number (num_labels={count}, problem_type={kind!r}),"
-            " and robustness is measured of classes."
-        )
-    if kind == "multi_label_classification":
-        raise DataError(
-            f"{type(model).__name__} predicts several labels of a text (problem_type={kind!r}), "
-            "and robustness is measured of one."
+            f"{type(model).__name__} predicts {'several labels of a text' if many else 'a number'} "
+            f"(num_labels={count}, problem_type={kind!r}), and robustness is measured of one class."
         )
     named = getattr(config, "label2id", None) or {}
     return {**{f"LABEL_{i}": i for i in range(count)}, **named} if len(named) < count else named
@@ -190,11 +195,14 @@ def _find(columns: Mapping[str, Any], name: str) -> str | tuple[str, str]:
     )
 
 
-def _strings(values: list[Any], column: str, name: str) -> list[str]:
-    for i, value in enumerate(values, 1):
-        if not isinstance(value, str):
-            raise DataError(f"{name}, row {i}: {column} is {value!r:.60}, not a string.")
-    return values
+def _texts(columns: Mapping[str, list[Any]], name: str) -> Any:
+    """Return the texts of one column, or the pairs of two."""
+    for column, values in columns.items():
+        for i, value in enumerate(values, 1):
+            if not isinstance(value, str):
+                raise DataError(f"{name}, row {i}: {column} is {value!r:.60}, not a string.")
+    first, *second = columns.values()
+    return list(zip(first, *second, strict=True)) if second else first
 
 
 def _named(source: Any, label: str, values: list[Any], known: Mapping[str, int]) -> list[Any]:

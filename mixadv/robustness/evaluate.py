@@ -14,10 +14,9 @@ from mixadv.game import Game
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
 from mixadv.reports.kept import Kept, as_json, digest
-from mixadv.robustness.attacked import Attacked, drawn
 from mixadv.robustness.data import DataError, Rows, read_rows
-from mixadv.robustness.measured import Measured, Record
 from mixadv.robustness.report import Report
+from mixadv.robustness.sections import Attacked, Measured, Record, drawn
 from mixadv.round.validate import check_seed
 from mixadv.tokens import WordSubstitution
 from mixadv.tokens.reading.encoding import longest
@@ -98,8 +97,15 @@ class Evaluation:
         self, model: nn.Module, tokenizer: Any, data: Any, game: Game | None = None
     ) -> Report:
         """Return what `evaluate` does of one model."""
-        if game is not None:
-            _check_game(game, model)
+        if game is not None and not isinstance(game, Game):
+            raise TypeError(
+                f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}."
+            )
+        if game is not None and unwrap(game.model) is not unwrap(model):
+            raise ValueError(
+                "The game is played on another model than the one evaluated: pass the game that "
+                "trained this model, or leave game out."
+            )
         sets = self._read(model, data)
         reader = Reader(model, tokenizer, self.max_length, self.batch_size, 0)  # refuses slow ones
         most = longest(model, tokenizer)
@@ -112,24 +118,29 @@ class Evaluation:
         under = Attacked(by, sets[CLEAN], places, self.seed)
         with evaluating(model):
             about = self._about(under)
-            found = {"about": about, **_predicted(by, sets)}
+            found = {"about": about, CLEAN: by.predictions(CLEAN, sets[CLEAN])}
+            if self.shifted:
+                found["shifted"] = by.shifted(found[CLEAN], {n: sets[n] for n in self.shifted})
             found |= self._attacked(under, found[CLEAN], about["unit"])
+            if game is not None and game.solver.radius is not None:
+                found["exploitability"] = under.exploitability(game, self.steps, self.restarts + 1)
             if game is not None:
-                found |= self._played(game, under, sets, found)
+                last = {CLEAN: found[CLEAN], **found.get("shifted", {})}
+                found["learners"] = by.learners(game, sets, last)
         return Report(as_json(found))
 
     def _read(self, model: nn.Module, data: Any) -> dict[str, Rows]:
         """Return the data and the shifted sets by name."""
-        sets = {
-            name: source
-            if isinstance(source, Rows)
-            else read_rows(
-                source, model, text=self.text, label=self.label, name="" if name == CLEAN else name
+        sets: dict[str, Rows] = {}
+        columns = {"text": self.text, "label": self.label}
+        for name, rows in {CLEAN: data, **self.shifted}.items():
+            if not isinstance(rows, Rows):
+                rows = read_rows(rows, model, **columns, name="" if name == CLEAN else name)
+            sets[name] = rows
+            own, clean = (
+                "one text" if isinstance(part.texts[0], str) else "two texts"
+                for part in (rows, sets[CLEAN])
             )
-            for name, source in {CLEAN: data, **self.shifted}.items()
-        }
-        for name in self.shifted:
-            own, clean = (_kind(sets[which]) for which in (name, CLEAN))
             if own != clean:
                 raise DataError(
                     f"{name} has {own} in a row, and the data have {clean}: name the columns by "
@@ -138,9 +149,10 @@ class Evaluation:
         return sets
 
     def _about(self, under: Attacked) -> Record:
-        rows = under.rows
+        rows, model = under.rows, under.by.model
+        saved = Path(getattr(model.config, "name_or_path", "")).name
         return {
-            "model": self.name or _name(under.by.model),
+            "model": self.name or saved or type(model).__name__,
             "data": rows.name,
             "rows": len(rows),
             "attacked": under.places,
@@ -161,20 +173,8 @@ class Evaluation:
                 self.increase_radius, self.steps, self.restarts, unit
             )
         if self.attacks:
-            found["attacks"] = {
-                name: under.attack(name, attack) for name, attack in self.attacks.items()
-            }
+            found["attacks"] = {n: under.attack(n, attack) for n, attack in self.attacks.items()}
         return found
-
-    def _played(
-        self, game: Game, under: Attacked, sets: Mapping[str, Rows], found: Record
-    ) -> Record:
-        played = {}
-        if game.solver.radius is not None:
-            played["exploitability"] = under.exploitability(game, self.steps, self.restarts + 1)
-        last = {CLEAN: found[CLEAN], **found.get("shifted", {})}
-        played["learners"] = under.by.learners(game, sets, last)
-        return played
 
 
 def evaluate(
@@ -220,28 +220,3 @@ def evaluate(
         >>> print(report)  # doctest: +SKIP
     """
     return Evaluation(**settings).measure(model, tokenizer, data, game)
-
-
-def _predicted(by: Measured, sets: Mapping[str, Rows]) -> Record:
-    found = {CLEAN: by.predictions(CLEAN, sets[CLEAN])}
-    if shifted := {name: rows for name, rows in sets.items() if name != CLEAN}:
-        found["shifted"] = by.shifted(found[CLEAN], shifted)
-    return found
-
-
-def _kind(rows: Rows) -> str:
-    return "one text" if isinstance(rows.texts[0], str) else "two texts"
-
-
-def _check_game(game: Game, model: nn.Module) -> None:
-    if not isinstance(game, Game):
-        raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}.")
-    if unwrap(game.model) is not unwrap(model):
-        raise ValueError(
-            "The game is played on another model than the one evaluated: pass the game that "
-            "trained this model, or leave game out."
-        )
-
-
-def _name(model: nn.Module) -> str:
-    return Path(getattr(model.config, "name_or_path", "")).name or type(model).__name__

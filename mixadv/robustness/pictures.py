@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mixadv.reports.pictures import COLOURS, figure
-from mixadv.robustness.attacked import increase_of
+from mixadv.reports.shown import COLOURS, figure
 from mixadv.robustness.predictions import BINS
-from mixadv.robustness.tables import unit
+from mixadv.robustness.sections import increase_of, unit
 
 Reports = Mapping[str, Mapping[str, Any]]
 """The sections of reports, by the name of the model."""
 
 MARKERS = "os^Dv*P"
+STYLES = [*product(MARKERS, COLOURS)]  # seven colours, which come again with another marker
 
 
 def save(reports: Reports, folder: Path) -> list[Path]:
@@ -27,7 +28,11 @@ def save(reports: Reports, folder: Path) -> list[Path]:
         with figure(4.6, 3.3, font=9) as drawn:
             axes = drawn.subplots()
             if draw(axes, reports):
-                _legend(drawn, axes)
+                labels = axes.get_legend_handles_labels()[1]
+                columns = 2 if max(map(len, labels)) < 25 else 1
+                # The legend is under the axes, and has room made for it there.
+                drawn.set_figheight(drawn.get_figheight() + 0.19 * math.ceil(len(labels) / columns))
+                drawn.legend(loc="outside lower center", ncols=columns)
                 path = folder / f"{name}.png"
                 drawn.savefig(path)
                 written.append(path)
@@ -37,7 +42,7 @@ def save(reports: Reports, folder: Path) -> list[Path]:
 def accuracy_at_radii(axes: Any, reports: Reports) -> bool:
     """Draw accuracy against radius, with intervals as bands; return whether there is any."""
     held = {name: found["radii"] for name, found in reports.items() if "radii" in found}
-    for (name, found), (colour, marker) in zip(held.items(), _styles(held), strict=True):
+    for (name, found), (marker, colour) in zip(held.items(), cycle(STYLES), strict=False):
         values, low, high = (
             [100 * accuracy[key] for accuracy in found["accuracy"]]
             for key in ("value", "low", "high")
@@ -60,7 +65,7 @@ def reliability(axes: Any, reports: Reports) -> bool:
         [found] = reports.values()
         sets = {"clean": found["clean"], **found.get("shifted", {})}
     axes.plot([0, 100], [0, 100], color="#999999", linewidth=0.8, linestyle="--")
-    for (name, section), (colour, marker) in zip(sets.items(), _styles(sets), strict=True):
+    for (name, section), (marker, colour) in zip(sets.items(), cycle(STYLES), strict=False):
         confidence = np.array(section["per row"]["confidence"], np.float64)
         which = np.digitize(confidence, np.linspace(0, 1, BINS + 1)[1:-1], right=True)
         counts = np.bincount(which, minlength=BINS)
@@ -93,7 +98,7 @@ def loss_increase(axes: Any, reports: Reports) -> bool:
     if not (everything > 0).any():
         return False
     least = float(everything[everything > 0].min())
-    for (name, measured), (colour, marker) in zip(found.items(), _styles(found), strict=True):
+    for (name, measured), (marker, colour) in zip(found.items(), cycle(STYLES), strict=False):
         style = {"color": colour}
         if marker != MARKERS[0]:  # the first seven have colours enough
             style |= {"marker": marker, "markersize": 4, "markevery": 0.25}
@@ -120,24 +125,10 @@ PICTURES: dict[str, Callable[[Any, Reports], bool]] = {
 }
 
 
-def _legend(figure: Any, axes: Any) -> None:
-    """Place the legend under the axes, and make room for it there."""
-    labels = axes.get_legend_handles_labels()[1]
-    columns = 2 if max(map(len, labels)) < 25 else 1
-    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(labels) / columns))
-    figure.legend(loc="outside lower center", ncols=columns)
-
-
 def _label(name: str) -> str:
     """Return a name as it is to be read: no mathematics, and none that the legend leaves out."""
     name = name.replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
-
-
-def _styles(names: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return a colour for each of seven, which come again with another marker."""
-    count = len(COLOURS)
-    return [(COLOURS[i % count], MARKERS[i // count % len(MARKERS)]) for i in range(len(names))]
 
 
 def _units(reports: Reports) -> str:

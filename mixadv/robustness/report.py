@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from mixadv.reports.kept import write
-from mixadv.reports.tables import DASH, Table, number, quartiles, share
+from mixadv.reports.shown import DASH, Table, number, quartiles, share
 from mixadv.robustness import pictures
-from mixadv.robustness.attacked import increase_of
-from mixadv.robustness.tables import INCREASES, success, tables
+from mixadv.robustness.sections import increase_of, unit
 from mixadv.robustness.vicinity import all_correct
 
 FILE = "report.json"
@@ -26,6 +25,14 @@ ALIKE = {
     "restarts": "with other restarts",
 }
 ALIKE_HOW = "evaluate both with the same data, rows, seed, steps and restarts."
+
+INCREASES = {
+    "increase": "loss increase",
+    "from_zero": "from zero",
+    "from_random": "from random",
+    "clean_loss": "clean loss",
+}
+"""What a loss increase measures, in words."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,13 @@ class Report:
 
     def table(self) -> str:
         """Return tables to read in a terminal."""
-        return "\n\n".join(table.text() for table in tables(self.sections))
+        return "\n\n".join(table.text() for table in _tables(self.sections))
 
     __str__ = table
 
     def markdown(self) -> str:
         """Return tables to paste."""
-        return "\n\n".join(table.markdown() for table in tables(self.sections)) + "\n"
+        return "\n\n".join(table.markdown() for table in _tables(self.sections)) + "\n"
 
     def json(self) -> str:
         """Return the sections as JSON."""
@@ -112,12 +119,98 @@ def compare(reports: Mapping[str, Report]) -> str:
     sections = {name: report.sections for name, report in reports.items()}
     _check_alike(sections)
     cells = {name: _cells(found) for name, found in sections.items()}
-    notes = _unit_notes(sections)
+    notes, units = [], {name: found["about"]["unit"] for name, found in sections.items()}
+    if len(set(units.values())) > 1:
+        each = ", ".join(f"{name} {number(value)}" for name, value in units.items())
+        notes.append(f"Radii are in token norms of each model, balls of different size: {each}.")
     for name, more in _increases(sections, notes).items():
         cells[name].update(more)
     columns = dict.fromkeys(column for row in cells.values() for column in row)
     rows = [[name, *(row.get(column, DASH) for column in columns)] for name, row in cells.items()]
     return "\n\n".join([Table("", ["model", *columns], rows).markdown(), *notes]) + "\n"
+
+
+def _tables(sections: Mapping[str, Any]) -> list[Table]:
+    """Return a table for each kind of section that there is."""
+    makers = {
+        "radii": _radii,
+        "loss increase": _increase,
+        "attacks": _substitution,
+        "exploitability": _exploitability,
+        "learners": _learners,
+    }
+    found = [make(sections) for kind, make in makers.items() if kind in sections]
+    return [_accuracy(sections), *found]
+
+
+def _accuracy(sections: Mapping[str, Any]) -> Table:
+    sets = {"clean": sections["clean"], **sections.get("shifted", {})}
+    rows = [[name, *_row(x, "rows accuracy drop loss ece")] for name, x in sets.items()]
+    title = f"Accuracy of {sections['about']['model']} on {sections['about']['data']}"
+    return Table(title, ("set", "rows", "accuracy %", "drop", "loss", "ECE"), rows)
+
+
+def _radii(sections: Mapping[str, Any]) -> Table:
+    found, about = sections["radii"], sections["about"]
+    rows = [
+        [f"{radius:g}", share(accuracy)]
+        for radius, accuracy in zip(found["radii"], found["accuracy"], strict=True)
+    ]
+    steps, attacked = about["steps"], len(about["attacked"])
+    title = f"Accuracy under PGD ({steps} steps, {attacked} rows; radii in {unit(about)})"
+    return Table(title, ("radius", "accuracy %"), rows)
+
+
+def _increase(sections: Mapping[str, Any]) -> Table:
+    found, about = sections["loss increase"], sections["about"]
+    rows = [
+        [what, *(number(found[name][key]) for key in ("lower", "median", "upper"))]
+        for name, what in INCREASES.items()
+        if name in found
+    ]
+    title = (
+        f"Loss increase within {found['radius']:g} {unit(about)} "
+        f"({found['restarts']} random starts, {found['n']} rows that are classified correctly)"
+    )
+    return Table(title, ("", "lower quartile", "median", "upper quartile"), rows)
+
+
+def _substitution(sections: Mapping[str, Any]) -> Table:
+    head = ("attack", "rows", "clean %", "under attack %", "success %", "words", "queries")
+    rows = []
+    for name, attack in sections["attacks"].items():
+        accuracies = _row(attack, "rows clean_accuracy accuracy_under_attack")
+        rows.append([name, *accuracies, _success(attack), *_row(attack, "words_changed queries")])
+    return Table("Word substitution", head, rows)
+
+
+def _row(found: Mapping[str, Any], names: str) -> list[str]:
+    """Return the cells of what is found, by the names of its parts."""
+    shares = {"accuracy", "drop", "clean_accuracy", "accuracy_under_attack"}
+    cell = {"rows": str, **dict.fromkeys(shares, share)}
+    return [cell.get(name, number)(found.get(name)) for name in names.split()]
+
+
+def _success(attack: Mapping[str, Any]) -> str:
+    """Return the success rate of an attack with Wilson's interval."""
+    low, high = attack["success_interval"] or (None, None)
+    return share({"value": attack["success_rate"], "low": low, "high": high})
+
+
+def _exploitability(sections: Mapping[str, Any]) -> Table:
+    found = sections["exploitability"]
+    row = [found["solver"], *(number(found[key]) for key in ("played", "reached", "gain"))]
+    head = ("strategy of", "its payoff", "best response found", "gain (lower bound)")
+    return Table(f"Exploitability, by {found['response']}", head, [row])
+
+
+def _learners(sections: Mapping[str, Any]) -> Table:
+    rows = [
+        [learner, name, *_row(found, "accuracy loss ece")]
+        for learner, sets in sections["learners"].items()
+        for name, found in sets.items()
+    ]
+    return Table("The learner's weights", ("weights", "set", "accuracy %", "loss", "ECE"), rows)
 
 
 def _check_alike(sections: Mapping[str, Mapping[str, Any]]) -> None:
@@ -134,15 +227,6 @@ def _check_alike(sections: Mapping[str, Mapping[str, Any]]) -> None:
                 raise ValueError(f"{name} has other rows in {key} than {first}: {ALIKE_HOW}")
 
 
-def _unit_notes(sections: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a line if models were not perturbed in the same balls."""
-    units = {name: found["about"]["unit"] for name, found in sections.items()}
-    if len(set(units.values())) == 1:
-        return []
-    each = ", ".join(f"{name} {number(value)}" for name, value in units.items())
-    return [f"Radii are in token norms of each model, balls of different size: {each}."]
-
-
 def _cells(sections: Mapping[str, Any]) -> dict[str, str]:
     """Return the cells of one model by column."""
     clean = sections["clean"]
@@ -155,7 +239,7 @@ def _cells(sections: Mapping[str, Any]) -> dict[str, str]:
             cells[f"PGD {radius:g} %"] = share(accuracy)
     for name, found in sections.get("attacks", {}).items():
         cells[f"under {name} %"] = share(found["accuracy_under_attack"])
-        cells[f"{name} success %"] = success(found)
+        cells[f"{name} success %"] = _success(found)
     if "exploitability" in sections:
         cells["exploitability ≥"] = number(sections["exploitability"]["gain"])
     return cells

@@ -116,8 +116,9 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Estimate:
     """
     found = _values(values)
     _check_level(level)
-    mean, error = float(found.mean()), _standard_error(found)
-    half = error * float(stats.t.ppf((1 + level) / 2, max(len(found) - 1, 1)))
+    mean, half = float(found.mean()), math.nan
+    if len(found) > 1:
+        half = float(stats.sem(found) * stats.t.ppf((1 + level) / 2, len(found) - 1))
     return Estimate(mean, mean - half, mean + half)
 
 
@@ -149,14 +150,15 @@ def paired_t_test(
         )
     ours, theirs = (_values([scores[seed] for seed in seeds]) for scores in (a, b))
     gains = ours.astype(np.float64) - theirs
-    difference, error = t_interval(gains, level), _standard_error(gains)
+    difference, p = t_interval(gains, level), math.nan
     rounding = 8 * float(np.finfo(np.float64).eps * np.abs([ours, theirs]).max())
-    if len(seeds) == 1 or np.ptp(gains) > rounding:
-        p = float(2 * stats.t.sf(abs(difference.value) / error, len(seeds) - 1))
-    elif abs(difference.value) <= rounding:
+    if np.ptp(gains) > rounding:
+        t = abs(difference.value) / stats.sem(gains)
+        p = float(2 * stats.t.sf(t, len(seeds) - 1))
+    elif abs(difference.value) <= rounding and len(seeds) > 1:
         p, difference = 1.0, Estimate(0.0, 0.0, 0.0)
     else:
-        p, difference = math.nan, Estimate(difference.value, math.nan, math.nan)
+        difference = Estimate(difference.value, math.nan, math.nan)
     return Comparison(difference, p, seeds)
 
 
@@ -247,10 +249,3 @@ def _values(values: ArrayLike) -> NDArray[Any]:
 def _check_level(level: float) -> None:
     if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level!r}.")
-
-
-def _standard_error(values: NDArray[Any]) -> float:
-    """Return that of the mean, nan of a single value."""
-    if len(values) == 1:
-        return math.nan
-    return float(values.std(ddof=1)) / math.sqrt(len(values))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixadv.checks import check_integer
 from mixadv.players.ascent import Ascent
 from mixadv.robustness.ascents import ascents_of, climb, play, start
-from mixadv.robustness.batches import Batch
+from mixadv.robustness.predictions import Batch
 from mixadv.round.stage import Stage
 
 
@@ -68,7 +68,11 @@ class LossIncrease:
         count = len(values["increase"])
         if not count:
             raise ValueError("There are no rows to sum up: choose at least one.")
-        return {"n": count, **{name: _spread(x) for name, x in values.items()}}
+        shares = {"lower": 0.25, "median": 0.5, "upper": 0.75}
+        return {"n": count} | {
+            name: {key: float(np.quantile(x, share)) for key, share in shares.items()}
+            for name, x in values.items()
+        }
 
 
 def loss_increase(
@@ -209,8 +213,3 @@ def accuracy_at_radii(
 
     [correct] = play(model, batches, measure, "accuracy at radii", progress)
     return correct.T
-
-
-def _spread(values: NDArray[np.float64]) -> dict[str, float]:
-    lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"median": float(median), "lower": float(lower), "upper": float(upper)}

@@ -8,19 +8,24 @@ from mixadv.tokens.pretraining.ties import generator_config
 from mixadv.tokens.reading.masked import masked_predictions, predictions_at
 from mixadv.tokens.reading.neighbours import Neighbours
 from mixadv.tokens.reading.words import Words
-from mixadv.tokens.substitution.attacks import Attack, summary
-from mixadv.tokens.substitution.augmentation import adversarial_rows, substituted
-from mixadv.tokens.substitution.candidates import Candidates, SimilarWords, Typos
+from mixadv.tokens.substitution.attacks import Attack, attack_summary
+from mixadv.tokens.substitution.augmentation import adversarial_rows, substitute_words
+from mixadv.tokens.substitution.candidates import (
+    Candidates,
+    MaskedCandidates,
+    SimilarWords,
+    Typos,
+)
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity
-from mixadv.tokens.substitution.game import SubstitutionGame, solve_all
-from mixadv.tokens.substitution.greedy import WordSubstitution
-from mixadv.tokens.substitution.masked_candidates import MaskedCandidates
-from mixadv.tokens.substitution.payoffs import (
+from mixadv.tokens.substitution.game import (
+    SubstitutionGame,
     dropout_masks,
     learner_samples,
+    single_substitutions,
+    solve_games,
     substitution_game,
-    substitutions,
 )
+from mixadv.tokens.substitution.greedy import WordSubstitution
 
 __all__ = [
     "FUNCTION_WORDS",
@@ -40,15 +45,15 @@ __all__ = [
     "WordTokenizer",
     "Words",
     "adversarial_rows",
+    "attack_summary",
     "dropout_masks",
     "generator_config",
     "learner_samples",
     "masked_predictions",
     "predictions_at",
     "sentence_order",
-    "solve_all",
-    "substituted",
+    "single_substitutions",
+    "solve_games",
+    "substitute_words",
     "substitution_game",
-    "substitutions",
-    "summary",
 ]

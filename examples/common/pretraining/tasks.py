@@ -30,7 +30,7 @@ from mixadv.tokens import (
     WordTokenizer,
     generator_config,
     sentence_order,
-    substituted,
+    substitute_words,
 )
 
 TOKENIZER = "tokenizer"  # the folder of it in that of the run
@@ -76,7 +76,7 @@ def _rows(options: Namespace, texts: Corpus, encode: Any) -> tuple[Dataset, Data
     if options.substitute:
         draw = torch.Generator().manual_seed(options.seed)
         table = similar_words(options.neighbours)
-        copies = substituted(texts.train, table, options.substitute, generator=draw)
+        copies = substitute_words(texts.train, table, options.substitute, generator=draw)
         train = concatenate_datasets([train, corpus.rows(copies, encode)])
     return train, corpus.rows(texts.held_out, encode, most=options.evaluate_rows)
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from common.results import over_seeds
 from common.tables import markdown
-from mixadv.reports.tables import DASH
+from mixadv.reports.shown import DASH
 from mixadv.robustness import all_correct
-from mixadv.robustness.attacked import increase_of
+from mixadv.robustness.report import INCREASES
+from mixadv.robustness.sections import increase_of
 from mixadv.robustness.statistics import Comparison, paired_t_test
-from mixadv.robustness.tables import INCREASES
 from studying import summary
 from studying.findings import Findings, Pair, Values, adjusted, differences, first
 from studying.plan import PLAIN

@@ -111,12 +111,12 @@ class CorrectionCollator:
             kept = {name: value for name, value in feature.items() if name not in OWN}
             rows.append({"input_ids": corrupted, **kept})
             labels.append(targets)
-        batch = dict(
-            self.tokenizer.pad(
-                rows, return_tensors="pt", pad_to_multiple_of=self.pad_to_multiple_of
-            )
-        )
-        return {**batch, "labels": self._padded(labels, batch["input_ids"])}
+        size = {"return_tensors": "pt", "pad_to_multiple_of": self.pad_to_multiple_of}
+        batch = dict(self.tokenizer.pad(rows, **size))
+        gaps = [[IGNORED] * (batch["input_ids"].shape[1] - len(row)) for row in labels]
+        left, pairs = self.tokenizer.padding_side == "left", zip(gaps, labels, strict=True)
+        padded = [gap + row if left else row + gap for gap, row in pairs]
+        return {**batch, "labels": torch.tensor(padded)}
 
     def corrupt(
         self, ids: Sequence[int], word_ids: Sequence[int | None], generator: torch.Generator
@@ -151,10 +151,9 @@ class CorrectionCollator:
         self, ids: tuple[int, ...], word: str, near: tuple[str, ...]
     ) -> list[tuple[int, ...]]:
         pieces, special = self._vocabulary.pieces, self._vocabulary.special
-        before = next((c for c in CONTEXTS if pieces(word, c) == ids), None)
-        if before is None:  # tokens that hold more than the word, as a sign before it
-            return []
-        found = dict.fromkeys(pieces(cased_like(similar, word), before) for similar in near)
+        # No context writes tokens that hold more than the word, as a sign before it.
+        before = [context for context in CONTEXTS if pieces(word, context) == ids][:1]
+        found = dict.fromkeys(pieces(cased_like(new, word), c) for c in before for new in near)
         return [
             new for new in found if len(new) == len(ids) and new != ids and special.isdisjoint(new)
         ]
@@ -164,18 +163,9 @@ class CorrectionCollator:
         similar, random, _ = self.shares
         if share >= similar + random:
             return ids
-        near = self.similar(ids) if share < similar else []
-        if near:
+        if share < similar and (near := self.similar(ids)):
             return near[int(which * len(near))]
         return self._vocabulary.random_like(ids, generator)
-
-    def _padded(self, labels: list[list[int]], ids: Tensor) -> Tensor:
-        padded = torch.full(ids.shape, IGNORED)
-        for row, targets in zip(padded, labels, strict=True):
-            left = self.tokenizer.padding_side == "left"
-            begin = len(row) - len(targets) if left else 0
-            row[begin : begin + len(targets)] = torch.tensor(targets)
-        return padded
 
 
 def _listed(feature: Mapping[str, Any]) -> dict[str, Any]:

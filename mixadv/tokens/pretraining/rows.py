@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mixadv.tokens.reading.words import Words
+from mixadv.tokens.reading.encoding import check_fast
+from mixadv.tokens.reading.words import Span, Words, overlapping
 
-Span = tuple[int, int]
 NO_WORD = -1
 
 
@@ -18,6 +18,7 @@ def _spans(text: str) -> Sequence[Span]:
     return Words(text).spans
 
 
+@dataclass
 class WordTokenizer:
     """Turns texts into rows of tokens with `word_ids`: the number of the word of every token.
 
@@ -25,7 +26,7 @@ class WordTokenizer:
     a word that was cut off. "don't" is one word whatever the tokenizer makes of it, and words that
     share a token count as one. In a pair, numbers go on from the first text to the second.
 
-    Args:
+    Attributes:
         tokenizer: a fast tokenizer of transformers, which tells where in the text its tokens lie.
         max_length: longer rows are cut; None cuts nothing.
         spans: where the words of a text begin and end, in characters, from left to right; by
@@ -35,20 +36,12 @@ class WordTokenizer:
         TypeError: for a tokenizer that is not fast.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        max_length: int | None = None,
-        spans: Callable[[str], Sequence[Span]] = _spans,
-    ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise TypeError(
-                f"{type(tokenizer).__name__} does not tell where in the text its tokens lie: use a "
-                "fast tokenizer, as AutoTokenizer loads."
-            )
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.spans = spans
+    tokenizer: Any
+    max_length: int | None = None
+    spans: Callable[[str], Sequence[Span]] = _spans
+
+    def __post_init__(self) -> None:
+        check_fast(self.tokenizer)
 
     def __call__(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None
@@ -69,50 +62,39 @@ class WordTokenizer:
         encoded = self.tokenizer(
             list(texts),
             None if pairs is None else list(pairs),
-            return_offsets_mapping=True,
             truncation=self.max_length is not None,
             max_length=self.max_length,
         )
         segments = [texts] if pairs is None else [texts, pairs]
-        offsets = encoded.pop("offset_mapping")
-        columns = dict(encoded)
-        columns["word_ids"] = [
-            self._word_ids([s[i] for s in segments], offsets[i], encoded.encodings[i])
-            for i in range(len(texts))
-        ]
-        return columns
+        rows = zip(encoded.encodings, *segments, strict=True)
+        return {**encoded, "word_ids": [self._word_ids(*row) for row in rows]}
 
-    def _word_ids(self, segments: list[str], offsets: list[Span], encoding: Any) -> list[int]:
+    def _word_ids(self, encoding: Any, *segments: str) -> list[int]:
+        offsets = encoding.offsets
         numbers, first = [NO_WORD] * len(offsets), 0
         for which, text in enumerate(segments):
-            at = [i for i, s in enumerate(encoding.sequence_ids) if s == which]
+            at = [i for i, segment in enumerate(encoding.sequence_ids) if segment == which]
             spans = self.spans(text)
             found = _numbers([offsets[i] for i in at], spans)
-            if encoding.overflowing and found:
-                inside = offsets[at[0]][0], offsets[at[-1]][1]
-                found = [NO_WORD if _is_cut(number, spans, inside) else number for number in found]
+            lost = {NO_WORD}
+            if encoding.overflowing and at:
+                begin, end = offsets[at[0]][0], offsets[at[-1]][1]
+                lost |= {number for number, (b, e) in enumerate(spans) if b < begin or e > end}
             for i, number in zip(at, found, strict=True):
-                numbers[i] = number if number == NO_WORD else first + number
+                numbers[i] = NO_WORD if number in lost else first + number
             first += len(spans)
         return numbers
 
 
-def _is_cut(number: int, spans: Sequence[Span], inside: Span) -> bool:
-    """Return whether a word goes on beyond what was kept of the text."""
-    begin, end = spans[number] if number != NO_WORD else inside
-    return begin < inside[0] or end > inside[1]
-
-
 def _numbers(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     """Return the number of the word that each token lies in, the first of those it shares."""
-    begins, ends = [b for b, _ in spans], [e for _, e in spans]
     leader: dict[int, int] = {}
     numbers = []
     for begin, end in offsets:
-        first, after = bisect_right(ends, begin), bisect_left(begins, end)
-        lead = leader.get(first, first)
-        leader.update(dict.fromkeys(range(first, after), lead))
-        numbers.append(lead if first < after else NO_WORD)
+        words = overlapping(spans, begin, end)
+        lead = leader.get(words.start, words.start) if words else NO_WORD
+        leader.update(dict.fromkeys(words, lead))
+        numbers.append(lead)
     return numbers
 
 

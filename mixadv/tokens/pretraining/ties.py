@@ -16,23 +16,7 @@ def share_embeddings(borrower: nn.Module, owner: nn.Module) -> None:
 
     Tables are those of tokens, and those beside them that have the same name in both models:
     positions and token types. Where the borrower holds one a second time, as a tied output layer
-    does, it holds the owner's there too.
-
-    Args:
-        borrower: its own tables are dropped.
-        owner: a model that has `get_input_embeddings()`.
-
-    Raises:
-        ValueError: if two tables differ in size.
-
-    Example:
-        >>> from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
-        >>> size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        >>> config = ElectraConfig(vocab_size=9, embedding_size=4, **size)
-        >>> generator, discriminator = ElectraForMaskedLM(config), ElectraForPreTraining(config)
-        >>> share_embeddings(generator, discriminator)
-        >>> generator.generator_lm_head.weight is discriminator.get_input_embeddings().weight
-        True
+    does, it holds the owner's there too. Raise ValueError if two tables differ in size.
     """
     theirs = _tables(owner)
     pairs = {n: (own, theirs[n]) for n, own in _tables(borrower).items() if n in theirs}
@@ -83,10 +67,9 @@ def generator_config(config: Any, fraction: float = 0.25) -> Any:
             "model, and a narrower generator could not share them. Take an ElectraConfig."
         )
     narrow = copy.deepcopy(config)
-    narrow.hidden_size = max(1, round(config.hidden_size * fraction))
-    narrow.intermediate_size = max(1, round(config.intermediate_size * fraction))
-    heads = max(1, round(config.num_attention_heads * fraction))
-    narrow.num_attention_heads = math.gcd(heads, narrow.hidden_size)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
+        setattr(narrow, name, max(1, round(getattr(config, name) * fraction)))
+    narrow.num_attention_heads = math.gcd(narrow.num_attention_heads, narrow.hidden_size)
     return narrow
 
 
@@ -95,17 +78,7 @@ def save_once(model: nn.Module) -> None:
 
     Formats that refuse tensors which share memory, safetensors with it, can then write
     `model.state_dict()`. Loading gives all places what the checkpoint has, and ties stay ties.
-
-    Args:
-        model: changed in place; copies, wrappers and pickles of it behave in the same way.
-
-    Example:
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3, bias=False))
-        >>> model[1].weight = model[0].weight
-        >>> save_once(model)
-        >>> list(model.state_dict()), model.load_state_dict(model.state_dict())
-        (['0.weight'], <All keys matched successfully>)
+    The model is changed in place; copies, wrappers and pickles of it behave in the same way.
     """
     model.register_state_dict_post_hook(_drop_repeated)
     model.register_load_state_dict_pre_hook(_repeat)

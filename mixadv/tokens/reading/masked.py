@@ -100,15 +100,7 @@ def predictions_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor
 
 @contextmanager
 def at_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Have a language model's output layer read hidden states at positions alone.
-
-    Args:
-        model: one of transformers with a language-model head, wrapped or not.
-        positions: `[B, n]`, bool; logits of the vocabulary come out as `[N, C]`.
-
-    Raises:
-        TypeError, ValueError: as `predictions_at`.
-    """
+    """Have a language model's output layer read hidden states at positions alone, `[N, C]`."""
 
     def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *others = arguments
@@ -119,19 +111,12 @@ def at_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
             )
         return (hidden[positions], *others)
 
-    hook = output_layer(unwrap(model)).register_forward_pre_hook(select)
-    try:
+    with output_layer(unwrap(model)).register_forward_pre_hook(select):
         yield
-    finally:
-        hook.remove()
 
 
 def output_layer(model: nn.Module) -> nn.Module:
-    """Return the layer of a language model that gives logits of the vocabulary.
-
-    Raises:
-        TypeError: if there is none.
-    """
+    """Return the layer that gives logits of the vocabulary; raise TypeError if there is none."""
     find = getattr(model, "get_output_embeddings", None)
     layer = find() if find is not None else None
     if not isinstance(layer, nn.Module):

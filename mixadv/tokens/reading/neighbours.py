@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixadv.checks import check_integer
 from mixadv.tokens.reading.vocabulary import Vocabulary
 
 AT_ONCE = 2**24
@@ -137,8 +138,7 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
                              f"shape {list(vectors.shape)}.")  # fmt: skip
         if not vectors.isfinite().all():
             raise ValueError("Some vectors are not finite, so that they have no nearest.")
-        if max_neighbours < 1:
-            raise ValueError(f"max_neighbours must be at least 1, got {max_neighbours}.")
+        check_integer("Neighbours", "max_neighbours", max_neighbours, 1)
         unit = F.normalize(vectors.detach().float(), dim=-1)
         table: dict[str, list[str]] = {}
         for rows in torch.arange(len(words)).split(max(1, AT_ONCE // max(1, len(words)))):
@@ -151,9 +151,7 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
         return cls(table)
 
     @classmethod
-    def from_encoder(
-        cls, model: Any, tokenizer: Any, *, max_neighbours: int = 8, min_cosine: float = 0.5
-    ) -> Neighbours:
+    def from_encoder(cls, model: Any, tokenizer: Any, **limits: Any) -> Neighbours:
         """Return the nearest words by an encoder's own input embeddings.
 
         The words are those that are one token of its vocabulary and letters alone.
@@ -161,17 +159,14 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
         Args:
             model: of transformers, or any with `get_input_embeddings()`.
             tokenizer: the model's.
-            max_neighbours: of a word.
-            min_cosine: of a neighbour.
+            limits: `max_neighbours` and `min_cosine`, as of `from_embeddings`.
 
         Raises:
             ValueError: as `from_embeddings`.
         """
         words, ids = zip(*Vocabulary(tokenizer).words(), strict=True)
         vectors = model.get_input_embeddings().weight[list(ids)]
-        return cls.from_embeddings(
-            words, vectors, max_neighbours=max_neighbours, min_cosine=min_cosine
-        )
+        return cls.from_embeddings(words, vectors, **limits)
 
 
 def _from_text(line: str) -> Iterator[tuple[Any, Any]]:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
 
 MARKS = ("##", "Ġ", "▁")
 """How a token's name tells that it continues a word (WordPiece), or begins one (the others)."""
 
 
 class Vocabulary:
-    """A tokenizer's vocabulary, as what words are written with.
-
-    Args:
-        tokenizer: a tokenizer of transformers; it is called, never changed.
-    """
+    """The vocabulary of a tokenizer of transformers, as what words are written with."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -47,48 +43,41 @@ class Vocabulary:
         """Return as many tokens at random, ordinary ones.
 
         Each is uniform over the tokens that begin or continue a word as the one that it replaces.
-
-        Args:
-            ids: the tokens of a word.
-            generator: where the random numbers come from.
         """
         pools = [self.ordinary.get(self._mark(i), self._all) for i in ids]
         draws = torch.rand(len(ids), generator=generator, dtype=torch.float64).tolist()
-        return [int(p[int(u * len(p))]) for p, u in zip(pools, draws, strict=True)]
+        return [p[int(u * len(p))] for p, u in zip(pools, draws, strict=True)]
 
     @cached_property
-    def ordinary(self) -> dict[str, Tensor]:
-        """Tokens of letters, marks and digits alone that are not special, by how they are marked.
-
-        Raises:
-            ValueError: if the vocabulary has none.
-        """
+    def ordinary(self) -> dict[str, list[int]]:
+        """Tokens of letters, marks and digits alone, none special, by how they are marked."""
         pools: dict[str, list[int]] = {}
         for i in range(len(self.tokenizer)):
-            if i not in self.special and _is_lettered(self._text(i)):
+            if i not in self.special and _is_lettered(self.text(i)):
                 pools.setdefault(self._mark(i), []).append(i)
         if not pools:
             raise ValueError(
                 f"None of the tokenizer's {len(self.tokenizer)} tokens is made of letters or "
                 "digits, so that there is no random word to draw: was it trained?"
             )
-        return {mark: torch.tensor(ids) for mark, ids in pools.items()}
+        return pools
 
     def words(self) -> Iterator[tuple[str, int]]:
         """Yield the words that are one token, with it: letters alone, which read back as it."""
-        texts = {i: self._text(i).strip() for i in sorted(self._all.tolist())}
+        texts = {i: self.text(i) for i in sorted(self._all)}
         texts = {i: text for i, text in texts.items() if text.isalpha()}
-        written = [self._each(before + text for text in texts.values()) for before in ("", " ")]
-        for (i, text), *ways in zip(texts.items(), *written, strict=True):
-            if [i] in ways:
+        plain, spaced = (
+            self.tokenizer([before + text for text in texts.values()], add_special_tokens=False)
+            for before in ("", " ")
+        )
+        ways = zip(plain["input_ids"], spaced["input_ids"], strict=True)
+        for (i, text), written in zip(texts.items(), ways, strict=True):
+            if [i] in written:
                 yield text, i
 
-    def _each(self, texts: Iterable[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-
     @cached_property
-    def _all(self) -> Tensor:
-        return torch.cat(list(self.ordinary.values()))
+    def _all(self) -> list[int]:
+        return [*chain(*self.ordinary.values())]
 
     def _name(self, token: int) -> str:
         # a model's table may have more rows than names
@@ -97,10 +86,11 @@ class Vocabulary:
     def _mark(self, token: int) -> str:
         return next((mark for mark in MARKS if self._name(token).startswith(mark)), "")
 
-    def _text(self, token: int) -> str:
-        return self.tokenizer.convert_tokens_to_string([self._name(token).removeprefix("##")])
+    def text(self, token: int) -> str:
+        """Return what a token stands for, without spaces around it."""
+        name = self._name(token).removeprefix("##")
+        return self.tokenizer.convert_tokens_to_string([name]).strip()
 
 
 def _is_lettered(text: str) -> bool:
-    text = text.strip()
     return text != "" and all(unicodedata.category(c)[0] in "LMN" for c in text)

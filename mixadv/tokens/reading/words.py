@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
+
+Span = tuple[int, int]
 
 JOINERS = "'’-"
 """Characters that belong to a word where they stand between two letters of it."""
@@ -29,21 +34,10 @@ class Words:
     text: str
 
     @cached_property
-    def spans(self) -> tuple[tuple[int, int], ...]:
+    def spans(self) -> tuple[Span, ...]:
         """Where each word begins and where it ends, in characters."""
-        spans: list[tuple[int, int]] = []
-        begin = None
-        for i, character in enumerate(self.text):
-            alone = _is_ideograph(character)
-            inside = not alone and (_belongs(character) or self._joins(i, begin))
-            if begin is not None and not inside:
-                spans.append((begin, i))
-                begin = None
-            if alone:
-                spans.append((i, i + 1))
-            elif inside and begin is None:
-                begin = i
-        return (*spans, *([] if begin is None else [(begin, len(self.text))]))
+        kinds = "".join(map(_kind, self.text))
+        return tuple(word.span() for word in _WORD.finditer(kinds))
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -70,11 +64,11 @@ class Words:
             end = after
         return "".join([*pieces, self.text[end:]])
 
-    def _joins(self, i: int, begin: int | None) -> bool:
-        """Return whether an apostrophe or hyphen stands between two letters of a word."""
-        after = self.text[i + 1 : i + 2]
-        between = begin is not None and after != "" and _belongs(after) and not _is_ideograph(after)
-        return between and self.text[i] in JOINERS and self.text[i - 1] not in JOINERS
+
+def overlapping(spans: Sequence[Span], begin: int, end: int) -> range:
+    """Return the numbers of the spans, from left to right, that have a character in a stretch."""
+    first = bisect_right(spans, begin, key=itemgetter(1))
+    return range(first, bisect_left(spans, end, key=itemgetter(0)))
 
 
 def cased_like(word: str, model: str) -> str:
@@ -89,9 +83,14 @@ def cased_like(word: str, model: str) -> str:
     return word[:1].upper() + word[1:] if model[:1].isupper() else word
 
 
-def _belongs(character: str) -> bool:
-    return unicodedata.category(character)[0] in "LMN"
+_WORD = re.compile("i|l+(?:jl+)*")
 
 
-def _is_ideograph(character: str) -> bool:
-    return unicodedata.category(character) == "Lo" and "CJK" in unicodedata.name(character, "")
+def _kind(character: str) -> str:
+    """Return i for an ideograph, l for letters, marks and digits, j for a joiner, else a space."""
+    category = unicodedata.category(character)
+    if category == "Lo" and "CJK" in unicodedata.name(character, ""):
+        return "i"
+    if category[0] in "LMN":
+        return "l"
+    return "j" if character in JOINERS else " "

@@ -46,7 +46,7 @@ class Attack:
         return not self.skipped and self.after != self.label
 
 
-def summary(attacks: Iterable[Attack]) -> dict[str, Any]:
+def attack_summary(attacks: Iterable[Attack]) -> dict[str, Any]:
     """Return how a model fared.
 
     Returns:

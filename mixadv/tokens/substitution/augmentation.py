@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from mixadv.checks import check_number
 from mixadv.tokens.reading.encoding import Text
 from mixadv.tokens.reading.neighbours import Neighbours
 from mixadv.tokens.reading.words import Words, cased_like
+from mixadv.tokens.substitution.constraints import portion
 from mixadv.tokens.substitution.greedy import WordSubstitution
 
 
@@ -49,25 +50,14 @@ def adversarial_rows(
     Raises:
         ValueError: for a fraction outside [0, 1].
     """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction is a share of the rows, 0 to 1, got {fraction}.")
+    check_number("adversarial_rows", "fraction", fraction, most=1.0)
     order: list[int] = torch.randperm(len(texts), generator=generator).tolist()
-    drawn: list[int] = order[: copies(len(texts), fraction)][part]
+    drawn: list[int] = order[: portion(len(texts), fraction)][part]
     attacks = attack.attack(model, tokenizer, [texts[i] for i in drawn], [labels[i] for i in drawn])
     return drawn, [found.perturbed for found in attacks]
 
 
-def copies(rows: int, fraction: float) -> int:
-    """Return how many perturbed copies a fraction of the rows makes.
-
-    Example:
-        >>> copies(100, 0.2), copies(101, 0.2)
-        (20, 21)
-    """
-    return math.ceil(round(fraction * rows, 9))
-
-
-def substituted(
+def substitute_words(
     texts: Iterable[str],
     neighbours: Neighbours,
     fraction: float = 0.15,
@@ -91,23 +81,19 @@ def substituted(
 
     Example:
         >>> table = Neighbours({"film": ["movie"]})
-        >>> substituted(["Film, not theatre.", ""], table, fraction=1.0)
+        >>> substitute_words(["Film, not theatre.", ""], table, fraction=1.0)
         ['Movie, not theatre.', '']
     """
     if isinstance(texts, str):
         raise TypeError(f"texts must be a list of texts, got the text {texts!r:.40}.")
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
-    return [_substituted(Words(text), neighbours, fraction, generator) for text in texts]
-
-
-def _substituted(
-    words: Words, neighbours: Neighbours, fraction: float, generator: torch.Generator | None
-) -> str:
-    draws = torch.rand(len(words), 2, generator=generator, dtype=torch.float64).tolist()
-    swaps = {}
-    for i, (chance, which) in enumerate(draws):
-        near = neighbours.of(words[i])
-        if near and chance < fraction:
-            swaps[i] = cased_like(near[int(which * len(near))], words[i])
-    return words.replaced(swaps)
+    check_number("substitute_words", "fraction", fraction, most=1.0)
+    replaced = []
+    for words in map(Words, texts):
+        draws = torch.rand(len(words), 2, generator=generator, dtype=torch.float64).tolist()
+        swaps = {
+            i: cased_like(near[int(which * len(near))], words[i])
+            for i, (chance, which) in enumerate(draws)
+            if chance < fraction and (near := neighbours.of(words[i]))
+        }
+        replaced.append(words.replaced(swaps))
+    return replaced

@@ -5,8 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
+import torch
+from torch import nn
+
+from mixadv.checks import check_integer
+from mixadv.model.replay import evaluating
+from mixadv.tokens.reading.encoding import check_fast, longest, tokens
+from mixadv.tokens.reading.masked import output_layer
+from mixadv.tokens.reading.vocabulary import Vocabulary
 from mixadv.tokens.reading.words import Words, cased_like
 
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -30,8 +39,27 @@ class Candidates(Protocol):
         ...
 
 
+class _ByWord:
+    """A source that looks at the word alone, not at its text."""
+
+    max_candidates: int
+
+    def __post_init__(self) -> None:
+        check_integer(type(self).__name__, "max_candidates", self.max_candidates, 1)
+
+    def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
+        """See `Candidates`."""
+        return [
+            usable(text, index, self._found(text[index]), self.max_candidates)
+            for text, index in zip(words, indices, strict=True)
+        ]
+
+    def _found(self, word: str) -> Sequence[str]:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class SimilarWords:
+class SimilarWords(_ByWord):
     """Words of a table of similar words, such as counter-fitted neighbours.
 
     Attributes:
@@ -49,7 +77,7 @@ class SimilarWords:
     max_candidates: int = 20
 
     def __post_init__(self) -> None:
-        check_most("max_candidates", self.max_candidates)
+        super().__post_init__()
         table = self.neighbours
         if isinstance(table, Mapping) and not any(table.values()):
             raise ValueError(
@@ -57,20 +85,13 @@ class SimilarWords:
                 "nothing could be replaced."
             )
 
-    def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
-        """See `Candidates`."""
-        return [
-            usable(text, index, self._of(text[index].lower()), self.max_candidates)
-            for text, index in zip(words, indices, strict=True)
-        ]
-
-    def _of(self, word: str) -> Sequence[str]:
-        table = self.neighbours
+    def _found(self, word: str) -> Sequence[str]:
+        table, word = self.neighbours, word.lower()
         return table.get(word, ()) if isinstance(table, Mapping) else table(word)
 
 
 @dataclass(frozen=True)
-class Typos:
+class Typos(_ByWord):
     """Misspellings by one slip inside a word: its first and last letters stay.
 
     Two letters are swapped, one is left out, or a key beside it is hit after it or in its place (of
@@ -88,19 +109,84 @@ class Typos:
     max_candidates: int = 20
     seed: int = 0
 
+    def _found(self, word: str) -> list[str]:
+        slips = list(dict.fromkeys(_slips(word))) if len(word) >= SHORTEST else []
+        return random.Random(f"{self.seed}/{word}").sample(slips, len(slips))
+
+
+@dataclass(frozen=True)
+class MaskedCandidates:
+    """Words that a masked language model expects in place of a word (BAE, A2T-MLM).
+
+    The word is replaced by the mask token; the tokens that the model finds likeliest there are the
+    candidates, if they are whole words. They fit the sentence and need not mean the same: an attack
+    with them wants a `Similarity`.
+
+    Garg and Ramakrishnan (2020), "BAE: BERT-based adversarial examples for text classification",
+    EMNLP.
+
+    Attributes:
+        model: a masked language model.
+        tokenizer: of the model, a fast one.
+        max_candidates: of a word.
+        batch_size: texts that the model reads at a time.
+
+    Raises:
+        TypeError: for a slow tokenizer, or a model without a language-model head.
+        ValueError: for a tokenizer without a mask token.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    max_candidates: int = 20
+    batch_size: int = 32
+
     def __post_init__(self) -> None:
-        check_most("max_candidates", self.max_candidates)
+        check_integer("MaskedCandidates", "max_candidates", self.max_candidates, 1)
+        if getattr(self.tokenizer, "mask_token", None) is None:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} has no mask token: use the model and tokenizer "
+                "of a masked language model, such as BERT's or RoBERTa's."
+            )
+        check_fast(self.tokenizer)
+        output_layer(self.model)
+        _ = self._whole_words  # so that its error comes now
 
     def __call__(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
         """See `Candidates`."""
-        return [
-            usable(text, index, self._of(text[index]), self.max_candidates)
-            for text, index in zip(words, indices, strict=True)
-        ]
+        found: list[list[str]] = []
+        with evaluating(self.model), torch.no_grad():
+            for start in range(0, len(words), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                found += self._batch(words[part], indices[part])
+        return found
 
-    def _of(self, word: str) -> list[str]:
-        slips = list(dict.fromkeys(_slips(word))) if len(word) >= SHORTEST else []
-        return random.Random(f"{self.seed}/{word}").sample(slips, len(slips))
+    def _batch(self, words: Sequence[Words], indices: Sequence[int]) -> list[list[str]]:
+        mask = self.tokenizer.mask_token
+        texts = [text.replaced({i: mask}) for text, i in zip(words, indices, strict=True)]
+        limit = longest(self.model, self.tokenizer)
+        encoding = tokens(self.model, self.tokenizer, texts, limit)
+        logits = self.model(**encoding.to(next(self.model.parameters()).device)).logits
+        found = []
+        for row, (text, index) in enumerate(zip(words, indices, strict=True)):
+            at = encoding.char_to_token(row, text.spans[index][0])
+            # A text that is cut before the word has no place for it.
+            ranks = [] if at is None else logits[row, at].argsort(descending=True).tolist()
+            likely = (self._whole_words[i] for i in ranks if i in self._whole_words)
+            found.append(usable(text, index, likely, self.max_candidates))
+        return found
+
+    @cached_property
+    def _whole_words(self) -> dict[int, str]:
+        """Tokens of the vocabulary that are words by themselves, letters alone."""
+        vocabulary = Vocabulary(self.tokenizer)
+        # Byte-pair and unigram vocabularies mark the beginnings of words, WordPiece other pieces.
+        mark = next((m for m in "Ġ▁" if m in vocabulary.ordinary), "")
+        begin = vocabulary.ordinary.get(mark, [])
+        whole = {i: word for i in begin if (word := vocabulary.text(i)).isalpha()}
+        if not whole:
+            raise ValueError(f"{type(self.tokenizer).__name__} has no token that is a whole word.")
+        return whole
 
 
 def usable(words: Words, index: int, found: Iterable[str], most: int) -> list[str]:
@@ -155,9 +241,3 @@ def _beside(letter: str) -> str:
             keys = letters[max(at - 1, 0) : at] + letters[at + 1 : at + 2]
             keys += KEYBOARD[row + 1][at : at + 1] if row + 1 < len(KEYBOARD) else ""
     return keys.upper() if letter.isupper() else keys
-
-
-def check_most(name: str, most: int) -> None:
-    """Raise unless at least one candidate is asked for."""
-    if most < 1:
-        raise ValueError(f"{name} must be at least 1, got {most}.")

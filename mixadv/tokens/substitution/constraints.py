@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixadv.checks import check_number
 from mixadv.model.replay import evaluating
-from mixadv.tokens.reading.encoding import longest, tokens
+from mixadv.tokens.reading.encoding import batches, longest
 
 FUNCTION_WORDS = frozenset(
     """
@@ -40,8 +41,17 @@ def budget(words: int, max_share: float, min_words: int) -> int:
         >>> budget(30, 0.1, 1), budget(31, 0.1, 1), budget(30, 0.1, 4), budget(2, 0.1, 4)
         (3, 4, 4, 2)
     """
-    share = math.ceil(round(max_share * words, 9))  # 0.07 × 100 is more than 7 in floats
-    return min(words, max(share, min_words))
+    return min(words, max(portion(words, max_share), min_words))
+
+
+def portion(count: int, share: float) -> int:
+    """Return how many a share of so many is, rounded up.
+
+    Example:
+        >>> portion(100, 0.07), portion(101, 0.07)
+        (7, 8)
+    """
+    return math.ceil(round(share * count, 9))  # 0.07 × 100 is more than 7 in floats
 
 
 @dataclass(frozen=True)
@@ -64,30 +74,28 @@ class Similarity:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if not -1 <= self.min_cosine <= 1:
-            raise ValueError(f"min_cosine is a cosine, from -1 to 1, got {self.min_cosine}.")
+        check_number("Similarity", "min_cosine", self.min_cosine, least=-1.0, most=1.0)
 
     def __call__(self, originals: Sequence[str], changed: Sequence[str]) -> Tensor:
         """Return the cosine of each text with its original, [texts], fp32 on the CPU."""
         if not changed:
             return torch.empty(0)
         texts = list(dict.fromkeys([*originals, *changed]))  # many share an original
-        vectors = dict(zip(texts, self.vectors(texts), strict=True))
+        vectors = self._vectors(texts)
         first = torch.stack([vectors[text] for text in originals])
         return F.cosine_similarity(first, torch.stack([vectors[text] for text in changed]))
 
-    def vectors(self, texts: Sequence[str]) -> Tensor:
-        """Return the mean state of each text, [texts, dim]."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        found: list[Tensor] = [torch.empty(0)] * len(texts)
-        device = next(self.encoder.parameters()).device
-        most = longest(self.encoder, self.tokenizer)
+    def keeps(self, originals: Sequence[str], changed: Sequence[str]) -> list[bool]:
+        """Return of each text whether it is similar enough to its original."""
+        return [cosine >= self.min_cosine for cosine in self(originals, changed).tolist()]
+
+    def _vectors(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the mean state [dim] of each text."""
+        found: dict[str, Tensor] = {}
+        limit = longest(self.encoder, self.tokenizer)
+        read = batches(self.encoder, self.tokenizer, texts, limit, self.batch_size)
         with evaluating(self.encoder), torch.no_grad():
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                read = [texts[i] for i in rows]
-                encoding = tokens(self.encoder, self.tokenizer, read, most)
-                inputs = {name: tensor.to(device) for name, tensor in encoding.items()}
+            for rows, inputs in read:
                 states = getattr(self.encoder(**inputs), "last_hidden_state", None)
                 if states is None:
                     raise TypeError(
@@ -96,6 +104,5 @@ class Similarity:
                     )
                 mask = inputs["attention_mask"].unsqueeze(-1).to(states)
                 means = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
-                for i, mean in zip(rows, means.float().cpu(), strict=True):
-                    found[i] = mean
-        return torch.stack(found)
+                found.update(zip((texts[i] for i in rows), means.float().cpu(), strict=True))
+        return found

@@ -6,20 +6,21 @@ arXiv:2109.00544.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any
+from itertools import compress, groupby
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from mixadv.checks import check_integer, check_number
 from mixadv.model.replay import evaluating
-from mixadv.tokens.reading.encoding import Text
+from mixadv.tokens.reading.encoding import Text, segment, with_segment
 from mixadv.tokens.reading.words import Words
 from mixadv.tokens.substitution.attacks import Attack
 from mixadv.tokens.substitution.candidates import Candidates
 from mixadv.tokens.substitution.constraints import FUNCTION_WORDS, Similarity, budget
-from mixadv.tokens.substitution.reader import Reader, ReadTexts
+from mixadv.tokens.substitution.reader import Reader, ReadText
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,9 @@ class WordSubstitution:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_share <= 1:
-            raise ValueError(f"max_share is a share of the words, 0 to 1, got {self.max_share}.")
-        if self.min_words < 0 or self.batch_size < 1:
-            raise ValueError(
-                "min_words must be at least 0 and batch_size at least 1, got "
-                f"{self.min_words} and {self.batch_size}."
-            )
+        check_number("WordSubstitution", "max_share", self.max_share, most=1.0)
+        check_integer("WordSubstitution", "min_words", self.min_words, 0)
+        check_integer("WordSubstitution", "batch_size", self.batch_size, 1)
         if self.column not in (0, 1):
             raise ValueError(f"column is 0 or 1, the text of a pair, got {self.column!r}.")
 
@@ -96,40 +93,34 @@ class WordSubstitution:
 
     def _begin(self, reader: Reader, texts: Sequence[Text], labels: Sequence[int]) -> list[_Play]:
         """Read the texts once, and rank the words that may be attacked."""
-        words = [Words(_attacked(text, self.column)) for text in texts]
-        reading = reader.weigh(texts, labels, words)
+        words = [Words(segment(text, self.column)) for text in texts]
+        found = zip(texts, words, labels, reader.read(texts, labels, words), strict=True)
         plays = []
-        for i, text in enumerate(texts):
-            weights = reading.importances[i]
+        for text, own, label, read in found:
+            weights = read.importances
             ranked = sorted(weights, key=lambda at: (-weights[at], at))
-            order = [at for at in ranked if words[i][at].lower() not in self.protected]
-            left = budget(len(words[i]), self.max_share, self.min_words)
-            loss, before = float(reading.losses[i]), int(reading.predictions[i])
-            plays.append(
-                _Play(text, self.column, words[i], labels[i], order, left, loss, before, before)
-            )
+            order = [at for at in ranked if own[at].lower() not in self.protected]
+            left = budget(len(own), self.max_share, self.min_words)
+            plays.append(_Play(text, self.column, own, own.text, label, order, left, read, read))
         return plays
 
     def _turn(self, reader: Reader, active: list[_Play]) -> None:
         """Replace the next word of each text by its best candidate, if that is better."""
         positions = [play.order.pop(0) for play in active]
-        proposed = self.candidates([Words(play.now()) for play in active], positions)
+        proposed = self.candidates([Words(play.now) for play in active], positions)
         trials = [
-            _Trial(play, at, new)
+            _Trial(play, at, new, play.words.replaced(play.swaps | {at: new}))
             for play, at, words in zip(active, positions, proposed, strict=True)
             for new in words
         ]
         if self.similarity is not None:
-            cosines = self.similarity(
-                [trial.play.words.text for trial in trials], [trial.words() for trial in trials]
-            )
-            least = self.similarity.min_cosine
-            trials = [t for t, c in zip(trials, cosines.tolist(), strict=True) if c >= least]
-        if not trials:
-            return
-        reading = reader.read([t.text() for t in trials], [t.play.label for t in trials])
-        for play, own in groupby(range(len(trials)), lambda i: trials[i].play):
-            play.choose({i: trials[i] for i in own}, reading)
+            originals = [trial.play.words.text for trial in trials]
+            kept = self.similarity.keeps(originals, [trial.text for trial in trials])
+            trials = list(compress(trials, kept))
+        texts = [with_segment(t.play.text, self.column, t.text) for t in trials]
+        read = zip(trials, reader.read(texts, [t.play.label for t in trials]), strict=True)
+        for play, tried in groupby(read, lambda row: row[0].play):
+            play.choose(list(tried))
 
 
 @dataclass(eq=False)
@@ -139,73 +130,45 @@ class _Play:
     text: Text
     column: int
     words: Words
+    now: str
     label: int
     order: list[int]
     left: int
-    loss: float
-    before: int
-    after: int
+    first: ReadText
+    last: ReadText
     queries: int = 1
     swaps: dict[int, str] = field(default_factory=dict)
 
     @property
     def goes_on(self) -> bool:
-        return self.after == self.label and self.left > 0 and len(self.order) > 0
+        return self.last.prediction == self.label and self.left > 0 and len(self.order) > 0
 
-    def now(self, more: Mapping[int, str] | None = None) -> str:
-        """Return the attacked text with the words replaced so far, and more of them."""
-        return self.words.replaced(self.swaps | dict(more or {}))
-
-    def whole(self, attacked: str) -> Text:
-        """Return what the model reads: the attacked text, with the other one of a pair."""
-        if isinstance(self.text, str):
-            return attacked
-        return (attacked, self.text[1]) if self.column == 0 else (self.text[0], attacked)
-
-    def choose(self, trials: Mapping[int, _Trial], reading: ReadTexts) -> None:
-        """Keep the best of the trials, by their numbers in the reading, if it is an advance."""
-        self.queries += len(trials)
-        worth = {
-            i: (int(reading.predictions[i]) != self.label, float(reading.losses[i])) for i in trials
-        }
-        best = max(worth, key=worth.__getitem__)
-        if worth[best] > (False, self.loss):
-            self.swaps[trials[best].at] = trials[best].new
-            self.loss, self.after = worth[best][1], int(reading.predictions[best])
+    def choose(self, tried: list[tuple[_Trial, ReadText]]) -> None:
+        """Keep the best of the trials, if it is an advance."""
+        self.queries += len(tried)
+        trial, read = max(tried, key=lambda row: self._worth(row[1]))
+        if self._worth(read) > (False, self.last.loss):
+            self.swaps[trial.at] = trial.new
+            self.now, self.last = trial.text, read
             self.left -= 1
+
+    def _worth(self, read: ReadText) -> tuple[bool, float]:
+        return read.prediction != self.label, read.loss
 
     def result(self) -> Attack:
         swaps = {at: (self.words[at], new) for at, new in sorted(self.swaps.items())}
-        perturbed = self.whole(self.now())
-        return Attack(
-            self.text,
-            perturbed,
-            self.label,
-            self.before,
-            self.after,
-            swaps,
-            len(self.words),
-            self.queries,
-        )
+        texts = self.text, with_segment(self.text, self.column, self.now)
+        labels = self.label, self.first.prediction, self.last.prediction
+        return Attack(*texts, *labels, swaps, len(self.words), self.queries)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """A candidate in its place."""
+class _Trial(NamedTuple):
+    """A candidate in its place, and the attacked text with it."""
 
     play: _Play
     at: int
     new: str
-
-    def words(self) -> str:
-        return self.play.now({self.at: self.new})
-
-    def text(self) -> Text:
-        return self.play.whole(self.words())
-
-
-def _attacked(text: Text, column: int) -> str:
-    return text if isinstance(text, str) else text[column]
+    text: str
 
 
 def _check(texts: Sequence[Text], labels: Sequence[int]) -> None:

@@ -4,125 +4,83 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixadv.tokens.reading.encoding import Text, longest, tokens
-from mixadv.tokens.reading.words import Words
+from mixadv.tokens.reading.encoding import Text, batches, check_fast, longest
+from mixadv.tokens.reading.words import Words, overlapping
 
 
-class ReadTexts(NamedTuple):
-    """What a classifier makes of texts.
+class ReadText(NamedTuple):
+    """What a classifier makes of a text."""
 
-    Attributes:
-        losses: cross-entropy of each text's label, nats, [texts], fp64 on the CPU.
-        predictions: label numbers, [texts].
-        importances: of each text, the words that were read and the norms of their gradients.
-    """
-
-    losses: Tensor
-    predictions: Tensor
-    importances: list[dict[int, float]]
+    loss: float  # cross-entropy of the label, nats, of fp64 logits
+    prediction: int
+    importances: dict[int, float]  # of the words that were read: norms of their gradients
 
 
+@dataclass
 class Reader:
     """A classifier and its tokenizer, as a function of texts.
-
-    Args:
-        model: returns logits [texts, labels], by themselves or as `.logits`; with
-            `get_input_embeddings()`.
-        tokenizer: of the model, a fast one.
-        max_length: tokens; the rest of a text is cut. `None` asks the model.
-        batch_size: texts that the model reads at a time.
-        column: which text of a pair the words are of.
 
     Raises:
         TypeError: for a tokenizer that does not tell where its tokens lie, or a model whose
             embeddings are not to be found.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, max_length: int | None, batch_size: int, column: int
-    ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
+    model: nn.Module  # returns logits [texts, labels], by themselves or as `.logits`
+    tokenizer: Any
+    max_length: int | None  # tokens; the rest of a text is cut; None asks the model
+    batch_size: int
+    column: int  # which text of a pair the words are of
+
+    def __post_init__(self) -> None:
+        check_fast(self.tokenizer)
+        if not hasattr(self.model, "get_input_embeddings"):
             raise TypeError(
-                f"{type(tokenizer).__name__} does not tell which characters a token stands for: "
-                "use the fast tokenizer of the model (AutoTokenizer gives it by default)."
+                f"{type(self.model).__name__} has no get_input_embeddings(): pass the bare model, "
+                "not one wrapped for several devices."
             )
-        if not hasattr(model, "get_input_embeddings"):
-            raise TypeError(
-                f"{type(model).__name__} has no get_input_embeddings(): pass the bare model, not "
-                "one wrapped for several devices."
-            )
-        self.model = model
-        self.tokenizer = tokenizer
-        self.max_length = max_length or longest(model, tokenizer)
-        self.batch_size = batch_size
-        self.column = column
-        self.device = next(model.parameters()).device
+        self.max_length = self.max_length or longest(self.model, self.tokenizer)
 
-    def read(self, texts: Sequence[Text], labels: Sequence[int]) -> ReadTexts:
-        """Read texts without gradients; `importances` is empty."""
-        with torch.no_grad():
-            return self._in_batches(texts, labels, words=None)
-
-    def weigh(self, texts: Sequence[Text], labels: Sequence[int], words: list[Words]) -> ReadTexts:
-        """Read texts with one backward pass to their embeddings, which weighs their words."""
-        with torch.inference_mode(False), torch.enable_grad():
-            return self._in_batches(texts, labels, words)
-
-    def _in_batches(
-        self, texts: Sequence[Text], labels: Sequence[int], words: list[Words] | None
-    ) -> ReadTexts:
-        """Read the texts in batches of similar length, so that little is padded."""
-        order = sorted(range(len(texts)), key=lambda i: sum(map(len, _columns(texts[i]))))
-        losses = torch.zeros(len(texts), dtype=torch.double)
-        predictions = torch.zeros(len(texts), dtype=torch.long)
-        importances: list[dict[int, float]] = [{} for _ in texts]
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            encoding = tokens(
-                self.model,
-                self.tokenizer,
-                [texts[i] for i in rows],
-                self.max_length,
-                return_offsets_mapping=words is not None,
-            )
-            offsets = encoding.pop("offset_mapping", None)
-            wanted = torch.tensor([labels[i] for i in rows])
-            logits, norms = self._pass(encoding, wanted, gradient=words is not None)
-            losses[rows] = F.cross_entropy(logits, wanted, reduction="none")
-            predictions[rows] = logits.argmax(-1)
-            if words is not None:
-                for at, i in enumerate(rows):
-                    own = [column == self._column(texts[i]) for column in encoding.sequence_ids(at)]
-                    importances[i] = _by_word(words[i], offsets[at].tolist(), norms[at], own)
-        return ReadTexts(losses, predictions, importances)
-
-    def _column(self, text: Text) -> int:
-        return 0 if isinstance(text, str) else self.column
+    def read(
+        self, texts: Sequence[Text], labels: Sequence[int], words: Sequence[Words] = ()
+    ) -> list[ReadText]:
+        """Read texts; words, where they are given, are weighed by one backward pass."""
+        found: dict[int, ReadText] = {}
+        given = batches(self.model, self.tokenizer, texts, self.max_length, self.batch_size)
+        with torch.inference_mode(False), torch.set_grad_enabled(bool(words)):
+            for rows, encoding in given:
+                wanted = torch.tensor([labels[i] for i in rows])
+                logits, norms = self._pass(encoding, wanted, bool(words))
+                losses = F.cross_entropy(logits, wanted, reduction="none").tolist()
+                weights: list[dict[int, float]] = [{} for _ in rows]
+                if words:
+                    column = 0 if isinstance(texts[0], str) else self.column
+                    weighed = zip(rows, encoding.encodings, norms.tolist(), strict=True)
+                    weights = [_by_word(words[i], column, own, norm) for i, own, norm in weighed]
+                read = map(ReadText, losses, logits.argmax(-1).tolist(), weights)
+                found.update(zip(rows, read, strict=True))
+        return [found[i] for i in range(len(texts))]
 
     def _pass(self, encoding: Any, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         """Return logits, and squared norms of the loss's gradient to each embedding."""
-        inputs = {name: tensor.to(self.device) for name, tensor in encoding.items()}
-        found: list[Tensor] = []
+        leaves: list[Tensor] = []
 
         def leaf(module: nn.Module, given: Any, output: Tensor) -> Tensor:
-            found.append(output.detach().requires_grad_())
-            return found[-1]
+            leaves.append(output.detach().requires_grad_())
+            return leaves[-1]
 
         embeddings: Any = self.model.get_input_embeddings
-        hook = embeddings().register_forward_hook(leaf) if gradient else None
-        try:
-            output = self.model(**inputs)
-        finally:
-            if hook is not None:
-                hook.remove()
+        with embeddings().register_forward_hook(leaf) if gradient else nullcontext():
+            output = self.model(**encoding)
         # In fp32 the loss of a sure prediction is 0, and no change of a word would raise it.
-        logits = _logits(output).cpu().double()
+        logits = class_logits(output).cpu().double()
         if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
             raise ValueError(
                 f"labels must be numbers from 0 to {logits.shape[1] - 1}, the model's classes; "
@@ -131,15 +89,11 @@ class Reader:
         if not gradient:
             return logits, torch.empty(0)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        [slope] = torch.autograd.grad(loss, found[:1])
+        [slope] = torch.autograd.grad(loss, leaves[:1])
         return logits.detach(), slope.float().square().sum(-1).cpu()
 
 
-def _columns(text: Text) -> tuple[str, ...]:
-    return (text,) if isinstance(text, str) else text
-
-
-def _logits(output: Any) -> Tensor:
+def class_logits(output: Any) -> Tensor:
     """Return the logits of a model's output; raise unless they are of classes."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
@@ -151,19 +105,11 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _by_word(
-    words: Words, offsets: list[list[int]], norms: Tensor, own: list[bool]
-) -> dict[int, float]:
+def _by_word(words: Words, column: int, encoding: Any, squares: list[float]) -> dict[int, float]:
     """Return the norm of the gradient to the tokens of each word that has any."""
-    squares: dict[int, float] = {}
-    index = 0
-    for (begin, end), square, is_own in zip(offsets, norms.tolist(), own, strict=True):
-        if not is_own or begin == end:
-            continue
-        while index < len(words) and words.spans[index][1] <= begin:
-            index += 1
-        at = index
-        while at < len(words) and words.spans[at][0] < end:
-            squares[at] = squares.get(at, 0.0) + square
-            at += 1
-    return {at: math.sqrt(square) for at, square in squares.items()}
+    found: dict[int, float] = {}
+    tokens = zip(encoding.offsets, encoding.sequence_ids, squares, strict=True)
+    for (begin, end), which, square in tokens:
+        for at in overlapping(words.spans, begin, end) if which == column and begin < end else ():
+            found[at] = found.get(at, 0.0) + square
+    return {at: math.sqrt(square) for at, square in found.items()}

@@ -1,11 +1,20 @@
-"""Tables as aligned text and as Markdown, and numbers as their cells have them."""
+"""Tables and pictures of reports, and numbers as their cells have them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 DASH = "–"  # where there is no number
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+"""Of Okabe and Ito, which colour-blind readers tell apart."""
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.dpi": 150,
+}
 
 
 class Table(NamedTuple):
@@ -51,6 +60,19 @@ def number(value: Mapping[str, Any] | float | None) -> str:
 def quartiles(found: Mapping[str, Any]) -> str:
     """Return a median with the quartiles around it."""
     return number({"value": found["median"], "low": found["lower"], "high": found["upper"]})
+
+
+@contextmanager
+def figure(width: float, height: float, font: float = 10) -> Iterator[Any]:
+    """Yield an empty figure of some inches, to be drawn and saved in the style of all.
+
+    Needs matplotlib, without pyplot: nothing global changes.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({**STYLE, "font.size": font}):
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
 def _estimate(value: Any, write: Callable[[float], str]) -> str:
