@@ -265,7 +265,7 @@ def test_delta_is_added_to_the_row_that_it_was_found_for():
     game = mixadv.Game(model, mixadv.FGM(radius=0.5, unit="absolute"))
     outcome = game.backward(lambda: model(**args))
     with moved(game.site.targets[0][1], game.strategy.points[0][0].transpose(0, 1)):
-        assert float(model(**args).loss) == pytest.approx(float(outcome.payoff), rel=1e-5)
+        assert float(model(**args).loss.detach()) == pytest.approx(float(outcome.payoff), rel=1e-5)
 
 
 # Which input -------------------------------------------------------------------------------------

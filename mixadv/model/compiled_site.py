@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
+from mixadv.model.masks import told
 from mixadv.model.modules import compiled, find, is_input
 from mixadv.model.private_torch import is_mapped, more_graphs
 from mixadv.model.site import Site, add, first_of, tokens_of, with_first
@@ -125,7 +126,8 @@ class CompiledSite(Site):
             name = max(shared, key=lambda name: shared[name], default="")
             ids = next((name for name, value in given.items() if _same(value, entered)), None)
             pattern = Pattern(visit.module, name, shared.get(name, 0), ids, call)
-            if not pattern.sizes or not _same(self._call(pattern).mask, call.mask):
+            foretold = told(self.where, len(self._patterns), self._call(pattern))
+            if not pattern.sizes or not _same(foretold.mask, call.mask):
                 self._refuse_inputs()
             self._patterns.append(pattern)
 
@@ -136,8 +138,9 @@ class CompiledSite(Site):
             return
         self._enter(module, args, kwargs)
         deltas = []
-        for pattern in self._patterns:
-            call = self._call(pattern)
+        self.current.told = self.where is not None
+        for index, pattern in enumerate(self._patterns):
+            call = told(self.where, index, self._call(pattern))
             deltas.append(self.current.visit(pattern.module, call, _stand_in(call), 0, 0))
         # Empty for a clean pass: it takes the same graph as a call outside of a round.
         self._slots, self._taken = [_leaf(d) for d in deltas if d is not None], 0
@@ -166,10 +169,10 @@ class CompiledSite(Site):
             self._refuse_inputs()
         sizes, device = given[pattern.name].shape[: pattern.sizes], given[pattern.name].device
         shape = torch.Size([*sizes, *pattern.call.shape[pattern.sizes :]])
-        args = () if pattern.ids is None else (given[pattern.ids],)
-        tokens = tokens_of(pattern.module, args[0] if args else None)
+        entered = None if pattern.ids is None else given[pattern.ids]
+        tokens = tokens_of(pattern.module, entered)
         call = Call(shape, pattern.call.dtype, device, None, *tokens)
-        return call._replace(mask=self._mask(_stand_in(call), args, {}))
+        return call._replace(mask=self._mask(pattern.module, _stand_in(call), entered))
 
     def _refuse_inputs(self) -> None:
         raise GameError(
