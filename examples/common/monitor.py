@@ -1,60 +1,69 @@
 """What is seen of a run while it goes on: a progress bar, and TensorBoard if asked for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 
-class Monitor:
+class Monitor(TrainerCallback):
     """Shows the numbers of a run.
 
-    Numbers are on the device, and reading them waits for it: they are asked for when the bar is
-    drawn, not at every update, unless TensorBoard takes them all.
+    Not Trainer's own bar, which shows where there is no terminal and prints logs among the results,
+    nor its TensorBoard, which keeps what comes again where a killed run goes on.
 
     Args:
         name: of the run.
-        total: updates of the run.
-        done: of which before.
         folder: for TensorBoard; None writes nothing.
-        silent: shows nothing, as all processes but the first.
+        silent: shows no bar.
     """
 
-    def __init__(self, name: str, total: int, done: int, folder: Path | None, silent: bool) -> None:
-        # None: no bar where there is no terminal.
-        hidden = True if silent else None
-        self.bar = tqdm(total=total, initial=done, desc=name, leave=False, disable=hidden)
+    def __init__(self, name: str, folder: Path | None, silent: bool) -> None:
+        self.name = name
+        self.folder = folder
+        self.silent = silent
         self.writer: Any = None
-        if folder is not None and not silent:
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar, and the file for TensorBoard."""
+        hidden = True if self.silent or not state.is_world_process_zero else None
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.name,
+            leave=False,
+            disable=hidden,  # None: no bar where there is no terminal
+        )
+        if self.folder is not None and state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
 
             # What was written after the checkpoint that a killed run goes on from comes again.
-            self.writer = SummaryWriter(str(folder), purge_step=done + 1)
+            self.writer = SummaryWriter(str(self.folder), purge_step=state.global_step + 1)
 
-    def __enter__(self) -> Self:
-        return self
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Show that an update is done."""
+        self.bar.update()
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
-
-    def update(self, done: int, numbers: Callable[[], dict[str, float]]) -> None:
-        """Show that an update is done, and its numbers."""
-        drawn = self.bar.update()
-        if not drawn and self.writer is None:
-            return
-        found = numbers()
-        if drawn:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the numbers of an update."""
+        if "loss" in logs:
+            found = {name: value for name, value in logs.items() if name != "epoch"}
             self.bar.set_postfix({name: f"{value:.3g}" for name, value in found.items()})
-        if self.writer is not None:
-            for name, value in found.items():
-                self.writer.add_scalar(f"train/{name}", value, done)
+            self._write("train", found, state.global_step)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
 
     def metrics(self, done: int, found: Mapping[str, Mapping[str, float]]) -> None:
         """Write the metrics of splits."""
+        for split, metrics in found.items():
+            self._write(split, metrics, done)
+
+    def _write(self, group: str, numbers: Mapping[str, float], done: int) -> None:
         if self.writer is not None:
-            for split, metrics in found.items():
-                for metric, value in metrics.items():
-                    self.writer.add_scalar(f"{split}/{metric}", value, done)
+            for name, value in numbers.items():
+                self.writer.add_scalar(f"{group}/{name}", value, done)
+            self.writer.flush()
