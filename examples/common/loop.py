@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import mixadv
 from common import data, model
 from common.data import Task
 from common.evaluation import Evaluator, Metrics
-from common.monitor import Monitor
 from common.results import Run, append, finished
 from common.substitution import Source, candidates
 from mixadv.optimizer import GameOptimizer
@@ -70,8 +70,8 @@ class Rounds(GameOptimizer):
         return None if closure is None else super().step(closure, check=check)
 
 
-class Training(Trainer):
-    """One run, from its model to its result."""
+class Training(Trainer, TrainerCallback):
+    """One run, from its model to its result; a Trainer that follows its own steps."""
 
     def __init__(self, run: Run, task: Task, keeping: Keeping) -> None:
         self.run = run
@@ -123,17 +123,10 @@ class Training(Trainer):
         )
         self.evaluator = Evaluator(run, task, network, self.encode, self.game, self.part)
         self.progress = Progress()
-        name = f"{run.task} {run.solver} seed {run.seed}"
-        folder = keeping.output / "tensorboard" / run.key if keeping.tensorboard else None
-        self.monitor = Monitor(name, folder, silent=keeping.silent)
+        self.shown = args.process_index == 0 and not keeping.silent
+        self.writer: Any = None
         with torch.random.fork_rng():  # Trainer seeds once more
-            super().__init__(
-                network,
-                args,
-                optimizers=(optimizer, scheduler),
-                callbacks=[Keeper(self), self.monitor],
-            )
-        self.remove_callback(PrinterCallback)
+            super().__init__(network, args, optimizers=(optimizer, scheduler), callbacks=[self])
 
     # Training --------------------------------------------------------------------------------
 
@@ -143,10 +136,25 @@ class Training(Trainer):
         last = max(written, key=lambda path: path.stat().st_mtime, default=None)
         if last is not None:
             self.progress = Progress(**json.loads(last.read_text()))
-        with model.quiet():
-            self.train(str(last.parent) if last is not None else None)
+        if self.shown and self.keeping.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What was written after the checkpoint that a killed run goes on from comes again.
+            folder = str(self.keeping.output / "tensorboard" / self.run.key)
+            self.writer = SummaryWriter(folder, purge_step=self.progress.updates + 1)
+        self.bar = tqdm(
+            total=self.updates,
+            initial=self.progress.updates,
+            desc=f"{self.run.task} {self.run.solver} seed {self.run.seed}",
+            leave=False,
+            disable=None if self.shown else True,  # None: no bar where there is no terminal
+        )
+        with self.bar, model.quiet():
+            self.train(None if last is None else str(last.parent))
         result = self.result()
-        self.monitor.metrics(self.updates, result["last"])
+        self.show_metrics(result["last"])
+        if self.writer is not None:
+            self.writer.close()
         return result
 
     def get_train_dataloader(self) -> Any:
@@ -174,12 +182,56 @@ class Training(Trainer):
         self.progress.forwards += self.game.outcome.forwards if self.game else 1
         return loss.detach() / parts
 
-    def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
-        """Log what the last round came to beside the loss."""
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note an update, and evaluate if it is time to."""
+        progress, every = self.progress, self.run.evaluate_every
+        progress.seconds += time.perf_counter() - self.started
+        progress.updates += 1
+        outcome = self.game.outcome if self.game else None
+        progress.optimizer_steps += outcome.steps if outcome else 1
+        self.bar.update()
+        if every and progress.updates % every == 0 and progress.updates < self.updates:
+            self.show_metrics(self.consider(self.metrics(self.choose_on)))
+        self.started = time.perf_counter()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Write the progress; a checkpoint without it is one that a kill has torn."""
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            folder = self.checkpoints / f"checkpoint-{self.progress.updates}"
+            (folder / "written").write_text(json.dumps(asdict(self.progress)))
+            (folder / "written").replace(folder / "progress.json")
+        self.started = time.perf_counter()
+
+    def log(self, logs: dict[str, float], *_: Any) -> None:
+        """Show the numbers of an update; what Trainer tells at the end is not shown."""
+        if "loss" in logs:
+            found = self.numbers(logs["loss"])
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in found.items()})
+            self.show("train", found)
+
+    def numbers(self, loss: float) -> dict[str, float]:
+        """Return what is shown of an update."""
+        shown = {"loss": loss, "learning rate": self.lr_scheduler.get_last_lr()[0]}
         outcome = self.game.outcome if self.game else None
         if outcome is not None and outcome.payoff is not None:
-            logs |= {"payoff": float(outcome.payoff), "radius": float(outcome.radius)}
-        super().log(logs, *arguments, **keywords)
+            shown |= {"payoff": float(outcome.payoff), "radius": float(outcome.radius)}
+        return shown
+
+    def show(self, group: str, numbers: dict[str, float]) -> None:
+        """Write numbers for TensorBoard."""
+        if self.writer is not None:
+            for name, value in numbers.items():
+                self.writer.add_scalar(f"{group}/{name}", value, self.progress.updates)
+
+    def show_metrics(self, found: Metrics) -> None:
+        """Write the metrics of splits for TensorBoard."""
+        for split, metrics in found.items():
+            self.show(split, metrics)
 
     # Evaluation ------------------------------------------------------------------------------
 
@@ -235,40 +287,6 @@ class Training(Trainer):
             with self.evaluator.weights() as network, model.quiet():
                 network.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-
-
-class Keeper(TrainerCallback):
-    """Notes the progress of a run, evaluates on the way, and keeps its progress in checkpoints."""
-
-    def __init__(self, training: Training) -> None:
-        self.training = training
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start the clock."""
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Note an update, and evaluate if it is time to."""
-        training, progress = self.training, self.training.progress
-        progress.seconds += time.perf_counter() - self.started
-        progress.updates = state.global_step
-        outcome = training.game.outcome if training.game else None
-        progress.optimizer_steps += outcome.steps if outcome else 1
-        every, last = training.run.evaluate_every, progress.updates == training.updates
-        if every and progress.updates % every == 0 and not last:
-            found = training.consider(training.metrics(training.choose_on))
-            training.monitor.metrics(progress.updates, found)
-        self.started = time.perf_counter()
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write the progress; a checkpoint without it is one that a kill has torn."""
-        training = self.training
-        training.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
-            path = training.checkpoints / f"checkpoint-{state.global_step}" / "progress.json"
-            path.with_suffix(".tmp").write_text(json.dumps(asdict(training.progress)))
-            path.with_suffix(".tmp").replace(path)
-        self.started = time.perf_counter()
 
 
 def chosen_rows(run: Run, task: Task) -> tuple[data.Dataset, dict[str, data.Dataset]]:

@@ -14,6 +14,7 @@ comes again. At the end report.md is written, with tables and pictures.
 
 import fcntl
 import re
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -125,7 +126,7 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
             result["machine"] = pool.machine()
             append(path, result)
             results[result["key"]] = result
-            (options.runs / f"{result['key']}.pt").unlink(missing_ok=True)
+            shutil.rmtree(options.runs / f"{result['key']}.checkpoints", ignore_errors=True)
     if lost:
         print(
             f"study: {len(lost)} models to measure are not in {options.runs}: to train them again, "
