@@ -103,19 +103,22 @@ class Training(Trainer, TrainerCallback):
         network, self.tokenizer = model.load(run, task)
         self.source = Source(run, self.rows, self.size, self.part, network, self.tokenizer)
         args.max_steps = self.updates = run.updates or math.ceil(self.source.updates(run.epochs))
-        network.train().to(args.device)
+        with torch.random.fork_rng():  # Trainer seeds once more
+            super().__init__(network.train(), args, callbacks=[self])
+        self.model_wrapped = self.accelerator.prepare(network)
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             network.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay, fused=True
         )
         self.game: mixadv.Game | None = None
         self.solver = player(run, task)
         if self.solver is not None:
-            wrapped = mixadv.wrap(optimizer, network, self.solver, seed=run.seed)
+            wrapped = mixadv.wrap(optimizer, self.model_wrapped, self.solver, seed=run.seed)
             self.game = wrapped.game
             optimizer = Rounds(optimizer, self.game) if run.accumulate == 1 else wrapped
         warmup = max(1, int(run.warmup * self.updates))
         decay = self.updates - warmup + 1
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
+        self.optimizer = optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda done: min((done + 1) / warmup, (self.updates - done) / decay)
         )
         self.encode = model.Encoder(
@@ -125,8 +128,6 @@ class Training(Trainer, TrainerCallback):
         self.progress = Progress()
         self.shown = args.process_index == 0 and not keeping.silent
         self.writer: Any = None
-        with torch.random.fork_rng():  # Trainer seeds once more
-            super().__init__(network, args, optimizers=(optimizer, scheduler), callbacks=[self])
 
     # Training --------------------------------------------------------------------------------
 
