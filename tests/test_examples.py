@@ -496,7 +496,7 @@ def test_each_run_writes_one_line_and_is_not_repeated(
     assert [r["optimizer_steps"] for r in found] == [4, 4, 8, 8]
     assert [r["forwards_per_update"] for r in found] == [1, 1, 6, 6]
     assert found[2]["played"]["learner_steps"] == 2
-    assert not list(tmp_path.glob("*.pt"))
+    assert not list(tmp_path.glob("*.checkpoints"))
 
     monkeypatch.setattr(model, "load", lambda *_: pytest.fail("trains again"))
     assert intent.main(argv) == 0
@@ -640,7 +640,7 @@ def trained(source: Path, encoder: str, output: Path, *more: str) -> tuple[Train
     task = intent.load(options)
     keeping = Keeping(output, save=options.save, tensorboard=options.tensorboard)
     training = Training(intent.runs(options)[0], task, keeping)
-    results.append(output / "results.jsonl", training.train())
+    results.append(output / "results.jsonl", training.complete())
     return training, task
 
 
@@ -731,9 +731,9 @@ def test_tensorboard_has_what_the_bar_shows_and_the_metrics(
 
 def test_the_bar_shows_loss_payoff_and_radius(folder: Path, encoder: str, tmp_path: Path):
     training, _ = trained(folder, encoder, tmp_path, "--solver", "pgd")
-    assert set(training.numbers(torch.tensor(1.0))) == {"loss", "learning rate", "payoff", "radius"}
+    assert set(training.numbers(1.0)) == {"loss", "learning rate", "payoff", "radius"}
     plain, _ = trained(folder, encoder, tmp_path)
-    assert set(plain.numbers(torch.tensor(1.0))) == {"loss", "learning rate"}
+    assert set(plain.numbers(1.0)) == {"loss", "learning rate"}
 
 
 # Accumulation and number formats -----------------------------------------------------------------
@@ -742,7 +742,9 @@ def test_the_bar_shows_loss_payoff_and_radius(folder: Path, encoder: str, tmp_pa
 def updated(training: Training, *chunks: list[int]) -> dict[str, torch.Tensor]:
     """Return the weights after one update on batches of the rows named."""
     training.model.eval()  # no dropout: its masks depend on the batch
-    training.update([training.encode(training.rows[chunk]) for chunk in chunks])
+    for chunk in chunks:
+        training.training_step(training.model, training.encode(training.rows[chunk]))
+    training.optimizer.step()
     return {name: weight.clone() for name, weight in training.model.state_dict().items()}
 
 
@@ -796,6 +798,7 @@ def test_forward_passes_are_in_bfloat16_if_asked(run: Any, monkeypatch: pytest.M
 
 # Interruptions ---------------------------------------------------------------------------------
 
+CHECKPOINTS = "*.checkpoints/*/progress.json"
 MOMENTS = ["between checkpoints", "while a checkpoint is written", "in the evaluation"]
 PARTICLES = ["--set", "particles=2", "temperature=1e-3", "learner_temperature=1e-6", "samples=2"]
 SETTINGS = {
@@ -829,11 +832,11 @@ def interrupt(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, call)
 
     if moment == "between checkpoints":
-        broken("update", 4, Training)
+        broken("on_step_end", 4, Training)
     elif moment == "in the evaluation":
         broken("result", 1, Training)
     else:
-        broken("save", 2, torch, lambda state, path: Path(path).write_bytes(b"half of it"))
+        broken("save", 5, torch, lambda state, path: Path(path).write_bytes(b"half of it"))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -858,30 +861,30 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         interrupt(moment, patched)
         with pytest.raises(KeyboardInterrupt):
             intent.main(argv)
-    assert len(list(broken.glob("*.pt"))) == 1
+    assert len(list(broken.glob(CHECKPOINTS))) == 1
     assert not (broken / "results.jsonl").exists()
 
     steps = []
-    update = Training.update
-    monkeypatch.setattr(Training, "update", lambda *a: steps.append(0) or update(*a))
+    ended = Training.on_step_end
+    monkeypatch.setattr(Training, "on_step_end", lambda *a, **k: steps.append(0) or ended(*a, **k))
     assert_same(weights_of(intent.main, argv, monkeypatch), expected)
     assert len(steps) == {"in the evaluation": 0}.get(moment, 2)
     assert written(broken) == written(whole)
-    assert not list(broken.glob("*.pt"))
+    assert not list(broken.glob("*.checkpoints"))
 
 
 KILLED = """
 import os, signal, sys
 import intent
-from common import checkpoint
+from common.loop import Training
 
-save = checkpoint.save
+saved = Training.on_save
 
-def save_and_die(*arguments):
-    save(*arguments)
+def save_and_die(*arguments, **named):
+    saved(*arguments, **named)
     os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoint.save = save_and_die
+Training.on_save = save_and_die
 intent.main(sys.argv[1:])
 """
 
@@ -901,7 +904,7 @@ def test_a_killed_process_is_continued(folder: Path, encoder: str, tmp_path: Pat
         [sys.executable, "-c", KILLED, *argv], env=environment(tmp_path), check=False
     )
     assert killed.returncode == -9
-    assert len(list((tmp_path / "broken").glob("*.pt"))) == 1
+    assert len(list((tmp_path / "broken").glob(CHECKPOINTS))) == 1
     assert intent.main(argv) == 0
     assert intent.main(command(folder, encoder, tmp_path / "whole", *more)) == 0
     assert written(tmp_path / "broken") == written(tmp_path / "whole")

@@ -87,7 +87,6 @@ class Training(Trainer, TrainerCallback):
             use_cpu=not torch.accelerator.is_available(),
             ddp_find_unused_parameters=False,
             save_steps=keeping.checkpoint_every,
-            save_total_limit=2,  # the last one may be half written
             logging_steps=1 if keeping.tensorboard else 10,
             logging_nan_inf_filter=False,  # it waits for the device
             ignore_data_skip=True,
@@ -206,6 +205,8 @@ class Training(Trainer, TrainerCallback):
             folder = self.checkpoints / f"checkpoint-{self.progress.updates}"
             (folder / "written").write_text(json.dumps(asdict(self.progress)))
             (folder / "written").replace(folder / "progress.json")
+            for older in set(self.checkpoints.iterdir()) - {folder}:
+                shutil.rmtree(older)
         self.started = time.perf_counter()
 
     def log(self, logs: dict[str, float], *_: Any) -> None:
