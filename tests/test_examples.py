@@ -874,18 +874,51 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 
 
 KILLED = """
-import os, signal, sys
-import intent
-from common.loop import Training
+import io, os, random, signal, sys
+from pathlib import Path
+import torch
+import intent, mixadv
+from common.loop import Keeping, Training
 
-saved = Training.on_save
+options, save = intent.arguments(sys.argv[2:]), torch.save
+task = intent.load(options)
+torch.set_num_threads(1)
 
-def save_and_die(*arguments, **named):
-    saved(*arguments, **named)
-    os.kill(os.getpid(), signal.SIGKILL)
+def train(run, output, fatal=None):
+    "Train on from the checkpoint, which each update writes; the process is killed at a file of it."
+    files = iter(range(1, 100))
 
-Training.on_save = save_and_die
-intent.main(sys.argv[1:])
+    def killed_while_writing(state, target):
+        if next(files) != fatal:
+            return save(state, target)
+        save(state, whole := io.BytesIO())
+        Path(target).write_bytes(whole.getvalue()[: random.randrange(whole.tell())])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = killed_while_writing
+    training = Training(run, task, Keeping(output, checkpoint_every=1))
+    result = training.complete()
+    assert len(list(training.checkpoints.iterdir())) == 1
+    states = [training.model.state_dict(), training.optimizer.state_dict(), torch.get_rng_state()]
+    return states, {**result, "seconds_per_update": 0}
+
+folder = Path(sys.argv[1])
+for number, run in enumerate(intent.runs(options)):
+    states, result = train(run, folder / "whole")
+    draw = random.Random(number)
+    for fatal in (draw.randint(1, 12), draw.randint(1, 3)):  # of three files in each of 4 updates
+        child = os.fork()
+        if child == 0:
+            random.seed(number)
+            train(run, folder / "killed", fatal)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, run.solver
+        left = folder.glob(f"killed/{run.key}.checkpoints/*")
+        assert any(not (path / "progress.json").exists() for path in left), run.solver
+    resumed, again = train(run, folder / "killed")
+    torch.testing.assert_close(resumed, states, rtol=0, atol=0)
+    assert again == result, run.solver
+print("as uninterrupted")
 """
 
 
@@ -896,18 +929,53 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-@pytest.mark.slow
-def test_a_killed_process_is_continued(folder: Path, encoder: str, tmp_path: Path):
-    more = ["--checkpoint-every", "3", "--solver", "mat", "--accumulate", "2"]
-    argv = command(folder, encoder, tmp_path / "broken", *more)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *argv], env=environment(tmp_path), check=False
+KILLS = {
+    "usual": ["freelb", "mat"],
+    "others": [name for name in ("plain", *mixadv.SOLVERS) if name not in ("freelb", "mat")],
+    "accumulated": ["mat", "--accumulate", "2"],
+}
+
+
+@pytest.mark.parametrize("kill", slow_but(("usual",), KILLS))
+def test_a_process_killed_as_it_writes_a_checkpoint_goes_on_from_the_one_before(
+    kill: str, folder: Path, encoder: str, tmp_path: Path
+):
+    argv = command(folder, encoder, tmp_path, "--solver", *KILLS[kill])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path), *argv],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert killed.returncode == -9
-    assert len(list((tmp_path / "broken").glob(CHECKPOINTS))) == 1
-    assert intent.main(argv) == 0
-    assert intent.main(command(folder, encoder, tmp_path / "whole", *more)) == 0
-    assert written(tmp_path / "broken") == written(tmp_path / "whole")
+    assert done.stdout == "as uninterrupted\n", done.stderr
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    folder: Path, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    def argv(name: str) -> list[str]:
+        return command(
+            folder, encoder, tmp_path / name, "--checkpoint-every", "2", "--solver", "mat"
+        )
+
+    save, calls = torch.save, []
+
+    def full(state: Any, path: str) -> None:
+        calls.append(path)
+        if len(calls) < 5:
+            return save(state, path)
+        Path(path).write_bytes(b"PK")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert intent.main(argv("full")) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    [left] = (tmp_path / "full").glob(CHECKPOINTS)
+    assert json.loads(left.read_text())["updates"] == 2
+    assert intent.main(argv("full")) == intent.main(argv("whole")) == 0
+    assert written(tmp_path / "full") == written(tmp_path / "whole")
 
 
 LAUNCHERS = {
