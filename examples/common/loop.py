@@ -1,8 +1,11 @@
-"""The training loop: Trainer's, with a whole round on a batch and rows of our own order.
+"""The training loop: that of `transformers.Trainer`, with a whole round on each batch.
 
-Trainer loops, accumulates, and writes checkpoints to go on from. `training_step` has the wrapped
-optimizer play a round on a batch, as often as the solver steps; the step that Trainer takes after
-it finds nothing to do.
+Trainer loops, accumulates, schedules, distributes and writes checkpoints to go on from after a
+kill. Why it is not `mixadv.integrations.transformers.AdversarialTrainer`, which trainer.py shows:
+that takes one optimizer step per batch. Here `optimizer.step(closure)` plays a whole round on a
+batch, as often as the solver steps (FreeAT, and MAT at its defaults), and the measured tables
+compare methods at equal batches. Trainer's own order of rows is not used either, since an epoch's
+rows may be perturbed against the model as it stands.
 """
 
 import gc
@@ -78,22 +81,7 @@ class Training(Trainer, TrainerCallback):
         self.task = task
         self.keeping = keeping
         self.checkpoints = keeping.output / f"{run.key}.checkpoints"
-        args = TrainingArguments(
-            str(self.checkpoints),
-            gradient_accumulation_steps=run.accumulate,
-            max_grad_norm=0,
-            max_steps=1,  # until the rows are known
-            bf16=run.bf16,
-            use_cpu=not torch.accelerator.is_available(),
-            ddp_find_unused_parameters=False,
-            save_steps=keeping.checkpoint_every,
-            logging_steps=1 if keeping.tensorboard else 10,
-            logging_nan_inf_filter=False,  # it waits for the device
-            ignore_data_skip=True,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        args._n_gpu = min(args.n_gpu, 1)  # DataParallel's replicas would not receive δ
+        args = arguments(run, keeping, str(self.checkpoints))
         self.part = slice(args.process_index, None, args.world_size)  # of a batch, for this process
         set_seed(run.seed + args.process_index)
         self.rows, self.splits = chosen_rows(run, task)
@@ -102,24 +90,13 @@ class Training(Trainer, TrainerCallback):
         network, self.tokenizer = model.load(run, task)
         self.source = Source(run, self.rows, self.size, self.part, network, self.tokenizer)
         args.max_steps = self.updates = run.updates or math.ceil(self.source.updates(run.epochs))
-        with torch.random.fork_rng():  # Trainer seeds once more
+        devices = [] if args.device.index is None else [args.device.index]
+        with torch.random.fork_rng(devices):  # Trainer seeds once more
             super().__init__(network.train(), args, callbacks=[self])
         self.model_wrapped = self.accelerator.prepare(network)
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            network.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay, fused=True
-        )
         self.game: mixadv.Game | None = None
         self.solver = player(run, task)
-        if self.solver is not None:
-            wrapped = mixadv.wrap(optimizer, self.model_wrapped, self.solver, seed=run.seed)
-            self.game = wrapped.game
-            optimizer = Rounds(optimizer, self.game) if run.accumulate == 1 else wrapped
-        warmup = max(1, int(run.warmup * self.updates))
-        decay = self.updates - warmup + 1
-        self.optimizer = optimizer
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda done: min((done + 1) / warmup, (self.updates - done) / decay)
-        )
+        self.optimizer, self.lr_scheduler = self.optimizers()
         self.encode = model.Encoder(
             self.tokenizer, run.max_length, task.labels is None, args.device
         )
@@ -127,6 +104,22 @@ class Training(Trainer, TrainerCallback):
         self.progress = Progress()
         self.shown = args.process_index == 0 and not keeping.silent
         self.writer: Any = None
+
+    def optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        """Return the optimizer, wrapped where a game is played, and the schedule of its rate."""
+        run = self.run
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay, fused=True
+        )
+        if self.solver is not None:
+            wrapped = mixadv.wrap(optimizer, self.model_wrapped, self.solver, seed=run.seed)
+            self.game = wrapped.game
+            optimizer = Rounds(optimizer, self.game) if run.accumulate == 1 else wrapped
+        warmup = max(1, int(run.warmup * self.updates))
+        decay = self.updates - warmup + 1
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: min((done + 1) / warmup, (self.updates - done) / decay)
+        )
 
     # Training --------------------------------------------------------------------------------
 
@@ -289,6 +282,27 @@ class Training(Trainer, TrainerCallback):
             with self.evaluator.weights() as network, model.quiet():
                 network.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+
+
+def arguments(run: Run, keeping: Keeping, folder: str) -> TrainingArguments:
+    """Return what Trainer is told of a run, but for its length."""
+    args = TrainingArguments(
+        folder,
+        gradient_accumulation_steps=run.accumulate,
+        max_grad_norm=0,
+        max_steps=1,  # until the rows are known
+        bf16=run.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
+        save_steps=keeping.checkpoint_every,
+        logging_steps=1 if keeping.tensorboard else 10,
+        logging_nan_inf_filter=False,  # it waits for the device
+        ignore_data_skip=True,  # the source starts where the run stands
+        report_to="none",
+        disable_tqdm=True,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # DataParallel's replicas would not receive δ
+    return args
 
 
 def chosen_rows(run: Run, task: Task) -> tuple[data.Dataset, dict[str, data.Dataset]]:
