@@ -90,7 +90,7 @@ class Training(Trainer, TrainerCallback):
         network, self.tokenizer = model.load(run, task)
         self.source = Source(run, self.rows, self.size, self.part, network, self.tokenizer)
         args.max_steps = self.updates = run.updates or math.ceil(self.source.updates(run.epochs))
-        devices = [] if args.device.index is None else [args.device.index]
+        devices = [args.device] if args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # Trainer seeds once more
             super().__init__(network.train(), args, callbacks=[self])
         self.model_wrapped = self.accelerator.prepare(network)
