@@ -1260,7 +1260,7 @@ def test_a_game_that_cannot_be_played_is_answered_with_one_line(
     def impossible(*_: Any) -> None:
         raise mixadv.GameError("The closure is not repeatable:\nfix the data order.")
 
-    monkeypatch.setattr(Training, "update", impossible)
+    monkeypatch.setattr(Training, "training_step", impossible)
     line = refused("intent", command(folder, encoder, tmp_path), capsys)
     assert line == "intent: The closure is not repeatable: fix the data order."
 
