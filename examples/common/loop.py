@@ -151,7 +151,7 @@ class Training(Trainer, TrainerCallback):
         return result
 
     def get_train_dataloader(self) -> Any:
-        """Return the batches to come."""
+        """Return the batches to come; where there are none, Trainer ends at once."""
         progress, each = self.progress, self.run.accumulate
         batches = self.source.batches(progress.updates * each, progress.copied)
         return map(self.encode, itertools.islice(batches, (self.updates - progress.updates) * each))
