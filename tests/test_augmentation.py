@@ -179,18 +179,18 @@ def test_a_run_that_is_killed_ends_as_an_uninterrupted_one(
     expected = weights_of(glue.main, trains(folder, tmp_path / "whole", *more), monkeypatch)
     argv = trains(folder, tmp_path / "broken", "--checkpoint-every", str(every), *more)
     with monkeypatch.context() as patched:
-        update, calls = Training.update, []
+        ended, calls = Training.on_step_end, []
 
-        def broken(*arguments: Any) -> Any:
+        def broken(*arguments: Any, **named: Any) -> Any:
             calls.append(0)
             if len(calls) == every + 2:
                 raise KeyboardInterrupt
-            return update(*arguments)
+            return ended(*arguments, **named)
 
-        patched.setattr(Training, "update", broken)
+        patched.setattr(Training, "on_step_end", broken)
         with pytest.raises(KeyboardInterrupt):
             glue.main(argv)
-    assert len(list((tmp_path / "broken").glob("*.pt"))) == 1
+    assert len(list((tmp_path / "broken").glob("*.checkpoints/*/progress.json"))) == 1
     batches, made = watch(monkeypatch)
     assert_same(weights_of(glue.main, argv, monkeypatch), expected)
     assert len(made) == attacked
@@ -201,21 +201,21 @@ def test_a_run_that_is_killed_ends_as_an_uninterrupted_one(
 INTERRUPTED = """
 import sys
 import glue
-from common import checkpoint
+from common.loop import Training
 
 whole, broken = sys.argv[1].split("|"), sys.argv[2].split("|")
-save = checkpoint.save
+saved = Training.on_save
 
-def save_and_stop(*arguments):
-    save(*arguments)
+def save_and_stop(*arguments, **named):
+    saved(*arguments, **named)
     raise KeyboardInterrupt
 
 assert glue.main(whole) == 0
-checkpoint.save = save_and_stop
+Training.on_save = save_and_stop
 try:
     glue.main(broken)
 except KeyboardInterrupt:
-    checkpoint.save = save
+    Training.on_save = saved
 assert glue.main(broken) == 0
 """
 

@@ -496,7 +496,7 @@ def test_each_run_writes_one_line_and_is_not_repeated(
     assert [r["optimizer_steps"] for r in found] == [4, 4, 8, 8]
     assert [r["forwards_per_update"] for r in found] == [1, 1, 6, 6]
     assert found[2]["played"]["learner_steps"] == 2
-    assert not list(tmp_path.glob("*.pt"))
+    assert not list(tmp_path.glob("*.checkpoints"))
 
     monkeypatch.setattr(model, "load", lambda *_: pytest.fail("trains again"))
     assert intent.main(argv) == 0
@@ -640,7 +640,7 @@ def trained(source: Path, encoder: str, output: Path, *more: str) -> tuple[Train
     task = intent.load(options)
     keeping = Keeping(output, save=options.save, tensorboard=options.tensorboard)
     training = Training(intent.runs(options)[0], task, keeping)
-    results.append(output / "results.jsonl", training.train())
+    results.append(output / "results.jsonl", training.complete())
     return training, task
 
 
@@ -731,9 +731,9 @@ def test_tensorboard_has_what_the_bar_shows_and_the_metrics(
 
 def test_the_bar_shows_loss_payoff_and_radius(folder: Path, encoder: str, tmp_path: Path):
     training, _ = trained(folder, encoder, tmp_path, "--solver", "pgd")
-    assert set(training.numbers(torch.tensor(1.0))) == {"loss", "learning rate", "payoff", "radius"}
+    assert set(training.numbers(1.0)) == {"loss", "learning rate", "payoff", "radius"}
     plain, _ = trained(folder, encoder, tmp_path)
-    assert set(plain.numbers(torch.tensor(1.0))) == {"loss", "learning rate"}
+    assert set(plain.numbers(1.0)) == {"loss", "learning rate"}
 
 
 # Accumulation and number formats -----------------------------------------------------------------
@@ -742,7 +742,9 @@ def test_the_bar_shows_loss_payoff_and_radius(folder: Path, encoder: str, tmp_pa
 def updated(training: Training, *chunks: list[int]) -> dict[str, torch.Tensor]:
     """Return the weights after one update on batches of the rows named."""
     training.model.eval()  # no dropout: its masks depend on the batch
-    training.update([training.encode(training.rows[chunk]) for chunk in chunks])
+    for chunk in chunks:
+        training.training_step(training.model, training.encode(training.rows[chunk]))
+    training.optimizer.step()
     return {name: weight.clone() for name, weight in training.model.state_dict().items()}
 
 
@@ -796,6 +798,7 @@ def test_forward_passes_are_in_bfloat16_if_asked(run: Any, monkeypatch: pytest.M
 
 # Interruptions ---------------------------------------------------------------------------------
 
+CHECKPOINTS = "*.checkpoints/*/progress.json"
 MOMENTS = ["between checkpoints", "while a checkpoint is written", "in the evaluation"]
 PARTICLES = ["--set", "particles=2", "temperature=1e-3", "learner_temperature=1e-6", "samples=2"]
 SETTINGS = {
@@ -829,11 +832,11 @@ def interrupt(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, call)
 
     if moment == "between checkpoints":
-        broken("update", 4, Training)
+        broken("on_step_end", 4, Training)
     elif moment == "in the evaluation":
         broken("result", 1, Training)
     else:
-        broken("save", 2, torch, lambda state, path: Path(path).write_bytes(b"half of it"))
+        broken("save", 5, torch, lambda state, path: Path(path).write_bytes(b"half of it"))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -858,31 +861,64 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         interrupt(moment, patched)
         with pytest.raises(KeyboardInterrupt):
             intent.main(argv)
-    assert len(list(broken.glob("*.pt"))) == 1
+    assert len(list(broken.glob(CHECKPOINTS))) == 1
     assert not (broken / "results.jsonl").exists()
 
     steps = []
-    update = Training.update
-    monkeypatch.setattr(Training, "update", lambda *a: steps.append(0) or update(*a))
+    ended = Training.on_step_end
+    monkeypatch.setattr(Training, "on_step_end", lambda *a, **k: steps.append(0) or ended(*a, **k))
     assert_same(weights_of(intent.main, argv, monkeypatch), expected)
     assert len(steps) == {"in the evaluation": 0}.get(moment, 2)
     assert written(broken) == written(whole)
-    assert not list(broken.glob("*.pt"))
+    assert not list(broken.glob("*.checkpoints"))
 
 
 KILLED = """
-import os, signal, sys
-import intent
-from common import checkpoint
+import io, os, random, signal, sys
+from pathlib import Path
+import torch
+import intent, mixadv
+from common.loop import Keeping, Training
 
-save = checkpoint.save
+options, save = intent.arguments(sys.argv[2:]), torch.save
+task = intent.load(options)
+torch.set_num_threads(1)
 
-def save_and_die(*arguments):
-    save(*arguments)
-    os.kill(os.getpid(), signal.SIGKILL)
+def train(run, output, fatal=None):
+    "Train on from the checkpoint, which each update writes; the process is killed at a file of it."
+    files = iter(range(1, 100))
 
-checkpoint.save = save_and_die
-intent.main(sys.argv[1:])
+    def killed_while_writing(state, target):
+        if next(files) != fatal:
+            return save(state, target)
+        save(state, whole := io.BytesIO())
+        Path(target).write_bytes(whole.getvalue()[: random.randrange(whole.tell())])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = killed_while_writing
+    training = Training(run, task, Keeping(output, checkpoint_every=1))
+    result = training.complete()
+    assert len(list(training.checkpoints.iterdir())) == 1
+    states = [training.model.state_dict(), training.optimizer.state_dict(), torch.get_rng_state()]
+    return states, {**result, "seconds_per_update": 0}
+
+folder = Path(sys.argv[1])
+for number, run in enumerate(intent.runs(options)):
+    states, result = train(run, folder / "whole")
+    draw = random.Random(number)
+    for fatal in (draw.randint(1, 12), draw.randint(1, 3)):  # of three files in each of 4 updates
+        child = os.fork()
+        if child == 0:
+            random.seed(number)
+            train(run, folder / "killed", fatal)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, run.solver
+        left = folder.glob(f"killed/{run.key}.checkpoints/*")
+        assert any(not (path / "progress.json").exists() for path in left), run.solver
+    resumed, again = train(run, folder / "killed")
+    torch.testing.assert_close(resumed, states, rtol=0, atol=0)
+    assert again == result, run.solver
+print("as uninterrupted")
 """
 
 
@@ -893,18 +929,53 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-@pytest.mark.slow
-def test_a_killed_process_is_continued(folder: Path, encoder: str, tmp_path: Path):
-    more = ["--checkpoint-every", "3", "--solver", "mat", "--accumulate", "2"]
-    argv = command(folder, encoder, tmp_path / "broken", *more)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *argv], env=environment(tmp_path), check=False
+KILLS = {
+    "usual": ["freelb", "mat"],
+    "others": [name for name in ("plain", *mixadv.SOLVERS) if name not in ("freelb", "mat")],
+    "accumulated": ["mat", "--accumulate", "2"],
+}
+
+
+@pytest.mark.parametrize("kill", slow_but(("usual",), KILLS))
+def test_a_process_killed_as_it_writes_a_checkpoint_goes_on_from_the_one_before(
+    kill: str, folder: Path, encoder: str, tmp_path: Path
+):
+    argv = command(folder, encoder, tmp_path, "--solver", *KILLS[kill])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path), *argv],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert killed.returncode == -9
-    assert len(list((tmp_path / "broken").glob("*.pt"))) == 1
-    assert intent.main(argv) == 0
-    assert intent.main(command(folder, encoder, tmp_path / "whole", *more)) == 0
-    assert written(tmp_path / "broken") == written(tmp_path / "whole")
+    assert done.stdout == "as uninterrupted\n", done.stderr
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    folder: Path, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    def argv(name: str) -> list[str]:
+        return command(
+            folder, encoder, tmp_path / name, "--checkpoint-every", "2", "--solver", "mat"
+        )
+
+    save, calls = torch.save, []
+
+    def full(state: Any, path: str) -> None:
+        calls.append(path)
+        if len(calls) < 5:
+            return save(state, path)
+        Path(path).write_bytes(b"PK")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert intent.main(argv("full")) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    [left] = (tmp_path / "full").glob(CHECKPOINTS)
+    assert json.loads(left.read_text())["updates"] == 2
+    assert intent.main(argv("full")) == intent.main(argv("whole")) == 0
+    assert written(tmp_path / "full") == written(tmp_path / "whole")
 
 
 LAUNCHERS = {
@@ -1189,7 +1260,7 @@ def test_a_game_that_cannot_be_played_is_answered_with_one_line(
     def impossible(*_: Any) -> None:
         raise mixadv.GameError("The closure is not repeatable:\nfix the data order.")
 
-    monkeypatch.setattr(Training, "update", impossible)
+    monkeypatch.setattr(Training, "training_step", impossible)
     line = refused("intent", command(folder, encoder, tmp_path), capsys)
     assert line == "intent: The closure is not repeatable: fix the data order."
 

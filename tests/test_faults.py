@@ -1,9 +1,6 @@
 """What goes wrong in a long run, and what it costs: out of memory, a broken batch, a kill."""
 
 import contextlib
-import os
-import subprocess
-import sys
 import weakref
 from functools import partial
 from pathlib import Path
@@ -158,92 +155,3 @@ def test_a_loss_that_is_not_finite_reaches_only_the_gradients(name: str, how: st
         assert finite(run.optimizer.game.strategy.state_dict())
         left_out.clear()
     assert run.optimizer.outcome.nonfinite in (None, 0)
-
-
-# A kill ----------------------------------------------------------------------------------------
-
-KILLED = """
-import io, os, random, signal, sys
-from pathlib import Path
-import torch
-import mixadv
-from common import checkpoint
-from tests.zoo import small
-
-UPDATES, save = 4, torch.save
-torch.set_num_threads(1)
-
-def train(name, path, fatal=None):
-    "Train on from the checkpoint, which each update writes; one update is killed as it writes."
-
-    def killed_while_writing(state, target):
-        if state["progress"]["update"] != fatal:
-            return save(state, target)
-        save(state, whole := io.BytesIO())
-        with open(target, "wb") as file:
-            file.write(whole.getvalue()[: random.randrange(whole.tell())])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.save = killed_while_writing
-    player = small()
-    base = torch.optim.AdamW(player.model.parameters(), lr=0.01)
-    schedule = mixadv.Schedule(start=1)
-    optimizer = mixadv.wrap(base, player.model, mixadv.make_solver(name), schedule=schedule)
-    live = {"model": player.model, "optimizer": optimizer}
-    done = checkpoint.load(path, live).get("update", 0)
-    for update in range(done + 1, UPDATES + 1):
-        optimizer.step(player.closure())
-        checkpoint.save(path, live, {"update": update})
-    torch.save = save
-    return [live["model"].state_dict(), optimizer.state_dict(), torch.get_rng_state()]
-
-folder = Path(sys.argv[1])
-for number, name in enumerate(mixadv.SOLVERS):
-    whole = train(name, folder / "whole" / f"{name}.pt")
-    path = folder / f"{name}.pt"
-    for fatal in sorted(random.Random(number).sample(range(1, UPDATES + 1), 2)):
-        child = os.fork()
-        if child == 0:
-            random.seed(number)
-            train(name, path, fatal)
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL, name
-        assert path.with_suffix(".tmp").exists(), name
-    torch.testing.assert_close(train(name, path), whole, rtol=0, atol=0)
-    assert not path.with_suffix(".tmp").exists(), name
-print("as uninterrupted")
-"""
-
-
-def test_a_process_killed_as_it_writes_a_checkpoint_goes_on_from_the_one_before(tmp_path: Path):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "as uninterrupted\n", done.stderr
-
-
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from common import checkpoint
-
-    run, path = Run("mat", "step"), tmp_path / "run.pt"
-    live = {"model": run.player.model, "optimizer": run.optimizer}
-    run.train()
-    checkpoint.save(path, live, {"update": 1})
-    found = run.state()
-    with monkeypatch.context() as patch:
-
-        def full(state: Any, target: Path) -> None:
-            target.write_bytes(b"PK")
-            raise OSError(28, "No space left on device")
-
-        patch.setattr(torch, "save", full)
-        run.train()
-        with pytest.raises(OSError, match="No space"):
-            checkpoint.save(path, live, {"update": 2})
-    assert checkpoint.load(path, live) == {"update": 1}
-    assert_same(run.state()["optimizer"], found["optimizer"])

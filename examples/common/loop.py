@@ -1,33 +1,35 @@
-"""The training loop: updates, evaluation on the way, checkpoints to go on from after a kill.
+"""The training loop: that of `transformers.Trainer`, with a whole round on each batch.
 
-Why it is not `mixadv.integrations.transformers.AdversarialTrainer`, which trainer.py shows: Trainer
-takes one optimizer step per batch. Here `optimizer.step(closure)` plays a whole round on a batch,
-as often as the solver steps (FreeAT, and MAT at its defaults), and the measured tables compare
-methods at equal batches. A Trainer would spread a MAT round over several batches, and cannot play
-FreeAT. It also has an order of rows of its own, made before training, whereas an epoch's rows may
-be perturbed against the model as it stands, its own decay of the rate, and clips gradients.
+Trainer loops, accumulates, schedules, distributes and writes checkpoints to go on from after a
+kill. Why it is not `mixadv.integrations.transformers.AdversarialTrainer`, which trainer.py shows:
+that takes one optimizer step per batch. Here `optimizer.step(closure)` plays a whole round on a
+batch, as often as the solver steps (FreeAT, and MAT at its defaults), and the measured tables
+compare methods at equal batches. Trainer's own order of rows is not used either, since an epoch's
+rows may be perturbed against the model as it stands.
 """
 
 import gc
 import itertools
+import json
 import math
+import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import mixadv
-from common import checkpoint, data, model
+from common import data, model
 from common.data import Task
 from common.evaluation import Evaluator, Metrics
-from common.monitor import Monitor
 from common.results import Run, append, finished
 from common.substitution import Source, candidates
+from mixadv.optimizer import GameOptimizer
 
 
 @dataclass(frozen=True)
@@ -63,138 +65,177 @@ class Progress:
     copied: list[list[Any]] = field(default_factory=list)  # perturbed rows of the epoch
 
 
-class Training:
-    """One run, from its model to its result."""
+class Rounds(GameOptimizer):
+    """Plays rounds; the step without a closure that Trainer takes after one does nothing."""
+
+    def step(self, closure: Any = None, **keywords: Any) -> Any:
+        """Play a round and step, as often as the solver says."""
+        return None if closure is None else super().step(closure, **keywords)
+
+
+class Training(Trainer, TrainerCallback):
+    """One run, from its model to its result; a Trainer that follows its own steps."""
 
     def __init__(self, run: Run, task: Task, keeping: Keeping) -> None:
         self.run = run
         self.task = task
         self.keeping = keeping
-        self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else processes without one stay alone
-            mixed_precision="bf16" if run.bf16 else "no",
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=run.accumulate),
-        )
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.part = slice(rank, None, processes)  # of the rows of a batch, for this process
-        set_seed(run.seed, device_specific=True)
+        self.checkpoints = keeping.output / f"{run.key}.checkpoints"
+        args = arguments(run, keeping, str(self.checkpoints))
+        self.part = slice(args.process_index, None, args.world_size)  # of a batch, for this process
+        set_seed(run.seed + args.process_index)
         self.rows, self.splits = chosen_rows(run, task)
         self.choose_on = "held-out" if run.hold_out else task.choose_on
-        self.size = run.batch_size * processes
+        self.size = run.batch_size * args.world_size
         network, self.tokenizer = model.load(run, task)
         self.source = Source(run, self.rows, self.size, self.part, network, self.tokenizer)
-        self.updates = run.updates or math.ceil(self.source.updates(run.epochs))
-        self.model = self.accelerator.prepare(network.train())
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=run.learning_rate,
-            weight_decay=run.weight_decay,
-            fused=True,
-        )
+        args.max_steps = self.updates = run.updates or math.ceil(self.source.updates(run.epochs))
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # Trainer seeds once more
+            super().__init__(network.train(), args, callbacks=[self])
+        self.model_wrapped = self.accelerator.prepare(network)
         self.game: mixadv.Game | None = None
         self.solver = player(run, task)
-        if self.solver is not None:
-            schedule = mixadv.Schedule(every=run.every)
-            optimizer = mixadv.wrap(
-                optimizer, self.model, self.solver, schedule=schedule, seed=run.seed
-            )
-            self.game = optimizer.game
-        self.optimizer = self.accelerator.prepare(optimizer)
-        warmup = max(1, int(run.warmup * self.updates))
-        decay = self.updates - warmup + 1
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda done: min((done + 1) / warmup, (self.updates - done) / decay)
+        self.optimizer, self.lr_scheduler = self.optimizers()
+        self.encode = model.Encoder(
+            self.tokenizer, run.max_length, task.labels is None, args.device
         )
-        device = self.accelerator.device
-        self.encode = model.Encoder(self.tokenizer, run.max_length, task.labels is None, device)
         self.evaluator = Evaluator(run, task, network, self.encode, self.game, self.part)
         self.progress = Progress()
-        self.checkpoint = keeping.output / f"{run.key}.pt"
+        self.shown = args.process_index == 0 and not keeping.silent
+        self.writer: Any = None
+
+    def optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        """Return the optimizer, wrapped where a game is played, and the schedule of its rate."""
+        run = self.run
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay, fused=True
+        )
+        if self.solver is not None:
+            how: Any = {"schedule": mixadv.Schedule(every=run.every), "seed": run.seed}
+            wrapped = mixadv.wrap(optimizer, self.model_wrapped, self.solver, **how)
+            self.game = wrapped.game
+            optimizer = Rounds(optimizer, self.game) if run.accumulate == 1 else wrapped
+        warmup = max(1, int(run.warmup * self.updates))
+        decay = self.updates - warmup + 1
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: min((done + 1) / warmup, (self.updates - done) / decay)
+        )
 
     # Training --------------------------------------------------------------------------------
 
-    def train(self) -> dict[str, Any]:
+    def complete(self) -> dict[str, Any]:
         """Train from where the run stands to its end; return the result."""
-        done = checkpoint.load(self.checkpoint, self.live())
-        self.progress = Progress(**done)
-        progress, every = self.progress, self.run.evaluate_every
-        source = self.source.batches(progress.updates * self.run.accumulate, progress.copied)
-        with self.monitor() as monitor:
-            while progress.updates < self.updates:
-                started = time.perf_counter()
-                batches = itertools.islice(source, self.run.accumulate)
-                loss = self.update([self.encode(columns) for columns in batches])
-                self.scheduler.step()
-                progress.seconds += time.perf_counter() - started
-                progress.updates += 1
-                monitor.update(progress.updates, lambda: self.numbers(loss))  # noqa: B023
-                last = progress.updates == self.updates
-                if every and progress.updates % every == 0 and not last:
-                    monitor.metrics(progress.updates, self.consider(self.metrics(self.choose_on)))
-                if last or progress.updates % self.keeping.checkpoint_every == 0:
-                    checkpoint.save(self.checkpoint, self.live(), asdict(progress))
-            result = self.result()
-            monitor.metrics(self.updates, result["last"])
+        written = self.checkpoints.glob("*/progress.json")
+        last = max(written, key=lambda path: path.stat().st_mtime, default=None)
+        if last is not None:
+            self.progress = Progress(**json.loads(last.read_text()))
+        if self.shown and self.keeping.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What was written after the checkpoint that a killed run goes on from comes again.
+            folder = str(self.keeping.output / "tensorboard" / self.run.key)
+            self.writer = SummaryWriter(folder, purge_step=self.progress.updates + 1)
+        self.bar = tqdm(
+            total=self.updates,
+            initial=self.progress.updates,
+            desc=f"{self.run.task} {self.run.solver} seed {self.run.seed}",
+            leave=False,
+            disable=None if self.shown else True,  # None: no bar where there is no terminal
+        )
+        with self.bar, model.quiet():
+            self.train(None if last is None else str(last.parent))
+        result = self.result()
+        self.show_metrics(result["last"])
+        if self.writer is not None:
+            self.writer.close()
         return result
 
-    def monitor(self) -> Monitor:
-        """Return what shows the run."""
-        name = f"{self.run.task} {self.run.solver} seed {self.run.seed}"
-        folder = self.keeping.output / "tensorboard" / self.run.key
-        return Monitor(
-            name,
-            self.updates,
-            self.progress.updates,
-            folder if self.keeping.tensorboard else None,
-            silent=self.keeping.silent or not self.accelerator.is_main_process,
-        )
+    def get_train_dataloader(self) -> Any:
+        """Return the batches to come; where there are none, Trainer ends at once."""
+        progress, each = self.progress, self.run.accumulate
+        batches = self.source.batches(progress.updates * each, progress.copied)
+        return map(self.encode, itertools.islice(batches, (self.updates - progress.updates) * each))
 
-    def update(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """Update the weights on the batches; return the objective.
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Play a round on a batch, or add its gradients where several make an update.
 
-        A game steps the optimizer itself, as often as its solver says. Where gradients of several
-        batches are accumulated, the loop steps it, once, for one of the game's samples of θ.
+        Where gradients are accumulated, Trainer steps the optimizer, for one of the game's samples
+        of θ.
         """
-        total = torch.zeros(())
-        for batch in batches:
-            with self.accelerator.accumulate(self.model):
-                forward = lambda: self.forward(batch)  # noqa: B023, E731
-                if self.game is not None and len(batches) == 1:
-                    self.optimizer.step(forward)
-                    loss = self.game.outcome.objective
-                else:
-                    loss = self.backward(forward)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
-            total = total.to(loss) + loss / len(batches)
-            outcome = self.game.outcome if self.game else None
-            self.progress.forwards += outcome.forwards if outcome else 1
-        self.progress.optimizer_steps += outcome.steps if outcome else 1
-        return total
+        forward, parts = lambda: self.output(model, inputs), self.run.accumulate
+        backward = lambda loss: self.accelerator.backward(loss / parts)  # noqa: E731
+        if self.game is None:
+            loss = forward().loss
+            backward(loss)
+        elif parts == 1:
+            self.optimizer.step(forward)
+            loss = self.game.outcome.objective
+        else:
+            loss = self.game.backward(forward, backward=backward).objective
+        self.progress.forwards += self.game.outcome.forwards if self.game else 1
+        return loss.detach() / parts
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> Any:
+    def output(self, model: Any, batch: dict[str, torch.Tensor]) -> Any:
         """Return the model's output on a batch, with the loss that is trained."""
-        output = self.model(**batch)
+        output = model(**batch)
         if smoothing := self.run.label_smoothing:
             loss = torch.nn.functional.cross_entropy
             output.loss = loss(output.logits, batch["labels"], label_smoothing=smoothing)
         return output
 
-    def backward(self, forward: Callable[[], Any]) -> torch.Tensor:
-        """Add the gradients of a batch; return its objective."""
-        if self.game is not None:
-            return self.game.backward(forward, backward=self.accelerator.backward).objective
-        loss = forward().loss
-        self.accelerator.backward(loss)
-        return loss.detach()
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
 
-    def numbers(self, loss: torch.Tensor) -> dict[str, float]:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note an update, and evaluate if it is time to."""
+        progress, every = self.progress, self.run.evaluate_every
+        progress.seconds += time.perf_counter() - self.started
+        progress.updates += 1
+        outcome = self.game.outcome if self.game else None
+        progress.optimizer_steps += outcome.steps if outcome else 1
+        self.bar.update()
+        if every and progress.updates % every == 0 and progress.updates < self.updates:
+            self.show_metrics(self.consider(self.metrics(self.choose_on)))
+        self.started = time.perf_counter()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Write the progress; a checkpoint without it is one that a kill has torn."""
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            folder = self.checkpoints / f"checkpoint-{self.progress.updates}"
+            (folder / "written").write_text(json.dumps(asdict(self.progress)))
+            (folder / "written").replace(folder / "progress.json")
+            for older in set(self.checkpoints.iterdir()) - {folder}:
+                shutil.rmtree(older)
+        self.started = time.perf_counter()
+
+    def log(self, logs: dict[str, float], *_: Any) -> None:
+        """Show the numbers of an update; what Trainer tells at the end is not shown."""
+        if "loss" in logs:
+            found = self.numbers(logs["loss"])
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in found.items()})
+            self.show("train", found)
+
+    def numbers(self, loss: float) -> dict[str, float]:
         """Return what is shown of an update."""
-        shown = {"loss": loss, "learning rate": self.scheduler.get_last_lr()[0]}
+        shown = {"loss": loss, "learning rate": self.lr_scheduler.get_last_lr()[0]}
         outcome = self.game.outcome if self.game else None
         if outcome is not None and outcome.payoff is not None:
-            shown |= {"payoff": outcome.payoff, "radius": outcome.radius}
-        return {name: float(value) for name, value in shown.items()}
+            shown |= {"payoff": float(outcome.payoff), "radius": float(outcome.radius)}
+        return shown
+
+    def show(self, group: str, numbers: dict[str, float]) -> None:
+        """Write numbers for TensorBoard."""
+        if self.writer is not None:
+            for name, value in numbers.items():
+                self.writer.add_scalar(f"{group}/{name}", value, self.progress.updates)
+
+    def show_metrics(self, found: Metrics) -> None:
+        """Write the metrics of splits for TensorBoard."""
+        for split, metrics in found.items():
+            self.show(split, metrics)
 
     # Evaluation ------------------------------------------------------------------------------
 
@@ -212,13 +253,13 @@ class Training:
             found = found | self.metrics(*(name for name in self.splits if name not in found))
             progress.best = {name: found[name] for name in self.splits}
             progress.best_update = progress.updates
-            self.save_model("best")
+            self.save_weights("best")
         return found
 
     def result(self) -> dict[str, Any]:
         """Evaluate at the end; return the line of results."""
         last = self.metrics(*self.splits)
-        self.save_model("last")
+        self.save_weights("last")
         progress = self.progress
         found: dict[str, Any] = {}
         if self.run.evaluate_every:
@@ -243,7 +284,7 @@ class Training:
             **found,
         }
 
-    def save_model(self, name: str) -> None:
+    def save_weights(self, name: str) -> None:
         """Save the weights that are evaluated, and the tokenizer, if models are saved."""
         if self.keeping.save and self.accelerator.is_main_process:
             folder = self.keeping.output / self.run.key / name
@@ -251,10 +292,26 @@ class Training:
                 network.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
-    def live(self) -> dict[str, Any]:
-        """Return what changes in training and has a state."""
-        network = self.evaluator.model
-        return {"model": network, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+def arguments(run: Run, keeping: Keeping, folder: str) -> TrainingArguments:
+    """Return what Trainer is told of a run, but for its length."""
+    args = TrainingArguments(
+        folder,
+        gradient_accumulation_steps=run.accumulate,
+        max_grad_norm=0,
+        max_steps=1,  # until the rows are known
+        bf16=run.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
+        save_steps=keeping.checkpoint_every,
+        logging_steps=1 if keeping.tensorboard else 10,
+        logging_nan_inf_filter=False,  # it waits for the device
+        ignore_data_skip=True,  # the source starts where the run stands
+        report_to="none",
+        disable_tqdm=True,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # DataParallel's replicas would not receive δ
+    return args
 
 
 def chosen_rows(run: Run, task: Task) -> tuple[data.Dataset, dict[str, data.Dataset]]:
@@ -309,10 +366,10 @@ def run_all(runs: list[Run], task: Task, keeping: Keeping) -> list[dict[str, Any
         if run.key in finished(path) and not unsaved:
             continue
         training = Training(run, task, keeping)
-        result = training.train()
+        result = training.complete()
         if training.accelerator.is_main_process:
             append(path, result)
-            training.checkpoint.unlink(missing_ok=True)
+            shutil.rmtree(training.checkpoints, ignore_errors=True)
         training.accelerator.wait_for_everyone()
         del training
         gc.collect()  # a model lies in cycles, which are rarely looked for

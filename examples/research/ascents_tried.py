@@ -182,7 +182,9 @@ def train_on(training: Training, seed: int) -> None:
     epoch = range(0, len(training.rows), training.size)
     source = data.batches(data.lengths(training.rows), training.size, seed)
     for _, rows in zip(tqdm(epoch, desc="training"), source, strict=False):
-        training.update([training.encode(training.rows[rows])])
+        training.training_step(training.model, training.encode(training.rows[rows]))
+        training.optimizer.step()
+        training.optimizer.zero_grad()
 
 
 def keep(training: Training, batches: list[Batch], epochs: int) -> dict[float, list[Tensor]]:

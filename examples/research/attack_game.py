@@ -12,6 +12,7 @@ duality gap, and the value by linear programming for comparison.
 """
 
 import json
+import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -83,8 +84,8 @@ def learners(options: Namespace, task: Task) -> dict[str, tuple[list[Classifier]
             parameters={"samples": options.mat}, updates=options.updates,
         )  # fmt: skip
         training = Training(run, task, Keeping(Path("runs/attack_game")))
-        training.train()
-        training.checkpoint.unlink(missing_ok=True)
+        training.complete()
+        shutil.rmtree(training.checkpoints)
         assert training.game is not None
         rows = learner_samples(training.game)
         return {f"{len(rows)} samples of MAT": (rows, training.tokenizer)}

@@ -80,7 +80,7 @@ def trained(options: argparse.Namespace) -> tuple[Training, list[dict[str, torch
     run = Run(**words, epochs=0.0, hold_out=options.rows, learning_rate=options.lr)
     options.output.mkdir(parents=True, exist_ok=True)
     training = Training(run, task, Keeping(options.output))
-    training.train()
+    training.complete()
     rows = training.splits["held-out"]
     order = sorted(range(len(rows)), key=data.lengths(rows).__getitem__)
     starts = range(0, len(order), ROWS)

@@ -15,6 +15,7 @@ and pictures.
 
 import fcntl
 import re
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
             result["machine"] = pool.machine()
             append(path, result)
             results[result["key"]] = result
-            (options.runs / f"{result['key']}.pt").unlink(missing_ok=True)
+            shutil.rmtree(options.runs / f"{result['key']}.checkpoints", ignore_errors=True)
     if lost:
         print(
             f"study: {len(lost)} models to measure are not in {options.runs}: to train them again, "

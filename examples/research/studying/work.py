@@ -43,7 +43,7 @@ def train(run: Run, script: str, folder: str, evaluate: tuple[str, ...], output:
     splits = {name: task.splits[name] for name in evaluate} if reported else {}
     keeping = Keeping(output, save=reported, silent=True)
     training = Training(run, replace(task, splits=splits), keeping)
-    result = training.train()
+    result = training.complete()
     result["classifies"] = task.labels is not None
     result["answers"] = dict(training.evaluator.different)
     result["sizes"] = sizes(task)
