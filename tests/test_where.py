@@ -370,3 +370,104 @@ def test_speech_encoders_that_train_say_the_cure():
     site = "wav2vec2.feature_projection"
     closure = lambda: model(input_values=sound, labels=labels)  # noqa: E731
     assert first_points(model.eval(), mixadv.FGM(), closure, site=site).any()
+
+
+class Recurrent(nn.Module):
+    """A model that goes along a sequence `[n, B, d]`, and reads one step of it or all."""
+
+    def __init__(self, read: Any) -> None:
+        super().__init__()
+        self.along, self.out, self.read = nn.GRU(5, 8), nn.Linear(8, 3), read
+
+    def forward(self, frames: Tensor) -> Tensor:
+        hidden = self.along(frames)[0]
+        return self.out(hidden.mean(0) if self.read is None else hidden[self.read])
+
+
+@given(st.integers(2, 6), st.integers(2, 6), st.sampled_from([None, 0, -1]), st.booleans())
+@settings(max_examples=15)
+def test_the_batch_is_found_in_what_samples_read(length: int, rows: int, read: Any, losses: bool):
+    torch.manual_seed(length)
+    model, frames, labels = Recurrent(read), torch.randn(length, rows, 5), torch.arange(rows) % 3
+
+    def points(number: int) -> Tensor:
+        def closure() -> Any:
+            logits = model(frames[:, :number])
+            loss = F.cross_entropy(logits, labels[:number], reduction="none")
+            return loss if losses else (loss.mean(), logits)
+
+        return first_points(model, mixadv.FGM(radius=1.0, unit="absolute"), closure)[0]
+
+    found = points(rows)
+    assert found.shape == (rows, length, 5)
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(rows))
+    torch.testing.assert_close(found[:2], points(2), rtol=1e-3, atol=1e-5)
+
+
+# Which row is whose ------------------------------------------------------------------------------
+
+
+class Graphs(nn.Module):
+    """A model of graphs whose nodes lie in one batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node, self.out = nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+        hidden = torch.tanh(self.node(x))
+        pooled = hidden.new_zeros(int(batch.max()) + 1, 8).index_add(0, batch, hidden)
+        return self.out(pooled)
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    st.sampled_from(["pgd", "mat", "ensemble", "vat", "gauss_newton"]),
+    st.integers(0, 99),
+)
+@settings(max_examples=30)
+def test_nodes_of_a_graph_are_moved_by_its_own_payoff(sizes: list[int], name: str, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    model = Graphs().double()
+    batch = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    nodes = torch.randn(len(batch), 5, generator=generator).double()
+    order = torch.randperm(len(batch), generator=generator)  # nodes in any order
+    nodes, batch = nodes[order], batch[order]
+    far = {"radius": 3.0, "unit": "absolute"}
+    solvers = {
+        "pgd": mixadv.PGD(step_size=1.0, **far),
+        "mat": mixadv.MAT(particles=3, step_size=1.0, **far),
+        "ensemble": mixadv.MAT(particles=3, play_as="ensemble", step_size=1.0, **far),
+        "vat": mixadv.VAT(sign="boundary", **far),
+        "gauss_newton": mixadv.VAT(direction="gauss_newton", steps=2, **far),
+    }
+
+    def points(x: Tensor) -> Tensor:
+        def closure() -> Any:
+            logits = model(x, batch)
+            labels = torch.arange(len(sizes)) % 2
+            return F.cross_entropy(logits, labels, reduction="none"), logits
+
+        base = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer = mixadv.wrap(base, model, solvers[name], site="input:x", seed=seed)
+        optimizer.step(closure)
+        return optimizer.game.strategy.points[0]
+
+    other = torch.where((batch == 0)[:, None], 5 - 3 * nodes, nodes)
+    rest = batch > 0
+    torch.testing.assert_close(points(nodes)[:, rest], points(other)[:, rest])
+
+
+def test_whose_a_row_is_is_asked_for_where_it_is_not_told():
+    class Unnamed(Graphs):
+        def forward(self, x: Tensor, which: Tensor) -> Tensor:
+            return super().forward(x, which)
+
+    model, x, which = Unnamed(), torch.randn(4, 5), torch.tensor([0, 0, 1, 1])
+    closure = lambda: (lambda z: (F.cross_entropy(z, torch.arange(2)), z))(model(x, which))  # noqa: E731
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = mixadv.wrap(base, model, mixadv.MAT(particles=2), site="input:x")
+    with pytest.raises(
+        mixadv.GameError, match=r"2 predictions and 4 rows.*named batch or segments"
+    ):
+        optimizer.step(closure)

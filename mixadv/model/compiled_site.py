@@ -20,7 +20,8 @@ from mixadv.errors import GameError
 from mixadv.model.masks import told
 from mixadv.model.modules import compiled, find, is_input
 from mixadv.model.private_torch import is_mapped, more_graphs
-from mixadv.model.site import Site, add, first_of, tokens_of, with_first
+from mixadv.model.site import Site
+from mixadv.model.values import add, first_of, tokens_of, with_first
 from mixadv.model.visits import Call, Pass, Provide, recomputing
 
 

@@ -109,6 +109,29 @@ def real_tokens(
     return None
 
 
+_SEGMENTS = ("batch", "segments", "segment_ids", "graph_ids", "batch_index")
+
+
+def owners(context: Mapping[str, Any], rows: int, device: torch.device) -> Tensor | None:
+    """Return the sample that each of the rows at the site belongs to, where the model is told.
+
+    By a map of segments, as of graphs in a batch, or by inputs `[B, C, ...]` of several rows each,
+    as of multiple choice. It is never guessed from sizes.
+    """
+    whole = {k: v for k, v in context.items() if isinstance(v, Tensor) and not _is_real(v)}
+    for name in _SEGMENTS:
+        if name in whole and whole[name].shape == (rows,):
+            return whole[name]
+    for ids in whole.values():
+        if ids.dim() > 2 and ids.shape[:2].numel() == rows:
+            return torch.arange(rows, device=device) // ids.shape[1]
+    return None
+
+
+def _is_real(values: Tensor) -> bool:
+    return values.is_floating_point() or values.is_complex()
+
+
 _PLACES = [
     f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")
 ]

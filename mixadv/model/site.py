@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.model.masks import Where, batch_is_second, real_tokens, told, without_placeholders
+from mixadv.model.masks import (
+    Where,
+    batch_is_second,
+    owners,
+    real_tokens,
+    told,
+    without_placeholders,
+)
 from mixadv.model.modules import around, bound, find, is_input, unwrap
 from mixadv.model.private_torch import (
     in_reentrant_checkpoint,
@@ -24,6 +31,7 @@ from mixadv.model.private_torch import (
     saving_hook,
     sequence_number,
 )
+from mixadv.model.values import add, chosen_input, copies, first_of, tokens_of, with_first
 from mixadv.model.visits import Call, Pass, Provide, recomputing
 
 PER_TOKEN = ("attention_mask", "decoder_attention_mask", "labels")
@@ -39,6 +47,7 @@ class Site:
 
     Attributes:
         where: where δ may act in the round that is open; None is at real tokens.
+        unsure: modules of which it is not known whether the batch comes first.
     """
 
     def __init__(self, model: nn.Module, site: Any = None) -> None:
@@ -50,6 +59,7 @@ class Site:
         self._handles: list[Any] = []
         self._numbers: dict[nn.Module, int] = {}
         self.where: Where = None
+        self.unsure: set[nn.Module] = set()
         self._turned: dict[nn.Module, bool] = {}
         self._masks: list[Tensor | None] = []
         self._still: list[bool] = []
@@ -174,7 +184,7 @@ class Site:
         if self.current is not None and not recomputing():
             self._numbers[module] = sequence_number()
         arguments = bound(module, args, kwargs)
-        name = _chosen_input(site, module, arguments)
+        name = chosen_input(site, module, arguments)
         delta = self._delta(module, arguments[name], (), {})
         if delta is None:
             return None
@@ -203,15 +213,18 @@ class Site:
         entered = args[0] if args else kwargs.get("input")
         contexts = [self.current.context, *self.current.within]
         turned = batch_is_second(contexts, output, entered)
-        if turned is None:
-            turned = self._turned.get(module, False)
-        self._turned[module] = turned
+        if turned is not None:
+            self.orient(module, turned)
+        elif module not in self._turned:
+            self.unsure.add(module)
+        turned = self._turned.get(module, False)
         if turned:
             output = output.transpose(0, 1)
             entered = entered.T if isinstance(entered, Tensor) and entered.dim() == 2 else entered
         mask = self._mask(module, output, entered)
         ids = tokens_of(module, entered)
-        call = Call(output.shape, output.dtype, output.device, mask, *ids)
+        owned = owners(self.current.context, len(output), output.device)
+        call = Call(output.shape, output.dtype, output.device, mask, *ids, owned)
         call = told(self.where, len(self.current.visits), call)
         self.current.told = self.where is not None
         delta = self.current.visit(module, call, output, number, pack or number)
@@ -222,9 +235,10 @@ class Site:
             )
         return delta.transpose(0, 1) if turned and delta is not None else delta
 
-    def turn(self, module: nn.Module) -> None:
-        """Note that the batch is the second dimension of what a module returns."""
-        self._turned[module] = True
+    def orient(self, module: nn.Module, second: bool) -> None:
+        """Note whether the batch is the second dimension of what a module returns."""
+        self._turned[module] = second
+        self.unsure.discard(module)
 
     def _mask(self, module: nn.Module, output: Tensor, entered: Any) -> Tensor | None:
         """Return 1 at real tokens of what the site returned, as far as it is known."""
@@ -252,65 +266,3 @@ class Site:
             still = number < len(self._still) and self._still[number]
         current.still.append(still)
         return still
-
-
-def copies(value: Any) -> Any:
-    """Return arguments of the model with copies of the whole numbers among them.
-
-    Some models edit labels in place, and the next pass would read what the last one left.
-    """
-    if isinstance(value, Tensor):
-        return value if value.is_floating_point() or value.is_complex() else value.clone()
-    if type(value) in (tuple, list):
-        return type(value)(map(copies, value))
-    return {k: copies(v) for k, v in value.items()} if type(value) is dict else value
-
-
-def tokens_of(module: nn.Module, entered: Any) -> tuple[Tensor | None, nn.Module | None]:
-    """Return the token ids that an embedding was called with, and the embedding."""
-    module = getattr(module, "base_layer", module)  # of an adapter around it
-    known = hasattr(module, "num_embeddings") and isinstance(entered, Tensor)
-    return (entered, module) if known else (None, None)
-
-
-def first_of(output: Any) -> Any:
-    """Return what δ is added to: the output of a module, or the first of a tuple."""
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def with_first(output: Any, first: Tensor) -> Any:
-    """Return the output of a module with another `first_of` it."""
-    if not isinstance(output, (tuple, list)):
-        return first
-    if hasattr(output, "_fields"):  # a NamedTuple takes its fields one by one
-        return type(output)(first, *output[1:])
-    return type(output)((first, *output[1:]))
-
-
-def add(output: Tensor, delta: Tensor) -> Tensor:
-    """Return output + δ, summed in δ's precision and cast once (bf16 would swallow a small δ)."""
-    return (output.to(delta.dtype) + delta).to(output.dtype)
-
-
-def _chosen_input(site: str, module: nn.Module, arguments: Mapping[str, Any]) -> str:
-    """Return the argument of the model that a site "input" or "input:NAME" means."""
-    floats = [name for name, value in arguments.items() if _is_float(value)]
-    wanted = site.partition(":")[2] or getattr(unwrap(module), "main_input_name", None)
-    if wanted in floats:
-        return wanted
-    if ":" in site or not floats:
-        raise GameError(
-            f"The site is {site!r}, the model's own input, and it is called with "
-            f"{list(arguments)}, of which {floats or 'none'} are floating-point tensors. Choose "
-            "one of these as site='input:NAME', or a module with site=."
-        )
-    if len(floats) > 1:
-        raise GameError(
-            f"The model is called with several floating-point tensors, {floats}: say which one δ "
-            f"is added to, as in site='input:{floats[0]}'."
-        )
-    return floats[0]
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()

@@ -23,6 +23,7 @@ class Call(NamedTuple):
     mask: Tensor | None  # 1 at real tokens, broadcastable to the output; None where all are real
     ids: Tensor | None = None  # that an embedding was called with, None at other sites
     embedding: nn.Module | None = None
+    owners: Tensor | None = None
 
     @property
     def vocabulary(self) -> int:

@@ -7,24 +7,20 @@ import copy
 import math
 import warnings
 from dataclasses import fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixadv.errors import GameError
-from mixadv.maths.divergence import divergence
 from mixadv.model import parallel
 from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.compiled_site import CompiledSite
 from mixadv.model.contexts import compute_dtype, gradients_kept, no_grad
-from mixadv.model.heads import kind_of
-from mixadv.model.modules import unwrap
 from mixadv.model.replay import Noise
 from mixadv.model.scaling import KEY, Formats
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
-from mixadv.players.strategy import opening
+from mixadv.players.opening import opening
 from mixadv.round import validate
 from mixadv.round.agreement import check_batching
 from mixadv.round.arena import Arena, Calibration, Memory
@@ -32,6 +28,7 @@ from mixadv.round.carried import Carried
 from mixadv.round.cost import count_passes
 from mixadv.round.gains import losses_of_samples
 from mixadv.round.passes import Passes, nowhere
+from mixadv.round.readable import check_reading, check_replay, check_slopes, find_batch
 from mixadv.round.stage import Stage
 from mixadv.round.unit import mean_length, measuring, no_trace
 
@@ -65,16 +62,18 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
         with trial.site.learning():
             with Formats() as formats:
                 zero, lengths, slopes = _pass_at_zero(stage)
+                if find_batch(stage):
+                    zero, lengths, slopes = _pass_at_zero(stage)
             if torch.float16 in formats.seen:
                 slopes = _measure_scaling(stage)
         if isinstance(trial.site, CompiledSite):
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
-        _check_replay(plain, zero)
-        _check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
+        check_replay(plain, zero)
+        check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_length(trial, lengths))
-        _check_noise_floor(stage, zero, _check_slopes(trial, slopes))
+        _check_noise_floor(stage, zero, check_slopes(trial, slopes))
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, closure, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
@@ -189,96 +188,6 @@ def _no_gradient(arena: Arena) -> str:
         "the loss is detached or runs under no_grad, or the site "
         "lies in a reentrant checkpoint (use_reentrant=False helps then)."
     )
-
-
-def _check_replay(plain: Reading, zero: Reading) -> None:
-    low = torch.finfo(compute_dtype(plain.loss)).eps > 1e-5
-    a, b = float(plain.objective.detach()), float(zero.objective.detach())
-    apart = abs(a - b) > (1e-2 if low else 1e-4) * (1 + abs(a))
-    what = f"losses {a:.6g} and {b:.6g}"
-    if not apart and plain.predictions is not None and zero.predictions is not None:
-        one, two = plain.predictions.detach(), zero.predictions.detach()
-        apart = one.shape != two.shape
-        what = f"predictions of shape {list(one.shape)} and {list(two.shape)}"
-        if not apart:
-            most = float((one - two).abs().max())
-            apart = most > (3e-2 if low else 1e-4) * (1e-3 + float(one.abs().max()))
-            what = f"predictions that differ by up to {most:.2g}"
-    if apart:
-        raise GameError(
-            f"Two passes of the closure with the same random state gave {what}. A round runs the "
-            "closure several times: draw batches, augmentation and other randomness outside of it, "
-            "or with the global generators of torch, numpy or Python; and make what a pass "
-            "changes, such as a cache (past_key_values), anew within it."
-        )
-
-
-def _check_head(arena: Arena, reading: Reading, labels: Any) -> None:
-    """Check that a divergence of softmaxes compares softmaxes."""
-    solver, predictions = arena.solver, reading.compared
-    if solver.compares not in ("kl", "symmetric_kl", "js") or reading.heads > 1:
-        return
-    kind = kind_of(unwrap(arena.model), labels, reading.loss, predictions)
-    if kind is None:
-        return
-    said = (
-        f"{solver.compares!r} compares softmaxes, and {kind.why}: build {type(solver).__name__} "
-        f"with divergence={kind.divergence!r} (payoff= for PGD)."
-    )
-    if kind.certain:
-        raise GameError(said)
-    warnings.warn(said, stacklevel=7)
-
-
-def _check_reading(arena: Arena, reading: Reading, labels: Any) -> None:
-    solver = arena.solver
-    if solver.compares is not None:
-        predictions = reading.compared
-        if not predictions.requires_grad:
-            raise GameError(
-                f"The predictions do not depend on δ at {arena.site.names}: return the logits that "
-                "the loss was computed from, not detached."
-            )
-        if predictions.shape[-1] == 1 and solver.compares in ("kl", "symmetric_kl", "js"):
-            raise GameError(
-                f"The predictions have one column, of which {solver.compares!r} is always 0. "
-                "Choose divergence='squared_error' (payoff= for PGD) for regression."
-            )
-        _check_head(arena, reading, labels)
-        values = reading.diverge(predictions.detach(), divergence(solver.compares))
-        if values.shape != predictions.shape[:1]:
-            raise GameError(
-                f"The divergence returned shape {list(values.shape)} for predictions of shape "
-                f"{list(predictions.shape)}; it must give one value per prediction."
-            )
-    if reading.hidden is not None and not reading.hidden.requires_grad:
-        raise GameError(
-            f"The representation read from the model does not depend on δ at {arena.site.names}: "
-            "name another module with source=, or another representation=."
-        )
-    scalar = reading.loss.dim() == 0
-    if solver.gain == "loss" and solver.normalize == "none" and solver.steps and scalar:
-        raise GameError(
-            f"{type(solver).__name__} moves by the raw gradient of each sample's loss, and the "
-            "closure returned one number for the batch. Return one loss per sample [B] "
-            "(reduction='none'), or set normalize='steepest'."
-        )
-
-
-def _check_slopes(arena: Arena, gradients: list[Tensor]) -> bool:
-    """Warn if no gradient moves δ; return whether one does.
-
-    Not an error: heads and adapters often start at zero, and move in a step or two.
-    """
-    if any(bool(g.any()) for g in gradients):
-        return True
-    warnings.warn(
-        f"The gradient with respect to δ at {arena.site.names} is exactly zero in the first round: "
-        "weights on the way to the loss that start at zero, or a function such as round(). No "
-        "ascent moves until that changes.",
-        stacklevel=6,
-    )
-    return False
 
 
 def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
