@@ -580,10 +580,11 @@ def test_a_thread_of_a_worker_that_waits_for_the_others_leaves_them_its_core():
 
 
 BUSY = """
-import sys, time
+import signal, sys, time
 sys.path[:0] = {paths}
 from studying import pool
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     list(pool.side_by_side({{"long": (time.sleep, (100,))}}.items, 1))
 """
 
