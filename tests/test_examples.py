@@ -775,6 +775,31 @@ def test_accumulated_batches_make_the_update_of_their_union(
     assert max(float((part[name] - whole[name]).abs().max()) for name in whole) > 1e-5
 
 
+@pytest.mark.parametrize("share", ["0.1", "0.5", "0.75"])
+def test_a_solver_that_plays_on_some_rows_trains_on_all(
+    share: str, folder: Path, encoder: str, tmp_path: Path
+):
+    """At radius 0 it is plain training; elsewhere the divergence is of those rows."""
+
+    def start(*more: str) -> Training:
+        options = intent.arguments(command(folder, encoder, tmp_path, *more))
+        training = Training(intent.runs(options)[0], intent.load(options), Keeping(tmp_path))
+        for group in training.optimizer.param_groups:
+            group.update(lr=1e-2, eps=1.0)  # AdamW without its sign of small gradients
+        return training
+
+    rows = list(range(16))
+    plain = updated(start("--solver", "plain"), rows)
+    still = start("--solver", "alum", "--set", "radius=0", "--share", share)
+    torch.testing.assert_close(updated(still, rows), plain, atol=1e-6, rtol=0)
+    played = max(1, int(float(share) * 16))
+    assert len(still.game.strategy.points[0][0]) == played
+    moved = updated(
+        start("--solver", "alum", "--set", "smoothness_weight=1e4", "--share", share), rows
+    )
+    assert max(float((moved[name] - plain[name]).abs().max()) for name in plain) > 1e-6
+
+
 @pytest.mark.parametrize("solver", ["plain", "freelb", "mat"])
 def test_an_accumulated_update_is_one_step_of_the_optimizer(solver: str, run: Any):
     [result] = run("--solver", solver, "--accumulate", "3")

@@ -104,10 +104,18 @@ def test_a_method_is_trained_as_often_as_it_says_and_all_else_alike(times: float
     assert {run.epochs for run in runs.values()} == {epochs}
 
 
-@given(st.sampled_from(sorted(mixadv.SOLVERS)), st.integers(1, 9), st.floats(0.5, 4))
-def test_updates_without_the_solver_cost_what_plain_ones_do(name: str, every: int, times: float):
-    whole, some = Method(name), Method(name, every=every, times=times)
-    assert some.cost == pytest.approx(times * (whole.cost + every - 1) / every)
+@given(
+    st.sampled_from(sorted(mixadv.SOLVERS)),
+    st.integers(1, 9),
+    st.floats(0.1, 1),
+    st.floats(0.5, 4),
+)
+def test_what_is_plain_costs_what_plain_training_does(
+    name: str, every: int, share: float, times: float
+):
+    whole, some = Method(name), Method(name, every=every, share=share, times=times)
+    played = share / every
+    assert some.cost == pytest.approx(times * (whole.cost * played + 1 - played))
 
 
 def test_the_cost_of_a_method_is_what_a_round_of_it_runs():
@@ -580,10 +588,11 @@ def test_a_thread_of_a_worker_that_waits_for_the_others_leaves_them_its_core():
 
 
 BUSY = """
-import sys, time
+import signal, sys, time
 sys.path[:0] = {paths}
 from studying import pool
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     list(pool.side_by_side({{"long": (time.sleep, (100,))}}.items, 1))
 """
 
@@ -713,7 +722,7 @@ MISTAKES = {
         "references: shorter: there is none of this name",
     ),
     "times": ("times = 2", "times = 0", "longer.times must be greater than 0, got 0"),
-    "every": ("times = 2", "every = 2", "every=2 is of a solver's updates: choose a solver"),
+    "every": ("times = 2", "every = 2", "every and share are of what a solver plays"),
     "label smoothing": (
         "times = 2",
         "label_smoothing = 2",

@@ -54,7 +54,12 @@ class Script:
         for solver, chosen in parameters(options.solver, options.set, options.config).items():
             check_evaluation(solver, chosen, options.evaluate)
             alone = solver != PLAIN or len(options.solver) == 1
-            given |= {"solver": solver, "parameters": chosen, "every": options.every * alone or 1}
+            given |= {
+                "solver": solver,
+                "parameters": chosen,
+                "every": options.every if alone else 1,
+            }
+            given |= {"share": options.share if alone else 1.0}
             found += [Run(**given, seed=seed) for seed in options.seeds]
         return found
 

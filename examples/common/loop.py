@@ -115,7 +115,8 @@ class Training(Trainer, TrainerCallback):
             how: Any = {"schedule": mixadv.Schedule(every=run.every), "seed": run.seed}
             wrapped = mixadv.wrap(optimizer, self.model_wrapped, self.solver, **how)
             self.game = wrapped.game
-            optimizer = Rounds(optimizer, self.game) if run.accumulate == 1 else wrapped
+            whole = run.accumulate == 1 and run.share == 1
+            optimizer = Rounds(optimizer, self.game) if whole else wrapped
         warmup = max(1, int(run.warmup * self.updates))
         decay = self.updates - warmup + 1
         return optimizer, torch.optim.lr_scheduler.LambdaLR(
@@ -168,6 +169,8 @@ class Training(Trainer, TrainerCallback):
         if self.game is None:
             loss = forward().loss
             backward(loss)
+        elif self.run.share < 1:
+            loss = self.partly(model, inputs)
         elif parts == 1:
             self.optimizer.step(forward)
             loss = self.game.outcome.objective
@@ -175,6 +178,25 @@ class Training(Trainer, TrainerCallback):
             loss = self.game.backward(forward, backward=backward).objective
         self.progress.forwards += self.game.outcome.forwards if self.game else 1
         return loss.detach() / parts
+
+    def partly(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Play a round on some rows of a batch, and train plainly on the others."""
+        assert self.game is not None
+        rows, share = len(batch["labels"]), self.run.share
+        # Spread evenly, for rows of a batch are in the order of their lengths; one at least.
+        played = [i for i in range(rows) if int((i + 1) * share) > int(i * share)] or [0]
+        weights = {True: len(played) / rows, False: 1 - len(played) / rows}
+        part = {
+            how: {k: v[[i for i in range(rows) if (i in played) == how]] for k, v in batch.items()}
+            for how in weights
+        }
+        backward = lambda loss: self.accelerator.backward(loss * weights[True])  # noqa: E731
+        outcome = self.game.backward(lambda: self.output(model, part[True]), backward=backward)
+        if not weights[False]:
+            return outcome.objective
+        plain = self.output(model, part[False]).loss * weights[False]
+        self.accelerator.backward(plain)
+        return outcome.objective * weights[True] + plain.detach()
 
     def output(self, model: Any, batch: dict[str, torch.Tensor]) -> Any:
         """Return the model's output on a batch, with the loss that is trained."""

@@ -182,6 +182,10 @@ def _training(parser: argparse.ArgumentParser, default: dict[str, Any]) -> None:
     add("--hold-out", type=positive, default=0, metavar="N", help=text)
     text = "play the solver every N-th update; the others are plain (default: 1)"
     add("--every", type=positive, default=1, metavar="N", help=text)
+    text = (
+        "share of the rows of a batch that the solver plays on; the others are plain (default: 1)"
+    )
+    add("--share", type=float, default=1.0, metavar="SHARE", help=text)
     text = "probability that the task loss spreads over all labels (default: 0)"
     add("--label-smoothing", type=float, default=0.0, metavar="P", help=text)
     add("--bf16", action="store_true", help="forward passes in bfloat16")

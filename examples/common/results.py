@@ -13,7 +13,7 @@ from mixadv.robustness.statistics import t_interval
 
 PLAIN = "plain"
 EMBEDDED_MODEL = "minilm"
-LATER = {"substitute": 0.0, "neighbours": "", "every": 1, "label_smoothing": 0.0}
+LATER = {"substitute": 0.0, "neighbours": "", "every": 1, "share": 1.0, "label_smoothing": 0.0}
 """Settings that came later: a run without them has the key, and the result, that it had before."""
 
 
@@ -47,6 +47,8 @@ class Run:
             before each epoch but the first.
         neighbours: where the words come from, see `common.substitution.SOURCES`.
         every: updates of which the solver plays one; the others are plain.
+        share: of the rows of a batch that the solver plays on; the others are plain. A divergence
+            is then of these rows alone, and weighs as much less.
         label_smoothing: probability that the task loss spreads over all labels.
     """
 
@@ -76,6 +78,7 @@ class Run:
     substitute: float = 0.0
     neighbours: str = ""
     every: int = 1
+    share: float = 1.0
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -113,8 +116,12 @@ class Run:
         for name in ("substitute", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share in [0, 1], got {getattr(self, name)}.")
-        if self.every > 1 and self.solver == PLAIN:
-            raise ValueError(f"every={self.every} is of a solver's updates: choose a solver.")
+        if self.solver == PLAIN and (self.every > 1 or self.share != 1):
+            raise ValueError("every and share are of what a solver plays: choose a solver.")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}.")
+        if self.share < 1 and self.accumulate > 1:
+            raise ValueError("share is of one batch per update: set accumulate=1.")
         if (self.substitute > 0) != (self.neighbours != ""):
             raise ValueError(
                 "substitute says how many rows get words replaced and neighbours by which words: "

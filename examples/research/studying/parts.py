@@ -37,6 +37,8 @@ class Method:
     """how often it is trained for as many updates as the others"""
     every: Count = 1
     """updates of which the solver plays one; the others are plain"""
+    share: StrictFloat = 1.0
+    """share of the rows of a batch that the solver plays on; the others are plain"""
     label_smoothing: StrictFloat = 0.0
     """probability that the task loss spreads over all labels"""
     substitute: StrictFloat = 0.0
@@ -75,7 +77,7 @@ class Method:
         if self.substitute:
             return None
         played = 1.0 if self.played is None else count_passes(self.played).plain_steps
-        return self.times * (1 + (played - 1) / self.every)
+        return self.times * (1 + (played - 1) * self.share / self.every)
 
 
 @dataclass(frozen=True, config=CHECKED)
