@@ -160,6 +160,26 @@ def test_padding_is_known_from_lengths():
         assert not row[length:].any()
 
 
+def test_padding_that_is_told_and_not_understood_is_warned_of():
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read = nn.Linear(5, 3)
+
+        def forward(self, frames: Tensor, padding: Tensor) -> Tensor:
+            return self.read((frames * ~padding[..., None]).mean(1))
+
+    model, frames, padding = Padded(), torch.randn(3, 6, 5), torch.zeros(3, 6, dtype=torch.bool)
+    closure = lambda: F.cross_entropy(model(frames, padding), torch.arange(3))  # noqa: E731
+    mixadv.Game(model, mixadv.FGM()).backward(closure)  # nothing is padded
+    padding[1, 4:] = True
+    with pytest.warns(UserWarning, match=r"called with 'padding'.*where=mask"):
+        mixadv.Game(model, mixadv.FGM()).backward(closure)
+    game = mixadv.Game(model, mixadv.UniformNoise())
+    game.backward(closure, where=~padding)
+    assert not game.strategy.points[0][0][padding].any()
+
+
 def test_what_a_model_overwrites_by_an_image_is_not_played():
     image = 7
     vision = transformers.CLIPVisionConfig(

@@ -126,8 +126,8 @@ def parse_output(
     left_out = _left_out(result, heads, model)
     if len(heads) > 1:
         return Reading(loss, *_joined(heads, masks), heads=len(heads), labelled=True)
-    known = {"left_out": left_out, "labelled": labelled}
-    return Reading(loss, *(heads or [None]), *masks, **known)
+    only, mask = (heads[0], masks[0]) if heads else (None, None)
+    return Reading(loss, only, mask, left_out=left_out, labelled=labelled)
 
 
 def _checked(predictions: Any) -> Tensor:

@@ -143,9 +143,9 @@ def _default(model: nn.Module) -> tuple[str, nn.Module]:
             found = _input_embedding(encoders[0])
         except NotImplementedError:  # as of models that read texts and images
             found = None
-        name = next((n for n, m in inner.named_modules() if m is found), None)
-        if name is not None:
-            return name, found
+        named = next((pair for pair in inner.named_modules() if pair[1] is found), None)
+        if named is not None:
+            return named
     if not reads_ids or not embeddings:
         return INPUT, inner
     if len(embeddings) == 1:

@@ -180,7 +180,7 @@ class Strategy:
     def positions(self) -> Tensor:
         """Return how many positions of the batch δ may act on, 0-d; see `visits.positions`."""
         counts = [positions(m, p.shape[1:]) for p, m in zip(self.points, self.masks, strict=True)]
-        return sum(counts, torch.zeros((), dtype=torch.long, device=self.points[0].device))
+        return torch.zeros((), dtype=torch.long, device=self.points[0].device) + sum(counts)
 
     def entropy(self) -> Tensor:
         """Return the entropy of the weights in nats, `[B]` or `[1]`: at most log M."""
@@ -199,8 +199,8 @@ class Strategy:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Strategy":
         """Return the strategy that `state_dict` described."""
-        kept = (state[name] for name in ("points", "masks", "log_weights", "unit"))
-        return cls(*kept, state.get("owners"))
+        points, masks, weights = (state[name] for name in ("points", "masks", "log_weights"))
+        return cls(points, masks, weights, state["unit"], state.get("owners"))
 
     def plot(self, sample: int = 0, axes: Any = None) -> Any:
         """Draw one sample's particles in the plane of their two main directions, sized by weight.

@@ -28,7 +28,13 @@ from mixadv.round.carried import Carried
 from mixadv.round.cost import count_passes
 from mixadv.round.gains import losses_of_samples
 from mixadv.round.passes import Passes, nowhere
-from mixadv.round.readable import check_reading, check_replay, check_slopes, find_batch
+from mixadv.round.readable import (
+    check_masks,
+    check_reading,
+    check_replay,
+    check_slopes,
+    find_batch,
+)
 from mixadv.round.stage import Stage
 from mixadv.round.unit import mean_length, measuring, no_trace
 
@@ -69,6 +75,7 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
         if isinstance(trial.site, CompiledSite):
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
+        check_masks(stage)
         check_replay(plain, zero)
         check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
         if trial.calibration.unit is None:

@@ -73,8 +73,9 @@ class Passes:
     def _count_predictions(self, reading: Reading, copies: int) -> Reading:
         """Count the predictions per token that the loss reads, where no labels tell which."""
         predictions = reading.predictions
-        per_token = predictions is not None and predictions.dim() == 3 and not reading.labelled
-        if not per_token or self.arena.solver.compares is None:
+        if predictions is None or self.arena.solver.compares is None:
+            return reading
+        if predictions.dim() != 3 or reading.labelled:
             return reading
         if self._read is None:
             self._read = read_by(reading.loss, predictions)

@@ -60,6 +60,25 @@ def _lies_at(slope: Tensor, sample: int, second: bool) -> bool:
     return bool(there[sample]) and int(there.sum()) == 1
 
 
+def check_masks(stage: Stage) -> None:
+    """Warn of an argument that tells of padding, where the site's padding is not known."""
+    current = stage.passes.kept[-1]
+    for visit in current.visits:
+        sizes = visit.call.shape[:2]
+        if visit.call.mask is not None or len(visit.call.shape) < 2:
+            continue
+        for name, value in current.context.items():
+            tells = ("padding" in name or "length" in name) and isinstance(value, Tensor)
+            if tells and value.shape in (sizes, sizes[:1]) and bool((value != value.max()).any()):
+                warnings.warn(
+                    f"The model is called with {name!r}, and which positions at the site "
+                    f"{stage.arena.site.names} are padding is not known: δ acts on all of them. "
+                    "Say where it may act, as in optimizer.step(closure, where=mask).",
+                    stacklevel=8,
+                )
+                return
+
+
 def check_replay(plain: Reading, zero: Reading) -> None:
     """Check that two passes on one batch give the same, at δ = 0."""
     low = torch.finfo(compute_dtype(plain.loss)).eps > 1e-5
