@@ -40,14 +40,20 @@ def build(
         raise ValueError(
             f"Unknown {what} {name!r}.{nearest(name, registry)} There are {', '.join(registry)}."
         )
-    cls = registry[name]
+    if wrong := unknown_parameter(registry[name], parameters, words or {}):
+        raise ValueError(wrong)
+    return registry[name](**parameters)
+
+
+def unknown_parameter(
+    cls: type[Any], parameters: Iterable[str], words: Mapping[str, str]
+) -> str | None:
+    """Return what is wrong with the first parameter that a dataclass does not take, if one is."""
     known = [f.name for f in fields(cls) if f.init]
     for parameter in parameters:
         if parameter not in known:
-            ours = (words or {}).get(parameter)
+            ours = words.get(parameter)
             meant = f" Here it is {ours!r}." if ours in known else nearest(parameter, known)
-            raise ValueError(
-                f"{cls.__name__} has no hyper-parameter {parameter!r}."
-                f"{meant} It has {', '.join(known)}."
-            )
-    return cls(**parameters)
+            lead = f"{cls.__name__} has no hyper-parameter {parameter!r}."
+            return f"{lead}{meant} It has {', '.join(known)}."
+    return None

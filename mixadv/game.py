@@ -13,6 +13,7 @@ from mixadv.errors import GameError
 from mixadv.model.closure import Closure, parse_output
 from mixadv.model.compiled_site import place
 from mixadv.model.contexts import no_grad
+from mixadv.model.masks import Where
 from mixadv.model.modules import functional
 from mixadv.model.representation import Representation
 from mixadv.model.site import Site
@@ -32,7 +33,7 @@ class Game:
 
     Args:
         model: the module that closures call.
-        solver: how a round is played.
+        solver: how a round is played; a name such as "mat" plays at the defaults.
         site: where δ acts; see `mixadv.model.site.Site`.
         seed: of the players' draws.
         schedule: when the adversary plays; None is always.
@@ -56,13 +57,14 @@ class Game:
     def __init__(
         self,
         model: nn.Module,
-        solver: Solver,
+        solver: Solver | str,
         site: Any = None,
         *,
         seed: int = 0,
         schedule: Schedule | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
+        solver = validate.solver_of(solver)
         validate.check_game_arguments(model, solver, optimizer, seed, schedule)
         self.solver = solver
         self.learner = solver.learner()
@@ -117,6 +119,7 @@ class Game:
         backward: Callable[[Tensor], object] | None = None,
         *,
         check: bool = False,
+        where: Where = None,
     ) -> Outcome:
         """Play a round up to the optimizer step; gradients are in `.grad` as after a backward.
 
@@ -125,6 +128,8 @@ class Game:
             backward: called with each objective in place of its `.backward()`
                 (`accelerator.backward`, `lambda loss: scaler.scale(loss).backward()`).
             check: validate this round as the first one is.
+            where: where δ may act, for this round: a mask with the leading sizes of what the site
+                returns, one for each call, or a function of the call; None is at real tokens.
 
         A loss that the closure divides itself leaves a divergence undivided: where micro-batches
         are accumulated, divide in `backward`, `lambda loss: (loss / 4).backward()`.
@@ -136,7 +141,7 @@ class Game:
         self._refuse_replays()
         if backward is not None:
             validate.check_function("backward must be a function of a loss", backward)
-        with torch.enable_grad(), self.rounds.open(closure, check) as stage:
+        with torch.enable_grad(), self.rounds.open(closure, check, where) as stage:
             total = torch.zeros(())
             for objective, last in self.rounds.objectives(stage):
                 stage.passes.deliver(objective, backward)
@@ -145,18 +150,18 @@ class Game:
                     break
             return self.rounds.finish(stage, total, 1)
 
-    def loss(self, closure: Closure, *, check: bool = False) -> Tensor:
+    def loss(self, closure: Closure, *, check: bool = False, where: Where = None) -> Tensor:
         """Play a round and return a loss whose backward delivers the round's whole gradient.
 
         Its value is the round's objective. Earlier passes are differentiated here and their
         gradients ride along, so accumulation, loss scaling and DDP act on it as on any loss. With
-        gradients disabled this is the plain loss.
+        gradients disabled this is the plain loss. Arguments are those of `backward`.
         """
         if not torch.is_grad_enabled():
             validate.check_closure(closure)
             return parse_output(closure()).objective
         self._refuse_replays()
-        with self.rounds.open(closure, check) as stage:
+        with self.rounds.open(closure, check, where) as stage:
             carried = Carried(stage.passes)
             for objective, last in self.rounds.objectives(stage):
                 if last:
@@ -174,17 +179,18 @@ class Game:
                 "optimizer.step(closure) of the wrapped optimizer."
             )
 
-    def explain(self, closure: Closure | None = None) -> Explanation:
+    def explain(self, closure: Closure | None = None, *, where: Where = None) -> Explanation:
         """Return what a round will do: site, unit, absolute radius, passes and their cost.
 
         Args:
             closure: measures the unit by one forward pass that leaves no trace, of several
                 processes on this one; without it, the unit is estimated from the rows of the
                 embedding until the first round is played.
+            where: as in `backward`; with a closure alone.
         """
         if closure is not None:
             validate.check_closure(closure)
-        return explain(self.rounds.arena, closure)
+        return explain(self.rounds.arena, closure, where)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from mixadv.game import Game
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
 from mixadv.model.contexts import gradients_kept
+from mixadv.model.masks import Where
 from mixadv.model.private_torch import sequence_number
 from mixadv.model.replay import Replay
 from mixadv.round import validate
@@ -41,7 +42,7 @@ _DRIFTING = (
 def wrap(
     optimizer: Optimizer,
     model: nn.Module,
-    solver: Solver,
+    solver: Solver | str,
     *,
     site: Any = None,
     seed: int = 0,
@@ -52,7 +53,7 @@ def wrap(
     Args:
         optimizer: any `torch.optim.Optimizer` that does not need a closure itself.
         model: the module that closures call; it may be wrapped in DistributedDataParallel.
-        solver: how a round is played, e.g. `mixadv.MAT()`.
+        solver: how a round is played, e.g. `mixadv.MAT()`, or "mat" for its defaults.
         site: where δ acts; None finds the input embedding that the encoder calls.
         seed: of the players' draws.
         schedule: when the adversary plays; None is always.
@@ -146,13 +147,17 @@ class GameOptimizer(Optimizer):
         """Reset the gradients of the base's parameters."""
         self.base.zero_grad(set_to_none)
 
-    def step(self, closure: Closure | None = None, *, check: bool = False) -> Any:  # pyright: ignore
+    def step(  # pyright: ignore
+        self, closure: Closure | None = None, *, check: bool = False, where: Where = None
+    ) -> Any:
         """Play a round and step; see the class.
 
         Args:
             closure: runs the forward pass and returns the loss, or loss and predictions; never
                 calls backward. None steps the base with the gradients there are.
             check: validate this round as the first one is.
+            where: where δ may act, for this round: a mask with the leading sizes of what the site
+                returns, one for each call, or a function of the call; None is at real tokens.
 
         Returns:
             The round's objective, 0-d and detached; None without a closure.
@@ -175,16 +180,16 @@ class GameOptimizer(Optimizer):
                         "another optimizer for steps that play."
                     )
             if not self._closure_plays:
-                return self._round(closure, check)
+                return self._round(closure, check, where)
             self.base.step()
             return result
 
-    def _round(self, closure: Closure, check: bool) -> Tensor:
+    def _round(self, closure: Closure, check: bool, where: Where) -> Tensor:
         game = self.game
         alike = not self._compared and parallel.replicas_alike(game.rounds.arena.parameters())
         self._compared = True
         try:
-            with game.rounds.open(closure, check) as stage:
+            with game.rounds.open(closure, check, where) as stage:
                 self.base.zero_grad()
                 total, steps = torch.zeros(()), 0
                 for objective, last in game.rounds.objectives(stage):

@@ -18,10 +18,10 @@ import mixadv
 from mixadv.maths.divergence import DIVERGENCES, js, kl, symmetric_kl
 from mixadv.model.closure import Reading, parse_output
 
-SOFTMAX = [name for name in DIVERGENCES if name != "squared_error"]
+SOFTMAX = [name for name in DIVERGENCES if name not in ("squared_error", "bernoulli")]
 SYMMETRIC = [name for name in DIVERGENCES if name != "kl"]
 # What δᵀHδ is multiplied by, with H the Fisher matrix of the logits (for squared error, JᵀJ).
-CURVATURE = {"kl": 1 / 2, "symmetric_kl": 1.0, "js": 1 / 8, "squared_error": 1.0}
+CURVATURE = {"kl": 1 / 2, "symmetric_kl": 1.0, "js": 1 / 8, "squared_error": 1.0, "bernoulli": 1.0}
 
 divergences = pytest.mark.parametrize("name", DIVERGENCES)
 entries = {"elements": st.floats(-20, 20), "fill": st.nothing()}
@@ -42,6 +42,9 @@ def relative_entropy(log_p, log_q):
 def formula(name, perturbed, clean):
     if name == "squared_error":
         return ((perturbed - clean) ** 2).sum(-1)
+    if name == "bernoulli":  # two classes for each label, of which the second has the logit 0
+        pairs = [np.stack([x, np.zeros_like(x)], -1) for x in (perturbed, clean)]
+        return formula("symmetric_kl", *pairs).sum(-1)
     q, p = log_softmax(perturbed), log_softmax(clean)
     if name == "js":
         middle = np.logaddexp(p, q) - np.log(2)
@@ -64,7 +67,8 @@ def test_never_negative_and_zero_only_where_predictions_agree(name, pair):
     perturbed, clean = map(torch.tensor, pair)
     values = DIVERGENCES[name](perturbed, clean)
     assert (values > -1e-12).all()
-    read = (lambda x: x) if name == "squared_error" else (lambda x: x.softmax(-1))
+    links = {"squared_error": lambda x: x, "bernoulli": torch.sigmoid}
+    read = links.get(name, lambda x: x.softmax(-1))
     apart = (read(perturbed) - read(clean)).abs().sum(-1)
     assert (values[apart > 1e-4] > 1e-10).all()
     assert DIVERGENCES[name](clean, clean.clone()).abs().max() < 1e-14
@@ -150,6 +154,8 @@ def fisher():
     jacobian, p = jacrev(f)(x), f(x).softmax(-1)
     fisher = jacobian.T @ (p.diag() - torch.outer(p, p)) @ jacobian
     forms = {**dict.fromkeys(SOFTMAX, fisher), "squared_error": jacobian.T @ jacobian}
+    yes = f(x).sigmoid()
+    forms["bernoulli"] = jacobian.T @ (yes * (1 - yes)).diag() @ jacobian
     return f, x, forms
 
 

@@ -224,7 +224,7 @@ def refused_arguments() -> Refusals:
             "not a model": (lambda m, o: wrap(o, m.forward, PGD()), "model | method"),
             "not an optimizer": (lambda m, o: wrap(m, o, PGD()), "optimizer | Small"),
             "a solver's class": (lambda m, o: wrap(o, m, MAT), "mixadv.MAT()"),
-            "a solver's name": (lambda m, o: wrap(o, m, "mat"), "solver | 'mat'"),
+            "a solver's number": (lambda m, o: wrap(o, m, 3), "solver | 3"),
             "wrapped twice": (lambda m, o: wrap(wrap(o, m, PGD()), m, PGD()), ".base"),
             "seed": (lambda m, o: wrap(o, m, PGD(), seed=0.5), "seed | 0.5"),
             "site's type": (lambda m, o: Game(m, PGD(), 3), "site | 3"),

@@ -16,7 +16,7 @@ from mixadv.model import site
 from mixadv.model.replay import Noise
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
-from mixadv.players.strategy import opening
+from mixadv.players.opening import opening
 from tests.worlds import gradients
 from tests.zoo import stepwise, wrapped
 

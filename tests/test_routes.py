@@ -287,14 +287,14 @@ def test_auto_does_without_stacks_where_a_loss_is_one_number(stacks: list[int]):
 
 
 class Choice(nn.Module):
-    """Scores the rows of a batch and chooses among three of them: rows = 3·predictions."""
+    """Scores rows, of which three belong to a sample `[B, 3, n]`, and chooses among them."""
 
     def __init__(self, rows: nn.Module) -> None:
         super().__init__()
         self.rows = rows
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.rows(ids)[:, 0].view(-1, 3)
+        return self.rows(ids.flatten(0, 1))[:, 0].view(-1, 3)
 
 
 def still(choice: bool) -> Player:
@@ -302,7 +302,7 @@ def still(choice: bool) -> Player:
     p = small(rows=6)
     p.model.eval()
     if choice:
-        batch = {"ids": p.batch["ids"], "labels": p.batch["labels"][:2]}
+        batch = {"ids": p.batch["ids"].unflatten(0, (2, 3)), "labels": p.batch["labels"][:2]}
         p = p._replace(model=Choice(p.model), batch=batch)
     return p
 

@@ -90,14 +90,14 @@ class Adversarial(Base):
     def __init__(
         self,
         *arguments: Any,
-        solver: Solver | None = None,
+        solver: Solver | str | None = None,
         site: Any = None,
         schedule: Schedule | None = None,
         evaluate_average: bool = True,
         **keywords: Any,
     ) -> None:
         if solver is not None:
-            validate.check_solver(solver)
+            solver = validate.solver_of(solver)
         super().__init__(*arguments, **keywords)
         made = wrapped(self.optimizer)
         if made is None:

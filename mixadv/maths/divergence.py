@@ -8,6 +8,8 @@ one that is meant as a fixed target.
     kl             KL(clean ‖ perturbed)                            Miyato et al. 2017, eq. 5
     symmetric_kl   KL(clean ‖ perturbed) + KL(perturbed ‖ clean)    Jiang et al. 2020, §3.1
     js             ½ KL(clean ‖ m) + ½ KL(perturbed ‖ m), m their mean
+    bernoulli      Σ_c (p_c − q_c)·(logit p_c − logit q_c), p and q sigmoids: the symmetric KL of
+                   each label by itself, for multi-label heads; no softmax
     squared_error  Σ_c (perturbed_c − clean_c)²                     for regression; no softmax
 """
 
@@ -54,6 +56,18 @@ def js(perturbed: Tensor, clean: Tensor) -> Tensor:
     return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
 
 
+def bernoulli(perturbed: Tensor, clean: Tensor) -> Tensor:
+    """Return the symmetric KL of independent labels, summed over them, per prediction.
+
+    Example:
+        >>> float(bernoulli(torch.tensor([0.0, 200.0]), torch.tensor([0.0, 200.0])))
+        0.0
+    """
+    wide = torch.promote_types(clean.dtype, torch.float32)
+    p, q = clean.to(wide), perturbed.to(wide)
+    return ((p.sigmoid() - q.sigmoid()) * (p - q)).sum(-1)
+
+
 def squared_error(perturbed: Tensor, clean: Tensor) -> Tensor:
     """Return the squared distance between two outputs per prediction, for regression."""
     dtype = torch.promote_types(clean.dtype, torch.float32)
@@ -64,6 +78,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "kl": kl,
     "symmetric_kl": symmetric_kl,
     "js": js,
+    "bernoulli": bernoulli,
     "squared_error": squared_error,
 }
 

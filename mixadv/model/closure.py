@@ -12,10 +12,12 @@ from mixadv.maths.divergence import Divergence
 
 Closure = Callable[[], Any]
 
+_NEVER = -1e4
+"""A logit whose probability is 0 in every number format, and which all of them hold."""
 _EXPECTED = (
     "A closure runs the forward pass and returns a scalar loss, one loss per sample [B], a tuple "
-    "that starts with the loss and then logits or an output, or an output with .loss and .logits "
-    "(or .start_logits and .end_logits)"
+    "of the loss and logits, an output, or a tuple of the logits of several heads, or an output "
+    "with .loss and .logits (or .start_logits and .end_logits)"
 )
 
 
@@ -25,9 +27,14 @@ class Reading(NamedTuple):
     Attributes:
         loss: 0-d, or one per sample `[B]`.
         predictions: `[B, C]` or `[B, n, C]`, None where the closure returned a loss alone.
+            Several heads are one tensor, see `_joined`.
         mask: `[B, n]`, 1 at tokens that count, where predictions are per token and it is known.
+            Of several heads each has the weight 1, shared by the tokens that count.
         hidden: the representation `[B, d]`, where the solver reads one from the model.
         samples: B, counted by losses, else predictions, else rows at the site.
+        heads: how many the predictions are of.
+        left_out: tensors behind the predictions in what the closure returned, that may be more.
+        labelled: whether labels told which predictions count.
     """
 
     loss: Tensor
@@ -35,6 +42,9 @@ class Reading(NamedTuple):
     mask: Tensor | None = None
     hidden: Tensor | None = None
     samples: int = 1
+    heads: int = 1
+    left_out: int = 0
+    labelled: bool = False
 
     @property
     def objective(self) -> Tensor:
@@ -46,14 +56,19 @@ class Reading(NamedTuple):
         """The predictions, of a solver that compares them.
 
         Raises:
-            GameError: if the closure returned none.
+            GameError: if the closure returned none, or more than could be told.
         """
+        if self.left_out:
+            raise GameError(
+                f"The closure returned predictions and {self.left_out} more tensors of as many "
+                "rows, and this solver compares predictions: return (loss, (one, other)) to have "
+                "several heads compared, or (loss, logits) for one."
+            )
         if self.predictions is None:
             raise GameError(
                 "This solver compares predictions, and the closure returned a loss alone. Return "
-                "(loss, logits), or the model's whole output, from the closure; of several heads "
-                "with as many classes (loss, torch.stack([one, other], 1)). In a Trainer: outputs "
-                "with logits, from forward_pass."
+                "(loss, logits), of several heads (loss, (one, other)), or the model's whole "
+                "output, from the closure. In a Trainer: outputs with logits, from forward_pass."
             )
         return self.predictions
 
@@ -73,7 +88,8 @@ class Reading(NamedTuple):
     def diverge(self, clean: Tensor, divergence: Divergence) -> Tensor:
         """Return the divergence of these predictions from clean ones, one value per sample `[B]`.
 
-        Predictions per token are averaged over those that count. Computed outside autocast.
+        Predictions per token are averaged over those that count, those of several heads added up.
+        Computed outside autocast.
         """
         assert self.predictions is not None
         with torch.autocast(self.predictions.device.type, enabled=False):
@@ -81,7 +97,7 @@ class Reading(NamedTuple):
             if values.dim() < 2:
                 return values
             real = torch.ones_like(values) if self.mask is None else self.mask.to(values.dtype)
-            return (values * real).sum(-1) / real.sum(-1).clamp(min=1)
+            return self.heads * (values * real).sum(-1) / real.sum(-1).clamp(min=1)
 
 
 def parse_output(
@@ -98,46 +114,93 @@ def parse_output(
     Raises:
         GameError: if it holds no loss, with what was returned instead.
     """
-    loss, predictions = _split(result)
+    loss, found = _split(result)
     if not isinstance(loss, Tensor):
         raise GameError(f"{_EXPECTED}; this one returned {_describe(result)}.")
     if loss.dim() > 1 or not loss.is_floating_point():
         raise GameError(f"{_EXPECTED}; this one returned {_describe(loss)} as loss.")
-    if predictions is not None and not isinstance(predictions, Tensor):
+    own = [result] if isinstance(result, Mapping) else []
+    heads = [_checked(head) for head in found]
+    masks = [_counting(head, [*own, *contexts], model) for head in heads]
+    labelled = any(_labels(head, [*own, *contexts]) is not None for head in heads)
+    left_out = _left_out(result, heads, model)
+    if len(heads) > 1:
+        return Reading(loss, *_joined(heads, masks), heads=len(heads), labelled=True)
+    only, mask = (heads[0], masks[0]) if heads else (None, None)
+    return Reading(loss, only, mask, left_out=left_out, labelled=labelled)
+
+
+def _checked(predictions: Any) -> Tensor:
+    """Return the predictions of a head, `[B, C]` or `[B, n, C]`."""
+    if not isinstance(predictions, Tensor):
         raise GameError(
             f"Predictions must be a tensor, got {_describe(predictions)}. Return (loss, logits) "
             "from the closure, or the loss alone."
         )
-    if predictions is not None and predictions.dim() == 1:
+    if predictions.dim() == 1:
         predictions = predictions.unsqueeze(-1)
-    if predictions is not None and predictions.dim() not in (2, 3):
+    if predictions.dim() not in (2, 3):
         raise GameError(
             f"Predictions must be [B, C] or [B, n, C], got {_describe(predictions)}. Return "
             "(loss, logits) with logits of that shape from the closure: those of pixels "
             "[B, C, H, W] as logits.flatten(2).mT, and the loss alone where none are compared."
         )
-    own = [result] if isinstance(result, Mapping) else []
-    return Reading(loss, predictions, _counting(predictions, [*own, *contexts], model))
+    return predictions
 
 
-def _split(result: Any) -> tuple[Any, Any]:
+def _joined(heads: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Return several heads as one, `[B, Σ n, max C]`, and the weights of its predictions.
+
+    A class that a head lacks has a logit at which its probability, and every divergence, is 0.
+    """
+    classes = max(head.shape[-1] for head in heads)
+    joined, weights = [], []
+    for head, mask in zip(heads, masks, strict=True):
+        tokens = head if head.dim() == 3 else head[:, None]
+        joined.append(F.pad(tokens, (0, classes - head.shape[-1]), value=_NEVER))
+        real = torch.ones(tokens.shape[:2], device=head.device) if mask is None else mask.float()
+        weights.append(real / real.sum(1, keepdim=True).clamp(min=1))
+    return torch.cat(joined, 1), torch.cat(weights, 1)
+
+
+def _split(result: Any) -> tuple[Any, list[Any]]:
+    """Return the loss in a closure's result, and the predictions of each head."""
     if isinstance(result, Tensor):
-        return result, None
+        return result, []
     if isinstance(result, Mapping):
-        return result.get("loss"), _logits(result.get)
+        named = [v for k, v in result.items() if k.endswith("_logits") and isinstance(v, Tensor)]
+        return result.get("loss"), _logits(result.get) or named
     if isinstance(result, (tuple, list)) and len(result) > 0:
         second = result[1] if len(result) > 1 else None
-        if second is not None and not isinstance(second, Tensor):
-            second = _split(second)[1]
-        return result[0], second if isinstance(second, Tensor) else None
-    return getattr(result, "loss", None), _logits(lambda name: getattr(result, name, None))
+        if isinstance(second, (tuple, list)):
+            tensors = [x for x in second if isinstance(x, Tensor)]
+            if len(tensors) == len(second) and all(x.dim() > 1 for x in second):
+                return result[0], tensors
+            second = second[1] if len(second) > 1 and isinstance(second[1], Tensor) else None
+        elif second is not None and not isinstance(second, Tensor):
+            return result[0], _split(second)[1]
+        return result[0], [] if second is None else [second]
+    get = lambda name: getattr(result, name, None)  # noqa: E731
+    return get("loss"), _logits(get)
 
 
-def _logits(get: Callable[[str], Any]) -> Tensor | None:
+def _logits(get: Callable[[str], Any]) -> list[Any]:
+    """Return the predictions in an output, as a head or none."""
     start, end = get("start_logits"), get("end_logits")
     if get("logits") is None and isinstance(start, Tensor) and isinstance(end, Tensor):
-        return torch.stack([start, end], 1)  # two predictions [B, n], of where an answer lies
-    return get("logits")
+        return [torch.stack([start, end], 1)]  # two predictions [B, n], of where an answer lies
+    return [] if get("logits") is None else [get("logits")]
+
+
+def _left_out(result: Any, heads: list[Tensor], model: Any) -> int:
+    """Return how many tensors `(loss, one, other, …)` has that may be heads as well.
+
+    What the models of the transformers library return behind the logits is known to be none.
+    """
+    if not isinstance(result, (tuple, list)) or type(model).__module__.startswith("transformers."):
+        return 0
+    more = [x for x in result[2:] if isinstance(x, Tensor) and x.dim() > 1 and x.requires_grad]
+    return sum(len(x) == len(heads[0]) for x in more) if heads else 0
 
 
 def _counting(
@@ -154,8 +217,8 @@ def _counting(
         contexts, "decoder_attention_mask" if decoded else "attention_mask", predictions
     )
     real = None if mask is None else mask > 0
-    labels = _fitting(contexts, "labels", predictions)
-    if labels is None or labels.is_floating_point():
+    labels = _labels(predictions, contexts)
+    if labels is None:
         return real
     labelled = labels >= 0  # others are -100
     if not decoded and _causal(model):
@@ -164,6 +227,14 @@ def _counting(
         real = labelled if decoded else torch.ones_like(labelled)  # decoders are padded with -100
     labelled = labelled & real
     return torch.where(labelled.any(1, keepdim=True), labelled, real)
+
+
+def _labels(predictions: Tensor, contexts: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """Return the labels of the predictions per token, where there are some."""
+    if predictions.dim() != 3:
+        return None
+    labels = _fitting(contexts, "labels", predictions)
+    return None if labels is None or labels.is_floating_point() else labels
 
 
 def _fitting(contexts: Sequence[Mapping[str, Any]], name: str, like: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ that is older than the hook would leave δ out; the hook counts the slots that i
 such pass goes unnoticed.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.model.modules import INPUT, compiled, find
+from mixadv.model.masks import told
+from mixadv.model.modules import compiled, find, is_input
 from mixadv.model.private_torch import is_mapped, more_graphs
-from mixadv.model.site import Site, add, first_of, tokens_of, with_first
+from mixadv.model.site import Site
+from mixadv.model.values import add, first_of, tokens_of, with_first
 from mixadv.model.visits import Call, Pass, Provide, recomputing
 
 
@@ -43,7 +46,7 @@ class CompiledSite(Site):
 
     def __init__(self, model: nn.Module, site: Any = None) -> None:
         super().__init__(model, site)
-        self._inside = [m for name, m in self.targets if name != INPUT]
+        self._inside = [m for name, m in self.targets if not is_input(name)]
         self._patterns: list[Pattern] = []
         self._entered: list[Any] = []
         self._learning = False
@@ -86,9 +89,9 @@ class CompiledSite(Site):
             self._handles.append(self.model.register_forward_hook(self._learn, prepend=True))
             return
         self._pre(self.model, self._fill)
-        if len(self._inside) < len(self.targets):
-            # Hooks of the compiled model itself run outside of the graph.
-            self._pre(self.model, self._at_input)
+        for name, _ in self.targets:
+            if is_input(name):  # hooks of the compiled model itself run outside of the graph
+                self._pre(self.model, functools.partial(self._at_input, name))
         self._handles.append(self.model.register_forward_hook(self._verify))
 
     def close(self) -> None:
@@ -124,7 +127,8 @@ class CompiledSite(Site):
             name = max(shared, key=lambda name: shared[name], default="")
             ids = next((name for name, value in given.items() if _same(value, entered)), None)
             pattern = Pattern(visit.module, name, shared.get(name, 0), ids, call)
-            if not pattern.sizes or not _same(self._call(pattern).mask, call.mask):
+            foretold = told(self.where, len(self._patterns), self._call(pattern))
+            if not pattern.sizes or not _same(foretold.mask, call.mask):
                 self._refuse_inputs()
             self._patterns.append(pattern)
 
@@ -135,8 +139,9 @@ class CompiledSite(Site):
             return
         self._enter(module, args, kwargs)
         deltas = []
-        for pattern in self._patterns:
-            call = self._call(pattern)
+        self.current.told = self.where is not None
+        for index, pattern in enumerate(self._patterns):
+            call = told(self.where, index, self._call(pattern))
             deltas.append(self.current.visit(pattern.module, call, _stand_in(call), 0, 0))
         # Empty for a clean pass: it takes the same graph as a call outside of a round.
         self._slots, self._taken = [_leaf(d) for d in deltas if d is not None], 0
@@ -165,10 +170,10 @@ class CompiledSite(Site):
             self._refuse_inputs()
         sizes, device = given[pattern.name].shape[: pattern.sizes], given[pattern.name].device
         shape = torch.Size([*sizes, *pattern.call.shape[pattern.sizes :]])
-        args = () if pattern.ids is None else (given[pattern.ids],)
-        tokens = tokens_of(pattern.module, args[0] if args else None)
+        entered = None if pattern.ids is None else given[pattern.ids]
+        tokens = tokens_of(pattern.module, entered)
         call = Call(shape, pattern.call.dtype, device, None, *tokens)
-        return call._replace(mask=self._mask(_stand_in(call), args, {}))
+        return call._replace(mask=self._mask(pattern.module, _stand_in(call), entered))
 
     def _refuse_inputs(self) -> None:
         raise GameError(

@@ -14,6 +14,12 @@ from mixadv.model.parallel import sharded, swapped
 from mixadv.model.private_torch import compiled_in_place, is_compiled, original
 
 INPUT = "input"
+"""The model's own input as the site; "input:NAME" says which of several."""
+
+
+def is_input(name: str) -> bool:
+    """Return whether a site of this name is the model's own input."""
+    return name.partition(":")[0] == INPUT
 
 
 def weak_hook(method: Callable[[], None]) -> Callable[..., None]:
@@ -108,8 +114,8 @@ def find(model: nn.Module, site: Any) -> list[tuple[str, nn.Module]]:
         return [target for part in site for target in find(model, part)]
     if site is None:
         return [_default(model)]
-    if site == INPUT:
-        return [(INPUT, unwrap(model))]
+    if isinstance(site, str) and is_input(site):
+        return [(site, unwrap(model))]
     inner = unwrap(model)
     named = dict(inner.named_modules(remove_duplicate=False))
     if isinstance(site, str):
@@ -133,10 +139,13 @@ def _default(model: nn.Module) -> tuple[str, nn.Module]:
     reads_ids = getattr(inner, "main_input_name", "input_ids") == "input_ids"
     encoders = _encoders(inner) if reads_ids else []
     if len(encoders) == 1:
-        found = _input_embedding(encoders[0])
-        name = next((n for n, m in inner.named_modules() if m is found), None)
-        if name is not None:
-            return name, found
+        try:
+            found = _input_embedding(encoders[0])
+        except NotImplementedError:  # as of models that read texts and images
+            found = None
+        named = next((pair for pair in inner.named_modules() if pair[1] is found), None)
+        if named is not None:
+            return named
     if not reads_ids or not embeddings:
         return INPUT, inner
     if len(embeddings) == 1:

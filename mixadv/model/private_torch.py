@@ -4,6 +4,7 @@ Each is there in torch 2.13, with which the tests run. What another version move
 here.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch.utils.checkpoint import CheckpointFunction
 
 # Untyped on purpose: the stubs of torch list a part of this.
 _C: Any = torch._C
@@ -44,6 +46,20 @@ def saving_hook() -> Any:
     """
     hooks = _C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]
+
+
+def in_reentrant_checkpoint(grad: bool) -> bool:
+    """Return whether the forward that is running is a reentrant checkpoint's, which disables grad.
+
+    Args:
+        grad: whether gradients were enabled before.
+    """
+    if not grad or torch.is_grad_enabled():
+        return False
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def after_backward(call: Callable[[], Any]) -> None:

@@ -7,6 +7,8 @@ a spectral norm.
 """
 
 import hashlib
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +20,24 @@ from mixadv.model.parallel import share
 from mixadv.model.private_torch import keeping_version
 
 RandomState = list[tuple[torch.device, Tensor]]
+HostState = tuple[Any, Any]
+"""The state of Python's generator and of numpy's, None where nothing has imported numpy."""
 Slot = tuple[nn.Module, str]
 Snapshot = list[tuple[Tensor, Tensor]]
+
+
+def host_state() -> HostState:
+    """Return the state of the generators that are not torch's, by which some models draw masks."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def set_host_state(state: HostState) -> None:
+    """Set what `host_state` returned."""
+    own, numpys = state
+    random.setstate(own)
+    if numpys is not None:
+        sys.modules["numpy"].random.set_state(numpys)
 
 
 def random_state(devices: list[torch.device]) -> RandomState:
@@ -73,23 +91,23 @@ class Replay:
         self.fresh = fresh
         self.buffers = Buffers(model, slots)
         self.begin = self.kept = self.buffers.found  # of the first forward since the last step
-        self.found = random_state(self.devices)
-        self.before: RandomState | None = None
-        self.after: RandomState | None = None
+        self.found = random_state(self.devices), host_state()
+        self.before: tuple[RandomState, HostState] | None = None
+        self.after: tuple[RandomState, HostState] | None = None
 
     @contextmanager
     def run(self) -> Iterator[None]:
         """Run one pass from the state the first pass since the last step started from."""
         first = self.before is None
         if self.before is None:
-            self.before = random_state(self.devices)
+            self.before = random_state(self.devices), host_state()
         else:
             self.buffers.put(self.begin)
             if not self.fresh:
-                set_random_state(self.before)
+                self._set(self.before)
         yield
         if first:
-            self.after = random_state(self.devices)
+            self.after = random_state(self.devices), host_state()
             self.kept = self.buffers.snapshot()
         else:
             self.buffers.put(self.kept)
@@ -98,20 +116,25 @@ class Replay:
         """Return whether the first pass since the last step drew random numbers."""
         assert self.before is not None
         assert self.after is not None
-        pairs = zip(self.before, self.after, strict=True)
-        return any(not torch.equal(begun, ended) for (_, begun), (_, ended) in pairs)
+        pairs = zip(self.before[0], self.after[0], strict=True)
+        drew = any(not torch.equal(begun, ended) for (_, begun), (_, ended) in pairs)
+        return drew or repr(self.before[1]) != repr(self.after[1])
 
     def renew(self) -> None:
         """Move to where one plain forward would have left the random state: a new mask."""
         if self.after is not None:
-            set_random_state(self.after)
+            self._set(self.after)
         self.before = self.after = None
         self.begin = self.kept
 
     def undo(self) -> None:
         """Put the random state and the buffers back to where the round found them."""
-        set_random_state(self.found)
+        self._set(self.found)
         self.buffers.undo()
+
+    def _set(self, state: tuple[RandomState, HostState]) -> None:
+        set_random_state(state[0])
+        set_host_state(state[1])
 
 
 class Buffers:

@@ -6,6 +6,7 @@ runs, and is removed when the round ends. A call made while a backward recompute
 the δ of the visit it repeats; see `visits`.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,8 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.model.modules import INPUT, around, bound, find, unwrap
-from mixadv.model.private_torch import running_number, saving_hook, sequence_number
+from mixadv.model.masks import (
+    Where,
+    batch_is_second,
+    owners,
+    real_tokens,
+    told,
+    without_placeholders,
+)
+from mixadv.model.modules import around, bound, find, is_input, unwrap
+from mixadv.model.private_torch import (
+    in_reentrant_checkpoint,
+    running_number,
+    saving_hook,
+    sequence_number,
+)
+from mixadv.model.values import add, chosen_input, copies, first_of, tokens_of, with_first
 from mixadv.model.visits import Call, Pass, Provide, recomputing
 
 PER_TOKEN = ("attention_mask", "decoder_attention_mask", "labels")
@@ -29,6 +44,10 @@ class Site:
         model: the model that the closure calls; wrapped or not.
         site: None for the input embedding that the encoder really calls (for a model without one,
             its own input), the name of a submodule, a submodule, `"input"`, or several of them.
+
+    Attributes:
+        where: where δ may act in the round that is open; None is at real tokens.
+        unsure: modules of which it is not known whether the batch comes first.
     """
 
     def __init__(self, model: nn.Module, site: Any = None) -> None:
@@ -39,7 +58,11 @@ class Site:
         self._alive: list[weakref.ref[Pass]] = []
         self._handles: list[Any] = []
         self._numbers: dict[nn.Module, int] = {}
+        self.where: Where = None
+        self.unsure: set[nn.Module] = set()
+        self._turned: dict[nn.Module, bool] = {}
         self._masks: list[Tensor | None] = []
+        self._still: list[bool] = []
 
     @property
     def names(self) -> list[str]:
@@ -61,6 +84,8 @@ class Site:
         try:
             yield current
             current.end = sequence_number()
+            if current.grad:
+                self._still = current.still
         except BaseException:
             self.forget([current])
             raise
@@ -73,8 +98,8 @@ class Site:
         if self._handles:
             return
         for name, module in self.targets:
-            if name == INPUT:
-                self._pre(module, self._at_input)
+            if is_input(name):
+                self._pre(module, functools.partial(self._at_input, name))
             else:
                 self._pre(module, self._note_number)
                 hook = module.register_forward_hook(self._at_output, with_kwargs=True)
@@ -119,9 +144,9 @@ class Site:
             f"{names[:6]}."
         )
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.current is None or recomputing():
-            return
+            return None
         arguments = bound(module, args, kwargs)
         for features in [v for v in arguments.values() if isinstance(v, Mapping)]:
             arguments = {**features, **arguments}  # as of sentence-transformers, in one argument
@@ -133,7 +158,9 @@ class Site:
         if not self._masks or module is self._inner:
             self.current.context = arguments
         self.current.within.append({k: arguments[k] for k in PER_TOKEN if k in arguments})
+        outermost = not self._masks
         self._masks.append(mask if usable else inherited)
+        return (copies(args), copies(kwargs)) if outermost else None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.current is not None and not recomputing() and self._masks:
@@ -153,20 +180,11 @@ class Site:
         delta = self._delta(module, first, args, kwargs)
         return None if delta is None else with_first(output, add(first, delta))
 
-    def _at_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _at_input(self, site: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.current is not None and not recomputing():
             self._numbers[module] = sequence_number()
         arguments = bound(module, args, kwargs)
-        floats = [
-            k for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()
-        ]
-        preferred = getattr(unwrap(module), "main_input_name", None)
-        name = preferred if preferred in floats else floats[0] if floats else None
-        if name is None:
-            raise GameError(
-                f"The site is the model's own input, but it is called with {list(arguments)}, none "
-                "of them a floating-point tensor. Choose a module with site=."
-            )
+        name = chosen_input(site, module, arguments)
         delta = self._delta(module, arguments[name], (), {})
         if delta is None:
             return None
@@ -184,55 +202,67 @@ class Site:
         if self.current is None:
             return None
         number = self._numbers.get(module, self.current.begin)
-        reentrant = self.current.grad and not torch.is_grad_enabled()
+        reentrant = in_reentrant_checkpoint(self.current.grad)
+        if self._is_still(self.current, reentrant):
+            return None
         pack = saving_hook()
         self.current.recomputable |= reentrant or pack is not None
         # A reentrant checkpoint runs its block without gradients: the node to look for is its own,
         # the last one made before.
         number -= int(reentrant)
-        mask, entered = self._mask(output, args, kwargs), args[0] if args else kwargs.get("input")
-        call = Call(output.shape, output.dtype, output.device, mask, *tokens_of(module, entered))
+        entered = args[0] if args else kwargs.get("input")
+        contexts = [self.current.context, *self.current.within]
+        turned = batch_is_second(contexts, output, entered)
+        if turned is not None:
+            self.orient(module, turned)
+        elif module not in self._turned:
+            self.unsure.add(module)
+        turned = self._turned.get(module, False)
+        if turned:
+            output = output.transpose(0, 1)
+            entered = entered.T if isinstance(entered, Tensor) and entered.dim() == 2 else entered
+        mask = self._mask(module, output, entered)
+        ids = tokens_of(module, entered)
+        owned = owners(self.current.context, len(output), output.device)
+        call = Call(output.shape, output.dtype, output.device, mask, *ids, owned)
+        call = told(self.where, len(self.current.visits), call)
+        self.current.told = self.where is not None
         delta = self.current.visit(module, call, output, number, pack or number)
         if delta is not None and delta.shape != output.shape:
             raise GameError(
                 f"The site returned {list(output.shape)} in this pass but {list(delta.shape)} "
                 "before. A closure is run several times on one batch and must be repeatable."
             )
-        return delta
+        return delta.transpose(0, 1) if turned and delta is not None else delta
 
-    def _mask(self, output: Tensor, args: Any, kwargs: Any) -> Tensor | None:
-        if output.dim() < 3:
+    def orient(self, module: nn.Module, second: bool) -> None:
+        """Note whether the batch is the second dimension of what a module returns."""
+        self._turned[module] = second
+        self.unsure.discard(module)
+
+    def _mask(self, module: nn.Module, output: Tensor, entered: Any) -> Tensor | None:
+        """Return 1 at real tokens of what the site returned, as far as it is known."""
+        assert self.current is not None
+        at_input = module is self._inner
+        if output.dim() < 2 or (output.dim() == 2 and not at_input):
             return None
-        fitting = (m for m in self._masks[::-1] if m is not None and m.shape == output.shape[:2])
-        mask = next(fitting, None)
+        inputs = self.current.context if at_input else {}
+        embeddings = [m for _, m in self.targets if isinstance(m, nn.Embedding)]
+        mask = real_tokens(output, self._masks[::-1], inputs, entered, embeddings)
+        mask = without_placeholders(mask, self._inner, output, entered)
         if mask is None:
-            ids = args[0] if args else None
-            embeddings = [m for _, m in self.targets if isinstance(m, nn.Embedding)]
-            padding = next((i for m in embeddings if (i := m.padding_idx) is not None), None)
-            if padding is None or not isinstance(ids, Tensor) or ids.shape != output.shape[:2]:
-                return None
-            mask = ids != padding
+            return None
         mask = (mask > 0).to(torch.promote_types(output.dtype, torch.float32))
         return mask.view(*mask.shape, *[1] * (output.dim() - 2))
 
+    def _is_still(self, current: Pass, reentrant: bool) -> bool:
+        """Return whether the closure makes a call under no_grad: it is not on the way to the loss.
 
-def tokens_of(module: nn.Module, entered: Any) -> tuple[Tensor | None, nn.Module | None]:
-    """Return the token ids that an embedding was called with, and the embedding."""
-    module = getattr(module, "base_layer", module)  # of an adapter around it
-    known = hasattr(module, "num_embeddings") and isinstance(entered, Tensor)
-    return (entered, module) if known else (None, None)
-
-
-def first_of(output: Any) -> Any:
-    """Return what δ is added to: the output of a module, or the first of a tuple."""
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def with_first(output: Any, first: Tensor) -> Any:
-    """Return the output of a module with another `first_of` it."""
-    return type(output)((first, *output[1:])) if isinstance(output, (tuple, list)) else first
-
-
-def add(output: Tensor, delta: Tensor) -> Tensor:
-    """Return output + δ, summed in δ's precision and cast once (bf16 would swallow a small δ)."""
-    return (output.to(delta.dtype) + delta).to(output.dtype)
+        A pass that is run under no_grad itself goes by the last one that was not.
+        """
+        number = len(current.still)
+        still = not torch.is_grad_enabled() and not reentrant
+        if not current.grad:
+            still = number < len(self._still) and self._still[number]
+        current.still.append(still)
+        return still

@@ -23,6 +23,7 @@ class Call(NamedTuple):
     mask: Tensor | None  # 1 at real tokens, broadcastable to the output; None where all are real
     ids: Tensor | None = None  # that an embedding was called with, None at other sites
     embedding: nn.Module | None = None
+    owners: Tensor | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -33,6 +34,19 @@ class Call(NamedTuple):
         """Return an uninitialised tensor of δ's shape, in at least fp32."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         return torch.empty(self.shape, dtype=dtype, device=self.device)
+
+
+def positions(mask: Tensor | None, shape: torch.Size) -> Tensor | int:
+    """Return how many positions of a call play: tokens, or coordinates where there are none.
+
+    Args:
+        mask: 1 where δ may act, broadcastable to the output; None is everywhere.
+        shape: of the output; `[B, n, d]` has tokens.
+    """
+    if mask is None:
+        return shape[:2].numel() if len(shape) == 3 else shape.numel()
+    places = mask.expand(shape) > 0
+    return (places.any(-1) if len(shape) == 3 else places).sum()
 
 
 Provide = Callable[[int, Call, Tensor], Tensor | None]
@@ -57,6 +71,8 @@ class Pass:
         self.begin = self.end = sequence_number()
         self.grad = torch.is_grad_enabled()
         self.recomputable = False
+        self.told = False  # masks say where δ may act, not which tokens are real
+        self.still: list[bool] = []  # for each call at the site, whether it ran under no_grad
         self.context: dict[str, Any] = {}  # arguments of the model's call
         self.within: list[dict[str, Any]] = []  # and of the modules within, from outside in
         self._recomputed: dict[tuple[int, int], int] = {}
@@ -68,8 +84,10 @@ class Pass:
 
     def tokens(self) -> list[Mapping[str, Any]]:
         """Return where to look for masks and labels of tokens; the site's own mask comes last."""
-        mask = self.visits[0].call.mask if self.visits else None
-        own = [] if mask is None else [{"attention_mask": mask.flatten(2)[..., 0]}]
+        mask = self.visits[0].call.mask if self.visits and not self.told else None
+        own = (
+            [] if mask is None else [{"attention_mask": mask.reshape(*mask.shape[:2], -1)[..., 0]}]
+        )
         return [self.context, *self.within, *own]
 
     def visit(

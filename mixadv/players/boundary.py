@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixadv.errors import GameError
 from mixadv.maths.divergence import log_probabilities
 from mixadv.model.closure import Reading
-from mixadv.players.strategy import Strategy, by_row
+from mixadv.players.strategy import Strategy
 
 
 def turn(
@@ -27,13 +26,7 @@ def turn(
     `[M, B, n, C]`, of which the tokens that count are added up.
     """
     sign = _signs(predictions, clean)
-    for g in gradients:
-        if g.shape[1] % sign.shape[1]:
-            raise GameError(
-                f"{sign.shape[1]} predictions and {g.shape[1]} rows at the site do not belong to "
-                "each other, so that no sign can be chosen: set sign='any'."
-            )
-    signs = [by_row(sign.to(g), g) for g in gradients]
+    signs = [values.to(g) for values, g in zip(q.spread(sign), gradients, strict=True)]
     return q.turned(signs), [s * g for s, g in zip(signs, gradients, strict=True)]
 
 

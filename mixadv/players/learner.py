@@ -25,7 +25,15 @@ from mixadv.maths.langevin import noise_scale
 from mixadv.model import parallel
 from mixadv.model.modules import weak_hook
 from mixadv.model.replay import Noise
-from mixadv.players.weights import Weights, by_number, by_parameter, check_fit, copied, move_toward
+from mixadv.players.weights import (
+    Weights,
+    by_number,
+    by_parameter,
+    check_fit,
+    check_shapes,
+    copied,
+    move_toward,
+)
 
 Damping = float | Literal["uniform"]
 
@@ -111,7 +119,14 @@ class Learner:
 
     def open_round(self) -> None:
         """Note that a round has been opened: the next step is not within one that failed."""
+        check_shapes([self.backup, self.mean, self.average, self.teacher, *self.samples])
         self._opened = True
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether weights are kept that the model is run with: an average, a teacher, samples."""
+        kept = (self.average_decay, self.ema_decay)
+        return self.keeps_samples or any(decay is not None for decay in kept)
 
     @torch.no_grad()
     def abandon(self) -> None:

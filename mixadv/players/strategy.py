@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixadv.errors import GameError
 from mixadv.maths import mirror
 from mixadv.maths.geometry import Norm, Per, norms
-from mixadv.model.visits import Call
-from mixadv.players.ascent import Ascent, Draw
-
-Begin = Callable[[int, Call], Tensor]
-"""`begin(index, call)`: the start `[B, ...]` at a call of the site."""
+from mixadv.model.visits import Call, positions
+from mixadv.players.ascent import Draw
 
 Rule = Callable[[int, Tensor, Tensor, Tensor | None, Draw], Tensor]
 """`rule(index, δ, gradient, mask, draw)`: where δ `[B, ...]` of a call of the site moves."""
@@ -36,6 +34,8 @@ class Strategy:
         masks: one per call, broadcastable to `[B, ...]`, None where all coordinates are real.
         log_weights: `[M, B]` (per sample) or `[M, 1]` (per batch), which sum to 1 over M; None
             weighs all particles alike.
+        owners: one per call, the sample `[R]` that each row belongs to; None where there are
+            as many rows as samples, or it is not known.
         unit: what one unit of length of the points is at the site.
 
     Example:
@@ -50,7 +50,9 @@ class Strategy:
         masks: Sequence[Tensor | None] | None = None,
         log_weights: Tensor | None = None,
         unit: float = 1.0,
+        owners: Sequence[Tensor | None] | None = None,
     ) -> None:
+        self._owners = (None,) * len(points) if owners is None else tuple(owners)
         self._points = tuple(points)
         self._masks = (None,) * len(self._points) if masks is None else tuple(masks)
         self._log_weights = log_weights
@@ -95,7 +97,7 @@ class Strategy:
 
     def reweight(self, log_weights: Tensor) -> "Strategy":
         """Return the same points with other log-weights."""
-        return Strategy(self.points, self.masks, log_weights, self.unit)
+        return Strategy(self.points, self.masks, log_weights, self.unit, self._owners)
 
     def turned(self, signs: Sequence[Tensor]) -> "Strategy":
         """Return the points times a sign each, per call `[M, B, 1, ...]`; leaves stay leaves."""
@@ -114,7 +116,10 @@ class Strategy:
         calls = zip(self.points, gradients, self.masks, strict=True)
         for index, (point, gradient, mask) in enumerate(calls):
             flat, slope = point.detach().flatten(0, 1), gradient.flatten(0, 1)
-            new = rule(index, flat, slope, _repeat(mask, self.size), draw)
+            repeated = repeat_mask(mask, self.size)
+            if repeated is not None:  # what is not played may have no gradient: NaN · 0 is NaN
+                slope = torch.where(repeated > 0, slope, torch.zeros_like(slope))
+            new = rule(index, flat, slope, repeated, draw)
             finite = (slope.isfinite() & new.isfinite()).flatten(1).all(1)
             fallen.append(~finite.view(self.size, -1).all(0))
             finite = finite.view(-1, *[1] * (flat.dim() - 1))
@@ -124,17 +129,23 @@ class Strategy:
 
     def mean(self) -> "Strategy":
         """Return the pure strategy at the mean Σ_m w_m δ_m, inside any convex set they lie in."""
-        means = []
-        for points in self.points:
-            weights = self.weights
-            rows, predictions = points.shape[1], weights.shape[1]
-            if rows % predictions:
-                raise ValueError(
-                    f"{predictions} predictions cannot share {rows} rows at the site: play the "
-                    "ensemble instead of the mean."
-                )
-            means.append((by_row(weights, points) * points.detach()).sum(0, keepdim=True))
-        return Strategy(means, self.masks, None, self.unit)
+        pairs = zip(self.spread(self.weights), self.points, strict=True)
+        means = [(weights * p.detach()).sum(0, keepdim=True) for weights, p in pairs]
+        return Strategy(means, self.masks, None, self.unit, self._owners)
+
+    def spread(self, values: Tensor) -> list[Tensor]:
+        """Return values `[M, B]` of samples for the rows of each call, `[M, R, 1, ...]`.
+
+        Raises:
+            GameError: where the sample that a row belongs to is not known.
+        """
+        pairs = zip(self.points, self._owners, strict=True)
+        return [by_row(values, points, owner) for points, owner in pairs]
+
+    def knows(self, samples: int) -> bool:
+        """Return whether it is known to which of so many samples each row belongs."""
+        pairs = zip(self.points, self._owners, strict=True)
+        return all(p.shape[1] == samples or owner is not None for p, owner in pairs)
 
     def lerp(self, other: "Strategy", weight: float) -> "Strategy":
         """Return `self + weight · (other − self)`, point by point, with the other's weights."""
@@ -143,12 +154,11 @@ class Strategy:
 
     def sample(self, generator: torch.Generator | None = None) -> "Strategy":
         """Return a pure strategy that draws one particle for each row, by the weights."""
-        rows = self.points[0].shape[1]
-        weights = self.weights.repeat_interleave(rows // self.weights.shape[1], 1)
+        weights = self.spread(self.weights)[0].flatten(1)
         drawn = torch.multinomial(weights.T, 1, generator=generator).squeeze(1)
-        row = torch.arange(rows, device=drawn.device)
+        row = torch.arange(len(drawn), device=drawn.device)
         points = [p.detach()[drawn, row][None] for p in self.points]
-        return Strategy(points, self.masks, None, self.unit)
+        return Strategy(points, self.masks, None, self.unit, self._owners)
 
     def norms(self, norm: Norm = "l2", per: Per = "sample") -> list[Tensor]:
         """Return the norm of each group, in units of the site: per call `[M, B, 1, ...]`."""
@@ -167,6 +177,11 @@ class Strategy:
             means.append((lengths * real).sum() / real.sum().clamp(min=1))
         return torch.stack(means).mean()
 
+    def positions(self) -> Tensor:
+        """Return how many positions of the batch δ may act on, 0-d; see `visits.positions`."""
+        counts = [positions(m, p.shape[1:]) for p, m in zip(self.points, self.masks, strict=True)]
+        return torch.zeros((), dtype=torch.long, device=self.points[0].device) + sum(counts)
+
     def entropy(self) -> Tensor:
         """Return the entropy of the weights in nats, `[B]` or `[1]`: at most log M."""
         return -(self.weights * self.log_weights).nan_to_num().sum(0)
@@ -178,12 +193,14 @@ class Strategy:
             "masks": [*self.masks],
             "log_weights": self.log_weights,
             "unit": self.unit,
+            "owners": [*self._owners],
         }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Strategy":
         """Return the strategy that `state_dict` described."""
-        return cls(state["points"], state["masks"], state["log_weights"], state["unit"])
+        points, masks, weights = (state[name] for name in ("points", "masks", "log_weights"))
+        return cls(points, masks, weights, state["unit"], state.get("owners"))
 
     def plot(self, sample: int = 0, axes: Any = None) -> Any:
         """Draw one sample's particles in the plane of their two main directions, sized by weight.
@@ -210,67 +227,28 @@ class Strategy:
 
     def _at(self, points: Sequence[Tensor]) -> "Strategy":
         """Return the same weights at other points."""
-        return Strategy(points, self.masks, self._log_weights, self.unit)
+        return Strategy(points, self.masks, self._log_weights, self.unit, self._owners)
 
 
-class Opening(Strategy):
-    """A start whose points `begin` draws in a round's first pass, as the site is called."""
+def by_row(values: Tensor, like: Tensor, owners: Tensor | None = None) -> Tensor:
+    """Return values `[M, B]` of samples, shaped to multiply the rows of a tensor `[M, R, ...]`.
 
-    def __init__(self, begin: Begin, size: int, unit: float, leaf: bool = True) -> None:
-        super().__init__((), (), None, unit)
-        self._begin = begin
-        self._size = size
-        self._leaf = leaf
-
-    @property
-    def size(self) -> int:
-        """M, the number of particles."""
-        return self._size
-
-    def point(self, index: int, call: Call) -> Tensor:
-        """Return the particles at a call, drawn if it is a new one."""
-        if index == len(self._points):
-            drawn = self._begin(index, call).requires_grad_(self._leaf)
-            self._points, self._masks = (*self._points, drawn), (*self._masks, call.mask)
-        return self._points[index]
-
-    def detach(self) -> Strategy:
-        """Return the start without gradients; what was not drawn yet is drawn without them."""
-        if self._points:
-            return super().detach()
-        return Opening(self._begin, self._size, self.unit, leaf=False)
-
-
-def opening(
-    ascent: Ascent, draw: Draw, calls: Sequence[Call], unit: float, begin: Begin | None = None
-) -> Strategy:
-    """Return the adversary's start: at the calls of an earlier pass, else drawn in the first one.
-
-    `begin` gives the one point of each call, where it is not the ascent's own start.
+    Raises:
+        GameError: where there are not as many rows as samples, and no owners of them are known.
     """
-
-    def start(index: int, call: Call) -> Tensor:
-        if begin is not None:
-            return begin(index, call)[None]
-        size = (ascent.particles * call.shape[0], *call.shape[1:])
-        like = call.empty().new_empty(size)
-        point = ascent.begin(like, _repeat(call.mask, ascent.particles), draw)
-        return point.unflatten(0, (ascent.particles, -1))
-
-    if not calls:
-        return Opening(start, ascent.particles, unit)
-    points = [start(index, call).requires_grad_() for index, call in enumerate(calls)]
-    return Strategy(points, [call.mask for call in calls], None, unit)
+    samples, rows = values.shape[1], like.shape[1]
+    if samples not in (1, rows):
+        if owners is None:
+            raise GameError(
+                f"There are {samples} predictions and {rows} rows at the site, and which row is "
+                "whose is not known. Call the model with a map of its rows, named batch or "
+                "segments, or leave out what needs it: play_as='ensemble', sign='any'."
+            )
+        values = values[:, owners]
+    values = values.expand(-1, rows)
+    return values.reshape(*values.shape, *[1] * (like.dim() - 2))
 
 
-def by_row(values: Tensor, like: Tensor) -> Tensor:
-    """Return values `[M, B]` of predictions, shaped to multiply the rows of a tensor `[M, R, ...]`.
-
-    R is a multiple of B: each prediction has as many rows.
-    """
-    values = values.repeat_interleave(like.shape[1] // values.shape[1], 1)
-    return values.view(*values.shape, *[1] * (like.dim() - 2))
-
-
-def _repeat(mask: Tensor | None, times: int) -> Tensor | None:
+def repeat_mask(mask: Tensor | None, times: int) -> Tensor | None:
+    """Return the mask of so many copies of the batch."""
     return mask if mask is None or times == 1 else mask.repeat(times, *[1] * (mask.dim() - 1))

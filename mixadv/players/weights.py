@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mixadv.checks import check_kinds
+from mixadv.errors import GameError
 from mixadv.model.private_torch import lerp_all
 
 Weights = dict[Tensor, Tensor]  # by parameter
@@ -62,3 +63,15 @@ def check_fit(weights: dict[int, Any], held: list[Tensor]) -> None:
                 "which the optimizer does not have, or has in another shape: it belongs to "
                 "another model."
             )
+
+
+def check_shapes(kept: Iterable[Weights]) -> None:
+    """Raise GameError unless what is kept of weights has their shape."""
+    for weights in kept:
+        for parameter, value in weights.items():
+            if parameter.shape != value.shape:
+                raise GameError(
+                    f"A weight of shape {list(parameter.shape)} had the shape {list(value.shape)} "
+                    "when a copy of it was kept: the model was resized, as by "
+                    "resize_token_embeddings. Build the optimizer anew and wrap it again."
+                )

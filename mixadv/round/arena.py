@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from mixadv.model import parallel
 from mixadv.model.compiled_site import place
-from mixadv.model.modules import INPUT
+from mixadv.model.modules import is_input
 from mixadv.model.replay import Noise, Slot
 from mixadv.model.representation import Representation
 from mixadv.model.scaling import KEY, Scaling
@@ -71,7 +71,7 @@ class Arena:
         """Play on what the model was wrapped in since the game was made, by `torch.compile` say."""
         if model is self.model:
             return
-        targets = [INPUT if name == INPUT else module for name, module in self.site.targets]
+        targets = [name if is_input(name) else module for name, module in self.site.targets]
         self.site.close()
         self.model, self.site = model, place(model, targets)
         if self.representation is not None:

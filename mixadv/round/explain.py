@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from mixadv.model.closure import Closure
-from mixadv.model.modules import INPUT
+from mixadv.model.masks import Where
+from mixadv.model.modules import is_input
 from mixadv.model.parallel import is_spread
+from mixadv.model.visits import positions
 from mixadv.round.arena import Arena
 from mixadv.round.cost import Counts, count_passes
-from mixadv.round.unit import measure_unit
+from mixadv.round.unit import mean_length, measure
 from mixadv.solvers.base import Solver
 
 
@@ -25,6 +27,7 @@ class Explanation:
     unit: float | None
     measured: bool
     passes: Counts
+    positions: tuple[int, int] | None = None  # that δ acts on, of those at the site
 
     @property
     def radius(self) -> float | None:
@@ -47,27 +50,40 @@ class Explanation:
             unit = f"{self.unit:.4g} = mean L2 norm of a real token's output ({how})"
         rows = {
             "solver": f"{type(s).__name__} ({s.paper})",
-            "site": ", ".join("the model's own input" if n == INPUT else n for n in self.site),
+            "site": ", ".join(map(_named, self.site)),
             "unit": unit,
             "radius": f"{ball} ({s.norm} per {s.per})",
             "passes": f"{p.forwards} forwards, {p.delta_backwards} backwards for δ, "
             f"{p.theta_backwards} backwards, {p.steps} optimizer steps",
             "cost": f"about {p.plain_steps:.1f} plain steps",
         }
+        if self.positions is not None:
+            rows["where"] = "{} of {} positions".format(*self.positions)
         return "\n".join(f"{name:8}{text}" for name, text in rows.items())
 
 
-def explain(arena: Arena, closure: Closure | None) -> Explanation:
+def _named(site: str) -> str:
+    """Return the name of a site in words."""
+    name = site.partition(":")[2]
+    return f"the model's own input{name and f', {name}'}" if is_input(site) else site
+
+
+def explain(arena: Arena, closure: Closure | None, where: Where = None) -> Explanation:
     """Return the explanation of a game; see `Game.explain`."""
     solver, unit = arena.solver, arena.calibration.unit
-    measured = unit is not None
-    if solver.unit == "absolute":
-        unit, measured = 1.0, True
-    elif unit is None and closure is not None:
-        unit, measured = measure_unit(arena, [closure]), True
+    measured, play = unit is not None or solver.unit == "absolute", None
+    if closure is not None:
+        lengths, calls = measure(arena, closure, where)
+        play = (
+            sum(int(positions(call.mask, call.shape)) for call in calls),
+            sum(int(positions(None, call.shape)) for call in calls),
+        )
+        if unit is None and solver.unit == "relative":
+            unit, measured = mean_length(arena, lengths, everywhere=False), True
     elif unit is None:
         unit = _estimated(arena)
-    return Explanation(solver, arena.site.names, unit, measured, count_passes(solver))
+    unit = 1.0 if solver.unit == "absolute" else unit
+    return Explanation(solver, arena.site.names, unit, measured, count_passes(solver), play)
 
 
 def _estimated(arena: Arena) -> float | None:

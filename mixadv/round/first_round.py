@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mixadv.errors import GameError
-from mixadv.maths.divergence import divergence
 from mixadv.model import parallel
 from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.compiled_site import CompiledSite
@@ -21,7 +20,7 @@ from mixadv.model.replay import Noise
 from mixadv.model.scaling import KEY, Formats
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
-from mixadv.players.strategy import opening
+from mixadv.players.opening import opening
 from mixadv.round import validate
 from mixadv.round.agreement import check_batching
 from mixadv.round.arena import Arena, Calibration, Memory
@@ -29,6 +28,13 @@ from mixadv.round.carried import Carried
 from mixadv.round.cost import count_passes
 from mixadv.round.gains import losses_of_samples
 from mixadv.round.passes import Passes, nowhere
+from mixadv.round.readable import (
+    check_masks,
+    check_reading,
+    check_replay,
+    check_slopes,
+    find_batch,
+)
 from mixadv.round.stage import Stage
 from mixadv.round.unit import mean_length, measuring, no_trace
 
@@ -38,6 +44,13 @@ _TRIES = 8  # to find the scale of a loss in fp16
 # there has a cosine of 0.1 to 0.5 with the exact one; at twice that change one of 0.8 to 0.95, at
 # five times one of 0.97 (MiniLM, fp32 and bf16 autocast).
 _NOISE_FLOOR = 2.0
+
+_CHANGED_INPUT = (
+    "The model sets requires_grad on what the site {} returns, no leaf once δ is added to it, as "
+    "speech encoders do with their input: freeze the feature encoder "
+    "(model.freeze_feature_encoder()), or name a module behind it with site=, such as "
+    "site='wav2vec2.feature_projection'."
+)
 
 
 def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
@@ -55,16 +68,19 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
         with trial.site.learning():
             with Formats() as formats:
                 zero, lengths, slopes = _pass_at_zero(stage)
+                if find_batch(stage):
+                    zero, lengths, slopes = _pass_at_zero(stage)
             if torch.float16 in formats.seen:
                 slopes = _measure_scaling(stage)
         if isinstance(trial.site, CompiledSite):
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
-        _check_replay(plain, zero)
-        _check_reading(trial, zero)
+        check_masks(stage)
+        check_replay(plain, zero)
+        check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_length(trial, lengths))
-        _check_noise_floor(stage, zero, _check_slopes(trial, slopes))
+        _check_noise_floor(stage, zero, check_slopes(trial, slopes))
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, closure, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
@@ -90,7 +106,12 @@ def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor], list[Tensor]]:
     lengths: list[Tensor] = []
     leaves: list[Tensor] = []
     with passes.frozen():
-        reading = passes.run(measuring(lengths, leaves))
+        try:
+            reading = passes.run(measuring(lengths, leaves))
+        except RuntimeError as error:
+            if "requires_grad flags of leaf" in str(error):
+                raise GameError(_CHANGED_INPUT.format(arena.site.names)) from error
+            raise
         _check_unpacked(passes)
         total = reading.objective
         if not total.requires_grad:
@@ -174,67 +195,6 @@ def _no_gradient(arena: Arena) -> str:
         "the loss is detached or runs under no_grad, or the site "
         "lies in a reentrant checkpoint (use_reentrant=False helps then)."
     )
-
-
-def _check_replay(plain: Reading, zero: Reading) -> None:
-    a, b = float(plain.objective.detach()), float(zero.objective.detach())
-    tolerance = 1e-2 if torch.finfo(compute_dtype(plain.loss)).eps > 1e-5 else 1e-4
-    if abs(a - b) > tolerance * (1 + abs(a)):
-        raise GameError(
-            f"Two passes of the closure with the same random state gave losses {a:.6g} and "
-            f"{b:.6g}. A round runs the closure several times: draw batches, augmentation and "
-            "other randomness outside of it, or with torch's generators."
-        )
-
-
-def _check_reading(arena: Arena, reading: Reading) -> None:
-    solver = arena.solver
-    if solver.compares is not None:
-        predictions = reading.compared
-        if not predictions.requires_grad:
-            raise GameError(
-                f"The predictions do not depend on δ at {arena.site.names}: return the logits that "
-                "the loss was computed from, not detached."
-            )
-        if predictions.shape[-1] == 1 and solver.compares in ("kl", "symmetric_kl", "js"):
-            raise GameError(
-                f"The predictions have one column, of which {solver.compares!r} is always 0. "
-                "Choose divergence='squared_error' (payoff= for PGD) for regression."
-            )
-        values = reading.diverge(predictions.detach(), divergence(solver.compares))
-        if values.shape != predictions.shape[:1]:
-            raise GameError(
-                f"The divergence returned shape {list(values.shape)} for predictions of shape "
-                f"{list(predictions.shape)}; it must give one value per prediction."
-            )
-    if reading.hidden is not None and not reading.hidden.requires_grad:
-        raise GameError(
-            f"The representation read from the model does not depend on δ at {arena.site.names}: "
-            "name another module with source=, or another representation=."
-        )
-    scalar = reading.loss.dim() == 0
-    if solver.gain == "loss" and solver.normalize == "none" and solver.steps and scalar:
-        raise GameError(
-            f"{type(solver).__name__} moves by the raw gradient of each sample's loss, and the "
-            "closure returned one number for the batch. Return one loss per sample [B] "
-            "(reduction='none'), or set normalize='steepest'."
-        )
-
-
-def _check_slopes(arena: Arena, gradients: list[Tensor]) -> bool:
-    """Warn if no gradient moves δ; return whether one does.
-
-    Not an error: heads and adapters often start at zero, and move in a step or two.
-    """
-    if any(bool(g.any()) for g in gradients):
-        return True
-    warnings.warn(
-        f"The gradient with respect to δ at {arena.site.names} is exactly zero in the first round: "
-        "weights on the way to the loss that start at zero, or a function such as round(). No "
-        "ascent moves until that changes.",
-        stacklevel=6,
-    )
-    return False
 
 
 def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:

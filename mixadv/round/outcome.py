@@ -16,6 +16,7 @@ class Outcome:
         payoff: the adversary's payoff at the last points where it was evaluated.
         radius: mean norm of the δ played, in the solver's norm and in units of the site.
         entropy: entropy of the strategy played in nats, 0 for a pure one.
+        positions: tokens of the batch that δ could act on (coordinates, of an input without any).
         nonfinite: samples whose δ fell back to 0 at some step, for a gradient that is not finite.
         forwards: runs of the closure.
         delta_backwards: backwards with respect to δ alone.
@@ -29,6 +30,7 @@ class Outcome:
     payoff: Tensor | None
     radius: Tensor | None
     entropy: Tensor | None
+    positions: Tensor | None
     nonfinite: Tensor | None
     forwards: int
     delta_backwards: int

@@ -11,6 +11,7 @@ from mixadv.errors import GameError
 from mixadv.model import scaling
 from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.contexts import cast_anew, gradients_untouched, no_grad, without_autocast
+from mixadv.model.heads import read_by
 from mixadv.model.modules import unwrap
 from mixadv.model.parallel import local
 from mixadv.model.private_torch import KEEPING_BUFFERS
@@ -38,6 +39,7 @@ class Passes:
         self.forwards = 0  # a pass over M stacked copies counts as M
         self.theta_backwards = 0
         self._calls_per_pass: int | None = None
+        self._read: Tensor | None = None  # which predictions the loss reads
 
     def run(self, provide: Provide, closure: Closure | None = None, copies: int = 1) -> Reading:
         """Run one pass of the closure and return what it gave."""
@@ -59,6 +61,7 @@ class Passes:
         if copies == 1:
             self.calls = current.calls
         reading = parse_output(result, current.tokens(), unwrap(arena.model))
+        reading = self._count_predictions(reading, copies)
         if represents is not None:
             reading = reading._replace(hidden=represents.take())
         if arena.calibration.scaling is not None:
@@ -66,6 +69,20 @@ class Passes:
         if reading.loss.shape == (1,) and current.calls[0].shape[0] > 1:
             reading = reading._replace(loss=reading.loss[0])
         return reading._replace(samples=self._count(reading) // copies)
+
+    def _count_predictions(self, reading: Reading, copies: int) -> Reading:
+        """Count the predictions per token that the loss reads, where no labels tell which."""
+        predictions = reading.predictions
+        if predictions is None or self.arena.solver.compares is None:
+            return reading
+        if predictions.dim() != 3 or reading.labelled:
+            return reading
+        if self._read is None:
+            self._read = read_by(reading.loss, predictions)
+        if self._read is None:
+            return reading
+        read = self._read.repeat(copies, 1)
+        return reading._replace(mask=read if reading.mask is None else read & (reading.mask > 0))
 
     def part(self, provide: Provide) -> Reading:
         """Run a pass of an objective that has another pass after it."""

@@ -14,7 +14,9 @@ from mixadv.checks import check_entries, check_flag, check_kinds
 from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
+from mixadv.model.masks import Where
 from mixadv.model.modules import weak_hook
+from mixadv.model.private_torch import version
 from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena, Memory
@@ -40,12 +42,13 @@ class Rounds:
         self.strategy: Strategy | None = None  # the adversary's in it
         self.probing: ExitStack | None = None  # holds gradients back until a closure plays itself
         self.busy = False  # a round is open
+        self._others: dict[str, int] = {}  # versions of weights that the optimizer does not hold
         self._stepped = True  # since the last round
         self._watch(arena.optimizer)
 
     @contextmanager
-    def open(self, closure: Closure, check: bool = False) -> Iterator[Stage]:
-        """Open a round on a closure.
+    def open(self, closure: Closure, check: bool = False, where: Where = None) -> Iterator[Stage]:
+        """Open a round on a closure, in which δ acts `where` it may.
 
         After an exception buffers, random state, hooks and flags are as they were before.
         """
@@ -54,9 +57,10 @@ class Rounds:
             raise GameError("A round within game.averaged() would be undone at its end.")
         if self.probing:
             self.probing.close()
-        stage = self._begin(closure, check)
+        stage = self._begin(closure, check, where)
         if arena.learner is not None:
             arena.learner.open_round()
+            self._check_others()
         found = self.updates, self._stepped
         try:
             self.updates, self._stepped = self.updates + self._stepped, arena.optimizer is None
@@ -74,13 +78,13 @@ class Rounds:
             self._close(stage)
 
     @contextmanager
-    def rehearse(self, closure: Closure) -> Iterator[Stage]:
+    def rehearse(self, closure: Closure, where: Where = None) -> Iterator[Stage]:
         """Open the round to come, with its draws, and leave nothing of it.
 
         Whatever happens, buffers, random state, hooks and what the solver keeps are as they were.
         If the game was not checked yet it is now, and the unit is measured.
         """
-        stage = self._begin(closure, check=False)
+        stage = self._begin(closure, check=False, where=where)
         try:
             yield stage
             self._learn_buffers(stage)
@@ -88,7 +92,7 @@ class Rounds:
             stage.passes.undo()
             self._close(stage)
 
-    def _begin(self, closure: Closure, check: bool) -> Stage:
+    def _begin(self, closure: Closure, check: bool, where: Where) -> Stage:
         validate.check_closure(closure)
         check_flag("Game", "check", check)
         if self.busy:
@@ -96,6 +100,7 @@ class Rounds:
                 "A closure must not play a round itself: it runs the forward pass and returns the "
                 "loss (game.loss and game.backward call it)."
             )
+        self.arena.site.where = where
         if check or not self.arena.calibration.checked:
             self._calibrate(closure)
         stage = Stage(self.arena, closure, self.memory)
@@ -109,12 +114,33 @@ class Rounds:
         try:
             with parallel.local(model):
                 calibration = calibrate(self.arena, closure, self.memory)
+        except BaseException:
+            self.arena.site.where = None
+            raise
         finally:
             self.busy = False
         if calibration.leaf_backward:
             validate.check_reentrant(model, solver)
         self.arena.calibration = calibration
         self.memory = calibration.begin(self.memory)
+
+    def _check_others(self) -> None:
+        """Check that nothing else trains the model, of which the learner keeps no weights."""
+        arena, learner = self.arena, self.arena.learner
+        if learner is None or not learner.keeps_weights:
+            return
+        held = {id(p) for p in learner.parameters()}
+        others = {n: p for n, p in arena.model.named_parameters() if p.requires_grad}
+        now = {name: version(p) for name, p in others.items() if id(p) not in held}
+        changed = [name for name, v in now.items() if self._others.get(name, v) != v]
+        self._others = now
+        if changed:
+            raise GameError(
+                f"{len(changed)} weights, {changed[0]} among them, were changed since the last "
+                f"round and are not in the wrapped optimizer: what {type(arena.solver).__name__} "
+                "keeps of the weights (an average, a teacher, samples) would mix old ones with "
+                "new ones. Wrap one optimizer that holds them all, in several parameter groups."
+            )
 
     def _learn_buffers(self, stage: Stage) -> None:
         buffers = stage.passes.replay.buffers
@@ -123,6 +149,7 @@ class Rounds:
 
     def _close(self, stage: Stage) -> None:
         stage.passes.close()
+        self.arena.site.where = None
         stage.played = None  # its start may refer to the stage: a cycle that would hold δ
         self.busy = False
 
@@ -164,6 +191,7 @@ class Rounds:
             payoff=stage.payoff,
             radius=radius,
             entropy=entropy,
+            positions=None if q is None else q.positions(),
             nonfinite=fallen,
             forwards=stage.passes.forwards,
             delta_backwards=stage.delta_backwards,

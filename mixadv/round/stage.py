@@ -19,7 +19,8 @@ from mixadv.model.replay import Noise
 from mixadv.model.visits import Call
 from mixadv.players import boundary
 from mixadv.players.ascent import Ascent
-from mixadv.players.strategy import Begin, Rule, Strategy, by_row, opening
+from mixadv.players.opening import Begin, opening
+from mixadv.players.strategy import Rule, Strategy
 from mixadv.round import routes
 from mixadv.round.arena import Arena, Memory
 from mixadv.round.gains import Arrived, gains_of, losses, losses_of_samples, repeated, shared
@@ -140,10 +141,11 @@ class Stage(Moves):
 
         zero, gradients, clean = self._slope(ascent, gained)
         if not ascent.turns or kind in gauss_newton.FLAT:
-            rows = len(clean.compared)
-            fits = all(g.shape[1] % rows == 0 for g in gradients)
-            drawn = self.arena.noise("uniform", gradients[0].new_empty(1, rows if fits else 1))
-            gradients = [by_row(drawn.sign().to(g), g) * g for g in gradients]
+            samples = len(clean.compared)
+            each = samples if zero.knows(samples) else 1
+            drawn = self.arena.noise("uniform", gradients[0].new_empty(1, each))
+            signs = zero.spread(drawn.sign())
+            gradients = [s.to(g) * g for s, g in zip(signs, gradients, strict=True)]
         return zero, gradients
 
     def clean(self) -> Reading:

@@ -12,6 +12,7 @@ from mixadv.maths.geometry import norms
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
 from mixadv.model.contexts import no_grad
+from mixadv.model.masks import Where
 from mixadv.model.visits import Call, Provide
 from mixadv.round.arena import Arena
 from mixadv.round.passes import Passes
@@ -22,14 +23,20 @@ def measure_unit(arena: Arena, closures: Iterable[Closure]) -> float:
 
     The mean is over the tokens of all closures. Nothing is left changed.
     """
+    return mean_length(arena, [x for c in closures for x in measure(arena, c)[0]], everywhere=False)
+
+
+def measure(arena: Arena, closure: Closure, where: Where = None) -> tuple[list[Tensor], list[Call]]:
+    """Return the lengths that `measuring` notes in a pass, and the calls at the site."""
     lengths: list[Tensor] = []
-    for closure in closures:
-        own: list[Tensor] = []
-        passes = Passes(arena, closure, {})
+    passes = Passes(arena, closure, {})
+    arena.site.where = where
+    try:
         with no_trace(passes), no_grad(), arena.site.learning():
-            passes.run(measuring(own, add=False))
-        lengths += own
-    return mean_length(arena, lengths, everywhere=False)
+            passes.run(measuring(lengths, add=False))
+    finally:
+        arena.site.where = None
+    return lengths, passes.calls
 
 
 @contextmanager
@@ -51,8 +58,12 @@ def measuring(
     def provide(index: int, call: Call, output: Tensor) -> Tensor | None:
         per = "token" if output.dim() == 3 else "sample"
         wide = torch.promote_types(output.dtype, torch.float32)
-        length = norms(output.detach().to(wide), "l2", per)
-        real = torch.ones_like(length) if call.mask is None else call.mask.expand_as(length)
+        seen = output.detach().to(wide)
+        real = torch.ones_like(norms(seen, "l2", per))
+        if call.mask is not None:
+            seen = torch.where(call.mask > 0, seen, torch.zeros_like(seen))
+            real = norms(call.mask.expand_as(seen), "linf", per)
+        length = norms(seen, "l2", per)
         lengths.append(torch.stack([(length * real).sum(), real.sum()]))
         if not add:
             return None

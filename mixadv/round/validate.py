@@ -1,6 +1,7 @@
 """Checks at construction, and of what a solver yields; those that need a batch: `first_round`."""
 
 import inspect
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.round.cost import ascends, count_passes, recomputes
 from mixadv.round.schedule import Schedule
+from mixadv.solvers import make_solver
 from mixadv.solvers.base import Solver
 
 
@@ -92,6 +94,13 @@ def check_trained(model: nn.Module, solver: Solver, optimizer: Any) -> None:
         )
 
 
+def solver_of(value: Any) -> Solver:
+    """Return a solver: itself, or that of a registered name at its defaults."""
+    solver = make_solver(value) if isinstance(value, str) else value
+    check_solver(solver)
+    return solver
+
+
 def check_solver(solver: Any) -> None:
     """Check that a solver is one, built."""
     if not isinstance(solver, Solver):
@@ -137,12 +146,34 @@ def check_base_optimizer(optimizer: Any) -> None:
         )
     if hasattr(optimizer, "game"):
         raise TypeError("The optimizer is wrapped already: wrap its .base.")
+    if _asks_for_closure(optimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} runs the model between the two halves of its step, and a "
+            "round does too: they cannot be nested. Wrap the optimizer that it is built around."
+        )
     asked = inspect.signature(type(optimizer).step).parameters.get("closure")
     if asked is not None and asked.default is asked.empty:
         raise TypeError(
             f"{type(optimizer).__name__} evaluates its closure several times per step, and a round "
             "does too: they cannot be nested. Wrap a first-order optimizer such as AdamW or SGD."
         )
+
+
+def _asks_for_closure(optimizer: Optimizer) -> bool:
+    """Return whether a step without a closure would fail, as those of published SAM do.
+
+    Its signature does not say so: they assert it, in a step of two halves. It cannot be tried, for
+    another optimizer would step.
+    """
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        return True
+    try:
+        source = inspect.getsource(type(optimizer).step)
+    except (OSError, TypeError):  # no source, as in a notebook that is gone
+        return False
+    return (
+        re.search(r"assert closure\b|if (closure is None|not closure):\s+raise", source) is not None
+    )
 
 
 def check_reentrant(model: nn.Module, solver: Solver) -> None:

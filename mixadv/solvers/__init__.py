@@ -4,7 +4,7 @@ from typing import Any
 
 from mixadv.errors import build
 from mixadv.solvers.alum import ALUM
-from mixadv.solvers.base import Solver
+from mixadv.solvers.base import WORDS, Solver
 from mixadv.solvers.cat import CAT
 from mixadv.solvers.creat import CreAT
 from mixadv.solvers.fgm import FGM
@@ -36,24 +36,6 @@ SOLVERS: dict[str, type[Solver]] = {
         MAT,
     )
 }
-
-
-WORDS = {
-    "eps": "radius",
-    "epsilon": "radius",
-    "alpha": "step_size",
-    "lr": "step_size",
-    "K": "steps",
-    "momentum": "ema_decay",
-    "inner_steps": "teacher_every",
-    "smoothness": "smoothness_weight",
-    "proximal": "proximal_weight",
-    "contrast": "contrast_weight",
-    "deviation": "deviation_weight",
-    "route": "particle_batching",
-    "dtype": "ascent_dtype",
-}
-"""Words of papers, of other code and of earlier versions, and ours for the same."""
 
 
 def make_solver(name: str, **parameters: Any) -> Solver:

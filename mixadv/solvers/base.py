@@ -1,5 +1,6 @@
 """What every solver is: an ascent's hyper-parameters, and how a round is played with them."""
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -7,13 +8,30 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from mixadv.checks import check_flag, check_number
-from mixadv.errors import nearest
+from mixadv.errors import nearest, unknown_parameter
 from mixadv.maths.divergence import DIVERGENCES, Divergence, divergence
 from mixadv.maths.gauss_newton import CURVED, FLAT
 from mixadv.model.representation import Source
 from mixadv.players.ascent import Ascent, Direction, Sign
 from mixadv.players.learner import Learner
 from mixadv.solvers.play import Moves, Play
+
+WORDS = {
+    "eps": "radius",
+    "epsilon": "radius",
+    "alpha": "step_size",
+    "lr": "step_size",
+    "K": "steps",
+    "momentum": "ema_decay",
+    "inner_steps": "teacher_every",
+    "smoothness": "smoothness_weight",
+    "proximal": "proximal_weight",
+    "contrast": "contrast_weight",
+    "deviation": "deviation_weight",
+    "route": "particle_batching",
+    "dtype": "ascent_dtype",
+}
+"""Words of papers, of other code and of earlier versions, and ours for the same."""
 
 Presets = dict[str, dict[str, dict[str, Any]]]
 """Published hyper-parameters, by model and task."""
@@ -43,6 +61,16 @@ class Solver(Ascent, ABC):
     direction: Direction = field(default="gradient", init=False)
     sign: Sign | None = field(default=None, init=False)
     recompute: bool = False
+
+    def __new__(cls, *arguments: Any, **parameters: Any) -> Self:
+        """Answer a word of papers or of other code with ours for the same."""
+        wrong = unknown_parameter(cls, parameters, WORDS)
+        if wrong:  # unless the class has an __init__ of its own
+            try:
+                inspect.signature(cls.__init__).bind(None, *arguments, **parameters)
+            except TypeError:
+                raise TypeError(wrong) from None
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,8 @@ from mixadv.maths.divergence import Divergence
 from mixadv.model.closure import Reading
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
-from mixadv.players.strategy import Begin, Rule, Strategy
+from mixadv.players.opening import Begin
+from mixadv.players.strategy import Rule, Strategy
 
 
 class Step(NamedTuple):

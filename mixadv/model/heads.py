@@ -1,0 +1,87 @@
+"""What predictions stand for, as far as the model, its labels and the loss tell."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_LIMIT = 100  # nodes between a loss and the predictions it reads
+_LOSSES = {
+    "BinaryCrossEntropy": "bernoulli",
+    "MseLoss": "squared_error",
+    "SmoothL1Loss": "squared_error",
+    "HuberLoss": "squared_error",
+}
+_SOFTMAX = ("Softmax", "NllLoss", "CrossEntropy")
+
+
+class Kind(NamedTuple):
+    """A divergence that suits a head, what tells so, and whether that is certain."""
+
+    divergence: str
+    why: str
+    certain: bool = True
+
+
+def kind_of(model: Any, labels: Any, loss: Tensor, predictions: Tensor) -> Kind | None:
+    """Return what suits predictions that are no softmax's; None for a softmax, or if nothing tells.
+
+    Args:
+        model: whose configuration may name the problem.
+        labels: that the model was called with, if any.
+        loss: computed from the predictions.
+        predictions: `[B, C]` or `[B, n, C]`.
+    """
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in ("multi_label_classification", "regression"):
+        suits = "bernoulli" if problem == "multi_label_classification" else "squared_error"
+        return Kind(suits, f"the model's problem_type is {problem!r}")
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        if labels.shape != predictions.shape:
+            return None
+        shares = bool(((labels >= 0) & (labels <= 1)).all())
+        if not shares:
+            return Kind("squared_error", "the labels are real numbers, one for each column")
+        if bool(((labels.sum(-1) - 1).abs() > 1e-3).any()):
+            return Kind("bernoulli", "the labels say yes or no for each column")
+        return None
+    found = _nodes(loss, predictions)
+    if any(name.startswith(_SOFTMAX) or "LogSoftmax" in name for name in found):
+        return None
+    for start, suits in _LOSSES.items():
+        if any(name.startswith(start) for name in found):
+            return Kind(suits, f"the loss is computed by {start}", certain=False)
+    return None
+
+
+def read_by(loss: Tensor, predictions: Tensor) -> Tensor | None:
+    """Return which predictions `[B, n]` the loss reads: where its gradient is not 0.
+
+    All of a sample where it reads none. None where that cannot be told: without gradients, or where
+    the loss was not computed from this very tensor.
+    """
+    if not (loss.requires_grad and predictions.requires_grad):
+        return None
+    # Times their number, for a mean over many would be 0 in fp16.
+    total = loss.sum() * predictions.shape[:2].numel()
+    [slope] = torch.autograd.grad(total, [predictions], retain_graph=True, allow_unused=True)
+    if slope is None:
+        return None
+    read = (slope != 0).any(-1)
+    return torch.where(read.any(1, keepdim=True), read, torch.ones_like(read))
+
+
+def _nodes(loss: Tensor, predictions: Tensor) -> list[str]:
+    """Return the names of autograd's nodes from a loss to the predictions."""
+    names: list[str] = []
+    waiting, seen = [loss.grad_fn], {None, predictions.grad_fn}
+    while waiting and len(names) < _LIMIT:
+        node = waiting.pop(0)
+        if node in seen or node is None:
+            continue
+        seen.add(node)
+        names.append(type(node).__name__)
+        waiting += [after for after, _ in node.next_functions]
+    return names

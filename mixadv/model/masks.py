@@ -1,0 +1,150 @@
+"""Which positions of what the site returns are real, and which of its dimensions is the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.errors import GameError
+from mixadv.model.visits import Call
+
+Where = Tensor | Sequence[Tensor] | Callable[[Call], Tensor] | None
+"""Where δ may act, 1 or True there: a mask with the leading sizes of what the site returns, or that
+broadcasts to it; one for each call at the site; or a function of the call. None: at real tokens."""
+
+
+def told(where: Where, index: int, call: Call) -> Call:
+    """Return a call whose mask says where δ may act.
+
+    Raises:
+        GameError: if the mask does not fit what the site returned.
+    """
+    if where is None:
+        return call
+    if isinstance(where, Sequence) and index >= len(where):
+        raise GameError(
+            f"where= has {len(where)} masks, and the site is called more often: give one for each "
+            "call, or a function of the call."
+        )
+    if isinstance(where, Tensor):
+        mask = where
+    else:
+        mask = where[index] if isinstance(where, Sequence) else where(call)
+    shape = getattr(mask, "shape", None)
+    if shape is not None and shape == call.shape[: len(shape)]:
+        mask = mask.reshape(*shape, *[1] * (len(call.shape) - len(shape)))
+    try:
+        assert isinstance(mask, Tensor)
+        assert torch.broadcast_shapes(mask.shape, call.shape) == call.shape
+    except (AssertionError, RuntimeError):
+        raise GameError(
+            f"where= is {list(shape) if shape is not None else type(mask).__name__}, and the site "
+            f"returns {list(call.shape)}: give a mask of its leading sizes, 1 where δ may act."
+        ) from None
+    mask = (mask > 0).to(call.device, torch.promote_types(call.dtype, torch.float32))
+    mask = mask.view(*[1] * (len(call.shape) - mask.dim()), *mask.shape)
+    return call._replace(mask=mask.expand(call.shape[0], *mask.shape[1:]))
+
+
+def batch_is_second(
+    contexts: Iterable[Mapping[str, Any]], output: Tensor, entered: Any
+) -> bool | None:
+    """Return whether the batch is the second dimension of what a module returned; None if unknown.
+
+    As of models that go along a sequence. Ids or mask of the model, which begin with the batch,
+    tell by their sizes. Where these are alike, the ids that the module was called with do.
+
+    Args:
+        contexts: arguments of the model's call and of modules within.
+        output: what the module returned.
+        entered: what it was called with.
+    """
+    sizes = output.shape[:2]
+    if output.dim() < 3:
+        return False
+    for context in contexts:
+        for name in ("input_ids", "attention_mask"):
+            known = context.get(name)
+            if not isinstance(known, Tensor) or known.dim() != 2:
+                continue
+            if sizes[0] != sizes[1] and known.shape in (sizes, sizes[::-1]):
+                return known.shape != sizes
+            same = isinstance(entered, Tensor) and entered.shape == known.shape == sizes
+            if name == "input_ids" and same:
+                return torch.equal(entered, known.T) and not torch.equal(entered, known)
+    return None
+
+
+def real_tokens(
+    output: Tensor,
+    masks: Iterable[Tensor | None],
+    inputs: Mapping[str, Any],
+    entered: Any,
+    embeddings: Sequence[nn.Module],
+) -> Tensor | None:
+    """Return which positions `[B, n]` are real: by a mask, by lengths, or by the padding of ids.
+
+    Args:
+        output: `[B, n, ...]`.
+        masks: of the modules around, the nearest first.
+        inputs: of the model, where the output is its own input.
+        entered: what the module was called with.
+        embeddings: of the site.
+    """
+    sizes = output.shape[:2]
+    for mask in masks:
+        if mask is not None and mask.shape == sizes:
+            return mask
+    for name, value in inputs.items():
+        whole = isinstance(value, Tensor) and not value.is_floating_point()
+        if whole and "length" in name and value.shape == sizes[:1]:
+            return torch.arange(sizes[1], device=value.device) < value[:, None]
+    if isinstance(entered, Tensor) and entered.shape == sizes:
+        for embedding in embeddings:
+            if (padding := getattr(embedding, "padding_idx", None)) is not None:
+                return entered != padding
+    return None
+
+
+_SEGMENTS = ("batch", "segments", "segment_ids", "graph_ids", "batch_index")
+
+
+def owners(context: Mapping[str, Any], rows: int, device: torch.device) -> Tensor | None:
+    """Return the sample that each of the rows at the site belongs to, where the model is told.
+
+    By a map of segments, as of graphs in a batch, or by inputs `[B, C, ...]` of several rows each,
+    as of multiple choice. It is never guessed from sizes.
+    """
+    whole = {k: v for k, v in context.items() if isinstance(v, Tensor) and not _is_real(v)}
+    for name in _SEGMENTS:
+        if name in whole and whole[name].shape == (rows,):
+            return whole[name]
+    for ids in whole.values():
+        if ids.dim() > 2 and ids.shape[:2].numel() == rows:
+            return torch.arange(rows, device=device) // ids.shape[1]
+    return None
+
+
+def _is_real(values: Tensor) -> bool:
+    return values.is_floating_point() or values.is_complex()
+
+
+_PLACES = [
+    f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")
+]
+
+
+def without_placeholders(
+    mask: Tensor | None, model: nn.Module, output: Tensor, entered: Any
+) -> Tensor | None:
+    """Return the mask without ids whose embeddings a model overwrites, by those of images, say."""
+    config = getattr(model, "config", None)
+    places = [place for name in _PLACES if isinstance(place := getattr(config, name, None), int)]
+    ids = isinstance(entered, Tensor) and not entered.is_floating_point()
+    if not places or not ids or entered.shape != output.shape[:2]:
+        return mask
+    text = torch.isin(entered, torch.tensor(places, device=entered.device), invert=True)
+    return text if mask is None else text & (mask > 0)

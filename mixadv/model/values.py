@@ -1,0 +1,71 @@
+"""What modules are called with and return: what δ is added to, and what a pass may change."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mixadv.errors import GameError
+from mixadv.model.modules import unwrap
+
+
+def copies(value: Any) -> Any:
+    """Return arguments of the model with copies of the whole numbers among them.
+
+    Some models edit labels in place, and the next pass would read what the last one left.
+    """
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() or value.is_complex() else value.clone()
+    if type(value) in (tuple, list):
+        return type(value)(map(copies, value))
+    return {k: copies(v) for k, v in value.items()} if type(value) is dict else value
+
+
+def tokens_of(module: nn.Module, entered: Any) -> tuple[Tensor | None, nn.Module | None]:
+    """Return the token ids that an embedding was called with, and the embedding."""
+    module = getattr(module, "base_layer", module)  # of an adapter around it
+    known = hasattr(module, "num_embeddings") and isinstance(entered, Tensor)
+    return (entered, module) if known else (None, None)
+
+
+def first_of(output: Any) -> Any:
+    """Return what δ is added to: the output of a module, or the first of a tuple."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def with_first(output: Any, first: Tensor) -> Any:
+    """Return the output of a module with another `first_of` it."""
+    if not isinstance(output, (tuple, list)):
+        return first
+    if hasattr(output, "_fields"):  # a NamedTuple takes its fields one by one
+        return type(output)(first, *output[1:])
+    return type(output)((first, *output[1:]))
+
+
+def add(output: Tensor, delta: Tensor) -> Tensor:
+    """Return output + δ, summed in δ's precision and cast once (bf16 would swallow a small δ)."""
+    return (output.to(delta.dtype) + delta).to(output.dtype)
+
+
+def chosen_input(site: str, module: nn.Module, arguments: Mapping[str, Any]) -> str:
+    """Return the argument of the model that a site "input" or "input:NAME" means."""
+    floats = [name for name, value in arguments.items() if _is_float(value)]
+    wanted = site.partition(":")[2] or getattr(unwrap(module), "main_input_name", None)
+    if wanted in floats:
+        return wanted
+    if ":" in site or not floats:
+        raise GameError(
+            f"The site is {site!r}, the model's own input, and it is called with "
+            f"{list(arguments)}, of which {floats or 'none'} are floating-point tensors. Choose "
+            "one of these as site='input:NAME', or a module with site=."
+        )
+    if len(floats) > 1:
+        raise GameError(
+            f"The model is called with several floating-point tensors, {floats}: say which one δ "
+            f"is added to, as in site='input:{floats[0]}'."
+        )
+    return floats[0]
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

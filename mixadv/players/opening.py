@@ -1,0 +1,64 @@
+"""The adversary's start: the strategy that an ascent begins from."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from mixadv.model.visits import Call
+from mixadv.players.ascent import Ascent, Draw
+from mixadv.players.strategy import Strategy, repeat_mask
+
+Begin = Callable[[int, Call], Tensor]
+"""`begin(index, call)`: the start `[B, ...]` at a call of the site."""
+
+
+class Opening(Strategy):
+    """A start whose points `begin` draws in a round's first pass, as the site is called."""
+
+    def __init__(self, begin: Begin, size: int, unit: float, leaf: bool = True) -> None:
+        super().__init__((), (), None, unit)
+        self._begin = begin
+        self._size = size
+        self._leaf = leaf
+
+    @property
+    def size(self) -> int:
+        """M, the number of particles."""
+        return self._size
+
+    def point(self, index: int, call: Call) -> Tensor:
+        """Return the particles at a call, drawn if it is a new one."""
+        if index == len(self._points):
+            drawn = self._begin(index, call).requires_grad_(self._leaf)
+            self._points, self._masks = (*self._points, drawn), (*self._masks, call.mask)
+            self._owners = (*self._owners, call.owners)
+        return self._points[index]
+
+    def detach(self) -> Strategy:
+        """Return the start without gradients; what was not drawn yet is drawn without them."""
+        if self._points:
+            return super().detach()
+        return Opening(self._begin, self._size, self.unit, leaf=False)
+
+
+def opening(
+    ascent: Ascent, draw: Draw, calls: Sequence[Call], unit: float, begin: Begin | None = None
+) -> Strategy:
+    """Return the adversary's start: at the calls of an earlier pass, else drawn in the first one.
+
+    `begin` gives the one point of each call, where it is not the ascent's own start.
+    """
+
+    def start(index: int, call: Call) -> Tensor:
+        if begin is not None:
+            return begin(index, call)[None]
+        size = (ascent.particles * call.shape[0], *call.shape[1:])
+        like = call.empty().new_empty(size)
+        point = ascent.begin(like, repeat_mask(call.mask, ascent.particles), draw)
+        return point.unflatten(0, (ascent.particles, -1))
+
+    if not calls:
+        return Opening(start, ascent.particles, unit)
+    points = [start(index, call).requires_grad_() for index, call in enumerate(calls)]
+    owners = [call.owners for call in calls]
+    return Strategy(points, [call.mask for call in calls], None, unit, owners)

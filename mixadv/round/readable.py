@@ -1,0 +1,171 @@
+"""Whether what the passes of a first round gave can be played on."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixadv.errors import GameError
+from mixadv.maths.divergence import divergence
+from mixadv.model.closure import Reading
+from mixadv.model.contexts import compute_dtype
+from mixadv.model.heads import kind_of
+from mixadv.model.modules import unwrap
+from mixadv.round.arena import Arena
+from mixadv.round.stage import Stage
+from mixadv.round.unit import measuring
+
+
+def find_batch(stage: Stage) -> bool:
+    """Find the batch among the dimensions of what the site returns, where no ids or mask told it.
+
+    The gradient of a sample's own predictions lies at that sample alone: of the first and of the
+    last sample, in the dimension that is the batch. Where samples see each other nothing is found.
+
+    Returns:
+        Whether it was found in the second dimension, so that what was measured is to be anew.
+    """
+    passes, site = stage.passes, stage.arena.site
+    turned = False
+    slopes: list[list[Tensor]] = []
+    if not site.unsure:
+        return False
+    for sample in (0, -1):
+        leaves: list[Tensor] = []
+        with passes.frozen():
+            reading = passes.run(measuring([], leaves))
+            values = reading.loss if reading.predictions is None else reading.predictions
+            if values.dim() == 0 or len(values) < 2 or not values.requires_grad:
+                return False
+            own = values[sample].reshape(-1)
+            weights = torch.linspace(1, 2, len(own), dtype=own.dtype, device=own.device)
+            slopes.append(passes.differentiate((own * weights).sum(), leaves))
+    for visit, *pair in zip(passes.kept[-1].visits, *slopes, strict=True):
+        if visit.module not in site.unsure:
+            continue
+        for second in (False, True):
+            sizes = visit.call.shape[int(second)]
+            there = (_lies_at(g, k, second) for g, k in zip(pair, (0, -1), strict=True))
+            if sizes == reading.samples and all(there):
+                site.orient(visit.module, second)
+                turned |= second
+                break
+    return turned
+
+
+def _lies_at(slope: Tensor, sample: int, second: bool) -> bool:
+    """Return whether a gradient is 0 at all samples but one, if the second dimension is theirs."""
+    there = (slope.transpose(0, 1) if second else slope).flatten(1).ne(0).any(1)
+    return bool(there[sample]) and int(there.sum()) == 1
+
+
+def check_masks(stage: Stage) -> None:
+    """Warn of an argument that tells of padding, where the site's padding is not known."""
+    current = stage.passes.kept[-1]
+    for visit in current.visits:
+        sizes = visit.call.shape[:2]
+        if visit.call.mask is not None or len(visit.call.shape) < 2:
+            continue
+        for name, value in current.context.items():
+            tells = ("padding" in name or "length" in name) and isinstance(value, Tensor)
+            if tells and value.shape in (sizes, sizes[:1]) and bool((value != value.max()).any()):
+                warnings.warn(
+                    f"The model is called with {name!r}, and which positions at the site "
+                    f"{stage.arena.site.names} are padding is not known: δ acts on all of them. "
+                    "Say where it may act, as in optimizer.step(closure, where=mask).",
+                    stacklevel=8,
+                )
+                return
+
+
+def check_replay(plain: Reading, zero: Reading) -> None:
+    """Check that two passes on one batch give the same, at δ = 0."""
+    low = torch.finfo(compute_dtype(plain.loss)).eps > 1e-5
+    a, b = float(plain.objective.detach()), float(zero.objective.detach())
+    apart = abs(a - b) > (1e-2 if low else 1e-4) * (1 + abs(a))
+    what = f"losses {a:.6g} and {b:.6g}"
+    if not apart and plain.predictions is not None and zero.predictions is not None:
+        one, two = plain.predictions.detach(), zero.predictions.detach()
+        apart = one.shape != two.shape
+        what = f"predictions of shape {list(one.shape)} and {list(two.shape)}"
+        if not apart:
+            most = float((one - two).abs().max())
+            apart = most > (3e-2 if low else 1e-4) * (1e-3 + float(one.abs().max()))
+            what = f"predictions that differ by up to {most:.2g}"
+    if apart:
+        raise GameError(
+            f"Two passes of the closure with the same random state gave {what}. A round runs the "
+            "closure several times: draw batches, augmentation and other randomness outside of it, "
+            "or with the global generators of torch, numpy or Python; and make what a pass "
+            "changes, such as a cache (past_key_values), anew within it."
+        )
+
+
+def _check_head(arena: Arena, reading: Reading, labels: Any) -> None:
+    """Check that a divergence of softmaxes compares softmaxes."""
+    solver, predictions = arena.solver, reading.compared
+    if solver.compares not in ("kl", "symmetric_kl", "js") or reading.heads > 1:
+        return
+    kind = kind_of(unwrap(arena.model), labels, reading.loss, predictions)
+    if kind is None:
+        return
+    said = (
+        f"{solver.compares!r} compares softmaxes, and {kind.why}: build {type(solver).__name__} "
+        f"with divergence={kind.divergence!r} (payoff= for PGD)."
+    )
+    if kind.certain:
+        raise GameError(said)
+    warnings.warn(said, stacklevel=7)
+
+
+def check_reading(arena: Arena, reading: Reading, labels: Any) -> None:
+    """Check that a pass gave what the solver reads; `labels` are those of the model's call."""
+    solver = arena.solver
+    if solver.compares is not None:
+        predictions = reading.compared
+        if not predictions.requires_grad:
+            raise GameError(
+                f"The predictions do not depend on δ at {arena.site.names}: return the logits that "
+                "the loss was computed from, not detached."
+            )
+        if predictions.shape[-1] == 1 and solver.compares in ("kl", "symmetric_kl", "js"):
+            raise GameError(
+                f"The predictions have one column, of which {solver.compares!r} is always 0. "
+                "Choose divergence='squared_error' (payoff= for PGD) for regression."
+            )
+        _check_head(arena, reading, labels)
+        values = reading.diverge(predictions.detach(), divergence(solver.compares))
+        if values.shape != predictions.shape[:1]:
+            raise GameError(
+                f"The divergence returned shape {list(values.shape)} for predictions of shape "
+                f"{list(predictions.shape)}; it must give one value per prediction."
+            )
+    if reading.hidden is not None and not reading.hidden.requires_grad:
+        raise GameError(
+            f"The representation read from the model does not depend on δ at {arena.site.names}: "
+            "name another module with source=, or another representation=."
+        )
+    scalar = reading.loss.dim() == 0
+    if solver.gain == "loss" and solver.normalize == "none" and solver.steps and scalar:
+        raise GameError(
+            f"{type(solver).__name__} moves by the raw gradient of each sample's loss, and the "
+            "closure returned one number for the batch. Return one loss per sample [B] "
+            "(reduction='none'), or set normalize='steepest'."
+        )
+
+
+def check_slopes(arena: Arena, gradients: list[Tensor]) -> bool:
+    """Warn if no gradient moves δ; return whether one does.
+
+    Not an error: heads and adapters often start at zero, and move in a step or two.
+    """
+    if any(bool(g.any()) for g in gradients):
+        return True
+    warnings.warn(
+        f"The gradient with respect to δ at {arena.site.names} is exactly zero in the first round: "
+        "weights on the way to the loss that start at zero, or a function such as round(). No "
+        "ascent moves until that changes.",
+        stacklevel=6,
+    )
+    return False
