@@ -1,4 +1,4 @@
-"""Tiny configurations of the transformers library, outside of `tests.zoo`: a row for each family."""
+"""Tiny configurations of the transformers library, outside of `tests.zoo`: a row for each."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class Family(NamedTuple):
         kind: what it reads.
         build: returns a fresh model.
         batch: returns a batch, labels included.
-        divergence: which suits its head; None where it gives no predictions.
+        divergence: which suits its head.
         settings: of solvers that read a representation.
         site: where δ acts; None finds it.
     """
@@ -27,8 +27,8 @@ class Family(NamedTuple):
     kind: str
     build: Callable[[], nn.Module]
     batch: Callable[[], Batch]
-    divergence: str | None = "symmetric_kl"
-    settings: dict[str, Any] = {}
+    divergence: str = "symmetric_kl"
+    settings: dict[str, Any] = {}  # noqa: RUF012
     site: str | None = None
 
 
@@ -121,11 +121,6 @@ def words() -> Batch:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels()}
 
 
-def unmasked() -> Batch:
-    """Return words of models that take no mask."""
-    return {k: v for k, v in words().items() if k != "attention_mask"}
-
-
 def text() -> Batch:
     """Return words whose labels are the words."""
     batch = words()
@@ -133,20 +128,19 @@ def text() -> Batch:
     return batch
 
 
-def images(size: int = 16, channels: int = 3) -> Batch:
+def images() -> Batch:
     """Return images and labels."""
     draw = torch.Generator().manual_seed(0)
-    pixels = torch.randn(ROWS, channels, size, size, generator=draw)
+    pixels = torch.randn(ROWS, 3, 16, 16, generator=draw)
     return {"pixel_values": pixels, "labels": labels()}
 
 
-def sounds(masked: bool = True) -> Batch:
+def sounds() -> Batch:
     """Return waves and labels; half of the rows end in silence."""
     draw = torch.Generator().manual_seed(0)
     waves, mask = torch.randn(ROWS, 400, generator=draw), torch.ones(ROWS, 400, dtype=torch.long)
     mask[::2, 240:] = 0
-    batch = {"input_values": waves * mask, "labels": labels()}
-    return {**batch, "attention_mask": mask} if masked else batch
+    return {"input_values": waves * mask, "attention_mask": mask, "labels": labels()}
 
 
 def spectra(length: int, bins: int, name: str = "input_features") -> Batch:
@@ -161,16 +155,20 @@ def _texts(kind: str, size: dict[str, Any], rows: dict[str, dict[str, Any]]) -> 
     return {n: Family(kind, made(n, head, **{**size, **more}), words) for n, more in rows.items()}
 
 
-def _causal(kind: str, size: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, Family]:
+def _causal(
+    kind: str, size: dict[str, Any], rows: dict[str, dict[str, Any]], head: str = "ForCausalLM"
+) -> dict[str, Family]:
     """Return families that foretell words."""
-    head = "ForCausalLM"
     return {n: Family(kind, made(n, head, **{**size, **more}), text) for n, more in rows.items()}
 
 
-def _vision(rows: dict[str, dict[str, Any]]) -> dict[str, Family]:
+def _vision(rows: dict[str, dict[str, Any]], **settings: Any) -> dict[str, Family]:
     """Return families that classify images."""
     head = "ForImageClassification"
-    return {n: Family("vision", made(n, head, **{**PIXELS, **m}), images) for n, m in rows.items()}
+    return {
+        n: Family("vision", made(n, head, **{**PIXELS, **more}), images, settings=settings)
+        for n, more in rows.items()
+    }
 
 
 FAMILIES: dict[str, Family] = {
@@ -225,12 +223,6 @@ FAMILIES: dict[str, Family] = {
             },
             "Longformer": {"attention_window": 4},
             "BigBird": {"attention_type": "original_full"},
-            "Canine": {
-                "num_hash_buckets": 16,
-                "local_transformer_stride": 4,
-                "upsampling_kernel_size": 2,
-                "downsampling_rate": 4,
-            },
             "Esm": {"position_embedding_type": "rotary", "mask_token_id": 4},
             "Luke": {"entity_vocab_size": 10, "entity_emb_size": 8},
             "EuroBert": {"num_key_value_heads": 2, "head_dim": 8},
@@ -350,303 +342,248 @@ FAMILIES: dict[str, Family] = {
             "Olmoe": {},
             "GraniteMoe": {},
             "Phimoe": {},
-            "DeepseekV3": {
-                "head_dim": None,
-                "n_routed_experts": 4,
-                "n_group": 2,
-                "topk_group": 1,
-                "kv_lora_rank": 8,
-                "q_lora_rank": 8,
-                "qk_rope_head_dim": 4,
-                "qk_nope_head_dim": 4,
-                "v_head_dim": 8,
-                "n_shared_experts": 1,
-                "first_k_dense_replace": 1,
-            },
         },
     ),
 }
 
-for _n, _m in {
-    "MBart": {},
-    "PLBart": {},
-    "MT5": {"d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2},
-    "UMT5": {"d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2},
-}.items():
-    FAMILIES[_n] = Family(
-        "seq2seq", made(_n, "ForSequenceClassification", **{**SEQ2SEQ, **_m}), words
-    )
-for _n, _m in {
-    "Marian": ("MTModel", {}),
-    "Pegasus": ("ForConditionalGeneration", {}),
-    "PegasusX": ("ForConditionalGeneration", {"block_size": 4, "num_global_tokens": 2}),
-    "Blenderbot": ("ForConditionalGeneration", {}),
-    "BlenderbotSmall": ("ForConditionalGeneration", {}),
-    "M2M100": ("ForConditionalGeneration", {}),
-    "LongT5": (
-        "ForConditionalGeneration",
-        {"d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "local_radius": 3},
-    ),
-    "SwitchTransformers": (
-        "ForConditionalGeneration",
-        {
-            "d_kv": 8,
-            "d_ff": 24,
-            "num_layers": 2,
-            "num_heads": 2,
-            "num_experts": 2,
-            "num_sparse_encoder_layers": 1,
-            "num_sparse_decoder_layers": 1,
-        },
-    ),
-    "NllbMoe": (
-        "ForConditionalGeneration",
-        {"num_experts": 2, "encoder_sparse_step": 1, "decoder_sparse_step": 1},
-    ),
-}.items():
-    FAMILIES[_n] = Family("seq2seq", made(_n, _m[0], **{**SEQ2SEQ, **_m[1]}), text)
 
-_stages = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "num_labels": LABELS}
+_T5 = {"d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+FAMILIES |= _texts("seq2seq", SEQ2SEQ, {"MBart": {}, "PLBart": {}, "MT5": _T5, "UMT5": _T5})
+FAMILIES["Marian"] = Family("seq2seq", made("Marian", "MTModel", **SEQ2SEQ), text)
+FAMILIES |= _causal(
+    "seq2seq",
+    SEQ2SEQ,
+    {
+        "Pegasus": {},
+        "PegasusX": {"block_size": 4, "num_global_tokens": 2},
+        "Blenderbot": {},
+        "BlenderbotSmall": {},
+        "M2M100": {},
+        "LongT5": {**_T5, "local_radius": 3},
+        "NllbMoe": {"num_experts": 2, "encoder_sparse_step": 1, "decoder_sparse_step": 1},
+    },
+    "ForConditionalGeneration",
+)
+
+_STAGES = {"depths": [1, 1], "num_hidden_layers": None, "num_attention_heads": None}
+_WINDOWS = {**_STAGES, "patch_size": 4, "embed_dim": 8, "num_heads": [2, 2], "window_size": 2}
+_CONVOLUTIONS = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
+_SHRINKING = {
+    **_CONVOLUTIONS,
+    "num_encoder_blocks": 2,
+    "patch_sizes": [3, 3],
+    "strides": [2, 2],
+    "mlp_ratios": [2, 2],
+    "num_attention_heads": [1, 2],
+}
 FAMILIES |= _vision(
     {
         "ViTMSN": {},
         "DeiT": {},
         "Beit": {},
+        "Data2VecVision": {},
         "Dinov2": {},
         "Dinov2WithRegisters": {},
-        "Data2VecVision": {},
-        "Swin": {
-            "num_hidden_layers": None,
-            "num_attention_heads": None,
-            "patch_size": 4,
-            "embed_dim": 8,
-            "depths": [1, 1],
-            "num_heads": [2, 2],
-            "window_size": 2,
-        },
-        "Swinv2": {
-            "num_hidden_layers": None,
-            "num_attention_heads": None,
-            "patch_size": 4,
-            "embed_dim": 8,
-            "depths": [1, 1],
-            "num_heads": [2, 2],
-            "window_size": 2,
-        },
-        "ConvNext": _stages,
-        "ConvNextV2": _stages,
-        "MobileNetV1": {"depth_multiplier": 0.25, "min_depth": 8},
-        "MobileNetV2": {"depth_multiplier": 0.25, "min_depth": 8},
-        "PoolFormer": {
-            "hidden_sizes": [8, 16],
-            "depths": [1, 1],
-            "num_encoder_blocks": 2,
-            "patch_sizes": [3, 3],
-            "strides": [2, 2],
-            "padding": [1, 1],
-        },
-        "Segformer": {
-            "num_encoder_blocks": 2,
-            "hidden_sizes": [8, 16],
-            "depths": [1, 1],
-            "sr_ratios": [2, 1],
-            "patch_sizes": [3, 3],
-            "strides": [2, 2],
-            "num_attention_heads": [1, 2],
-            "mlp_ratios": [2, 2],
-            "decoder_hidden_size": 8,
-        },
-        "Pvt": {
-            "num_encoder_blocks": 2,
-            "hidden_sizes": [8, 16],
-            "depths": [1, 1],
-            "sequence_reduction_ratios": [2, 1],
-            "patch_sizes": [4, 2],
-            "strides": [4, 2],
-            "num_attention_heads": [1, 2],
-            "mlp_ratios": [2, 2],
-        },
-        "FocalNet": {
-            "patch_size": 4,
-            "embed_dim": 8,
-            "depths": [1, 1],
-            "focal_levels": [1, 1],
-            "focal_windows": [3, 3],
-        },
         "IJepa": {},
+        "Swin": _WINDOWS,
+        "Swinv2": _WINDOWS,
+        "FocalNet": {**_WINDOWS, "focal_levels": [1, 1], "focal_windows": [3, 3]},
+        "Pvt": {**_SHRINKING, "sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2]},
     }
 )
+FAMILIES |= _vision(
+    {
+        "ConvNext": _CONVOLUTIONS,
+        "ConvNextV2": _CONVOLUTIONS,
+        "MobileNetV1": {"classifier_dropout_prob": 0.0, "depth_multiplier": 0.25, "min_depth": 8},
+        "MobileNetV2": {"depth_multiplier": 0.25, "min_depth": 8},
+        "PoolFormer": {**_SHRINKING, "padding": [1, 1]},
+        "Segformer": {**_SHRINKING, "sr_ratios": [2, 1], "decoder_hidden_size": 8},
+    },
+    representation=lambda output: output.last_hidden_state.flatten(2).mean(-1),
+)
+_EYES = {k: v for k, v in PIXELS.items() if k != "num_labels"}
+_DECODER = {f"decoder_{k}": PIXELS[k] for k in list(PIXELS)[:4]}
+
+
+def pixels() -> Batch:
+    """Return images alone, of models that rebuild them."""
+    return {"pixel_values": images()["pixel_values"]}
+
 
 FAMILIES["ViTMAE"] = Family(
-    "vision",
-    made(
-        "ViTMAE",
-        "ForPreTraining",
-        **PIXELS,
-        decoder_hidden_size=16,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=24,
-    ),
-    lambda: {"pixel_values": images()["pixel_values"]},
-    None,
+    "vision", made("ViTMAE", "ForPreTraining", **_EYES, **_DECODER), pixels, "squared_error"
 )
 
-for _n in (
-    "Wav2Vec2",
-    "Hubert",
-    "WavLM",
-    "UniSpeech",
-    "UniSpeechSat",
-    "Data2VecAudio",
-    "SEW",
-    "Wav2Vec2Conformer",
-):
-    _more = {"squeeze_factor": 1} if _n == "SEW" else {}
-    FAMILIES[_n] = Family(
-        "audio", made(_n, "ForSequenceClassification", **{**SPEECH, **_more}), sounds
-    )
-FAMILIES["AST"] = Family(
-    "audio",
-    lambda: transformers.ASTForAudioClassification(
-        transformers.ASTConfig(
-            **PIXELS, max_length=16, num_mel_bins=16, frequency_stride=8, time_stride=8
-        )
-    ),
-    lambda: spectra(16, 16, "input_values"),
-)
-FAMILIES["Whisper"] = Family(
-    "audio",
-    made(
-        "Whisper",
-        "ForAudioClassification",
-        **{
-            **SEQ2SEQ,
-            "num_mel_bins": 8,
-            "max_source_positions": 8,
-            "max_target_positions": 8,
-            "classifier_proj_size": 8,
-        },
-    ),
-    lambda: spectra(8, 16),
-)
-FAMILIES["Wav2Vec2Bert"] = Family(
-    "audio",
-    made(
-        "Wav2Vec2Bert",
-        "ForSequenceClassification",
-        **{**SPEECH, "feature_projection_input_dim": 8, "conv_depthwise_kernel_size": 3},
-    ),
-    lambda: {**spectra(8, 8), "attention_mask": words()["attention_mask"]},
-)
 
-_EYES = {
-    k: PIXELS[k]
-    for k in (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "image_size",
-        "patch_size",
-    )
+def _frozen(name: str, **more: Any) -> Callable[[], nn.Module]:
+    """Return what builds a speech encoder whose feature encoder is not trained."""
+    build = made(name, "ForSequenceClassification", **SPEECH, **more)
+
+    def frozen() -> nn.Module:
+        model = build()
+        model.freeze_feature_encoder()
+        return model
+
+    return frozen
+
+
+SPEAKING: dict[str, dict[str, Any]] = {
+    "Wav2Vec2": {},
+    "Hubert": {},
+    "WavLM": {},
+    "UniSpeech": {},
+    "UniSpeechSat": {},
+    "Data2VecAudio": {},
+    "SEW": {"squeeze_factor": 1},
+    "Wav2Vec2Conformer": {},
+}
+FAMILIES |= {n: Family("audio", _frozen(n, **more), sounds) for n, more in SPEAKING.items()}
+
+
+def _ast() -> nn.Module:
+    size = {"max_length": 16, "num_mel_bins": 16, "frequency_stride": 8, "time_stride": 8}
+    return transformers.ASTForAudioClassification(transformers.ASTConfig(**PIXELS, **size))
+
+
+_WHISPER = {
+    **SEQ2SEQ,
+    "num_mel_bins": 8,
+    "max_source_positions": 8,
+    "max_target_positions": 8,
+    "classifier_proj_size": 8,
+}
+_BERT = {"feature_projection_input_dim": 8, "conv_depthwise_kernel_size": 3}
+FAMILIES |= {
+    "AST": Family("audio", _ast, lambda: spectra(16, 16, "input_values")),
+    "Whisper": Family(
+        "audio",
+        made("Whisper", "ForAudioClassification", **_WHISPER),
+        lambda: spectra(8, 16),
+        settings={"source": "encoder"},
+    ),
+    "Wav2Vec2Bert": Family(
+        "audio",
+        made("Wav2Vec2Bert", "ForSequenceClassification", **SPEECH, **_BERT),
+        lambda: {**spectra(8, 8), "attention_mask": words()["attention_mask"]},
+    ),
 }
 
 
-def pictured(name: str = "image_token_id", places: int = 4) -> Batch:
+def pictured(places: int = 4) -> Batch:
+    """Return words behind the places of an image, and the images."""
     batch = words()
     ids = torch.cat([torch.full((ROWS, places), IMAGE), batch["input_ids"]], 1)
     mask = torch.cat([torch.ones(ROWS, places, dtype=torch.long), batch["attention_mask"]], 1)
     targets = ids.masked_fill((ids == IMAGE) | (mask == 0), -100)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": targets,
-        **{"pixel_values": images()["pixel_values"]},
-    }
+    return {"input_ids": ids, "attention_mask": mask, "labels": targets, **pixels()}
+
+
+def beside() -> Batch:
+    """Return words that are foretold, and images beside them."""
+    return {**text(), **pixels()}
+
+
+def pairs() -> Batch:
+    """Return words and images, of models that tell which belong together."""
+    batch = words()
+    del batch["labels"]
+    return {**batch, **pixels(), "return_loss": torch.tensor(True)}
+
+
+def answers() -> Batch:
+    """Return words, images and a score for each answer."""
+    return {**words(), **pixels(), "labels": torch.eye(LABELS)[labels()]}
+
+
+def boxes() -> Batch:
+    """Return words and where they lie on a page."""
+    return {**words(), "bbox": torch.zeros(ROWS, LENGTH, 4, dtype=torch.long)}
 
 
 def _llava(name: str, **more: Any) -> Callable[[], nn.Module]:
-    eyes, tongue = transformers.CLIPVisionConfig(**_EYES), transformers.LlamaConfig(**GROUPED)
-    config = getattr(transformers, f"{name}Config")
-    return lambda: getattr(transformers, f"{name}ForConditionalGeneration")(
-        config(vision_config=eyes, text_config=tongue, **more)
-    )
+    def build() -> nn.Module:
+        eyes, tongue = transformers.CLIPVisionConfig(**_EYES), transformers.LlamaConfig(**GROUPED)
+        config = getattr(transformers, f"{name}Config")
+        model = getattr(transformers, f"{name}ForConditionalGeneration")
+        return model(config(vision_config=eyes, text_config=tongue, image_token_id=IMAGE, **more))
+
+    return build
 
 
 def _paligemma() -> nn.Module:
-    eyes = transformers.SiglipVisionConfig(**_EYES)
-    return transformers.PaliGemmaForConditionalGeneration(
-        transformers.PaliGemmaConfig(
-            vision_config=eyes,
-            text_config=transformers.GemmaConfig(**GROUPED),
-            image_token_id=IMAGE,
-            projection_dim=16,
-            hidden_size=16,
-        )
+    config = transformers.PaliGemmaConfig(
+        vision_config=transformers.SiglipVisionConfig(**_EYES),
+        text_config=transformers.GemmaConfig(**GROUPED),
+        image_token_id=IMAGE,
+        projection_dim=16,
     )
+    return transformers.PaliGemmaForConditionalGeneration(config)
 
 
-def both() -> Batch:
-    return {k: v for k, v in {**words(), **images()}.items() if k != "labels"} | {
-        "return_loss": True
-    }
+def _paired(name: str, **more: Any) -> Callable[[], nn.Module]:
+    tongue = {**SIZE, **more}
+    return made(name, "Model", text_config=tongue, vision_config=_EYES, projection_dim=8)
 
 
-_PAIR = {"text_config": {**SIZE}, "vision_config": _EYES, "projection_dim": 8}
-FAMILIES |= {
-    "Llava": Family("text and image", _llava("Llava", image_token_index=IMAGE), pictured),
-    "VipLlava": Family(
-        "text and image",
-        _llava("VipLlava", image_token_index=IMAGE, vision_feature_layers=[-2, -1]),
-        pictured,
-    ),
-    "PaliGemma": Family("text and image", _paligemma, pictured),
-    "CLIP": Family("text and image", made("CLIP", "Model", **_PAIR), both, None),
-    "Siglip": Family("text and image", made("Siglip", "Model", **_PAIR), both, None),
-    "AltCLIP": Family(
-        "text and image",
-        made(
-            "AltCLIP",
-            "Model",
-            text_config={**SIZE, "project_dim": 8},
-            vision_config=_EYES,
-            projection_dim=8,
-        ),
-        both,
-        None,
-    ),
-    "Blip": Family(
-        "text and image",
-        made(
-            "Blip",
-            "ForConditionalGeneration",
-            text_config={**SIZE, "encoder_hidden_size": 16},
-            vision_config=_EYES,
-            projection_dim=8,
-        ),
-        lambda: {**text(), "pixel_values": images()["pixel_values"]},
-    ),
-    "Vilt": Family(
-        "text and image",
-        made("Vilt", "ForQuestionAnswering", **{**SIZE, **PIXELS}),
-        lambda: {
-            **words(),
-            "labels": torch.eye(LABELS)[labels()],
-            "pixel_values": images()["pixel_values"],
-        },
-        "bernoulli",
-    ),
-    "LayoutLM": Family(
-        "text and layout",
-        made("LayoutLM", "ForSequenceClassification", **SIZE),
-        lambda: {**words(), "bbox": torch.zeros(ROWS, LENGTH, 4, dtype=torch.long)},
-    ),
-    "Git": Family(
-        "text and image",
-        made("Git", "ForCausalLM", **SIZE, vision_config=_EYES),
-        lambda: {**text(), "pixel_values": images()["pixel_values"]},
-        None,
-    ),
+_BLIP = {
+    "text_config": {**SIZE, "encoder_hidden_size": 16},
+    "vision_config": _EYES,
+    "projection_dim": 8,
 }
-REFUSED: dict[tuple[str, str], str] = {}
+_BOTH = "text and image"
+_TEXT = {"representation": lambda output: output.text_embeds}
+_CLIP = _paired("CLIP")
+_ALT = _paired("AltCLIP", project_dim=8)
+_CANINE = made(
+    "Canine",
+    "ForSequenceClassification",
+    **SIZE,
+    num_hash_buckets=16,
+    local_transformer_stride=4,
+    upsampling_kernel_size=2,
+    downsampling_rate=4,
+)
+_VILT = made("Vilt", "ForQuestionAnswering", **{**SIZE, **PIXELS})
+FAMILIES |= {
+    "Llava": Family(_BOTH, _llava("Llava"), pictured),
+    "VipLlava": Family(_BOTH, _llava("VipLlava", vision_feature_layers=[-2, -1]), pictured),
+    "PaliGemma": Family(_BOTH, _paligemma, pictured),
+    "CLIP": Family(
+        _BOTH, _CLIP, pairs, settings=_TEXT, site="text_model.embeddings.token_embedding"
+    ),
+    "Siglip": Family(_BOTH, _paired("Siglip"), pairs, settings=_TEXT),
+    "AltCLIP": Family(
+        _BOTH, _ALT, pairs, settings=_TEXT, site="text_model.roberta.embeddings.word_embeddings"
+    ),
+    "Blip": Family(_BOTH, made("Blip", "ForConditionalGeneration", **_BLIP), beside),
+    "Vilt": Family(_BOTH, _VILT, answers, "bernoulli"),
+    "Git": Family(_BOTH, made("Git", "ForCausalLM", **SIZE, vision_config=_EYES), beside),
+    "LayoutLM": Family(
+        "text and layout", made("LayoutLM", "ForSequenceClassification", **SIZE), boxes
+    ),
+    "Canine": Family("text encoder", _CANINE, words, site="canine.char_embeddings"),
+}
+
+_TRAINED = "freeze the feature encoder (model.freeze_feature_encoder())"
+_SEVERAL = "Name the one that δ is added to with site=."
+REFUSED: dict[str, tuple[Family, str]] = {
+    "Canine, no site named": (Family("text encoder", _CANINE, words), _SEVERAL),
+    "CLIP, no site named": (Family(_BOTH, _CLIP, pairs), _SEVERAL),
+    "AltCLIP, no site named": (Family(_BOTH, _ALT, pairs), _SEVERAL),
+    **{
+        f"{name}, feature encoder trained": (
+            Family("audio", made(name, "ForSequenceClassification", **SPEECH, **more), sounds),
+            _TRAINED,
+        )
+        for name, more in SPEAKING.items()
+    },
+}
+"""What is refused as it is, and part of what the error says."""
+
+CANNOT: dict[tuple[str, str], str] = {
+    (name, solver): "compares predictions, and the closure returned a loss alone"
+    for name in ("CLIP", "Siglip", "AltCLIP")
+    for solver in ("smart", "mat")
+}
+"""Solvers that a family cannot play, and part of what the error says."""
