@@ -403,17 +403,11 @@ FAMILIES |= _vision(
     representation=lambda output: output.last_hidden_state.flatten(2).mean(-1),
 )
 _EYES = {k: v for k, v in PIXELS.items() if k != "num_labels"}
-_DECODER = {f"decoder_{k}": PIXELS[k] for k in list(PIXELS)[:4]}
 
 
 def pixels() -> Batch:
-    """Return images alone, of models that rebuild them."""
+    """Return images alone."""
     return {"pixel_values": images()["pixel_values"]}
-
-
-FAMILIES["ViTMAE"] = Family(
-    "vision", made("ViTMAE", "ForPreTraining", **_EYES, **_DECODER), pixels, "squared_error"
-)
 
 
 def _frozen(name: str, **more: Any) -> Callable[[], nn.Module]:
@@ -556,7 +550,12 @@ FAMILIES |= {
     "AltCLIP": Family(
         _BOTH, _ALT, pairs, settings=_TEXT, site="text_model.roberta.embeddings.word_embeddings"
     ),
-    "Blip": Family(_BOTH, made("Blip", "ForConditionalGeneration", **_BLIP), beside),
+    "Blip": Family(
+        _BOTH,
+        made("Blip", "ForConditionalGeneration", **_BLIP),
+        beside,
+        site="text_decoder.bert.embeddings.word_embeddings",
+    ),
     "Vilt": Family(_BOTH, _VILT, answers, "bernoulli"),
     "Git": Family(_BOTH, made("Git", "ForCausalLM", **SIZE, vision_config=_EYES), beside),
     "LayoutLM": Family(
