@@ -555,6 +555,7 @@ FAMILIES |= {
         made("Blip", "ForConditionalGeneration", **_BLIP),
         beside,
         site="text_decoder.bert.embeddings.word_embeddings",
+        settings={"source": "text_decoder.bert"},
     ),
     "Vilt": Family(_BOTH, _VILT, answers, "bernoulli"),
     "Git": Family(_BOTH, made("Git", "ForCausalLM", **SIZE, vision_config=_EYES), beside),
