@@ -55,7 +55,9 @@ def slopes(game: mixadv.Game, batch: Batch) -> list[Tensor]:
     [(name, site)] = game.site.targets
     leaves: list[Tensor] = []
 
-    def moved(first: Tensor) -> Tensor:
+    def moved(first: Any) -> Any:
+        if isinstance(first, tuple):
+            return moved(first[0]), *first[1:]
         leaves.append(torch.zeros_like(first).requires_grad_())
         return first + leaves[-1]
 
