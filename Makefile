@@ -16,6 +16,7 @@ slow: $(READY)
 
 matrix: $(READY)
 	$(BIN)/python -m tests.matrix
+	$(BIN)/python -m tests.families
 
 lint: $(READY)
 	$(BIN)/ruff check .
