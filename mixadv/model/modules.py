@@ -151,9 +151,9 @@ def _default(model: nn.Module) -> tuple[str, nn.Module]:
     if len(embeddings) == 1:
         return embeddings[0]
     listed = ", ".join(repr(n) for n, _ in embeddings[:8])
-    why = f"{len(encoders)} encoders" if encoders else "no get_input_embeddings()"
+    which = f"and {len(encoders)} encoders" if len(encoders) > 1 else "and does not say which reads"
     raise ValueError(
-        f"The model has {len(embeddings)} embeddings and {why}: {listed}. "
+        f"The model has {len(embeddings)} embeddings {which}: {listed}. "
         "Name the one that δ is added to with site=."
     )
 

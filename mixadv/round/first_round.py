@@ -48,8 +48,8 @@ _NOISE_FLOOR = 2.0
 _CHANGED_INPUT = (
     "The model sets requires_grad on what the site {} returns, no leaf once δ is added to it, as "
     "speech encoders do with their input: freeze the feature encoder "
-    "(model.freeze_feature_encoder()), or name a module behind it with site=, such as "
-    "site='wav2vec2.feature_projection'."
+    "(model.freeze_feature_encoder()), or name a module behind it with site=, such as the one "
+    "that ends in feature_projection."
 )
 
 
