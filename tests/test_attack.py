@@ -14,7 +14,7 @@ MADE = {"cat": {"source": "hidden"}, "creat": {"source": "hidden"}}
 def test_it_is_the_best_response_in_evaluation_mode_and_leaves_nothing(name: str):
     attacked, solver = small(), mixadv.make_solver(name, **MADE.get(name, {}))
     before, state = fingerprint(attacked.model), torch.get_rng_state()
-    found = mixadv.attack(attacked.model, solver, player.closure(), seed=3)
+    found = mixadv.attack(attacked.model, solver, attacked.closure(), seed=3)
     assert_same(fingerprint(attacked.model), before)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in attacked.model.modules())
@@ -29,7 +29,7 @@ def test_it_is_the_best_response_in_evaluation_mode_and_leaves_nothing(name: str
 def test_it_raises_the_loss_within_the_ball():
     attacked, solver = small(reduction="none"), mixadv.PGD(steps=5, radius=0.5, unit="absolute")
     attacked.model.eval()
-    found = mixadv.attack(attacked.model, solver, player.closure())
+    found = mixadv.attack(attacked.model, solver, attacked.closure())
     assert (found.loss >= attacked.closure()()[0] - 1e-9).all()
     assert max(n.max() for n in found.strategy.norms()) <= 0.5 + 1e-9
 
