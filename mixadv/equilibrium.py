@@ -27,6 +27,7 @@ from mixadv.exploited import Exploitability
 from mixadv.game import Game
 from mixadv.model.closure import Closure
 from mixadv.model.contexts import no_grad
+from mixadv.model.masks import Where
 from mixadv.model.replay import Buffers, evaluating
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
@@ -51,7 +52,7 @@ class BestResponse(NamedTuple):
     predictions: Tensor | None
 
 
-def best_response(game: Game, closure: Closure) -> BestResponse:
+def best_response(game: Game, closure: Closure, *, where: Where = None) -> BestResponse:
     """Return where projected ascent ends, and the model's predictions there.
 
     It is played in the words of the game's solver: its payoff, steps, ball and start; of several
@@ -66,6 +67,7 @@ def best_response(game: Game, closure: Closure) -> BestResponse:
     Args:
         game: on the model to attack, with the solver whose ascent is played.
         closure: as for training; its labels are those the adversary wants missed.
+        where: where δ may act, as in `Game.backward`; None is at real tokens.
 
     Example:
         >>> import mixadv
@@ -79,7 +81,7 @@ def best_response(game: Game, closure: Closure) -> BestResponse:
         torch.Size([2, 2])
     """
     _check_game(game)
-    with torch.enable_grad(), game.rounds.rehearse(closure) as stage:
+    with torch.enable_grad(), game.rounds.rehearse(closure, where) as stage:
         strategy = stage.ascend(game.solver.gain, game.solver)
         with no_grad():
             if strategy.size > 1:
@@ -89,7 +91,13 @@ def best_response(game: Game, closure: Closure) -> BestResponse:
 
 
 def attack(
-    model: nn.Module, solver: Solver, closure: Closure, site: Any = None, *, seed: int = 0
+    model: nn.Module,
+    solver: Solver,
+    closure: Closure,
+    site: Any = None,
+    *,
+    seed: int = 0,
+    where: Where = None,
 ) -> BestResponse:
     """Attack a model as it stands: `best_response` without a game of one's own.
 
@@ -101,6 +109,7 @@ def attack(
         closure: runs the forward pass and returns the loss, or loss and predictions.
         site: where δ acts; None finds the input embedding that the encoder calls.
         seed: of the start.
+        where: where δ may act, as in `Game.backward`; None is at real tokens.
 
     Example:
         >>> import mixadv
@@ -117,7 +126,7 @@ def attack(
     game = Game(model, solver, site, seed=seed, optimizer=still)
     try:
         with evaluating(model):
-            return best_response(game, closure)
+            return best_response(game, closure, where=where)
     finally:
         game.close()
 

@@ -772,3 +772,88 @@ tried("mixadv.neurons")
     assert "mixadv.robustness needs numpy, scipy and tqdm (import of scipy halted" in run.stdout
     needed = "numpy, scipy, scikit-learn and tqdm (No module named 'sklearn'"
     assert f"mixadv.neurons needs {needed}" in run.stdout
+
+
+# Where δ may act ----------------------------------------------------------------------------------
+
+
+def prompts(rows: int = 8) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Return rows with a column of where δ may act, and that column: another third for each row."""
+    data = rows_of(player("bert", rows=rows).batch)
+    length = len(data[0]["input_ids"])
+    masks = torch.stack([(torch.arange(length) % 3 == i % 3).long() for i in range(rows)])
+    return [row | {"prompt_mask": mask} for row, mask in zip(data, masks, strict=True)], masks
+
+
+@pytest.mark.parametrize("name", ["pgd", "freelb", "vat", "smart", "mat"])
+@pytest.mark.parametrize("kind", ["list", "data set"])
+def test_delta_acts_where_a_column_says(name: str, kind: str, tmp_path: Path):
+    rows, masks = prompts()
+    data: Any = rows
+    if kind == "data set":  # from which Trainer drops the columns that no argument is named like
+        datasets = pytest.importorskip("datasets")
+        plain = [{key: value.tolist() for key, value in row.items()} for row in rows]
+        data = datasets.Dataset.from_list([row | {"unused": 1} for row in plain])
+    played = []
+
+    class Noted(AdversarialTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *given: Any, **keywords: Any) -> Any:
+            found = super().compute_loss(model, inputs, *given, **keywords)
+            if torch.is_grad_enabled():
+                assert "unused" not in inputs
+                played.append((inputs["prompt_mask"], self.game.strategy.points[0]))
+            return found
+
+    given = {"train_dataset": data, "eval_dataset": data, "where": "prompt_mask"}
+    trainer = trainer_of(tmp_path, mixadv.make_solver(name), base=Noted, given=given)
+    trainer.train()
+    assert len(played) == 2
+    for mask, points in played:
+        assert all((row == masks).all(1).any() for row in mask)
+        assert not points[:, mask == 0].any()
+        assert points[:, mask == 1].any()
+    assert int(trainer.game.outcome.positions) == int(played[-1][0].sum())
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert len(trainer.predict(data).predictions) == len(rows)
+
+
+def test_a_column_of_ones_at_real_tokens_changes_nothing(tmp_path: Path):
+    rows = rows_of(player("bert", rows=8).batch)
+    told = [row | {"real": row["attention_mask"]} for row in rows]
+    plain = trained(tmp_path, mixadv.FreeLB())
+    given = {"train_dataset": told, "eval_dataset": told, "where": "real"}
+    trainer = trained(tmp_path, mixadv.FreeLB(), given=given)
+    assert_same(weights(trainer), weights(plain))
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+
+
+def test_where_may_be_a_function_of_the_call(tmp_path: Path):
+    def first(call: Any) -> Tensor:
+        return torch.arange(call.shape[1]).expand(call.shape[:2]) < 2
+
+    trainer = trained(tmp_path, mixadv.PGD(), given={"where": first})
+    [points] = trainer.game.strategy.points
+    assert points[:, :, :2].any()
+    assert not points[:, :, 2:].any()
+    trainer.evaluate()
+
+
+def test_a_column_that_is_not_there_is_said(tmp_path: Path):
+    trainer = trainer_of(tmp_path, mixadv.PGD(), given={"where": "prompt_mask"})
+    with pytest.raises(mixadv.GameError, match=r"'prompt_mask' names a column .* it has input_ids"):
+        trainer.train()
+    trainer.evaluate()  # where nothing is played
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "said"),
+    [
+        (torch.ones(4, 9), TypeError, "name of a column .* got Tensor: a mask belongs to one"),
+        ("attention_mask", ValueError, "argument of the model, which would not get it"),
+    ],
+)
+def test_where_that_is_no_column_of_the_game_is_refused(
+    where: Any, kind: type[Exception], said: str, tmp_path: Path
+):
+    with pytest.raises(kind, match=said):
+        trainer_of(tmp_path, mixadv.PGD(), given={"where": where})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -95,6 +96,28 @@ def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:
             f"{who} is evaluated at the average of its weights, which is saved with the optimizer: "
             "with load_best_model_at_end set save_only_model=False, or evaluate_average=False."
         )
+
+
+def check_where(where: Any, model: nn.Module) -> None:
+    """Raise TypeError or ValueError for what names no column that is the game's own."""
+    if not (where is None or isinstance(where, str) or callable(where)):
+        raise TypeError(
+            "where must be the name of a column of the batch or a function of the call, got "
+            f"{type(where).__name__}: a mask belongs to one batch, so put it into the data set."
+        )
+    if isinstance(where, str) and where in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"where={where!r} is an argument of the model, which would not get it: put a copy "
+            "into the data set under a name of its own, such as 'where'."
+        )
+
+
+def column_missing(where: Any, inputs: Iterable[str]) -> str:
+    """Say that a batch lacks the column that tells where δ may act."""
+    return (
+        f"where={where!r} names a column that the batch lacks; it has {', '.join(inputs)}. Put it "
+        "into the training set, and have the collator keep it."
+    )
 
 
 class Share:

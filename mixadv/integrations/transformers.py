@@ -9,7 +9,7 @@ own accumulation, loss scaling, clipping, logging and distribution act on it as 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.model.private_torch import original
+from mixadv.model.visits import Call
 from mixadv.optimizer import STATE_KEY, wrap
 from mixadv.round import validate
 from mixadv.round.schedule import Schedule
@@ -28,7 +30,15 @@ try:
     from transformers import Trainer
     from transformers.trainer import OPTIMIZER_NAME
 
-    from mixadv.integrations.trainer import Rounds, Share, check_playable, game_of, wrapped
+    from mixadv.integrations.trainer import (
+        Rounds,
+        Share,
+        check_playable,
+        check_where,
+        column_missing,
+        game_of,
+        wrapped,
+    )
 except ImportError as error:
     raise ImportError(
         "mixadv.integrations.transformers needs transformers and accelerate: "
@@ -75,6 +85,9 @@ class Adversarial(Base):
         solver: how a round is played; not FreeAT, whose steps within a batch Trainer cannot take.
         site: where δ acts; None finds the input embedding that the encoder calls.
         schedule: when the adversary plays; None is always.
+        where: where δ may act: the name of a column of the batch, 1 there, that the model does not
+            get; or a function of the call. None is at real tokens. The collator has to keep the
+            column and to pad it as it pads the ids.
         evaluate_average: evaluate the learner's average, where there is one.
 
     Raises:
@@ -93,11 +106,13 @@ class Adversarial(Base):
         solver: Solver | str | None = None,
         site: Any = None,
         schedule: Schedule | None = None,
+        where: str | Callable[[Call], Tensor] | None = None,
         evaluate_average: bool = True,
         **keywords: Any,
     ) -> None:
         if solver is not None:
             solver = validate.solver_of(solver)
+        self.where = where
         super().__init__(*arguments, **keywords)
         made = wrapped(self.optimizer)
         if made is None:
@@ -115,6 +130,7 @@ class Adversarial(Base):
         self.site, self.schedule, self.evaluate_average = site, schedule, evaluate_average
         self._share = Share()
         check_playable(self, self.solver, self.averages)
+        check_where(where, cast(nn.Module, self.model))
         self._besides = {m: copy.deepcopy(m.state_dict()) for m in self.solver.modules().values()}
         self.add_callback(Rounds(type(self).__name__, self._besides))
         if self.optimizer is not None:
@@ -151,9 +167,13 @@ class Adversarial(Base):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Play a round in training; the Trainer's own loss elsewhere."""
-        items = num_items_in_batch
+        items, where = num_items_in_batch, self.where
+        if isinstance(where, str):
+            where, inputs = inputs.get(where), self._for_model(inputs)
         if not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, items)
+        if where is None and self.where is not None:
+            raise GameError(column_missing(self.where, inputs))
         if original(model) is not None and model is not self.game.model:
             self.game.rounds.arena.follow(model)  # compiled since the game was made
             torch.compiler.reset()  # graphs of an evaluation before lack the hooks
@@ -174,7 +194,7 @@ class Adversarial(Base):
 
         share = self._share.of_mean(self, inputs, items, loss_of)
         # Its own mean within the round, where divergences are means too; its share outside.
-        loss = self.game.loss(closure) * share
+        loss = self.game.loss(closure, where=where) * share
         return (loss, outputs) if return_outputs else loss
 
     def forward_pass(
@@ -193,6 +213,22 @@ class Adversarial(Base):
         """
         found: Any = super().compute_loss(model, inputs, outputs, items)
         return found if outputs else (found, None)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **keywords: Any
+    ) -> Any:
+        """Predict without the column that says where δ may act."""
+        return super().prediction_step(model, self._for_model(inputs), *arguments, **keywords)
+
+    def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name != self.where}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the column that says where δ may act, which no argument of the model is."""
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns  # pyright: ignore
+        if isinstance(self.where, str) and self.where not in columns:
+            columns.append(self.where)
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """Log what the last round came to beside the training loss."""
