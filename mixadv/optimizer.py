@@ -18,6 +18,7 @@ from mixadv.model.contexts import gradients_kept
 from mixadv.model.masks import Where
 from mixadv.model.private_torch import sequence_number
 from mixadv.model.replay import Replay
+from mixadv.model.values import copying
 from mixadv.round import validate
 from mixadv.round.outcome import Outcome
 from mixadv.round.schedule import Schedule
@@ -281,6 +282,7 @@ def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
         try:
             with ExitStack() as rounds.probing:
                 rounds.probing.enter_context(parallel.local(game.model))
+                rounds.probing.enter_context(copying(game.model))
                 result = closure()
             idle = result is None and sequence_number() == nodes
             played = rounds.round > before or idle

@@ -90,6 +90,27 @@ def test_nothing_moves_where_it_is_not_said(name: str, how: str):
     assert game.site.where is None  # of that round alone
 
 
+@pytest.mark.parametrize("batching", ["stack", "auto", "vmap"])
+def test_particles_in_one_batch_move_where_it_is_said(batching: str):
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(24, 3))
+    ids, labels = torch.randint(9, (4, 6)), torch.arange(4) % 3
+
+    def closure() -> Any:
+        logits = model(ids)
+        losses = F.cross_entropy(logits, labels.repeat(len(logits) // 4), reduction="none")
+        return losses, logits
+
+    allowed = (torch.arange(6) % 2 == 0).expand(4, -1)
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    solver = mixadv.MAT(particles=3, play_as="ensemble", particle_batching=batching)
+    optimizer = mixadv.wrap(base, model, solver, site="0")
+    for where in (None, allowed, lambda call: allowed):
+        optimizer.step(closure, where=where)
+        points = optimizer.game.strategy.points[0]
+        assert points[:, allowed].any(-1).all()
+        assert points[:, ~allowed].any() == (where is None)
+
+
 def test_explain_says_how_many_positions_play():
     one = player("bert", rows=4)
     mask = one.batch["attention_mask"]
@@ -158,6 +179,23 @@ def test_padding_is_known_from_lengths():
     for row, length in zip(points, lengths, strict=True):
         assert row[:length].any(-1).all()
         assert not row[length:].any()
+
+
+def test_lengths_of_what_is_no_input_are_not_taken_for_its_own():
+    class Aligned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, target_lengths: Tensor, input_lengths: Tensor) -> Tensor:
+            real = torch.arange(x.shape[1]) < input_lengths[:, None]
+            return self.read((x * real[..., None]).sum(1))
+
+    model, x = Aligned(), torch.randn(3, 6, 5)
+    targets, lengths = torch.tensor([1, 2, 2]), torch.tensor([6, 3, 4])
+    closure = lambda: F.cross_entropy(model(x, targets, lengths), torch.arange(3))  # noqa: E731
+    points = first_points(model, mixadv.UniformNoise(), closure)[0]
+    assert points.any(-1).sum(1).tolist() == [6, 3, 4]
 
 
 def test_padding_that_is_told_and_not_understood_is_warned_of():
@@ -476,6 +514,18 @@ def test_nodes_of_a_graph_are_moved_by_its_own_payoff(sizes: list[int], name: st
     other = torch.where((batch == 0)[:, None], 5 - 3 * nodes, nodes)
     rest = batch > 0
     torch.testing.assert_close(points(nodes)[:, rest], points(other)[:, rest])
+
+
+def test_a_map_that_is_none_of_samples_is_refused():
+    model, x = Graphs(), torch.randn(4, 5)
+    which = torch.tensor([7, 9, 7, 9])
+    closure = lambda: (  # noqa: E731
+        lambda z: (F.cross_entropy(z, torch.arange(2)), z)
+    )(model(x, which)[[7, 9]])
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = mixadv.wrap(base, model, mixadv.MAT(particles=2), site="input:x")
+    with pytest.raises(mixadv.GameError, match="map of 4 rows to samples"):
+        optimizer.step(closure)
 
 
 def test_whose_a_row_is_is_asked_for_where_it_is_not_told():

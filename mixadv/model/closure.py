@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixadv.errors import GameError
 from mixadv.maths.divergence import Divergence
+from mixadv.model.heads import read_besides
 
 Closure = Callable[[], Any]
 
@@ -120,7 +121,13 @@ def parse_output(
     if loss.dim() > 1 or not loss.is_floating_point():
         raise GameError(f"{_EXPECTED}; this one returned {_describe(loss)} as loss.")
     own = [result] if isinstance(result, Mapping) else []
-    heads = [_checked(head) for head in found]
+    if _of_transformers(model) and isinstance(result, (tuple, list)):
+        found = found[:1]  # behind the logits come hidden states
+    # Whole numbers and Booleans are answers or hits, and no predictions.
+    heads = [_checked(x) for x in found if not isinstance(x, Tensor) or x.is_floating_point()]
+    if len({len(head) for head in heads}) > 1:
+        sizes = ", ".join(str([*head.shape]) for head in heads)
+        raise GameError(f"The heads that the closure returned have other rows each: {sizes}.")
     masks = [_counting(head, [*own, *contexts], model) for head in heads]
     labelled = any(_labels(head, [*own, *contexts]) is not None for head in heads)
     left_out = _left_out(result, heads, model)
@@ -176,7 +183,8 @@ def _split(result: Any) -> tuple[Any, list[Any]]:
             tensors = [x for x in second if isinstance(x, Tensor)]
             if len(tensors) == len(second) and all(x.dim() > 1 for x in second):
                 return result[0], tensors
-            second = second[1] if len(second) > 1 and isinstance(second[1], Tensor) else None
+            starts = isinstance(second[0], Tensor) and second[0].dim() < 2  # with a loss
+            second = next((x for x in second[int(starts) :][:1] if isinstance(x, Tensor)), None)
         elif second is not None and not isinstance(second, Tensor):
             return result[0], _split(second)[1]
         return result[0], [] if second is None else [second]
@@ -195,12 +203,19 @@ def _logits(get: Callable[[str], Any]) -> list[Any]:
 def _left_out(result: Any, heads: list[Tensor], model: Any) -> int:
     """Return how many tensors `(loss, one, other, …)` has that may be heads as well.
 
-    What the models of the transformers library return behind the logits is known to be none.
+    Such as the loss reads by themselves: hidden states are read through the logits. What the models
+    of the transformers library return behind the logits is known to be none.
     """
-    if not isinstance(result, (tuple, list)) or type(model).__module__.startswith("transformers."):
+    if not heads or not isinstance(result, (tuple, list)) or _of_transformers(model):
         return 0
     more = [x for x in result[2:] if isinstance(x, Tensor) and x.dim() > 1 and x.requires_grad]
-    return sum(len(x) == len(heads[0]) for x in more) if heads else 0
+    more = [x for x in more if len(x) == len(heads[0])]
+    return read_besides(result[0], heads[0], more) if more else 0
+
+
+def _of_transformers(model: Any) -> bool:
+    """Return whether a model's outputs are those of a class of the transformers library."""
+    return type(model).__module__.startswith("transformers.")
 
 
 def _counting(

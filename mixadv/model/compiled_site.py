@@ -68,13 +68,13 @@ class CompiledSite(Site):
             self.detach(force=True)
 
     @contextmanager
-    def run(self, provide: Provide) -> Iterator[Pass]:
+    def run(self, provide: Provide, copies: int = 1) -> Iterator[Pass]:
         """Make calls at the site add what `provide(index, call, output)` returns, unless None.
 
         Of the output, `provide` gets shape, dtype and device alone.
         """
         # Each shape has up to four graphs: clean, for δ, for the learner, the teacher's.
-        with super().run(provide) as current, _quiet(), more_graphs(4):
+        with super().run(provide, copies) as current, _quiet(), more_graphs(4):
             try:
                 yield current
             finally:
@@ -141,7 +141,7 @@ class CompiledSite(Site):
         deltas = []
         self.current.told = self.where is not None
         for index, pattern in enumerate(self._patterns):
-            call = told(self.where, index, self._call(pattern))
+            call = told(self.where, index, self._call(pattern), self._copies)
             deltas.append(self.current.visit(pattern.module, call, _stand_in(call), 0, 0))
         # Empty for a clean pass: it takes the same graph as a call outside of a round.
         self._slots, self._taken = [_leaf(d) for d in deltas if d is not None], 0

@@ -38,6 +38,9 @@ def kind_of(model: Any, labels: Any, loss: Tensor, predictions: Tensor) -> Kind 
     if problem in ("multi_label_classification", "regression"):
         suits = "bernoulli" if problem == "multi_label_classification" else "squared_error"
         return Kind(suits, f"the model's problem_type is {problem!r}")
+    found = _nodes(loss, predictions)
+    if any(name.startswith(_SOFTMAX) or "LogSoftmax" in name for name in found):
+        return None
     if isinstance(labels, Tensor) and labels.is_floating_point():
         if labels.shape != predictions.shape:
             return None
@@ -46,9 +49,6 @@ def kind_of(model: Any, labels: Any, loss: Tensor, predictions: Tensor) -> Kind 
             return Kind("squared_error", "the labels are real numbers, one for each column")
         if bool(((labels.sum(-1) - 1).abs() > 1e-3).any()):
             return Kind("bernoulli", "the labels say yes or no for each column")
-        return None
-    found = _nodes(loss, predictions)
-    if any(name.startswith(_SOFTMAX) or "LogSoftmax" in name for name in found):
         return None
     for start, suits in _LOSSES.items():
         if any(name.startswith(start) for name in found):
@@ -64,13 +64,35 @@ def read_by(loss: Tensor, predictions: Tensor) -> Tensor | None:
     """
     if not (loss.requires_grad and predictions.requires_grad):
         return None
-    # Times their number, for a mean over many would be 0 in fp16.
-    total = loss.sum() * predictions.shape[:2].numel()
-    [slope] = torch.autograd.grad(total, [predictions], retain_graph=True, allow_unused=True)
+    total = loss.sum()
+    if predictions.dtype == torch.float16:  # in which a mean over many would have none
+        total = total * predictions.shape[:2].numel()
+    try:
+        [slope] = torch.autograd.grad(total, [predictions], retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        slope = None
     if slope is None:
         return None
     read = (slope != 0).any(-1)
     return torch.where(read.any(1, keepdim=True), read, torch.ones_like(read))
+
+
+def read_besides(loss: Tensor, first: Tensor, others: list[Tensor]) -> int:
+    """Return how many of other tensors the loss reads, but for what `first` is computed from."""
+    wanted = {x.grad_fn for x in others if x.grad_fn is not None}
+    waiting, seen, hit = [loss.grad_fn], {None, first.grad_fn}, 0
+    while waiting and len(seen) < 10 * _LIMIT:
+        node = waiting.pop(0)
+        if node in seen or node is None:
+            continue
+        seen.add(node)
+        if node in wanted:
+            hit += 1
+        else:
+            waiting += [after for after, _ in node.next_functions]
+    return hit
 
 
 def _nodes(loss: Tensor, predictions: Tensor) -> list[str]:

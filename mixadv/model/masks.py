@@ -16,14 +16,21 @@ Where = Tensor | Sequence[Tensor] | Callable[[Call], Tensor] | None
 broadcasts to it; one for each call at the site; or a function of the call. None: at real tokens."""
 
 
-def told(where: Where, index: int, call: Call) -> Call:
-    """Return a call whose mask says where δ may act.
+def told(where: Where, index: int, call: Call, copies: int = 1) -> Call:
+    """Return a call whose mask says where δ may act, of a batch stacked in so many copies.
 
     Raises:
         GameError: if the mask does not fit what the site returned.
     """
     if where is None:
         return call
+    if copies > 1:
+        rows = call.shape[0] // copies
+        one = call._replace(shape=torch.Size([rows, *call.shape[1:]]))
+        parts = {n: v[:rows] for n in ("mask", "ids") if (v := getattr(call, n)) is not None}
+        mask = told(where, index, one._replace(**parts)).mask
+        assert mask is not None
+        return call._replace(mask=mask.repeat(copies, *[1] * (mask.dim() - 1)))
     if isinstance(where, Sequence) and index >= len(where):
         raise GameError(
             f"where= has {len(where)} masks, and the site is called more often: give one for each "
@@ -50,7 +57,7 @@ def told(where: Where, index: int, call: Call) -> Call:
 
 
 def batch_is_second(
-    contexts: Iterable[Mapping[str, Any]], output: Tensor, entered: Any
+    contexts: Iterable[Mapping[str, Any]], output: Tensor, entered: Any, before: bool | None = None
 ) -> bool | None:
     """Return whether the batch is the second dimension of what a module returned; None if unknown.
 
@@ -61,6 +68,7 @@ def batch_is_second(
         contexts: arguments of the model's call and of modules within.
         output: what the module returned.
         entered: what it was called with.
+        before: what was found before, which holds where sizes do not tell.
     """
     sizes = output.shape[:2]
     if output.dim() < 3:
@@ -73,9 +81,13 @@ def batch_is_second(
             if sizes[0] != sizes[1] and known.shape in (sizes, sizes[::-1]):
                 return known.shape != sizes
             same = isinstance(entered, Tensor) and entered.shape == known.shape == sizes
-            if name == "input_ids" and same:
+            if name == "input_ids" and same and before is None:  # else nothing is read
                 return torch.equal(entered, known.T) and not torch.equal(entered, known)
     return None
+
+
+_OTHERS = ("target", "label", "output", "decoder", "max", "min")
+"""Words in the names of lengths that are not those of the input."""
 
 
 def real_tokens(
@@ -98,10 +110,14 @@ def real_tokens(
     for mask in masks:
         if mask is not None and mask.shape == sizes:
             return mask
-    for name, value in inputs.items():
-        whole = isinstance(value, Tensor) and not value.is_floating_point()
-        if whole and "length" in name and value.shape == sizes[:1]:
-            return torch.arange(sizes[1], device=value.device) < value[:, None]
+    lengths = [
+        value
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and "length" in name and value.shape == sizes[:1]
+        if not value.is_floating_point() and not any(word in name for word in _OTHERS)
+    ]
+    if len(lengths) == 1:
+        return torch.arange(sizes[1], device=lengths[0].device) < lengths[0][:, None]
     if isinstance(entered, Tensor) and entered.shape == sizes:
         for embedding in embeddings:
             if (padding := getattr(embedding, "padding_idx", None)) is not None:
@@ -146,5 +162,7 @@ def without_placeholders(
     ids = isinstance(entered, Tensor) and not entered.is_floating_point()
     if not places or not ids or entered.shape != output.shape[:2]:
         return mask
-    text = torch.isin(entered, torch.tensor(places, device=entered.device), invert=True)
+    text = entered != places[0]
+    for place in places[1:]:
+        text = text & (entered != place)
     return text if mask is None else text & (mask > 0)

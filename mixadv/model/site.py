@@ -62,6 +62,7 @@ class Site:
         self.unsure: set[nn.Module] = set()
         self._turned: dict[nn.Module, bool] = {}
         self._masks: list[Tensor | None] = []
+        self._copies = 1
         self._still: list[bool] = []
 
     @property
@@ -74,9 +75,13 @@ class Site:
         return nullcontext()
 
     @contextmanager
-    def run(self, provide: Provide) -> Iterator[Pass]:
-        """Make calls at the site add what `provide(index, call, output)` returns, unless None."""
+    def run(self, provide: Provide, copies: int = 1) -> Iterator[Pass]:
+        """Make calls at the site add what `provide(index, call, output)` returns, unless None.
+
+        The batch is stacked in so many copies.
+        """
         current = Pass(provide)
+        self._copies = copies
         self.prune()
         self._alive.append(weakref.ref(current))
         self.attach()
@@ -212,7 +217,7 @@ class Site:
         number -= int(reentrant)
         entered = args[0] if args else kwargs.get("input")
         contexts = [self.current.context, *self.current.within]
-        turned = batch_is_second(contexts, output, entered)
+        turned = batch_is_second(contexts, output, entered, self._turned.get(module))
         if turned is not None:
             self.orient(module, turned)
         elif module not in self._turned:
@@ -225,7 +230,7 @@ class Site:
         ids = tokens_of(module, entered)
         owned = owners(self.current.context, len(output), output.device)
         call = Call(output.shape, output.dtype, output.device, mask, *ids, owned)
-        call = told(self.where, len(self.current.visits), call)
+        call = told(self.where, len(self.current.visits), call, self._copies)
         self.current.told = self.where is not None
         delta = self.current.visit(module, call, output, number, pack or number)
         if delta is not None and delta.shape != output.shape:

@@ -1,6 +1,7 @@
 """What modules are called with and return: what δ is added to, and what a pass may change."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,18 @@ def copies(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(map(copies, value))
     return {k: copies(v) for k, v in value.items()} if type(value) is dict else value
+
+
+@contextmanager
+def copying(model: nn.Module) -> Iterator[None]:
+    """Call the model with copies of the whole numbers it is given, where no site does."""
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: (copies(args), copies(kwargs)), with_kwargs=True, prepend=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def tokens_of(module: nn.Module, entered: Any) -> tuple[Tensor | None, nn.Module | None]:
@@ -47,9 +60,14 @@ def add(output: Tensor, delta: Tensor) -> Tensor:
     return (output.to(delta.dtype) + delta).to(output.dtype)
 
 
+_BESIDE = ("label", "target", "mask", "weight")
+
+
 def chosen_input(site: str, module: nn.Module, arguments: Mapping[str, Any]) -> str:
     """Return the argument of the model that a site "input" or "input:NAME" means."""
     floats = [name for name, value in arguments.items() if _is_float(value)]
+    if ":" not in site:  # labels, masks and weights are read beside an input
+        floats = [n for n in floats if not any(word in n for word in _BESIDE)] or floats
     wanted = site.partition(":")[2] or getattr(unwrap(module), "main_input_name", None)
     if wanted in floats:
         return wanted

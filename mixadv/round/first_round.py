@@ -16,8 +16,10 @@ from mixadv.model import parallel
 from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.compiled_site import CompiledSite
 from mixadv.model.contexts import compute_dtype, gradients_kept, no_grad
+from mixadv.model.modules import unwrap
 from mixadv.model.replay import Noise
 from mixadv.model.scaling import KEY, Formats
+from mixadv.model.values import copying
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.opening import opening
@@ -30,6 +32,7 @@ from mixadv.round.gains import losses_of_samples
 from mixadv.round.passes import Passes, nowhere
 from mixadv.round.readable import (
     check_masks,
+    check_owners,
     check_reading,
     check_replay,
     check_slopes,
@@ -76,6 +79,7 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
         check_masks(stage)
+        check_owners(stage, zero.samples)
         check_replay(plain, zero)
         check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
         if trial.calibration.unit is None:
@@ -87,9 +91,10 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
 
 
 def _plain_pass(stage: Stage) -> Reading:
-    """Run the closure without hooks."""
-    with stage.passes.replay.run():
-        reading = parse_output(stage.passes.closure())
+    """Run the closure without the site's hooks."""
+    model = stage.arena.model
+    with stage.passes.replay.run(), copying(model):
+        reading = parse_output(stage.passes.closure(), (), unwrap(model))
     loss = reading.loss.detach()
     if not bool(loss.isfinite().all()):
         raise GameError(

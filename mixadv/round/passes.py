@@ -49,7 +49,7 @@ class Passes:
             local(arena.model) if self.cut.more else nullcontext(),  # another backward follows
             cast_anew(),
             self.replay.run(),
-            arena.site.run(provide) as current,
+            arena.site.run(provide, copies) as current,
             gradients_untouched(self.parameters),
             KEEPING_BUFFERS if twice else nullcontext(),
             represents.run() if represents else nullcontext(),

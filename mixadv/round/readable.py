@@ -51,6 +51,11 @@ def find_batch(stage: Stage) -> bool:
                 site.orient(visit.module, second)
                 turned |= second
                 break
+        else:  # samples see each other: their number alone tells
+            first, second_size = visit.call.shape[:2]
+            if reading.samples == second_size != first:
+                site.orient(visit.module, True)
+                turned = True
     return turned
 
 
@@ -58,6 +63,19 @@ def _lies_at(slope: Tensor, sample: int, second: bool) -> bool:
     """Return whether a gradient is 0 at all samples but one, if the second dimension is theirs."""
     there = (slope.transpose(0, 1) if second else slope).flatten(1).ne(0).any(1)
     return bool(there[sample]) and int(there.sum()) == 1
+
+
+def check_owners(stage: Stage, samples: int) -> None:
+    """Check that a map of rows to samples is one."""
+    for call in stage.passes.calls:
+        if call.owners is None or call.shape[0] == samples:
+            continue
+        if call.owners.unique().tolist() != [*range(samples)]:
+            raise GameError(
+                f"The model is called with a map of {call.shape[0]} rows to samples, as batch or "
+                f"segments, whose numbers are not those of {samples} predictions, 0 to "
+                f"{samples - 1}: give it another name if it is none."
+            )
 
 
 def check_masks(stage: Stage) -> None:

@@ -58,9 +58,13 @@ class Rounds:
         if self.probing:
             self.probing.close()
         stage = self._begin(closure, check, where)
-        if arena.learner is not None:
-            arena.learner.open_round()
-            self._check_others()
+        try:
+            if arena.learner is not None:
+                arena.learner.open_round()
+                self._check_others()
+        except BaseException:
+            self._close(stage)
+            raise
         found = self.updates, self._stepped
         try:
             self.updates, self._stepped = self.updates + self._stepped, arena.optimizer is None
