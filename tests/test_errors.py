@@ -536,7 +536,7 @@ def test_evaluation_asks_for_what_it_needs():
 
 def test_a_mean_is_not_taken_of_particles_that_share_no_rows():
     strategy = mixadv.Strategy([torch.zeros(2, 5, 1)], log_weights=torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=words("3 predictions", "5 rows", "ensemble")):
+    with pytest.raises(mixadv.GameError, match=words("3 predictions", "5 rows", "ensemble")):
         strategy.mean()
 
 
