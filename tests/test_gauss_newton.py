@@ -293,8 +293,8 @@ class OneRow(nn.Module):
         torch.manual_seed(0)
         self.words, self.head = nn.Embedding(20, 6), nn.Linear(6, 3)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.words(ids).tanh())[0]
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.words(input_ids).tanh())[0]
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -307,7 +307,7 @@ def test_where_rows_and_predictions_do_not_match_one_sign_is_drawn_for_all(steps
     if steps == 1:
         game.backward(closure)
         return
-    with pytest.raises(mixadv.GameError, match=r"7 predictions and 1 rows.*set sign='any'"):
+    with pytest.raises(mixadv.GameError, match=r"7 predictions and 1 rows.*leave out what needs it.*sign='any'"):
         game.backward(closure)
 
 
