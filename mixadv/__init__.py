@@ -66,7 +66,15 @@ __all__ = [
     "wrap",
 ]
 
-_SUBPACKAGES = ("equilibrium", "games", "integrations", "neurons", "robustness", "tokens")
+_SUBPACKAGES = (
+    "equilibrium",
+    "games",
+    "integrations",
+    "mixtures",
+    "neurons",
+    "robustness",
+    "tokens",
+)
 
 
 def __getattr__(name: str) -> Any:

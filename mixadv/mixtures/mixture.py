@@ -1,0 +1,211 @@
+"""The learner's mixed strategy as an object: members, and the probability of each.
+
+p = Σ_m π_m δ_(θ_m)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.checks import check_integer
+from mixadv.errors import GameError, nearest
+from mixadv.game import Game
+from mixadv.mixtures.members import Member, Model, Weights
+from mixadv.model.contexts import no_grad
+
+How = Literal["mean", "draw", "vote"]
+
+
+class Mixture(nn.Module):
+    """Several models, of which one is drawn, by its probability, for each prediction.
+
+    It is called as the member in play is: within `with mixture.member(m):`, closures that call the
+    mixture run the member m, so that whatever attacks or measures a model does so of each.
+
+    Args:
+        members: weights by name that differ from those of the model (a fine-tuned copy, an adapter,
+            a sample of the learner's), whole models, or `Dropout(seed)`.
+        probabilities: π, `[M]`, not negative, which are divided by their sum; None is uniform.
+        model: whose weights are exchanged; needed unless all members are models.
+
+    Attributes:
+        model: in whose place the members play.
+        members: in their order.
+        probabilities: π, `[M]`, fp64 on the CPU.
+
+    Raises:
+        ValueError: for members that do not fit the model, or numbers that are no probabilities.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> mixture = Mixture([{}, {"bias": torch.ones(2)}], [3, 1], model=model)
+        >>> mixture.predict(lambda: mixture(torch.eye(2))).shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Mapping[str, Tensor] | nn.Module | Member],
+        probabilities: Sequence[float] | Tensor | None = None,
+        *,
+        model: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.members = [_member(value) for value in members]
+        if not self.members:
+            raise ValueError("A mixture needs at least one member.")
+        if model is None:
+            first = self.members[0]
+            if not all(isinstance(member, Model) for member in self.members):
+                raise ValueError("Members that are not models change one: Mixture(…, model=model).")
+            assert isinstance(first, Model)
+            model = first.module
+        self.model = model
+        for member in self.members:
+            member.check(model)
+        self._others = nn.ModuleList(m.module for m in self.members if isinstance(m, Model))
+        self.probabilities = _normalised(probabilities, len(self.members))
+        self._playing: nn.Module | None = None
+
+    def __len__(self) -> int:
+        """Return M, the number of members."""
+        return len(self.members)
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model, of transformers."""
+        return getattr(self.model, "config", None)
+
+    @contextmanager
+    def member(self, number: int) -> Iterator[nn.Module]:
+        """Put a member in play while the body runs, and give the module that plays.
+
+        It plays in evaluation mode. Weights, modes and random state are afterwards as they were.
+        """
+        if self._playing is not None:
+            raise GameError("A member of the mixture is in play: leave it before another one.")
+        with self.members[number].playing(self.model) as module:
+            self._playing = module
+            try:
+                yield module
+            finally:
+                self._playing = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the member in play."""
+        if self._playing is None:
+            raise GameError(
+                "No member of the mixture is in play, and it has no one output: predict with "
+                "mixture.predict(lambda: mixture(…)), or call it within mixture.member(m)."
+            )
+        return self._playing(*args, **kwargs)
+
+    def each(self, forward: Callable[[], Any]) -> Tensor:
+        """Return the probabilities that each member gives, `[M, B, C]`.
+
+        Args:
+            forward: calls the mixture; returns logits `[B, C]`, or an output that holds them.
+        """
+        found = []
+        for number in range(len(self)):
+            with no_grad(), self.member(number):
+                result = forward()
+            logits = result if isinstance(result, Tensor) else result.logits
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            found.append(logits.to(wide).softmax(-1))
+        return torch.stack(found)
+
+    def predict(self, forward: Callable[[], Any], how: How = "mean", *, seed: int = 0) -> Tensor:
+        """Return the probabilities of classes, `[B, C]`.
+
+        Args:
+            forward: calls the mixture; returns logits `[B, C]`, or an output that holds them.
+            how: `"mean"` of the members' probabilities, by π; `"draw"` a member for each row, by
+                π, and give its probabilities; `"vote"`, the share by π of the members whose
+                likeliest class it is.
+            seed: of the draw.
+        """
+        if how not in get_args(How):
+            choices = ", ".join(map(repr, get_args(How)))
+            raise ValueError(f"how={how!r} is not one of {choices}.{nearest(how, get_args(How))}")
+        check_integer("predict", "seed", seed, 0)
+        return combine(self.each(forward), self.probabilities, how, seed)
+
+
+def combine(each: Tensor, probabilities: Tensor, how: How, seed: int = 0) -> Tensor:
+    """Return what a mixture predicts `[B, C]`, of the probabilities that each member gives.
+
+    Args:
+        each: `[M, B, C]`.
+        probabilities: of members, `[M]`.
+        how: as in `Mixture.predict`.
+        seed: of the draw.
+    """
+    if how == "draw":
+        source = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(probabilities, each.shape[1], replacement=True, generator=source)
+        return each[drawn.to(each.device), torch.arange(each.shape[1], device=each.device)]
+    if how == "vote":
+        each = nn.functional.one_hot(each.argmax(-1), each.shape[-1]).to(each.dtype)
+    weights = probabilities.to(each)
+    return (weights[:, None, None] * each).sum(0)
+
+
+def mixture_of(game: Game) -> Mixture:
+    """Return the mixture of the learner samples that a game keeps (`samples=`), all alike.
+
+    The samples are copied: training may go on.
+
+    Raises:
+        GameError: if it keeps none.
+
+    Example:
+        >>> import mixadv
+        >>> model = nn.Linear(2, 2)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = mixadv.wrap(base, model, mixadv.MAT(samples=2))
+        >>> def closure():
+        ...     logits = model(torch.eye(2))
+        ...     return nn.functional.cross_entropy(logits, torch.tensor([0, 1])), logits
+        >>> loss = optimizer.step(closure)
+        >>> len(mixture_of(optimizer.game))
+        2
+    """
+    if not isinstance(game, Game):
+        raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}.")
+    samples = [
+        {name: value.detach().clone() for name, value in sample.items()}
+        for sample in game.learner_samples
+    ]
+    return Mixture(samples, model=game.model)
+
+
+def _member(value: Any) -> Member:
+    if isinstance(value, Member):
+        return value
+    if isinstance(value, nn.Module):
+        return Model(value)
+    if isinstance(value, Mapping):
+        return Weights(value)
+    raise TypeError(
+        "A member is weights by name, a model or a Member such as Dropout(seed), got "
+        f"{value!r:.80}."
+    )
+
+
+def _normalised(values: Sequence[float] | Tensor | None, count: int) -> Tensor:
+    if values is None:
+        return torch.full((count,), 1 / count, dtype=torch.float64)
+    found = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    usable = found.shape == (count,) and bool(found.isfinite().all() and (found >= 0).all())
+    if not usable or float(found.sum()) == 0:
+        raise ValueError(
+            f"probabilities must be {count} numbers that are not negative and not all 0, one for "
+            f"each member, got {found.tolist()}."
+        )
+    return found / found.sum()

@@ -1,0 +1,143 @@
+"""Mixtures of members: what is in play, what is predicted, and that nothing is left behind."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import mixadv
+from mixadv.mixtures import Dropout, Mixture, mixture_of
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+
+
+def three(kind: str) -> Mixture:
+    if kind == "models":
+        return Mixture([Net(1), Net(2), Net(3)], [1, 2, 3])
+    if kind == "masks":
+        return Mixture([Dropout(seed) for seed in range(3)], [1, 2, 3], model=Net().train())
+    return Mixture([Net(seed).state_dict() for seed in (1, 2, 3)], [1, 2, 3], model=Net().train())
+
+
+KINDS = ("models", "weights", "masks")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_member_plays_alone_and_leaves_no_trace(kind: str):
+    mixture = three(kind)
+    weights = {name: value.clone() for name, value in mixture.state_dict().items()}
+    modes, state = [m.training for m in mixture.modules()], torch.get_rng_state()
+    with contextlib.suppress(KeyError), mixture.member(1) as module:
+        played = mixture(X)
+        again = module(X), mixture(X)
+        raise KeyError
+    assert torch.equal(state, torch.get_rng_state())
+    assert modes == [m.training for m in mixture.modules()]
+    assert all(torch.equal(played, other) for other in again)
+    if kind != "masks":
+        torch.testing.assert_close(played, Net(2).eval()(X), rtol=0, atol=0)
+    assert all(torch.equal(weights[n], v) for n, v in mixture.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in mixture.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_are_those_of_the_members(kind: str):
+    mixture = three(kind)
+    each = mixture.each(lambda: mixture(X)).double()
+    shares = torch.tensor([1.0, 2.0, 3.0]).double() / 6
+    mean = sum(s * e for s, e in zip(shares, each, strict=True))
+    torch.testing.assert_close(mixture.predict(lambda: mixture(X)).double(), mean)
+    votes = torch.zeros(5, 4).double()
+    for share, own in zip(shares, each, strict=True):
+        votes[torch.arange(5), own.argmax(-1)] += share
+    torch.testing.assert_close(mixture.predict(lambda: mixture(X), "vote").double(), votes)
+    drawn = mixture.predict(lambda: mixture(X), "draw", seed=3).double()
+    assert torch.equal(drawn, mixture.predict(lambda: mixture(X), "draw", seed=3).double())
+    assert all(any(torch.equal(row, e[i]) for e in each) for i, row in enumerate(drawn))
+
+
+def test_a_draw_is_by_the_probabilities():
+    mixture = three("models")
+    rows = X[:1].expand(4000, 3)
+    each = mixture.each(lambda: mixture(rows))[:, 0]
+    drawn = mixture.predict(lambda: mixture(rows), "draw")
+    found = torch.stack([(drawn == e).all(-1).double().mean() for e in each])
+    torch.testing.assert_close(found, mixture.probabilities, atol=0.03, rtol=0)
+
+
+@given(st.lists(st.floats(0, 10), min_size=3, max_size=3).filter(lambda values: sum(values) > 1e-3))
+def test_probabilities_are_numbers_divided_by_their_sum(values: list[float]):
+    mixture = Mixture([{}, {}, {}], values, model=nn.Linear(1, 1))
+    assert abs(float(mixture.probabilities.sum()) - 1) < 1e-12
+    assert (mixture.probabilities >= 0).all()
+
+
+def test_masks_drawn_anew_are_others():
+    mixture = three("masks")
+    assert isinstance(mixture.members[0], Dropout)
+    again = [member.drawn_anew(5) for member in mixture.members]
+    fresh = Mixture(again, model=mixture.model)
+    old, new = mixture.each(lambda: mixture(X)), fresh.each(lambda: fresh(X))
+    assert all(not torch.equal(a, b) for a in old for b in new)
+    assert three("weights").members[0].drawn_anew(5)
+
+
+def test_the_mixture_of_a_game_is_that_of_its_samples():
+    model = Net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = mixadv.wrap(base, model, mixadv.MAT(samples=3))
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logits = model(X)
+        return nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 3, 0])), logits
+
+    for _ in range(3):
+        optimizer.step(closure)
+    mixture = mixture_of(optimizer.game)
+    model.eval()
+    expected = optimizer.game.mixture(lambda: model(X)).exp()
+    torch.testing.assert_close(mixture.predict(lambda: mixture(X)), expected)
+    optimizer.step(closure)  # the mixture's samples are its own
+    torch.testing.assert_close(mixture.predict(lambda: mixture(X)), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Mixture([]), "at least one member"),
+        (lambda: Mixture([{}]), r"Mixture\(…, model=model\)"),
+        (lambda: Mixture([{"x": X}], model=Net()), "no tensor of this name"),
+        (lambda: Mixture([{"layers.0.bias": X}], model=Net()), "differ in shape"),
+        (lambda: Mixture([Net(), Net()], [1, -1]), "not negative"),
+        (lambda: Mixture([Net(), Net()], [1]), "2 numbers"),
+        (lambda: Mixture([Dropout(0)], model=nn.Linear(1, 1)), "no dropout"),
+        (lambda: three("models").predict(lambda: X, "median"), "'mean', 'draw', 'vote'"),
+    ],
+)
+def test_what_is_no_mixture_is_refused(make, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_mixture_has_no_output_of_its_own():
+    mixture = three("models")
+    with pytest.raises(mixadv.GameError, match="No member of the mixture is in play"):
+        mixture(X)
+    with pytest.raises(mixadv.GameError, match="leave it"), mixture.member(0), mixture.member(1):
+        pass
+    with pytest.raises(TypeError, match="A member is weights by name"):
+        Mixture([3], model=Net())  # pyright: ignore[reportArgumentType]
