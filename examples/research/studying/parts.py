@@ -126,6 +126,8 @@ class Subject:
     """share of the updates in which the rate rises"""
     weight_decay: StrictFloat = Run.weight_decay
     """of AdamW"""
+    hold_out: StrictInt = 0
+    """training rows that the runs of its searches are judged on; 0 takes the study's"""
 
     def __post_init__(self) -> None:
         for rate in self.learning_rates:  # raises for a value out of range

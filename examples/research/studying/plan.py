@@ -72,10 +72,10 @@ class Study:
                 known(f"{name}: methods", method, self.methods)
             if subject.methods and PLAIN not in subject.methods:
                 raise ValueError(f"{name}: methods need plain, which the others are compared with.")
-            if self.hold_out < 1 and subject.searched:
+            if self.judged_on(name) < 1 and subject.searched:
                 raise ValueError(
                     f"{name} has rates to choose from, which takes rows to choose them on: "
-                    f"hold_out must be at least 1, got {self.hold_out}."
+                    f"hold_out must be at least 1, got {self.judged_on(name)}."
                 )
 
     # Runs ------------------------------------------------------------------------------------
@@ -84,6 +84,10 @@ class Study:
         """Return the methods that are trained on a task."""
         chosen = self.tasks[task].methods or self.methods
         return [method for method in self.methods if method in chosen]
+
+    def judged_on(self, task: str) -> int:
+        """Return how many training rows the runs of a task's searches are judged on."""
+        return self.tasks[task].hold_out or self.hold_out
 
     def search(self, task: str, method: str) -> dict[float, list[Run]]:
         """Return by rate the runs that a method's is chosen by; none where there is one.
@@ -95,7 +99,7 @@ class Study:
             return {}
         return {
             rate: [
-                self._run(task, method, rate, seed, hold_out=self.hold_out)
+                self._run(task, method, rate, seed, hold_out=self.judged_on(task))
                 for seed in self.search_seeds
             ]
             for rate in rates
