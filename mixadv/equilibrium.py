@@ -264,14 +264,9 @@ def _finite(payoffs: Tensor) -> Tensor:
 
 def _best(q: Strategy, payoffs: Tensor) -> Strategy:
     """Return the pure strategy that plays in each row the particle that pays most."""
-    points = []
-    for point in q.points:
-        rows, known = point.shape[1], payoffs
-        if rows % known.shape[1]:  # samples that share no rows at the site: one for the batch
-            known = known.mean(1, keepdim=True)
-        which = known.argmax(0).repeat_interleave(rows // known.shape[1])
-        points.append(point.detach()[which, torch.arange(rows, device=which.device)][None])
-    return Strategy(points, q.masks, None, q.unit)
+    if not q.knows(payoffs.shape[1]):  # one for the batch
+        payoffs = payoffs.mean(1, keepdim=True)
+    return q.choose(payoffs.argmax(0))
 
 
 @contextmanager

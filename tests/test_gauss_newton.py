@@ -307,7 +307,9 @@ def test_where_rows_and_predictions_do_not_match_one_sign_is_drawn_for_all(steps
     if steps == 1:
         game.backward(closure)
         return
-    with pytest.raises(mixadv.GameError, match=r"7 predictions and 1 rows.*leave out what needs it.*sign='any'"):
+    with pytest.raises(
+        mixadv.GameError, match=r"7 predictions and 1 rows.*leave out what needs it.*sign='any'"
+    ):
         game.backward(closure)
 
 

@@ -132,12 +132,12 @@ def owners(context: Mapping[str, Any], rows: int, device: torch.device) -> Tenso
     """Return the sample that each of the rows at the site belongs to, where the model is told.
 
     By a map of segments, as of graphs in a batch, or by inputs `[B, C, ...]` of several rows each,
-    as of multiple choice. It is never guessed from sizes.
+    as of multiple choice: what is chosen between is one sample. It is never guessed from sizes.
     """
     whole = {k: v for k, v in context.items() if isinstance(v, Tensor) and not _is_real(v)}
     for name in _SEGMENTS:
         if name in whole and whole[name].shape == (rows,):
-            return whole[name]
+            return whole[name].long()
     for ids in whole.values():
         if ids.dim() > 2 and ids.shape[:2].numel() == rows:
             return torch.arange(rows, device=device) // ids.shape[1]

@@ -79,7 +79,7 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
         check_masks(stage)
-        check_owners(stage, zero.samples)
+        check_owners(stage, zero)
         check_replay(plain, zero)
         check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
         if trial.calibration.unit is None:

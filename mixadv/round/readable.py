@@ -65,16 +65,28 @@ def _lies_at(slope: Tensor, sample: int, second: bool) -> bool:
     return bool(there[sample]) and int(there.sum()) == 1
 
 
-def check_owners(stage: Stage, samples: int) -> None:
-    """Check that a map of rows to samples is one."""
-    for call in stage.passes.calls:
-        if call.owners is None or call.shape[0] == samples:
+def check_owners(stage: Stage, zero: Reading) -> None:
+    """Check that a map of rows to samples is one; rows that predict by themselves are samples.
+
+    Of a loss alone, of which there is one for the batch, only a map in order is taken for one.
+    """
+    counted = zero.loss.dim() > 0 or zero.predictions is not None
+    for visit in stage.passes.kept[-1].visits:
+        call, rows = visit.call, visit.call.shape[0]
+        if call.owners is None:
             continue
-        if call.owners.unique().tolist() != [*range(samples)]:
+        numbers = call.owners.unique().tolist()
+        if counted and zero.samples == rows and len(numbers) < rows:
+            stage.arena.site.apart.add(visit.module)
+            continue
+        samples = zero.samples if counted else len(numbers)
+        ordered = counted or bool((call.owners.diff() >= 0).all())
+        if numbers != [*range(samples)] or not ordered:
+            said = f"{samples} predictions" if counted else "samples in order"
             raise GameError(
-                f"The model is called with a map of {call.shape[0]} rows to samples, as batch or "
-                f"segments, whose numbers are not those of {samples} predictions, 0 to "
-                f"{samples - 1}: give it another name if it is none."
+                f"The model is called with a map of {rows} rows to samples, as batch or segments, "
+                f"whose numbers are not those of {said}, 0 to {samples - 1}: give it another name "
+                "if it is none, and return (loss, logits) or one loss per sample from the closure."
             )
 
 
