@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import mixadv
 from mixadv.model.masks import told
 from mixadv.model.visits import Call
+from mixadv.players.strategy import Strategy
 from tests.zoo import player
 
 PLAYERS = ["noise", "fgm", "pgd", "freelb", "vat", "r3f", "smart", "mat"]
@@ -478,42 +479,46 @@ class Graphs(nn.Module):
         return self.out(pooled)
 
 
-@given(
-    st.lists(st.integers(1, 4), min_size=2, max_size=4),
-    st.sampled_from(["pgd", "mat", "ensemble", "vat", "gauss_newton"]),
-    st.integers(0, 99),
-)
-@settings(max_examples=30)
-def test_nodes_of_a_graph_are_moved_by_its_own_payoff(sizes: list[int], name: str, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    model = Graphs().double()
-    batch = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    nodes = torch.randn(len(batch), 5, generator=generator).double()
-    order = torch.randperm(len(batch), generator=generator)  # nodes in any order
-    nodes, batch = nodes[order], batch[order]
-    far = {"radius": 3.0, "unit": "absolute"}
-    solvers = {
-        "pgd": mixadv.PGD(step_size=1.0, **far),
-        "mat": mixadv.MAT(particles=3, step_size=1.0, **far),
-        "ensemble": mixadv.MAT(particles=3, play_as="ensemble", step_size=1.0, **far),
-        "vat": mixadv.VAT(sign="boundary", **far),
-        "gauss_newton": mixadv.VAT(direction="gauss_newton", steps=2, **far),
-    }
+def test_rows_that_predict_by_themselves_are_samples_whatever_map_there_is():
+    """As of cells that were measured in batches."""
 
-    def points(x: Tensor) -> Tensor:
-        def closure() -> Any:
-            logits = model(x, batch)
-            labels = torch.arange(len(sizes)) % 2
-            return F.cross_entropy(logits, labels, reduction="none"), logits
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.shift = nn.Linear(5, 3), nn.Embedding(3, 3)
 
-        base = torch.optim.SGD(model.parameters(), lr=0.0)
-        optimizer = mixadv.wrap(base, model, solvers[name], site="input:x", seed=seed)
-        optimizer.step(closure)
-        return optimizer.game.strategy.points[0]
+        def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+            return self.cell(x) + self.shift(batch)
 
-    other = torch.where((batch == 0)[:, None], 5 - 3 * nodes, nodes)
-    rest = batch > 0
-    torch.testing.assert_close(points(nodes)[:, rest], points(other)[:, rest])
+    model, x, batch = Cells(), torch.randn(6, 5), torch.tensor([0, 2, 1, 0, 2, 2])
+
+    def closure() -> Any:
+        logits = model(x, batch)
+        return F.cross_entropy(logits, torch.arange(6) % 3), logits
+
+    solver = mixadv.FGM(radius=0.5, unit="absolute")
+    norms = first_points(model, solver, closure, site="input:x")[0].norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((6,), 0.5))
+    with pytest.raises(mixadv.GameError, match="not those of samples in order"):
+        first_points(model, solver, lambda: closure()[0], site="input:x")
+
+
+def test_a_sample_of_several_rows_draws_falls_and_counts_as_one():
+    owners, points = torch.tensor([0, 1, 0, 1, 1]), torch.randn(3, 5, 2)
+    q = Strategy([points], log_weights=torch.randn(3, 2).log_softmax(0), owners=[owners])
+    drawn = q.sample(torch.Generator().manual_seed(0)).points[0][0]
+    for sample in (0, 1):
+        rows = owners == sample
+        assert any(drawn[rows].equal(point[rows]) for point in points)
+    lengths = [points[:, owners == sample].flatten(1).norm(dim=1) for sample in (0, 1)]
+    torch.testing.assert_close(q.length(), torch.stack(lengths).mean())
+    gradient = torch.ones_like(points)
+    gradient[1, 3, 0] = torch.nan
+    rule = mixadv.PGD(radius=None, unit="absolute").move
+    moved, [fallen] = q.move([gradient], lambda i, *move: rule(*move), torch.rand)
+    assert int(fallen.sum()) == 1
+    assert not moved.points[0][1, owners == 1].any()
+    assert moved.points[0][1, owners == 0].any()
 
 
 def test_a_map_that_is_none_of_samples_is_refused():

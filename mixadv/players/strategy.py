@@ -121,12 +121,12 @@ class Strategy:
                 slope = torch.where(repeated > 0, slope, torch.zeros_like(slope))
             owned = repeat_owners(owner, self.size)
             new = rule(index, flat, slope, repeated, draw, owned)
-            finite = (slope.isfinite() & new.isfinite()).flatten(1).all(1)
-            whole = finite if owned is None else of_samples(finite.float(), owned, "amin") > 0
-            fallen.append(~whole.view(self.size, -1).all(0))
-            finite = whole if owned is None else whole[owned]
-            finite = finite.view(-1, *[1] * (flat.dim() - 1))
-            new = torch.where(finite, new, torch.zeros_like(new))
+            fell = ~(slope.isfinite() & new.isfinite()).flatten(1).all(1)
+            if owned is not None:  # the other rows of a sample fall with one
+                fell = of_samples(fell.to(slope.dtype), owned, "amax") > 0
+            fallen.append(fell.view(self.size, -1).any(0))
+            fell = (fell if owned is None else fell[owned]).view(-1, *[1] * (flat.dim() - 1))
+            new = torch.where(fell, torch.zeros_like(new), new)
             moved.append(new.view_as(point).requires_grad_())
         return self._at(moved), fallen
 

@@ -66,7 +66,7 @@ class Passes:
             reading = reading._replace(hidden=represents.take())
         if arena.calibration.scaling is not None:
             reading = reading.widened()
-        if reading.loss.shape == (1,) and current.calls[0].shape[0] > 1:
+        if reading.loss.shape == (1,) and not _one_sample(reading, current.calls[0]):
             reading = reading._replace(loss=reading.loss[0])
         return reading._replace(samples=self._count(reading) // copies)
 
@@ -210,6 +210,13 @@ class Passes:
         """Take the hooks away."""
         self.kept.clear()
         self.arena.site.detach()
+
+
+def _one_sample(reading: Reading, call: Call) -> bool:
+    """Return whether a loss `[1]` is that of one sample, and not of a batch."""
+    if reading.predictions is not None:
+        return len(reading.predictions) == 1
+    return call.shape[0] == 1 or call.owners is not None
 
 
 def nowhere(index: int, call: Call, output: Tensor) -> None:

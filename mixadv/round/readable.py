@@ -61,6 +61,7 @@ def find_batch(stage: Stage) -> bool:
 
 def _lies_at(slope: Tensor, sample: int, second: bool) -> bool:
     """Return whether a gradient is 0 at all samples but one, if the second dimension is theirs."""
+    slope = slope.nan_to_num(0, 0, 0)  # as it may be at padding
     there = (slope.transpose(0, 1) if second else slope).flatten(1).ne(0).any(1)
     return bool(there[sample]) and int(there.sum()) == 1
 
