@@ -211,6 +211,26 @@ def test_hidden_states_are_no_heads_and_answers_no_predictions():
         parse_output((loss, (logits, logits[:2])))
 
 
+@pytest.mark.parametrize("name", [*COMPARING, "gauss_newton"])
+def test_a_vocabulary_that_is_ruled_out_in_part_is_played_as_if_it_were_not_there(name: str):
+    model, x, allowed = nn.Linear(6, 9), torch.randn(5, 6), torch.arange(9) < 4
+    labels = torch.arange(5) % 4
+    moves = {"direction": "gauss_newton"} if name == "gauss_newton" else {}
+    played = solver("vat" if moves else name, **moves)
+
+    def points(cut: bool) -> Tensor:
+        def closure() -> Any:
+            logits = model(x)
+            seen = logits[:, allowed] if cut else logits.masked_fill(~allowed, -torch.inf)
+            return F.cross_entropy(seen, labels), seen
+
+        game = step(model, played, closure)
+        assert game.outcome.payoff > 0
+        return game.strategy.points[0]
+
+    torch.testing.assert_close(points(False), points(True), rtol=1e-4, atol=1e-6)
+
+
 # No softmax --------------------------------------------------------------------------------------
 
 

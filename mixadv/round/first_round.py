@@ -36,6 +36,7 @@ from mixadv.round.readable import (
     check_reading,
     check_replay,
     check_slopes,
+    difference,
     find_batch,
 )
 from mixadv.round.stage import Stage
@@ -246,4 +247,4 @@ def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
 def _distance(a: Reading, b: Reading) -> float:
     """Return the root mean square difference of two passes' predictions, or else losses."""
     first, second = ((r.loss if r.predictions is None else r.predictions).detach() for r in (a, b))
-    return float((first.double() - second.double()).square().mean().sqrt())
+    return float(difference(first.double(), second.double()).square().mean().sqrt())
