@@ -463,6 +463,29 @@ def test_the_batch_is_found_in_what_samples_read(length: int, rows: int, read: A
     torch.testing.assert_close(found[:2], points(2), rtol=1e-3, atol=1e-5)
 
 
+def test_ids_that_read_alike_both_ways_do_not_tell_the_batch():
+    class Along(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.words(input_ids.T)).sum(0))
+
+    model, ids = Along(), torch.tensor([[1, 2], [2, 5]])
+
+    def closure() -> Any:
+        logits = model(ids)
+        return F.cross_entropy(logits, torch.arange(2)), logits
+
+    found = first_points(model, mixadv.FGM(radius=1.0, unit="absolute"), closure, site="words")[0]
+    embedded = model.words(ids).detach().requires_grad_()
+    loss = F.cross_entropy(model.out(torch.tanh(embedded).sum(1)), torch.arange(2))
+    [slope] = torch.autograd.grad(loss, embedded)
+    lengths = slope.flatten(1).norm(dim=1)[:, None, None]
+    torch.testing.assert_close(found, slope / lengths)
+
+
 # Which row is whose ------------------------------------------------------------------------------
 
 
