@@ -250,3 +250,30 @@ def test_what_a_sample_is_moved_by_is_its_own(name: str, layout: str, data: st.D
     torch.testing.assert_close(whole, single, rtol=1e-6, atol=1e-9)
     if len(batch.weights) > 1:
         torch.testing.assert_close(batch.weights[:, [alone]], one.weights, rtol=1e-6, atol=1e-9)
+
+
+def test_a_shared_delta_is_one_for_each_word_where_the_gradient_of_padding_is_not_finite():
+    samples = [Sample([[1, 2, 3]], 0), Sample([[3]], 1), Sample([[2, 4]], 2)]
+    laid = lay("first", samples, [0, 1, 2], [0])
+    played = play(
+        mixadv.CAT(source="pooled", representation=lambda x: x), "first", laid, [0], "each"
+    )
+    points, ids = played.points[0], laid.inputs["input_ids"]
+    assert not played.outcome.nonfinite
+    assert not points[~laid.real].any()
+    for word in (2, 3):
+        one, other = points[ids == word]
+        assert one.any()
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("layout", ["choices", "graphs"])
+def test_how_far_a_row_is_driven_counts_for_its_own_sample(layout: str):
+    """The payoff of CreAT with representations of rows is that with their sum for each sample."""
+    samples = [Sample([[1, 2], [3], [4, 5]], 0), Sample([[6], [7], [8]], 1)]
+    laid = lay(layout, samples, [0, 1], [5, 3, 1, 0, 2, 4])
+    rows = "encoder.out" if layout == "choices" else "hidden"
+    solver = mixadv.CreAT(source=rows, representation=lambda x: x, radius=0.5, unit="absolute")
+    each, mean = (play(solver, layout, laid, [0, 1], how).points for how in ("each", "mean"))
+    assert each.any()
+    torch.testing.assert_close(each, mean)

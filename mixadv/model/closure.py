@@ -34,6 +34,7 @@ class Reading(NamedTuple):
         heads: how many the predictions are of.
         left_out: tensors behind the predictions in what the closure returned, that may be more.
         labelled: whether labels told which predictions count.
+        owners: the sample that each row at the site belongs to, where it is known.
     """
 
     loss: Tensor
@@ -44,6 +45,7 @@ class Reading(NamedTuple):
     heads: int = 1
     left_out: int = 0
     labelled: bool = False
+    owners: Tensor | None = None
 
     @property
     def objective(self) -> Tensor:

@@ -68,7 +68,8 @@ class Passes:
             reading = reading.widened()
         if reading.loss.shape == (1,) and not _one_sample(reading, current.calls[0]):
             reading = reading._replace(loss=reading.loss[0])
-        return reading._replace(samples=self._count(reading) // copies)
+        owners = current.calls[0].owners
+        return reading._replace(samples=self._count(reading) // copies, owners=owners)
 
     def _count_predictions(self, reading: Reading, copies: int) -> Reading:
         """Count the predictions per token that the loss reads, where no labels tell which."""
