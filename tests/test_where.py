@@ -370,6 +370,38 @@ def test_a_call_under_no_grad_gets_no_delta_and_counts_in_nothing():
         assert float(outcome.radius) == pytest.approx(float(own), rel=1e-5)
 
 
+@pytest.mark.parametrize("orders", [("tg", "gt"), ("tg", "g"), ("g", "tg"), ("tgt", "gtt")])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_calls_under_no_grad_may_change_from_round_to_round_or_it_is_said(
+    orders: tuple[str, str], recompute: bool
+):
+    """A pass without gradients goes by the round before: as it does, or the round is refused."""
+    one = player("bert", rows=4)
+
+    def ordered(calls: str) -> Callable[[], Any]:
+        def run() -> Any:
+            total, logits = torch.zeros(()), None
+            for call in calls:
+                with torch.set_grad_enabled(call == "g" and torch.is_grad_enabled()):
+                    output = one.closure()()
+                if call == "g":
+                    logits, total = output.logits, total + output.loss
+            return total, logits
+
+        return run
+
+    game = mixadv.Game(one.model, mixadv.ALUM(recompute=recompute))
+    for _ in range(2):
+        game.backward(ordered(orders[0]))
+        assert len(game.strategy.points) == 1
+    if recompute:
+        with pytest.raises(mixadv.GameError, match=r"under no_grad.*or set recompute=False"):
+            game.backward(ordered(orders[1]))
+    else:
+        game.backward(ordered(orders[1]))
+        assert len(game.strategy.points) == 1
+
+
 def test_calls_in_reentrant_checkpoints_are_not_taken_for_such():
     one = player("bert", rows=4)
     keywords = {"use_reentrant": True}
