@@ -20,6 +20,7 @@ import mixadv
 from mixadv.model.masks import told
 from mixadv.model.visits import Call
 from mixadv.players.strategy import Strategy
+from tests.families_zoo import FAMILIES
 from tests.zoo import player
 
 PLAYERS = ["noise", "fgm", "pgd", "freelb", "vat", "r3f", "smart", "mat"]
@@ -451,6 +452,19 @@ def test_a_model_of_texts_and_images_lists_its_embeddings():
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
     with pytest.raises(ValueError, match=r"text_model.embeddings.token_embedding.*site="):
         mixadv.Game(model, mixadv.FGM())
+
+
+def test_images_that_are_left_as_they_are_are_told_where_no_site_is_named():
+    one = FAMILIES["Siglip"].build(), FAMILIES["Siglip"].batch()
+    for model, batch in (one, (FAMILIES["Llava"].build(), FAMILIES["Llava"].batch())):
+        game = mixadv.Game(model.eval(), mixadv.FGM())
+        [site] = game.site.names
+        if model is one[0]:
+            with pytest.warns(UserWarning, match=r"pixel_values'\] too.*site='input:pixel_values'"):
+                game.backward(lambda: model(**batch))  # noqa: B023
+        game.backward(lambda: model(**batch))  # noqa: B023
+        for named in (site, "input:pixel_values", [site, "input:pixel_values"]):
+            mixadv.Game(model, mixadv.FGM(), named).backward(lambda: model(**batch))  # noqa: B023
 
 
 def test_speech_encoders_that_train_say_the_cure():

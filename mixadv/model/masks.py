@@ -151,12 +151,17 @@ _PLACES = [
 ]
 
 
+def placeholders(model: nn.Module) -> list[int]:
+    """Return the ids in whose places a model reads something else, as its configuration says."""
+    config = getattr(model, "config", None)
+    return [place for name in _PLACES if isinstance(place := getattr(config, name, None), int)]
+
+
 def without_placeholders(
     mask: Tensor | None, model: nn.Module, output: Tensor, entered: Any
 ) -> Tensor | None:
     """Return the mask without ids whose embeddings a model overwrites, by those of images, say."""
-    config = getattr(model, "config", None)
-    places = [place for name in _PLACES if isinstance(place := getattr(config, name, None), int)]
+    places = placeholders(model)
     if not places or not is_whole(entered) or entered.shape != output.shape[:2]:
         return mask
     text = entered != places[0]

@@ -46,6 +46,7 @@ class Site:
             its own input), the name of a submodule, a submodule, `"input"`, or several of them.
 
     Attributes:
+        named: whether the user said which modules.
         where: where δ may act in the round that is open; None is at real tokens.
         unsure: modules of which it is not known whether the batch comes first.
         apart: modules of whose rows each is a sample, whatever map the model is called with.
@@ -55,6 +56,7 @@ class Site:
         self.model = model
         self._inner = unwrap(model)
         self.targets = find(model, site)
+        self.named = site is not None
         self.current: Pass | None = None
         self._alive: list[weakref.ref[Pass]] = []
         self._handles: list[Any] = []

@@ -31,6 +31,7 @@ from mixadv.round.cost import count_passes
 from mixadv.round.gains import losses_of_samples
 from mixadv.round.passes import Passes, nowhere
 from mixadv.round.readable import (
+    check_inputs,
     check_masks,
     check_owners,
     check_reading,
@@ -80,6 +81,7 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
         check_masks(stage)
+        check_inputs(stage)
         check_owners(stage, zero)
         check_replay(plain, zero)
         check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))

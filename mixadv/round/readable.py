@@ -11,6 +11,7 @@ from mixadv.maths.divergence import divergence
 from mixadv.model.closure import Reading
 from mixadv.model.contexts import compute_dtype
 from mixadv.model.heads import kind_of
+from mixadv.model.masks import placeholders
 from mixadv.model.modules import unwrap
 from mixadv.round.arena import Arena
 from mixadv.round.stage import Stage
@@ -108,6 +109,34 @@ def check_masks(stage: Stage) -> None:
                     stacklevel=8,
                 )
                 return
+
+
+_BESIDES = ("pixel", "image", "video", "audio", "input_features", "input_values")
+
+
+def check_inputs(stage: Stage) -> None:
+    """Warn of images or sounds that are read beside ids, where nobody said which δ is added to.
+
+    Not of a language model that reads them in the places of some of its ids.
+    """
+    site, current = stage.arena.site, stage.passes.kept[-1]
+    if site.named or placeholders(unwrap(stage.arena.model)):
+        return
+    if all(visit.call.ids is None for visit in current.visits):
+        return
+    besides = [
+        name
+        for name, value in current.context.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
+        if any(word in name for word in _BESIDES) and "mask" not in name
+    ]
+    if besides:
+        warnings.warn(
+            f"The model is called with {besides} too, which stay as they are: δ acts at "
+            f"{site.names} alone. Say so with site={site.names[0]!r}, or choose "
+            f"site='input:{besides[0]}', or a list of both.",
+            stacklevel=8,
+        )
 
 
 def check_replay(plain: Reading, zero: Reading) -> None:
