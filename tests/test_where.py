@@ -489,9 +489,14 @@ class Recurrent(nn.Module):
         return self.out(hidden.mean(0) if self.read is None else hidden[self.read])
 
 
-@given(st.integers(2, 6), st.integers(2, 6), st.sampled_from([None, 0, -1]), st.booleans())
-@settings(max_examples=15)
-def test_the_batch_is_found_in_what_samples_read(length: int, rows: int, read: Any, losses: bool):
+@given(
+    st.integers(2, 6),
+    st.integers(2, 6),
+    st.sampled_from([None, 0, -1]),
+    st.sampled_from(["each", "logits", "alone"]),
+)
+@settings(max_examples=20)
+def test_the_batch_is_found_in_what_samples_read(length: int, rows: int, read: Any, how: str):
     torch.manual_seed(length)
     model, frames, labels = Recurrent(read), torch.randn(length, rows, 5), torch.arange(rows) % 3
 
@@ -499,14 +504,45 @@ def test_the_batch_is_found_in_what_samples_read(length: int, rows: int, read: A
         def closure() -> Any:
             logits = model(frames[:, :number])
             loss = F.cross_entropy(logits, labels[:number], reduction="none")
-            return loss if losses else (loss.mean(), logits)
+            return {"each": loss, "logits": (loss.mean(), logits), "alone": loss.mean()}[how]
 
         return first_points(model, mixadv.FGM(radius=1.0, unit="absolute"), closure)[0]
 
     found = points(rows)
     assert found.shape == (rows, length, 5)
     torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(rows))
-    torch.testing.assert_close(found[:2], points(2), rtol=1e-3, atol=1e-5)
+    for number in (1, 2):
+        torch.testing.assert_close(found[:number], points(number), rtol=1e-3, atol=1e-5)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.booleans(), st.booleans())
+@settings(max_examples=20)
+def test_the_batch_comes_first_where_a_loss_alone_shows_it(
+    rows: int, length: int, pooled: bool, summed: bool
+):
+    torch.manual_seed(rows)
+    reads = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    model = (lambda x: reads(x.mean(1))) if pooled else (lambda x: reads(x).max(1).values)
+    x, labels = torch.randn(rows, length, 5), torch.arange(rows) % 3
+    reduction = "sum" if summed else "mean"
+    closure = lambda: F.cross_entropy(model(reads[0].extra(x)), labels, reduction=reduction)  # noqa: E731
+    reads[0].extra = nn.Identity()
+    solver = mixadv.FGM(radius=1.0, unit="absolute")
+    found = first_points(reads, solver, closure, site="0.extra")[0]
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(rows))
+
+
+def test_a_batch_that_nothing_shows_is_warned_of():
+    """Samples see each other, and there is one loss: nothing tells them from steps."""
+    model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.BatchNorm1d(15), nn.Linear(15, 3))
+    x, labels = torch.randn(4, 3, 5), torch.arange(4) % 3
+    closure = lambda: F.cross_entropy(model(x), labels)  # noqa: E731
+    with pytest.warns(UserWarning, match=r"\[4, 3, 5\], and which .* beside the loss"):
+        first_points(model, mixadv.FGM(), closure, site="0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_points(model, mixadv.FGM(), lambda: (closure(), model(x)), site="0")
+        first_points(model, mixadv.FGM(per="token"), closure, site="0")
 
 
 def test_ids_that_read_alike_both_ways_do_not_tell_the_batch():

@@ -226,7 +226,7 @@ class Site:
             self.orient(module, turned)
         elif module not in self._turned:
             self.unsure.add(module)
-        turned = self._turned.get(module, False)
+        turned = self.second(module)
         if turned:
             output = output.transpose(0, 1)
             entered = entered.T if isinstance(entered, Tensor) and entered.dim() == 2 else entered
@@ -248,6 +248,10 @@ class Site:
         """Note whether the batch is the second dimension of what a module returns."""
         self._turned[module] = second
         self.unsure.discard(module)
+
+    def second(self, module: nn.Module) -> bool:
+        """Return whether the batch is the second dimension of what a module returns."""
+        return self._turned.get(module, False)
 
     def _owners(self, module: nn.Module, rows: int, device: torch.device) -> Tensor | None:
         """Return the sample of each row of what a module returned, where it is known."""

@@ -29,6 +29,7 @@ from mixadv.round.arena import Arena, Calibration, Memory
 from mixadv.round.carried import Carried
 from mixadv.round.cost import count_passes
 from mixadv.round.gains import losses_of_samples
+from mixadv.round.layout import find_batch
 from mixadv.round.passes import Passes, nowhere
 from mixadv.round.readable import (
     check_inputs,
@@ -38,7 +39,6 @@ from mixadv.round.readable import (
     check_replay,
     check_slopes,
     difference,
-    find_batch,
 )
 from mixadv.round.stage import Stage
 from mixadv.round.unit import mean_length, measuring, no_trace

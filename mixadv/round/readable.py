@@ -15,56 +15,6 @@ from mixadv.model.masks import placeholders
 from mixadv.model.modules import unwrap
 from mixadv.round.arena import Arena
 from mixadv.round.stage import Stage
-from mixadv.round.unit import measuring
-
-
-def find_batch(stage: Stage) -> bool:
-    """Find the batch among the dimensions of what the site returns, where no ids or mask told it.
-
-    The gradient of a sample's own predictions lies at that sample alone: of the first and of the
-    last sample, in the dimension that is the batch. Where samples see each other nothing is found.
-
-    Returns:
-        Whether it was found in the second dimension, so that what was measured is to be anew.
-    """
-    passes, site = stage.passes, stage.arena.site
-    turned = False
-    slopes: list[list[Tensor]] = []
-    if not site.unsure:
-        return False
-    for sample in (0, -1):
-        leaves: list[Tensor] = []
-        with passes.frozen():
-            reading = passes.run(measuring([], leaves))
-            values = reading.loss if reading.predictions is None else reading.predictions
-            if values.dim() == 0 or len(values) < 2 or not values.requires_grad:
-                return False
-            own = values[sample].reshape(-1)
-            weights = torch.linspace(1, 2, len(own), dtype=own.dtype, device=own.device)
-            slopes.append(passes.differentiate((own * weights).sum(), leaves))
-    for visit, *pair in zip(passes.kept[-1].visits, *slopes, strict=True):
-        if visit.module not in site.unsure:
-            continue
-        for second in (False, True):
-            sizes = visit.call.shape[int(second)]
-            there = (_lies_at(g, k, second) for g, k in zip(pair, (0, -1), strict=True))
-            if sizes == reading.samples and all(there):
-                site.orient(visit.module, second)
-                turned |= second
-                break
-        else:  # samples see each other: their number alone tells
-            first, second_size = visit.call.shape[:2]
-            if reading.samples == second_size != first:
-                site.orient(visit.module, True)
-                turned = True
-    return turned
-
-
-def _lies_at(slope: Tensor, sample: int, second: bool) -> bool:
-    """Return whether a gradient is 0 at all samples but one, if the second dimension is theirs."""
-    slope = slope.nan_to_num(0, 0, 0)  # as it may be at padding
-    there = (slope.transpose(0, 1) if second else slope).flatten(1).ne(0).any(1)
-    return bool(there[sample]) and int(there.sum()) == 1
 
 
 def check_owners(stage: Stage, zero: Reading) -> None:
