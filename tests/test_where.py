@@ -534,7 +534,12 @@ def test_the_batch_comes_first_where_a_loss_alone_shows_it(
 
 def test_a_batch_that_nothing_shows_is_warned_of():
     """Samples see each other, and there is one loss: nothing tells them from steps."""
-    model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.BatchNorm1d(15), nn.Linear(15, 3))
+
+    class Whitened(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x.mean(0)) / x.std(0)
+
+    model = nn.Sequential(nn.Identity(), nn.Flatten(), Whitened(), nn.Linear(15, 3))
     x, labels = torch.randn(4, 3, 5), torch.arange(4) % 3
     closure = lambda: F.cross_entropy(model(x), labels)  # noqa: E731
     with pytest.warns(UserWarning, match=r"\[4, 3, 5\], and which .* beside the loss"):

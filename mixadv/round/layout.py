@@ -1,9 +1,11 @@
 """Which dimension of what the site returns is the batch, where no ids or mask told it."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixadv.model.visits import Call, Visit
 from mixadv.round.stage import Stage
@@ -22,11 +24,16 @@ def find_batch(stage: Stage) -> bool:
     Returns:
         Whether it was found in the second dimension, so that what was measured is to be anew.
     """
+    if not stage.arena.site.unsure:
+        return False
+    with _without_statistics(stage.arena.model):
+        return _found(stage)
+
+
+def _found(stage: Stage) -> bool:
     passes, site = stage.passes, stage.arena.site
     slopes: list[list[Tensor]] = []
     samples = 0
-    if not site.unsure:
-        return False
     for sample in _ENDS:
         leaves: list[Tensor] = []
         with passes.frozen():
@@ -49,6 +56,20 @@ def find_batch(stage: Stage) -> bool:
         if visit.module in site.unsure and _second_by_number(visit, samples):
             site.orient(visit.module, True)
     return _turned(stage)
+
+
+@contextmanager
+def _without_statistics(model: nn.Module) -> Iterator[None]:
+    """Use running statistics: through those of the batch samples see each other."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    live = [m for m in model.modules() if isinstance(m, kinds) and m.training]
+    for module in live:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in live:
+            module.train()
 
 
 def _lies_at(slope: Tensor, sample: int, second: bool) -> bool:
