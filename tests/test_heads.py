@@ -271,11 +271,15 @@ def test_what_suits_a_head_is_told_by_labels_and_by_the_loss():
     assert kind_of(None, yes, loss, logits).divergence == "bernoulli"
     assert kind_of(None, real, loss, logits).divergence == "squared_error"
     assert kind_of(None, soft, loss, logits) is None
-    told = {
-        "bernoulli": F.binary_cross_entropy_with_logits(logits, yes),
-        "squared_error": F.mse_loss(logits, real) / 2,
-    }
-    for suits, loss in told.items():
+    signs = 2 * yes - 1
+    told = [
+        ("bernoulli", F.binary_cross_entropy_with_logits(logits, yes)),
+        ("bernoulli", F.binary_cross_entropy(logits.sigmoid(), yes)),
+        ("bernoulli", -F.logsigmoid(signs * logits).mean()),
+        ("bernoulli", ((logits.sigmoid() - yes) ** 2 * 3).log1p().mean()),
+        ("squared_error", F.mse_loss(logits, real) / 2),
+    ]
+    for suits, loss in told:
         assert kind_of(None, None, loss, logits)[::2] == (suits, False)
     both = F.cross_entropy(logits, yes.argmax(-1)) + F.mse_loss(logits, real)
     assert kind_of(None, None, both, logits) is None

@@ -10,6 +10,8 @@ from torch import Tensor
 _LIMIT = 100  # nodes between a loss and the predictions it reads
 _LOSSES = {
     "BinaryCrossEntropy": "bernoulli",
+    "LogSigmoid": "bernoulli",
+    "Sigmoid": "bernoulli",
     "MseLoss": "squared_error",
     "SmoothL1Loss": "squared_error",
     "HuberLoss": "squared_error",
