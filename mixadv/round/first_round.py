@@ -29,7 +29,7 @@ from mixadv.round.arena import Arena, Calibration, Memory
 from mixadv.round.carried import Carried
 from mixadv.round.cost import count_passes
 from mixadv.round.gains import losses_of_samples
-from mixadv.round.layout import find_batch
+from mixadv.round.layout import check_batch, find_batch
 from mixadv.round.passes import Passes, nowhere
 from mixadv.round.readable import (
     check_inputs,
@@ -84,6 +84,7 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
         check_inputs(stage)
         check_owners(stage, zero)
         check_replay(plain, zero)
+        check_batch(stage, zero)
         check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_length(trial, lengths))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mixadv.model.closure import Reading
 from mixadv.model.visits import Call, Visit
 from mixadv.round.stage import Stage
 from mixadv.round.unit import measuring
@@ -102,14 +103,23 @@ def _by_moves(stage: Stage) -> bool:
             there = (_lies_at(g, k, second) for g, k in zip(changed, _ENDS, strict=True))
             if visit.module in site.unsure and all(there):
                 site.orient(visit.module, second)
-        if visit.module in site.unsure and stage.arena.solver.per == "sample":
+    return _turned(stage)
+
+
+def check_batch(stage: Stage, zero: Reading) -> None:
+    """Warn of a batch that a loss alone did not show."""
+    site = stage.arena.site
+    if zero.loss.dim() or zero.predictions is not None or stage.arena.solver.per == "token":
+        return
+    for visit in stage.passes.kept[-1].visits:
+        if visit.module in site.unsure and len(visit.call.shape) == 3:
             warnings.warn(
                 f"The site {site.names} returns {list(visit.call.shape)}, and which of the first "
                 "two dimensions is the batch is not known: the first is taken for it. Return "
                 "predictions or one loss per sample beside the loss, as in (loss, logits).",
-                stacklevel=9,
+                stacklevel=8,
             )
-    return _turned(stage)
+            return
 
 
 def _slopes(
