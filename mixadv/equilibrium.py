@@ -138,6 +138,7 @@ def exploitability(
     steps: int = 20,
     restarts: int = 4,
     level: float = 0.95,
+    where: Where = None,
 ) -> Exploitability:
     """Return by how much a stronger adversary out-earns the strategy in play.
 
@@ -154,6 +155,7 @@ def exploitability(
         steps: of each ascent.
         restarts: how many starts; the first is the strategy in play.
         level: of the confidence interval.
+        where: as in `best_response`; of batches that differ, a function of the call.
 
     Raises:
         ValueError: if the solver has no radius, so that no response is best; without a closure.
@@ -174,7 +176,7 @@ def exploitability(
     if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
         raise ValueError(f"exploitability: level must be between 0 and 1, got {level!r}.")
     with torch.enable_grad(), _untouched(game):
-        found = [_measure(game, closure, ascent, restarts) for closure in _each(closures)]
+        found = [_measure(game, closure, where, ascent, restarts) for closure in _each(closures)]
     if not found:
         raise ValueError("exploitability: no closure was given, so nothing was measured.")
     played, reached = (torch.cat(payoffs) for payoffs in zip(*found, strict=True))
@@ -216,9 +218,12 @@ def _each(closures: Closure | Iterable[Closure]) -> Iterator[Closure]:
         yield closure
 
 
-def _measure(game: Game, closure: Closure, ascent: Ascent, restarts: int) -> tuple[Tensor, Tensor]:
+def _measure(
+    game: Game, closure: Closure, where: Where, ascent: Ascent, restarts: int
+) -> tuple[Tensor, Tensor]:
     """Return the payoffs of the strategy in play and of the best response, `[B]` or `[1]`."""
-    with game.rounds.rehearse(closure) as stage, stage.passes.frozen(), warnings.catch_warnings():
+    round_ = game.rounds.rehearse(closure, where)
+    with round_ as stage, stage.passes.frozen(), warnings.catch_warnings():
         # Of reentrant checkpoints: here neither weights nor a fixed δ require grad.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         stage.passes.replay.fresh = False  # payoffs are compared
@@ -264,14 +269,9 @@ def _finite(payoffs: Tensor) -> Tensor:
 
 def _best(q: Strategy, payoffs: Tensor) -> Strategy:
     """Return the pure strategy that plays in each row the particle that pays most."""
-    points = []
-    for point in q.points:
-        rows, known = point.shape[1], payoffs
-        if rows % known.shape[1]:  # samples that share no rows at the site: one for the batch
-            known = known.mean(1, keepdim=True)
-        which = known.argmax(0).repeat_interleave(rows // known.shape[1])
-        points.append(point.detach()[which, torch.arange(rows, device=which.device)][None])
-    return Strategy(points, q.masks, None, q.unit)
+    if not q.knows(payoffs.shape[1]):  # one for the batch
+        payoffs = payoffs.mean(1, keepdim=True)
+    return q.choose(payoffs.argmax(0))
 
 
 @contextmanager

@@ -7,7 +7,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-VOCABULARY, PAD, LABELS, ROWS, LENGTH, IMAGE = 99, 1, 3, 4, 8, 7
+from tests import zoo
+from tests.zoo import LABELS, PAD, VOCABULARY
+
+ROWS, LENGTH, IMAGE = 4, 8, 7
 
 Batch = dict[str, Tensor]
 
@@ -32,18 +35,7 @@ class Family(NamedTuple):
     site: str | None = None
 
 
-SIZE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 40,
-    "pad_token_id": PAD,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "num_labels": LABELS,
-}
+SIZE: dict[str, Any] = {**zoo.SIZE, "bos_token_id": 0, "eos_token_id": 2}
 GROUPED = {**SIZE, "num_key_value_heads": 2, "head_dim": 8}
 EXPERTS = {
     **GROUPED,
@@ -53,8 +45,7 @@ EXPERTS = {
     "moe_intermediate_size": 24,
 }
 SEQ2SEQ: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "d_model": 16,
+    **zoo.SEQ2SEQ,
     "encoder_layers": 1,
     "decoder_layers": 1,
     "encoder_attention_heads": 2,
@@ -62,11 +53,7 @@ SEQ2SEQ: dict[str, Any] = {
     "encoder_ffn_dim": 24,
     "decoder_ffn_dim": 24,
     "max_position_embeddings": 40,
-    "pad_token_id": PAD,
     "bos_token_id": 0,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-    "num_labels": LABELS,
 }
 PIXELS: dict[str, Any] = {
     "hidden_size": 16,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixadv
-from mixadv.equilibrium import best_response
+from mixadv.equilibrium import best_response, exploitability
 from tests.zoo import assert_same, fingerprint, player, small
 
 MADE = {"cat": {"source": "hidden"}, "creat": {"source": "hidden"}}
@@ -46,4 +46,7 @@ def test_it_moves_where_it_is_said_alone():
     game = mixadv.Game(one.model, mixadv.PGD())
     expected = best_response(game, one.closure(), where=allowed)
     assert_same(found.strategy.points, expected.strategy.points)
+    far = mixadv.Game(one.model, mixadv.PGD(radius=3.0))
+    free, held = (exploitability(far, one.closure(), where=w) for w in (None, allowed))
+    assert float(held.reached.mean()) < float(free.reached.mean())
     assert best_response(game, one.closure()).strategy.points[0][:, ~allowed].any()

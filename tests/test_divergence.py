@@ -74,6 +74,25 @@ def test_never_negative_and_zero_only_where_predictions_agree(name, pair):
     assert DIVERGENCES[name](clean, clean.clone()).abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("name", SOFTMAX)
+@given(pair=logits, out=st.sets(st.integers(0, 4)))
+def test_classes_that_both_rule_out_count_nothing(name, pair, out):
+    """As if they were not there: value and gradients, in single precision."""
+    size = pair[0].shape[-1]
+    kept = [c for c in range(size) if c not in out] or [0]
+    rest = [c for c in range(size) if c not in kept]
+    both = [torch.tensor(x, dtype=torch.float32, requires_grad=True) for x in pair]
+    masked = [x.index_fill(-1, torch.tensor(rest, dtype=torch.long), -torch.inf) for x in both]
+    exact = [torch.tensor(x[..., kept], requires_grad=True) for x in pair]
+    values, expected = DIVERGENCES[name](*masked), DIVERGENCES[name](*exact)
+    torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(values.sum(), both)
+    targets = torch.autograd.grad(expected.sum(), exact)
+    for gradient, target in zip(gradients, targets, strict=True):
+        assert not gradient[..., rest].any()
+        torch.testing.assert_close(gradient[..., kept].double(), target, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SYMMETRIC)
 @given(pair=logits)
 def test_symmetric_in_its_arguments(name, pair):

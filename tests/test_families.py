@@ -15,7 +15,10 @@ from tests.families_zoo import CANNOT, FAMILIES, IMAGE, REFUSED, Batch
 from tests.zoo import note_refusal
 
 # WavLM's own.
-pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask"),
+    pytest.mark.filterwarnings("ignore:The model is called with .* too, which stay as they are"),
+]
 
 RADIUS = 0.1
 STEPS = 30

@@ -149,6 +149,27 @@ def test_sphere_has_every_group_but_zero_at_the_radius(x, radius, norm, per):
     assert (result * x >= 0).all()
 
 
+@given(points(), st.sampled_from(RADII[1:]), norms, pers, st.data())
+def test_rows_of_a_sample_share_its_norm_and_ball(x, radius, norm, per, data):
+    """As if they stood in one row."""
+    rows = data.draw(st.permutations(range(len(x))))
+    x = x[rows]
+    owners = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=len(x), max_size=len(x))))
+    _, owners = owners.unique(return_inverse=True)
+    for act in (
+        lambda x, **how: geometry.norms(x, norm, per, **how).expand_as(x),
+        lambda x, **how: geometry.unit(x, norm, per, **how),
+        lambda x, **how: geometry.steepest(x, norm, per, **how),
+        lambda x, **how: geometry.project(x, radius, norm, per, **how),
+        lambda x, **how: geometry.onto_sphere(x, radius, norm, per, **how),
+    ):
+        found = act(x, owners=owners)
+        for sample in owners.unique():
+            mine = x[owners == sample]
+            alone = act(mine[None])[0] if per == "sample" else act(mine)
+            torch.testing.assert_close(found[owners == sample], alone, rtol=2e-6, atol=1e-30)
+
+
 @pytest.mark.parametrize("per", PERS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_zero_coordinates_stay_exactly_zero(norm, per):

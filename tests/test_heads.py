@@ -211,6 +211,26 @@ def test_hidden_states_are_no_heads_and_answers_no_predictions():
         parse_output((loss, (logits, logits[:2])))
 
 
+@pytest.mark.parametrize("name", [*COMPARING, "gauss_newton"])
+def test_a_vocabulary_that_is_ruled_out_in_part_is_played_as_if_it_were_not_there(name: str):
+    model, x, allowed = nn.Linear(6, 9), torch.randn(5, 6), torch.arange(9) < 4
+    labels = torch.arange(5) % 4
+    moves = {"direction": "gauss_newton"} if name == "gauss_newton" else {}
+    played = solver("vat" if moves else name, **moves)
+
+    def points(cut: bool) -> Tensor:
+        def closure() -> Any:
+            logits = model(x)
+            seen = logits[:, allowed] if cut else logits.masked_fill(~allowed, -torch.inf)
+            return F.cross_entropy(seen, labels), seen
+
+        game = step(model, played, closure)
+        assert game.outcome.payoff > 0
+        return game.strategy.points[0]
+
+    torch.testing.assert_close(points(False), points(True), rtol=1e-4, atol=1e-6)
+
+
 # No softmax --------------------------------------------------------------------------------------
 
 
@@ -251,11 +271,15 @@ def test_what_suits_a_head_is_told_by_labels_and_by_the_loss():
     assert kind_of(None, yes, loss, logits).divergence == "bernoulli"
     assert kind_of(None, real, loss, logits).divergence == "squared_error"
     assert kind_of(None, soft, loss, logits) is None
-    told = {
-        "bernoulli": F.binary_cross_entropy_with_logits(logits, yes),
-        "squared_error": F.mse_loss(logits, real) / 2,
-    }
-    for suits, loss in told.items():
+    signs = 2 * yes - 1
+    told = [
+        ("bernoulli", F.binary_cross_entropy_with_logits(logits, yes)),
+        ("bernoulli", F.binary_cross_entropy(logits.sigmoid(), yes)),
+        ("bernoulli", -F.logsigmoid(signs * logits).mean()),
+        ("bernoulli", ((logits.sigmoid() - yes) ** 2 * 3).log1p().mean()),
+        ("squared_error", F.mse_loss(logits, real) / 2),
+    ]
+    for suits, loss in told:
         assert kind_of(None, None, loss, logits)[::2] == (suits, False)
     both = F.cross_entropy(logits, yes.argmax(-1)) + F.mse_loss(logits, real)
     assert kind_of(None, None, both, logits) is None

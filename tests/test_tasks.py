@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mixadv
 from tests.worlds import classified, played
 from tests.zoo import (
-    _SIZE,
+    SIZE,
     VOCABULARY,
     bart_config,
     note_refusal,
@@ -33,7 +33,7 @@ def text(seed: int = 0) -> dict[str, Tensor]:
 
 
 def bert(kind: str, **settings: Any) -> nn.Module:
-    config = transformers.BertConfig(**{**_SIZE, "num_hidden_layers": 1, **settings})
+    config = transformers.BertConfig(**{**SIZE, "num_hidden_layers": 1, **settings})
     return getattr(transformers, f"Bert{kind}")(config)
 
 
@@ -76,7 +76,7 @@ def continued(model: nn.Module) -> Task:
 
 
 def llama() -> Task:
-    config = transformers.LlamaConfig(**{**_SIZE, "num_hidden_layers": 1}, num_key_value_heads=2)
+    config = transformers.LlamaConfig(**{**SIZE, "num_hidden_layers": 1}, num_key_value_heads=2)
     return continued(transformers.LlamaForCausalLM(config))
 
 
@@ -142,7 +142,7 @@ def recognised(model: nn.Module) -> Task:
 
 
 def vit() -> Task:
-    size = {k: _SIZE[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size")}
+    size = {k: SIZE[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size")}
     config = transformers.ViTConfig(
         **size, num_hidden_layers=1, image_size=16, patch_size=8, num_labels=3
     )

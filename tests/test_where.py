@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import mixadv
 from mixadv.model.masks import told
 from mixadv.model.visits import Call
+from mixadv.players.strategy import Strategy
+from tests.families_zoo import FAMILIES
 from tests.zoo import player
 
 PLAYERS = ["noise", "fgm", "pgd", "freelb", "vat", "r3f", "smart", "mat"]
@@ -369,6 +371,38 @@ def test_a_call_under_no_grad_gets_no_delta_and_counts_in_nothing():
         assert float(outcome.radius) == pytest.approx(float(own), rel=1e-5)
 
 
+@pytest.mark.parametrize("orders", [("tg", "gt"), ("tg", "g"), ("g", "tg"), ("tgt", "gtt")])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_calls_under_no_grad_may_change_from_round_to_round_or_it_is_said(
+    orders: tuple[str, str], recompute: bool
+):
+    """A pass without gradients goes by the round before: as it does, or the round is refused."""
+    one = player("bert", rows=4)
+
+    def ordered(calls: str) -> Callable[[], Any]:
+        def run() -> Any:
+            total, logits = torch.zeros(()), None
+            for call in calls:
+                with torch.set_grad_enabled(call == "g" and torch.is_grad_enabled()):
+                    output = one.closure()()
+                if call == "g":
+                    logits, total = output.logits, total + output.loss
+            return total, logits
+
+        return run
+
+    game = mixadv.Game(one.model, mixadv.ALUM(recompute=recompute))
+    for _ in range(2):
+        game.backward(ordered(orders[0]))
+        assert len(game.strategy.points) == 1
+    if recompute:
+        with pytest.raises(mixadv.GameError, match=r"under no_grad.*or set recompute=False"):
+            game.backward(ordered(orders[1]))
+    else:
+        game.backward(ordered(orders[1]))
+        assert len(game.strategy.points) == 1
+
+
 def test_calls_in_reentrant_checkpoints_are_not_taken_for_such():
     one = player("bert", rows=4)
     keywords = {"use_reentrant": True}
@@ -420,6 +454,19 @@ def test_a_model_of_texts_and_images_lists_its_embeddings():
         mixadv.Game(model, mixadv.FGM())
 
 
+def test_images_that_are_left_as_they_are_are_told_where_no_site_is_named():
+    one = FAMILIES["Siglip"].build(), FAMILIES["Siglip"].batch()
+    for model, batch in (one, (FAMILIES["Llava"].build(), FAMILIES["Llava"].batch())):
+        game = mixadv.Game(model.eval(), mixadv.FGM())
+        [site] = game.site.names
+        if model is one[0]:
+            with pytest.warns(UserWarning, match=r"pixel_values'\] too.*site='input:pixel_values'"):
+                game.backward(lambda: model(**batch))  # noqa: B023
+        game.backward(lambda: model(**batch))  # noqa: B023
+        for named in (site, "input:pixel_values", [site, "input:pixel_values"]):
+            mixadv.Game(model, mixadv.FGM(), named).backward(lambda: model(**batch))  # noqa: B023
+
+
 def test_speech_encoders_that_train_say_the_cure():
     model = transformers.Wav2Vec2ForSequenceClassification(SPEECH)
     sound, labels = torch.randn(4, 400), torch.arange(4) % 3
@@ -442,9 +489,14 @@ class Recurrent(nn.Module):
         return self.out(hidden.mean(0) if self.read is None else hidden[self.read])
 
 
-@given(st.integers(2, 6), st.integers(2, 6), st.sampled_from([None, 0, -1]), st.booleans())
-@settings(max_examples=15)
-def test_the_batch_is_found_in_what_samples_read(length: int, rows: int, read: Any, losses: bool):
+@given(
+    st.integers(2, 6),
+    st.integers(2, 6),
+    st.sampled_from([None, 0, -1]),
+    st.sampled_from(["each", "logits", "alone"]),
+)
+@settings(max_examples=20)
+def test_the_batch_is_found_in_what_samples_read(length: int, rows: int, read: Any, how: str):
     torch.manual_seed(length)
     model, frames, labels = Recurrent(read), torch.randn(length, rows, 5), torch.arange(rows) % 3
 
@@ -452,14 +504,73 @@ def test_the_batch_is_found_in_what_samples_read(length: int, rows: int, read: A
         def closure() -> Any:
             logits = model(frames[:, :number])
             loss = F.cross_entropy(logits, labels[:number], reduction="none")
-            return loss if losses else (loss.mean(), logits)
+            return {"each": loss, "logits": (loss.mean(), logits), "alone": loss.mean()}[how]
 
         return first_points(model, mixadv.FGM(radius=1.0, unit="absolute"), closure)[0]
 
     found = points(rows)
     assert found.shape == (rows, length, 5)
     torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(rows))
-    torch.testing.assert_close(found[:2], points(2), rtol=1e-3, atol=1e-5)
+    for number in (1, 2):
+        torch.testing.assert_close(found[:number], points(number), rtol=1e-3, atol=1e-5)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.booleans(), st.booleans())
+@settings(max_examples=20)
+def test_the_batch_comes_first_where_a_loss_alone_shows_it(
+    rows: int, length: int, pooled: bool, summed: bool
+):
+    torch.manual_seed(rows)
+    reads = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    model = (lambda x: reads(x.mean(1))) if pooled else (lambda x: reads(x).max(1).values)
+    x, labels = torch.randn(rows, length, 5), torch.arange(rows) % 3
+    reduction = "sum" if summed else "mean"
+    closure = lambda: F.cross_entropy(model(reads[0].extra(x)), labels, reduction=reduction)  # noqa: E731
+    reads[0].extra = nn.Identity()
+    solver = mixadv.FGM(radius=1.0, unit="absolute")
+    found = first_points(reads, solver, closure, site="0.extra")[0]
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(rows))
+
+
+def test_a_batch_that_nothing_shows_is_warned_of():
+    """Samples see each other, and there is one loss: nothing tells them from steps."""
+
+    class Whitened(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x.mean(0)) / x.std(0)
+
+    model = nn.Sequential(nn.Identity(), nn.Flatten(), Whitened(), nn.Linear(15, 3))
+    x, labels = torch.randn(4, 3, 5), torch.arange(4) % 3
+    closure = lambda: F.cross_entropy(model(x), labels)  # noqa: E731
+    with pytest.warns(UserWarning, match=r"\[4, 3, 5\], and which .* beside the loss"):
+        first_points(model, mixadv.FGM(), closure, site="0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_points(model, mixadv.FGM(), lambda: (closure(), model(x)), site="0")
+        first_points(model, mixadv.FGM(per="token"), closure, site="0")
+
+
+def test_ids_that_read_alike_both_ways_do_not_tell_the_batch():
+    class Along(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.words(input_ids.T)).sum(0))
+
+    model, ids = Along(), torch.tensor([[1, 2], [2, 5]])
+
+    def closure() -> Any:
+        logits = model(ids)
+        return F.cross_entropy(logits, torch.arange(2)), logits
+
+    found = first_points(model, mixadv.FGM(radius=1.0, unit="absolute"), closure, site="words")[0]
+    embedded = model.words(ids).detach().requires_grad_()
+    loss = F.cross_entropy(model.out(torch.tanh(embedded).sum(1)), torch.arange(2))
+    [slope] = torch.autograd.grad(loss, embedded)
+    lengths = slope.flatten(1).norm(dim=1)[:, None, None]
+    torch.testing.assert_close(found, slope / lengths)
 
 
 # Which row is whose ------------------------------------------------------------------------------
@@ -478,42 +589,46 @@ class Graphs(nn.Module):
         return self.out(pooled)
 
 
-@given(
-    st.lists(st.integers(1, 4), min_size=2, max_size=4),
-    st.sampled_from(["pgd", "mat", "ensemble", "vat", "gauss_newton"]),
-    st.integers(0, 99),
-)
-@settings(max_examples=30)
-def test_nodes_of_a_graph_are_moved_by_its_own_payoff(sizes: list[int], name: str, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    model = Graphs().double()
-    batch = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    nodes = torch.randn(len(batch), 5, generator=generator).double()
-    order = torch.randperm(len(batch), generator=generator)  # nodes in any order
-    nodes, batch = nodes[order], batch[order]
-    far = {"radius": 3.0, "unit": "absolute"}
-    solvers = {
-        "pgd": mixadv.PGD(step_size=1.0, **far),
-        "mat": mixadv.MAT(particles=3, step_size=1.0, **far),
-        "ensemble": mixadv.MAT(particles=3, play_as="ensemble", step_size=1.0, **far),
-        "vat": mixadv.VAT(sign="boundary", **far),
-        "gauss_newton": mixadv.VAT(direction="gauss_newton", steps=2, **far),
-    }
+def test_rows_that_predict_by_themselves_are_samples_whatever_map_there_is():
+    """As of cells that were measured in batches."""
 
-    def points(x: Tensor) -> Tensor:
-        def closure() -> Any:
-            logits = model(x, batch)
-            labels = torch.arange(len(sizes)) % 2
-            return F.cross_entropy(logits, labels, reduction="none"), logits
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.shift = nn.Linear(5, 3), nn.Embedding(3, 3)
 
-        base = torch.optim.SGD(model.parameters(), lr=0.0)
-        optimizer = mixadv.wrap(base, model, solvers[name], site="input:x", seed=seed)
-        optimizer.step(closure)
-        return optimizer.game.strategy.points[0]
+        def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+            return self.cell(x) + self.shift(batch)
 
-    other = torch.where((batch == 0)[:, None], 5 - 3 * nodes, nodes)
-    rest = batch > 0
-    torch.testing.assert_close(points(nodes)[:, rest], points(other)[:, rest])
+    model, x, batch = Cells(), torch.randn(6, 5), torch.tensor([0, 2, 1, 0, 2, 2])
+
+    def closure() -> Any:
+        logits = model(x, batch)
+        return F.cross_entropy(logits, torch.arange(6) % 3), logits
+
+    solver = mixadv.FGM(radius=0.5, unit="absolute")
+    norms = first_points(model, solver, closure, site="input:x")[0].norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((6,), 0.5))
+    with pytest.raises(mixadv.GameError, match="not those of samples in order"):
+        first_points(model, solver, lambda: closure()[0], site="input:x")
+
+
+def test_a_sample_of_several_rows_draws_falls_and_counts_as_one():
+    owners, points = torch.tensor([0, 1, 0, 1, 1]), torch.randn(3, 5, 2)
+    q = Strategy([points], log_weights=torch.randn(3, 2).log_softmax(0), owners=[owners])
+    drawn = q.sample(torch.Generator().manual_seed(0)).points[0][0]
+    for sample in (0, 1):
+        rows = owners == sample
+        assert any(drawn[rows].equal(point[rows]) for point in points)
+    lengths = [points[:, owners == sample].flatten(1).norm(dim=1) for sample in (0, 1)]
+    torch.testing.assert_close(q.length(), torch.stack(lengths).mean())
+    gradient = torch.ones_like(points)
+    gradient[1, 3, 0] = torch.nan
+    rule = mixadv.PGD(radius=None, unit="absolute").move
+    moved, [fallen] = q.move([gradient], lambda i, *move: rule(*move), torch.rand)
+    assert int(fallen.sum()) == 1
+    assert not moved.points[0][1, owners == 1].any()
+    assert moved.points[0][1, owners == 0].any()
 
 
 def test_a_map_that_is_none_of_samples_is_refused():

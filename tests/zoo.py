@@ -32,7 +32,7 @@ class Player(NamedTuple):
         return lambda: self.forward(self.model, {**self.batch, **changes})
 
 
-_SIZE = {
+SIZE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -43,7 +43,7 @@ _SIZE = {
     "num_labels": LABELS,
 }
 _DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-_SEQ2SEQ = {
+SEQ2SEQ = {
     "vocab_size": VOCABULARY,
     "d_model": 16,
     "pad_token_id": PAD,
@@ -62,12 +62,12 @@ def tiny_bert(words: int, **changes: Any) -> transformers.BertConfig:
 
 
 def _bert() -> nn.Module:
-    config = transformers.BertConfig(**_SIZE, **_DROPOUT)
+    config = transformers.BertConfig(**SIZE, **_DROPOUT)
     return transformers.BertForSequenceClassification(config)
 
 
 def _roberta() -> nn.Module:
-    config = transformers.RobertaConfig(**_SIZE, **_DROPOUT)
+    config = transformers.RobertaConfig(**SIZE, **_DROPOUT)
     return transformers.RobertaForSequenceClassification(config)
 
 
@@ -87,24 +87,24 @@ def _distilbert() -> nn.Module:
 
 def _deberta() -> nn.Module:
     config = transformers.DebertaV2Config(
-        **_SIZE, **_DROPOUT, relative_attention=True, position_buckets=8, pos_att_type="p2c|c2p"
+        **SIZE, **_DROPOUT, relative_attention=True, position_buckets=8, pos_att_type="p2c|c2p"
     )
     return transformers.DebertaV2ForSequenceClassification(config)
 
 
 def _electra() -> nn.Module:
-    config = transformers.ElectraConfig(**_SIZE, **_DROPOUT, embedding_size=12)
+    config = transformers.ElectraConfig(**SIZE, **_DROPOUT, embedding_size=12)
     return transformers.ElectraForSequenceClassification(config)
 
 
 def _albert() -> nn.Module:
-    config = transformers.AlbertConfig(**_SIZE, **_DROPOUT, embedding_size=12)
+    config = transformers.AlbertConfig(**SIZE, **_DROPOUT, embedding_size=12)
     return transformers.AlbertForSequenceClassification(config)
 
 
 def _modernbert() -> nn.Module:
     config = transformers.ModernBertConfig(
-        **_SIZE,
+        **SIZE,
         bos_token_id=0,
         eos_token_id=2,
         cls_token_id=0,
@@ -133,7 +133,7 @@ def _gpt2() -> nn.Module:
 
 def _llama(causal: bool = False) -> nn.Module:
     config = transformers.LlamaConfig(
-        **_SIZE, num_key_value_heads=2, attention_dropout=0.1, bos_token_id=0, eos_token_id=2
+        **SIZE, num_key_value_heads=2, attention_dropout=0.1, bos_token_id=0, eos_token_id=2
     )
     if causal:
         return transformers.LlamaForCausalLM(config)
@@ -142,13 +142,13 @@ def _llama(causal: bool = False) -> nn.Module:
 
 def t5_config(layers: int) -> transformers.T5Config:
     """Return the size of a tiny T5."""
-    return transformers.T5Config(**_SEQ2SEQ, d_kv=8, d_ff=24, num_layers=layers, num_heads=2)
+    return transformers.T5Config(**SEQ2SEQ, d_kv=8, d_ff=24, num_layers=layers, num_heads=2)
 
 
 def bart_config(layers: int) -> transformers.BartConfig:
     """Return the size of a tiny BART."""
     return transformers.BartConfig(
-        **_SEQ2SEQ,
+        **SEQ2SEQ,
         encoder_layers=layers,
         decoder_layers=layers,
         encoder_attention_heads=2,

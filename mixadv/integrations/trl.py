@@ -22,7 +22,9 @@ class AdversarialSFTTrainer(Adversarial, SFTTrainer):
     """`trl.SFTTrainer` that plays a game; see `mixadv.integrations.transformers.Adversarial`.
 
     δ acts on the tokens of prompts too, which the model reads; the loss is that of the completion.
-    A divergence is the mean over all real tokens. SFTTrainer's metrics are means over the passes.
+    `where=` names a column of the batch that is 1 where δ may act, such as on prompts alone, or is
+    a function of the call. A divergence is the mean over all real tokens. SFTTrainer's metrics are
+    means over the passes.
 
     Raises:
         ValueError: for a solver that compares predictions where the loss is not the likelihood.

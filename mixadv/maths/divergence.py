@@ -2,8 +2,9 @@
 
 Each takes two tensors of logits `[..., C]` and returns one value per prediction `[...]`, in at
 least fp32 also under autocast, from `log_softmax`: finite for logits of ±200 and beyond, where
-`softmax().log()` is `-inf` and its gradient NaN. Gradients flow through both arguments; detach the
-one that is meant as a fixed target.
+`softmax().log()` is `-inf` and its gradient NaN. A class that both rule out by a logit of −∞, as of
+a masked vocabulary, counts nothing. Gradients flow through both arguments; detach the one that is
+meant as a fixed target.
 
     kl             KL(clean ‖ perturbed)                            Miyato et al. 2017, eq. 5
     symmetric_kl   KL(clean ‖ perturbed) + KL(perturbed ‖ clean)    Jiang et al. 2020, §3.1
@@ -24,9 +25,23 @@ from mixadv.errors import nearest
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
+NEVER = -1e4
+"""A logit whose probability is 0 in every number format, and which all of them hold."""
+
+
 def log_probabilities(logits: Tensor) -> Tensor:
     """Return log-probabilities in at least fp32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _both(perturbed: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of clean and perturbed predictions.
+
+    Those of a class that both rule out are finite: 0 · ∞ would be NaN.
+    """
+    out = perturbed.isneginf() & clean.isneginf()
+    p, q = (log_probabilities(x.masked_fill(out, NEVER)) for x in (clean, perturbed))
+    return p, q
 
 
 def kl(perturbed: Tensor, clean: Tensor) -> Tensor:
@@ -36,7 +51,7 @@ def kl(perturbed: Tensor, clean: Tensor) -> Tensor:
         >>> float(kl(torch.tensor([200.0, 0.0]), torch.tensor([0.0, 200.0])))
         200.0
     """
-    p, q = log_probabilities(clean), log_probabilities(perturbed)
+    p, q = _both(perturbed, clean)
     return (p.exp() * (p - q)).sum(-1)
 
 
@@ -45,13 +60,13 @@ def symmetric_kl(perturbed: Tensor, clean: Tensor) -> Tensor:
 
     Written as `Σ (p − q)(log p − log q)`: value and gradient are exactly zero when the two agree.
     """
-    p, q = log_probabilities(clean), log_probabilities(perturbed)
+    p, q = _both(perturbed, clean)
     return ((p.exp() - q.exp()) * (p - q)).sum(-1)
 
 
 def js(perturbed: Tensor, clean: Tensor) -> Tensor:
     """Return the Jensen–Shannon divergence per prediction (nats, at most log 2)."""
-    p, q = log_probabilities(clean), log_probabilities(perturbed)
+    p, q = _both(perturbed, clean)
     m = torch.logaddexp(p, q) - math.log(2)
     return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
 

@@ -3,6 +3,9 @@
 Every function acts on a tensor `[B, ...]` and treats each *group* of coordinates by itself: all
 coordinates of a sample (`per="sample"`), or the last dimension (`per="token"`). Padding needs no
 mask here: masked coordinates are zero, and zero stays zero under every function of this file.
+
+A sample may have several rows, such as a graph of many nodes: `owners` `[B]` then numbers the
+sample of each row from 0, and a group is all coordinates of all its rows. None is one row for each.
 """
 
 from typing import Literal
@@ -16,13 +19,46 @@ Per = Literal["sample", "token"]
 NORMS = ("l1", "l2", "linf")
 PERS = ("sample", "token")
 
+_HALVINGS = 40  # of an interval of length 1, for thresholds in fp32
+
 
 def _dims(x: Tensor, per: Per) -> tuple[int, ...]:
     return (x.dim() - 1,) if per == "token" else tuple(range(1, x.dim()))
 
 
-def _largest(x: Tensor, per: Per) -> Tensor:
-    return x.abs().amax(_dims(x, per), keepdim=True)
+def of_samples(values: Tensor, owners: Tensor, how: Literal["sum", "amax", "amin"]) -> Tensor:
+    """Return `[B]`: at the number of each sample what `how` gives over its rows.
+
+    As long as there are rows, so that nothing is read from the device; what is behind the samples
+    means nothing.
+
+    Args:
+        values: of rows, `[B]`.
+        owners: the sample of each row, `[B]`.
+        how: a reduction.
+
+    Example:
+        >>> of_samples(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]), "sum")[:2].tolist()
+        [4.0, 2.0]
+    """
+    return torch.zeros_like(values).scatter_reduce(0, owners, values, how, include_self=False)
+
+
+def _of_groups(
+    values: Tensor, how: Literal["sum", "amax"], per: Per, rows: Tensor | None
+) -> Tensor:
+    """Return what `how` gives over the rows of a group, at each of them."""
+    if rows is None or per == "token":
+        return values
+    return of_samples(values.flatten(), rows, how)[rows].view_as(values)
+
+
+def _largest(x: Tensor, per: Per, owners: Tensor | None = None) -> Tensor:
+    return _of_groups(x.abs().amax(_dims(x, per), keepdim=True), "amax", per, owners)
+
+
+def _total(x: Tensor, per: Per, owners: Tensor | None) -> Tensor:
+    return _of_groups(x.sum(_dims(x, per), keepdim=True), "sum", per, owners)
 
 
 def _safe(divisor: Tensor) -> Tensor:
@@ -34,7 +70,9 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def norms(x: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
+def norms(
+    x: Tensor, norm: Norm = "l2", per: Per = "sample", owners: Tensor | None = None
+) -> Tensor:
     """Return the norm of each group, shaped to broadcast against `x`.
 
     The tensor is divided by its largest entry first: the squares of 1e30 overflow in fp32, those
@@ -44,6 +82,7 @@ def norms(x: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
         x: `[B, ...]`, any float dtype.
         norm: `"l1"`, `"l2"` or `"linf"`.
         per: `"sample"` (all but the first dimension) or `"token"` (the last dimension).
+        owners: `[B]`, the sample of each row where one has several.
 
     Returns:
         `[B, 1, ...]` for `per="sample"`, `[..., 1]` for `per="token"`.
@@ -52,26 +91,28 @@ def norms(x: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
         >>> norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
         [[5.0], [0.0]]
     """
-    largest = _largest(_wide(x), per)
+    largest = _largest(_wide(x), per, owners)
     if norm == "linf":
         return largest.to(x.dtype)
     scaled = x / _safe(largest)
     if norm == "l1":
-        return (largest * scaled.abs().sum(_dims(x, per), keepdim=True)).to(x.dtype)
-    return (largest * scaled.square().sum(_dims(x, per), keepdim=True).sqrt()).to(x.dtype)
+        return (largest * _total(scaled.abs(), per, owners)).to(x.dtype)
+    return (largest * _total(scaled.square(), per, owners).sqrt()).to(x.dtype)
 
 
-def unit(g: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
+def unit(g: Tensor, norm: Norm = "l2", per: Per = "sample", owners: Tensor | None = None) -> Tensor:
     """Return `g / ||g||` per group; a group of zeros stays zero.
 
     In L∞ this keeps the proportions of the gradient, unlike its sign: what the released code of
     FreeLB and MAT computes.
     """
-    scaled = _wide(g) / _safe(_largest(_wide(g), per))
-    return (scaled / _safe(norms(scaled, norm, per))).to(g.dtype)
+    scaled = _wide(g) / _safe(_largest(_wide(g), per, owners))
+    return (scaled / _safe(norms(scaled, norm, per, owners))).to(g.dtype)
 
 
-def steepest(g: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
+def steepest(
+    g: Tensor, norm: Norm = "l2", per: Per = "sample", owners: Tensor | None = None
+) -> Tensor:
     """Return the steepest ascent direction `argmax { <g, v> : ||v|| <= 1 }` per group.
 
     L2: `g / ||g||`; L∞: `sign(g)`; L1: the sign at the coordinate with the largest magnitude.
@@ -83,19 +124,36 @@ def steepest(g: Tensor, norm: Norm = "l2", per: Per = "sample") -> Tensor:
         [[0.0, -1.0]]
     """
     if norm == "l2":
-        return unit(g, "l2", per)
+        return unit(g, "l2", per, owners)
     if norm == "linf":
         return g.sign()
     flat = g if per == "token" else g.flatten(1)
     where = flat.abs().argmax(-1, keepdim=True)
-    return torch.zeros_like(flat).scatter(-1, where, flat.gather(-1, where).sign()).view_as(g)
+    signs = flat.gather(-1, where).sign()
+    if owners is not None and per == "sample":
+        signs = signs * _first_largest(flat, owners)
+    return torch.zeros_like(flat).scatter(-1, where, signs).view_as(g)
 
 
-def project(x: Tensor, radius: float, norm: Norm = "l2", per: Per = "sample") -> Tensor:
+def _first_largest(flat: Tensor, owners: Tensor) -> Tensor:
+    """Return 1 at the first row of each sample that has its largest entry, `[B, 1]`."""
+    place = torch.arange(len(flat), device=flat.device)
+    largest = (_largest(flat, "sample") == _largest(flat, "sample", owners))[:, 0]
+    first = of_samples(torch.where(largest, place, len(flat)), owners, "amin")[owners]
+    return (place == first)[:, None].to(flat.dtype)
+
+
+def project(
+    x: Tensor,
+    radius: float,
+    norm: Norm = "l2",
+    per: Per = "sample",
+    owners: Tensor | None = None,
+) -> Tensor:
     """Return the Euclidean projection of each group onto the ball of the given radius.
 
     Idempotent and 1-Lipschitz. L2: rescaling; L∞: clamping; L1: soft thresholding with the
-    threshold found by sorting (Duchi et al. 2008, fig. 1).
+    threshold found by sorting (Duchi et al. 2008, fig. 1), over several rows by bisection.
 
     Example:
         >>> project(torch.tensor([[3.0, 4.0]]), 1.0).tolist()
@@ -103,19 +161,27 @@ def project(x: Tensor, radius: float, norm: Norm = "l2", per: Per = "sample") ->
     """
     if norm == "linf":
         return x.clamp(-radius, radius)
-    inside = norms(x, norm, per) <= radius
+    inside = norms(x, norm, per, owners) <= radius
     if norm == "l2":
-        return torch.where(inside, x, radius * unit(x, "l2", per))
+        return torch.where(inside, x, radius * unit(x, "l2", per, owners))
+    if owners is not None and per == "sample":
+        return torch.where(inside, x, _rows_onto_l1_sphere(x, radius, owners))
     return torch.where(inside, x, _onto_l1_sphere(x, radius, per))
 
 
-def onto_sphere(x: Tensor, radius: float, norm: Norm = "l2", per: Per = "sample") -> Tensor:
+def onto_sphere(
+    x: Tensor,
+    radius: float,
+    norm: Norm = "l2",
+    per: Per = "sample",
+    owners: Tensor | None = None,
+) -> Tensor:
     """Return each group rescaled to norm `radius` (zero stays zero).
 
     Not a projection onto a ball: it also enlarges. The released code of SMART and ALUM and their
     ports do this with `norm="linf", per="token", radius=1`.
     """
-    return radius * unit(x, norm, per)
+    return radius * unit(x, norm, per, owners)
 
 
 def _onto_l1_sphere(x: Tensor, radius: float, per: Per) -> Tensor:
@@ -130,3 +196,21 @@ def _onto_l1_sphere(x: Tensor, radius: float, per: Per) -> Tensor:
     kept = (ordered < depths).sum(-1, keepdim=True).clamp(min=1)  # a row of NaN keeps none
     shrunk = (depths.gather(-1, kept - 1) - below).clamp(min=0)
     return (radius * unit(shrunk, "l1", "token") * flat.sign()).view_as(x).to(x.dtype)
+
+
+def _rows_onto_l1_sphere(x: Tensor, radius: float, owners: Tensor) -> Tensor:
+    """Return what `_onto_l1_sphere` does, over all rows of a sample."""
+    flat = _wide(x.flatten(1))
+    largest = _largest(flat, "sample", owners)
+    below = ((largest - flat.abs()) / (radius or 1.0)).clamp(max=1)
+    depth = torch.ones_like(largest)
+    low = torch.zeros_like(depth)
+    for _ in range(_HALVINGS):
+        middle = (low + depth) / 2
+        deep = _total((middle - below).clamp(min=0), "sample", owners) > 1
+        low, depth = torch.where(deep, low, middle), torch.where(deep, middle, depth)
+    kept = (below < depth).to(flat.dtype)  # what is kept is known, and then the depth exactly
+    depth = (1 + _total(below * kept, "sample", owners)) / _total(kept, "sample", owners)
+    shrunk = (depth - below).clamp(min=0)
+    onto = unit(shrunk, "l1", "sample", owners) * flat.sign()
+    return (radius * onto).view_as(x).to(x.dtype)

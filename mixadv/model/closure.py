@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixadv.errors import GameError
-from mixadv.maths.divergence import Divergence
+from mixadv.maths.divergence import NEVER, Divergence
 from mixadv.model.heads import read_besides
 
 Closure = Callable[[], Any]
 
-_NEVER = -1e4
-"""A logit whose probability is 0 in every number format, and which all of them hold."""
 _EXPECTED = (
     "A closure runs the forward pass and returns a scalar loss, one loss per sample [B], a tuple "
     "of the loss and logits, an output, or a tuple of the logits of several heads, or an output "
@@ -36,6 +34,7 @@ class Reading(NamedTuple):
         heads: how many the predictions are of.
         left_out: tensors behind the predictions in what the closure returned, that may be more.
         labelled: whether labels told which predictions count.
+        owners: the sample that each row at the site belongs to, where it is known.
     """
 
     loss: Tensor
@@ -46,6 +45,7 @@ class Reading(NamedTuple):
     heads: int = 1
     left_out: int = 0
     labelled: bool = False
+    owners: Tensor | None = None
 
     @property
     def objective(self) -> Tensor:
@@ -164,7 +164,7 @@ def _joined(heads: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, Te
     joined, weights = [], []
     for head, mask in zip(heads, masks, strict=True):
         tokens = head if head.dim() == 3 else head[:, None]
-        joined.append(F.pad(tokens, (0, classes - head.shape[-1]), value=_NEVER))
+        joined.append(F.pad(tokens, (0, classes - head.shape[-1]), value=NEVER))
         real = torch.ones(tokens.shape[:2], device=head.device) if mask is None else mask.float()
         weights.append(real / real.sum(1, keepdim=True).clamp(min=1))
     return torch.cat(joined, 1), torch.cat(weights, 1)

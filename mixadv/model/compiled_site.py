@@ -172,7 +172,8 @@ class CompiledSite(Site):
         shape = torch.Size([*sizes, *pattern.call.shape[pattern.sizes :]])
         entered = None if pattern.ids is None else given[pattern.ids]
         tokens = tokens_of(pattern.module, entered)
-        call = Call(shape, pattern.call.dtype, device, None, *tokens)
+        owned = self._owners(pattern.module, shape[0], device)
+        call = Call(shape, pattern.call.dtype, device, None, *tokens, owned)
         return call._replace(mask=self._mask(pattern.module, _stand_in(call), entered))
 
     def _refuse_inputs(self) -> None:

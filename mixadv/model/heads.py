@@ -10,6 +10,8 @@ from torch import Tensor
 _LIMIT = 100  # nodes between a loss and the predictions it reads
 _LOSSES = {
     "BinaryCrossEntropy": "bernoulli",
+    "LogSigmoid": "bernoulli",
+    "Sigmoid": "bernoulli",
     "MseLoss": "squared_error",
     "SmoothL1Loss": "squared_error",
     "HuberLoss": "squared_error",
@@ -38,7 +40,7 @@ def kind_of(model: Any, labels: Any, loss: Tensor, predictions: Tensor) -> Kind 
     if problem in ("multi_label_classification", "regression"):
         suits = "bernoulli" if problem == "multi_label_classification" else "squared_error"
         return Kind(suits, f"the model's problem_type is {problem!r}")
-    found = _nodes(loss, predictions)
+    found = [type(node).__name__ for node in _nodes(loss, {predictions.grad_fn}, set())]
     if any(name.startswith(_SOFTMAX) or "LogSoftmax" in name for name in found):
         return None
     if isinstance(labels, Tensor) and labels.is_floating_point():
@@ -81,29 +83,22 @@ def read_by(loss: Tensor, predictions: Tensor) -> Tensor | None:
 
 def read_besides(loss: Tensor, first: Tensor, others: list[Tensor]) -> int:
     """Return how many of other tensors the loss reads, but for what `first` is computed from."""
-    wanted = {x.grad_fn for x in others if x.grad_fn is not None}
-    waiting, seen, hit = [loss.grad_fn], {None, first.grad_fn}, 0
-    while waiting and len(seen) < 10 * _LIMIT:
+    ends = {x.grad_fn for x in others} - {None}
+    return len(ends.intersection(_nodes(loss, {first.grad_fn}, ends, 10 * _LIMIT)))
+
+
+def _nodes(loss: Tensor, before: set[Any], at: set[Any], limit: int = _LIMIT) -> list[Any]:
+    """Return so many of autograd's nodes behind a loss, the nearest first.
+
+    The way ends `before` some nodes, and `at` others.
+    """
+    found: dict[Any, None] = {}
+    waiting = [loss.grad_fn]
+    while waiting and len(found) < limit:
         node = waiting.pop(0)
-        if node in seen or node is None:
+        if node is None or node in before or node in found:
             continue
-        seen.add(node)
-        if node in wanted:
-            hit += 1
-        else:
+        found[node] = None
+        if node not in at:
             waiting += [after for after, _ in node.next_functions]
-    return hit
-
-
-def _nodes(loss: Tensor, predictions: Tensor) -> list[str]:
-    """Return the names of autograd's nodes from a loss to the predictions."""
-    names: list[str] = []
-    waiting, seen = [loss.grad_fn], {None, predictions.grad_fn}
-    while waiting and len(names) < _LIMIT:
-        node = waiting.pop(0)
-        if node in seen or node is None:
-            continue
-        seen.add(node)
-        names.append(type(node).__name__)
-        waiting += [after for after, _ in node.next_functions]
-    return names
+    return [*found]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
+from mixadv.model.values import is_whole
 from mixadv.model.visits import Call
 
 Where = Tensor | Sequence[Tensor] | Callable[[Call], Tensor] | None
@@ -82,7 +83,8 @@ def batch_is_second(
                 return known.shape != sizes
             same = isinstance(entered, Tensor) and entered.shape == known.shape == sizes
             if name == "input_ids" and same and before is None:  # else nothing is read
-                return torch.equal(entered, known.T) and not torch.equal(entered, known)
+                ways = torch.equal(entered, known), torch.equal(entered, known.T)
+                return ways[1] if any(ways) and not all(ways) else None
     return None
 
 
@@ -113,8 +115,8 @@ def real_tokens(
     lengths = [
         value
         for name, value in inputs.items()
-        if isinstance(value, Tensor) and "length" in name and value.shape == sizes[:1]
-        if not value.is_floating_point() and not any(word in name for word in _OTHERS)
+        if is_whole(value) and "length" in name and value.shape == sizes[:1]
+        if not any(word in name for word in _OTHERS)
     ]
     if len(lengths) == 1:
         return torch.arange(sizes[1], device=lengths[0].device) < lengths[0][:, None]
@@ -132,20 +134,16 @@ def owners(context: Mapping[str, Any], rows: int, device: torch.device) -> Tenso
     """Return the sample that each of the rows at the site belongs to, where the model is told.
 
     By a map of segments, as of graphs in a batch, or by inputs `[B, C, ...]` of several rows each,
-    as of multiple choice. It is never guessed from sizes.
+    as of multiple choice: what is chosen between is one sample. It is never guessed from sizes.
     """
-    whole = {k: v for k, v in context.items() if isinstance(v, Tensor) and not _is_real(v)}
+    whole = {name: value for name, value in context.items() if is_whole(value)}
     for name in _SEGMENTS:
         if name in whole and whole[name].shape == (rows,):
-            return whole[name]
+            return whole[name].long()
     for ids in whole.values():
         if ids.dim() > 2 and ids.shape[:2].numel() == rows:
             return torch.arange(rows, device=device) // ids.shape[1]
     return None
-
-
-def _is_real(values: Tensor) -> bool:
-    return values.is_floating_point() or values.is_complex()
 
 
 _PLACES = [
@@ -153,14 +151,18 @@ _PLACES = [
 ]
 
 
+def placeholders(model: nn.Module) -> list[int]:
+    """Return the ids in whose places a model reads something else, as its configuration says."""
+    config = getattr(model, "config", None)
+    return [place for name in _PLACES if isinstance(place := getattr(config, name, None), int)]
+
+
 def without_placeholders(
     mask: Tensor | None, model: nn.Module, output: Tensor, entered: Any
 ) -> Tensor | None:
     """Return the mask without ids whose embeddings a model overwrites, by those of images, say."""
-    config = getattr(model, "config", None)
-    places = [place for name in _PLACES if isinstance(place := getattr(config, name, None), int)]
-    ids = isinstance(entered, Tensor) and not entered.is_floating_point()
-    if not places or not ids or entered.shape != output.shape[:2]:
+    places = placeholders(model)
+    if not places or not is_whole(entered) or entered.shape != output.shape[:2]:
         return mask
     text = entered != places[0]
     for place in places[1:]:

@@ -46,20 +46,24 @@ class Site:
             its own input), the name of a submodule, a submodule, `"input"`, or several of them.
 
     Attributes:
+        named: whether the user said which modules.
         where: where δ may act in the round that is open; None is at real tokens.
         unsure: modules of which it is not known whether the batch comes first.
+        apart: modules of whose rows each is a sample, whatever map the model is called with.
     """
 
     def __init__(self, model: nn.Module, site: Any = None) -> None:
         self.model = model
         self._inner = unwrap(model)
         self.targets = find(model, site)
+        self.named = site is not None
         self.current: Pass | None = None
         self._alive: list[weakref.ref[Pass]] = []
         self._handles: list[Any] = []
         self._numbers: dict[nn.Module, int] = {}
         self.where: Where = None
         self.unsure: set[nn.Module] = set()
+        self.apart: set[nn.Module] = set()
         self._turned: dict[nn.Module, bool] = {}
         self._masks: list[Tensor | None] = []
         self._copies = 1
@@ -222,13 +226,13 @@ class Site:
             self.orient(module, turned)
         elif module not in self._turned:
             self.unsure.add(module)
-        turned = self._turned.get(module, False)
+        turned = self.second(module)
         if turned:
             output = output.transpose(0, 1)
             entered = entered.T if isinstance(entered, Tensor) and entered.dim() == 2 else entered
         mask = self._mask(module, output, entered)
         ids = tokens_of(module, entered)
-        owned = owners(self.current.context, len(output), output.device)
+        owned = self._owners(module, len(output), output.device)
         call = Call(output.shape, output.dtype, output.device, mask, *ids, owned)
         call = told(self.where, len(self.current.visits), call, self._copies)
         self.current.told = self.where is not None
@@ -244,6 +248,15 @@ class Site:
         """Note whether the batch is the second dimension of what a module returns."""
         self._turned[module] = second
         self.unsure.discard(module)
+
+    def second(self, module: nn.Module) -> bool:
+        """Return whether the batch is the second dimension of what a module returns."""
+        return self._turned.get(module, False)
+
+    def _owners(self, module: nn.Module, rows: int, device: torch.device) -> Tensor | None:
+        """Return the sample of each row of what a module returned, where it is known."""
+        assert self.current is not None
+        return None if module in self.apart else owners(self.current.context, rows, device)
 
     def _mask(self, module: nn.Module, output: Tensor, entered: Any) -> Tensor | None:
         """Return 1 at real tokens of what the site returned, as far as it is known."""

@@ -10,13 +10,19 @@ from mixadv.errors import GameError
 from mixadv.model.modules import unwrap
 
 
+def is_whole(value: Any) -> bool:
+    """Return whether a value is a tensor of whole numbers or Booleans, as of ids and labels."""
+    real = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return isinstance(value, Tensor) and not real
+
+
 def copies(value: Any) -> Any:
     """Return arguments of the model with copies of the whole numbers among them.
 
     Some models edit labels in place, and the next pass would read what the last one left.
     """
     if isinstance(value, Tensor):
-        return value if value.is_floating_point() or value.is_complex() else value.clone()
+        return value.clone() if is_whole(value) else value
     if type(value) in (tuple, list):
         return type(value)(map(copies, value))
     return {k: copies(v) for k, v in value.items()} if type(value) is dict else value

@@ -54,7 +54,8 @@ class Ascent:
         step_size: η, the length of a step in `unit` (of its drift, for raw gradients).
         radius: ε of the ball in `unit`; None means no ball, 0 means δ = 0.
         norm: norm of the ball and of the steps.
-        per: the ball of each sample (over its real tokens) or of each token.
+        per: the ball of each sample (over its real tokens, in all its rows where it is known to
+            have several, as graphs and multiple choice do) or of each token.
         normalize: `"steepest"` is the ascent direction of the norm (the sign in L∞), `"norm"`
             divides the gradient by its norm (released code of FreeLB and MAT; the same in L2),
             `"none"` takes the raw gradient of each sample's payoff (Langevin, SMART's Alg. 1).
@@ -161,34 +162,44 @@ class Ascent:
             return self.start_size
         return self.step_size if self.radius is None else self.radius
 
-    def project(self, delta: Tensor) -> Tensor:
+    def project(self, delta: Tensor, owners: Tensor | None = None) -> Tensor:
         """Return δ projected onto the set; without a radius the set is the whole space."""
         if self.radius is None:
             return delta
         onto = geometry.project if self.projection == "ball" else geometry.onto_sphere
-        return onto(delta, self.radius, self.norm, self.per)
+        return onto(delta, self.radius, self.norm, self.per, owners)
 
-    def begin(self, like: Tensor, mask: Tensor | None, draw: "Draw") -> Tensor:
+    def begin(
+        self, like: Tensor, mask: Tensor | None, draw: "Draw", owners: Tensor | None = None
+    ) -> Tensor:
         """Return the start point, shaped like `like`, zero where the mask is, inside the set.
 
         Args:
             like: gives shape `[B, ...]`, dtype (at least fp32) and device of δ.
             mask: broadcastable to `like`, 1 at real coordinates; None means all are real.
             draw: `draw(kind, like)` for a draw of kind "uniform" (in ±1) or "normal".
+            owners: the sample of each row, `[B]`; None is one row for each.
         """
         if self.start == "zero":
             return torch.zeros_like(like)
         noise = draw(self.start, like)
         real = torch.ones_like(like) if mask is None else mask.expand_as(like)
         noise = noise * real
-        count = geometry.norms(real, "l1", self.per).clamp(min=1)
+        count = geometry.norms(real, "l1", self.per, owners).clamp(min=1)
         power = {"l1": 1.0, "l2": 0.5, "linf": 0.0}[self.norm]
         start = self.initial_size * noise / count**power
         if self.radius is None:
             return start
-        return geometry.project(start, self.radius, self.norm, self.per)
+        return geometry.project(start, self.radius, self.norm, self.per, owners)
 
-    def move(self, delta: Tensor, gradient: Tensor, mask: Tensor | None, draw: "Draw") -> Tensor:
+    def move(
+        self,
+        delta: Tensor,
+        gradient: Tensor,
+        mask: Tensor | None,
+        draw: "Draw",
+        owners: Tensor | None = None,
+    ) -> Tensor:
         """Return the next δ: step, noise, mask, projection, in this order.
 
         Args:
@@ -196,19 +207,23 @@ class Ascent:
             gradient: of each sample's payoff, same shape.
             mask: as in `begin`.
             draw: as in `begin`.
+            owners: as in `begin`.
         """
         if mask is not None:
             gradient = gradient * mask
         if self.normalize == "steepest":
-            gradient = geometry.steepest(gradient, self.norm, self.per)
+            gradient = geometry.steepest(gradient, self.norm, self.per, owners)
         elif self.normalize == "norm":
-            gradient = geometry.unit(gradient, self.norm, self.per)
+            gradient = geometry.unit(gradient, self.norm, self.per, owners)
 
         def noise(like: Tensor) -> Tensor:
             drawn = draw("normal", like)
             return drawn if mask is None else drawn * mask
 
-        return langevin.step(delta, gradient, self.step_size, self.temperature, noise, self.project)
+        def project(delta: Tensor) -> Tensor:
+            return self.project(delta, owners)
+
+        return langevin.step(delta, gradient, self.step_size, self.temperature, noise, project)
 
 
 Ascent.described = described(Ascent.__doc__ or "")

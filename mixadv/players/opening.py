@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent, Draw
-from mixadv.players.strategy import Strategy, repeat_mask
+from mixadv.players.strategy import Strategy, repeat_mask, repeat_owners
 
 Begin = Callable[[int, Call], Tensor]
 """`begin(index, call)`: the start `[B, ...]` at a call of the site."""
@@ -54,7 +54,9 @@ def opening(
             return begin(index, call)[None]
         size = (ascent.particles * call.shape[0], *call.shape[1:])
         like = call.empty().new_empty(size)
-        point = ascent.begin(like, repeat_mask(call.mask, ascent.particles), draw)
+        mask = repeat_mask(call.mask, ascent.particles)
+        owned = repeat_owners(call.owners, ascent.particles)
+        point = ascent.begin(like, mask, draw, owned)
         return point.unflatten(0, (ascent.particles, -1))
 
     if not calls:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from mixadv.errors import GameError
 from mixadv.maths import mirror
-from mixadv.maths.geometry import Norm, Per, norms
+from mixadv.maths.geometry import Norm, Per, norms, of_samples
 from mixadv.model.visits import Call, positions
 from mixadv.players.ascent import Draw
 
-Rule = Callable[[int, Tensor, Tensor, Tensor | None, Draw], Tensor]
-"""`rule(index, δ, gradient, mask, draw)`: where δ `[B, ...]` of a call of the site moves."""
+Rule = Callable[[int, Tensor, Tensor, Tensor | None, Draw, Tensor | None], Tensor]
+"""`rule(index, δ, gradient, mask, draw, owners)`: where δ `[B, ...]` of a call moves."""
 
 
 class Strategy:
@@ -113,17 +113,20 @@ class Strategy:
         which ones did is returned too, per call at the site as `[B]`.
         """
         moved, fallen = [], []
-        calls = zip(self.points, gradients, self.masks, strict=True)
-        for index, (point, gradient, mask) in enumerate(calls):
+        calls = zip(self.points, gradients, self.masks, self._owners, strict=True)
+        for index, (point, gradient, mask, owner) in enumerate(calls):
             flat, slope = point.detach().flatten(0, 1), gradient.flatten(0, 1)
             repeated = repeat_mask(mask, self.size)
             if repeated is not None:  # what is not played may have no gradient: NaN · 0 is NaN
                 slope = torch.where(repeated > 0, slope, torch.zeros_like(slope))
-            new = rule(index, flat, slope, repeated, draw)
-            finite = (slope.isfinite() & new.isfinite()).flatten(1).all(1)
-            fallen.append(~finite.view(self.size, -1).all(0))
-            finite = finite.view(-1, *[1] * (flat.dim() - 1))
-            new = torch.where(finite, new, torch.zeros_like(new))
+            owned = repeat_owners(owner, self.size)
+            new = rule(index, flat, slope, repeated, draw, owned)
+            fell = ~(slope.isfinite() & new.isfinite()).flatten(1).all(1)
+            if owned is not None:  # the other rows of a sample fall with one
+                fell = of_samples(fell.to(slope.dtype), owned, "amax") > 0
+            fallen.append(fell.view(self.size, -1).any(0))
+            fell = (fell if owned is None else fell[owned]).view(-1, *[1] * (flat.dim() - 1))
+            new = torch.where(fell, torch.zeros_like(new), new)
             moved.append(new.view_as(point).requires_grad_())
         return self._at(moved), fallen
 
@@ -153,25 +156,45 @@ class Strategy:
         return other._at([p.detach().lerp(o.detach(), weight) for p, o in pairs])
 
     def sample(self, generator: torch.Generator | None = None) -> "Strategy":
-        """Return a pure strategy that draws one particle for each row, by the weights."""
+        """Return a pure strategy that draws one particle for each sample, by the weights."""
         weights = self.spread(self.weights)[0].flatten(1)
         drawn = torch.multinomial(weights.T, 1, generator=generator).squeeze(1)
-        row = torch.arange(len(drawn), device=drawn.device)
-        points = [p.detach()[drawn, row][None] for p in self.points]
+        if (owner := self._owners[0]) is not None:  # its rows take the draw of one of them
+            drawn = of_samples(drawn, owner, "amin")[owner]
+        return self._chosen([drawn] * len(self.points))
+
+    def choose(self, particles: Tensor) -> "Strategy":
+        """Return the pure strategy that plays one particle, `[B]` or `[1]`, for each sample."""
+        return self._chosen([x.flatten() for x in self.spread(particles[None])])
+
+    def _chosen(self, particles: Sequence[Tensor]) -> "Strategy":
+        """Return the pure strategy that plays one particle for each row, per call `[R]`."""
+        points = []
+        for point, which in zip(self.points, particles, strict=True):
+            row = torch.arange(len(which), device=which.device)
+            points.append(point.detach()[which, row][None])
         return Strategy(points, self.masks, None, self.unit, self._owners)
 
     def norms(self, norm: Norm = "l2", per: Per = "sample") -> list[Tensor]:
-        """Return the norm of each group, in units of the site: per call `[M, B, 1, ...]`."""
-        return [
-            norms(p.detach().flatten(0, 1), norm, per).unflatten(0, (self.size, -1))
-            for p in self.points
-        ]
+        """Return the norm of each group, in units of the site: per call `[M, B, 1, ...]`.
+
+        Each of the rows of a sample has the norm of them all.
+        """
+        found = []
+        for point, owner in zip(self.points, self._owners, strict=True):
+            rows = point.detach().flatten(0, 1), norm, per, repeat_owners(owner, self.size)
+            found.append(norms(*rows).unflatten(0, (self.size, -1)))
+        return found
 
     def length(self, norm: Norm = "l2", per: Per = "sample") -> Tensor:
         """Return the mean norm of the groups, 0-d, over real tokens and in units of the site."""
         means = []
-        for lengths, mask in zip(self.norms(norm, per), self.masks, strict=True):
+        calls = zip(self.norms(norm, per), self.masks, self._owners, strict=True)
+        for lengths, mask, owner in calls:
             real = torch.ones_like(lengths)
+            if owner is not None and per == "sample":  # each sample counts once
+                rows = torch.ones_like(owner, dtype=real.dtype)
+                real = real / by_row(of_samples(rows, owner, "sum")[None], lengths, owner)
             if mask is not None and per == "token":
                 real = real * mask.to(real.dtype)
             means.append((lengths * real).sum() / real.sum().clamp(min=1))
@@ -237,14 +260,14 @@ def by_row(values: Tensor, like: Tensor, owners: Tensor | None = None) -> Tensor
         GameError: where there are not as many rows as samples, and no owners of them are known.
     """
     samples, rows = values.shape[1], like.shape[1]
-    if samples not in (1, rows):
-        if owners is None:
-            raise GameError(
-                f"There are {samples} predictions and {rows} rows at the site, and which row is "
-                "whose is not known. Call the model with a map of its rows, named batch or "
-                "segments, or leave out what needs it: play_as='ensemble', sign='any'."
-            )
+    if owners is not None and samples > 1:
         values = values[:, owners]
+    elif samples not in (1, rows):
+        raise GameError(
+            f"There are {samples} predictions and {rows} rows at the site, and which row is "
+            "whose is not known. Call the model with a map of its rows, named batch or "
+            "segments, or leave out what needs it: play_as='ensemble', sign='any'."
+        )
     values = values.expand(-1, rows)
     return values.reshape(*values.shape, *[1] * (like.dim() - 2))
 
@@ -252,3 +275,11 @@ def by_row(values: Tensor, like: Tensor, owners: Tensor | None = None) -> Tensor
 def repeat_mask(mask: Tensor | None, times: int) -> Tensor | None:
     """Return the mask of so many copies of the batch."""
     return mask if mask is None or times == 1 else mask.repeat(times, *[1] * (mask.dim() - 1))
+
+
+def repeat_owners(owners: Tensor | None, times: int) -> Tensor | None:
+    """Return the samples of the rows of so many copies of the batch, each with its own numbers."""
+    if owners is None or times == 1:
+        return owners
+    copy = torch.arange(times, device=owners.device)
+    return (owners + len(owners) * copy[:, None]).flatten()

@@ -118,7 +118,7 @@ def start(stage: Stage, ascent: Ascent, batch: Batch, seed: int, number: int) ->
                 drawn[i][own] = noise(kind, like.new_empty(int(own.sum())))
             return drawn
 
-        return ascent.begin(call.empty(), call.mask, draw)
+        return ascent.begin(call.empty(), call.mask, draw, call.owners)
 
     return stage.start(ascent, begin)
 

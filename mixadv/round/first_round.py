@@ -29,14 +29,16 @@ from mixadv.round.arena import Arena, Calibration, Memory
 from mixadv.round.carried import Carried
 from mixadv.round.cost import count_passes
 from mixadv.round.gains import losses_of_samples
+from mixadv.round.layout import check_batch, find_batch
 from mixadv.round.passes import Passes, nowhere
 from mixadv.round.readable import (
+    check_inputs,
     check_masks,
     check_owners,
     check_reading,
     check_replay,
     check_slopes,
-    find_batch,
+    difference,
 )
 from mixadv.round.stage import Stage
 from mixadv.round.unit import mean_length, measuring, no_trace
@@ -79,8 +81,10 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
         check_masks(stage)
-        check_owners(stage, zero.samples)
+        check_inputs(stage)
+        check_owners(stage, zero)
         check_replay(plain, zero)
+        check_batch(stage, zero)
         check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_length(trial, lengths))
@@ -246,4 +250,4 @@ def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
 def _distance(a: Reading, b: Reading) -> float:
     """Return the root mean square difference of two passes' predictions, or else losses."""
     first, second = ((r.loss if r.predictions is None else r.predictions).detach() for r in (a, b))
-    return float((first.double() - second.double()).square().mean().sqrt())
+    return float(difference(first.double(), second.double()).square().mean().sqrt())

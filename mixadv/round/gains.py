@@ -35,7 +35,8 @@ def gains_of(
         if origin is None:
             return gained
         away = 1 - (directions(reading.representation) * repeated(origin, copies)).sum(-1)
-        return gained + deviation_weight * _spread(away.to(gained.dtype), len(gained))
+        away = _of_payoffs(away.to(gained.dtype), len(gained), reading.owners)
+        return gained + deviation_weight * away
 
     return gains
 
@@ -66,16 +67,17 @@ def repeated(x: Tensor, copies: int) -> Tensor:
     return x.repeat(copies, *[1] * (x.dim() - 1))
 
 
-def _spread(values: Tensor, rows: int) -> Tensor:
-    """Return values of samples for `rows` payoffs: several of a sample, or one of several."""
-    if rows % len(values) == 0:
-        each = rows // len(values)
-        return (values / each).repeat_interleave(each)
-    if len(values) % rows == 0:
-        return values.unflatten(0, (rows, -1)).sum(1)
+def _of_payoffs(values: Tensor, payoffs: int, owners: Tensor | None) -> Tensor:
+    """Return values of representations added up for each payoff: of a sample, or of the batch."""
+    if len(values) == payoffs:
+        return values
+    if payoffs == 1:
+        return values.sum(0, keepdim=True)
+    if owners is not None and len(owners) == len(values):
+        return values.new_zeros(payoffs).index_add(0, owners, values)
     raise GameError(
-        f"The representation has {len(values)} rows and the closure returned {rows} losses, which "
-        "do not belong to each other: return one loss per sample, or name another source=."
+        f"The representation has {len(values)} rows and the closure returned {payoffs} losses, and "
+        "which belong together is not known: return one loss per sample, or name another source=."
     )
 
 

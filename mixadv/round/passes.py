@@ -39,6 +39,7 @@ class Passes:
         self.forwards = 0  # a pass over M stacked copies counts as M
         self.theta_backwards = 0
         self._calls_per_pass: int | None = None
+        self._still: list[bool] | None = None  # which calls of the first pass ran under no_grad
         self._read: Tensor | None = None  # which predictions the loss reads
 
     def run(self, provide: Provide, closure: Closure | None = None, copies: int = 1) -> Reading:
@@ -57,7 +58,7 @@ class Passes:
             result = (closure or self.closure)()
         self.kept.append(current)
         self.forwards += copies
-        self._check_calls(len(current.calls))
+        self._check_calls(current)
         if copies == 1:
             self.calls = current.calls
         reading = parse_output(result, current.tokens(), unwrap(arena.model))
@@ -66,9 +67,10 @@ class Passes:
             reading = reading._replace(hidden=represents.take())
         if arena.calibration.scaling is not None:
             reading = reading.widened()
-        if reading.loss.shape == (1,) and current.calls[0].shape[0] > 1:
+        if reading.loss.shape == (1,) and not _one_sample(reading, current.calls[0]):
             reading = reading._replace(loss=reading.loss[0])
-        return reading._replace(samples=self._count(reading) // copies)
+        owners = current.calls[0].owners
+        return reading._replace(samples=self._count(reading) // copies, owners=owners)
 
     def _count_predictions(self, reading: Reading, copies: int) -> Reading:
         """Count the predictions per token that the loss reads, where no labels tell which."""
@@ -101,9 +103,17 @@ class Passes:
 
         return provide
 
-    def _check_calls(self, calls: int) -> None:
+    def _check_calls(self, current: Pass) -> None:
         """Check that each pass of the round calls the site as often as its first one."""
-        site = self.arena.site
+        site, calls = self.arena.site, len(current.calls)
+        first = self._still = current.still if self._still is None else self._still
+        taken = calls == 0 and not current.grad and any(first)  # all for calls of the last round
+        if taken or (first != current.still and any(first + current.still)):
+            raise GameError(
+                f"The closure calls the site {site.names} under no_grad, at other places than in "
+                "the round before, by which a pass without gradients goes: make the same calls in "
+                "every round, or set recompute=False."
+            )
         if calls == 0:
             raise GameError(site.not_called())
         self._calls_per_pass = self._calls_per_pass or calls
@@ -210,6 +220,13 @@ class Passes:
         """Take the hooks away."""
         self.kept.clear()
         self.arena.site.detach()
+
+
+def _one_sample(reading: Reading, call: Call) -> bool:
+    """Return whether a loss `[1]` is that of one sample, and not of a batch."""
+    if reading.predictions is not None:
+        return len(reading.predictions) == 1
+    return call.shape[0] == 1 or call.owners is not None
 
 
 def nowhere(index: int, call: Call, output: Tensor) -> None:

@@ -11,70 +11,34 @@ from mixadv.maths.divergence import divergence
 from mixadv.model.closure import Reading
 from mixadv.model.contexts import compute_dtype
 from mixadv.model.heads import kind_of
+from mixadv.model.masks import placeholders
 from mixadv.model.modules import unwrap
 from mixadv.round.arena import Arena
 from mixadv.round.stage import Stage
-from mixadv.round.unit import measuring
 
 
-def find_batch(stage: Stage) -> bool:
-    """Find the batch among the dimensions of what the site returns, where no ids or mask told it.
+def check_owners(stage: Stage, zero: Reading) -> None:
+    """Check that a map of rows to samples is one; rows that predict by themselves are samples.
 
-    The gradient of a sample's own predictions lies at that sample alone: of the first and of the
-    last sample, in the dimension that is the batch. Where samples see each other nothing is found.
-
-    Returns:
-        Whether it was found in the second dimension, so that what was measured is to be anew.
+    Of a loss alone, of which there is one for the batch, only a map in order is taken for one.
     """
-    passes, site = stage.passes, stage.arena.site
-    turned = False
-    slopes: list[list[Tensor]] = []
-    if not site.unsure:
-        return False
-    for sample in (0, -1):
-        leaves: list[Tensor] = []
-        with passes.frozen():
-            reading = passes.run(measuring([], leaves))
-            values = reading.loss if reading.predictions is None else reading.predictions
-            if values.dim() == 0 or len(values) < 2 or not values.requires_grad:
-                return False
-            own = values[sample].reshape(-1)
-            weights = torch.linspace(1, 2, len(own), dtype=own.dtype, device=own.device)
-            slopes.append(passes.differentiate((own * weights).sum(), leaves))
-    for visit, *pair in zip(passes.kept[-1].visits, *slopes, strict=True):
-        if visit.module not in site.unsure:
+    counted = zero.loss.dim() > 0 or zero.predictions is not None
+    for visit in stage.passes.kept[-1].visits:
+        call, rows = visit.call, visit.call.shape[0]
+        if call.owners is None:
             continue
-        for second in (False, True):
-            sizes = visit.call.shape[int(second)]
-            there = (_lies_at(g, k, second) for g, k in zip(pair, (0, -1), strict=True))
-            if sizes == reading.samples and all(there):
-                site.orient(visit.module, second)
-                turned |= second
-                break
-        else:  # samples see each other: their number alone tells
-            first, second_size = visit.call.shape[:2]
-            if reading.samples == second_size != first:
-                site.orient(visit.module, True)
-                turned = True
-    return turned
-
-
-def _lies_at(slope: Tensor, sample: int, second: bool) -> bool:
-    """Return whether a gradient is 0 at all samples but one, if the second dimension is theirs."""
-    there = (slope.transpose(0, 1) if second else slope).flatten(1).ne(0).any(1)
-    return bool(there[sample]) and int(there.sum()) == 1
-
-
-def check_owners(stage: Stage, samples: int) -> None:
-    """Check that a map of rows to samples is one."""
-    for call in stage.passes.calls:
-        if call.owners is None or call.shape[0] == samples:
+        numbers = call.owners.unique().tolist()
+        if counted and zero.samples == rows and len(numbers) < rows:
+            stage.arena.site.apart.add(visit.module)
             continue
-        if call.owners.unique().tolist() != [*range(samples)]:
+        samples = zero.samples if counted else len(numbers)
+        ordered = counted or bool((call.owners.diff() >= 0).all())
+        if numbers != [*range(samples)] or not ordered:
+            said = f"{samples} predictions" if counted else "samples in order"
             raise GameError(
-                f"The model is called with a map of {call.shape[0]} rows to samples, as batch or "
-                f"segments, whose numbers are not those of {samples} predictions, 0 to "
-                f"{samples - 1}: give it another name if it is none."
+                f"The model is called with a map of {rows} rows to samples, as batch or segments, "
+                f"whose numbers are not those of {said}, 0 to {samples - 1}: give it another name "
+                "if it is none, and return (loss, logits) or one loss per sample from the closure."
             )
 
 
@@ -97,6 +61,34 @@ def check_masks(stage: Stage) -> None:
                 return
 
 
+_BESIDES = ("pixel", "image", "video", "audio", "input_features", "input_values")
+
+
+def check_inputs(stage: Stage) -> None:
+    """Warn of images or sounds that are read beside ids, where nobody said which δ is added to.
+
+    Not of a language model that reads them in the places of some of its ids.
+    """
+    site, current = stage.arena.site, stage.passes.kept[-1]
+    if site.named or placeholders(unwrap(stage.arena.model)):
+        return
+    if all(visit.call.ids is None for visit in current.visits):
+        return
+    besides = [
+        name
+        for name, value in current.context.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
+        if any(word in name for word in _BESIDES) and "mask" not in name
+    ]
+    if besides:
+        warnings.warn(
+            f"The model is called with {besides} too, which stay as they are: δ acts at "
+            f"{site.names} alone. Say so with site={site.names[0]!r}, or choose "
+            f"site='input:{besides[0]}', or a list of both.",
+            stacklevel=8,
+        )
+
+
 def check_replay(plain: Reading, zero: Reading) -> None:
     """Check that two passes on one batch give the same, at δ = 0."""
     low = torch.finfo(compute_dtype(plain.loss)).eps > 1e-5
@@ -108,8 +100,9 @@ def check_replay(plain: Reading, zero: Reading) -> None:
         apart = one.shape != two.shape
         what = f"predictions of shape {list(one.shape)} and {list(two.shape)}"
         if not apart:
-            most = float((one - two).abs().max())
-            apart = most > (3e-2 if low else 1e-4) * (1e-3 + float(one.abs().max()))
+            most = float(difference(one, two).abs().max())
+            size = float(one.masked_fill(one.isinf(), 0).abs().max())
+            apart = most > (3e-2 if low else 1e-4) * (1e-3 + size)
             what = f"predictions that differ by up to {most:.2g}"
     if apart:
         raise GameError(
@@ -118,6 +111,11 @@ def check_replay(plain: Reading, zero: Reading) -> None:
             "or with the global generators of torch, numpy or Python; and make what a pass "
             "changes, such as a cache (past_key_values), anew within it."
         )
+
+
+def difference(one: Tensor, other: Tensor) -> Tensor:
+    """Return one − other, 0 where both are the same infinity, as of classes that are ruled out."""
+    return torch.where(one == other, torch.zeros_like(one), one - other)
 
 
 def _check_head(arena: Arena, reading: Reading, labels: Any) -> None:

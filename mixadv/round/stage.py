@@ -65,7 +65,7 @@ class Stage(Moves):
         return opening(ascent, self.arena.noise, self.calls, self.arena.scale, begin)
 
     def draw(self, ascent: Ascent, call: Call) -> Tensor:
-        return ascent.begin(call.empty(), call.mask, self.arena.noise)
+        return ascent.begin(call.empty(), call.mask, self.arena.noise, call.owners)
 
     def constant(self, name: str, kind: str, like: Tensor) -> Tensor:
         noise = Noise(self.arena.seed)

@@ -127,6 +127,10 @@ def share(gradients: list[Tensor], calls: list[Call]) -> list[Tensor]:
         gradients: per call at the site `[1, B, ..., D]`.
         calls: the calls; where one is no embedding's, its gradient stays as it is.
     """
+    gradients = [  # what is not played may have no gradient
+        g if call.mask is None else torch.where(call.mask > 0, g, torch.zeros_like(g))
+        for g, call in zip(gradients, calls, strict=True)
+    ]
     shapes = [(1, g.shape[1], *[1] * (g.dim() - 2)) for g in gradients]
     finite = [
         g.isfinite().flatten(2).all(2).view(s) for g, s in zip(gradients, shapes, strict=True)
@@ -138,7 +142,6 @@ def share(gradients: list[Tensor], calls: list[Call]) -> list[Tensor]:
         if call.embedding not in rows:
             rows[call.embedding] = g.new_zeros(call.vocabulary, g.shape[-1])
         real = torch.where(kept, g, torch.zeros_like(g))  # others fall back alone
-        real = real if call.mask is None else real * call.mask
         rows[call.embedding].index_add_(0, call.ids.flatten(), real.flatten(0, -2))
     return [
         g if call.embedding is None else torch.where(kept, rows[call.embedding][call.ids], g)

@@ -76,7 +76,8 @@ class FreeAT(Solver):
                 return stage.draw(self, call)
             like = call.empty()
             delta = carried[index].to(like)
-            return self.project(delta if call.mask is None else delta * call.mask)
+            real = delta if call.mask is None else delta * call.mask
+            return self.project(real, call.owners)
 
         delta = stage.start(self, begin)
         for _ in range(self.steps):

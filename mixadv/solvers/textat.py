@@ -126,15 +126,23 @@ class Tokens:
         self.standing.append(torch.ones_like(self.deltas[index][:, :1, :1]))
         return self.bound(index)
 
-    def move(self, index: int, q: Tensor, g: Tensor, mask: Tensor | None, draw: Draw) -> Tensor:
+    def move(
+        self,
+        index: int,
+        q: Tensor,
+        g: Tensor,
+        mask: Tensor | None,
+        draw: Draw,
+        owners: Tensor | None,
+    ) -> Tensor:
         """Return δ + η after one move of both."""
         call, solver = self.calls[index], self.solver
         unbounded = replace(solver, radius=None, start_size=solver.initial_size)
-        self.deltas[index] = unbounded.move(self.deltas[index], g, mask, draw)
+        self.deltas[index] = unbounded.move(self.deltas[index], g, mask, draw, owners)
         step = geometry.steepest(g * self.real(call), solver.norm, "token")
         eta = self.etas[index] + solver.step_size * step
         lengths = geometry.norms(eta, "l2", "token")
-        longest = lengths.amax(1, keepdim=True)
+        longest = geometry.norms(lengths, "linf", "sample", owners)
         self.etas[index] = eta * lengths / torch.where(longest > 0, longest, 1.0)
         finite = (self.deltas[index] + self.etas[index]).isfinite().flatten(1).all(1)[:, None, None]
         for part in (self.deltas, self.etas):
@@ -145,12 +153,13 @@ class Tokens:
     def bound(self, index: int) -> Tensor:
         """Scale both parts so that their sum lies in the ball, and return it."""
         solver, total = self.solver, self.deltas[index] + self.etas[index]
+        owners = self.calls[index].owners
         if solver.radius is not None:
-            length = geometry.norms(total, solver.norm, solver.per)
+            length = geometry.norms(total, solver.norm, solver.per, owners)
             scale = torch.where(length > solver.radius, solver.radius / length, 1.0)
             self.deltas[index] = scale * self.deltas[index]
             self.etas[index] = scale * self.etas[index]
-            total = solver.project(scale * total)
+            total = solver.project(scale * total, owners)
         return total
 
     def real(self, call: Call) -> Tensor:

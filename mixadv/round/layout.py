@@ -1,0 +1,148 @@
+"""Which dimension of what the site returns is the batch, where no ids or mask told it."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.model.closure import Reading
+from mixadv.model.visits import Call, Visit
+from mixadv.round.stage import Stage
+from mixadv.round.unit import measuring
+
+_ENDS = (0, -1)  # the first sample, and the last
+
+
+def find_batch(stage: Stage) -> bool:
+    """Find the batch among the dimensions of what the site returns.
+
+    The gradient of a sample's own predictions lies at that sample alone: of the first and of the
+    last sample, in the dimension that is the batch. Where samples see each other their number
+    tells. Where there is a loss alone, a sample that is moved changes no other's gradient.
+
+    Returns:
+        Whether it was found in the second dimension, so that what was measured is to be anew.
+    """
+    if not stage.arena.site.unsure:
+        return False
+    with _without_statistics(stage.arena.model):
+        return _found(stage)
+
+
+def _found(stage: Stage) -> bool:
+    passes, site = stage.passes, stage.arena.site
+    slopes: list[list[Tensor]] = []
+    samples = 0
+    for sample in _ENDS:
+        leaves: list[Tensor] = []
+        with passes.frozen():
+            reading = passes.run(measuring([], leaves))
+            values = reading.loss if reading.predictions is None else reading.predictions
+            if values.dim() == 0:
+                return _by_moves(stage)
+            if not values.requires_grad:
+                return False
+            samples = reading.samples
+            own = values[sample].reshape(-1)
+            weights = torch.linspace(1, 2, len(own), dtype=own.dtype, device=own.device)
+            slopes.append(passes.differentiate((own * weights).sum(), leaves))
+    for visit, *pair in zip(passes.kept[-1].visits, *slopes, strict=True):
+        for second in (False, True):
+            sizes = visit.call.shape[int(second)]
+            there = (_lies_at(g, k, second) for g, k in zip(pair, _ENDS, strict=True))
+            if visit.module in site.unsure and sizes == samples and all(there):
+                site.orient(visit.module, second)
+        if visit.module in site.unsure and _second_by_number(visit, samples):
+            site.orient(visit.module, True)
+    return _turned(stage)
+
+
+@contextmanager
+def _without_statistics(model: nn.Module) -> Iterator[None]:
+    """Use running statistics: through those of the batch samples see each other."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    live = [m for m in model.modules() if isinstance(m, kinds) and m.training]
+    for module in live:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in live:
+            module.train()
+
+
+def _lies_at(slope: Tensor, sample: int, second: bool) -> bool:
+    """Return whether a gradient is 0 at all samples but one, if the second dimension is theirs."""
+    slope = slope.nan_to_num(0, 0, 0)  # as it may be at padding
+    there = (slope.transpose(0, 1) if second else slope).flatten(1).ne(0).any(1)
+    return bool(there[sample]) and int(there.sum()) == 1
+
+
+def _second_by_number(visit: Visit, samples: int) -> bool:
+    first, second = visit.call.shape[:2]
+    return samples == second != first and visit.call.owners is None
+
+
+def _turned(stage: Stage) -> bool:
+    site = stage.arena.site
+    return any(site.second(visit.module) for visit in stage.passes.kept[-1].visits)
+
+
+def _by_moves(stage: Stage) -> bool:
+    """Find the batch by the gradient of a loss alone, in `[B, n, d]` or `[n, B, d]`."""
+    site = stage.arena.site
+    still = _slopes(stage)
+    for index, visit in enumerate(stage.passes.kept[-1].visits):
+        if visit.module not in site.unsure or len(visit.call.shape) != 3:
+            continue
+        for second in (False, True):
+            moved = (_slopes(stage, index, second, sample)[index] for sample in _ENDS)
+            changed = (_changed(g, still[index]) for g in moved)
+            there = (_lies_at(g, k, second) for g, k in zip(changed, _ENDS, strict=True))
+            if visit.module in site.unsure and all(there):
+                site.orient(visit.module, second)
+    return _turned(stage)
+
+
+def check_batch(stage: Stage, zero: Reading) -> None:
+    """Warn of a batch that a loss alone did not show."""
+    site = stage.arena.site
+    if zero.loss.dim() or zero.predictions is not None or stage.arena.solver.per == "token":
+        return
+    for visit in stage.passes.kept[-1].visits:
+        if visit.module in site.unsure and len(visit.call.shape) == 3:
+            warnings.warn(
+                f"The site {site.names} returns {list(visit.call.shape)}, and which of the first "
+                "two dimensions is the batch is not known: the first is taken for it. Return "
+                "predictions or one loss per sample beside the loss, as in (loss, logits).",
+                stacklevel=8,
+            )
+            return
+
+
+def _slopes(
+    stage: Stage, moved: int | None = None, second: bool = False, sample: int = 0
+) -> list[Tensor]:
+    """Return the gradients of the loss at δ = 0, but for one sample at one call that is moved."""
+    passes = stage.passes
+    leaves: list[Tensor] = []
+
+    def provide(index: int, call: Call, output: Tensor) -> Tensor:
+        leaf = torch.zeros_like(call.empty())
+        if index == moved:
+            part = leaf.select(int(second), sample)
+            way = torch.linspace(-1, 2, part.numel(), dtype=leaf.dtype, device=leaf.device)
+            part.copy_(way.view_as(part) * output.detach().abs().mean())
+        leaves.append(leaf.requires_grad_())
+        return leaf
+
+    with passes.frozen():
+        return passes.differentiate(passes.run(provide).objective, leaves)
+
+
+def _changed(slope: Tensor, before: Tensor) -> Tensor:
+    """Return by how much a gradient changed, 0 where it is by rounding."""
+    change = (slope - before).abs().nan_to_num(0, 0, 0)
+    return change * (change > 1e-4 * before.abs().nan_to_num(0, 0, 0).max())
