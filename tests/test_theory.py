@@ -20,7 +20,7 @@ seeds = st.integers(0, 2**32 - 1)
 ROOT = Path(__file__).parent.parent
 FIELDS = ("Assumes", "Claim", "Proof", "Source", "Code", "Tests")
 REQUIRED = {
-    *(f"H{k}" for k in range(1, 7)),
+    *(f"H{k}" for k in range(1, 8)),
     *("O2", "P1", "R1", "R2", "C1", "C3", "C4", "G1", "G2"),
     *(f"E{k}" for k in range(1, 7)),
     *("F6", "M1", "D1", "D2", "T1", "T2"),
