@@ -56,7 +56,7 @@ def gain(perturbed: Tensor, clean: Tensor) -> Tensor:
 
 
 FREE = {"unit": "absolute", "normalize": "none", "radius": None, "start": "normal"}
-RAW = mixadv.MAT(**FREE, start_size=0.5, divergence=gain, mirror_step=0.0)
+RAW = mixadv.MAT(**FREE, start_size=0.5, divergence=gain, mirror_step=0.0, mirror_unit="absolute")
 BOXED = {"unit": "absolute", "normalize": "none", "radius": 1.0, "norm": "linf"}
 PARTICLES = {"particles": 32, "play_as": "ensemble", "particle_batching": "stack"}
 

@@ -155,12 +155,14 @@ class Rehearsal(Moves):
         self.loss(q)
         return _READING
 
-    def divergence(self, q: Strategy, kind: str | Divergence, fixed: bool = False) -> Tensor:
+    def divergence(
+        self, q: Strategy, kind: str | Divergence, fixed: bool = False, sampled: bool = False
+    ) -> Tensor:
         if fixed:
             self.clean()
         else:
             self._learn_clean()
-        return self.loss(q)
+        return self.loss(q.mean() if sampled else q)
 
     def proximal(self, kind: str | Divergence) -> Tensor:
         self._learn_clean()
