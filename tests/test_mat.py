@@ -18,7 +18,7 @@ from tests.zoo import player, wrapped
 
 PLAIN = {"learner_steps": 1, "damping": 0.0, "round_damping": 0.0, "average": None}
 COLD = {"learner_temperature": 0.0}
-STILL = {"steps": 0, "smoothness_weight": 0.0, "divergence": "squared_error"}
+STILL = {"steps": 0, "smoothness_weight": 0.0, "divergence": "squared_error", "temperature": 0.0}
 X = torch.ones(2, 3, dtype=torch.float64)
 
 
@@ -99,8 +99,9 @@ def test_one_particle_without_noise_and_damping_is_smart_bit_for_bit(steps, play
         objectives = [optimizer.step(bert.closure()) for _ in range(3)]
         return [*objectives, *bert.model.parameters()]
 
+    pure = {"particles": 1, "temperature": 0.0, "play_as": play_as}
     smart = trained(mixadv.SMART(steps=steps, step_size=0.1, proximal_weight=0.0))
-    mat = trained(mixadv.MAT(**PLAIN, **COLD, steps=steps, step_size=0.1, play_as=play_as))
+    mat = trained(mixadv.MAT(**PLAIN, **COLD, **pure, steps=steps, step_size=0.1))
     assert all(torch.equal(a, b) for a, b in zip(smart, mat, strict=True))
 
 
@@ -119,7 +120,8 @@ def ensemble(solver: mixadv.MAT, seed: int = 0):
     return optimizer.game.strategy, optimizer.outcome, ((p.exp() - q.exp()) * (p - q)).sum(-1)
 
 
-FIXED = mixadv.MAT(step_size=0.0, radius=3.0, start_size=2.0, unit="absolute", play_as="ensemble")
+FIXED = mixadv.MAT(step_size=0.0, temperature=0.0, start_size=2.0, play_as="ensemble")
+FIXED = replace(FIXED, radius=3.0, unit="absolute")
 
 
 def in_unit(payoffs: Tensor, unit: str) -> Tensor:
@@ -281,6 +283,7 @@ def test_a_path_is_every_point_of_its_chains_weighed_by_what_they_were_paid(part
     model, x, closure = linear()
     weight, bias = (p.detach() for p in model.parameters())
     chain = {"normalize": "none", "radius": None, "unit": "absolute", "step_size": 0.3}
+    chain |= {"temperature": 0.0}
     solver = mixadv.MAT(**PLAIN, **chain, particles=particles, start_size=1.0, play_as="ensemble")
 
     def played(**changes) -> mixadv.Strategy:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from mixadv.errors import GameError
 from mixadv.maths import mirror
@@ -146,7 +145,8 @@ class Strategy:
         """
         below = self.weights.cumsum(0)
         passed = (below <= levels * below[-1]).sum(0).clamp(max=self.size - 1)
-        return self._combined(one_hot(passed, self.size).T.to(below.dtype))
+        each = torch.arange(self.size, device=passed.device)[:, None]
+        return self._combined((each == passed).to(below.dtype))  # `one_hot` would read the device
 
     @classmethod
     def joined(cls, strategies: "Sequence[Strategy]") -> "Strategy":

@@ -19,7 +19,10 @@ points between them need not earn what they do (M2 in theory/statements.md).
 
 The particles are where the M chains end (`points="last"`), or all K_δ + 1 points of each
 (`"path"`), weighed in one mirror step by what the ascent was paid there; no pass is run for the
-last ones, which are weighed as the points that they ascended from.
+last ones, which are weighed as the points that they ascended from. Each round begins with equal
+weights: a particle starts anew with each batch, so that a weight carried over stands for no point.
+Carried over they grow, to 1.1 of 2 effective particles within 400 rounds, and play is easier to
+exploit: by 0.91 in place of 0.81 in matching pennies (`tests/test_mixed_defaults.py` has the game).
 
 By default ∇ℓ_s is taken as a direction, of length 1 per sample, as the released code does;
 `normalize="none"` is the raw drift of Langevin dynamics. θ follows the Gibbs law for plain SGD
@@ -138,15 +141,17 @@ class MAT(DivergenceSolver):
         },
     }
 
-    particles: int = 1
-    steps: int = 2
+    particles: int = 2
+    steps: int = 1
+    step_size: float = 0.2
     start: Start = "normal"
     start_size: float | None = 0.05
-    mirror_step: float = 1.0
+    temperature: float = 1e-6
+    mirror_step: float = 0.5
     mirror_unit: Unit = "relative"
     points: Points = "last"
     damping: Damping = 0.3
-    play_as: PlayAs = "mean"
+    play_as: PlayAs = "sample"
     learner_steps: int = 2
     learner_temperature: float = 1e-5
     round_damping: float = 0.3
