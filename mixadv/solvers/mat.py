@@ -30,7 +30,9 @@ only: adaptive optimizers precondition the drift and not the noise.
 
 Differences of the released code: its copy of θ_t is an alias of the live weights, its noise comes
 after the projection and is scaled by γ (a temperature of 4e-8 for δ, 4e-12 for θ), its log(softmax)
-overflows.
+overflows. Its start is normal with a scale of 1e-5 in each coordinate and is not brought into the
+ball of 1e-5, ours is. For STS-B it adds the squared errors of a batch up beside a mean of the task
+loss: its λ there is ours over the batch size.
 
 Published: github.com/Charles-Zhong/MAT, BEST_LOGs ("cola-run" is its run.sh). Steps of δ, of 1e-3,
 end far outside the L∞ ball of 1e-5 and are rescaled to it: here that is `projection="sphere"`. The
