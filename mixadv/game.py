@@ -180,7 +180,7 @@ class Game:
             )
 
     def explain(self, closure: Closure | None = None, *, where: Where = None) -> Explanation:
-        """Return what a round will do: site, unit, absolute radius, passes and their cost.
+        """Return what a round will do: site, unit, absolute radius, who mixes, passes and cost.
 
         Args:
             closure: measures the unit by one forward pass that leaves no trace, of several
@@ -190,7 +190,7 @@ class Game:
         """
         if closure is not None:
             validate.check_closure(closure)
-        return explain(self.rounds.arena, closure, where)
+        return explain(self.rounds.arena, closure, where, self.outcome)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

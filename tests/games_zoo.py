@@ -55,8 +55,43 @@ def gain(perturbed: Tensor, clean: Tensor) -> Tensor:
     return (perturbed - clean).squeeze(1)
 
 
+class Table(nn.Module):
+    """B replicates of a matrix game, played by a learner on the simplex and a δ that picks columns.
+
+    The input has length 1 and every entry alike, so that lengths may be relative. Where it is moved
+    by δ the column is drawn with the probabilities softmax(40·δ): nearly one column for a δ of 0.2
+    along it, all alike for δ = 0. The closure's loss is what the uniform columns gain.
+    """
+
+    def __init__(self, gains: np.ndarray, theta: Tensor) -> None:
+        super().__init__()
+        self.gains = torch.tensor(gains)
+        self.theta = nn.Parameter(theta.double().clone())
+
+    def columns(self, x: Tensor) -> Tensor:
+        return (40 * x).softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta = self.theta.repeat(len(x) // len(self.theta), 1)
+        return ((theta @ self.gains) * self.columns(x)).sum(1, keepdim=True)
+
+    def closure(self) -> tuple[Tensor, Tensor]:
+        rows, columns = len(self.theta), self.gains.shape[1]
+        gained = self(torch.full((rows, columns), columns**-0.5).double())
+        return gained.squeeze(1), gained
+
+    def project(self) -> None:
+        """Move θ to the nearest point of the simplex."""
+        falling = self.theta.data.sort(1, descending=True).values
+        excess = (falling.cumsum(1) - 1) / torch.arange(1, falling.shape[1] + 1)
+        last = (falling > excess).sum(1, keepdim=True) - 1
+        self.theta.data.sub_(excess.gather(1, last)).clamp_(min=0)
+
+
 FREE = {"unit": "absolute", "normalize": "none", "radius": None, "start": "normal"}
-RAW = mixadv.MAT(**FREE, start_size=0.5, divergence=gain, mirror_step=0.0)
+PURE = {"particles": 1, "play_as": "mean", "temperature": 0.0}
+RAW = mixadv.MAT(**FREE, **PURE, start_size=0.5, divergence=gain, mirror_step=0.0)
+RAW = replace(RAW, mirror_unit="absolute")
 BOXED = {"unit": "absolute", "normalize": "none", "radius": 1.0, "norm": "linf"}
 PARTICLES = {"particles": 32, "play_as": "ensemble", "particle_batching": "stack"}
 

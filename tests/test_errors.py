@@ -109,6 +109,8 @@ VALUES: Refusals = {
         "learner steps": (lambda: MAT(learner_steps=0), "learner_steps | 0"),
         "samples": (lambda: MAT(samples=-1), "samples | -1"),
         "play": (lambda: MAT(play_as="means"), "play_as='means' | 'mean' | 'ensemble'"),
+        "points": (lambda: MAT(points="all"), "points='all' | 'last' | 'path'"),
+        "mirror unit": (lambda: MAT(mirror_unit="token"), "mirror_unit='token' | 'relative'"),
         "no replay": (lambda: FreeAT(steps=0), "FreeAT | steps | replays | 0"),
         "no pass over tokens": (lambda: TextAT(steps=0), "TextAT | steps | 0"),
         "writing": (lambda: TextAT(write="sum"), "write='sum' | 'mean' | 'accumulate'"),
@@ -574,7 +576,7 @@ def test_a_closure_that_zeroes_gradients_is_refused(name: str, whose: str, to_no
 @pytest.mark.parametrize("build", [SMART, MAT, ALUM, VAT])
 def test_an_ascent_that_could_never_leave_zero_is_refused(build: Any, start: Any, kind: Any):
     with pytest.raises(ValueError, match="zero gradient"):
-        build(divergence=kind, **start)
+        build(divergence=kind, **start, temperature=0.0)
     build(divergence=kind, **start, temperature=0.1)
 
 

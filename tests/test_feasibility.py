@@ -75,6 +75,8 @@ class GivenNoise:
     def __call__(self, kind, like):
         self.count += 1
         generator = torch.Generator().manual_seed(self.count)
+        if like.dim() == 1:  # of each sample
+            return 2 * torch.rand(ROWS, generator=generator, dtype=like.dtype)[self.rows] - 1
         size = (3, ROWS, 9, like.shape[-1])
         normal = torch.randn(size, generator=generator, dtype=like.dtype)
         drawn = normal if kind == "normal" else normal.tanh()

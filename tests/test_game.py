@@ -353,7 +353,7 @@ def test_a_gradient_that_is_not_finite_falls_back_to_no_perturbation():
 
 def test_a_step_returns_the_objective_averaged_over_its_learner_steps():
     def step(learner_steps: int) -> mixadv.Outcome:
-        optimizer, player = start(MAT(learner_steps=learner_steps, particles=2))
+        optimizer, player = start(MAT(learner_steps=learner_steps, play_as="ensemble"))
         optimizer.base.param_groups[0]["lr"] = 0.0
         player.model.dropout.eval()
         loss = optimizer.step(player.closure())

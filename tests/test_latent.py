@@ -138,7 +138,7 @@ SOLVERS = {
     "r3f": mixadv.R3F(),
     "alum": mixadv.ALUM(steps=2),
     "smart": mixadv.SMART(proximal_weight=0.0),
-    "mat": mixadv.MAT(steps=2, smoothness_weight=1.0, round_damping=0.0, **PLAIN),
+    "mat": mixadv.MAT(play_as="mean", round_damping=0.0, **PLAIN),
 }
 AT = ("noise", "pgd", "freeat", "freelb")
 

@@ -1,5 +1,6 @@
 """MAT: damping, mirror weights, temperature, and the weights that it must leave alone."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -10,13 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
+from mixadv.model.replay import Noise
 from mixadv.players.learner import Learner
 from tests.worlds import classified
 from tests.zoo import player, wrapped
 
 PLAIN = {"learner_steps": 1, "damping": 0.0, "round_damping": 0.0, "average": None}
 COLD = {"learner_temperature": 0.0}
-STILL = {"steps": 0, "smoothness_weight": 0.0, "divergence": "squared_error"}
+STILL = {"steps": 0, "smoothness_weight": 0.0, "divergence": "squared_error", "temperature": 0.0}
 X = torch.ones(2, 3, dtype=torch.float64)
 
 
@@ -85,7 +87,10 @@ def test_damping_has_its_closed_form(damping, round_damping, steps, seed):
         torch.testing.assert_close(theta.detach(), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("play_as", ["mean", "ensemble"])
+WAYS = ["mean", "ensemble", "sample"]
+
+
+@pytest.mark.parametrize("play_as", WAYS)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_one_particle_without_noise_and_damping_is_smart_bit_for_bit(steps, play_as):
     def trained(solver: mixadv.Solver) -> list[Tensor]:
@@ -94,8 +99,9 @@ def test_one_particle_without_noise_and_damping_is_smart_bit_for_bit(steps, play
         objectives = [optimizer.step(bert.closure()) for _ in range(3)]
         return [*objectives, *bert.model.parameters()]
 
+    pure = {"particles": 1, "temperature": 0.0, "play_as": play_as}
     smart = trained(mixadv.SMART(steps=steps, step_size=0.1, proximal_weight=0.0))
-    mat = trained(mixadv.MAT(**PLAIN, **COLD, steps=steps, step_size=0.1, play_as=play_as))
+    mat = trained(mixadv.MAT(**PLAIN, **COLD, **pure, steps=steps, step_size=0.1))
     assert all(torch.equal(a, b) for a, b in zip(smart, mat, strict=True))
 
 
@@ -114,15 +120,27 @@ def ensemble(solver: mixadv.MAT, seed: int = 0):
     return optimizer.game.strategy, optimizer.outcome, ((p.exp() - q.exp()) * (p - q)).sum(-1)
 
 
-FIXED = mixadv.MAT(step_size=0.0, radius=3.0, start_size=2.0, unit="absolute", play_as="ensemble")
+FIXED = mixadv.MAT(step_size=0.0, temperature=0.0, start_size=2.0, play_as="ensemble")
+FIXED = replace(FIXED, radius=3.0, unit="absolute")
 
 
-@given(st.integers(1, 5), st.integers(1, 3), st.floats(0, 1e3), st.integers(0, 99))
-def test_weights_are_exponential_in_each_samples_payoff(particles, steps, mirror_step, seed):
+def in_unit(payoffs: Tensor, unit: str) -> Tensor:
+    """Payoffs `[M, B]` as they stand, or less their mean and over their spread, by numpy."""
+    if unit == "absolute" or len(payoffs) == 1:
+        return payoffs
+    u = payoffs.numpy()
+    return torch.from_numpy((u - u.mean(0)) / u.std(0))
+
+
+units = st.sampled_from(["relative", "absolute"])
+
+
+@given(st.integers(1, 5), st.integers(1, 3), st.floats(0, 1e3), units, st.integers(0, 99))
+def test_weights_are_exponential_in_each_samples_payoff(particles, steps, mirror_step, unit, seed):
     solver = replace(FIXED, particles=particles, steps=steps, mirror_step=mirror_step)
-    q, outcome, payoffs = ensemble(solver, seed)
+    q, outcome, payoffs = ensemble(replace(solver, mirror_unit=unit), seed)
     torch.testing.assert_close(q.weights.sum(0), torch.ones(q.weights.shape[1]).double())
-    expected = (mirror_step * steps * payoffs).softmax(0)
+    expected = (mirror_step * steps * in_unit(payoffs, unit)).softmax(0)
     torch.testing.assert_close(q.weights.expand_as(expected), expected, rtol=1e-9, atol=1e-12)
     assert outcome.entropy <= math.log(particles) + 1e-12
 
@@ -158,17 +176,140 @@ def test_ensemble_pays_the_mean_and_the_spread_around_it():
     assert expected > 1e-3
 
 
-@pytest.mark.parametrize("play_as", ["mean", "ensemble"])
+@pytest.mark.parametrize(
+    ("play_as", "points"), [("mean", "last"), ("ensemble", "last"), ("sample", "path")]
+)
 @pytest.mark.parametrize("per", ["sample", "token"])
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
-def test_hot_noise_neither_leaves_the_ball_nor_enters_padding(norm, per, play_as):
+def test_hot_noise_neither_leaves_the_ball_nor_enters_padding(norm, per, play_as, points):
     bert = player("bert", rows=4)
     hot = {"temperature": 100.0, "particles": 2, "radius": 0.1, "norm": norm, "per": per}
-    optimizer = wrapped(bert.model, mixadv.MAT(**hot, play_as=play_as))
+    optimizer = wrapped(bert.model, mixadv.MAT(**hot, play_as=play_as, points=points))
     optimizer.step(bert.closure())
     q = optimizer.game.strategy
     assert 0 < q.norms(norm, per)[0].max() <= 0.1 * (1 + 1e-5)
     assert not q.points[0][:, bert.batch["attention_mask"] == 0].any()
+
+
+# A draw for each sample ---------------------------------------------------------------------------
+
+
+class Levels(Noise):
+    """The draws of a seed, but for the levels by which each sample picks its particle."""
+
+    def __init__(self, levels: Tensor) -> None:
+        super().__init__(0)
+        self.levels = levels
+
+    def __call__(self, kind: str, like: Tensor) -> Tensor:
+        return 2 * self.levels - 1 if like.dim() == 1 else super().__call__(kind, like)
+
+
+SPREAD = {"radius": 2.0, "step_size": 0.5, "unit": "absolute", "start_size": 1.0, "steps": 1}
+
+
+def gradient(solver: mixadv.MAT, levels: Tensor | None = None):
+    """The gradient of a round on three samples, and the weights of its strategy."""
+    torch.manual_seed(1)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(3, 4).double(), torch.tensor([0, 2, 1])
+    optimizer = wrapped(model, solver)
+    if levels is not None:
+        optimizer.game.rounds.arena.noise = Levels(levels)
+    optimizer.game.backward(classified(model, x, labels=y))
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), optimizer.game.strategy
+
+
+@pytest.mark.parametrize("points", ["last", "path"])
+def test_a_draw_for_each_sample_has_the_ensembles_gradient_on_average(points):
+    """Of all the draws there are, each with its probability; any one of them is another."""
+    particles = 3 if points == "last" else 1
+    solver = mixadv.MAT(**PLAIN, **SPREAD, particles=particles, points=points, mirror_step=0.7)
+    solver = replace(solver, steps=2, divergence="symmetric_kl")
+    expected, q = gradient(replace(solver, play_as="ensemble"))
+    assert q.weights.shape == (3, 3)
+    below = q.weights.cumsum(0) - q.weights / 2
+    found, furthest = torch.zeros_like(expected), 0.0
+    for choice in itertools.product(range(q.size), repeat=3):
+        rows = torch.tensor(choice), torch.arange(3)
+        one, mixed = gradient(replace(solver, play_as="sample"), below[rows])
+        torch.testing.assert_close(mixed.weights, q.weights)
+        found += q.weights[rows].prod() * one
+        furthest = max(furthest, float((one - expected).norm() / expected.norm()))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert furthest > 0.01
+
+
+def test_draws_pick_each_particle_as_often_as_it_weighs():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(1, 4).double().expand(20_000, 4)
+    closure = classified(model, x, labels=torch.zeros(20_000).long())
+    payoffs = {}
+    for play_as in ("ensemble", "sample"):
+        solver = mixadv.MAT(**PLAIN, **SPREAD, particles=3, play_as=play_as)
+        optimizer = wrapped(model, solver, lr=0.0)
+        optimizer.step(closure)
+        payoffs[play_as] = optimizer.outcome.payoff
+        assert optimizer.outcome.entropy > 0.5
+    assert payoffs["sample"] == pytest.approx(float(payoffs["ensemble"]), rel=0.02)
+    assert payoffs["sample"] != payoffs["ensemble"]
+
+
+def test_each_learner_step_draws_anew_and_a_seed_repeats_the_draws(monkeypatch):
+    seen, pick = [], mixadv.Strategy.pick
+    monkeypatch.setattr(mixadv.Strategy, "pick", lambda q, u: seen.append(u) or pick(q, u))
+
+    def levels(seed: int) -> Tensor:
+        seen.clear()
+        model, _, closure = linear()
+        solver = mixadv.MAT(learner_steps=2, particles=2, play_as="sample")
+        optimizer = mixadv.wrap(torch.optim.SGD(model.parameters()), model, solver, seed=seed)
+        for _ in range(2):
+            optimizer.step(closure)
+        assert [u.shape for u in seen] == 4 * [(5,)]
+        return torch.cat(seen)
+
+    first = levels(3)
+    assert len(first.unique()) == 20
+    assert torch.equal(levels(3), first)
+    assert not torch.isin(levels(4), first).any()
+
+
+# The points of a chain ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["relative", "absolute"])
+@pytest.mark.parametrize("particles", [1, 2])
+def test_a_path_is_every_point_of_its_chains_weighed_by_what_they_were_paid(particles, unit):
+    model, x, closure = linear()
+    weight, bias = (p.detach() for p in model.parameters())
+    chain = {"normalize": "none", "radius": None, "unit": "absolute", "step_size": 0.3}
+    chain |= {"temperature": 0.0}
+    solver = mixadv.MAT(**PLAIN, **chain, particles=particles, start_size=1.0, play_as="ensemble")
+
+    def played(**changes) -> mixadv.Strategy:
+        optimizer = wrapped(model, replace(solver, **changes), lr=0.0)
+        optimizer.step(closure)
+        return optimizer.game.strategy
+
+    def paid(delta: Tensor) -> Tensor:
+        p, q = ((x + d) @ weight.T + bias for d in (delta, 0 * delta))
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        return ((p.exp() - q.exp()) * (p - q)).sum(-1)
+
+    (delta,) = played(steps=0).points
+    points, payoffs = [delta], []
+    for _ in range(3):
+        delta = delta.detach().requires_grad_()
+        payoffs.append(paid(delta))
+        (slope,) = torch.autograd.grad(payoffs[-1].sum(), delta)
+        delta = delta + 0.3 * slope
+        points.append(delta)
+    gained = in_unit(torch.cat([*payoffs, payoffs[-1]]).detach(), unit)
+    q = played(steps=3, points="path", mirror_step=2.0, mirror_unit=unit)
+    torch.testing.assert_close(q.points[0], torch.cat(points).detach())
+    torch.testing.assert_close(q.weights, (2.0 * gained).softmax(0))
+    mean = played(steps=3, points="path", mirror_step=2.0, mirror_unit=unit, play_as="mean")
+    torch.testing.assert_close(mean.points[0][0], (q.weights[..., None] * q.points[0]).sum(0))
 
 
 def test_confident_predictions_stay_finite():

@@ -113,6 +113,23 @@ def test_smart_pytorch_is_the_game_on_a_padded_batch(monkeypatch: pytest.MonkeyP
     assert_same_step(*both(SMART, model, batch), model)
 
 
+def test_the_example_of_smart_pytorch_is_a_sum_over_the_batch_against_fixed_targets(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model, batch = text_rows(6, padded=True)
+    draws(monkeypatch, torch.randn_like)
+    theirs = {
+        "import SMARTLoss, kl_loss": "import SMARTLoss, kl_loss, sym_kl_loss",
+        "(predict, kl_loss, step": "(predict, kl_loss, sym_kl_loss, step",
+    }
+    ours = {
+        "smoothness_weight=0.02": 'smoothness_weight=0.02 * len(batch["labels"])',
+        '"kl"': '"fixed_symmetric_kl"',
+    }
+    before = run(SMART, "Before", model, batch, **theirs)
+    assert_same_step(before, run(SMART, "After", model, batch, **ours), model)
+
+
 @pytest.fixture
 def uniform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[float]]:
     """Make all uniform draws of a shape the same; return the bounds that are asked for."""

@@ -35,7 +35,8 @@ def pgd(s: mixadv.PGD) -> Cost:
 def mat(s: mixadv.MAT, samples: int | None = None) -> Cost:
     """`samples` optimizer steps of a round: all K_θ, or 1 where the loop owns the step."""
     k_theta = samples or s.learner_steps
-    played = s.particles if s.play_as == "ensemble" else 1
+    points = s.steps + 1 if s.points == "path" else 1
+    played = s.particles * points if s.play_as == "ensemble" else 1
     ascent = s.particles * s.steps
     return Cost(1 + ascent + played * k_theta + (k_theta - 1), ascent, k_theta, k_theta)
 
@@ -78,7 +79,8 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "steps": FEW,
         "particles": st.integers(1, 3),
         "learner_steps": st.integers(1, 3),
-        "play_as": st.sampled_from(["mean", "ensemble"]),
+        "play_as": st.sampled_from(["mean", "ensemble", "sample"]),
+        "points": st.sampled_from(["last", "path"]),
     },
 }
 

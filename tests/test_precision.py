@@ -229,7 +229,8 @@ def test_delta_and_its_sum_with_the_embedding_are_at_least_fp32(
 ) -> None:
     model = Bag().to(dtype)
     model.dropout.p = 0.0
-    optimizer = wrapped(model, name, start_size=0.2)
+    one = {"particles": 1} if name == "mat" else {}
+    optimizer = wrapped(model, name, start_size=0.2, **one)
     wide = torch.promote_types(dtype, torch.float32)
     optimizer.param_groups[0]["lr"] = 0.0
     closure, game = classify(model), optimizer.game

@@ -35,6 +35,8 @@ every_row = pytest.mark.parametrize(("cls", "task", "model"), ROWS)
 ROBERTA, ALBERT, BERT = "roberta-large", "albert-xxlarge-v2", "bert-base-uncased"
 ASCENT = ("steps", "step_size", "start_size", "radius")
 FRESH = {"fresh_dropout": True}
+PURE = {"particles": 1, "points": "last", "play_as": "mean"}  # in released code
+PURE |= {"mirror_step": 1.0, "mirror_unit": "absolute"}
 TINY_BALL = {"norm": "linf", "normalize": "norm", "projection": "sphere", "temperature": 0.0}
 LEARNER = {"learner_steps": 5, "learner_temperature": 0.0, "damping": 0.5, "round_damping": 0.5}
 NO_START = {"norm": "linf", "radius": 1e-5, "smoothness_weight": 0.7}
@@ -55,7 +57,7 @@ BY_HAND = {
         "sst2",
         ROBERTA,
         (5, 1e-3, 1e-5, 1e-5),
-        {**TINY_BALL, **LEARNER, **FRESH, "smoothness_weight": 1.0, "average": None},
+        {**TINY_BALL, **PURE, **LEARNER, **FRESH, "smoothness_weight": 1.0, "average": None},
     ),
 }
 

@@ -302,25 +302,37 @@ class Formulas:
 
     def mat(self, a) -> None:
         delta, clean = self.start(a), self.predict().detach()
-        points, gains = [delta], torch.zeros(a.particles, len(self.ids), dtype=torch.float64)
+        points, gains = [delta], []
         for _ in range(a.steps):
             gain = symmetric_kl(self.predict(points[-1]), clean)
             points.append(self.move(points[-1], gain, a))
-            gains = gains + gain.detach()
-        weights = (a.mirror_step * gains).softmax(0)
+            gains.append(gain.detach())
         delta = points[-1].detach()
+        if a.points == "path":
+            delta = torch.cat(points).detach()
+            gains = [torch.cat([*gains, gains[-1]])]
+        if a.mirror_unit == "relative":
+            gains = [(g - g.mean(0)) / g.std(0, correction=0) for g in gains]
+        weights = (a.mirror_step * sum(gains)).softmax(0)
         if a.play_as == "mean":
             damped = damp(points[0], points[1:], a.damping).detach()
             delta = (weights[..., None, None] * damped).sum(0, keepdim=True)
             weights = torch.ones_like(weights[:1])
         backup, samples, objective = self.theta, [], 0.0
+        strategy, expected, rows = delta, weights, torch.arange(len(self.ids))
         for _ in range(a.learner_steps):
+            if a.play_as == "sample":
+                levels = (1 + self.draw("uniform", expected[0])) / 2
+                drawn = (expected.cumsum(0) <= levels).sum(0)
+                delta, weights = strategy[drawn, rows][None], torch.ones_like(expected[:1])
             gap = symmetric_kl(self.predict(delta), self.predict())
+            adversary = self.draw.seed
             self.draw.begin("learner", self.count)
             self.descend(self.loss().mean() + a.smoothness_weight * (weights * gap).sum(0).mean())
             objective = objective + self.objective / a.learner_steps
             scale = math.sqrt(2 * LR * a.learner_temperature)
             noisy = [(p + scale * self.draw("normal", p)).detach() for p in self.theta]
+            self.draw.seed = adversary
             self.theta = [p.requires_grad_() for p in noisy]
             samples.append(noisy)
         means = [damp(*p, a.damping) for p in zip(backup, zip(*samples, strict=True), strict=True)]
@@ -338,10 +350,12 @@ MAT = {
     "temperature": 0.02,
     "learner_temperature": 1e-4,
     "mirror_step": 20.0,
+    "mirror_unit": "absolute",
     "radius": 0.5,
     "start_size": 0.3,
     "smoothness_weight": 1.5,
 }
+RELATIVE = {**MAT, "mirror_step": 1.0, "mirror_unit": "relative"}
 SMART = {"steps": 2, "start_size": 0.2, "smoothness_weight": 1.5, "proximal_weight": 2.0}
 LAYER = {"source": "layer"}
 CAT = {"radius": 0.3, "contrast_weight": 0.4, **LAYER}
@@ -374,10 +388,16 @@ CASES = {
     "smart": mixadv.SMART(**SMART, ema_decay=0.9),
     "smart-last": mixadv.SMART(**SMART, ema_decay=0.0, teacher_every=2),
     "smart-raw": mixadv.SMART(**SMART, ema_decay=0.9, normalize="none", norm="linf"),
-    "mat-mean": mixadv.MAT(**MAT, normalize="none", step_size=2.0),
-    "mat-uniform": mixadv.MAT(**MAT, damping="uniform"),
-    "mat-ensemble": mixadv.MAT(**MAT, play_as="ensemble", normalize="none", step_size=2.0),
-    "mat-steepest": mixadv.MAT(**MAT, play_as="ensemble"),
+    "mat-mean": mixadv.MAT(**MAT, play_as="mean", points="last", normalize="none", step_size=2.0),
+    "mat-uniform": mixadv.MAT(**MAT, play_as="mean", points="last", damping="uniform"),
+    "mat-relative": mixadv.MAT(**RELATIVE, play_as="ensemble", points="last"),
+    "mat-sample": mixadv.MAT(**RELATIVE, play_as="sample", points="last"),
+    "mat-path": mixadv.MAT(**{**RELATIVE, "particles": 1}, play_as="ensemble", points="path"),
+    "mat-paths": mixadv.MAT(**RELATIVE, play_as="sample", points="path"),
+    "mat-ensemble": mixadv.MAT(
+        **MAT, play_as="ensemble", points="last", normalize="none", step_size=2.0
+    ),
+    "mat-steepest": mixadv.MAT(**MAT, play_as="ensemble", points="last"),
 }
 
 

@@ -24,6 +24,7 @@ KEEPS_SEVERAL: dict[str, mixadv.Solver] = {
     "creat": mixadv.CreAT(),
     "mat": MAT(steps=2, learner_steps=2),
     "ensemble": MAT(particles=3, play_as="ensemble"),
+    "draws": MAT(particles=3, play_as="sample"),
 }
 KEEPS_ONE = ("noise", "pgd", "fgm", "freelb", "freeat", "textat")
 each = pytest.mark.parametrize("name", KEEPS_SEVERAL)

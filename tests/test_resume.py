@@ -21,7 +21,10 @@ SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.make_solver(name) for name in 
     ),
     "noise on a frozen set": mixadv.UniformNoise(radius=1.0, unit="absolute"),
     "proximal point of the last iterate": mixadv.SMART(ema_decay=0.0, teacher_every=2),
-    "mixed, played as its mean": mixadv.MAT(**MAT, learner_steps=3),
+    "mixed, played as its mean": mixadv.MAT(**MAT, learner_steps=3, play_as="mean"),
+    "mixed, played by draws": mixadv.MAT(
+        **MAT, learner_steps=3, play_as="sample", points="path", steps=2
+    ),
     "mixed, played as an ensemble": mixadv.MAT(
         **MAT, learner_steps=3, play_as="ensemble", damping="uniform", average=0.9
     ),

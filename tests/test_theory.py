@@ -20,10 +20,10 @@ seeds = st.integers(0, 2**32 - 1)
 ROOT = Path(__file__).parent.parent
 FIELDS = ("Assumes", "Claim", "Proof", "Source", "Code", "Tests")
 REQUIRED = {
-    *(f"H{k}" for k in range(1, 7)),
+    *(f"H{k}" for k in range(1, 8)),
     *("O2", "P1", "R1", "R2", "C1", "C3", "C4", "G1", "G2"),
     *(f"E{k}" for k in range(1, 7)),
-    *("F6", "M1", "D1", "D2", "T1", "T2"),
+    *("F6", "M1", "M2", "S1", "D1", "D2", "T1", "T2"),
 }
 
 
@@ -155,6 +155,13 @@ def test_mixtures_of_classifiers_lower_the_robust_risk_at_most_by_their_number(
     assert bounds.mixed_risk(pure, classifiers) - 1e-9 <= found.value <= pure + 1e-9
     mixed = np.einsum("k,ksd->sd", found.x, losses).max(-1).mean()
     assert mixed == pytest.approx(found.value, abs=1e-9)
+
+
+def test_a_pure_coin_may_lose_what_a_mixed_one_keeps():
+    pennies = np.array([[1.0, -1.0], [-1.0, 1.0]])
+    assert pennies.min(0).max() == -1.0
+    found = oracles.equilibrium(pennies)
+    np.testing.assert_allclose([found.value, *found.x, *found.y], [0, 0.5, 0.5, 0.5, 0.5])
 
 
 def test_thresholds_attain_both_ends_of_what_mixing_can_gain():

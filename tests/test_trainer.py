@@ -191,7 +191,7 @@ STILL = [
     for solver in (
         mixadv.PGD(steps=2),
         mixadv.ALUM(divergence=slanted),
-        dataclasses.replace(SINGLE, divergence=slanted),
+        dataclasses.replace(SINGLE, divergence=slanted, particles=1, temperature=0.0),
     )
 ]
 """Solvers that draw nothing, for comparisons across splits of a batch."""

@@ -109,6 +109,8 @@ class GivenNoise:
         pass
 
     def __call__(self, kind: str, like: Tensor) -> Tensor:
+        if like.dim() == 1:  # of each sample
+            return self.table[: len(like), 0, 0].to(like.dtype)
         rows, length, width = like.shape
         return self.table[:rows, :length, :width].to(like.dtype)
 

@@ -74,6 +74,27 @@ def anytime_hedge(range_: Real, m: Real, n: Real, steps: Real) -> Real:
     return 3 * range_ * (np.sqrt(np.log(m)) + np.sqrt(np.log(n))) / np.sqrt(8 * steps)
 
 
+def relative_hedge(spread: Real, n: Real, steps: Real, step_size: Real) -> Real:
+    """H7: mean regret in units of the spread, times their harmonic mean, `h·(log n/(ηT) + ηn/4)`.
+
+    Args:
+        spread: h, the harmonic mean of the payoffs' spreads, in units of the payoff.
+        n: number of points of the one player.
+        steps: T, at least 1.
+        step_size: η > 0, a number without unit.
+
+    Example:
+        >>> print(f"{relative_hedge(0.03, 4, 100, 0.1):.5f}")
+        0.00716
+    """
+    return spread * (np.log(n) / (step_size * steps) + step_size * n / 4)
+
+
+def relative_response(spread: Real, n: Real, steps: Real, step_size: Real) -> Real:
+    """H7: what the best of still points earns above the weights after T steps, `s·log n/(ηT)`."""
+    return spread * np.log(n) / (step_size * steps)
+
+
 def noisy_hedge(range_: Real, m: Real, n: Real, steps: Real, step_size: Real) -> Real:
     """H5: expected gap under unbiased payoffs that lie in an interval of width r.
 

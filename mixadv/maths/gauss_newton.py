@@ -23,6 +23,7 @@ from torch import Tensor
 from mixadv.errors import GameError
 from mixadv.maths.divergence import (
     Divergence,
+    fixed_symmetric_kl,
     js,
     kl,
     log_probabilities,
@@ -30,7 +31,8 @@ from mixadv.maths.divergence import (
     symmetric_kl,
 )
 
-CURVED: tuple[str | Divergence, ...] = ("kl", "symmetric_kl", "js", kl, symmetric_kl, js)
+CURVED: tuple[str | Divergence, ...] = ("kl", "symmetric_kl", "fixed_symmetric_kl", "js")
+CURVED += (kl, symmetric_kl, fixed_symmetric_kl, js)
 FLAT: tuple[str | Divergence, ...] = ("squared_error", squared_error)
 
 

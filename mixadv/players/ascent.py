@@ -6,9 +6,9 @@ with u the payoff, d the normalisation of its gradient, Π the projection onto t
 that noise never leaves it), η `step_size` and τ `temperature`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -121,13 +121,7 @@ class Ascent:
 
     def __post_init__(self) -> None:
         who = type(self).__name__
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(
-                    f"{who}: {name}={value!r} is not one of {', '.join(map(repr, choices))}."
-                    f"{nearest(value, choices)}"
-                )
+        check_choices(self, _CHOICES)
         check_integer(who, "steps", self.steps, 0)
         check_integer(who, "particles", self.particles, 1)
         check_flag(who, "fresh_dropout", self.fresh_dropout)
@@ -224,6 +218,17 @@ class Ascent:
             return self.project(delta, owners)
 
         return langevin.step(delta, gradient, self.step_size, self.temperature, noise, project)
+
+
+def check_choices(ascent: Ascent, known: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise ValueError unless each field named has one of the values known for it."""
+    for name, choices in known.items():
+        value = getattr(ascent, name)
+        if value not in choices:
+            raise ValueError(
+                f"{type(ascent).__name__}: {name}={value!r} is not one of "
+                f"{', '.join(map(repr, choices))}.{nearest(value, choices)}"
+            )
 
 
 Ascent.described = described(Ascent.__doc__ or "")

@@ -132,9 +132,32 @@ class Strategy:
 
     def mean(self) -> "Strategy":
         """Return the pure strategy at the mean Σ_m w_m δ_m, inside any convex set they lie in."""
-        pairs = zip(self.spread(self.weights), self.points, strict=True)
-        means = [(weights * p.detach()).sum(0, keepdim=True) for weights, p in pairs]
-        return Strategy(means, self.masks, None, self.unit, self._owners)
+        return self._combined(self.weights)
+
+    def pick(self, levels: Tensor) -> "Strategy":
+        """Return the pure strategy that plays one particle for each sample.
+
+        Args:
+            levels: `[B]`, or `[1]` for the whole batch, from 0 to 1: the particle is the one at
+                which the weights, added up, pass the level. Uniform draws pick by the weights.
+
+        Example:
+            >>> q = Strategy([torch.tensor([[[1.0], [1.0]], [[3.0], [3.0]]])])
+            >>> q.pick(torch.tensor([0.2, 0.7])).points[0].tolist()
+            [[[1.0], [3.0]]]
+        """
+        below = self.weights.cumsum(0)
+        passed = (below <= levels * below[-1]).sum(0).clamp(max=self.size - 1)
+        each = torch.arange(self.size, device=passed.device)[:, None]
+        return self._combined((each == passed).to(below.dtype))  # `one_hot` would read the device
+
+    @classmethod
+    def joined(cls, strategies: "Sequence[Strategy]") -> "Strategy":
+        """Return all points of strategies on the same calls as one, alike in weight, detached."""
+        first = strategies[0]
+        calls = zip(*(q.points for q in strategies), strict=True)
+        points = [torch.cat([p.detach() for p in points]) for points in calls]
+        return cls(points, first.masks, None, first.unit, first._owners)
 
     def spread(self, values: Tensor) -> list[Tensor]:
         """Return values `[M, B]` of samples for the rows of each call, `[M, R, 1, ...]`.
@@ -247,6 +270,12 @@ class Strategy:
         axes.set_title(f"strategy against sample {sample} ({effective:.1f} effective particles)")
         axes.legend(frameon=False)
         return axes
+
+    def _combined(self, weights: Tensor) -> "Strategy":
+        """Return the pure strategy at the particles weighted and added up."""
+        pairs = zip(self.spread(weights), self.points, strict=True)
+        means = [(weights * p.detach()).sum(0, keepdim=True) for weights, p in pairs]
+        return Strategy(means, self.masks, None, self.unit, self._owners)
 
     def _at(self, points: Sequence[Tensor]) -> "Strategy":
         """Return the same weights at other points."""

@@ -27,6 +27,7 @@ class Counts:
     theta_backwards: int
     branches: int  # forward passes that these go through (two for a divergence)
     steps: int
+    particles: int  # of the strategy that the learner meets, 0 where it meets none
 
     @property
     def plain_steps(self) -> float:
@@ -75,7 +76,8 @@ def _rehearse(solver: Solver) -> tuple[Counts, "Rehearsal"]:
     forwards = stage.forwards
     if solver.recompute:  # each pass that another follows is run again, for a backward of its own
         forwards, thetas = forwards + stage.branches - thetas, stage.branches
-    return Counts(forwards, stage.delta_backwards, thetas, stage.branches, steps), stage
+    counts = Counts(forwards, stage.delta_backwards, thetas, stage.branches, steps, stage.particles)
+    return counts, stage
 
 
 _READING = Reading(torch.zeros(()), torch.zeros(2, 2), None, torch.zeros(2, 1), 2)
@@ -87,7 +89,7 @@ class Rehearsal(Moves):
 
     def __init__(self) -> None:
         self.memory: dict[str, Any] = {}
-        self.forwards = self.delta_backwards = self.branches = 0
+        self.forwards = self.delta_backwards = self.branches = self.particles = 0
         self.ascends = False
         self.clean_known = False
         self._used_clean = False
@@ -149,18 +151,22 @@ class Rehearsal(Moves):
         else:
             self.forwards += q.size
             self.branches += q.size
+            self.particles = max(self.particles, q.size)
         return torch.zeros(())
 
     def run_at(self, q: Strategy) -> Reading:
         self.loss(q)
         return _READING
 
-    def divergence(self, q: Strategy, kind: str | Divergence, fixed: bool = False) -> Tensor:
+    def divergence(
+        self, q: Strategy, kind: str | Divergence, fixed: bool = False, sampled: bool = False
+    ) -> Tensor:
         if fixed:
             self.clean()
         else:
             self._learn_clean()
-        return self.loss(q)
+        self.particles = max(self.particles, q.size)
+        return self.loss(q.mean() if sampled else q)
 
     def proximal(self, kind: str | Divergence) -> Tensor:
         self._learn_clean()

@@ -14,6 +14,7 @@ from mixadv.model.parallel import is_spread
 from mixadv.model.visits import positions
 from mixadv.round.arena import Arena
 from mixadv.round.cost import Counts, count_passes
+from mixadv.round.outcome import Outcome
 from mixadv.round.unit import mean_length, measure
 from mixadv.solvers.base import Solver
 
@@ -28,6 +29,7 @@ class Explanation:
     measured: bool
     passes: Counts
     positions: tuple[int, int] | None = None  # that δ acts on, of those at the site
+    effective: float | None = None  # particles in the last round, None before one
 
     @property
     def radius(self) -> float | None:
@@ -35,6 +37,23 @@ class Explanation:
         if self.solver.radius is None or self.unit is None:
             return None
         return self.solver.radius * self.unit
+
+    @property
+    def adversary(self) -> str:
+        """Whether the learner meets a mixture of points in each round, or one."""
+        if self.passes.particles < 2:
+            return "pure"
+        known = "" if self.effective is None else f"{self.effective:.1f} effective of "
+        return f"mixed, {known}{self.passes.particles} particles"
+
+    @property
+    def learner(self) -> str:
+        """Whether θ is sampled, or trained as it stands."""
+        learner = self.solver.learner()
+        if learner is None or learner.temperature == 0:
+            return "pure"
+        many = f"{learner.steps} Langevin samples per round"
+        return f"mixed, {many}, temperature {learner.temperature:g}"
 
     def __str__(self) -> str:
         s, p = self.solver, self.passes
@@ -53,13 +72,15 @@ class Explanation:
             "site": ", ".join(map(_named, self.site)),
             "unit": unit,
             "radius": f"{ball} ({s.norm} per {s.per})",
+            "adversary": self.adversary,
+            "learner": self.learner,
             "passes": f"{p.forwards} forwards, {p.delta_backwards} backwards for δ, "
             f"{p.theta_backwards} backwards, {p.steps} optimizer steps",
             "cost": f"about {p.plain_steps:.1f} plain steps",
         }
         if self.positions is not None:
             rows["where"] = "{} of {} positions".format(*self.positions)
-        return "\n".join(f"{name:8}{text}" for name, text in rows.items())
+        return "\n".join(f"{name:10}{text}" for name, text in rows.items())
 
 
 def _named(site: str) -> str:
@@ -68,8 +89,13 @@ def _named(site: str) -> str:
     return f"the model's own input{name and f', {name}'}" if is_input(site) else site
 
 
-def explain(arena: Arena, closure: Closure | None, where: Where = None) -> Explanation:
-    """Return the explanation of a game; see `Game.explain`."""
+def explain(
+    arena: Arena,
+    closure: Closure | None,
+    where: Where = None,
+    outcome: Outcome | None = None,
+) -> Explanation:
+    """Return the explanation of a game after a round that came to `outcome`; see `Game.explain`."""
     solver, unit = arena.solver, arena.calibration.unit
     measured, play = unit is not None or solver.unit == "absolute", None
     if closure is not None:
@@ -83,7 +109,9 @@ def explain(arena: Arena, closure: Closure | None, where: Where = None) -> Expla
     elif unit is None:
         unit = _estimated(arena)
     unit = 1.0 if solver.unit == "absolute" else unit
-    return Explanation(solver, arena.site.names, unit, measured, count_passes(solver), play)
+    counts, particles = count_passes(solver), outcome and outcome.effective_particles
+    effective = None if particles is None else float(particles)
+    return Explanation(solver, arena.site.names, unit, measured, counts, play, effective)
 
 
 def _estimated(arena: Arena) -> float | None:

@@ -15,7 +15,8 @@ class Outcome:
         clean_loss: task loss of the first clean pass, where the solver runs one.
         payoff: the adversary's payoff at the last points where it was evaluated.
         radius: mean norm of the δ played, in the solver's norm and in units of the site.
-        entropy: entropy of the strategy played in nats, 0 for a pure one.
+        entropy: mean entropy of the strategies played in nats, 0 for pure ones.
+        effective_particles: exp of it: 1 where the adversary plays pure, at most the particles.
         positions: tokens of the batch that δ could act on (coordinates, of an input without any).
         nonfinite: samples whose δ fell back to 0 at some step, for a gradient that is not finite.
         forwards: runs of the closure.
@@ -30,6 +31,7 @@ class Outcome:
     payoff: Tensor | None
     radius: Tensor | None
     entropy: Tensor | None
+    effective_particles: Tensor | None
     positions: Tensor | None
     nonfinite: Tensor | None
     forwards: int

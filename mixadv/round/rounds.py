@@ -195,6 +195,7 @@ class Rounds:
             payoff=stage.payoff,
             radius=radius,
             entropy=entropy,
+            effective_particles=None if entropy is None else entropy.exp(),
             positions=None if q is None else q.positions(),
             nonfinite=fallen,
             forwards=stage.passes.forwards,

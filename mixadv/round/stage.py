@@ -139,12 +139,10 @@ class Stage(Moves):
             weights = gauss_newton.cotangent(clean.compared.detach(), kind, clean.mask)
             return (clean.compared * weights).flatten(1).sum(1)
 
-        zero, gradients, clean = self._slope(ascent, gained)
+        zero, gradients, _ = self._slope(ascent, gained)
         if not ascent.turns or kind in gauss_newton.FLAT:
-            samples = len(clean.compared)
-            each = samples if zero.knows(samples) else 1
-            drawn = self.arena.noise("uniform", gradients[0].new_empty(1, each))
-            signs = zero.spread(drawn.sign())
+            drawn = self.arena.noise("uniform", self._one_for_each_sample(zero))
+            signs = zero.spread(drawn.sign()[None])
             gradients = [s.to(g) * g for s, g in zip(signs, gradients, strict=True)]
         return zero, gradients
 
@@ -177,7 +175,9 @@ class Stage(Moves):
         self.payoff = objective.detach()
         return reading._replace(loss=objective)
 
-    def divergence(self, q: Strategy, kind: str | Divergence, fixed: bool = False) -> Tensor:
+    def divergence(
+        self, q: Strategy, kind: str | Divergence, fixed: bool = False, sampled: bool = False
+    ) -> Tensor:
         measure, clean = divergence(kind), self.clean().compared
         clean = clean.detach() if fixed else clean
 
@@ -185,6 +185,8 @@ class Stage(Moves):
             return reading.diverge(repeated(clean, copies), measure)
 
         self.played = q = q.detach()
+        if sampled and q.size > 1:
+            q = q.pick((1 + self.arena.noise("uniform", self._one_for_each_sample(q))) / 2)
         gained, _ = routes.readings(self.passes, q, read)  # draws q where no ascent came before
         expected = (q.weights * gained).mean(1).sum()
         self.payoff = expected.detach()
@@ -202,6 +204,11 @@ class Stage(Moves):
         """Forget what belongs to the weights before the learner's step."""
         self._clean = None
         self.passes.renew()
+
+    def _one_for_each_sample(self, q: Strategy) -> Tensor:
+        """Return an empty tensor `[B]`, or `[1]` where it is not known which row is whose."""
+        samples = len(self.clean().compared)
+        return q.points[0].new_empty(samples if q.knows(samples) else 1)
 
     def _keep_clean(self, reading: Reading) -> Reading:
         self._clean = reading

@@ -8,7 +8,10 @@ the same in pre-training, where f are the predictions at masked positions, and i
 default the step is the steepest of an L2 ball, scaled like every other solver's; the paper's, raw
 gradients in an L∞ ball, is `normalize="none", norm="linf"`. The released code detaches the
 embedding in the adversarial branch, rescales δ to norm 1 whatever ε, and as shipped leaves the
-adversarial term off.
+adversarial term off. It holds the target of each KL constant: `divergence="fixed_symmetric_kl"` has
+its gradient, about half of ours at the same α. Its term is a mean over the tokens of the batch that
+are predicted; ours is a mean over rows of each row's mean, in which a row counts as much as any
+other, however many of its tokens are masked.
 """
 
 from dataclasses import dataclass

@@ -105,8 +105,9 @@ class Solver(Ascent, ABC):
         if self.particles > 1 or self.normalize == "none" or self.steps == 0:
             raise ValueError(
                 f"{who}: direction='gauss_newton' begins in one direction, whose length means "
-                f"nothing, by at least one step; got particles={self.particles}, "
-                f"normalize={self.normalize!r}, steps={self.steps}."
+                "nothing, by at least one step: it takes particles=1, a normalized gradient and "
+                f"steps=1 or more; got particles={self.particles}, normalize={self.normalize!r}, "
+                f"steps={self.steps}."
             )
 
     @abstractmethod

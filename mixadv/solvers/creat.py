@@ -6,6 +6,11 @@ Wu et al. 2023, arXiv:2305.04557.
 
 with h the encoder's representation of the sample: an attack on the loss alone may fool the head and
 leave the encoder as it is. By default h is the first token of the last hidden state.
+
+Differences of the released code, github.com/gingasan/CreAT: h is the last hidden state of every
+token; `adv_steps` counts passes, so that its default of 2 is `steps=1`; δ starts normal with a
+scale of 1e-5 in each coordinate, at padding too; and each δ is added to the input that the ones
+before it have moved, so that the learner meets their sum.
 """
 
 from collections.abc import Callable

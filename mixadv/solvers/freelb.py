@@ -9,7 +9,8 @@ Published: the launch scripts of github.com/zhuchen03/FreeLB, fairseq-RoBERTa/la
 (adv_steps + 1 passes; the script for RTE ships zeros, so it has no row) and, for ALBERT,
 huggingface-transformers/launch/run_glue.sh (adv_steps passes; a norm of 0 there is no ball). That
 code does not project δ_0. Trained with Adam (weight decay 0.1, no clipping; ALBERT: AdamW, 0.01,
-attention dropout 0, for QQP and RTE 0.1) and linear decay; ALBERT and "-fp16" in fp16:
+gradients clipped to a norm of 1, attention dropout 0, for QQP and RTE 0.1) and linear decay; ALBERT
+and "-fp16" in fp16:
 
     model              task        lr   batch  updates  warm-up
     roberta-large      mnli      1e-5      33   123873     7432

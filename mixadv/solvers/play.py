@@ -158,11 +158,14 @@ class Moves(Protocol):
         """Return the pass at a point: loss, predictions, and the representation if one is read."""
         ...
 
-    def divergence(self, q: Strategy, kind: str | Divergence, fixed: bool = False) -> Tensor:
+    def divergence(
+        self, q: Strategy, kind: str | Divergence, fixed: bool = False, sampled: bool = False
+    ) -> Tensor:
         """Return the expected divergence between perturbed and clean predictions, 0-d.
 
         Gradients reach θ through both arguments, or, where the clean predictions are `fixed`,
-        through the perturbed ones alone; the points are constants.
+        through the perturbed ones alone; the points are constants. Where it is `sampled`, each
+        sample meets one particle, drawn anew by the weights: the same in expectation, for one pass.
         """
         ...
 

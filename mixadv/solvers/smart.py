@@ -9,7 +9,9 @@ last iterate θ_t (vanishing for S = 1, where θ = θ_t), m > 0 its momentum ver
 step is the steepest of an L2 ball, scaled like every other solver's; the paper's, raw gradients in
 an L∞ ball, is `normalize="none", norm="linf"`. The released
 mt-dnn code perturbs an already embedded input, rescales δ to norm 1 whatever ε, and has no proximal
-term; its rescaling is `projection="sphere", norm="linf", per="token", normalize="none"`.
+term; its rescaling is `projection="sphere", norm="linf", per="token", normalize="none"`. It holds
+the target of each KL constant, so that its weight of the term is not our `smoothness_weight`:
+`divergence="fixed_symmetric_kl"` has its gradient, about half of ours.
 """
 
 from dataclasses import dataclass

@@ -93,7 +93,8 @@ def mat_error(work: Work) -> float:
     The learner steps by plain gradient descent: Adam turns the sign of a zero into a whole step.
     """
     words: dict[str, Any] = {"steps": 3, "learner_steps": 2, "learner_temperature": 1e-4}
-    solver = mixadv.MAT(temperature=1e-4, **words)
+    pure: dict[str, Any] = {"particles": 1, "play_as": "mean", "step_size": 0.1}
+    solver = mixadv.MAT(temperature=1e-4, **pure, **words)
 
     def weights(play: Callable[[torch.optim.Optimizer], Tensor]) -> list[Tensor]:
         work.reset()

@@ -137,7 +137,8 @@ def smart(steps: int, **changes: Any) -> mixadv.Solver:
 def mat(**changes: Any) -> mixadv.Solver:
     """Return MAT of the released code's kind: K_δ = 3, K_θ = 2."""
     words = {"steps": 3, "learner_steps": 2, "step_size": RADIUS, "radius": RADIUS}
-    return mixadv.MAT(**{**words, "temperature": 1e-8, **changes})
+    pure = {"particles": 1, "play_as": "mean", "temperature": 1e-8}
+    return mixadv.MAT(**{**words, **pure, **changes})
 
 
 _BALL: dict[str, Any] = {"radius": RADIUS}
