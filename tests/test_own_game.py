@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import mixadv
 from mixadv.maths.geometry import NORMS, PERS
+from mixadv.round.cost import count_passes
 
 WORDS, WIDTH, PAD, LONGEST = 14, 4, 0, 4
 
@@ -142,8 +143,8 @@ class Own:
     def __call__(self, kind: str, like: Tensor) -> Tensor:
         size = (3, 5, 3 * LONGEST, WIDTH)
         table = torch.randn(size, generator=self.draw).clamp(-1, 1).to(like.dtype)
-        if like.shape == (1, len(self.which)):  # one for each sample
-            return table[:1, self.which, 0, 0]
+        if like.shape == (len(self.which),):  # one for each sample
+            return table[0, self.which, 0, 0]
         every = table[:, self.laid.samples, self.laid.places]
         return every[: len(like) // len(self.laid.samples)].flatten(0, 1)
 
@@ -204,7 +205,9 @@ DRAWN: dict[str, Any] = {
     "divergence": st.sampled_from(["kl", "symmetric_kl", "js", "bernoulli"]),
     "temperature": st.sampled_from([0.0, 0.01]),
     "particles": st.sampled_from([1, 3]),
-    "play_as": st.sampled_from(["mean", "ensemble"]),
+    "play_as": st.sampled_from(["mean", "ensemble", "sample"]),
+    "mirror_unit": st.sampled_from(["relative", "absolute"]),
+    "points": st.sampled_from(["last", "path"]),
     "particle_batching": st.sampled_from(["loop", "vmap", "stack", "auto"]),
 }
 
@@ -233,7 +236,8 @@ def test_what_a_sample_is_moved_by_is_its_own(name: str, layout: str, data: st.D
     if how == "mean" and solver.gain == "loss" and solver.normalize == "none":
         how = "each"
     alone = data.draw(st.integers(0, len(samples) - 1))
-    stacks = solver.particles > 1 and solver.particle_batching == "stack"
+    many = max(solver.particles, count_passes(solver).particles)
+    stacks = many > 1 and solver.particle_batching == "stack"
     found = []
     for which in ([*range(len(samples))], [alone]):
         laid = lay(layout, samples, which, order)

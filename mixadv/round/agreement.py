@@ -1,14 +1,16 @@
 """Whether the ways to compute many particles agree on this model and closure."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
 from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
+from mixadv.players.ascent import Ascent
 from mixadv.round import routes
 from mixadv.round.arena import Arena, Memory, Modes
+from mixadv.round.cost import count_passes
 from mixadv.round.stage import Stage
 from mixadv.round.unit import no_trace
 
@@ -21,7 +23,8 @@ def check_batching(arena: Arena, closure: Closure, memory: Memory, low: bool) ->
     """
     solver, slack = arena.solver, 0.3 if low else 1e-3
     stackable = arena.calibration.stackable
-    if solver.particles == 1 or solver.particle_batching == "loop":
+    many = max(solver.particles, count_passes(solver).particles)  # of the ascent, of what is played
+    if many == 1 or solver.particle_batching == "loop":
         return stackable
     if solver.particle_batching == "auto":
         stacks = _stacks(arena, closure, memory, slack)
@@ -57,7 +60,9 @@ def _compare(arena: Arena, closure: Closure, memory: Memory, route: str, slack: 
         with no_trace(stage.passes):
             stage.clean()
             drawn = stage.passes.replay.drew()
-            q = stage.start(solver).detach()
+            words = {f.name: getattr(solver, f.name) for f in fields(Ascent)}
+            several = Ascent(**{**words, "particles": max(2, solver.particles)})
+            q = stage.start(several).detach()
             each = (replace(solver, particle_batching=batching) for batching in ("loop", route))
             looped, routed = (stage.payoffs(q, solver.gain, ascent)[1:] for ascent in each)
     except (GameError, torch.OutOfMemoryError):
