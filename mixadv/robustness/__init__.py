@@ -4,6 +4,7 @@ try:
     from mixadv.robustness.ascents import token_norm
     from mixadv.robustness.data import DataError, Rows, read_rows
     from mixadv.robustness.evaluate import Evaluation, evaluate
+    from mixadv.robustness.mixture_accuracy import MixtureAccuracy, MixtureAttacks, mixture_accuracy
     from mixadv.robustness.predictions import (
         Batch,
         Predictions,
@@ -41,6 +42,8 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "LossIncrease",
+    "MixtureAccuracy",
+    "MixtureAttacks",
     "Predictions",
     "Report",
     "Rows",
@@ -54,6 +57,7 @@ __all__ = [
     "expected_calibration_error",
     "holm",
     "loss_increase",
+    "mixture_accuracy",
     "paired_t_test",
     "predict",
     "read_rows",

@@ -64,16 +64,13 @@ def play(
 ) -> list[NDArray[Any]]:
     """Measure on each batch and return the columns, rows in order; the model is left as it was."""
     rows, columns = [], []
-    solver = PGD(unit="absolute", start="zero", start_size=0.0)
     with (
         evaluating(model),
-        _learnable(model),
+        learnable(model),
         torch.inference_mode(False),
         torch.enable_grad(),
-        closing(Game(model, solver)) as game,
+        closing(game_on(model)) as game,
     ):
-        # The unit is never used, and would be measured on all processes together.
-        game.rounds.arena.calibrate(unit=1.0)
         for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
             with game.rounds.rehearse(batch.closure) as stage, stage.passes.frozen():
                 clean = stage.clean()
@@ -86,6 +83,14 @@ def play(
             rows.append(batch.rows)
             columns.append([column.detach().cpu() for column in measured])
     return in_order(rows, columns)
+
+
+def game_on(model: nn.Module, site: Any = None) -> Game:
+    """Return a game whose rounds are rehearsed: δ acts at the site, in lengths as they stand."""
+    game = Game(model, PGD(unit="absolute", start="zero", start_size=0.0), site)
+    # The unit is never used, and would be measured on all processes together.
+    game.rounds.arena.calibrate(unit=1.0)
+    return game
 
 
 def climb(stage: Stage, ascent: Ascent, q: Strategy) -> tuple[Tensor, Tensor]:
@@ -140,7 +145,7 @@ def token_norm(model: nn.Module, batches: Iterable[Batch]) -> float:
 
 
 @contextmanager
-def _learnable(model: nn.Module) -> Iterator[None]:
+def learnable(model: nn.Module) -> Iterator[None]:
     """Let the loss of a frozen model depend on its weights meanwhile, as a game checks it does."""
     weights = [p for p in model.parameters() if p.is_floating_point()]
     frozen = [] if any(p.requires_grad for p in weights) else weights

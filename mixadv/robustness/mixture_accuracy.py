@@ -1,0 +1,208 @@
+"""How accurate a mixture is under attacks that are made for mixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mixadv.checks import check_integer
+from mixadv.errors import nearest
+from mixadv.maths.geometry import NORMS, Norm
+from mixadv.mixtures import Mixture
+from mixadv.players.ascent import Ascent
+from mixadv.players.strategy import Strategy
+from mixadv.robustness.ascents import ascents_of
+from mixadv.robustness.mixture_attacks import arc, drawn, expected, mean, of_mean, pgd, vote
+from mixadv.robustness.mixture_play import CHOSEN, JUDGED, MixturePlay, playing
+from mixadv.robustness.predictions import Batch, in_order
+
+WAYS = (drawn, mean, vote)
+"""How a mixture classifies: by a member that is drawn, by their mean or by their vote."""
+
+ATTACKS = ("EoT-PGD", "ARC", "PGD of the mean", "ARC of the vote")
+"""Attacks of a mixture: two of a member drawn, one of the mean, one of the vote."""
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureAccuracy:
+    """What a mixture makes of each row under each attack, in the data set's order.
+
+    Every classifier is judged at every δ. What an attack finds is an upper bound of the accuracy
+    under the worst δ there is. A randomised classifier of two classes is never more robust than the
+    best of some deterministic ones made of it (Gnecco Heredia et al. 2023, NeurIPS): look at both.
+
+    Attributes:
+        probabilities: π of the members, `[M]`.
+        attacks: the names of the δ: `"none"`, attacks of the mixture, then of each member alone.
+        right: in what share of draws a member is right, `[A, N, M]`: 0 or 1 where none is a draw.
+        settled: whether the mean of probabilities and the vote are right, `[A, N, 2]`.
+        worst: by its place, the δ at which the member drawn, the mean and the vote stand worst,
+            `[N, 3]`; where members are draws, as others than those that judge it saw it.
+    """
+
+    probabilities: NDArray[np.float64]
+    attacks: Sequence[str]
+    right: NDArray[np.float64]
+    settled: NDArray[np.bool_]
+    worst: NDArray[np.int64]
+
+    @property
+    def best(self) -> int:
+        """The member that is most accurate without an attack; of equals the likeliest."""
+        clean = self.right[0].mean(0)
+        return int(np.lexsort((-self.probabilities, -clean))[0])
+
+    @property
+    def rows(self) -> NDArray[np.float64]:
+        """How often each row is classified right, `[A, N, 3]`: by a draw, the mean, the vote."""
+        expected = self.right @ self.probabilities
+        return np.concatenate([expected[..., None], self.settled.astype(np.float64)], -1)
+
+    def under(self) -> dict[str, NDArray[np.float64]]:
+        """Return how often each row is classified right, `[N, 3]`, by the name of the attack.
+
+        `"transfer"` is PGD of the best member, `"worst of all"` of all δ in each row the worst.
+        """
+        rows, own = self.rows, len(self.attacks) - len(self.probabilities)
+        found = dict(zip(self.attacks[:own], rows[:own], strict=True))
+        found["transfer"] = rows[own + self.best]
+        found["worst of all"] = np.take_along_axis(rows, self.worst[None], 0)[0]
+        return found
+
+    def alone(self) -> NDArray[np.float64]:
+        """Return the accuracy of each member alone, `[M, 2]`: clean, and under its own PGD."""
+        own = len(self.attacks) - len(self.probabilities)
+        places = range(len(self.probabilities))
+        pairs = [(self.right[0, :, m].mean(), self.right[own + m, :, m].mean()) for m in places]
+        return np.array(pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureAttacks:
+    """How a mixture is attacked.
+
+    Of M members, K steps and R restarts it costs about K·M·(3·(R + 1) + 2·(M + 1)) forwards for
+    each batch; where members are draws, M is `draws` times as many, and ARC asks for its square.
+
+    Attributes:
+        radius: ε of the ball around each sample, in units.
+        norm: of the ball, and of steps.
+        steps: K of each ascent, and rounds of ARC.
+        restarts: how many ascents start at random, besides the one from δ = 0.
+        draws: how often members that are draws (`Dropout`) are drawn anew in each step, and for
+            the judgement; others are never.
+        classes: at how many of the top logits ARC looks for a boundary.
+        site: where δ acts; None is the embedding, `"input"` what the model is called with.
+        unit: a length; None takes the `token_norm` of the first member on these batches.
+        seed: of random starts and draws.
+
+    Raises:
+        ValueError: for a number that nothing can be attacked with.
+    """
+
+    radius: float
+    norm: Norm = "l2"
+    steps: int = 10
+    restarts: int = 1
+    draws: int = 10
+    classes: int = 4
+    site: Any = None
+    unit: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            choices = ", ".join(map(repr, NORMS))
+            raise ValueError(
+                f"norm={self.norm!r} is not one of {choices}.{nearest(self.norm, NORMS)}"
+            )
+        for name, least in {"restarts": 0, "draws": 1, "classes": 2}.items():
+            check_integer("mixture_accuracy", name, getattr(self, name), least)
+        if self.site is not None and self.unit is None:
+            raise ValueError("Radii at a site= of your own need a unit: unit=1.0 takes them so.")
+
+    def measure(
+        self, mixture: Mixture, batches: Iterable[Batch], progress: bool = False
+    ) -> MixtureAccuracy:
+        """Return what `mixture_accuracy` does."""
+        if not isinstance(mixture, Mixture):
+            raise TypeError(
+                f"mixture must be a mixadv.mixtures.Mixture, got {mixture!r:.80}: of one model "
+                "accuracy_at_radii measures what this does of several."
+            )
+        who, how = "mixture_accuracy", (self.steps, self.unit, self.seed)
+        with mixture.member(0) as module:
+            [ascent], batches = ascents_of(who, module, batches, [self.radius], *how)
+        ascent, rows, columns = replace(ascent, norm=self.norm), [], []
+        with playing(mixture, self.site, self.draws, self.seed) as play:
+            for batch in tqdm(batches, desc="mixture", unit="batch", disable=not progress):
+                found = self._measured(play(batch), ascent)
+                rows.append(batch.rows)
+                columns.append([column.cpu() for column in found])
+        right, settled, worst = in_order(rows, columns)
+        names = ["none", *ATTACKS, *(f"PGD of member {m + 1}" for m in range(len(mixture)))]
+        shares = mixture.probabilities.numpy()
+        return MixtureAccuracy(shares, names, right.swapaxes(0, 1), settled.swapaxes(0, 1), worst)
+
+    def _measured(self, play: MixturePlay, ascent: Ascent) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a batch's columns of `MixtureAccuracy`, rows first."""
+        weights, labels = play.weights, play.batch.labels
+        standing, right, settled = [], [], []
+        for q in self._deltas(play, ascent):
+            chosen, judged = play.logits(q, CHOSEN), play.logits(q, JUDGED)
+            standing.append(torch.stack([way(chosen, weights, labels) for way in WAYS]))
+            each = (judged.argmax(-1) == labels).view(play.draws, -1, len(labels))
+            right.append(each.cpu().double().mean(0).T)
+            settled.append(torch.stack([way(judged, weights, labels) > 1 for way in WAYS[1:]], 1))
+        return torch.stack(right, 1), torch.stack(settled, 1), torch.stack(standing).argmin(0).T
+
+    def _deltas(self, play: MixturePlay, ascent: Ascent) -> Iterator[Strategy]:
+        """Yield δ = 0, that of each attack of the mixture, and that of each member's PGD."""
+        yield play.zero
+        yield pgd(play, ascent, drawn, expected, self.restarts)
+        yield arc(play, ascent, drawn, self.classes)
+        yield pgd(play, ascent, mean, of_mean, self.restarts)
+        yield arc(play, ascent, vote, self.classes)
+        for member in play.members:
+            yield pgd(play.only(member), ascent, drawn, expected, self.restarts)
+
+
+def mixture_accuracy(
+    mixture: Mixture, batches: Iterable[Batch], *, progress: bool = False, **settings: Any
+) -> MixtureAccuracy:
+    """Return how accurate a mixture is under attacks that are made for mixtures.
+
+    One δ for each row, whichever member plays. The attacks are EoT-PGD, ARC, PGD of the mean of
+    probabilities, ARC of the vote, and PGD of each member alone; see `mixture_attacks`. Weights,
+    modes, hooks and random state are left as they were.
+
+    Args:
+        mixture: which the closures call.
+        batches: as `text_batches(mixture, …)` makes them, or your own; losses are cross-entropies.
+        progress: whether to show a bar.
+        settings: those of `MixtureAttacks`; `radius` is needed.
+
+    Raises:
+        ValueError: for a bad argument, closures without a loss per sample and logits, members that
+            differ in shape at the site.
+        GameError: if the loss does not depend on δ.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> mixture = Mixture([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+        >>> x, y = torch.eye(2), torch.tensor([0, 1])
+        >>> def closure():
+        ...     logits = mixture(x)
+        ...     return F.cross_entropy(logits, y, reduction="none"), logits
+        >>> found = mixture_accuracy(mixture, [Batch(closure, y, [0, 1])], radius=0.1, unit=1.0)
+        >>> bool((found.under()["ARC"] <= found.under()["none"])[:, 0].all())
+        True
+    """
+    return MixtureAttacks(**settings).measure(mixture, batches, progress)
