@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mixadv.checks import check_integer
 from mixadv.errors import GameError, nearest
 from mixadv.game import Game
+from mixadv.mixtures import saved
 from mixadv.mixtures.members import Member, Model, Weights
 from mixadv.model.contexts import no_grad
 
@@ -135,6 +137,47 @@ class Mixture(nn.Module):
             raise ValueError(f"how={how!r} is not one of {choices}.{nearest(how, get_args(How))}")
         check_integer("predict", "seed", seed, 0)
         return combine(self.each(forward), self.probabilities, how, seed)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the members' weights (safetensors) and probabilities (JSON) into a folder.
+
+        What the members share, the model that they change, is not among it. A mixture that is
+        there already is replaced once the new one is whole. Needs safetensors.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> model = nn.Linear(2, 2)
+            >>> mixture = Mixture([{}, {"bias": torch.ones(2)}], [3, 1], model=model)
+            >>> with TemporaryDirectory() as folder:
+            ...     mixture.save_pretrained(folder)
+            ...     print(Mixture.from_pretrained(folder, model).probabilities.tolist())
+            [0.75, 0.25]
+        """
+        saved.write(Path(folder), self.members, self.probabilities)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        model: nn.Module | None = None,
+        *,
+        models: Sequence[nn.Module] | None = None,
+    ) -> Mixture:
+        """Return the mixture that `save_pretrained` wrote into a folder.
+
+        Args:
+            folder: of the mixture.
+            model: that the members change. Members that are whole models are loaded into copies of
+                it, and it is not needed where `models` are given for all members.
+            models: one for each member that is a whole model, in whose place its weights are put.
+
+        Raises:
+            FileNotFoundError: if the folder has no mixture, or a part of it is missing.
+            ValueError: for files that are none of a mixture, or do not fit the model.
+        """
+        members, probabilities = saved.read(Path(folder), model, models)
+        whole = all(isinstance(member, Model) for member in members)
+        return cls(members, probabilities, model=None if whole else model)
 
 
 def combine(each: Tensor, probabilities: Tensor, how: How, seed: int = 0) -> Tensor:
