@@ -162,10 +162,11 @@ def _index(folder: Path) -> dict[str, Any]:
             f"{FORMAT['version']}: save the mixture with this version, or install the other."
         )
     kinds, shares = index.get("members"), index.get("probabilities")
-    known = isinstance(kinds, list) and all(map(_is_kind, kinds))
-    numbers = isinstance(shares, list) and all(isinstance(s, (int, float)) for s in shares)
-    named = isinstance(index.get("folder"), str) and MEMBERS.fullmatch(index["folder"])
-    if not (known and numbers and named) or len(kinds) != len(shares):
+    listed = isinstance(kinds, list) and isinstance(shares, list) and len(kinds) == len(shares)
+    known = listed and all(map(_is_kind, kinds))
+    numbers = listed and all(isinstance(share, (int, float)) for share in shares)
+    named = MEMBERS.fullmatch(str(index.get("folder")))
+    if not (known and numbers and named):
         raise ValueError(
             f"{path} does not describe a mixture: it needs a folder, and as many probabilities as "
             "members of a known kind. Save the mixture again."
