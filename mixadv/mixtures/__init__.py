@@ -2,5 +2,15 @@
 
 from mixadv.mixtures.members import Dropout, Member, Weights
 from mixadv.mixtures.mixture import Mixture, mixture_of
+from mixadv.mixtures.weighing import Weighing, weigh, weigh_under
 
-__all__ = ["Dropout", "Member", "Mixture", "Weights", "mixture_of"]
+__all__ = [
+    "Dropout",
+    "Member",
+    "Mixture",
+    "Weighing",
+    "Weights",
+    "mixture_of",
+    "weigh",
+    "weigh_under",
+]

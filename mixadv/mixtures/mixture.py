@@ -138,6 +138,16 @@ class Mixture(nn.Module):
         check_integer("predict", "seed", seed, 0)
         return combine(self.each(forward), self.probabilities, how, seed)
 
+    def weighed(self, probabilities: Sequence[float] | Tensor) -> Mixture:
+        """Return the mixture of these members with other probabilities, `[M]`.
+
+        Members of probability 0 are left out. Weights are shared with this mixture, not copied.
+        """
+        shares = _normalised(probabilities, len(self))
+        kept = [m for m, share in zip(self.members, shares, strict=True) if share > 0]
+        whole = all(isinstance(member, Model) for member in kept)
+        return Mixture(kept, shares[shares > 0], model=None if whole else self.model)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the members' weights (safetensors) and probabilities (JSON) into a folder.
 

@@ -161,7 +161,8 @@ def _index(folder: Path) -> dict[str, Any]:
             f"{path} is of version {index.get('version')!r}, and this mixadv reads version "
             f"{FORMAT['version']}: save the mixture with this version, or install the other."
         )
-    kinds, shares = index.get("members"), index.get("probabilities")
+    kinds: Any = index.get("members")
+    shares: Any = index.get("probabilities")
     listed = isinstance(kinds, list) and isinstance(shares, list) and len(kinds) == len(shares)
     known = listed and all(map(_is_kind, kinds))
     numbers = listed and all(isinstance(share, (int, float)) for share in shares)
