@@ -3,8 +3,8 @@
     min_{π ∈ Δ_M} max_j Σ_m π_m A_mj,    A_mj = error of member m under attack j
 
 A mixture that is drawn from errs as its members do on average, so this is a finite zero-sum game,
-which `mixadv.games` solves. Where the attack is made for the mixture, and so depends on π, the
-error π ↦ max_δ Σ_m π_m err_m(δ) is convex, and the members' errors at its worst δ are a subgradient.
+which `mixadv.games` solves. Where the attack is made for the mixture, and so depends on π, its
+error max_δ Σ_m π_m err_m(δ) is convex in π, and the members' errors at the worst δ a subgradient.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def weigh_under(
     """Return the probabilities that were best under attacks made for the mixture they weigh.
 
     OSP, Dbouk & Shanbhag 2023: projected subgradient, π ← P(π − η·err/(t + 1)) from the mixture's
-    own probabilities, and the best kept. Each is judged under the attack made for it and under those
+    own probabilities, and the best kept. Each is judged under the attack made for it and those
     made for the others. `guaranteed` holds whatever the attacks; if they are not the worst, `error`
     is too small.
 
