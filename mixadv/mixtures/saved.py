@@ -1,7 +1,7 @@
 """A mixture on disk: `mixture.json`, and one safetensors file for each member that has weights.
 
     mixture.json          probabilities, the kind of each member, the seeds of dropout masks
-    members-4f2a…/0.safetensors, 1.safetensors, …
+    members-4f2a…/0.safetensors, 1.safetensors, …   of an adapter a folder, as PEFT writes it
 
 The base model is not there: it is the caller's, by whose `save_pretrained` it is kept once for all
 mixtures. Each save writes a folder of members of its own and then replaces `mixture.json`, which
@@ -23,15 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixadv.mixtures.adapters import Adapter, is_peft
 from mixadv.mixtures.members import Dropout, Member, Model, Weights
+from mixadv.model.replay import evaluating
 
 FORMAT = {"format": "mixadv.Mixture", "version": 1}
 INDEX = "mixture.json"
 MEMBERS = re.compile(r"members-[0-9a-f]{32}")
 
 
-def write(folder: Path, members: Sequence[Member], probabilities: Tensor) -> None:
-    """Write members and their probabilities into a folder, made where it is not there."""
+def write(folder: Path, members: Sequence[Member], probabilities: Tensor, model: nn.Module) -> None:
+    """Write members of a model and their probabilities into a folder, made if it is not there."""
     tensors = _safetensors()
     kinds = [_described(member) for member in members]
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,6 +43,9 @@ def write(folder: Path, members: Sequence[Member], probabilities: Tensor) -> Non
         for number, member in enumerate(members):
             if (values := _values(member)) is not None:
                 tensors.save_file(_apart(values), own / f"{number}.safetensors")
+            elif isinstance(member, Adapter):
+                peft: Any = model
+                peft.save_pretrained(own / str(number), selected_adapters=[member.name])
         index = {
             **FORMAT,
             "folder": own.name,
@@ -60,8 +65,8 @@ def write(folder: Path, members: Sequence[Member], probabilities: Tensor) -> Non
 
 def read(
     folder: Path, model: nn.Module | None, models: Sequence[nn.Module] | None
-) -> tuple[list[Member], list[float]]:
-    """Return members and probabilities as they were written.
+) -> tuple[list[Member], list[float], nn.Module | None]:
+    """Return members and probabilities as they were written, and the model that they change.
 
     Args:
         folder: that `write` wrote.
@@ -93,14 +98,19 @@ def read(
             members.append(Dropout(kind["seed"]))
         elif kind["kind"] == "model":
             members.append(_loaded(own_models[number], _read_tensors(path)))
+        elif kind["kind"] == "adapter":
+            model = _with_adapter(model, own / str(number), kind["name"])
+            members.append(Adapter(kind["name"]))
         else:
             members.append(Weights(_placed(_read_tensors(path), model)))
-    return members, index["probabilities"]
+    return members, index["probabilities"], model
 
 
 def _described(member: Member) -> dict[str, Any]:
     if isinstance(member, Dropout):
         return {"kind": "dropout", "seed": member.seed}
+    if isinstance(member, Adapter):
+        return {"kind": "adapter", "name": member.name}
     if isinstance(member, Model):
         return {"kind": "model"}
     if isinstance(member, Weights):
@@ -143,6 +153,24 @@ def _loaded(module: nn.Module, values: dict[str, Tensor]) -> Model:
     return Model(module)
 
 
+def _with_adapter(model: Any, folder: Path, name: str) -> nn.Module:
+    """Return the model, wrapped by PEFT where it is not yet, with an adapter read from a folder."""
+    found = sorted(folder.rglob("adapter_config.json"))
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} has no adapter, which {INDEX} names: the mixture was not copied whole."
+        )
+    if is_peft(model):
+        with evaluating(model):  # it would stay in evaluation mode
+            model.load_adapter(str(found[0].parent), name)
+        return model
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"The mixture of {folder} has adapters: pip install peft.") from error
+    return peft.PeftModel.from_pretrained(model, str(found[0].parent), name)
+
+
 def _index(folder: Path) -> dict[str, Any]:
     """Return what `mixture.json` says; raise unless `write` wrote it."""
     path = folder / INDEX
@@ -178,9 +206,15 @@ def _index(folder: Path) -> dict[str, Any]:
 def _is_kind(kind: Any) -> bool:
     if not isinstance(kind, dict):
         return False
-    seed = kind.get("seed")
-    seeded = isinstance(seed, int) and not isinstance(seed, bool)
-    return kind.get("kind") in ("weights", "model") or (kind.get("kind") == "dropout" and seeded)
+    seed, name = kind.get("seed"), kind.get("name")
+    match kind.get("kind"):
+        case "weights" | "model":
+            return True
+        case "dropout":
+            return isinstance(seed, int) and not isinstance(seed, bool)
+        case "adapter":
+            return isinstance(name, str)
+    return False
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
