@@ -7,6 +7,7 @@ in `MAT`; `theory/statements.md` says what must be true of them, and the tests c
 """
 
 from mixadv.games.continuous import ContinuousGame
+from mixadv.games.double_oracle import Grown, double_oracle
 from mixadv.games.matrix import MatrixGame
 from mixadv.games.method import Method
 from mixadv.games.methods import (
@@ -42,6 +43,7 @@ __all__ = [
     "Gap",
     "Gaussian",
     "GradientDescentAscent",
+    "Grown",
     "Hedge",
     "Langevin",
     "Magnetic",
@@ -57,6 +59,7 @@ __all__ = [
     "Space",
     "Torus",
     "WassersteinFisherRao",
+    "double_oracle",
     "duality_gap",
     "solve",
 ]

@@ -6,8 +6,10 @@ p = Σ_m π_m δ_(θ_m)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,13 @@ from torch import Tensor, nn
 from mixadv.checks import check_integer
 from mixadv.errors import GameError, nearest
 from mixadv.game import Game
+from mixadv.mixtures import saved
+from mixadv.mixtures.adapters import Adapter, ByRow, drawn, in_one_pass
 from mixadv.mixtures.members import Member, Model, Weights
 from mixadv.model.contexts import no_grad
 
 How = Literal["mean", "draw", "vote"]
+Playing = TypeVar("Playing", bound=Callable[..., Any])
 
 
 class Mixture(nn.Module):
@@ -29,7 +34,7 @@ class Mixture(nn.Module):
 
     Args:
         members: weights by name that differ from those of the model (a fine-tuned copy, an adapter,
-            a sample of the learner's), whole models, or `Dropout(seed)`.
+            a sample of the learner's), whole models, `Adapter(name)` or `Dropout(seed)`.
         probabilities: π, `[M]`, not negative, which are divided by their sum; None is uniform.
         model: whose weights are exchanged; needed unless all members are models.
 
@@ -70,7 +75,7 @@ class Mixture(nn.Module):
             member.check(model)
         self._others = nn.ModuleList(m.module for m in self.members if isinstance(m, Model))
         self.probabilities = _normalised(probabilities, len(self.members))
-        self._playing: nn.Module | None = None
+        self._playing: list[Callable[..., Any]] = []  # not an attribute, which would be a submodule
 
     def __len__(self) -> int:
         """Return M, the number of members."""
@@ -87,23 +92,28 @@ class Mixture(nn.Module):
 
         It plays in evaluation mode. Weights, modes and random state are afterwards as they were.
         """
-        if self._playing is not None:
+        with self._in_play(self.members[number].playing(self.model)) as module:
+            yield module
+
+    @contextmanager
+    def _in_play(self, playing: AbstractContextManager[Playing]) -> Iterator[Playing]:
+        if self._playing:
             raise GameError("A member of the mixture is in play: leave it before another one.")
-        with self.members[number].playing(self.model) as module:
-            self._playing = module
+        with playing as called:
+            self._playing.append(called)
             try:
-                yield module
+                yield called
             finally:
-                self._playing = None
+                self._playing.clear()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the member in play."""
-        if self._playing is None:
+        if not self._playing:
             raise GameError(
                 "No member of the mixture is in play, and it has no one output: predict with "
                 "mixture.predict(lambda: mixture(…)), or call it within mixture.member(m)."
             )
-        return self._playing(*args, **kwargs)
+        return self._playing[0](*args, **kwargs)
 
     def each(self, forward: Callable[[], Any]) -> Tensor:
         """Return the probabilities that each member gives, `[M, B, C]`.
@@ -114,10 +124,7 @@ class Mixture(nn.Module):
         found = []
         for number in range(len(self)):
             with no_grad(), self.member(number):
-                result = forward()
-            logits = result if isinstance(result, Tensor) else result.logits
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            found.append(logits.to(wide).softmax(-1))
+                found.append(_distribution(forward()))
         return torch.stack(found)
 
     def predict(self, forward: Callable[[], Any], how: How = "mean", *, seed: int = 0) -> Tensor:
@@ -126,15 +133,82 @@ class Mixture(nn.Module):
         Args:
             forward: calls the mixture; returns logits `[B, C]`, or an output that holds them.
             how: `"mean"` of the members' probabilities, by π; `"draw"` a member for each row, by
-                π, and give its probabilities; `"vote"`, the share by π of the members whose
-                likeliest class it is.
+                π, and give its probabilities (of LoRA adapters in one pass); `"vote"`, the share by
+                π of the members whose likeliest class it is.
             seed: of the draw.
         """
         if how not in get_args(How):
             choices = ", ".join(map(repr, get_args(How)))
             raise ValueError(f"how={how!r} is not one of {choices}.{nearest(how, get_args(How))}")
         check_integer("predict", "seed", seed, 0)
+        if how == "draw" and in_one_pass(self.members, self.model):
+            once = self._drawn_in_one_pass(forward, self.members, seed)
+            if once is not None:
+                return once
         return combine(self.each(forward), self.probabilities, how, seed)
+
+    def _drawn_in_one_pass(
+        self, forward: Callable[[], Any], members: Sequence[Adapter], seed: int
+    ) -> Tensor | None:
+        """Return what rows predict under the adapters drawn for them, None where PEFT cannot."""
+        rows = ByRow(self.model, members, partial(drawn, self.probabilities, seed))
+        try:
+            with no_grad(), self._in_play(rows.playing()):
+                found = _distribution(forward())
+        except ValueError:  # merged weights, DoRA, or inputs whose rows are not the encoder's
+            return None
+        return found if rows.rows == [len(found)] else None
+
+    def weighed(self, probabilities: Sequence[float] | Tensor) -> Mixture:
+        """Return the mixture of these members with other probabilities, `[M]`.
+
+        Members of probability 0 are left out. Weights are shared with this mixture, not copied.
+        """
+        shares = _normalised(probabilities, len(self))
+        kept = [m for m, share in zip(self.members, shares, strict=True) if share > 0]
+        whole = all(isinstance(member, Model) for member in kept)
+        return Mixture(kept, shares[shares > 0], model=None if whole else self.model)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the members' weights (safetensors) and probabilities (JSON) into a folder.
+
+        What the members share, the model that they change, is not among it. A mixture that is
+        there already is replaced once the new one is whole. Needs safetensors.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> model = nn.Linear(2, 2)
+            >>> mixture = Mixture([{}, {"bias": torch.ones(2)}], [3, 1], model=model)
+            >>> with TemporaryDirectory() as folder:
+            ...     mixture.save_pretrained(folder)
+            ...     print(Mixture.from_pretrained(folder, model).probabilities.tolist())
+            [0.75, 0.25]
+        """
+        saved.write(Path(folder), self.members, self.probabilities, self.model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        model: nn.Module | None = None,
+        *,
+        models: Sequence[nn.Module] | None = None,
+    ) -> Mixture:
+        """Return the mixture that `save_pretrained` wrote into a folder.
+
+        Args:
+            folder: of the mixture.
+            model: that the members change; adapters are loaded into it, and whole models into
+                copies of it. It is not needed where `models` are given for all members.
+            models: one for each member that is a whole model, in whose place its weights are put.
+
+        Raises:
+            FileNotFoundError: if the folder has no mixture, or a part of it is missing.
+            ValueError: for files that are none of a mixture, or do not fit the model.
+        """
+        members, probabilities, changed = saved.read(Path(folder), model, models)
+        whole = all(isinstance(member, Model) for member in members)
+        return cls(members, probabilities, model=None if whole else changed)
 
 
 def combine(each: Tensor, probabilities: Tensor, how: How, seed: int = 0) -> Tensor:
@@ -147,9 +221,8 @@ def combine(each: Tensor, probabilities: Tensor, how: How, seed: int = 0) -> Ten
         seed: of the draw.
     """
     if how == "draw":
-        source = torch.Generator().manual_seed(seed)
-        drawn = torch.multinomial(probabilities, each.shape[1], replacement=True, generator=source)
-        return each[drawn.to(each.device), torch.arange(each.shape[1], device=each.device)]
+        members = drawn(probabilities, seed, each.shape[1]).to(each.device)
+        return each[members, torch.arange(each.shape[1], device=each.device)]
     if how == "vote":
         each = nn.functional.one_hot(each.argmax(-1), each.shape[-1]).to(each.dtype)
     weights = probabilities.to(each)
@@ -183,6 +256,11 @@ def mixture_of(game: Game) -> Mixture:
         for sample in game.learner_samples
     ]
     return Mixture(samples, model=game.model)
+
+
+def _distribution(result: Any) -> Tensor:
+    logits = result if isinstance(result, Tensor) else result.logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
 
 
 def _member(value: Any) -> Member:

@@ -1,0 +1,172 @@
+"""Double oracle: a game too large to write down, solved on the few strategies that matter.
+
+The game of the rows and columns known so far is solved; each player's best response to the other's
+mixture is added; play ends when the responses gain no more than a tolerance. McMahan, Gordon & Blum
+2003, "Planning in the Presence of Cost Functions Controlled by an Adversary".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from mixadv.checks import check_integer, check_number
+from mixadv.games.matrix import MatrixGame
+from mixadv.games.solve import solve
+
+Row = TypeVar("Row")
+Column = TypeVar("Column")
+
+
+class Grown(NamedTuple, Generic[Row, Column]):
+    """Both players' mixtures on the strategies that were found.
+
+    Attributes:
+        rows: of the learner, those it started with first.
+        columns: of the adversary.
+        learner: weights of the rows, `[m]`, fp64.
+        adversary: weights of the columns, `[n]`, fp64.
+        payoff: `[m, n]`, fp64.
+        lower: what the adversary's mixture earns at least, against every row known and the
+            learner's response.
+        upper: what the learner's mixture pays at most, against every column known and the
+            adversary's response.
+        gaps: `upper − lower` of each round. Where both responses are best ones, the value of the
+            whole game lies between `lower` and `upper`; otherwise the gap is a lower bound of what
+            the players could still win.
+    """
+
+    rows: list[Row]
+    columns: list[Column]
+    learner: Tensor
+    adversary: Tensor
+    payoff: Tensor
+    lower: float
+    upper: float
+    gaps: list[float]
+
+    @property
+    def gap(self) -> float:
+        """The last round's gap."""
+        return self.gaps[-1]
+
+
+def double_oracle(
+    payoff: Callable[[Row, Column], Any],
+    row_response: Callable[[Sequence[Column], Tensor], Row],
+    column_response: Callable[[Sequence[Row], Tensor], Column],
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    *,
+    tolerance: float = 1e-6,
+    rounds: int = 100,
+) -> Grown[Row, Column]:
+    """Return mixtures of both players on strategies that are added where they win something.
+
+    On finite sets, with best responses, it ends at the value: B1 in `theory/statements.md`.
+
+    Args:
+        payoff: what the learner pays the adversary for a row and a column, a number.
+        row_response: given columns and their weights `[n]`, fp64, returns the row that pays least.
+        column_response: given rows and their weights `[m]`, fp64, returns the column that earns
+            most.
+        rows: of the learner, to start with; at least one. A strategy is whatever `payoff` takes: a
+            number, a model, a text, a tensor.
+        columns: of the adversary, to start with.
+        tolerance: of the gap, at which to stop; above 0.
+        rounds: at most. On infinite sets responses may go on to win a little for ever.
+
+    Raises:
+        ValueError: without rows or columns, or for a payoff that is not finite.
+
+    Example:
+        >>> squares = double_oracle(  # the adversary mixes both ends, the learner stays between
+        ...     lambda x, y: (x - y) ** 2,
+        ...     lambda ys, weights: float(torch.tensor(ys).double() @ weights),
+        ...     lambda xs, weights: -1.0 if torch.tensor(xs).double() @ weights > 0 else 1.0,
+        ...     rows=[1.0],
+        ...     columns=[1.0],
+        ... )
+        >>> sorted(squares.columns), round(squares.upper, 4)
+        ([-1.0, 1.0], 1.0)
+    """
+    check_number("double_oracle", "tolerance", tolerance)
+    check_integer("double_oracle", "rounds", rounds, 1)
+    if not rows or not columns or tolerance == 0:
+        raise ValueError(
+            "double_oracle starts from at least one row and one column, and ends at a tolerance "
+            f"above 0, got {len(rows)}, {len(columns)} and {tolerance!r}."
+        )
+    found = _Restricted(payoff, rows, columns)
+    gaps: list[float] = []
+    accuracy = finest = tolerance / 2
+    while True:
+        x, y = found.solved(accuracy)
+        best = row_response(found.columns, y), column_response(found.rows, x)
+        lower, upper, grew = found.grow(*best, x, y)
+        gaps.append(upper - lower)
+        if gaps[-1] <= tolerance or len(gaps) == rounds or not (grew or accuracy > finest):
+            break
+        # A response to a coarse solution shows the way as well, as long as play goes on.
+        accuracy = max(finest, gaps[-1] / 10) if grew else finest
+    x, y = found.padded(x, 0), found.padded(y, 1)
+    return Grown(found.rows, found.columns, x, y, found.payoffs, lower, upper, gaps)
+
+
+class _Restricted(Generic[Row, Column]):
+    """The game of the rows and columns known so far."""
+
+    def __init__(
+        self, payoff: Callable[[Row, Column], Any], rows: Sequence[Row], columns: Sequence[Column]
+    ) -> None:
+        self.payoff, self.rows, self.columns = payoff, list(rows), list(columns)
+        self.payoffs = torch.stack([self._paid(row) for row in self.rows])
+
+    def solved(self, tolerance: float) -> tuple[Tensor, Tensor]:
+        """Return both players' mixtures, with a gap of about the tolerance."""
+        game = MatrixGame(self.payoffs)
+        found = solve(game, "restarted", 20_000, tolerance=tolerance, progress=False)
+        assert isinstance(found.learner, Tensor)
+        assert isinstance(found.adversary, Tensor)
+        return found.learner, found.adversary
+
+    def grow(self, row: Row, column: Column, x: Tensor, y: Tensor) -> tuple[float, float, bool]:
+        """Add the responses that win something; return both bounds, and whether one was added.
+
+        One that wins against the mixture more than all that are known is none of them.
+        """
+        paid, earned = self._paid(row), self._earned(column)
+        least, most = (self.payoffs @ y).min(), (x @ self.payoffs).max()
+        slack = 1e-12 * self.payoffs.abs().max()  # of rounding: what is known wins it again
+        lower, upper = torch.minimum(least, paid @ y), torch.maximum(most, x @ earned)
+        wins, gains = bool(lower < least - slack), bool(upper > most + slack)
+        if wins:
+            self.rows.append(row)
+            self.payoffs = torch.cat([self.payoffs, paid[None]])
+            earned = torch.cat([earned, self._number(row, column)[None]]) if gains else earned
+        if gains:
+            self.columns.append(column)
+            self.payoffs = torch.cat([self.payoffs, earned[:, None]], 1)
+        return lower.item(), upper.item(), wins or gains
+
+    def padded(self, weights: Tensor, side: int) -> Tensor:
+        """Return weights `[m]` with 0 for the strategies that were added since."""
+        return torch.cat([weights, weights.new_zeros(self.payoffs.shape[side] - len(weights))])
+
+    def _paid(self, row: Row) -> Tensor:
+        return torch.stack([self._number(row, column) for column in self.columns])
+
+    def _earned(self, column: Column) -> Tensor:
+        return torch.stack([self._number(row, column) for row in self.rows])
+
+    def _number(self, row: Row, column: Column) -> Tensor:
+        found = torch.as_tensor(self.payoff(row, column), dtype=torch.float64).detach().cpu()
+        if found.numel() != 1 or not found.isfinite().all():
+            raise ValueError(
+                "payoff must return a finite number for a row and a column, got "
+                f"{found.tolist()!s:.80} for {row!r:.40} and {column!r:.40}."
+            )
+        return found.reshape(())
