@@ -71,10 +71,8 @@ def double_oracle(
     Args:
         payoff: what the learner pays the adversary for a row and a column, a number.
         row_response: given columns and their weights `[n]`, fp64, returns the row that pays least.
-        column_response: given rows and their weights `[m]`, fp64, returns the column that earns
-            most.
-        rows: of the learner, to start with; at least one. A strategy is whatever `payoff` takes: a
-            number, a model, a text, a tensor.
+        column_response: given rows and their weights `[m]`, returns the column that earns most.
+        rows: of the learner, to start with: whatever `payoff` takes, a number, a model, a text.
         columns: of the adversary, to start with.
         tolerance: of the gap, at which to stop; above 0.
         rounds: at most. On infinite sets responses may go on to win a little for ever.
@@ -87,19 +85,11 @@ def double_oracle(
         ...     lambda x, y: (x - y) ** 2,
         ...     lambda ys, weights: float(torch.tensor(ys).double() @ weights),
         ...     lambda xs, weights: -1.0 if torch.tensor(xs).double() @ weights > 0 else 1.0,
-        ...     rows=[1.0],
-        ...     columns=[1.0],
-        ... )
+        ...     [1.0], [1.0])
         >>> sorted(squares.columns), round(squares.upper, 4)
         ([-1.0, 1.0], 1.0)
     """
-    check_number("double_oracle", "tolerance", tolerance)
-    check_integer("double_oracle", "rounds", rounds, 1)
-    if not rows or not columns or tolerance == 0:
-        raise ValueError(
-            "double_oracle starts from at least one row and one column, and ends at a tolerance "
-            f"above 0, got {len(rows)}, {len(columns)} and {tolerance!r}."
-        )
+    _check(len(rows), len(columns), tolerance, rounds)
     found = _Restricted(payoff, rows, columns)
     gaps: list[float] = []
     accuracy = finest = tolerance / 2
@@ -114,6 +104,16 @@ def double_oracle(
         accuracy = max(finest, gaps[-1] / 10) if grew else finest
     x, y = found.padded(x, 0), found.padded(y, 1)
     return Grown(found.rows, found.columns, x, y, found.payoffs, lower, upper, gaps)
+
+
+def _check(rows: int, columns: int, tolerance: float, rounds: int) -> None:
+    check_number("double_oracle", "tolerance", tolerance)
+    check_integer("double_oracle", "rounds", rounds, 1)
+    if not rows or not columns or tolerance == 0:
+        raise ValueError(
+            "double_oracle starts from at least one row and one column, and ends at a tolerance "
+            f"above 0, got {rows}, {columns} and {tolerance!r}."
+        )
 
 
 class _Restricted(Generic[Row, Column]):

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent, Draw
-from mixadv.players.strategy import Strategy, repeat_mask, repeat_owners
+from mixadv.players.rows import repeat_mask, repeat_owners
+from mixadv.players.strategy import Strategy
 
 Begin = Callable[[int, Call], Tensor]
 """`begin(index, call)`: the start `[B, ...]` at a call of the site."""

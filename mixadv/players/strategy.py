@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadv.errors import GameError
 from mixadv.maths import mirror
 from mixadv.maths.geometry import Norm, Per, norms, of_samples
 from mixadv.model.visits import Call, positions
 from mixadv.players.ascent import Draw
+from mixadv.players.rows import by_row, repeat_mask, repeat_owners
 
 Rule = Callable[[int, Tensor, Tensor, Tensor | None, Draw, Tensor | None], Tensor]
 """`rule(index, δ, gradient, mask, draw, owners)`: where δ `[B, ...]` of a call moves."""
@@ -148,8 +148,7 @@ class Strategy:
         """
         below = self.weights.cumsum(0)
         passed = (below <= levels * below[-1]).sum(0).clamp(max=self.size - 1)
-        each = torch.arange(self.size, device=passed.device)[:, None]
-        return self._combined((each == passed).to(below.dtype))  # `one_hot` would read the device
+        return self.choose(passed)
 
     @classmethod
     def joined(cls, strategies: "Sequence[Strategy]") -> "Strategy":
@@ -179,24 +178,19 @@ class Strategy:
         return other._at([p.detach().lerp(o.detach(), weight) for p, o in pairs])
 
     def sample(self, generator: torch.Generator | None = None) -> "Strategy":
-        """Return a pure strategy that draws one particle for each sample, by the weights."""
-        weights = self.spread(self.weights)[0].flatten(1)
-        drawn = torch.multinomial(weights.T, 1, generator=generator).squeeze(1)
-        if (owner := self._owners[0]) is not None:  # its rows take the draw of one of them
-            drawn = of_samples(drawn, owner, "amin")[owner]
-        return self._chosen([drawn] * len(self.points))
+        """Return a pure strategy that draws one particle for each sample, by the weights.
+
+        For each row where all samples share their weights.
+        """
+        samples, rows = self.weights.shape[1], self.points[0].shape[1]
+        levels = torch.rand(samples if samples > 1 else rows, generator=generator)
+        return self.pick(levels.to(self.weights))
 
     def choose(self, particles: Tensor) -> "Strategy":
         """Return the pure strategy that plays one particle, `[B]` or `[1]`, for each sample."""
-        return self._chosen([x.flatten() for x in self.spread(particles[None])])
-
-    def _chosen(self, particles: Sequence[Tensor]) -> "Strategy":
-        """Return the pure strategy that plays one particle for each row, per call `[R]`."""
-        points = []
-        for point, which in zip(self.points, particles, strict=True):
-            row = torch.arange(len(which), device=which.device)
-            points.append(point.detach()[which, row][None])
-        return Strategy(points, self.masks, None, self.unit, self._owners)
+        each = torch.arange(self.size, device=particles.device)[:, None]
+        chosen = (each == particles).to(self.points[0].dtype)  # `one_hot` would read the device
+        return self._combined(chosen)
 
     def norms(self, norm: Norm = "l2", per: Per = "sample") -> list[Tensor]:
         """Return the norm of each group, in units of the site: per call `[M, B, 1, ...]`.
@@ -280,35 +274,3 @@ class Strategy:
     def _at(self, points: Sequence[Tensor]) -> "Strategy":
         """Return the same weights at other points."""
         return Strategy(points, self.masks, self._log_weights, self.unit, self._owners)
-
-
-def by_row(values: Tensor, like: Tensor, owners: Tensor | None = None) -> Tensor:
-    """Return values `[M, B]` of samples, shaped to multiply the rows of a tensor `[M, R, ...]`.
-
-    Raises:
-        GameError: where there are not as many rows as samples, and no owners of them are known.
-    """
-    samples, rows = values.shape[1], like.shape[1]
-    if owners is not None and samples > 1:
-        values = values[:, owners]
-    elif samples not in (1, rows):
-        raise GameError(
-            f"There are {samples} predictions and {rows} rows at the site, and which row is "
-            "whose is not known. Call the model with a map of its rows, named batch or "
-            "segments, or leave out what needs it: play_as='ensemble', sign='any'."
-        )
-    values = values.expand(-1, rows)
-    return values.reshape(*values.shape, *[1] * (like.dim() - 2))
-
-
-def repeat_mask(mask: Tensor | None, times: int) -> Tensor | None:
-    """Return the mask of so many copies of the batch."""
-    return mask if mask is None or times == 1 else mask.repeat(times, *[1] * (mask.dim() - 1))
-
-
-def repeat_owners(owners: Tensor | None, times: int) -> Tensor | None:
-    """Return the samples of the rows of so many copies of the batch, each with its own numbers."""
-    if owners is None or times == 1:
-        return owners
-    copy = torch.arange(times, device=owners.device)
-    return (owners + len(owners) * copy[:, None]).flatten()

@@ -175,7 +175,7 @@ class Attacked:
 
     def exploitability(self, game: Game, steps: int, restarts: int) -> Record:
         """Return a lower bound of what the adversary gains by leaving the game's strategy."""
-        how = {"steps": steps, "restarts": restarts}
+        how: Record = {"steps": steps, "restarts": restarts}
 
         def compute(part: slice) -> Iterable[tuple[Any, ...]]:
             batches = self._batches(part)

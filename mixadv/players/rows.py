@@ -1,0 +1,38 @@
+"""Which rows at the site belong to a sample, and what is given for samples, given for rows."""
+
+import torch
+from torch import Tensor
+
+from mixadv.errors import GameError
+
+
+def by_row(values: Tensor, like: Tensor, owners: Tensor | None = None) -> Tensor:
+    """Return values `[M, B]` of samples, shaped to multiply the rows of a tensor `[M, R, ...]`.
+
+    Raises:
+        GameError: where there are not as many rows as samples, and no owners of them are known.
+    """
+    samples, rows = values.shape[1], like.shape[1]
+    if owners is not None and samples > 1:
+        values = values[:, owners]
+    elif samples not in (1, rows):
+        raise GameError(
+            f"There are {samples} predictions and {rows} rows at the site, and which row is "
+            "whose is not known. Call the model with a map of its rows, named batch or "
+            "segments, or leave out what needs it: play_as='ensemble', sign='any'."
+        )
+    values = values.expand(-1, rows)
+    return values.reshape(*values.shape, *[1] * (like.dim() - 2))
+
+
+def repeat_mask(mask: Tensor | None, times: int) -> Tensor | None:
+    """Return the mask of so many copies of the batch."""
+    return mask if mask is None or times == 1 else mask.repeat(times, *[1] * (mask.dim() - 1))
+
+
+def repeat_owners(owners: Tensor | None, times: int) -> Tensor | None:
+    """Return the samples of the rows of so many copies of the batch, each with its own numbers."""
+    if owners is None or times == 1:
+        return owners
+    copy = torch.arange(times, device=owners.device)
+    return (owners + len(owners) * copy[:, None]).flatten()
