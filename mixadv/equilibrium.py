@@ -283,7 +283,8 @@ def _untouched(game: Game) -> Iterator[None]:
     # A loader draws from the random state when closures are made of its batches.
     random = torch.get_rng_state()
     try:
-        yield
+        with rounds.arena.site.forgetting():
+            yield
     finally:
         torch.set_rng_state(random)
         rounds.arena.calibration, rounds.memory = found

@@ -51,7 +51,9 @@ else:
     Base = object
 
 
-LOGGED = {name: name for name in ("clean_loss", "payoff", "radius", "nonfinite")}
+LOGGED = {
+    name: name for name in ("clean_loss", "payoff", "radius", "effective_particles", "nonfinite")
+}
 LOGGED["entropy"] = "strategy_entropy"
 """Trainer's names for what a round comes to, by those of `Outcome`."""
 

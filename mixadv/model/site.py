@@ -244,6 +244,15 @@ class Site:
             )
         return delta.transpose(0, 1) if turned and delta is not None else delta
 
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Forget at the end what is found out meanwhile of the rows of what modules return."""
+        found = {*self.unsure}, {*self.apart}, {**self._turned}
+        try:
+            yield
+        finally:
+            self.unsure, self.apart, self._turned = found
+
     def orient(self, module: nn.Module, second: bool) -> None:
         """Note whether the batch is the second dimension of what a module returns."""
         self._turned[module] = second

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,13 @@ def find_batch(stage: Stage) -> bool:
     Returns:
         Whether it was found in the second dimension, so that what was measured is to be anew.
     """
-    if not stage.arena.site.unsure:
+    unsure = stage.arena.site.unsure
+    visits = [visit for visit in stage.passes.kept[-1].visits if visit.module in unsure]
+    if not visits:
         return False
-    with _without_statistics(stage.arena.model):
+    # Images come first; of sequences nothing is known.
+    sequences = any(len(visit.call.shape) == 3 for visit in visits)
+    with _without_statistics(stage.arena.model) if sequences else nullcontext():
         return _found(stage)
 
 
