@@ -65,16 +65,19 @@ def _found(stage: Stage) -> bool:
 
 @contextmanager
 def _without_statistics(model: nn.Module) -> Iterator[None]:
-    """Use running statistics: through those of the batch samples see each other."""
+    """Leave out what normalises by the batch, through which samples see each other."""
     kinds = nn.modules.batchnorm._BatchNorm
     live = [m for m in model.modules() if isinstance(m, kinds) and m.training]
-    for module in live:
-        module.eval()
+    handles = [m.register_forward_hook(_leave_out) for m in live]
     try:
         yield
     finally:
-        for module in live:
-            module.train()
+        for handle in handles:
+            handle.remove()
+
+
+def _leave_out(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+    return args[0].to(output.dtype)
 
 
 def _lies_at(slope: Tensor, sample: int, second: bool) -> bool:
