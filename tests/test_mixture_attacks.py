@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ import mixadv
 from mixadv.maths import geometry
 from mixadv.mixtures import Dropout, Mixture
 from mixadv.players.ascent import Ascent
-from mixadv.robustness import Batch, mixture_accuracy
+from mixadv.robustness import Batch, evaluate, mixture_accuracy, read_rows, text_batches
 from mixadv.robustness.mixture_attacks import arc, drawn, expected, of_mean, pgd
 from mixadv.robustness.mixture_play import CHOSEN, CLIMBED, JUDGED, playing
+from tests.substitution_zoo import word_tokenizer
+from tests.test_evaluate import classifier, rows_of
 from tests.test_mixtures import KINDS, X, three
 from tests.zoo import assert_same, fingerprint
 
@@ -173,7 +176,7 @@ def test_each_member_alone_is_right_up_to_its_margin(norm: str):
     found = mixture_accuracy(world.mixture, [world.batch], radius=EPSILON, norm=norm, unit=1.0)
     distances = world.distances(norm)
     wanted = torch.stack([(distances > d).double().mean(1) for d in (0, EPSILON)], 1)
-    assert found.alone() == pytest.approx(wanted.numpy())
+    assert found.alone().mean(0) == pytest.approx(wanted.numpy())
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -424,3 +427,81 @@ def test_a_member_in_play_is_not_attacked():
     mixture = three("models")
     with pytest.raises(mixadv.GameError, match="in play"), mixture.member(0):
         mixture_accuracy(mixture, [batch_of(mixture, X, LABELS)], radius=1.0, unit=1.0)
+
+
+# In a report ------------------------------------------------------------------------------------
+
+
+def reported(model, mixture, **changes):
+    settings = {"radii": (0.3, 1.0), "steps": 2, "restarts": 1, "increase_radius": None}
+    settings |= {"progress": False, "rows": 34, "mixture": mixture, **changes}
+    return evaluate(model, word_tokenizer(), rows_of(0), **settings)
+
+
+def texts_mixture() -> tuple[nn.Module, Mixture]:
+    model = classifier(0)
+    members = [{}, classifier(1).state_dict(), classifier(2).state_dict()]
+    return model, Mixture(members, [2, 1, 1], model=model)
+
+
+def test_a_report_of_a_mixture_is_what_is_measured_of_its_rows():
+    model, mixture = texts_mixture()
+    before = fingerprint(model)
+    report = reported(model, mixture)
+    assert_same(fingerprint(model), before)
+    section, about = report.sections["mixture"], report.sections["about"]
+    rows = read_rows(rows_of(0), model).take(about["attacked"][:32])
+    batches = [
+        batch._replace(rows=[about["attacked"][i] for i in batch.rows])
+        for batch in text_batches(mixture, word_tokenizer(), rows)
+    ]
+    found = mixture_accuracy(mixture, batches, radius=1.0, unit=about["unit"], steps=2)
+    assert section["radii"] == [0.3, 1.0]
+    assert np.array_equal(section["per row"][1]["right"][:32], found.right)
+    right = np.array(section["per row"][1]["right"])
+    expected = (right @ mixture.probabilities.numpy()).mean(0)
+    under = section["accuracy"][1]
+    assert under["none"][0]["value"] == pytest.approx(expected[0])
+    assert under["ARC"][0]["value"] == pytest.approx(expected[2])
+    assert under["transfer"][0]["value"] == pytest.approx(expected[4 + section["best"][1]])
+    assert under["worst of all"][0]["value"] <= under["ARC"][0]["value"]
+    tables = report.table()
+    for word in ("worst of all", "a member drawn", "vote", "Members alone"):
+        assert word in tables
+    loaded = type(report)(json.loads(report.json()))
+    assert loaded.markdown() == report.markdown()
+
+
+def test_a_report_of_a_mixture_goes_on_where_it_was_killed(tmp_path):
+    model, mixture = texts_mixture()
+    whole = reported(model, mixture, radii=(1.0,))
+    calls = 0
+
+    def killing(*_) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 350:
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_pre_hook(killing)
+    with pytest.raises(KeyboardInterrupt):
+        reported(model, mixture, folder=tmp_path, radii=(1.0,))
+    first = calls
+    again = reported(model, mixture, folder=tmp_path, radii=(1.0,))
+    assert again == whole
+    total = calls - first
+    calls = 10_000
+    assert reported(model, mixture, folder=tmp_path, radii=(1.0,)) == whole
+    assert calls == 10_000
+    other = Mixture(mixture.members, [1, 1, 1], model=model)
+    changed = reported(
+        model, other, folder=tmp_path, radii=(1.0,)
+    )  # other probabilities are another mixture
+    assert changed.sections["mixture"] != whole.sections["mixture"]  # and is not read from there
+    assert calls - 10_000 > total / 2
+    handle.remove()
+
+
+def test_what_is_no_mixture_is_not_reported():
+    with pytest.raises(TypeError, match="must be a mixadv"):
+        reported(classifier(0), [classifier(1)])

@@ -11,6 +11,7 @@ from torch import nn
 
 from mixadv.checks import check_integer, check_number
 from mixadv.game import Game
+from mixadv.mixtures import Mixture
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
 from mixadv.reports.kept import Kept, as_json, digest
@@ -94,7 +95,12 @@ class Evaluation:
             )
 
     def measure(
-        self, model: nn.Module, tokenizer: Any, data: Any, game: Game | None = None
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        data: Any,
+        game: Game | None = None,
+        mixture: Mixture | None = None,
     ) -> Report:
         """Return what `evaluate` does of one model."""
         if game is not None and not isinstance(game, Game):
@@ -106,6 +112,8 @@ class Evaluation:
                 "The game is played on another model than the one evaluated: pass the game that "
                 "trained this model, or leave game out."
             )
+        if mixture is not None and not isinstance(mixture, Mixture):
+            raise TypeError(f"mixture must be a mixadv.mixtures.Mixture, got {mixture!r:.80}.")
         sets = self._read(model, data)
         reader = Reader(model, tokenizer, self.max_length, self.batch_size, 0)  # refuses slow ones
         most = longest(model, tokenizer)
@@ -122,6 +130,9 @@ class Evaluation:
             if self.shifted:
                 found["shifted"] = by.shifted(found[CLEAN], {n: sets[n] for n in self.shifted})
             found |= self._attacked(under, found[CLEAN], about["unit"])
+            if mixture is not None:
+                how = {"unit": about["unit"], "steps": self.steps, "restarts": self.restarts}
+                found["mixture"] = under.mixture(mixture, self.radii, **how)
             if game is not None and game.solver.radius is not None:
                 found["exploitability"] = under.exploitability(game, self.steps, self.restarts + 1)
             if game is not None:
@@ -183,6 +194,7 @@ def evaluate(
     data: Any,
     *,
     game: Game | None = None,
+    mixture: Mixture | None = None,
     **settings: Any,
 ) -> Report:
     """Measure a classifier on clean rows, on shifted ones, and under attack.
@@ -194,6 +206,8 @@ def evaluate(
     5. With the game that trained the model: a lower bound of its strategy's exploitability, if its
        solver has a radius; and what the mean of the weights and the mixture of their samples
        predict, where it keeps them.
+    6. With a mixture: its accuracy under attacks that are made for mixtures (`mixture_accuracy`),
+       at each radius, beside the mean of its members, their vote, and each member alone.
 
     Attacks, in embedding space too, are on the same rows. The model is in evaluation mode
     meanwhile; it and the random state are left as they were, after an exception too. Of several
@@ -206,6 +220,7 @@ def evaluate(
         data: a file of JSON lines, a `datasets.Dataset`, a list of dicts or a dict of columns, as
             for `mixadv.robustness.read_rows`; or `Rows`.
         game: that trained the model, such as `optimizer.game`.
+        mixture: that is attacked in the same balls, to be compared with the model; of it too.
         settings: those of `Evaluation`, which has their defaults.
 
     Raises:
@@ -219,4 +234,4 @@ def evaluate(
         >>> report = evaluate(model, tokenizer, "test.jsonl", rows=300)  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
     """
-    return Evaluation(**settings).measure(model, tokenizer, data, game)
+    return Evaluation(**settings).measure(model, tokenizer, data, game, mixture)

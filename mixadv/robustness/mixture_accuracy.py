@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,28 +40,33 @@ class MixtureAccuracy:
 
     Attributes:
         probabilities: π of the members, `[M]`.
-        attacks: the names of the δ: `"none"`, attacks of the mixture, then of each member alone.
-        right: in what share of draws a member is right, `[A, N, M]`: 0 or 1 where none is a draw.
-        settled: whether the mean of probabilities and the vote are right, `[A, N, 2]`.
+        right: in what share of draws a member is right under each attack, `[N, A, M]`: 0 or 1
+            where none is a draw.
+        settled: whether the mean of probabilities and the vote are right, `[N, A, 2]`.
         worst: by its place, the δ at which the member drawn, the mean and the vote stand worst,
             `[N, 3]`; where members are draws, as others than those that judge it saw it.
     """
 
     probabilities: NDArray[np.float64]
-    attacks: Sequence[str]
     right: NDArray[np.float64]
     settled: NDArray[np.bool_]
     worst: NDArray[np.int64]
 
     @property
+    def attacks(self) -> list[str]:
+        """The names of the A δ: none, attacks of the mixture, then PGD of each member alone."""
+        members = range(1, len(self.probabilities) + 1)
+        return ["none", *ATTACKS, *(f"PGD of member {member}" for member in members)]
+
+    @property
     def best(self) -> int:
         """The member that is most accurate without an attack; of equals the likeliest."""
-        clean = self.right[0].mean(0)
+        clean = self.right[:, 0].mean(0)
         return int(np.lexsort((-self.probabilities, -clean))[0])
 
     @property
     def rows(self) -> NDArray[np.float64]:
-        """How often each row is classified right, `[A, N, 3]`: by a draw, the mean, the vote."""
+        """How often each row is classified right, `[N, A, 3]`: by a draw, the mean, the vote."""
         expected = self.right @ self.probabilities
         return np.concatenate([expected[..., None], self.settled.astype(np.float64)], -1)
 
@@ -70,18 +75,16 @@ class MixtureAccuracy:
 
         `"transfer"` is PGD of the best member, `"worst of all"` of all δ in each row the worst.
         """
-        rows, own = self.rows, len(self.attacks) - len(self.probabilities)
-        found = dict(zip(self.attacks[:own], rows[:own], strict=True))
-        found["transfer"] = rows[own + self.best]
-        found["worst of all"] = np.take_along_axis(rows, self.worst[None], 0)[0]
+        rows, own = self.rows, 1 + len(ATTACKS)
+        found = {name: rows[:, place] for place, name in enumerate(self.attacks[:own])}
+        found["transfer"] = rows[:, own + self.best]
+        found["worst of all"] = np.take_along_axis(rows, self.worst[:, None], 1)[:, 0]
         return found
 
     def alone(self) -> NDArray[np.float64]:
-        """Return the accuracy of each member alone, `[M, 2]`: clean, and under its own PGD."""
-        own = len(self.attacks) - len(self.probabilities)
-        places = range(len(self.probabilities))
-        pairs = [(self.right[0, :, m].mean(), self.right[own + m, :, m].mean()) for m in places]
-        return np.array(pairs)
+        """Return whether each member alone is right, `[N, M, 2]`: clean, and under its own PGD."""
+        own = self.right[:, 1 + len(ATTACKS) :].diagonal(axis1=1, axis2=2)
+        return np.stack([self.right[:, 0], own], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +149,7 @@ class MixtureAttacks:
                 found = self._measured(play(batch), ascent)
                 rows.append(batch.rows)
                 columns.append([column.cpu() for column in found])
-        right, settled, worst = in_order(rows, columns)
-        names = ["none", *ATTACKS, *(f"PGD of member {m + 1}" for m in range(len(mixture)))]
-        shares = mixture.probabilities.numpy()
-        return MixtureAccuracy(shares, names, right.swapaxes(0, 1), settled.swapaxes(0, 1), worst)
+        return MixtureAccuracy(mixture.probabilities.numpy(), *in_order(rows, columns))
 
     def _measured(self, play: MixturePlay, ascent: Ascent) -> tuple[Tensor, Tensor, Tensor]:
         """Return a batch's columns of `MixtureAccuracy`, rows first."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from mixadv.reports.kept import write
 from mixadv.reports.shown import DASH, Table, number, quartiles, share
-from mixadv.robustness import pictures
+from mixadv.robustness import mixture_tables, pictures
 from mixadv.robustness.sections import increase_of, unit
 from mixadv.robustness.vicinity import all_correct
 
@@ -41,7 +41,7 @@ class Report:
 
     Attributes:
         sections: by name, as JSON has them: `about` and `clean`; `shifted`, `radii`,
-            `loss increase`, `attacks`, `exploitability` and `learners` where they were asked for.
+            `loss increase`, `attacks`, `exploitability`, `learners` and `mixture` where asked for.
             Sums with their intervals, and what they sum up under `per row`: of the data in its
             order, of attacks in the order of `about`'s `attacked`.
     """
@@ -140,6 +140,8 @@ def _tables(sections: Mapping[str, Any]) -> list[Table]:
         "learners": _learners,
     }
     found = [make(sections) for kind, make in makers.items() if kind in sections]
+    if "mixture" in sections:
+        found += [mixture_tables.attacked(sections), mixture_tables.members(sections)]
     return [_accuracy(sections), *found]
 
 

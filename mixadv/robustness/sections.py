@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mixadv.equilibrium import exploitability
 from mixadv.exploited import Exploitability
 from mixadv.game import Game
+from mixadv.mixtures import Mixture
 from mixadv.reports.kept import Kept, digest
 from mixadv.reports.shown import number
 from mixadv.robustness.ascents import token_norm
 from mixadv.robustness.data import Rows
+from mixadv.robustness.mixture_accuracy import MixtureAccuracy, MixtureAttacks
 from mixadv.robustness.predictions import Batch, predict, text_batches
 from mixadv.robustness.statistics import Estimate, bootstrap, bootstrap_difference
 from mixadv.robustness.vicinity import LossIncrease, accuracy_at_radii, loss_increase
@@ -27,6 +30,7 @@ from mixadv.tokens import Attack, WordSubstitution, attack_summary
 
 STEP = 32  # rows attacked between two writes
 INCREASE = ("clean_loss", "correct", "from_zero", "from_random")
+MIXTURE = ("right", "settled", "worst")
 PAYOFFS = ("played", "reached")
 Record = dict[str, Any]
 
@@ -160,6 +164,24 @@ class Attacked:
         sums = measured.summary(measured.correct) if measured.correct.any() else {"n": 0}
         return {**sums, **found}
 
+    def mixture(self, mixture: Mixture, radii: Sequence[float], **how: Any) -> Record:
+        """Return the accuracy of a mixture under attacks that are made for it, at each radius."""
+        under = dataclasses.replace(self, by=dataclasses.replace(self.by, model=mixture))
+        what = [mixture.model, mixture.members, mixture.probabilities]
+        radii, found = sorted(set(radii) - {0}), []
+        for radius in radii:
+            attacks = MixtureAttacks(radius=radius, seed=self.seed, **how)
+
+            def compute(part: slice, attacks: MixtureAttacks = attacks) -> Iterable[Any]:
+                measured = attacks.measure(mixture, under._batches(part))
+                columns = (getattr(measured, name).tolist() for name in MIXTURE)
+                return zip(*columns, strict=True)
+
+            key = {"mixture": what, "attacks": attacks}
+            rows = under._kept(f"mixture, {radius:g}", key, compute)
+            found.append(_columns(MIXTURE, rows))
+        return _mixture(mixture.probabilities, radii, found)
+
     def attack(self, name: str, attack: WordSubstitution) -> Record:
         """Return what word substitution makes of the rows."""
         if attack.max_length is None:
@@ -231,6 +253,29 @@ def increase_of(section: Mapping[str, Any]) -> LossIncrease:
 def unit(about: Mapping[str, Any]) -> str:
     """Return what radii are multiples of."""
     return ("token norms of" if about["measured"] else "units of") + f" {number(about['unit'])}"
+
+
+def _mixture(probabilities: Tensor, radii: Sequence[float], found: Sequence[Record]) -> Record:
+    """Return the accuracies that the rows of a mixture sum up to, at each radius."""
+    shares, measured = probabilities.numpy(), []
+    for own in found:
+        measured.append(MixtureAccuracy(shares, *(np.array(own[name]) for name in MIXTURE)))
+    return {
+        "probabilities": shares,
+        "radii": radii,
+        "accuracy": [
+            {name: _estimates(rows) for name, rows in own.under().items()} for own in measured
+        ],
+        "alone": [[_estimates(x) for x in own.alone().swapaxes(0, 1)] for own in measured],
+        "best": [own.best + 1 for own in measured],
+        "per row": found,
+    }
+
+
+def _estimates(rows: NDArray[np.float64]) -> list[Record]:
+    """Return the accuracy of each column, with Wilson's interval where all rows are alike."""
+    settled = ((column, np.isin(column, (0, 1)).all()) for column in rows.T)
+    return [bootstrap(x.astype(bool) if whole else x)._asdict() for x, whole in settled]
 
 
 def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:

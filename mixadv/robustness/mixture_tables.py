@@ -1,0 +1,36 @@
+"""The tables of a mixture in a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixadv.reports.shown import Table, share
+from mixadv.robustness.sections import unit
+
+
+def attacked(sections: Mapping[str, Any]) -> Table:
+    """Return the accuracy under each attack of a member drawn, and of what is deterministic."""
+    found, about = sections["mixture"], sections["about"]
+    rows = [
+        [f"{radius:g}", attack, *map(share, cells)]
+        for radius, under in zip(found["radii"], found["accuracy"], strict=True)
+        for attack, cells in under.items()
+    ]
+    title = (
+        f"Mixture of {len(found['probabilities'])} members: accuracy % under attacks made for it, "
+        f"one perturbation for all ({about['steps']} steps, {len(about['attacked'])} rows; radii "
+        f"in {unit(about)})"
+    )
+    return Table(title, ("radius", "attack", "a member drawn", "mean", "vote"), rows)
+
+
+def members(sections: Mapping[str, Any]) -> Table:
+    """Return the accuracy of each member alone, under PGD of its own."""
+    found = sections["mixture"]
+    rows = []
+    for member, probability in enumerate(found["probabilities"]):
+        clean, attacked = zip(*(alone[member] for alone in found["alone"]), strict=True)
+        rows.append([str(member + 1), share(probability), *map(share, (clean[0], *attacked))])
+    head = ("member", "drawn %", "clean %", *(f"PGD {radius:g} %" for radius in found["radii"]))
+    return Table("Members alone, each under PGD of its own", head, rows)
