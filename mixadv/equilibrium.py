@@ -80,12 +80,12 @@ def best_response(game: Game, closure: Closure, *, where: Where = None) -> BestR
         >>> best_response(game, closure).predictions.shape
         torch.Size([2, 2])
     """
-    _check_game(game)
+    check_game(game)
     with torch.enable_grad(), game.rounds.rehearse(closure, where) as stage:
         strategy = stage.ascend(game.solver.gain, game.solver)
         with no_grad():
             if strategy.size > 1:
-                strategy = _best(strategy, _finite(_payoffs(stage, strategy)))
+                strategy = _best(strategy, _finite(payoffs_of(stage, strategy)))
             reading = stage.passes.run(stage.passes.at(strategy))
     return BestResponse(strategy, reading.loss, reading.predictions)
 
@@ -171,19 +171,21 @@ def exploitability(
         >>> exploitability(game, closure).response
         'projected ascent, 20 steps × 4 restarts, l2 ball of 0.5 token norms'
     """
-    _check_game(game)
+    check_game(game)
     ascent, response = _stronger(game.solver, steps, restarts)
     if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
         raise ValueError(f"exploitability: level must be between 0 and 1, got {level!r}.")
-    with torch.enable_grad(), _untouched(game):
-        found = [_measure(game, closure, where, ascent, restarts) for closure in _each(closures)]
+    with torch.enable_grad(), untouched(game):
+        several = each_closure(closures)
+        found = [_measure(game, closure, where, ascent, restarts) for closure in several]
     if not found:
         raise ValueError("exploitability: no closure was given, so nothing was measured.")
     played, reached = (torch.cat(payoffs) for payoffs in zip(*found, strict=True))
     return Exploitability(played, reached, response, level)
 
 
-def _check_game(game: Game) -> None:
+def check_game(game: Game) -> None:
+    """Raise unless it is a game."""
     if not isinstance(game, Game):
         raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r}.")
 
@@ -207,7 +209,8 @@ def _stronger(solver: Solver, steps: int, restarts: int) -> tuple[Ascent, str]:
     return Ascent(steps=steps, step_size=solver.radius / 4, **ball), named
 
 
-def _each(closures: Closure | Iterable[Closure]) -> Iterator[Closure]:
+def each_closure(closures: Closure | Iterable[Closure]) -> Iterator[Closure]:
+    """Yield closures one by one, of several or of one; raise if one is none."""
     several = [closures] if callable(closures) else closures
     for closure in several if isinstance(several, Iterable) else [several]:
         if not callable(closure):
@@ -227,8 +230,8 @@ def _measure(
         # Of reentrant checkpoints: here neither weights nor a fixed δ require grad.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         stage.passes.replay.fresh = False  # payoffs are compared
-        q = _in_play(stage)
-        payoffs = _payoffs(stage, q)
+        q = in_play(stage)
+        payoffs = payoffs_of(stage, q)
         candidates = _finite(payoffs)
         start = _best(q, candidates)
 
@@ -236,11 +239,11 @@ def _measure(
         for restart in range(restarts):
             begin = None if restart else lambda index, call: start.points[index][0]
             end = stage.ascend(game.solver.gain, ascent, begin=begin)
-            reached.append(_finite(_payoffs(stage, end)))
+            reached.append(_finite(payoffs_of(stage, end)))
         return (q.weights * payoffs).sum(0), torch.cat(reached).amax(0)
 
 
-def _in_play(stage: Stage) -> Strategy:
+def in_play(stage: Stage) -> Strategy:
     """Return what a round leaves as its strategy, against a learner that stands still."""
     solver = stage.arena.solver
     with closing(solver.play(stage)) as play:
@@ -253,7 +256,7 @@ def _in_play(stage: Stage) -> Strategy:
     return (stage.played or stage.origin(solver)).detach()  # plain training plays δ = 0
 
 
-def _payoffs(stage: Stage, q: Strategy) -> Tensor:
+def payoffs_of(stage: Stage, q: Strategy) -> Tensor:
     """Return each particle's payoff, `[M, B]`, or `[M, 1]` where only a scalar loss is known."""
     gain = stage.arena.solver.gain
     values, samples = routes.readings(stage.passes, q, gains_of(gain, stage.clean))
@@ -275,7 +278,7 @@ def _best(q: Strategy, payoffs: Tensor) -> Strategy:
 
 
 @contextmanager
-def _untouched(game: Game) -> Iterator[None]:
+def untouched(game: Game) -> Iterator[None]:
     """Put back what a round's play and the check before the first one change in a game."""
     rounds = game.rounds
     found = rounds.arena.calibration, rounds.memory

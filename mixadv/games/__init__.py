@@ -7,7 +7,7 @@ in `MAT`; `theory/statements.md` says what must be true of them, and the tests c
 """
 
 from mixadv.games.continuous import ContinuousGame
-from mixadv.games.double_oracle import Grown, double_oracle
+from mixadv.games.growth import Grown, double_oracle
 from mixadv.games.matrix import MatrixGame
 from mixadv.games.method import Method
 from mixadv.games.methods import (

@@ -71,8 +71,10 @@ def double_oracle(
     Args:
         payoff: what the learner pays the adversary for a row and a column, a number.
         row_response: given columns and their weights `[n]`, fp64, returns the row that pays least.
-        column_response: given rows and their weights `[m]`, returns the column that earns most.
-        rows: of the learner, to start with: whatever `payoff` takes, a number, a model, a text.
+        column_response: given rows and their weights `[m]`, fp64, returns the column that earns
+            most.
+        rows: of the learner, to start with; at least one. A strategy is whatever `payoff` takes: a
+            number, a model, a text, a tensor.
         columns: of the adversary, to start with.
         tolerance: of the gap, at which to stop; above 0.
         rounds: at most. On infinite sets responses may go on to win a little for ever.
@@ -85,35 +87,40 @@ def double_oracle(
         ...     lambda x, y: (x - y) ** 2,
         ...     lambda ys, weights: float(torch.tensor(ys).double() @ weights),
         ...     lambda xs, weights: -1.0 if torch.tensor(xs).double() @ weights > 0 else 1.0,
-        ...     [1.0], [1.0])
+        ...     rows=[1.0],
+        ...     columns=[1.0],
+        ... )
         >>> sorted(squares.columns), round(squares.upper, 4)
         ([-1.0, 1.0], 1.0)
     """
-    _check(len(rows), len(columns), tolerance, rounds)
-    found = _Restricted(payoff, rows, columns)
-    gaps: list[float] = []
-    accuracy = finest = tolerance / 2
-    while True:
-        x, y = found.solved(accuracy)
-        best = row_response(found.columns, y), column_response(found.rows, x)
-        lower, upper, grew = found.grow(*best, x, y)
-        gaps.append(upper - lower)
-        if gaps[-1] <= tolerance or len(gaps) == rounds or not (grew or accuracy > finest):
-            break
-        # A response to a coarse solution shows the way as well, as long as play goes on.
-        accuracy = max(finest, gaps[-1] / 10) if grew else finest
-    x, y = found.padded(x, 0), found.padded(y, 1)
-    return Grown(found.rows, found.columns, x, y, found.payoffs, lower, upper, gaps)
-
-
-def _check(rows: int, columns: int, tolerance: float, rounds: int) -> None:
     check_number("double_oracle", "tolerance", tolerance)
     check_integer("double_oracle", "rounds", rounds, 1)
     if not rows or not columns or tolerance == 0:
         raise ValueError(
             "double_oracle starts from at least one row and one column, and ends at a tolerance "
-            f"above 0, got {rows}, {columns} and {tolerance!r}."
+            f"above 0, got {len(rows)}, {len(columns)} and {tolerance!r}."
         )
+    found = _Restricted(payoff, rows, columns)
+    return _played(found, row_response, column_response, tolerance, rounds)
+
+
+def _played(
+    found: _Restricted[Row, Column],
+    row_response: Callable[[Sequence[Column], Tensor], Row],
+    column_response: Callable[[Sequence[Row], Tensor], Column],
+    tolerance: float,
+    rounds: int,
+) -> Grown[Row, Column]:
+    """Let the restricted game grow until its gap is within the tolerance, or nothing wins."""
+    gaps, finest = [], tolerance / 2
+    accuracy = finest
+    while True:
+        grew = found.round(row_response, column_response, accuracy)
+        gaps.append(found.upper - found.lower)
+        if gaps[-1] <= tolerance or len(gaps) == rounds or not (grew or accuracy > finest):
+            return found.grown(gaps)
+        # A response to a coarse solution shows the way as well, as long as play goes on.
+        accuracy = max(finest, gaps[-1] / 10) if grew else finest
 
 
 class _Restricted(Generic[Row, Column]):
@@ -125,36 +132,43 @@ class _Restricted(Generic[Row, Column]):
         self.payoff, self.rows, self.columns = payoff, list(rows), list(columns)
         self.payoffs = torch.stack([self._paid(row) for row in self.rows])
 
-    def solved(self, tolerance: float) -> tuple[Tensor, Tensor]:
-        """Return both players' mixtures, with a gap of about the tolerance."""
-        game = MatrixGame(self.payoffs)
-        found = solve(game, "restarted", 20_000, tolerance=tolerance, progress=False)
-        assert isinstance(found.learner, Tensor)
-        assert isinstance(found.adversary, Tensor)
-        return found.learner, found.adversary
-
-    def grow(self, row: Row, column: Column, x: Tensor, y: Tensor) -> tuple[float, float, bool]:
-        """Add the responses that win something; return both bounds, and whether one was added.
+    def round(
+        self,
+        row_response: Callable[[Sequence[Column], Tensor], Row],
+        column_response: Callable[[Sequence[Row], Tensor], Column],
+        accuracy: float,
+    ) -> bool:
+        """Solve the game, and add the responses that win something; return whether one was added.
 
         One that wins against the mixture more than all that are known is none of them.
         """
+        game = MatrixGame(self.payoffs)
+        solved = solve(game, "restarted", 20_000, tolerance=accuracy, progress=False)
+        assert isinstance(solved.learner, Tensor)
+        assert isinstance(solved.adversary, Tensor)
+        self.x, self.y = x, y = solved.learner, solved.adversary
+        row, column = row_response(self.columns, y), column_response(self.rows, x)
         paid, earned = self._paid(row), self._earned(column)
         least, most = (self.payoffs @ y).min(), (x @ self.payoffs).max()
+        self.lower = torch.minimum(least, paid @ y).item()
+        self.upper = torch.maximum(most, x @ earned).item()
         slack = 1e-12 * self.payoffs.abs().max()  # of rounding: what is known wins it again
-        lower, upper = torch.minimum(least, paid @ y), torch.maximum(most, x @ earned)
-        wins, gains = bool(lower < least - slack), bool(upper > most + slack)
+        wins, gains = bool(self.lower < least - slack), bool(self.upper > most + slack)
         if wins:
             self.rows.append(row)
             self.payoffs = torch.cat([self.payoffs, paid[None]])
-            earned = torch.cat([earned, self._number(row, column)[None]]) if gains else earned
         if gains:
+            earned = torch.cat([earned, self._number(row, column)[None]]) if wins else earned
             self.columns.append(column)
             self.payoffs = torch.cat([self.payoffs, earned[:, None]], 1)
-        return lower.item(), upper.item(), wins or gains
+        return wins or gains
 
-    def padded(self, weights: Tensor, side: int) -> Tensor:
-        """Return weights `[m]` with 0 for the strategies that were added since."""
-        return torch.cat([weights, weights.new_zeros(self.payoffs.shape[side] - len(weights))])
+    def grown(self, gaps: list[float]) -> Grown[Row, Column]:
+        """Return the last solution; what was added since has the weight 0."""
+        m, n = self.payoffs.shape
+        x = torch.cat([self.x, self.x.new_zeros(m - len(self.x))])
+        y = torch.cat([self.y, self.y.new_zeros(n - len(self.y))])
+        return Grown(self.rows, self.columns, x, y, self.payoffs, self.lower, self.upper, gaps)
 
     def _paid(self, row: Row) -> Tensor:
         return torch.stack([self._number(row, column) for column in self.columns])
