@@ -176,8 +176,7 @@ def exploitability(
     if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
         raise ValueError(f"exploitability: level must be between 0 and 1, got {level!r}.")
     with torch.enable_grad(), untouched(game):
-        several = each_closure(closures)
-        found = [_measure(game, closure, where, ascent, restarts) for closure in several]
+        found = [_measure(game, c, where, ascent, restarts) for c in each_closure(closures)]
     if not found:
         raise ValueError("exploitability: no closure was given, so nothing was measured.")
     played, reached = (torch.cat(payoffs) for payoffs in zip(*found, strict=True))
