@@ -70,6 +70,7 @@ _SUBPACKAGES = (
     "equilibrium",
     "games",
     "integrations",
+    "learner_response",
     "mixtures",
     "neurons",
     "robustness",

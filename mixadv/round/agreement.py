@@ -23,8 +23,9 @@ def check_batching(arena: Arena, closure: Closure, memory: Memory, low: bool) ->
     """
     solver, slack = arena.solver, 0.3 if low else 1e-3
     stackable = arena.calibration.stackable
-    many = max(solver.particles, count_passes(solver).particles)  # of the ascent, of what is played
-    if many == 1 or solver.particle_batching == "loop":
+    if solver.particle_batching == "loop":
+        return stackable
+    if max(solver.particles, count_passes(solver).particles) == 1:  # of the ascent, of what is met
         return stackable
     if solver.particle_batching == "auto":
         stacks = _stacks(arena, closure, memory, slack)
