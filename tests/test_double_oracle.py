@@ -3,26 +3,14 @@
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
 from torch import Tensor
 
 from mixadv.games import Grown, double_oracle
-
-
-def value(payoff: Tensor) -> float:
-    """Return min_x max_j (xᵀA)_j by HiGHS."""
-    m, n = payoff.shape
-    found = linprog(
-        np.r_[np.zeros(m), 1], A_ub=np.c_[payoff.numpy().T, -np.ones(n)], b_ub=np.zeros(n),
-        A_eq=[np.r_[np.ones(m), 0]], b_eq=[1], bounds=[(0, None)] * m + [(None, None)],
-    )  # fmt: skip
-    assert found.status == 0
-    return found.fun
+from theory.oracles.finite import equilibrium
 
 
 def grown(payoff: Tensor, **options: Any) -> Grown[int, int]:
@@ -50,7 +38,7 @@ def matrices(draw: Any) -> Tensor:
 @settings(max_examples=25)
 def test_it_ends_at_the_value_of_the_linear_program(payoff: Tensor, scale: float):
     payoff = payoff * scale
-    found, exact = grown(payoff, tolerance=1e-4 * scale), value(payoff)
+    found, exact = grown(payoff, tolerance=1e-4 * scale), equilibrium(payoff).value
     assert found.lower - 1e-9 <= exact <= found.upper + 1e-9
     assert found.gap <= 1e-4 * scale
     assert len(found.gaps) <= max(1, 2 * sum(payoff.shape) - 2)
@@ -78,8 +66,8 @@ def test_few_strategies_are_enough_where_the_rank_is_low(seed: int):
     found = grown(payoff)
     assert len(found.rows) < 25
     assert len(found.columns) < 25
-    assert found.upper == pytest.approx(value(payoff), abs=2e-6)
-    assert found.lower == pytest.approx(value(payoff), abs=2e-6)
+    assert found.upper == pytest.approx(equilibrium(payoff).value, abs=2e-6)
+    assert found.lower == pytest.approx(equilibrium(payoff).value, abs=2e-6)
 
 
 def test_strategies_may_be_tensors_of_a_continuous_set():
@@ -119,7 +107,7 @@ def test_a_game_that_is_cut_short_keeps_bounds_that_hold(rounds: int):
     found = grown(payoff, rounds=rounds)
     assert len(found.gaps) == rounds
     assert len(found.learner) == len(found.rows)
-    assert found.lower <= value(payoff) <= found.upper
+    assert found.lower <= equilibrium(payoff).value <= found.upper
     assert found.gap > 1e-3
     assert (found.learner @ payoff[found.rows]).max().item() == pytest.approx(found.upper)
 

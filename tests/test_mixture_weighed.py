@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
 from torch import Tensor, nn
 
 from mixadv.mixtures import Mixture, weigh, weigh_under
 from mixadv.mixtures.weighing import _projected
 from tests.test_mixtures import X, three
+from theory.oracles.finite import equilibrium
 
 
 @st.composite
@@ -24,21 +24,10 @@ def matrices(draw: Any) -> Tensor:
     return drawn.round(decimals=1) if draw(st.booleans()) else drawn
 
 
-def value(payoff: Tensor) -> float:
-    """Return min_x max_j (xᵀA)_j by HiGHS."""
-    m, n = payoff.shape
-    found = linprog(
-        np.r_[np.zeros(m), 1], A_ub=np.c_[payoff.numpy().T, -np.ones(n)], b_ub=np.zeros(n),
-        A_eq=[np.r_[np.ones(m), 0]], b_eq=[1], bounds=[(0, None)] * m + [(None, None)],
-    )  # fmt: skip
-    assert found.status == 0
-    return found.fun
-
-
 @given(matrices())
 @settings(max_examples=20)
 def test_weights_are_those_of_the_linear_program(payoff: Tensor):
-    found, exact = weigh(payoff), value(payoff)
+    found, exact = weigh(payoff), equilibrium(payoff).value
     assert found.guaranteed - 1e-9 <= exact <= found.error + 1e-9
     assert found.gap <= 1e-6
     assert found.error <= payoff.amax(1).min() + 1e-12  # no worse than the best member alone
@@ -54,8 +43,10 @@ def test_the_gap_says_what_members_dropped_cost(payoff: Tensor, least: float):
     whole, found = weigh(payoff), weigh(payoff, least=least)
     kept = (whole.probabilities >= least) | (whole.probabilities == whole.probabilities.max())
     assert not found.probabilities[~kept].any()
-    assert found.error == pytest.approx(value(payoff[kept]), abs=1e-6)
-    assert found.gap == pytest.approx(value(payoff[kept]) - value(payoff), abs=1e-6)
+    assert found.error == pytest.approx(equilibrium(payoff[kept]).value, abs=1e-6)
+    assert found.gap == pytest.approx(
+        equilibrium(payoff[kept]).value - equilibrium(payoff).value, abs=1e-6
+    )
 
 
 class Threshold(nn.Module):
@@ -118,7 +109,7 @@ def blank(members: int) -> Mixture:
 def test_the_subgradient_comes_as_near_as_its_bound(payoff: Tensor, rounds: int):
     """(‖π₁ − π*‖² + Σ (η_t·‖g_t‖)²)/(2·Σ η_t) with ‖π₁ − π*‖² ≤ 2, at the best of all rounds."""
     found = weigh_under(blank(len(payoff)), against(payoff), rounds)
-    exact = value(payoff)
+    exact = equilibrium(payoff).value
     steps = [1 / (t + 1) for t in range(rounds)]
     steepest = payoff.square().sum(0).max().item()
     bound = (2 + steepest * sum(s * s for s in steps)) / (2 * sum(steps))
