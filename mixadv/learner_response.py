@@ -103,6 +103,19 @@ def learner_exploitability(
         >>> bool(found.gain > 0), found.response
         (True, 'Adam, 20 steps of rate 0.1')
     """
+    held_out = list(each_closure(closures))
+    _check(game, len(held_out), steps, rate, level)
+    with torch.enable_grad(), untouched(game):
+        played = [_strategy(game, closure) for closure in held_out]
+        pairs = list(zip(held_out, played, strict=True))
+        learnt, judged = pairs[::2], pairs[1::2]
+        before = torch.cat([_payoff(game, *pair) for pair in judged])
+        with _moved(game, learnt, steps, rate):
+            after = torch.cat([_payoff(game, *pair) for pair in judged])
+    return LearnerGain(before, after, f"Adam, {steps} steps of rate {rate:g}", level)
+
+
+def _check(game: Game, batches: int, steps: int, rate: float, level: float) -> None:
     check_game(game)
     check_integer("learner_exploitability", "steps", steps, 1)
     check_number("learner_exploitability", "rate", rate)
@@ -114,20 +127,11 @@ def learner_exploitability(
             "model pays none: ask with a solver whose payoff is the loss, such as "
             "mixadv.Game(model, mixadv.PGD(radius=…))."
         )
-    held_out = list(each_closure(closures))
-    if len(held_out) < 2:
+    if batches < 2:
         raise ValueError(
-            "learner_exploitability needs two batches at least, got "
-            f"{len(held_out)}: the response is judged on batches that it did not see."
+            f"learner_exploitability needs two batches at least, got {batches}: the response is "
+            "judged on batches that it did not see."
         )
-    with torch.enable_grad(), untouched(game):
-        played = [_strategy(game, closure) for closure in held_out]
-        pairs = list(zip(held_out, played, strict=True))
-        learnt, judged = pairs[::2], pairs[1::2]
-        before = torch.cat([_payoff(game, *pair) for pair in judged])
-        with _moved(game, learnt, steps, rate):
-            after = torch.cat([_payoff(game, *pair) for pair in judged])
-    return LearnerGain(before, after, f"Adam, {steps} steps of rate {rate:g}", level)
 
 
 def _strategy(game: Game, closure: Closure) -> Strategy:
