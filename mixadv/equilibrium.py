@@ -119,7 +119,8 @@ def attack(
         ...     logits = model(x)
         ...     return torch.nn.functional.cross_entropy(logits, y), logits
         >>> clean = closure()[0]
-        >>> bool(mixadv.attack(model, mixadv.PGD(steps=5, radius=1.0), closure).loss > clean)
+        >>> solver = mixadv.PGD(steps=5, radius=1.0, start="zero")
+        >>> bool(mixadv.attack(model, solver, closure).loss > clean)
         True
     """
     still = torch.optim.SGD(model.parameters(), lr=0.0)  # a learner part would ask for one
