@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.checks import check_integer
-from mixadv.exploited import Exploitability
+from mixadv.exploited import Exploitability, check_level
 from mixadv.game import Game
 from mixadv.model.closure import Closure
 from mixadv.model.contexts import no_grad
@@ -174,8 +174,7 @@ def exploitability(
     """
     check_game(game)
     ascent, response = _stronger(game.solver, steps, restarts)
-    if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
-        raise ValueError(f"exploitability: level must be between 0 and 1, got {level!r}.")
+    check_level("exploitability", level)
     with torch.enable_grad(), untouched(game):
         found = [_measure(game, c, where, ascent, restarts) for c in each_closure(closures)]
     if not found:

@@ -10,7 +10,6 @@ Adam on half of the batches, and is judged on the others, which it did not see: 
 on average, is at most that of the best response. A gain of 0 certifies nothing.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from mixadv.checks import check_integer, check_number
 from mixadv.equilibrium import check_game, each_closure, in_play, payoffs_of, untouched
-from mixadv.exploited import student
+from mixadv.exploited import bound, check_level, interval_of
 from mixadv.game import Game
 from mixadv.model.closure import Closure
 from mixadv.model.parallel import swapped
@@ -52,18 +51,10 @@ class LearnerGain(NamedTuple):
     @property
     def interval(self) -> tuple[Tensor, Tensor] | None:
         """Student's confidence interval of the mean gain, cut at 0; None for a single sample."""
-        gains = self.played - self.reached
-        if len(gains) < 2:
-            return None
-        margin = student(self.level, len(gains) - 1) * gains.std() / math.sqrt(len(gains))
-        return (gains.mean() - margin).clamp(min=0), (gains.mean() + margin).clamp(min=0)
+        return interval_of(self.played - self.reached, self.level)
 
     def __str__(self) -> str:
-        sure = ""
-        if self.interval is not None:
-            low, high = self.interval
-            sure = f", {100 * self.level:.4g}% interval {float(low):.4g} to {float(high):.4g}"
-        return f"learner's gain: lower bound {float(self.gain):.4g}{sure}, by {self.response}"
+        return f"learner's gain: {bound(self.gain, self.interval, self.level)}, by {self.response}"
 
 
 def learner_exploitability(
@@ -119,8 +110,7 @@ def _check(game: Game, batches: int, steps: int, rate: float, level: float) -> N
     check_game(game)
     check_integer("learner_exploitability", "steps", steps, 1)
     check_number("learner_exploitability", "rate", rate)
-    if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
-        raise ValueError(f"learner_exploitability: level must be between 0 and 1, got {level!r}.")
+    check_level("learner_exploitability", level)
     if game.solver.gain != "loss":
         raise ValueError(
             f"{type(game.solver).__name__} pays the adversary a divergence, of which any constant "

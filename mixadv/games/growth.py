@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from mixadv.checks import check_integer, check_number
-from mixadv.games.matrix import MatrixGame
-from mixadv.games.solve import solve
+from mixadv.games.solve import mixtures
 
 Row = TypeVar("Row")
 Column = TypeVar("Column")
@@ -142,11 +141,7 @@ class _Restricted(Generic[Row, Column]):
 
         One that wins against the mixture more than all that are known is none of them.
         """
-        game = MatrixGame(self.payoffs)
-        solved = solve(game, "restarted", 20_000, tolerance=accuracy, progress=False)
-        assert isinstance(solved.learner, Tensor)
-        assert isinstance(solved.adversary, Tensor)
-        self.x, self.y = x, y = solved.learner, solved.adversary
+        self.x, self.y = x, y = mixtures(self.payoffs, tolerance=accuracy)
         row, column = row_response(self.columns, y), column_response(self.rows, x)
         paid, earned = self._paid(row), self._earned(column)
         least, most = (self.payoffs @ y).min(), (x @ self.payoffs).max()

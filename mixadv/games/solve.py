@@ -91,6 +91,27 @@ class _Run:
         check_flag("solve", "progress", self.progress)
 
 
+def mixtures(payoff: Tensor, steps: int = 20_000, tolerance: float = 1e-7) -> tuple[Tensor, Tensor]:
+    """Return both players' mixtures in matrix games, `[..., m]` and `[..., n]`.
+
+    By restarted mirror prox, which stops where the gap of every game is within the tolerance.
+
+    Args:
+        payoff: of the adversary, `[..., m, n]`.
+        steps: at most.
+        tolerance: of the duality gap.
+
+    Example:
+        >>> x, y = mixtures(torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
+        >>> x.tolist(), y.tolist()
+        ([0.5, 0.5], [0.5, 0.5])
+    """
+    found = solve(MatrixGame(payoff), "restarted", steps, tolerance=tolerance, progress=False)
+    assert isinstance(found.learner, Tensor)
+    assert isinstance(found.adversary, Tensor)
+    return found.learner, found.adversary
+
+
 def _solve(game: Any, method: Method | ParticleMethod, run: _Run) -> Solution:
     if not isinstance(game, (MatrixGame, ContinuousGame)):
         raise TypeError(

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from mixadv.model.parallel import swapped
-from mixadv.model.replay import RandomState, evaluating, random_state, set_random_state
+from mixadv.model.replay import (
+    RandomState,
+    accelerators,
+    evaluating,
+    random_state,
+    set_random_state,
+)
 
 
 class Member(ABC):
@@ -97,7 +103,7 @@ class Dropout(Member):
     def playing(self, model: nn.Module) -> Iterator[nn.Module]:
         """Draw the mask anew in each call, from the seed; modes and random state come back."""
         found: list[RandomState] = []
-        devices = sorted({p.device for p in model.parameters()} - {torch.device("cpu")}, key=str)
+        devices = accelerators(model.parameters())
 
         def before(module: nn.Module, args: Any) -> None:
             found.append(random_state(devices))

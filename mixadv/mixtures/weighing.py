@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mixadv.checks import check_integer, check_number
-from mixadv.games import MatrixGame, solve
+from mixadv.games import MatrixGame
+from mixadv.games.solve import mixtures
 from mixadv.mixtures.mixture import Mixture
 
 
@@ -124,10 +125,7 @@ def weigh_under(
 
 def _solved(payoff: Tensor, steps: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """Return both players' mixtures, of which none is worse than its best pure strategy."""
-    found = solve(MatrixGame(payoff), "restarted", steps, tolerance=tolerance, progress=False)
-    assert isinstance(found.learner, Tensor)
-    assert isinstance(found.adversary, Tensor)
-    x, y = found.learner, found.adversary
+    x, y = mixtures(payoff, steps, tolerance)
     rows, columns = payoff.amax(1), payoff.amin(0)
     if (x @ payoff).amax() >= rows.amin():
         x = torch.eye(len(rows), dtype=payoff.dtype)[rows.argmin()]

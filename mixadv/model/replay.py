@@ -9,7 +9,7 @@ a spectral norm.
 import hashlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,11 @@ def set_host_state(state: HostState) -> None:
         sys.modules["numpy"].random.set_state(numpys)
 
 
+def accelerators(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """Return the devices with a random state of their own that tensors are on."""
+    return sorted({t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str)
+
+
 def random_state(devices: list[torch.device]) -> RandomState:
     """Return the random state of the CPU and of each accelerator given."""
     states: RandomState = [(torch.device("cpu"), torch.get_rng_state())]
@@ -66,8 +71,7 @@ def set_random_state(states: RandomState) -> None:
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Put modules in evaluation mode; restore the modes and the random state, also after errors."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
-    devices = {p.device for module in modules for p in module.parameters()}
-    state = random_state(sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str))
+    state = random_state(accelerators(p for module in modules for p in module.parameters()))
     try:
         for module in modules:
             module.eval()
@@ -84,10 +88,7 @@ class Replay:
     def __init__(
         self, model: nn.Module, fresh: bool = False, slots: list[Slot] | None = None
     ) -> None:
-        tensors = [*model.parameters(), *model.buffers()]
-        self.devices = sorted(
-            {t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str
-        )
+        self.devices = accelerators([*model.parameters(), *model.buffers()])
         self.fresh = fresh
         self.buffers = Buffers(model, slots)
         self.begin = self.kept = self.buffers.found  # of the first forward since the last step

@@ -156,6 +156,10 @@ class Ascent:
             return self.start_size
         return self.step_size if self.radius is None else self.radius
 
+    def ascent(self, **changes: Any) -> "Ascent":
+        """Return the words of the ascent alone, without those of a solver; some may be changed."""
+        return Ascent(**{f.name: getattr(self, f.name) for f in fields(Ascent)} | changes)
+
     def project(self, delta: Tensor, owners: Tensor | None = None) -> Tensor:
         """Return δ projected onto the set; without a radius the set is the whole space."""
         if self.radius is None:

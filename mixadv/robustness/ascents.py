@@ -99,13 +99,17 @@ def climb(stage: Stage, ascent: Ascent, q: Strategy) -> tuple[Tensor, Tensor]:
     for step in range(ascent.steps):
         _, losses, gradients = stage.payoffs(q, "loss", ascent)
         visited.append(losses[0])
-        size = float(ascent.radius or 0.0) * (1 - step / ascent.steps)
-        q = stage.move(q, replace(ascent, step_size=size), gradients)
+        q = stage.move(q, replace(ascent, step_size=step_length(ascent, step)), gradients)
     with no_grad():
         end = stage.passes.run(stage.passes.at(q))
     assert end.predictions is not None
     last = torch.where(end.loss.isfinite(), end.loss, visited[-1])
     return torch.stack([*visited, last]).amax(0), end.predictions
+
+
+def step_length(ascent: Ascent, step: int) -> float:
+    """Return the length of a step: the first is as long as the radius, the later ones shrink."""
+    return float(ascent.radius or 0.0) * (1 - step / ascent.steps)
 
 
 def start(stage: Stage, ascent: Ascent, batch: Batch, seed: int, number: int) -> Strategy:

@@ -21,6 +21,7 @@ from mixadv.model.closure import Reading
 from mixadv.model.replay import Noise
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
+from mixadv.robustness.ascents import step_length
 from mixadv.robustness.mixture_play import CHOSEN, CLIMBED, Drawn, MixturePlay, logits_of
 
 DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
@@ -76,7 +77,7 @@ def pgd(
             weights = weigh(torch.cat([losses for losses, _ in found]), play.weights)
             columns = zip(*(slopes for _, slopes in found), strict=True)
             gradients = [_sum(map(_by_row, weights, column)) for column in columns]
-            q = _moved(q, replace(ascent, step_size=_size(ascent, step)), gradients)
+            q = _moved(q, replace(ascent, step_size=step_length(ascent, step)), gradients)
         best, least = _lower(play, standing, best, least, q)
     return best
 
@@ -97,7 +98,7 @@ def arc(play: MixturePlay, ascent: Ascent, standing: Standing, classes: int) -> 
     order = [members[m] for m in likeliest if play.weights[m] > 0]
     q, least = play.zero, _standing(play, play.zero, standing)
     for step in range(ascent.steps):
-        centre, size = q, _size(ascent, step)
+        centre, size = q, step_length(ascent, step)
         for member in order:
             local = [p - c for p, c in zip(q.points, centre.points, strict=True)]
             beyond = _beyond(play, member, centre, local, ascent, size, classes)
@@ -172,11 +173,6 @@ def _stands(shares: Tensor, labels: Tensor) -> Tensor:
 
 def _moved(q: Strategy, ascent: Ascent, gradients: list[Tensor]) -> Strategy:
     return q.move(gradients, lambda index, *at: ascent.move(*at), Noise(0))[0].detach()
-
-
-def _size(ascent: Ascent, step: int) -> float:
-    """Return the length of a step: the first is as long as the radius, the later ones shrink."""
-    return float(ascent.radius or 0.0) * (1 - step / ascent.steps)
 
 
 def _norms(x: Tensor, norm: Norm) -> Tensor:

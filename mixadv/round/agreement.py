@@ -1,13 +1,12 @@
 """Whether the ways to compute many particles agree on this model and closure."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 
 from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
-from mixadv.players.ascent import Ascent
 from mixadv.round import routes
 from mixadv.round.arena import Arena, Memory, Modes
 from mixadv.round.cost import count_passes
@@ -61,8 +60,7 @@ def _compare(arena: Arena, closure: Closure, memory: Memory, route: str, slack: 
         with no_trace(stage.passes):
             stage.clean()
             drawn = stage.passes.replay.drew()
-            words = {f.name: getattr(solver, f.name) for f in fields(Ascent)}
-            several = Ascent(**{**words, "particles": max(2, solver.particles)})
+            several = solver.ascent(particles=max(2, solver.particles))
             q = stage.start(several).detach()
             each = (replace(solver, particle_batching=batching) for batching in ("loop", route))
             looped, routed = (stage.payoffs(q, solver.gain, ascent)[1:] for ascent in each)

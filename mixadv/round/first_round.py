@@ -6,7 +6,7 @@ Costs a few passes once. Later rounds are not checked, and read nothing from the
 import copy
 import math
 import warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from mixadv.model.replay import Noise
 from mixadv.model.scaling import KEY, Formats
 from mixadv.model.values import copying
 from mixadv.model.visits import Call
-from mixadv.players.ascent import Ascent
 from mixadv.players.opening import opening
 from mixadv.round import validate
 from mixadv.round.agreement import check_batching
@@ -222,8 +221,7 @@ def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
     noise = Noise(arena.seed)
     noise.begin("noise floor", 0)
     start = "uniform" if solver.start == "zero" else solver.start
-    words = {f.name: getattr(solver, f.name) for f in fields(Ascent)}
-    ascent = Ascent(**{**words, "particles": 1, "start": start})
+    ascent = solver.ascent(particles=1, start=start)
     q = opening(ascent, noise, stage.calls, arena.scale)
 
     def rounding(index: int, call: Call, output: Tensor) -> Tensor:

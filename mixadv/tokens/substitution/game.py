@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from mixadv.checks import check_integer
 from mixadv.game import Game
-from mixadv.games import MatrixGame, solve
+from mixadv.games.solve import mixtures
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
 from mixadv.tokens.reading.encoding import Text, longest, segment, tokens, with_segment
@@ -120,11 +120,8 @@ def solve_games(
     columns = torch.arange(max(payoff.shape[1] for payoff in payoffs))
     # A column that is there twice changes no guarantee; its weights are added up.
     padded = torch.stack([p[:, columns.where(columns < p.shape[1], 0)] for p in payoffs])
-    found = solve(MatrixGame(padded), "restarted", steps, tolerance=tolerance, progress=False)
-    assert isinstance(found.learner, Tensor)
-    assert isinstance(found.adversary, Tensor)
     result = []
-    for payoff, x, y in zip(payoffs, found.learner, found.adversary, strict=True):
+    for payoff, x, y in zip(payoffs, *mixtures(padded, steps, tolerance), strict=True):
         own = y[: payoff.shape[1]].clone()
         own[0] += y[payoff.shape[1] :].sum()
         result.append(_certified(payoff, x, own))
