@@ -1,0 +1,1 @@
+"""Parts of mixtures.py: what is trained, and what is measured."""

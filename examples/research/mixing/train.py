@@ -1,0 +1,153 @@
+"""Models and mixtures, each trained for as many passes as the others."""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+
+import mixadv
+from common import data, model
+from common.data import Task
+from common.results import Run
+from common.substitution import Source
+from mixadv.mixtures import Adapter, Mixture, mixture_of
+
+SMART = mixadv.SMART(
+    steps=1, step_size=0.2, radius=0.2, start_size=0.05, smoothness_weight=1.0, ema_decay=0.99
+)
+MAT = mixadv.MAT(samples=5)
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value", "dense"]}
+COST = {"smart": 3.0, "mat": 8 / 3}
+"""Of an optimizer step, in plain ones: a forward is a third of it, a backward two, of δ one."""
+HALF = 0.5  # of the passes go into the model that members grow from
+LENGTH = 64  # tokens
+
+Made = Iterator[tuple[str, Mixture]]
+
+
+class Bench:
+    """One seed of the comparison: its rows, its untrained model, and how long training lasts.
+
+    Args:
+        task: with train and test rows.
+        seed: of rows, head, order and players.
+        shots: training rows of each label.
+        epochs: that SMART trains for.
+        rate: the learning rate of AdamW, and
+        adapter_rate: that of adapters.
+        folder: keeps the models that members grow from.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        seed: int,
+        shots: int,
+        epochs: float,
+        rate: float,
+        adapter_rate: float,
+        folder: Path,
+    ) -> None:
+        self.task, self.seed, self.rate, self.adapter_rate = task, seed, rate, adapter_rate
+        self.folder = folder
+        self.run = Run(task.name, shots=shots, epochs=epochs, seed=seed, max_length=LENGTH)
+        self.rows, _ = data.choose(task, seed, shots=shots)
+        self.budget = COST["smart"] * epochs * len(self.rows) / self.run.batch_size
+
+    @cached_property
+    def untrained(self) -> tuple[nn.Module, Any]:
+        """The encoder with a new head, and its tokenizer."""
+        set_seed(self.seed)
+        network, tokenizer = model.load(self.run, self.task)
+        return network.to(model.device()), tokenizer
+
+    def smart(self) -> Made:
+        """Yield one model by SMART."""
+        network = copy.deepcopy(self.untrained[0])
+        self._fit(network, self.budget / COST["smart"], self.rate, SMART)
+        yield "smart", Mixture([network])
+
+    def mat(self) -> Made:
+        """Yield one model by MAT, and mixtures of its last samples."""
+        network = copy.deepcopy(self.untrained[0])
+        game = self._fit(network, self.budget / COST["mat"], self.rate, MAT).game
+        yield "mat", Mixture([network])
+        members = mixture_of(game).members
+        for count in (3, 5):
+            yield f"mat-{count}", Mixture(members[-count:], model=network)
+
+    def lora(self, count: int) -> Made:
+        """Yield adapters to one model."""
+        base, names = self._half(), [f"member-{number}" for number in range(count)]
+        set_seed(self.seed)
+        network: Any = get_peft_model(base, LoraConfig(**LORA), names[0])
+        for name in names[1:]:
+            network.add_adapter(name, LoraConfig(**LORA))
+        steps = (1 - HALF) * self.budget / COST["smart"] / count
+        for number, name in enumerate(names):
+            network.set_adapter(name)
+            self._fit(network, steps, self.adapter_rate, SMART, order=number + 1)
+        yield f"lora-{count}", Mixture([Adapter(name) for name in names], model=network)
+
+    def _half(self) -> nn.Module:
+        """Return the model that members grow from."""
+        path = self.folder / f"{self.run.task}-{self.run.shots}-{self.seed}.pt"
+        network = copy.deepcopy(self.untrained[0])
+        if not path.exists():
+            self._fit(network, HALF * self.budget / COST["smart"], self.rate, SMART)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(network.state_dict(), path)
+        network.load_state_dict(torch.load(path, map_location=model.device()))
+        return network
+
+    def _fit(
+        self,
+        network: nn.Module,
+        steps: float,
+        rate: float,
+        solver: mixadv.Solver,
+        order: int = 0,
+        **others: Callable[[Any], Callable[[], Any]],
+    ) -> Any:
+        """Train a network for so many steps of the base optimizer; return the wrapped one.
+
+        Args:
+            network: on the device.
+            steps: of which the first tenth warms up; then the rate falls linearly to 0.
+            rate: at the end of the warm-up.
+            solver: that is played.
+            order: another one of rows, for each number.
+            others: what makes, of a batch, other closures of a step.
+        """
+        own = [p for p in network.parameters() if p.requires_grad]
+        base = torch.optim.AdamW(own, lr=rate, weight_decay=self.run.weight_decay, fused=True)
+        optimizer = mixadv.wrap(base, network, solver, seed=self.seed + 1000 * order)
+        each = getattr(solver, "learner_steps", 1)
+        rounds = max(1, round(steps / each))
+        warm = max(1, rounds // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda done: min((done + 1) / warm, (rounds - done) / (rounds - warm + 1)),
+        )
+        tokenizer = self.untrained[1]
+        encode = model.Encoder(tokenizer, LENGTH, False, model.device())
+        run = Run(**{**vars(self.run), "seed": self.seed + 1000 * order})
+        source = Source(run, self.rows, run.batch_size, slice(None), network.train(), tokenizer)
+        batches = islice(source.batches(0, []), rounds)
+        for batch in tqdm(map(encode, batches), total=rounds, leave=False, disable=None):
+            closures = {name: make(batch) for name, make in others.items()}
+            optimizer.step(partial(_output, network, batch), **closures)
+            schedule.step()
+        return optimizer
+
+
+def _output(network: Callable[..., Any], batch: Any) -> Any:
+    return network(**batch)

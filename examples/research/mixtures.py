@@ -1,0 +1,137 @@
+"""Mixtures of models against single ones at equal compute, attacked as mixtures are.
+
+    python examples/research/mixtures.py --task banking77 --data path/to/folders --seeds 0 1 2 3 4
+    python examples/research/mixtures.py --report
+
+Each is trained for as many passes as SMART takes in --epochs:
+
+    smart           one model
+    mat             one model by MAT at its defaults; mat-3 and mat-5 are its last samples
+    lora-3, lora-5  half of the passes: one model by SMART; the rest: LoRA adapters to it, by SMART,
+                    each from a start and in an order of its own
+
+Accuracy is that of a member drawn for each row, of the mean of probabilities and of the vote: on
+test rows, and on some of them under EoT-PGD, ARC, PGD of the best member, the worst of all attacks,
+and the worst of the typos found against any member. Each seed draws rows, head and order; a
+difference is that of the seeds' pairs. What has a line of results is not done again.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+import _above  # noqa: F401
+import intent
+from common import command
+from common.options import positive, script
+from common.results import append, finished
+from common.tables import markdown
+from mixadv.robustness import read_rows, t_interval, text_batches, token_norm
+from mixing.measure import TYPOS, WAYS, Measure
+from mixing.train import Bench
+
+TRAINED = {
+    "smart": ("smart",),
+    "mat": ("mat", "mat-3", "mat-5"),
+    "lora-3": ("lora-3",),
+    "lora-5": ("lora-5",),
+}
+"""What is trained together, and the lines that come of it."""
+SHOWN = ("trained", "clean", "EoT-PGD", "ARC", "transfer", "worst of all", TYPOS)
+
+
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
+    parser = script("mixtures", "[options]", __doc__)
+    add = parser.add_argument
+    add("--task", default="intents", metavar="NAME", help="as of intent.py (default: %(default)s)")
+    add("--data", default="", metavar="SOURCE", help="as of intent.py")
+    add("--only", nargs="+", choices=list(TRAINED), default=list(TRAINED), help="(default: all)")
+    add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="(default: 0)")
+    add("--shots", type=positive, default=5, help="rows of each label (default: %(default)s)")
+    add("--epochs", type=float, default=12.0, help="of SMART (default: %(default)g)")
+    add("--lr", type=float, default=2e-4, help="learning rate (default: %(default)g)")
+    add("--adapter-lr", type=float, default=1e-3, help="that of adapters (default: %(default)g)")
+    add("--rows", type=positive, default=1000, help="test rows to classify (default: %(default)s)")
+    add("--attack-rows", type=positive, default=96, help="to attack (default: %(default)s)")
+    add("--radius", type=float, default=0.2, help="in token norms (default: %(default)g)")
+    add("--steps", type=positive, default=5, help="of ascents (default: %(default)s)")
+    add("--output", type=Path, default=Path("runs/mixtures"), metavar="FOLDER")
+    add("--report", action="store_true", help="print the table of OUTPUT/results.jsonl and stop")
+    return parser.parse_args(argv)
+
+
+def work(options: Namespace) -> str:
+    """Train and measure what has no line yet; return the table."""
+    path = options.output / "results.jsonl"
+    if not options.report:
+        task = intent.load(intent.arguments(["--task", options.task, "--data", options.data]))
+        todo = [(name, seed) for name in options.only for seed in options.seeds]
+        for name, seed in tqdm(todo, desc="mixtures", disable=None):
+            keys = {made: f"{options.task}-{options.shots}-{made}-{seed}" for made in TRAINED[name]}
+            if not set(keys.values()) <= set(finished(path)):
+                _one(options, task, name, seed, keys, path)
+    return table(finished(path).values())
+
+
+def _one(
+    options: Namespace, task: Any, name: str, seed: int, keys: dict[str, str], path: Path
+) -> None:
+    """Train a model or the mixtures of a name; add their lines."""
+    lengths = (options.shots, options.epochs, options.lr, options.adapter_lr)
+    bench = Bench(task, seed, *lengths, options.output)
+    network, tokenizer = bench.untrained
+    test = task.splits["test"].shuffle(seed=seed)
+    clean, attacked, trained = (
+        read_rows(rows, network)
+        for rows in (
+            test.select(range(min(options.rows, len(test)))),
+            test.select(range(min(options.attack_rows, len(test)))),
+            bench.rows,
+        )
+    )
+    batches = text_batches(
+        network, tokenizer, read_rows(task.splits["test"].select(range(64)), network)
+    )
+    how = {"radius": options.radius, "unit": token_norm(network, batches), "steps": options.steps}
+    measure = Measure(tokenizer, trained, clean, attacked, seed=seed, **how)
+    kind, _, count = name.partition("-")
+    for made, mixture in getattr(bench, kind)(*map(int, filter(None, [count]))):
+        settings = {k: v for k, v in vars(options).items() if k in SETTINGS}
+        line = {"key": keys[made], "task": options.task, "method": made, "seed": seed, **settings}
+        append(path, {**line, **measure(mixture)})
+
+
+SETTINGS = ("shots", "epochs", "lr", "adapter_lr", "rows", "attack_rows", "radius", "steps")
+
+
+def table(results: Iterable[dict[str, Any]]) -> str:
+    """Return means with t-intervals over seeds, and what the pairs of seeds say against SMART."""
+    found: dict[tuple[str, str], dict[int, Any]] = {}
+    for result in results:
+        found.setdefault((result["task"], result["method"]), {})[result["seed"]] = result["ways"]
+    rows = []
+    for (task, method), seeds in found.items():
+        for way, name in enumerate(WAYS):
+            if way and "-" not in method:
+                continue  # of one model all are alike
+            cells = [_cell([ways[shown][way] for ways in seeds.values()]) for shown in SHOWN]
+            rows.append([task, method, len(seeds), name if "-" in method else "itself", *cells])
+    return markdown(["task", "trained", "seeds", "classifies by", *(f"{s} %" for s in SHOWN)], rows)
+
+
+def _cell(values: list[float]) -> str:
+    found = t_interval([100 * value for value in values])
+    spread = f" ± {found.high - found.value:.1f}" if len(values) > 1 else ""
+    return f"{found.value:.1f}{spread}"
+
+
+main = command.entry("mixtures", arguments, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
