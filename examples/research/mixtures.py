@@ -16,6 +16,8 @@ and the worst of the typos found against any member. Each seed draws rows, head 
 difference is that of the seeds' pairs. What has a line of results is not done again.
 """
 
+import hashlib
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
@@ -28,7 +30,7 @@ import _above  # noqa: F401
 import intent
 from common import command
 from common.options import positive, script
-from common.results import append, finished
+from common.results import EMBEDDED_MODEL, append, finished
 from common.tables import markdown
 from mixadv.robustness import read_rows, t_interval, text_batches, token_norm
 from mixing.measure import TYPOS, WAYS, Measure
@@ -50,6 +52,8 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     add("--task", default="intents", metavar="NAME", help="as of intent.py (default: %(default)s)")
     add("--data", default="", metavar="SOURCE", help="as of intent.py")
+    text = "a hub model or a folder with one (default: the embedded encoder)"
+    add("--model", default=EMBEDDED_MODEL, metavar="NAME", help=text)
     add("--only", nargs="+", choices=list(TRAINED), default=list(TRAINED), help="(default: all)")
     add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="(default: 0)")
     add("--shots", type=positive, default=5, help="rows of each label (default: %(default)s)")
@@ -72,7 +76,7 @@ def work(options: Namespace) -> str:
         task = intent.load(intent.arguments(["--task", options.task, "--data", options.data]))
         todo = [(name, seed) for name in options.only for seed in options.seeds]
         for name, seed in tqdm(todo, desc="mixtures", disable=None):
-            keys = {made: f"{options.task}-{options.shots}-{made}-{seed}" for made in TRAINED[name]}
+            keys = {made: _key(options, made, seed) for made in TRAINED[name]}
             if not set(keys.values()) <= set(finished(path)):
                 _one(options, task, name, seed, keys, path)
     return table(finished(path).values())
@@ -83,7 +87,7 @@ def _one(
 ) -> None:
     """Train a model or the mixtures of a name; add their lines."""
     lengths = (options.shots, options.epochs, options.lr, options.adapter_lr)
-    bench = Bench(task, seed, *lengths, options.output)
+    bench = Bench(task, options.model, seed, *lengths, options.output)
     network, tokenizer = bench.untrained
     test = task.splits["test"].shuffle(seed=seed)
     clean, attacked, trained = (
@@ -102,18 +106,35 @@ def _one(
     kind, _, count = name.partition("-")
     for made, mixture in getattr(bench, kind)(*map(int, filter(None, [count]))):
         settings = {k: v for k, v in vars(options).items() if k in SETTINGS}
-        line = {"key": keys[made], "task": options.task, "method": made, "seed": seed, **settings}
+        line = {"key": keys[made], "task": options.task, "trained": made, "seed": seed, **settings}
         append(path, {**line, **measure(mixture)})
 
 
-SETTINGS = ("shots", "epochs", "lr", "adapter_lr", "rows", "attack_rows", "radius", "steps")
+def _key(options: Namespace, made: str, seed: int) -> str:
+    """Return a name that is the same for the same training and measurement."""
+    settings = {name: str(getattr(options, name)) for name in SETTINGS}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{options.task}-{made}-{seed}-{digest}"
+
+
+SETTINGS = (
+    "model",
+    "shots",
+    "epochs",
+    "lr",
+    "adapter_lr",
+    "rows",
+    "attack_rows",
+    "radius",
+    "steps",
+)
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:
     """Return means with t-intervals over seeds, and what the pairs of seeds say against SMART."""
     found: dict[tuple[str, str], dict[int, Any]] = {}
     for result in results:
-        found.setdefault((result["task"], result["method"]), {})[result["seed"]] = result["ways"]
+        found.setdefault((result["task"], result["trained"]), {})[result["seed"]] = result["ways"]
     rows = []
     for (task, method), seeds in found.items():
         for way, name in enumerate(WAYS):

@@ -38,6 +38,7 @@ class Bench:
 
     Args:
         task: with train and test rows.
+        name: of the untrained encoder.
         seed: of rows, head, order and players.
         shots: training rows of each label.
         epochs: that SMART trains for.
@@ -49,6 +50,7 @@ class Bench:
     def __init__(
         self,
         task: Task,
+        name: str,
         seed: int,
         shots: int,
         epochs: float,
@@ -58,7 +60,8 @@ class Bench:
     ) -> None:
         self.task, self.seed, self.rate, self.adapter_rate = task, seed, rate, adapter_rate
         self.folder = folder
-        self.run = Run(task.name, shots=shots, epochs=epochs, seed=seed, max_length=LENGTH)
+        settings = {"shots": shots, "epochs": epochs, "seed": seed, "max_length": LENGTH}
+        self.run = Run(task.name, model=name, **settings)
         self.rows, _ = data.choose(task, seed, shots=shots)
         self.budget = COST["smart"] * epochs * len(self.rows) / self.run.batch_size
 
@@ -99,7 +102,7 @@ class Bench:
 
     def _half(self) -> nn.Module:
         """Return the model that members grow from."""
-        path = self.folder / f"{self.run.task}-{self.run.shots}-{self.seed}.pt"
+        path = self.folder / f"{self.run.key}.pt"
         network = copy.deepcopy(self.untrained[0])
         if not path.exists():
             self._fit(network, HALF * self.budget / COST["smart"], self.rate, SMART)

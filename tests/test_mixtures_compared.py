@@ -1,0 +1,82 @@
+"""Mixtures and single models are trained for equally long, and a line that is there stays."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+import mixtures
+from common.results import finished
+from mixing import train
+from mixing.measure import WAYS
+from tests.scripts import own_start  # noqa: F401
+from tests.substitution_zoo import tiny, word_tokenizer
+
+SIZES = ["--shots=2", "--epochs=3", "--rows=12", "--attack-rows=6", "--steps=1"]
+LINES = ["smart", "mat", "mat-3", "mat-5", "lora-3", "lora-5"]
+
+
+def command(folder: Path) -> list[str]:
+    """Return the options of a comparison of a tiny encoder; it is made if it is not there."""
+    if not (folder / "tiny").exists():
+        tokenizer = word_tokenizer()
+        encoder = tiny(transformers.BertModel, tokenizer, max_position_embeddings=64)
+        for saved in (tokenizer, encoder):
+            saved.save_pretrained(folder / "tiny")
+    return ["--model", str(folder / "tiny"), "--output", str(folder / "out"), *SIZES]
+
+
+def test_what_has_a_line_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert mixtures.main(command(tmp_path)) == 0
+    first = capsys.readouterr().out
+    lines = finished(tmp_path / "out" / "results.jsonl")
+    assert [line["trained"] for line in lines.values()] == LINES
+    for line in lines.values():
+        members = int(line["trained"].partition("-")[2] or 1)
+        assert len(line["alone"]) == members
+        assert all(len(found) == len(WAYS) for found in line["ways"].values())
+        drawn = {name: found[0] for name, found in line["ways"].items()}
+        assert drawn["worst of all"] <= min(drawn["EoT-PGD"], drawn["ARC"], drawn["transfer"])
+        if members == 1:
+            assert all(len(set(found)) == 1 for found in line["ways"].values())
+
+    monkeypatch.setattr(train.Bench, "_fit", None)
+    assert mixtures.main(command(tmp_path)) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_everything_is_trained_for_as_many_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In plain steps: a round of MAT, two steps, is not divided; other lengths are rounded."""
+    spent, fit = [], train.Bench._fit
+
+    def counted(bench, network, steps, rate, solver, order=0, **others):
+        spent[-1] += train.COST[solver.name] * steps
+        return fit(bench, network, 1, rate, solver, order, **others)
+
+    def measured(self, mixture):
+        return {"ways": {}, "alone": [0.0] * len(mixture)}
+
+    def started(options, *rest):
+        spent.append(0.0)
+        return one(options, *rest)
+
+    one = mixtures._one
+    monkeypatch.setattr(train.Bench, "_fit", counted)
+    monkeypatch.setattr(mixtures.Measure, "__call__", measured)
+    monkeypatch.setattr(mixtures, "_one", started)
+    monkeypatch.setattr(mixtures, "table", lambda results: "")
+    monkeypatch.setattr(Path, "exists", lambda path: path.suffix != ".pt" and path.is_dir())
+    assert mixtures.main(command(tmp_path)) == 0
+    assert len(spent) == len(mixtures.TRAINED)
+    assert spent == pytest.approx([spent[0]] * len(spent))
+
+
+def test_a_line_is_of_its_settings(tmp_path: Path):
+    options = command(tmp_path)
+    one, other = (
+        mixtures._key(mixtures.arguments([*options, "--radius", radius]), "smart", 0)
+        for radius in ("0.1", "0.2")
+    )
+    assert one != other
