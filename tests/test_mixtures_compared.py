@@ -13,7 +13,7 @@ from tests.scripts import own_start  # noqa: F401
 from tests.substitution_zoo import tiny, word_tokenizer
 
 SIZES = ["--shots=2", "--epochs=3", "--rows=12", "--attack-rows=6", "--steps=1"]
-LINES = ["smart", "mat", "mat-3", "mat-5", "lora-3", "lora-5"]
+LINES = ["smart", "mat", "mat-3", "mat-5", "lora-3", "lora-5", "boosted-3", "boosted-5"]
 
 
 def command(folder: Path) -> list[str]:
@@ -26,6 +26,7 @@ def command(folder: Path) -> list[str]:
     return ["--model", str(folder / "tiny"), "--output", str(folder / "out"), *SIZES]
 
 
+@pytest.mark.slow
 def test_what_has_a_line_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -52,7 +53,8 @@ def test_everything_is_trained_for_as_many_passes(tmp_path: Path, monkeypatch: p
     spent, fit = [], train.Bench._fit
 
     def counted(bench, network, steps, rate, solver, order=0, **others):
-        spent[-1] += train.COST[solver.name] * steps
+        member = train._boosting(order) if solver.name == "pgd" else train.COST[solver.name]
+        spent[-1] += member * steps
         return fit(bench, network, 1, rate, solver, order, **others)
 
     def measured(self, mixture):

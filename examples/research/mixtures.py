@@ -9,6 +9,8 @@ Each is trained for as many passes as SMART takes in --epochs:
     mat             one model by MAT at its defaults; mat-3 and mat-5 are its last samples
     lora-3, lora-5  half of the passes: one model by SMART; the rest: LoRA adapters to it, by SMART,
                     each from a start and in an order of its own
+    boosted-3, -5   the same half; the rest: members that start as the one before and are trained
+                    against attacks of all so far (BARRE, Dbouk & Shanbhag 2022)
 
 Accuracy is that of a member drawn for each row, of the mean of probabilities and of the vote: on
 test rows, and on some of them under EoT-PGD, ARC, PGD of the best member, the worst of all attacks,
@@ -41,6 +43,8 @@ TRAINED = {
     "mat": ("mat", "mat-3", "mat-5"),
     "lora-3": ("lora-3",),
     "lora-5": ("lora-5",),
+    "boosted-3": ("boosted-3",),
+    "boosted-5": ("boosted-5",),
 }
 """What is trained together, and the lines that come of it."""
 SHOWN = ("trained", "clean", "EoT-PGD", "ARC", "transfer", "worst of all", TYPOS)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm.auto import tqdm
 
 import mixadv
@@ -24,6 +25,7 @@ SMART = mixadv.SMART(
     steps=1, step_size=0.2, radius=0.2, start_size=0.05, smoothness_weight=1.0, ema_decay=0.99
 )
 MAT = mixadv.MAT(samples=5)
+PGD = mixadv.PGD(steps=1, step_size=0.2, radius=0.2)
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value", "dense"]}
 COST = {"smart": 3.0, "mat": 8 / 3}
 """Of an optimizer step, in plain ones: a forward is a third of it, a backward two, of δ one."""
@@ -100,6 +102,23 @@ class Bench:
             self._fit(network, steps, self.adapter_rate, SMART, order=number + 1)
         yield f"lora-{count}", Mixture([Adapter(name) for name in names], model=network)
 
+    def boosted(self, count: int) -> Made:
+        """Yield members, each trained against attacks of itself and of those before.
+
+        The adversary maximises the sum of the members' losses, of which the new one's learner has
+        its own alone, at that δ and at δ = 0.
+        """
+        network = self._half()
+        members = [_weights(network)]
+        spent = sum(map(_boosting, range(2, count + 1)))
+        steps = (1 - HALF) * self.budget / spent
+        for number in range(2, count + 1):
+            attack = partial(_attack, network, list(members))
+            retain = partial(partial, _output, network)
+            self._fit(network, steps, self.rate, PGD, number, adversary=attack, retain=retain)
+            members.append(_weights(network))
+        yield f"boosted-{count}", Mixture(members, model=network)
+
     def _half(self) -> nn.Module:
         """Return the model that members grow from."""
         path = self.folder / f"{self.run.key}.pt"
@@ -150,6 +169,32 @@ class Bench:
             optimizer.step(partial(_output, network, batch), **closures)
             schedule.step()
         return optimizer
+
+
+def _boosting(members: int) -> float:
+    """Return the cost of a step of a new member: an attack of all, two passes of its learner."""
+    return (2 * members + 6) / 3
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+
+def _attack(network: nn.Module, others: list[dict[str, Tensor]], batch: Any) -> Callable[[], Any]:
+    """Return what an adversary maximises: the loss of each row, summed over members."""
+    playing = [partial(_called, network, weights) for weights in others]
+    return lambda: torch.stack([_losses(call, batch) for call in [network, *playing]]).sum(0)
+
+
+def _called(network: nn.Module, weights: dict[str, Tensor], **inputs: Any) -> Any:
+    return functional_call(network, weights, (), inputs)
+
+
+def _losses(network: Callable[..., Any], batch: Any) -> Tensor:
+    """Return the loss of each row."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = network(**inputs).logits
+    return nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
 
 
 def _output(network: Callable[..., Any], batch: Any) -> Any:
