@@ -24,6 +24,7 @@ import directions
 import games_compared
 import masked_loss
 import mixadv
+import mixture_cost
 import pretrain
 from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
@@ -228,6 +229,12 @@ def test_the_tables_of_costs_are_those_of_the_results():
     assert found.strip() == benchmark_results.report(usual)
     whole = ROOT / "examples" / "results" / "benchmark.md"
     assert whole.read_text().strip() == benchmark_results.report(kept)
+
+
+def test_the_table_of_what_mixtures_cost_is_that_of_the_results():
+    [found] = re.findall(r"<!-- mixture_cost -->\n(.*?)<!-- /mixture_cost -->", README, re.DOTALL)
+    lines = mixture_cost.OUTPUT.read_text().splitlines()
+    assert found.strip() == mixture_cost.table(map(json.loads, lines))
 
 
 def test_the_table_of_directions_is_that_of_the_results():
