@@ -30,6 +30,7 @@ from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
 from mixadv.games import METHODS, PARTICLE_METHODS
 from mixadv.neurons import NeuronAnalysis, analysis
+from mixadv.round.cost import count_passes
 from mixadv.round.explain import solver_table
 from tests.processes import one_process
 from tests.substitution_zoo import word_tokenizer
@@ -151,6 +152,16 @@ def test_the_table_of_solvers_is_that_of_the_registry():
     found = re.findall(r"<!-- solvers -->\n(.*?)<!-- /solvers -->", README, re.DOTALL)
     assert len(found) == 1, "README needs the table between <!-- solvers --> and <!-- /solvers -->"
     assert found[0].strip() == solver_table(mixadv.SOLVERS.values())
+
+
+def test_the_passes_of_ways_to_mix_are_those_counted():
+    [table] = re.findall(r"<!-- mat -->\n(.*?)<!-- /mat -->", README, re.DOTALL)
+    for line in table.splitlines()[2:]:
+        code, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        solver = eval(code.split("`")[1], {"MAT": mixadv.MAT})
+        p = count_passes(solver)
+        counts = [p.forwards, p.delta_backwards, p.theta_backwards, p.steps]
+        assert cells == [*map(str, counts), f"{p.plain_steps:.1f}"], code
 
 
 @pytest.mark.parametrize("name", ["demo", "banking77", "cola", "anli", "fast", "pretrained"])
