@@ -6,9 +6,15 @@ PGD in embedding space, by how much a perturbation can raise the loss, and word 
 a Markdown table of the models; their reports, with tables and pictures, are in OUTPUT. A killed
 command goes on where it was when it comes again.
 
+Mixtures stand in the same table: several models of which one is drawn for each text, or folders of
+Mixture.save_pretrained. They are measured under attacks that are made for mixtures, and so are then
+the models, as mixtures of one: what a mixture is worth beside a model of equal compute.
+
     python examples/intent.py --solver plain freelb --save
     python examples/evaluate.py --model runs/intent/*/last --data examples/data/intents/test.jsonl \
         --shifted twins=examples/data/intents/adversarial.jsonl --attack builtin typos
+    python examples/evaluate.py --model runs/intent/smart-0-*/last --mixture \
+        mat='runs/intent/mat-*/last' --data examples/data/intents/test.jsonl --rows 100
     python examples/evaluate.py --model runs/glue/sst2-*/last --data path/to/sst2/dev.jsonl \
         --shifted advglue=path/to/adv_sst2.jsonl --text sentence --rows 500 --unit-of minilm
     python examples/evaluate.py --model runs/glue/mnli-*/last --data path/to/mnli/dev.jsonl \
@@ -22,9 +28,10 @@ from typing import Any
 
 import transformers
 
-from common import command, model
-from common.options import Named, positive, script
+from common import command, mixtures, model
+from common.options import Members, Named, positive, script
 from common.substitution import SOURCES, candidates
+from mixadv.mixtures import Mixture
 from mixadv.reports.kept import write
 from mixadv.robustness import (
     Report,
@@ -45,6 +52,12 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add = parser.add_argument
     text = "fine-tuned classifiers, folders or hub names"
     add("--model", nargs="+", required=True, metavar="FOLDER", help=text)
+    text = (
+        "mixtures: models whose members are all alike, as a pattern that matches them or under one "
+        "NAME several times; or a folder that Mixture.save_pretrained wrote, into which the model "
+        "that its members change and the tokenizer are saved too. Not under --attack"
+    )
+    add("--mixture", nargs="+", action=Members, default={}, metavar="NAME=FOLDER", help=text)
     text = "JSON lines, also as .jsonl.gz: a text, or two, and a label by its number or name"
     add("--data", type=Path, required=True, metavar="FILE", help=text)
     text = "other sets, with the same columns: adversarial ones, of another domain, ..."
@@ -102,43 +115,65 @@ def unit(options: Namespace, labels: Any, columns: dict[str, Any]) -> float | No
     return token_norm(found, batches)
 
 
-def work(options: Namespace) -> str:
-    """Evaluate all models; return the table."""
-    attacks = {
-        short: WordSubstitution(candidates(name))
-        for short, name in shortened(options.attack, 1).items()
-    }
-    columns = {"text": None, "label": options.label}
-    if options.text:
-        columns["text"] = options.text[0] if len(options.text) == 1 else tuple(options.text)
-    reports: dict[str, Report] = {}
-    length = None
-    for short, name in shortened(options.model, 2).items():
-        found, tokenizer = model.load_classifier(name)
-        length = unit(options, found.config, columns) if length is None else length
-        reports[short] = evaluate(
+def attacks(options: Namespace) -> dict[str, WordSubstitution]:
+    """Return the attacks by word substitution, by name."""
+    named = shortened(options.attack, 1).items()
+    return {short: WordSubstitution(candidates(name)) for short, name in named}
+
+
+class Reports:
+    """What is found of one model after another, all perturbed in the same balls."""
+
+    def __init__(self, options: Namespace) -> None:
+        self.options = options
+        self.found: dict[str, Report] = {}
+        self.length: float | None = None
+        text = options.text and (options.text[0] if len(options.text) == 1 else tuple(options.text))
+        self.columns = {"text": text, "label": options.label}
+
+    def add(self, name: str, found: Any, tokenizer: Any, **more: Any) -> None:
+        """Evaluate a model or a mixture, and save its report."""
+        options = self.options
+        if self.length is None:
+            self.length = unit(options, found.config, self.columns)
+        report = evaluate(
             found,
             tokenizer,
             options.data,
-            **columns,
+            **self.columns,
             shifted=options.shifted,
-            attacks=attacks,
             radii=options.radii,
             increase_radius=options.increase_radius,
             steps=options.steps,
             restarts=options.restarts,
-            unit=length,
+            unit=self.length,
             rows=options.rows,
             folder=options.output / "kept",
             batch_size=options.batch_size,
             max_length=options.max_length,
-            name=short,
+            name=name,
+            **more,
         )
-        reports[short].save(options.output / short.replace("/", "-"))
-        length = reports[short].sections["about"]["unit"]
-    table = compare(reports)
+        report.save(options.output / name.replace("/", "-"))
+        self.found[name] = report
+        self.length = report.sections["about"]["unit"]
+
+
+def work(options: Namespace) -> str:
+    """Evaluate all models and mixtures; return the table."""
+    models, reports = shortened(options.model, 2), Reports(options)
+    if twice := models.keys() & options.mixture.keys():
+        raise ValueError(f"--mixture {twice.pop()} has the name of a model: name it otherwise.")
+    for short, name in models.items():
+        found, tokenizer = model.load_classifier(name)
+        alone = Mixture([found]) if options.mixture else None
+        reports.add(short, found, tokenizer, mixture=alone, attacks=attacks(options))
+    for name, folders in options.mixture.items():
+        reports.add(name, *mixtures.load(folders))
+    table = compare(reports.found)
     write(options.output / "compared.md", table)
-    pictures.save({name: report.sections for name, report in reports.items()}, options.output)
+    sections = {name: report.sections for name, report in reports.found.items()}
+    pictures.save(sections, options.output)
     return table.rstrip()
 
 

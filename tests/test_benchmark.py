@@ -54,6 +54,8 @@ def test_floors_are_those_of_the_cost_model(f, bx, bw, o, n):
         "smart, no teacher, K=3": 3 * ascent + 2 * (f + full) + o,
         "smart": ascent + 3 * f + 2 * full + o,
         "mat, 3 and 2": 3 * ascent + 4 * (f + full) + 2 * (o + n),
+        "mat, path": 3 * ascent + 4 * (f + full) + 2 * (o + n),
+        "mat, defaults": 2 * ascent + 4 * (f + full) + 2 * (o + n),
     }
     for name, seconds in expected.items():
         counts = measure.counted(name, coordinates=12)

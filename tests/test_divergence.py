@@ -237,6 +237,19 @@ def test_predictions_per_token_are_averaged_over_real_tokens(name):
 
 
 @divergences
+def test_over_tokens_the_mean_of_the_values_is_that_over_all_real_tokens(name):
+    clean, perturbed = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    mask = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]])
+    reading = Reading(torch.zeros(()), perturbed, mask)
+    each = DIVERGENCES[name](perturbed, clean)[mask.bool()]
+    found = reading.diverge(clean, DIVERGENCES[name], "tokens")
+    assert found.mean() == pytest.approx(each.mean().item(), rel=1e-5)
+    one = Reading(torch.zeros(()), perturbed[:, 0])
+    own = one.diverge(clean[:, 0], DIVERGENCES[name])
+    assert torch.equal(one.diverge(clean[:, 0], DIVERGENCES[name], "tokens"), own)
+
+
+@divergences
 def test_predictions_per_token_in_low_precision_give_single_precision(name):
     perturbed, clean = torch.randn(2, 3, 4, 5).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -27,6 +27,7 @@ import evaluate as script
 import mixadv
 from common.model import load_classifier
 from mixadv.equilibrium import exploitability
+from mixadv.mixtures import Mixture
 from mixadv.model.replay import evaluating
 from mixadv.reports.kept import digest, write
 from mixadv.robustness import (
@@ -619,6 +620,74 @@ def test_the_script_compares_saved_models_in_one_ball(folder, tmp_path, capsys):
     assert list(lengths) == [pytest.approx(alone.sections["about"]["unit"], rel=1e-6)]
 
 
+def test_a_mixture_and_a_model_under_the_same_attacks_stand_in_one_table(folder, tmp_path, capsys):
+    """A mixture that is saved in one folder with its base is that of the models it was made of."""
+    models = [classifier(seed) for seed in (0, 1)]
+    together = tmp_path / "saved"
+    Mixture(models).save_pretrained(together)
+    models[0].save_pretrained(together)
+    word_tokenizer().save_pretrained(together)
+    more = ["--mixture", f"both={folder / 'run-*' / 'last'}", f"saved={together}"]
+    assert command(folder, tmp_path, *more, "--radii", "1", "--increase-radius", "0.1") == 0
+    printed = capsys.readouterr().out
+    [lines] = markdown_tables(printed)
+    rows = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines[2:]}
+    assert list(rows) == ["run-0/last", "run-1/last", "both", "saved"]
+    assert rows["both"] == rows["saved"]
+    head = [cell.strip() for cell in lines[0][1:]]
+    for way in ("a member drawn", "mean", "vote"):
+        assert {f"{way} within 0 %", f"{way} within 1 %"} <= set(head)
+    assert rows["both"][head.index("PGD 1 %")] == "–"
+    alone = dict(zip(head, rows["run-0/last"], strict=True))
+    assert alone["a member drawn within 1 %"] == alone["vote within 1 %"]
+    assert "that are made for mixtures" in printed
+    members = Report.load(tmp_path / "both").sections["mixture"]
+    drawn = np.array(members["per row"][0]["right"])[:, 0].mean()
+    assert members["accuracy"][0]["none"][0]["value"] == pytest.approx(drawn)
+
+
+def test_a_mixture_is_read_by_the_mean_of_its_members():
+    """Weights of members are not among the mixture's own: what is kept must tell them apart."""
+    model, other = classifier(0), classifier(1)
+    mixture = Mixture([{}, other.state_dict()], [3, 1], model=model)
+    rows = read_rows(DATA, model)
+    [batch] = text_batches(mixture, word_tokenizer(), rows, batch_size=ROWS)
+    each = mixture.each(lambda: batch.closure()[1])
+    means = (0.75 * each[0] + 0.25 * each[1]).double().numpy()
+    order = np.argsort(batch.rows)
+    settings = {"radii": (), "progress": False, "shifted": {"twins": TWINS}}
+    found = evaluate(mixture, word_tokenizer(), DATA, **settings).sections
+    assert (
+        found["clean"]["per row"]["correct"]
+        == (means.argmax(-1)[order] == np.array(DATA["label"])).tolist()
+    )
+    assert found["clean"]["per row"]["confidence"] == pytest.approx(means.max(-1)[order], rel=1e-5)
+    assert {"radii", "loss increase"}.isdisjoint(found)
+    assert found["about"]["unit"] == pytest.approx(
+        measured(model, radii=(), attacks={}).sections["about"]["unit"]
+    )
+
+
+def test_another_mixture_of_one_model_is_not_read_from_what_is_kept(tmp_path):
+    model, other = classifier(0), classifier(1).state_dict()
+    settings = {"radii": (), "progress": False, "folder": tmp_path, "rows": 4}
+    losses = [
+        evaluate(Mixture(members, model=model), word_tokenizer(), DATA, **settings).sections
+        for members in ([{}], [{}, other], [other])
+    ]
+    assert len({found["clean"]["loss"]["value"] for found in losses}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("attacks", "leave attacks= out"), ("mixture", "itself"), ("game", "itself")]
+)
+def test_what_is_of_one_model_is_not_measured_of_a_mixture(name, said):
+    mixture = Mixture([classifier(0), classifier(1)])
+    given = {"mixture": mixture, "game": trained()[1], "attacks": {"similar": ATTACK}}
+    with pytest.raises(ValueError, match=said):
+        evaluate(mixture, word_tokenizer(), DATA, **{name: given[name]})
+
+
 @pytest.mark.parametrize(("labels", "fits"), [(2, True), (3, False)])
 def test_an_adapter_is_loaded_with_its_model_or_refused_in_words(tmp_path, labels, fits):
     """Its head is in its file; how many labels that has is known to the model's config alone."""
@@ -651,6 +720,8 @@ def test_an_adapter_is_loaded_with_its_model_or_refused_in_words(tmp_path, label
         (["--radii", "-1"], "radius must be finite"),
         (["--shifted", "a=b", "a=c"], "--shifted a=c: a is the name of b already"),
         (["--model", "minilm"], "minilm has no head for classes"),
+        (["--mixture", "both"], "write NAME=FOLDER"),
+        (["--mixture", "both=nowhere"], "nowhere cannot be loaded"),
     ],
 )
 def test_the_script_answers_a_mistake_with_one_line(folder, tmp_path, capsys, more, said):

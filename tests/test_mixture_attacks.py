@@ -423,6 +423,30 @@ def test_what_cannot_be_attacked_is_refused_in_words(changes, error, message: st
         refused(**changes)
 
 
+@pytest.mark.parametrize("kind", ["models", "weights"])
+def test_a_first_member_without_a_gradient_is_not_said_to_be_all_there_is(kind: str):
+    """The first round of a game warns that no ascent moves, which of the mixture is not true."""
+    world = World(3, 2)
+    still = linear(torch.zeros(2, 2), torch.zeros(2)).state_dict()
+    moving = linear(world.w[1], world.b[1]).state_dict()
+    mixture = Mixture([still, moving], model=linear(world.w[0], world.b[0]))
+    if kind == "models":
+        mixture = Mixture(
+            [linear(torch.zeros(2, 2), torch.zeros(2)), linear(world.w[1], world.b[1])]
+        )
+    labels = (world.x @ world.w[1].T + world.b[1]).argmax(-1)
+    found = mixture_accuracy(mixture, [batch_of(mixture, world.x, labels)], radius=9.0, unit=1.0)
+    assert not found.right[:, 1:3, 1].any()  # EoT-PGD and ARC break the member that moves
+
+
+def test_where_no_member_has_a_gradient_it_is_said():
+    still = [linear(torch.zeros(2, 2), torch.tensor([1.0, b])) for b in (0.0, 2.0)]
+    mixture = Mixture(still)
+    batches = [batch_of(mixture, torch.eye(2).double(), torch.tensor([0, 1]))]
+    with pytest.warns(UserWarning, match="exactly zero for every member"):
+        mixture_accuracy(mixture, batches, radius=1.0, unit=1.0)
+
+
 def test_a_member_in_play_is_not_attacked():
     mixture = three("models")
     with pytest.raises(mixadv.GameError, match="in play"), mixture.member(0):

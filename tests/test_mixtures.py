@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
-from mixadv.mixtures import Dropout, Mixture, mixture_of
+from mixadv.mixtures import Dropout, Mean, Mixture, mixture_of
 
 
 class Net(nn.Module):
@@ -70,6 +70,22 @@ def test_predictions_are_those_of_the_members(kind: str):
     drawn = mixture.predict(lambda: mixture(X), "draw", seed=3).double()
     assert torch.equal(drawn, mixture.predict(lambda: mixture(X), "draw", seed=3).double())
     assert all(any(torch.equal(row, e[i]) for e in each) for i, row in enumerate(drawn))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_as_a_classifier_is_the_mean_of_the_predictions(kind: str):
+    mixture = three(kind)
+    found = Mean(mixture)(X)
+    torch.testing.assert_close(found.exp(), mixture.predict(lambda: mixture(X)))
+    assert not found.requires_grad
+
+
+def test_the_loss_of_the_mean_is_finite_where_all_members_are_sure_and_wrong():
+    sure = nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        sure.weight.copy_(torch.tensor([[500.0], [-500.0]]))
+    logits = Mean(Mixture([sure, sure]))(torch.ones(1, 1))
+    assert nn.functional.cross_entropy(logits, torch.tensor([1])).item() == pytest.approx(1000)
 
 
 def test_a_draw_is_by_the_probabilities():

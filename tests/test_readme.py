@@ -24,11 +24,13 @@ import directions
 import games_compared
 import masked_loss
 import mixadv
+import mixture_cost
 import pretrain
 from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
 from mixadv.games import METHODS, PARTICLE_METHODS
 from mixadv.neurons import NeuronAnalysis, analysis
+from mixadv.round.cost import count_passes
 from mixadv.round.explain import solver_table
 from tests.processes import one_process
 from tests.substitution_zoo import word_tokenizer
@@ -152,6 +154,16 @@ def test_the_table_of_solvers_is_that_of_the_registry():
     assert found[0].strip() == solver_table(mixadv.SOLVERS.values())
 
 
+def test_the_passes_of_ways_to_mix_are_those_counted():
+    [table] = re.findall(r"<!-- mat -->\n(.*?)<!-- /mat -->", README, re.DOTALL)
+    for line in table.splitlines()[2:]:
+        code, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        solver = eval(code.split("`")[1], {"MAT": mixadv.MAT})
+        p = count_passes(solver)
+        counts = [p.forwards, p.delta_backwards, p.theta_backwards, p.steps]
+        assert cells == [*map(str, counts), f"{p.plain_steps:.1f}"], code
+
+
 @pytest.mark.parametrize("name", ["demo", "banking77", "cola", "anli", "fast", "pretrained"])
 def test_measured_tables_are_those_of_the_results(name: str):
     lines = (ROOT / "examples" / "results" / f"{name}.jsonl").read_text().splitlines()
@@ -228,6 +240,12 @@ def test_the_tables_of_costs_are_those_of_the_results():
     assert found.strip() == benchmark_results.report(usual)
     whole = ROOT / "examples" / "results" / "benchmark.md"
     assert whole.read_text().strip() == benchmark_results.report(kept)
+
+
+def test_the_table_of_what_mixtures_cost_is_that_of_the_results():
+    [found] = re.findall(r"<!-- mixture_cost -->\n(.*?)<!-- /mixture_cost -->", README, re.DOTALL)
+    lines = mixture_cost.OUTPUT.read_text().splitlines()
+    assert found.strip() == mixture_cost.table(map(json.loads, lines))
 
 
 def test_the_table_of_directions_is_that_of_the_results():

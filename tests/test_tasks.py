@@ -10,6 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 import mixadv
+from mixadv.maths.divergence import divergence
+from mixadv.solvers.base import DivergenceSolver
 from tests.worlds import classified, played
 from tests.zoo import (
     SIZE,
@@ -319,6 +321,35 @@ def test_images_with_predictions_per_pixel_are_refused_with_the_shape_to_return(
 
     with pytest.raises(mixadv.GameError, match=r"\[B, C, H, W\] as logits.flatten\(2\).mT"):
         mixadv.Game(model, mixadv.ALUM()).backward(closure)
+
+
+DIVERGING = [n for n, s in mixadv.SOLVERS.items() if issubclass(s, DivergenceSolver)]
+
+
+@pytest.mark.parametrize("over", ["samples", "tokens"])
+@pytest.mark.parametrize("name", DIVERGING)
+def test_a_row_counts_once_or_by_its_tokens(name: str, over: Any) -> None:
+    """Of released code the term is a mean over the tokens of the batch, of papers one over rows."""
+    model, closure = tagging()
+    model.double().eval()
+    still = {"particles": 1, "learner_temperature": 0.0} if name == "mat" else {}
+    solver = mixadv.make_solver(name, mean_over=over, **still)
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.0), model, solver)
+    optimizer.step(closure)
+    game, embedding = optimizer.game, model.get_input_embeddings()  # pyright: ignore
+    delta = game.rounds.arena.scale * game.strategy.points[0][0]
+    with torch.no_grad():
+        clean = closure().logits
+        with embedding.register_forward_hook(lambda module, args, output: output + delta):
+            moved = closure().logits
+    batch = text()
+    real = batch["attention_mask"].bool()
+    real[:, 0] = False
+    each = divergence(solver.divergence)(moved, clean)
+    rows = torch.stack([values[own].mean() for values, own in zip(each, real, strict=True)])
+    expected = rows.mean() if over == "samples" else each[real].mean()
+    assert optimizer.outcome.payoff == pytest.approx(expected.item(), rel=1e-3)
+    assert rows.mean() != pytest.approx(each[real].mean().item(), rel=1e-2)
 
 
 @pytest.mark.slow

@@ -50,15 +50,31 @@ class Named(argparse.Action):
         """Set the option, or end with what is wrong with a value."""
         found: dict[str, str] = {}
         for given in values:
-            name, _, where = given.partition("=")
-            if not (name and where) or "/" in name:
-                parser.error(f"{option} {given}: write {self.metavar}, a name without /.")
+            name, matching = self.split(parser, given, option)
             if name in found:
                 parser.error(f"{option} {given}: {name} is the name of {found[name]} already.")
-            matching = sorted(glob(where)) or [where]
             if len(matching) > 1:
                 parser.error(f"{option} {given}: {len(matching)} match, {', '.join(matching[:3])}.")
             found[name] = matching[0]
+        setattr(namespace, self.dest, found)
+
+    def split(self, parser: Any, given: str, option: str | None) -> tuple[str, list[str]]:
+        """Return the name, and what the pattern matches; itself where that is nothing."""
+        name, _, where = given.partition("=")
+        if not (name and where) or "/" in name:
+            parser.error(f"{option} {given}: write {self.metavar}, a name without /.")
+        return name, sorted(glob(where)) or [where]
+
+
+class Members(Named):
+    """Gathers all that is given under one name: NAME=WHERE several times, or a pattern."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Set the option, or end with what is wrong with a value."""
+        found: dict[str, list[str]] = {}
+        for given in values:
+            name, matching = self.split(parser, given, option)
+            found.setdefault(name, []).extend(matching)
         setattr(namespace, self.dest, found)
 
 

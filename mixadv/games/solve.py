@@ -112,6 +112,24 @@ def mixtures(payoff: Tensor, steps: int = 20_000, tolerance: float = 1e-7) -> tu
     return found.learner, found.adversary
 
 
+def pure_where_no_worse(payoff: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mixtures of a matrix game, or best pure strategies where they guarantee as much.
+
+    Where a gap is left, the mixture found may be worse than a pure strategy.
+
+    Args:
+        payoff: of the adversary, `[m, n]`.
+        x: of the learner, `[m]`.
+        y: of the adversary, `[n]`.
+    """
+    pays, earns = payoff.amax(1), payoff.amin(0)
+    if (x @ payoff).amax() >= pays.amin():
+        x = torch.eye(len(pays), dtype=payoff.dtype)[pays.argmin()]
+    if (payoff @ y).amin() <= earns.amax():
+        y = torch.eye(len(earns), dtype=payoff.dtype)[earns.argmax()]
+    return x, y
+
+
 def _solve(game: Any, method: Method | ParticleMethod, run: _Run) -> Solution:
     if not isinstance(game, (MatrixGame, ContinuousGame)):
         raise TypeError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixadv.checks import check_integer, check_number
 from mixadv.games import MatrixGame
-from mixadv.games.solve import mixtures
+from mixadv.games.solve import mixtures, pure_where_no_worse
 from mixadv.mixtures.mixture import Mixture
 
 
@@ -124,14 +124,7 @@ def weigh_under(
 
 
 def _solved(payoff: Tensor, steps: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Return both players' mixtures, of which none is worse than its best pure strategy."""
-    x, y = mixtures(payoff, steps, tolerance)
-    rows, columns = payoff.amax(1), payoff.amin(0)
-    if (x @ payoff).amax() >= rows.amin():
-        x = torch.eye(len(rows), dtype=payoff.dtype)[rows.argmin()]
-    if (payoff @ y).amin() <= columns.amax():
-        y = torch.eye(len(columns), dtype=payoff.dtype)[columns.argmax()]
-    return x, y
+    return pure_where_no_worse(payoff, *mixtures(payoff, steps, tolerance))
 
 
 def _weighing(payoff: Tensor, x: Tensor, y: Tensor) -> Weighing:

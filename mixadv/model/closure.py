@@ -1,7 +1,7 @@
 """What a closure returns, read into a loss and predictions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from mixadv.maths.divergence import NEVER, Divergence
 from mixadv.model.heads import read_besides
 
 Closure = Callable[[], Any]
+MeanOver = Literal["samples", "tokens"]
+"""What counts the same in a mean of predictions per token."""
 
 _EXPECTED = (
     "A closure runs the forward pass and returns a scalar loss, one loss per sample [B], a tuple "
@@ -86,11 +88,12 @@ class Reading(NamedTuple):
         wide = torch.promote_types(self.predictions.dtype, torch.float32)
         return self._replace(predictions=self.predictions.to(wide))
 
-    def diverge(self, clean: Tensor, divergence: Divergence) -> Tensor:
+    def diverge(self, clean: Tensor, divergence: Divergence, over: MeanOver = "samples") -> Tensor:
         """Return the divergence of these predictions from clean ones, one value per sample `[B]`.
 
-        Predictions per token are averaged over those that count, those of several heads added up.
-        Computed outside autocast.
+        Predictions per token are averaged over those that count, those of several heads added up;
+        over `"tokens"` a sample has the share of its tokens, so that the mean of the values is that
+        over all tokens of the batch. Computed outside autocast.
         """
         assert self.predictions is not None
         with torch.autocast(self.predictions.device.type, enabled=False):
@@ -98,7 +101,9 @@ class Reading(NamedTuple):
             if values.dim() < 2:
                 return values
             real = torch.ones_like(values) if self.mask is None else self.mask.to(values.dtype)
-            return self.heads * (values * real).sum(-1) / real.sum(-1).clamp(min=1)
+            own, all_tokens = real.sum(-1).clamp(min=1), real.sum().clamp(min=1)
+            count = own if over == "samples" else all_tokens / len(real)
+            return self.heads * (values * real).sum(-1) / count
 
 
 def parse_output(

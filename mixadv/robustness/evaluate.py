@@ -11,13 +11,13 @@ from torch import nn
 
 from mixadv.checks import check_integer, check_number
 from mixadv.game import Game
-from mixadv.mixtures import Mixture
+from mixadv.mixtures import Mean, Mixture
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
 from mixadv.reports.kept import Kept, as_json, digest
 from mixadv.robustness.data import DataError, Rows, read_rows
 from mixadv.robustness.report import Report
-from mixadv.robustness.sections import Attacked, Measured, Record, drawn
+from mixadv.robustness.sections import Attacked, Measured, Record, drawn, made_of
 from mixadv.round.validate import check_seed
 from mixadv.tokens import WordSubstitution
 from mixadv.tokens.reading.encoding import longest
@@ -102,7 +102,9 @@ class Evaluation:
         game: Game | None = None,
         mixture: Mixture | None = None,
     ) -> Report:
-        """Return what `evaluate` does of one model."""
+        """Return what `evaluate` does of one model, or of one mixture."""
+        if isinstance(model, Mixture):
+            model, mixture = self._mean(model, game, mixture), model
         if game is not None and not isinstance(game, Game):
             raise TypeError(
                 f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}."
@@ -115,11 +117,13 @@ class Evaluation:
         if mixture is not None and not isinstance(mixture, Mixture):
             raise TypeError(f"mixture must be a mixadv.mixtures.Mixture, got {mixture!r:.80}.")
         sets = self._read(model, data)
-        reader = Reader(model, tokenizer, self.max_length, self.batch_size, 0)  # refuses slow ones
+        reads = model.mixture.model if isinstance(model, Mean) else model
+        reader = Reader(reads, tokenizer, self.max_length, self.batch_size, 0)  # refuses slow ones
         most = longest(model, tokenizer)
         if self.max_length and most and self.max_length > most:
             raise ValueError(f"max_length is {self.max_length}, and the model reads {most} tokens.")
-        key = {"model": model, "tokenizer": tokenizer, "tokens": reader.max_length}
+        what = made_of(model.mixture) if isinstance(model, Mean) else model
+        key = {"model": what, "tokenizer": tokenizer, "tokens": reader.max_length}
         kept = Kept(None if self.folder is None else Path(self.folder), key, self.progress)
         by = Measured(model, tokenizer, kept, self.batch_size, self.max_length)
         places = drawn(sets[CLEAN], self.rows, self.seed)
@@ -129,7 +133,8 @@ class Evaluation:
             found = {"about": about, CLEAN: by.predictions(CLEAN, sets[CLEAN])}
             if self.shifted:
                 found["shifted"] = by.shifted(found[CLEAN], {n: sets[n] for n in self.shifted})
-            found |= self._attacked(under, found[CLEAN], about["unit"])
+            if not isinstance(model, Mean):
+                found |= self._attacked(under, found[CLEAN], about["unit"])
             if mixture is not None:
                 how = {"unit": about["unit"], "steps": self.steps, "restarts": self.restarts}
                 found["mixture"] = under.mixture(mixture, self.radii, **how)
@@ -139,6 +144,20 @@ class Evaluation:
                 last = {CLEAN: found[CLEAN], **found.get("shifted", {})}
                 found["learners"] = by.learners(game, sets, last)
         return Report(as_json(found))
+
+    def _mean(self, mixture: Mixture, game: Game | None, other: Mixture | None) -> Mean:
+        """Return what predicts where a mixture is evaluated; refuse what is of one model alone."""
+        if game is not None or other is not None:
+            raise ValueError(
+                "A mixture is evaluated by itself, without game= and mixture=: these belong to one "
+                "model."
+            )
+        if self.attacks:
+            raise ValueError(
+                "Words are ranked by the gradient of one model, and a mixture has several: leave "
+                "attacks= out, or evaluate a member."
+            )
+        return Mean(mixture)
 
     def _read(self, model: nn.Module, data: Any) -> dict[str, Rows]:
         """Return the data and the shifted sets by name."""
@@ -209,13 +228,16 @@ def evaluate(
     6. With a mixture: its accuracy under attacks that are made for mixtures (`mixture_accuracy`),
        at each radius, beside the mean of its members, their vote, and each member alone.
 
+    Of a mixture in the model's place these are 1., by the mean of its members' probabilities, and
+    6.; `mixture=Mixture([model])` sees one model under the same attacks.
+
     Attacks, in embedding space too, are on the same rows. The model is in evaluation mode
     meanwhile; it and the random state are left as they were, after an exception too. Of several
     processes one alone may call this, unless the model is sharded or in fp16, or the game has not
     played yet: they wait for each other then.
 
     Args:
-        model: a sequence classifier of transformers.
+        model: a sequence classifier of transformers, or a mixture of such.
         tokenizer: of the model, a fast one.
         data: a file of JSON lines, a `datasets.Dataset`, a list of dicts or a dict of columns, as
             for `mixadv.robustness.read_rows`; or `Rows`.

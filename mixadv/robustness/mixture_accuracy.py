@@ -146,7 +146,10 @@ class MixtureAttacks:
         ascent, rows, columns = replace(ascent, norm=self.norm), [], []
         with playing(mixture, self.site, self.draws, self.seed) as play:
             for batch in tqdm(batches, desc="mixture", unit="batch", disable=not progress):
-                found = self._measured(play(batch), ascent)
+                played = play(batch)
+                if not rows:
+                    played.check_moves()
+                found = self._measured(played, ascent)
                 rows.append(batch.rows)
                 columns.append([column.cpu() for column in found])
         return MixtureAccuracy(mixture.probabilities.numpy(), *in_order(rows, columns))

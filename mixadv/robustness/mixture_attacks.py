@@ -22,7 +22,14 @@ from mixadv.model.replay import Noise
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.robustness.ascents import step_length
-from mixadv.robustness.mixture_play import CHOSEN, CLIMBED, Drawn, MixturePlay, logits_of
+from mixadv.robustness.mixture_play import (
+    CHOSEN,
+    CLIMBED,
+    Drawn,
+    MixturePlay,
+    logits_of,
+    loss_of,
+)
 
 DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
 BEYOND = 0.05  # by what part of the radius ARC steps over a boundary, as its released code does
@@ -73,7 +80,7 @@ def pgd(
         q = play.start(ascent, number - 1) if number else play.zero
         for step in range(ascent.steps):
             members = play.drawn(CLIMBED + number * ascent.steps + step)
-            found = [play.slopes(member, q, _losses) for member in members]
+            found = [play.slopes(member, q, loss_of) for member in members]
             weights = weigh(torch.cat([losses for losses, _ in found]), play.weights)
             columns = zip(*(slopes for _, slopes in found), strict=True)
             gradients = [_sum(map(_by_row, weights, column)) for column in columns]
@@ -106,10 +113,6 @@ def arc(play: MixturePlay, ascent: Ascent, standing: Standing, classes: int) -> 
             new = [ascent.project((c + d)[0])[None] for c, d in points]
             q, least = _lower(play, standing, q, least, Strategy(new, q.masks))
     return q
-
-
-def _losses(reading: Reading) -> Tensor:
-    return reading.loss[None]
 
 
 def _beyond(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -109,6 +110,18 @@ class MixturePlay:
         real = [g if mask is None else g.where(mask > 0, 0) for g, mask in pairs]
         return values.detach(), [g.nan_to_num(0, 0, 0) for g in real]
 
+    def check_moves(self) -> None:
+        """Warn if at δ = 0 no member's loss has a gradient, so that no attack has a direction."""
+        first = (self.slopes(member, self.zero, loss_of)[1] for member in self.drawn(CHOSEN))
+        if not any(bool(slope.any()) for slopes in first for slope in slopes):
+            warnings.warn(
+                "The gradient of the loss with respect to δ is exactly zero for every member: "
+                "weights on the way to the loss that are zero, losses that are too small for their "
+                "number format, or a function such as round(). No attack here moves but by chance: "
+                "what it leaves right is not robust for that.",
+                stacklevel=4,
+            )
+
 
 @contextmanager
 def playing(
@@ -135,6 +148,11 @@ def playing(
             )
 
         yield play
+
+
+def loss_of(reading: Reading) -> Tensor:
+    """Return the loss of each sample, `[1, B]`."""
+    return reading.loss[None]
 
 
 def logits_of(reading: Reading) -> Tensor:
@@ -171,10 +189,19 @@ def _stage(
         _drawn_anew(mixture, number, seed),
         mixture.member(number) as module,
         learnable(module),
+        _unwarned(),
         game(module).rounds.rehearse(batch.closure) as stage,
         stage.passes.frozen(),
     ):
         yield stage
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Leave out that one member has no gradient: others may have, see `check_moves`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The gradient with respect to δ at .* is exactly zero")
+        yield
 
 
 @contextmanager

@@ -8,6 +8,29 @@ from typing import Any
 from mixadv.reports.shown import Table, share
 from mixadv.robustness.sections import unit
 
+WAYS = ("a member drawn", "mean", "vote")
+
+NOTE = (
+    "A member drawn, mean, vote: accuracy where a mixture draws a member, of the mean of their "
+    "probabilities and of their vote, of the rows attacked, each under the worst δ of all attacks "
+    "that are made for mixtures."
+)
+
+
+def cells(sections: Mapping[str, Any]) -> dict[str, str]:
+    """Return the cells of a mixture by column, none without one."""
+    if "mixture" not in sections or not sections["mixture"]["radii"]:
+        return {}
+    found = sections["mixture"]
+    under = [accuracy["worst of all"] for accuracy in found["accuracy"]]
+    return {
+        f"{way} within {radius:g} %": share(accuracy)
+        for radius, ways in zip(
+            (0, *found["radii"]), (found["accuracy"][0]["none"], *under), strict=True
+        )
+        for way, accuracy in zip(WAYS, ways, strict=True)
+    }
+
 
 def attacked(sections: Mapping[str, Any]) -> Table:
     """Return the accuracy under each attack of a member drawn, and of what is deterministic."""
@@ -22,7 +45,7 @@ def attacked(sections: Mapping[str, Any]) -> Table:
         f"one perturbation for all ({about['steps']} steps, {len(about['attacked'])} rows; radii "
         f"in {unit(about)})"
     )
-    return Table(title, ("radius", "attack", "a member drawn", "mean", "vote"), rows)
+    return Table(title, ("radius", "attack", *WAYS), rows)
 
 
 def members(sections: Mapping[str, Any]) -> Table:

@@ -101,11 +101,13 @@ def compare(reports: Mapping[str, Report]) -> str:
     """Return a Markdown table of several models, one in each row, and what to know of it.
 
     Accuracies are in per cent, with 95 % intervals over rows. The loss increase is the median, with
-    quartiles, over the rows that all models classify correctly (Zhu et al. 2020, table 5).
+    quartiles, over the rows that all models classify correctly (Zhu et al. 2020, table 5). Mixtures
+    stand under the worst of the attacks that are made for them, and with them the models that were
+    evaluated with `mixture=`; a single model compares as the mixture of itself.
 
     Args:
-        reports: by the name of the model, on the same data with the same rows attacked. Attacks of
-            one name are taken to be the same.
+        reports: by the name of the model or mixture, on the same data with the same rows attacked.
+            Attacks of one name are taken to be the same.
 
     Raises:
         ValueError: for reports of other rows, steps or restarts, and for loss increases at
@@ -123,6 +125,8 @@ def compare(reports: Mapping[str, Report]) -> str:
     if len(set(units.values())) > 1:
         each = ", ".join(f"{name} {number(value)}" for name, value in units.items())
         notes.append(f"Radii are in token norms of each model, balls of different size: {each}.")
+    if any("mixture" in found for found in sections.values()):
+        notes.append(mixture_tables.NOTE)
     for name, more in _increases(sections, notes).items():
         cells[name].update(more)
     columns = dict.fromkeys(column for row in cells.values() for column in row)
@@ -244,7 +248,7 @@ def _cells(sections: Mapping[str, Any]) -> dict[str, str]:
         cells[f"{name} success %"] = _success(found)
     if "exploitability" in sections:
         cells["exploitability ≥"] = number(sections["exploitability"]["gain"])
-    return cells
+    return cells | mixture_tables.cells(sections)
 
 
 def _increases(

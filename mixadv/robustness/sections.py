@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from mixadv.equilibrium import exploitability
 from mixadv.exploited import Exploitability
 from mixadv.game import Game
-from mixadv.mixtures import Mixture
+from mixadv.mixtures import Mean, Mixture
 from mixadv.reports.kept import Kept, digest
 from mixadv.reports.shown import number
 from mixadv.robustness.ascents import token_norm
@@ -124,11 +124,19 @@ class Attacked:
         attacked = self.rows.take(self.places)
         return {"rows": [attacked.texts, attacked.labels, self.places], "seed": self.seed}
 
+    def of(self, mixture: Mixture) -> Attacked:
+        """Return the same attacks of a mixture."""
+        return dataclasses.replace(self, by=dataclasses.replace(self.by, model=mixture))
+
     def unit(self) -> float:
         """Return the mean L2 norm of a token's embedding in the rows that are attacked."""
 
         def measure() -> float:
-            return token_norm(self.by.model, self._batches(slice(None)))
+            model = self.by.model
+            if not isinstance(model, Mean):
+                return token_norm(model, self._batches(slice(None)))
+            with model.mixture.member(0) as first:
+                return token_norm(first, self.of(model.mixture)._batches(slice(None)))
 
         return self.by.kept.once("unit", self.key, measure)
 
@@ -166,8 +174,7 @@ class Attacked:
 
     def mixture(self, mixture: Mixture, radii: Sequence[float], **how: Any) -> Record:
         """Return the accuracy of a mixture under attacks that are made for it, at each radius."""
-        under = dataclasses.replace(self, by=dataclasses.replace(self.by, model=mixture))
-        what = [mixture.model, mixture.members, mixture.probabilities]
+        under = self.of(mixture)
         radii, found = sorted(set(radii) - {0}), []
         for radius in radii:
             attacks = MixtureAttacks(radius=radius, seed=self.seed, **how)
@@ -177,7 +184,7 @@ class Attacked:
                 columns = (getattr(measured, name).tolist() for name in MIXTURE)
                 return zip(*columns, strict=True)
 
-            key = {"mixture": what, "attacks": attacks}
+            key = {"mixture": made_of(mixture), "attacks": attacks}
             rows = under._kept(f"mixture, {radius:g}", key, compute)
             found.append(_columns(MIXTURE, rows))
         return _mixture(mixture.probabilities, radii, found)
@@ -239,6 +246,11 @@ def drawn(rows: Rows, count: int | None, seed: int) -> list[int]:
     order = sorted(drawn, key=lambda place: (-lengths[place], place))
     parts = [sorted(order[start : start + STEP]) for start in range(0, len(order), STEP)]
     return [place for part in parts for place in part]
+
+
+def made_of(mixture: Mixture) -> list[Any]:
+    """Return what a mixture predicts by, for a key of what is kept."""
+    return [mixture.model, mixture.members, mixture.probabilities]
 
 
 def increase_of(section: Mapping[str, Any]) -> LossIncrease:

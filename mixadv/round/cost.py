@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixadv.errors import GameError
 from mixadv.maths.divergence import Divergence
-from mixadv.model.closure import Reading
+from mixadv.model.closure import MeanOver, Reading
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.opening import Begin
@@ -159,7 +159,12 @@ class Rehearsal(Moves):
         return _READING
 
     def divergence(
-        self, q: Strategy, kind: str | Divergence, fixed: bool = False, sampled: bool = False
+        self,
+        q: Strategy,
+        kind: str | Divergence,
+        fixed: bool = False,
+        sampled: bool = False,
+        over: MeanOver = "samples",
     ) -> Tensor:
         if fixed:
             self.clean()
@@ -168,7 +173,7 @@ class Rehearsal(Moves):
         self.particles = max(self.particles, q.size)
         return self.loss(q.mean() if sampled else q)
 
-    def proximal(self, kind: str | Divergence) -> Tensor:
+    def proximal(self, kind: str | Divergence, over: MeanOver = "samples") -> Tensor:
         self._learn_clean()
         self.forwards += 1
         return torch.zeros(())

@@ -10,7 +10,7 @@ from torch import Tensor
 from mixadv.errors import GameError
 from mixadv.maths import gauss_newton
 from mixadv.maths.divergence import Divergence, divergence
-from mixadv.model.closure import Reading
+from mixadv.model.closure import MeanOver, Reading
 from mixadv.model.contexts import no_grad
 from mixadv.model.modules import functional
 from mixadv.model.parallel import local
@@ -209,13 +209,18 @@ class Stage(Moves):
         return reading._replace(loss=objective)
 
     def divergence(
-        self, q: Strategy, kind: str | Divergence, fixed: bool = False, sampled: bool = False
+        self,
+        q: Strategy,
+        kind: str | Divergence,
+        fixed: bool = False,
+        sampled: bool = False,
+        over: MeanOver = "samples",
     ) -> Tensor:
         measure, clean = divergence(kind), self.clean().compared
         clean = clean.detach() if fixed else clean
 
         def read(reading: Reading, copies: int) -> Tensor:
-            return reading.diverge(repeated(clean, copies), measure)
+            return reading.diverge(repeated(clean, copies), measure, over)
 
         self.played = q = q.detach()
         if sampled and q.size > 1:
@@ -225,13 +230,13 @@ class Stage(Moves):
         self._pay(expected)
         return expected
 
-    def proximal(self, kind: str | Divergence) -> Tensor:
+    def proximal(self, kind: str | Divergence, over: MeanOver = "samples") -> Tensor:
         clean, learner = self.clean(), self.arena.learner
         assert learner is not None
         teacher = functional(self.arena.model, learner.teacher_weights(), self.goals.closure)
         with no_grad():
             target = self.passes.run(nowhere, teacher).compared
-        return clean.diverge(target.detach(), divergence(kind)).mean()
+        return clean.diverge(target.detach(), divergence(kind), over).mean()
 
     def renew(self) -> None:
         """Forget what belongs to the weights before the learner's step."""

@@ -10,8 +10,8 @@ gradients in an L∞ ball, is `normalize="none", norm="linf"`. The released code
 embedding in the adversarial branch, rescales δ to norm 1 whatever ε, and as shipped leaves the
 adversarial term off. It holds the target of each KL constant: `divergence="fixed_symmetric_kl"` has
 its gradient, about half of ours at the same α. Its term is a mean over the tokens of the batch that
-are predicted; ours is a mean over rows of each row's mean, in which a row counts as much as any
-other, however many of its tokens are masked.
+are predicted, `mean_over="tokens"`; ours is a mean over rows of each row's mean, in which a row
+counts as much as any other, however many of its tokens are masked.
 """
 
 from dataclasses import dataclass
@@ -40,4 +40,4 @@ class ALUM(DivergenceSolver):
     def play(self, stage: Moves) -> Play:
         """Play `∇θ [ ℓ(X) + α·ℓ_s(X+δ, X) ]`."""
         delta = stage.ascend(self.divergence, self)
-        yield Step(stage.loss() + self.smoothness_weight * stage.divergence(delta, self.divergence))
+        yield Step(stage.loss() + self.smoothness(stage, delta))

@@ -3,17 +3,19 @@
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from mixadv.checks import check_flag, check_number
 from mixadv.errors import nearest, unknown_parameter
 from mixadv.maths.divergence import DIVERGENCES, Divergence, divergence
 from mixadv.maths.gauss_newton import CURVED, FLAT
+from mixadv.model.closure import MeanOver
 from mixadv.model.representation import Source
-from mixadv.players.ascent import Ascent, Direction, Sign
+from mixadv.players.ascent import Ascent, Direction, Sign, check_choices
 from mixadv.players.learner import Learner
+from mixadv.players.strategy import Strategy
 from mixadv.solvers.play import Moves, Play
 
 WORDS = {
@@ -171,17 +173,27 @@ class DivergenceSolver(Solver):
     Attributes:
         smoothness_weight: λ, or α, of the divergence beside the task loss.
         divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
+        mean_over: what counts the same in the learner's mean of ℓ_s where predictions are per
+            token: `"samples"`, or `"tokens"`, so that a sample counts by its tokens. Each sample's
+            adversary climbs its own mean either way.
     """
 
     direction: Direction = "gradient"
     sign: Sign | None = None
     smoothness_weight: float = 1.0
     divergence: str | Divergence = "symmetric_kl"
+    mean_over: MeanOver = "samples"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_divergence(self, "divergence")
         check_number(type(self).__name__, "smoothness_weight", self.smoothness_weight)
+        check_choices(self, {"mean_over": get_args(MeanOver)})
+
+    def smoothness(self, stage: Moves, q: Strategy, **how: bool) -> Tensor:
+        """Return λ·ℓ_s of the learner at a strategy; `how` as in `Moves.divergence`."""
+        moved = stage.divergence(q, self.divergence, **how, over=self.mean_over)
+        return self.smoothness_weight * moved
 
     @property
     def gain(self) -> str | Divergence:

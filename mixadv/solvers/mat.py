@@ -196,8 +196,7 @@ class MAT(DivergenceSolver):
         """Play K_θ optimizer steps against one strategy."""
         q, sampled = self.adversary(stage), self.play_as == "sample"
         for _ in range(self.learner_steps):
-            moved = stage.divergence(q, self.divergence, sampled=sampled)
-            yield Step(stage.loss() + self.smoothness_weight * moved)
+            yield Step(stage.loss() + self.smoothness(stage, q, sampled=sampled))
 
     def adversary(self, stage: Moves) -> Strategy:
         """Return the strategy of this round, pure where the mean is played."""

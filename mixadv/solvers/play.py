@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixadv.maths.divergence import Divergence
-from mixadv.model.closure import Reading
+from mixadv.model.closure import MeanOver, Reading
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.opening import Begin
@@ -159,16 +159,22 @@ class Moves(Protocol):
         ...
 
     def divergence(
-        self, q: Strategy, kind: str | Divergence, fixed: bool = False, sampled: bool = False
+        self,
+        q: Strategy,
+        kind: str | Divergence,
+        fixed: bool = False,
+        sampled: bool = False,
+        over: MeanOver = "samples",
     ) -> Tensor:
         """Return the expected divergence between perturbed and clean predictions, 0-d.
 
         Gradients reach θ through both arguments, or, where the clean predictions are `fixed`,
         through the perturbed ones alone; the points are constants. Where it is `sampled`, each
         sample meets one particle, drawn anew by the weights: the same in expectation, for one pass.
+        It is the mean over samples, or over all tokens of the batch.
         """
         ...
 
-    def proximal(self, kind: str | Divergence) -> Tensor:
+    def proximal(self, kind: str | Divergence, over: MeanOver = "samples") -> Tensor:
         """Return the divergence of the predictions from those of the teacher, 0-d."""
         ...

@@ -62,7 +62,7 @@ class R3F(DivergenceSolver):
     def play(self, stage: Moves) -> Play:
         """Play `∇θ [ ℓ(X) + λ·KL_S(X, X+z) ]`."""
         noise = stage.start(self).detach()
-        yield Step(stage.loss() + self.smoothness_weight * stage.divergence(noise, self.divergence))
+        yield Step(stage.loss() + self.smoothness(stage, noise))
 
 
 def spectral_normalize(head: nn.Module) -> nn.Module:

@@ -68,7 +68,8 @@ class SMART(DivergenceSolver):
     def play(self, stage: Moves) -> Play:
         """Play `∇θ [ ℓ + λ·ℓ_s(X+δ, X) + μ·ℓ_s(θ, θ̃) ]`."""
         delta = stage.ascend(self.divergence, self)
-        objective = stage.loss() + self.smoothness_weight * stage.divergence(delta, self.divergence)
+        objective = stage.loss() + self.smoothness(stage, delta)
         if self.proximal_weight:
-            objective = objective + self.proximal_weight * stage.proximal(self.divergence)
+            moved = stage.proximal(self.divergence, self.mean_over)
+            objective = objective + self.proximal_weight * moved
         yield Step(objective)

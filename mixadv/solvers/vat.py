@@ -64,5 +64,4 @@ class VAT(DivergenceSolver):
             else:
                 _, _, gradients = stage.payoffs(d, self.divergence, self)
             d = stage.move(zero, probe if k < self.steps - 1 else self, gradients)
-        smoothness = stage.divergence(d, self.divergence, fixed=True)
-        yield Step(stage.loss() + self.smoothness_weight * smoothness)
+        yield Step(stage.loss() + self.smoothness(stage, d, fixed=True))

@@ -26,6 +26,7 @@ from mixadv.tokens.substitution.game import (
     substitution_game,
 )
 from mixadv.tokens.substitution.greedy import WordSubstitution
+from mixadv.tokens.substitution.growing import grown_game
 
 __all__ = [
     "FUNCTION_WORDS",
@@ -48,6 +49,7 @@ __all__ = [
     "attack_summary",
     "dropout_masks",
     "generator_config",
+    "grown_game",
     "learner_samples",
     "masked_predictions",
     "predictions_at",

@@ -176,6 +176,8 @@ CONTENDERS: dict[str, Contender] = {
     "mat, bf16 ascent": row(mat(**_BF16), rivals=_MAT),
     "mat, Gauss–Newton, bf16": row(mat(**_LEAP, **_BF16), rivals=_MAT),
     "straightforward mat": row(mat(), enter=straightforward),
+    "mat, defaults": row(mixadv.MAT(**_BALL)),
+    "mat, path": row(mat(points="path", play_as="sample")),
     "mat, ensemble of 4": row(_ENSEMBLE, extra=True),
     "mat, ensemble of 4, recomputed": row(
         replace(_ENSEMBLE, recompute=True), rivals=("mat, ensemble of 4",), extra=True

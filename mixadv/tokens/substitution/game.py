@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from mixadv.checks import check_integer
 from mixadv.game import Game
-from mixadv.games.solve import mixtures
+from mixadv.games.solve import mixtures, pure_where_no_worse
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
 from mixadv.tokens.reading.encoding import Text, longest, segment, tokens, with_segment
@@ -99,8 +99,7 @@ def solve_games(
     """Return both players' mixtures in each game; all are solved at once.
 
     By restarted mirror prox, which stops where the gap of every game is within the tolerance. A
-    player whose mixture guarantees less than its best pure strategy, by what is left of the gap,
-    plays the pure one: no mixture returned is worse than a pure strategy.
+    player whose mixture guarantees no more than its best pure strategy plays the pure one.
 
     Args:
         games: with the same learners.
@@ -129,11 +128,8 @@ def solve_games(
 
 
 def _certified(payoff: Tensor, x: Tensor, y: Tensor) -> Equilibrium:
+    x, y = pure_where_no_worse(payoff, x, y)
     rows, columns = payoff.amax(1), payoff.amin(0)  # what pure strategies lose, earn
-    if (x @ payoff).amax() > rows.amin():
-        x = torch.eye(len(rows), dtype=payoff.dtype)[rows.argmin()]
-    if (payoff @ y).amin() < columns.amax():
-        y = torch.eye(len(columns), dtype=payoff.dtype)[columns.argmax()]
     worst, guaranteed = (x @ payoff).amax().item(), (payoff @ y).amin().item()
     return Equilibrium(
         learner=x,
@@ -175,12 +171,8 @@ def single_substitutions(
     """
     check_integer("single_substitutions", "max_texts", max_texts, 1)
     words = Words(segment(text, column))
-    at = [i for i in range(len(words)) if words[i].lower() not in protected]
-    found = [
-        words.replaced({i: new})
-        for i, replacements in zip(at, candidates([words] * len(at), at), strict=True)
-        for new in replacements
-    ]
+    options = replacements(words, candidates, protected)
+    found = [words.replaced({at: new}) for at, own in options.items() for new in own]
     if similarity is not None:
         found = list(compress(found, similarity.keeps([words.text] * len(found), found)))
     if len(found) > max_texts - 1:
@@ -188,6 +180,14 @@ def single_substitutions(
         chosen = torch.randperm(len(found), generator=draw)[: max_texts - 1].sort().values
         found = [found[i] for i in chosen.tolist()]
     return (text, *(with_segment(text, column, new) for new in found))
+
+
+def replacements(
+    words: Words, candidates: Candidates, protected: frozenset[str]
+) -> dict[int, Sequence[str]]:
+    """Return what may stand in the place of each word, by its number."""
+    at = [i for i in range(len(words)) if words[i].lower() not in protected]
+    return dict(zip(at, candidates([words] * len(at), at), strict=True))
 
 
 def dropout_masks(model: nn.Module, seeds: Sequence[int]) -> list[Classifier]:

@@ -1,0 +1,158 @@
+"""What a mixture costs: on disk, and in time to predict, whole weights against LoRA adapters.
+
+Mixtures of several sizes predict one batch in each way (mean, draw, vote), in turn with the model
+alone, in an order that every round reverses. Times of the processor are over that of the model
+alone in the same round: medians over rounds, and [least, most]. Megabytes are those of the folder
+that `Mixture.save_pretrained` writes, without the model that the members change. No member is
+trained: time and size do not depend on it.
+
+    python examples/research/mixture_cost.py             # three minutes, 3 GB of memory
+    python examples/research/mixture_cost.py --report    # the table of what was measured
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import peft
+import torch
+from tqdm import tqdm
+
+import _above  # noqa: F401
+from benchmark_parts.measure import timed
+from benchmark_parts.results import Spread, ratio
+from benchmark_parts.work import EMBEDDED, MODELS, Part, load
+from common.options import Parser, positive
+from common.tables import markdown
+from mixadv.mixtures import Adapter, Mixture
+
+OUTPUT = Path(__file__).parent.parent / "results" / "mixture_cost.jsonl"
+WAYS = ("mean", "draw", "vote")
+RANK = 8
+"""Of the adapters, on queries and values; the head of each member is its own."""
+HEAD = ["members", "of", "MB", *WAYS]
+Result = dict[str, Any]
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = Parser(
+        prog="mixture_cost.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    sizes = [1, 2, 4, 8]
+    add(
+        "--members", nargs="+", type=positive, default=sizes, metavar="M", help="(default: 1 2 4 8)"
+    )
+    add("--model", choices=[*MODELS, EMBEDDED], default=EMBEDDED, help="(default: %(default)s)")
+    add("--rows", type=positive, default=32, metavar="B", help="of the batch (default: 32)")
+    add("--tokens", type=positive, default=24, metavar="N", help="of a row (default: 24)")
+    add("--rounds", type=positive, default=5, metavar="N", help="(default: %(default)s)")
+    add("--output", type=Path, default=OUTPUT, metavar="FILE", help="(default: examples/results)")
+    add("--report", action="store_true", help="measure nothing, print the table")
+    return parser.parse_args(argv)
+
+
+def of_weights(model: Any, members: int) -> Mixture:
+    """Return a mixture of whole weights."""
+    return Mixture([copy.deepcopy(model.state_dict()) for _ in range(members)], model=model)
+
+
+def of_adapters(model: Any, members: int) -> Mixture:
+    """Return a mixture of adapters."""
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=RANK, target_modules=["query", "value"], init_lora_weights=False
+    )
+    names = [f"member {number}" for number in range(members)]
+    adapted = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=names[0])
+    for name in names[1:]:
+        adapted.add_adapter(name, config)
+    return Mixture([Adapter(name) for name in names], model=adapted)
+
+
+KINDS = {"whole weights": of_weights, "LoRA adapters": of_adapters}
+
+
+def megabytes(mixture: Mixture) -> float:
+    """Return the size of a saved mixture."""
+    with TemporaryDirectory() as folder:
+        mixture.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e6
+
+
+def measure(options: argparse.Namespace) -> list[Result]:
+    """Return for each mixture its size and the seconds of each way, beside the model's."""
+    torch.manual_seed(0)
+    model = load(options.model, dropout=0.0).eval()
+    ids = torch.randint(5, model.config.vocab_size, (options.rows, options.tokens))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def alone() -> None:
+        with torch.no_grad():
+            model(**batch)
+
+    rows: dict[tuple[str, int], Mixture] = {}
+    plays = {"alone": alone}
+    for kind, make in KINDS.items():
+        for members in options.members:
+            mixture = rows[kind, members] = make(model, members)
+            for way in WAYS:
+                predict = partial(mixture.predict, partial(mixture, **batch), way)
+                plays[f"{kind}, {members}, {way}"] = predict
+    for play in plays.values():
+        play()
+    parts = {name: Part(lambda: None, play) for name, play in plays.items()}
+    with tqdm(total=options.rounds * len(parts), disable=None, leave=False) as bar:
+        *_, taken = timed("cpu", {}, parts, options.rounds, lambda text: bar.update())
+    fixed = {"model": options.model, "rows": options.rows, "tokens": options.tokens}
+    return [
+        fixed
+        | {"of": kind, "members": members, "megabytes": megabytes(mixture)}
+        | {"alone": taken["alone"]}
+        | {way: taken[f"{kind}, {members}, {way}"] for way in WAYS}
+        for (kind, members), mixture in rows.items()
+    ]
+
+
+def table(results: Iterable[Result]) -> str:
+    """Return a Markdown table, and what to know of it."""
+    results = list(results)
+    rows = []
+    for found in results:
+        over: list[Spread] = [ratio(found[way], found["alone"]) for way in WAYS]
+        rows.append([found["members"], found["of"], f"{found['megabytes']:.1f}", *over])
+    first = results[0]
+    each = 1000 * statistics.median(first["alone"]) / first["rows"]
+    note = (
+        f"{first['model']}, {first['rows']} rows of {first['tokens']} tokens, one thread, "
+        f"{len(first['alone'])} rounds; the model alone takes {each:.1f} ms a row."
+    )
+    return f"{markdown(HEAD, rows)}\n\n{note}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, keep the results and print their table."""
+    options = arguments(argv)
+    torch.set_num_threads(1)
+    if not options.report:
+        lines = [json.dumps(found) + "\n" for found in measure(options)]
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text("".join(lines))
+    if not options.output.is_file():
+        print(f"mixture_cost: there is no {options.output}: leave --report out.", file=sys.stderr)
+        return 2
+    print(table(json.loads(line) for line in options.output.read_text().splitlines()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

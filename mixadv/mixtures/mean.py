@@ -1,0 +1,49 @@
+"""The mean of a mixture as one classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.mixtures.mixture import Mixture
+from mixadv.model.contexts import no_grad
+
+
+class Mean(nn.Module):
+    """What a mixture predicts by the mean of its members' probabilities, as a module.
+
+    Called as the model is, it returns the logarithms of the mean probabilities, log Σ_m π_m p_m,
+    `[B, C]`, without gradients: logits whose cross-entropy is finite where no member overflows.
+
+    Args:
+        mixture: of classifiers.
+
+    Example:
+        >>> mixture = Mixture([nn.Linear(2, 2), nn.Linear(2, 2)])
+        >>> x = torch.eye(2)
+        >>> means = mixture.predict(lambda: mixture(x))
+        >>> torch.allclose(Mean(mixture)(x).exp(), means)
+        True
+    """
+
+    def __init__(self, mixture: Mixture) -> None:
+        super().__init__()
+        self.mixture = mixture
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model, of transformers."""
+        return self.mixture.config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call each member."""
+        found = []
+        for number in range(len(self.mixture)):
+            with no_grad(), self.mixture.member(number) as module:
+                output = module(*args, **kwargs)
+            logits = getattr(output, "logits", output)
+            found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        each = torch.stack(found).log_softmax(-1)
+        return (each + self.mixture.probabilities.to(each).log()[:, None, None]).logsumexp(0)
