@@ -275,7 +275,7 @@ def test_a_step_is_that_of_a_loop_by_hand(name: str, way: str, per: str, sides: 
     torch.testing.assert_close(w.model.state_dict(), other.model.state_dict(), rtol=0, atol=1e-12)
     outcome = optimizer.game.outcome
     torch.testing.assert_close(outcome.objective, objective.detach())
-    assert outcome.game == "general-sum"
+    assert outcome.general_sum
 
 
 def played(optimizer: mixadv.GameOptimizer, w: World, way: str, **changes: Any) -> None:
