@@ -149,8 +149,8 @@ def exploitability(
 
         max_δ u(δ) − E_{δ~q} u(δ)     per sample, at the current θ
 
-    bounded from below, by points that an ascent reached; see the file's docstring. Costs a round and
-    `steps · restarts` forwards and backwards for δ. Training goes on bit for bit as without it.
+    bounded from below, by points that an ascent reached; see the file's docstring. Costs a round
+    and `steps · restarts` forwards and backwards for δ; training goes on bit for bit as without it.
 
     Args:
         game: the one that trains (`optimizer.game`), or another on the model.
