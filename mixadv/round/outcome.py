@@ -26,8 +26,8 @@ class Outcome:
         theta_backwards: backwards that build the learner's gradients.
         steps: optimizer steps the round stands for.
         weights: "sample" or "batch": what the log-weights of a mixed strategy belong to.
-        game: "zero-sum", or "general-sum" where the adversary had a payoff of its own. There the
-            objective bounds nothing: neither player's loss is the other's gain.
+        general_sum: whether the adversary had a payoff of its own: then the gap between payoff and
+            objective bounds nothing, for neither player's loss is the other's gain.
     """
 
     objective: Tensor
@@ -44,7 +44,7 @@ class Outcome:
     theta_backwards: int
     steps: int
     weights: str | None
-    game: str
+    general_sum: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, for a logger."""

@@ -214,7 +214,7 @@ class Rounds:
             theta_backwards=stage.passes.theta_backwards,
             steps=steps,
             weights=weights,
-            game="general-sum" if stage.goals.general_sum else "zero-sum",
+            general_sum=stage.goals.general_sum,
         )
         return self.outcome
 
