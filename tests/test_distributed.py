@@ -114,6 +114,43 @@ def only_the_contrast_depends_on_the_split(rank: int) -> None:
         assert same == (contrast == 0)
 
 
+def goals_of_their_own(rank: int, name: str) -> None:
+    """Three closures, one of them at δ = 0: two processes train as one, by one all-reduce."""
+    mine, every = slice(rank * ROWS, (rank + 1) * ROWS), slice(0, 2 * ROWS)
+    reduced: list[Any] = []
+
+    def count(_, bucket):
+        reduced.append(bucket)
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    def trained(model: nn.Module, rows: slice, way: str) -> list[Tensor]:
+        optimizer = wrapped(without_dropout(model), SOLVERS[name])
+        optimizer.game.rounds.arena.noise = SampleNoise(rows, 2 * ROWS)
+        own, others = batches(7, 3, 2 * ROWS), batches(8, 3, 2 * ROWS)
+        for (ids, labels), (kept, answers) in zip(own, others, strict=True):
+            plain = closure(model, ids[rows], labels[rows])
+            goals = {
+                "adversary": lambda attack=plain: -2 * attack()[0],
+                "retain": closure(model, kept[rows], answers[rows]),
+            }
+            reduced.clear()
+            if way == "step":
+                optimizer.step(plain, **goals)
+                assert len(reduced) == optimizer.outcome.steps or rows == every
+                continue
+            optimizer.game.loss(plain, **goals).backward()
+            assert len(reduced) == 1 or rows == every
+            optimizer.step()
+            optimizer.zero_grad()
+        return found(optimizer)
+
+    for way in ("step", "loss"):
+        model = replicated()
+        model.register_comm_hook(None, count)
+        pairs = trained(model, mine, way), trained(Net(), every, way)
+        torch.testing.assert_close(*pairs, rtol=1e-9, atol=1e-12)
+
+
 def one_all_reduce_per_step(rank: int, name: str, **how: Any) -> None:
     for way in ways(SOLVERS[name], every=True):
         for micro in [1, 2] if way in ("backward", "loss") else [1]:
@@ -229,6 +266,7 @@ CASES: dict[str, Any] = {
     **replicated_by("step"),
     **replicated_by("loss"),
     **by_name(split_makes_no_difference, "split", PER_SAMPLE),
+    **by_name(goals_of_their_own, "goals of their own", ["pgd", "freelb", "mat"]),
     "split: cat": only_the_contrast_depends_on_the_split,
     **by_solver(one_all_reduce_per_step),
     **by_solver(collectives_of_a_round),
