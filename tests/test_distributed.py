@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -13,6 +14,7 @@ import mixadv
 from mixadv.model.replay import Noise
 from mixadv.round.cost import count_passes
 from tests.processes import (
+    CLASSES,
     SOLVERS,
     Net,
     Verdict,
@@ -129,8 +131,13 @@ def goals_of_their_own(rank: int, name: str) -> None:
         own, others = batches(7, 3, 2 * ROWS), batches(8, 3, 2 * ROWS)
         for (ids, labels), (kept, answers) in zip(own, others, strict=True):
             plain = closure(model, ids[rows], labels[rows])
+            target = (labels[rows] + 1) % CLASSES
+
+            def towards(plain: Any = plain, target: Tensor = target) -> Tensor:
+                return -F.cross_entropy(plain()[1], target, reduction="none")
+
             goals = {
-                "adversary": lambda attack=plain: -2 * attack()[0],
+                "adversary": towards,
                 "retain": closure(model, kept[rows], answers[rows]),
             }
             reduced.clear()
