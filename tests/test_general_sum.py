@@ -482,6 +482,20 @@ def test_members_of_a_mixture_meet_one_delta_without_where():
     assert not torch.allclose(met[1], met[2])
 
 
+@pytest.mark.parametrize("sides", [("right", "right"), ("right", "left")])
+def test_a_compiled_model_plays_the_same(sides: tuple[str, str]):
+    def trained(compiled: bool) -> list[Tensor]:
+        torch.compiler.reset()
+        w = world(*sides)
+        model: Any = torch.compile(w.model, backend="eager") if compiled else w.model
+        optimizer = wrapped(model, "pgd")
+        for _ in range(2):
+            optimizer.step(w._replace(model=model).closure, **w._replace(model=model).goals)
+        return copies(w.model.parameters())
+
+    assert_same(trained(True), trained(False))
+
+
 # The optimizer's side ----------------------------------------------------------------------------
 
 
