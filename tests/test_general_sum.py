@@ -11,8 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixadv
+from mixadv.model.closure import parse_output
 from mixadv.model.modules import functional
-from tests.zoo import BrokenError, Fault, assert_same, copies, fingerprint, small, stepwise, wrapped
+from tests.zoo import (
+    FAMILIES,
+    WAYS,
+    BrokenError,
+    Fault,
+    Player,
+    assert_same,
+    copies,
+    fingerprint,
+    player,
+    slow_but,
+    small,
+    stepwise,
+    wrapped,
+)
 
 WORDS, SIZE = 13, 4
 RATE = 0.3
@@ -259,7 +274,7 @@ BY_HAND: dict[str, tuple[Callable[[World, str], Tensor], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("sides", [("right", "right"), ("left", "right"), ("right", "left")])
 @pytest.mark.parametrize("per", ["sample", "token"])
-@pytest.mark.parametrize("way", ["step", "backward", "loss"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_a_step_is_that_of_a_loop_by_hand(name: str, way: str, per: str, sides: tuple[str, str]):
     w, other = world(*sides), world(*sides)
@@ -296,13 +311,35 @@ def played(optimizer: mixadv.GameOptimizer, w: World, way: str, **changes: Any) 
 # The game as it was ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["step", "backward", "loss"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("settings", [{}, {"norm": "linf", "per": "token", "start": "normal"}])
 def test_the_loss_as_payoff_is_the_game_without_one(settings: dict[str, Any], way: str):
+    assert_unchanged(small, way, **settings)
+
+
+@pytest.mark.parametrize("family", slow_but(["bert", "t5", "llama-causal", "vision"], FAMILIES))
+def test_the_loss_as_payoff_changes_nothing_in_any_family(family: str):
+    assert_unchanged(lambda: player(family, rows=4), "loss")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_loss_as_payoff_changes_nothing_under_checkpoints(reentrant: bool):
+    def made() -> Player:
+        p = player("llama-causal", rows=4)
+        words = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        p.model.gradient_checkpointing_enable(**words)
+        return p
+
+    assert_unchanged(made, "backward")
+
+
+def assert_unchanged(made: Callable[[], Player], way: str, **settings: Any) -> None:
+    """Assert that training is that without an adversary whose payoff is the loss, bit for bit."""
+
     def trained(*, general: bool) -> Any:
-        p = small()
+        p = made()
         optimizer, closure = wrapped(p, "pgd", **settings), p.closure()
-        more = {"adversary": lambda: closure()[0]} if general else {}
+        more = {"adversary": lambda: parse_output(closure()).loss} if general else {}
         for _ in range(3):
             if way == "step":
                 optimizer.step(closure, **more)
@@ -443,6 +480,20 @@ def test_members_of_a_mixture_meet_one_delta_without_where():
     torch.testing.assert_close(met[0], met[1])
     torch.testing.assert_close(met[2], met[3])
     assert not torch.allclose(met[1], met[2])
+
+
+@pytest.mark.parametrize("sides", [("right", "right"), ("right", "left")])
+def test_a_compiled_model_plays_the_same(sides: tuple[str, str]):
+    def trained(compiled: bool) -> list[Tensor]:
+        torch.compiler.reset()
+        w = world(*sides)
+        model: Any = torch.compile(w.model, backend="eager") if compiled else w.model
+        optimizer = wrapped(model, "pgd")
+        for _ in range(2):
+            optimizer.step(w._replace(model=model).closure, **w._replace(model=model).goals)
+        return copies(w.model.parameters())
+
+    assert_same(trained(True), trained(False))
 
 
 # The optimizer's side ----------------------------------------------------------------------------

@@ -132,7 +132,8 @@ class Stage(Moves):
         self, q: Strategy, how: Ascent | Rule, gradients: Sequence[Tensor] | None = None
     ) -> Strategy:
         if gradients is None and self.goals.general_sum:
-            _, _, gradients = self.payoffs(q, "loss", self.arena.solver)
+            with local(self.arena.model):  # between passes that only accumulate
+                _, _, gradients = self.payoffs(q, "loss", self.arena.solver)
         if gradients is None:
             if self._arrived is None:
                 raise GameError(NO_GRADIENT.format("δ"))
