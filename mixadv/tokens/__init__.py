@@ -1,5 +1,6 @@
 """Token-space players: adversaries that replace words and tokens, and the learner's answers."""
 
+from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch, preference_batches
 from mixadv.tokens.pretraining.electra import Detection, ReplacedTokenDetection
 from mixadv.tokens.pretraining.macbert import CorrectionCollator
 from mixadv.tokens.pretraining.rows import WordTokenizer, sentence_order
@@ -31,6 +32,7 @@ __all__ = [
     "FUNCTION_WORDS",
     "Attack",
     "Candidates",
+    "ChatBatch",
     "CorrectionCollator",
     "Detection",
     "MaskedCandidates",
@@ -45,12 +47,15 @@ __all__ = [
     "WordTokenizer",
     "Words",
     "adversarial_rows",
+    "answer_losses",
     "attack_summary",
+    "chat_batch",
     "dropout_masks",
     "generator_config",
     "learner_samples",
     "masked_predictions",
     "predictions_at",
+    "preference_batches",
     "sentence_order",
     "single_substitutions",
     "solve_games",
