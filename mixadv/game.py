@@ -31,6 +31,19 @@ from mixadv.solvers.base import Solver
 class Game:
     """Plays a solver's rounds on a model.
 
+    **Goals of their own.** `adversary=` of `step`, `backward` and `loss` is a closure whose result
+    the adversary maximises in place of the learner's loss; the game is then general-sum. What is
+    between them is δ, of which there is one: it lies on the positions of `where` (or at real
+    tokens), and every call of the model in both closures meets it there, the i-th of these
+    positions in row b with the same δ. So continuations after a prompt may differ, in length and
+    padding, and `adversary` may add up the losses of several models that share the site. A call of
+    k·B rows, chosen answers followed by rejected ones, meets the δ of B rows k times over. The
+    first round checks that the model reads the same there. `adversary=closure` is the zero-sum game
+    with one δ for all calls.
+
+    `retain=` is a closure whose loss the learner minimises besides, at δ = 0: its gradient is added
+    in each optimizer step. Random state and buffers end as after `closure` alone.
+
     Args:
         model: the module that closures call.
         solver: how a round is played; a name such as "mat" plays at the defaults.
@@ -120,6 +133,8 @@ class Game:
         *,
         check: bool = False,
         where: Where = None,
+        adversary: Closure | None = None,
+        retain: Closure | None = None,
     ) -> Outcome:
         """Play a round up to the optimizer step; gradients are in `.grad` as after a backward.
 
@@ -130,6 +145,10 @@ class Game:
             check: validate this round as the first one is.
             where: where δ may act, for this round: a mask with the leading sizes of what the site
                 returns, one for each call, or a function of the call; None is at real tokens.
+                With `adversary`, one for each closure too: `{"closure": …, "adversary": …}`.
+            adversary: runs forward passes and returns what the adversary maximises: anything that
+                `closure` may return. One δ then acts in all calls of both; see the class.
+            retain: returns what the learner minimises too, at δ = 0.
 
         A loss that the closure divides itself leaves a divergence undivided: where micro-batches
         are accumulated, divide in `backward`, `lambda loss: (loss / 4).backward()`.
@@ -141,7 +160,8 @@ class Game:
         self._refuse_replays()
         if backward is not None:
             validate.check_function("backward must be a function of a loss", backward)
-        with torch.enable_grad(), self.rounds.open(closure, check, where) as stage:
+        opened = self.rounds.open(closure, check, where, adversary, retain)
+        with torch.enable_grad(), opened as stage:
             total = torch.zeros(())
             for objective, last in self.rounds.objectives(stage):
                 stage.passes.deliver(objective, backward)
@@ -150,7 +170,15 @@ class Game:
                     break
             return self.rounds.finish(stage, total, 1)
 
-    def loss(self, closure: Closure, *, check: bool = False, where: Where = None) -> Tensor:
+    def loss(
+        self,
+        closure: Closure,
+        *,
+        check: bool = False,
+        where: Where = None,
+        adversary: Closure | None = None,
+        retain: Closure | None = None,
+    ) -> Tensor:
         """Play a round and return a loss whose backward delivers the round's whole gradient.
 
         Its value is the round's objective. Earlier passes are differentiated here and their
@@ -161,7 +189,7 @@ class Game:
             validate.check_closure(closure)
             return parse_output(closure()).objective
         self._refuse_replays()
-        with self.rounds.open(closure, check, where) as stage:
+        with self.rounds.open(closure, check, where, adversary, retain) as stage:
             carried = Carried(stage.passes)
             for objective, last in self.rounds.objectives(stage):
                 if last:

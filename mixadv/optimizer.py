@@ -2,7 +2,6 @@
 
 import warnings
 from collections import OrderedDict
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,13 +13,10 @@ from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
-from mixadv.model.contexts import gradients_kept
 from mixadv.model.masks import Where
-from mixadv.model.private_torch import sequence_number
-from mixadv.model.replay import Replay
-from mixadv.model.values import copying
 from mixadv.round import validate
 from mixadv.round.outcome import Outcome
+from mixadv.round.probing import plays_itself
 from mixadv.round.schedule import Schedule
 from mixadv.solvers.base import Solver
 
@@ -149,7 +145,13 @@ class GameOptimizer(Optimizer):
         self.base.zero_grad(set_to_none)
 
     def step(  # pyright: ignore
-        self, closure: Closure | None = None, *, check: bool = False, where: Where = None
+        self,
+        closure: Closure | None = None,
+        *,
+        check: bool = False,
+        where: Where = None,
+        adversary: Closure | None = None,
+        retain: Closure | None = None,
     ) -> Any:
         """Play a round and step; see the class.
 
@@ -159,6 +161,10 @@ class GameOptimizer(Optimizer):
             check: validate this round as the first one is.
             where: where δ may act, for this round: a mask with the leading sizes of what the site
                 returns, one for each call, or a function of the call; None is at real tokens.
+                With `adversary`, one for each closure too: `{"closure": …, "adversary": …}`.
+            adversary: runs forward passes and returns what the adversary maximises: anything that
+                `closure` may return. One δ then acts in all calls of both; see `Game`.
+            retain: returns what the learner minimises too, at δ = 0.
 
         Returns:
             The round's objective, 0-d and detached; None without a closure.
@@ -171,7 +177,7 @@ class GameOptimizer(Optimizer):
         with torch.enable_grad():
             result, rounds = None, self.game.round
             if self._closure_plays is None:
-                result, self._closure_plays = plays_itself(self.game, closure)
+                result, self._closure_plays = plays_itself(self.game.rounds, closure)
             elif self._closure_plays:
                 result = closure()
                 if result is not None and self.game.round == rounds:
@@ -181,16 +187,17 @@ class GameOptimizer(Optimizer):
                         "another optimizer for steps that play."
                     )
             if not self._closure_plays:
-                return self._round(closure, check, where)
+                return self._round(closure, check, where, adversary, retain)
             self.base.step()
             return result
 
-    def _round(self, closure: Closure, check: bool, where: Where) -> Tensor:
+    def _round(self, *goals: Any) -> Tensor:
+        """Play a round and step, on the arguments of `Rounds.open`."""
         game = self.game
         alike = not self._compared and parallel.replicas_alike(game.rounds.arena.parameters())
         self._compared = True
         try:
-            with game.rounds.open(closure, check, where) as stage:
+            with game.rounds.open(*goals) as stage:
                 self.base.zero_grad()
                 total, steps = torch.zeros(()), 0
                 for objective, last in game.rounds.objectives(stage):
@@ -267,32 +274,3 @@ class GameOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_hooks()
-
-
-def plays_itself(game: Game, closure: Closure) -> tuple[Any, bool]:
-    """Run a closure once and return its result, and whether it plays rounds itself, or nothing.
-
-    If it does not, random state, buffers and gradients are put back. Lightning gives a closure that
-    does nothing where the loop has played by hand.
-    """
-    validate.check_closure(closure)
-    rounds = game.rounds
-    replay, before, nodes = Replay(game.model), rounds.round, sequence_number()
-    with gradients_kept(rounds.arena.parameters()) as release:
-        try:
-            with ExitStack() as rounds.probing:
-                rounds.probing.enter_context(parallel.local(game.model))
-                rounds.probing.enter_context(copying(game.model))
-                result = closure()
-            idle = result is None and sequence_number() == nodes
-            played = rounds.round > before or idle
-        except BaseException:
-            replay.undo()
-            raise
-        finally:
-            rounds.probing = None
-        if played:
-            release()
-        else:
-            replay.undo()
-    return result, played

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.model.masks import told
+from mixadv.model.masks import told, where_in
 from mixadv.model.modules import compiled, find, is_input
 from mixadv.model.private_torch import is_mapped, more_graphs
 from mixadv.model.site import Site
@@ -68,13 +68,15 @@ class CompiledSite(Site):
             self.detach(force=True)
 
     @contextmanager
-    def run(self, provide: Provide, copies: int = 1) -> Iterator[Pass]:
+    def run(
+        self, provide: Provide, copies: int = 1, shared: bool = False, whose: str = "closure"
+    ) -> Iterator[Pass]:
         """Make calls at the site add what `provide(index, call, output)` returns, unless None.
 
         Of the output, `provide` gets shape, dtype and device alone.
         """
         # Each shape has up to four graphs: clean, for δ, for the learner, the teacher's.
-        with super().run(provide, copies) as current, _quiet(), more_graphs(4):
+        with super().run(provide, copies, shared, whose) as current, _quiet(), more_graphs(4):
             try:
                 yield current
             finally:
@@ -127,7 +129,8 @@ class CompiledSite(Site):
             name = max(shared, key=lambda name: shared[name], default="")
             ids = next((name for name, value in given.items() if _same(value, entered)), None)
             pattern = Pattern(visit.module, name, shared.get(name, 0), ids, call)
-            foretold = told(self.where, len(self._patterns), self._call(pattern))
+            where = where_in(self.where, self.current.whose)
+            foretold = told(where, len(self._patterns), self._call(pattern))
             if not pattern.sizes or not _same(foretold.mask, call.mask):
                 self._refuse_inputs()
             self._patterns.append(pattern)
@@ -139,9 +142,10 @@ class CompiledSite(Site):
             return
         self._enter(module, args, kwargs)
         deltas = []
-        self.current.told = self.where is not None
+        where = where_in(self.where, self.current.whose)
+        self.current.told = where is not None
         for index, pattern in enumerate(self._patterns):
-            call = told(self.where, index, self._call(pattern), self._copies)
+            call = told(where, index, self._call(pattern), self._copies)
             deltas.append(self.current.visit(pattern.module, call, _stand_in(call), 0, 0))
         # Empty for a clean pass: it takes the same graph as a call outside of a round.
         self._slots, self._taken = [_leaf(d) for d in deltas if d is not None], 0

@@ -12,12 +12,20 @@ from mixadv.errors import GameError
 from mixadv.model.values import is_whole
 from mixadv.model.visits import Call
 
-Where = Tensor | Sequence[Tensor] | Callable[[Call], Tensor] | None
+Plain = Tensor | Sequence[Tensor] | Callable[[Call], Tensor] | None
 """Where δ may act, 1 or True there: a mask with the leading sizes of what the site returns, or that
 broadcasts to it; one for each call at the site; or a function of the call. None: at real tokens."""
 
+Where = Plain | Mapping[str, Plain]
+"""The same, or one for each closure of a round by its name, `"closure"` and `"adversary"`."""
 
-def told(where: Where, index: int, call: Call, copies: int = 1) -> Call:
+
+def where_in(where: Where, whose: str) -> Plain:
+    """Return where δ may act in the passes of a closure."""
+    return where.get(whose) if isinstance(where, Mapping) else where
+
+
+def told(where: Plain, index: int, call: Call, copies: int = 1) -> Call:
     """Return a call whose mask says where δ may act, of a batch stacked in so many copies.
 
     Raises:

@@ -97,14 +97,17 @@ class Replay:
         self.after: tuple[RandomState, HostState] | None = None
 
     @contextmanager
-    def run(self) -> Iterator[None]:
-        """Run one pass from the state the first pass since the last step started from."""
-        first = self.before is None
+    def run(self, own: bool = True) -> Iterator[None]:
+        """Run one pass from the state the first pass since the last step started from.
+
+        Random state and buffers end as after the first of the learner's `own` passes.
+        """
+        first = own and self.after is None
         if self.before is None:
             self.before = random_state(self.devices), host_state()
         else:
             self.buffers.put(self.begin)
-            if not self.fresh:
+            if first or not self.fresh:
                 self._set(self.before)
         yield
         if first:

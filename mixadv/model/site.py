@@ -22,6 +22,7 @@ from mixadv.model.masks import (
     owners,
     real_tokens,
     told,
+    where_in,
     without_placeholders,
 )
 from mixadv.model.modules import around, bound, find, is_input, unwrap
@@ -67,7 +68,7 @@ class Site:
         self._turned: dict[nn.Module, bool] = {}
         self._masks: list[Tensor | None] = []
         self._copies = 1
-        self._still: list[bool] = []
+        self._still: dict[str, list[bool]] = {}  # of the last pass of each closure
 
     @property
     def names(self) -> list[str]:
@@ -79,22 +80,23 @@ class Site:
         return nullcontext()
 
     @contextmanager
-    def run(self, provide: Provide, copies: int = 1) -> Iterator[Pass]:
+    def run(
+        self, provide: Provide, copies: int = 1, shared: bool = False, whose: str = "closure"
+    ) -> Iterator[Pass]:
         """Make calls at the site add what `provide(index, call, output)` returns, unless None.
 
-        The batch is stacked in so many copies.
+        The batch is stacked in so many copies; `shared` as for `Pass`; `whose` closure runs.
         """
-        current = Pass(provide)
-        self._copies = copies
+        current = Pass(provide, shared, whose)
         self.prune()
         self._alive.append(weakref.ref(current))
         self.attach()
-        self.current, self._masks = current, []
+        self.current, self._masks, self._copies = current, [], copies
         try:
             yield current
             current.end = sequence_number()
             if current.grad:
-                self._still = current.still
+                self._still[whose] = current.still
         except BaseException:
             self.forget([current])
             raise
@@ -167,7 +169,8 @@ class Site:
         if not self._masks or module is self._inner:
             self.current.context = arguments
         self.current.within.append({k: arguments[k] for k in PER_TOKEN if k in arguments})
-        outermost = not self._masks
+        if outermost := not self._masks:
+            self.current.enter()
         self._masks.append(mask if usable else inherited)
         return (copies(args), copies(kwargs)) if outermost else None
 
@@ -234,8 +237,9 @@ class Site:
         ids = tokens_of(module, entered)
         owned = self._owners(module, len(output), output.device)
         call = Call(output.shape, output.dtype, output.device, mask, *ids, owned)
-        call = told(self.where, len(self.current.visits), call, self._copies)
-        self.current.told = self.where is not None
+        where = where_in(self.where, self.current.whose)
+        call = told(where, len(self.current.visits), call, self._copies)
+        self.current.told = where is not None
         delta = self.current.visit(module, call, output, number, pack or number)
         if delta is not None and delta.shape != output.shape:
             raise GameError(
@@ -290,6 +294,7 @@ class Site:
         number = len(current.still)
         still = not torch.is_grad_enabled() and not reentrant
         if not current.grad:
-            still = number < len(self._still) and self._still[number]
+            before = self._still.get(current.whose, [])
+            still = number < len(before) and before[number]
         current.still.append(still)
         return still

@@ -63,10 +63,21 @@ class Visit(NamedTuple):
 
 
 class Pass:
-    """One run of the closure: its visits to the site, and what the model was called with."""
+    """One run of a closure: its visits to the site, and what the model was called with.
 
-    def __init__(self, provide: Provide) -> None:
+    Args:
+        provide: gives the δ of each call at the site.
+        shared: calls of the model share one δ, so that `provide` numbers those at the site anew in
+            each call of the model; else throughout the pass.
+        whose: closure runs, the learner's or another.
+    """
+
+    def __init__(self, provide: Provide, shared: bool = False, whose: str = "closure") -> None:
         self.provide = provide
+        self.shared = shared
+        self.whose = whose
+        self.places: list[Call] = []  # the first call of each number that `provide` is asked for
+        self._first = 0  # the visit that has the number 0
         self.visits: list[Visit] = []
         self.begin = self.end = sequence_number()
         self.grad = torch.is_grad_enabled()
@@ -82,6 +93,11 @@ class Pass:
         """The calls at the site, in their order."""
         return [visit.call for visit in self.visits]
 
+    def enter(self) -> None:
+        """Begin a call of the model."""
+        if self.shared:
+            self._first = len(self.visits)
+
     def tokens(self) -> list[Mapping[str, Any]]:
         """Return where to look for masks and labels of tokens; the site's own mask comes last."""
         mask = self.visits[0].call.mask if self.visits and not self.told else None
@@ -94,7 +110,10 @@ class Pass:
         self, module: nn.Module, call: Call, output: Tensor, number: int, frame: Any
     ) -> Tensor | None:
         """Record a call at the site and return its δ; for the arguments see `Visit`."""
-        delta = self.provide(len(self.visits), call, output)
+        place = len(self.visits) - self._first
+        if place == len(self.places):
+            self.places.append(call)
+        delta = self.provide(place, call, output)
         self.visits.append(Visit(module, call, delta, number, frame))
         return delta
 

@@ -6,15 +6,15 @@ import torch
 
 from mixadv.errors import GameError
 from mixadv.model import parallel
-from mixadv.model.closure import Closure
 from mixadv.round import routes
 from mixadv.round.arena import Arena, Memory, Modes
 from mixadv.round.cost import count_passes
+from mixadv.round.goals import Goals
 from mixadv.round.stage import Stage
 from mixadv.round.unit import no_trace
 
 
-def check_batching(arena: Arena, closure: Closure, memory: Memory, low: bool) -> frozenset[Modes]:
+def check_batching(arena: Arena, goals: Goals, memory: Memory, low: bool) -> frozenset[Modes]:
     """Check that the route for many particles agrees with one pass after another.
 
     Returns the modes in which `"auto"` may stack small batches. In a `low` format divergences of
@@ -27,36 +27,36 @@ def check_batching(arena: Arena, closure: Closure, memory: Memory, low: bool) ->
     if max(solver.particles, count_passes(solver).particles) == 1:  # of the ascent, of what is met
         return stackable
     if solver.particle_batching == "auto":
-        stacks = _stacks(arena, closure, memory, slack)
+        stacks = _stacks(arena, goals, memory, slack)
         return stackable | {arena.modes} if stacks else stackable - {arena.modes}
     if parallel.sharded(arena.model) and solver.particle_batching == "vmap":
         raise GameError(
             "particle_batching='vmap' cannot gather weights that are sharded by fully_shard. Use "
             "particle_batching='loop', or 'stack' where there is no dropout."
         )
-    _compare(arena, closure, memory, solver.particle_batching, slack)
+    _compare(arena, goals, memory, solver.particle_batching, slack)
     return stackable
 
 
-def _stacks(arena: Arena, closure: Closure, memory: Memory, slack: float) -> bool:
+def _stacks(arena: Arena, goals: Goals, memory: Memory, slack: float) -> bool:
     """Return whether small batches of particles may be stacked, in the modes there are."""
-    stage = Stage(arena, closure, memory)
+    stage = Stage(arena, goals, memory)
     with no_trace(stage.passes):
         stage.clean()
         if not routes.few(stage.passes):
             return False
     try:
-        _compare(arena, closure, memory, "stack", slack)
+        _compare(arena, goals, memory, "stack", slack)
     except (GameError, torch.OutOfMemoryError):
         return False
     return True
 
 
-def _compare(arena: Arena, closure: Closure, memory: Memory, route: str, slack: float) -> None:
+def _compare(arena: Arena, goals: Goals, memory: Memory, route: str, slack: float) -> None:
     """Raise GameError unless a route gives what one pass after another gives."""
     solver = arena.solver
     try:
-        stage = Stage(arena, closure, memory)
+        stage = Stage(arena, goals, memory)
         with no_trace(stage.passes):
             stage.clean()
             drawn = stage.passes.replay.drew()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixadv.errors import GameError
 from mixadv.model import parallel
-from mixadv.model.closure import Closure, Reading, parse_output
+from mixadv.model.closure import Reading, parse_output
 from mixadv.model.compiled_site import CompiledSite
 from mixadv.model.contexts import compute_dtype, gradients_kept, no_grad
 from mixadv.model.modules import unwrap
@@ -28,17 +28,20 @@ from mixadv.round.arena import Arena, Calibration, Memory
 from mixadv.round.carried import Carried
 from mixadv.round.cost import count_passes
 from mixadv.round.gains import losses_of_samples
+from mixadv.round.goals import Goals, Whose
 from mixadv.round.layout import check_batch, find_batch
 from mixadv.round.passes import Passes, nowhere
 from mixadv.round.readable import (
     check_inputs,
     check_masks,
     check_owners,
+    check_payoff,
     check_reading,
     check_replay,
     check_slopes,
     difference,
 )
+from mixadv.round.sharing import check_sharing
 from mixadv.round.stage import Stage
 from mixadv.round.unit import mean_length, measuring, no_trace
 
@@ -57,14 +60,14 @@ _CHANGED_INPUT = (
 )
 
 
-def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
-    """Check a closure, a site and a solver against each other, and return what was found out.
+def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
+    """Check closures, a site and a solver against each other, and return what was found out.
 
     Nothing is left changed. What was known of the unit stays as it is.
     """
     trial = copy.copy(arena)
     trial.calibration = replace(arena.calibration, scaling=None)
-    stage = Stage(trial, closure, memory)
+    stage = Stage(trial, goals, memory)
     with no_trace(stage.passes):
         stage.passes.replay.fresh = False  # passes are compared
         with gradients_kept(trial.parameters()):
@@ -86,11 +89,16 @@ def calibrate(arena: Arena, closure: Closure, memory: Memory) -> Calibration:
         if torch.float16 not in formats.seen:  # in which gradients that tell it may vanish
             check_batch(stage, zero)
         check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
+        paid = zero
+        if goals.general_sum:
+            check_sharing(stage)
+            paid, _, slopes = _pass_at_zero(stage, "adversary")
+        check_payoff(trial.solver, paid)
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_length(trial, lengths))
         _check_noise_floor(stage, zero, check_slopes(trial, slopes))
         begun = trial.calibration.begin(memory)
-        stackable = check_batching(trial, closure, begun, formats.low)
+        stackable = check_batching(trial, goals, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
 
 
@@ -98,7 +106,7 @@ def _plain_pass(stage: Stage) -> Reading:
     """Run the closure without the site's hooks."""
     model = stage.arena.model
     with stage.passes.replay.run(), copying(model):
-        reading = parse_output(stage.passes.closure(), (), unwrap(model))
+        reading = parse_output(stage.goals.closure(), (), unwrap(model))
     loss = reading.loss.detach()
     if not bool(loss.isfinite().all()):
         raise GameError(
@@ -109,14 +117,16 @@ def _plain_pass(stage: Stage) -> Reading:
     return reading
 
 
-def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor], list[Tensor]]:
+def _pass_at_zero(
+    stage: Stage, whose: Whose = "closure"
+) -> tuple[Reading, list[Tensor], list[Tensor]]:
     """Run a pass at δ = 0, check that δ is on the way to the loss, and return the gradients."""
     arena, passes = stage.arena, stage.passes
     lengths: list[Tensor] = []
     leaves: list[Tensor] = []
     with passes.frozen():
         try:
-            reading = passes.run(measuring(lengths, leaves))
+            reading = passes.run(measuring(lengths, leaves), whose=whose)
         except RuntimeError as error:
             if "requires_grad flags of leaf" in str(error):
                 raise GameError(_CHANGED_INPUT.format(arena.site.names)) from error
@@ -124,7 +134,7 @@ def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor], list[Tensor]]:
         _check_unpacked(passes)
         total = reading.objective
         if not total.requires_grad:
-            raise GameError(_no_gradient(arena))
+            raise GameError(_no_gradient(arena, whose))
         try:
             gradients = passes.differentiate(total, leaves)
         except RuntimeError as error:
@@ -138,10 +148,10 @@ def _pass_at_zero(stage: Stage) -> tuple[Reading, list[Tensor], list[Tensor]]:
                 ) from error
             # Reentrant checkpointing allows only a plain backward.
             arena.calibration = replace(arena.calibration, leaf_backward=True)
-            reading = passes.run(measuring(lengths, leaves := []))
+            reading = passes.run(measuring(lengths, leaves := []), whose=whose)
             gradients = passes.differentiate(reading.objective, leaves)
     if all(leaf.grad is None for leaf in leaves):
-        raise GameError(_no_gradient(arena))
+        raise GameError(_no_gradient(arena, whose))
     return reading, lengths, gradients
 
 
@@ -161,7 +171,8 @@ def _measure_scaling(stage: Stage) -> list[Tensor]:
             if parallel.agreed(settled and any(bool(g.any()) for g in gradients), gradients[0]):
                 break
     counts = count_passes(arena.solver)
-    carries = counts.theta_backwards > counts.steps and not arena.solver.replays_batch
+    several = counts.theta_backwards > counts.steps or stage.goals.retain is not None
+    carries = several and not arena.solver.replays_batch
     if carries and not (arena.calibration.leaf_backward or parallel.sharded(arena.model)):
         _measure_carried(stage)
     scale, scaling = stage.memory[KEY], arena.calibration.scaling
@@ -198,10 +209,11 @@ def _check_unpacked(passes: Passes) -> None:
         )
 
 
-def _no_gradient(arena: Arena) -> str:
+def _no_gradient(arena: Arena, whose: Whose) -> str:
+    what = "adversary's payoff" if whose == "adversary" else "loss"
     return (
-        f"The loss has no gradient with respect to δ at {arena.site.names}: the path from there to "
-        "the loss is detached or runs under no_grad, or the site "
+        f"The {what} has no gradient with respect to δ at {arena.site.names}: the path from there "
+        f"to the {what} is detached or runs under no_grad, or the site "
         "lies in a reentrant checkpoint (use_reentrant=False helps then)."
     )
 

@@ -11,23 +11,28 @@ class Outcome:
     """What a round returns; tensors are detached and 0-d, and nothing is read from the device.
 
     Attributes:
-        objective: what the learner minimised, averaged over the round's optimizer steps.
+        objective: what the learner minimised, averaged over the round's optimizer steps, with what
+            it retained.
         clean_loss: task loss of the first clean pass, where the solver runs one.
+        retained: what `retain=` returned in the last step, at δ = 0.
         payoff: the adversary's payoff at the last points where it was evaluated.
         radius: mean norm of the δ played, in the solver's norm and in units of the site.
         entropy: mean entropy of the strategies played in nats, 0 for pure ones.
         effective_particles: exp of it: 1 where the adversary plays pure, at most the particles.
         positions: tokens of the batch that δ could act on (coordinates, of an input without any).
         nonfinite: samples whose δ fell back to 0 at some step, for a gradient that is not finite.
-        forwards: runs of the closure.
+        forwards: runs of the closures.
         delta_backwards: backwards with respect to δ alone.
         theta_backwards: backwards that build the learner's gradients.
         steps: optimizer steps the round stands for.
         weights: "sample" or "batch": what the log-weights of a mixed strategy belong to.
+        general_sum: whether the adversary had a payoff of its own: then the gap between payoff and
+            objective bounds nothing, for neither player's loss is the other's gain.
     """
 
     objective: Tensor
     clean_loss: Tensor | None
+    retained: Tensor | None
     payoff: Tensor | None
     radius: Tensor | None
     entropy: Tensor | None
@@ -39,6 +44,7 @@ class Outcome:
     theta_backwards: int
     steps: int
     weights: str | None
+    general_sum: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, for a logger."""

@@ -14,6 +14,7 @@ from mixadv.model.contexts import cast_anew, gradients_untouched, no_grad, witho
 from mixadv.model.heads import read_by
 from mixadv.model.modules import unwrap
 from mixadv.model.parallel import local
+from mixadv.model.places import placed
 from mixadv.model.private_torch import KEEPING_BUFFERS
 from mixadv.model.recompute import Cut
 from mixadv.model.replay import Replay
@@ -21,48 +22,62 @@ from mixadv.model.visits import Call, Pass, Provide
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.round.arena import Arena, Memory
+from mixadv.round.goals import Goals, Whose
 
 
 class Passes:
-    """Runs the closure of one round, as often as the solver asks."""
+    """Runs the closures of one round, as often as the solver asks."""
 
-    def __init__(self, arena: Arena, closure: Closure, memory: Memory) -> None:
+    def __init__(self, arena: Arena, goals: Goals, memory: Memory) -> None:
         self.arena = arena
-        self.closure = closure
+        self.goals = goals
         self.memory = dict(memory)  # which the round may change
         slots = arena.stateful.get(arena.modes)
         self.replay = Replay(arena.model, arena.solver.fresh_dropout, slots)
         self.cut = Cut()
         self.parameters = arena.parameters()  # listed once: passes are many
-        self.calls: list[Call] = []  # at the site in the last pass that was not stacked
+        self.calls: list[Call] = []  # that δ is made for
         self.kept: list[Pass] = []  # that a backward may come back to
         self.forwards = 0  # a pass over M stacked copies counts as M
         self.theta_backwards = 0
-        self._calls_per_pass: int | None = None
-        self._still: list[bool] | None = None  # which calls of the first pass ran under no_grad
+        self._calls_per_pass: dict[Whose, int] = {}
+        self._still: dict[Whose, list[bool]] = {}  # which calls of a first pass ran under no_grad
         self._read: Tensor | None = None  # which predictions the loss reads
 
-    def run(self, provide: Provide, closure: Closure | None = None, copies: int = 1) -> Reading:
-        """Run one pass of the closure and return what it gave."""
-        arena, represents = self.arena, self.arena.representation
+    def run(
+        self,
+        provide: Provide,
+        closure: Closure | None = None,
+        copies: int = 1,
+        whose: Whose = "closure",
+    ) -> Reading:
+        """Run one pass of a closure and return what it gave.
+
+        Args:
+            provide: gives δ.
+            closure: what runs in place of the one of the round.
+            copies: in which the batch is stacked.
+            whose: closure of the round runs.
+        """
+        own = whose == "closure"
+        arena, represents = self.arena, self.arena.representation if own else None
         twice = arena.solver.differentiates_twice or arena.solver.leaps
         with (
             local(arena.model) if self.cut.more else nullcontext(),  # another backward follows
             cast_anew(),
-            self.replay.run(),
-            arena.site.run(provide, copies) as current,
+            self.replay.run(own),
+            arena.site.run(provide, copies, self.goals.general_sum, whose) as current,
             gradients_untouched(self.parameters),
             KEEPING_BUFFERS if twice else nullcontext(),
             represents.run() if represents else nullcontext(),
         ):
-            result = (closure or self.closure)()
+            result = (closure or getattr(self.goals, whose))()
         self.kept.append(current)
         self.forwards += copies
-        self._check_calls(current)
-        if copies == 1:
-            self.calls = current.calls
+        self._check_calls(current, whose)
+        self._note_calls(current, copies, whose)
         reading = parse_output(result, current.tokens(), unwrap(arena.model))
-        reading = self._count_predictions(reading, copies)
+        reading = self._count_predictions(reading, copies) if own else reading
         if represents is not None:
             reading = reading._replace(hidden=represents.take())
         if arena.calibration.scaling is not None:
@@ -86,12 +101,12 @@ class Passes:
         read = self._read.repeat(copies, 1)
         return reading._replace(mask=read if reading.mask is None else read & (reading.mask > 0))
 
-    def part(self, provide: Provide) -> Reading:
+    def part(self, provide: Provide, whose: Whose = "closure") -> Reading:
         """Run a pass of an objective that has another pass after it."""
         if not self.arena.solver.recompute:
-            return self.run(provide)
+            return self.run(provide, whose=whose)
         with no_grad():
-            reading = self.run(provide)
+            reading = self.run(provide, whose=whose)
         return self.cut.off(reading, provide)
 
     def at(self, q: Strategy, particle: int = 0) -> Provide:
@@ -99,14 +114,25 @@ class Passes:
 
         def provide(index: int, call: Call, output: Tensor) -> Tensor | None:
             points = q.point(index, call)
-            return None if points is None else scaled(points[particle], q.unit)
+            return None if points is None else self.added(q, index, points[particle], call)
 
         return provide
 
-    def _check_calls(self, current: Pass) -> None:
-        """Check that each pass of the round calls the site as often as its first one."""
+    def added(self, q: Strategy, index: int, point: Tensor, call: Call, copies: int = 1) -> Tensor:
+        """Return what a point of the strategy adds to a call at the site."""
+        delta = point if q.unit == 1 else q.unit * point
+        return placed(delta, q.masks[index], call, copies) if self.goals.general_sum else delta
+
+    def _note_calls(self, current: Pass, copies: int, whose: Whose) -> None:
+        """Note the calls of a pass: of one δ for all calls, those that it was made for."""
+        known = self.goals.general_sum and self.calls
+        if copies == 1 and whose != "retain" and not known:
+            self.calls = current.places
+
+    def _check_calls(self, current: Pass, whose: Whose) -> None:
+        """Check that each pass of a closure calls the site as often as its first one."""
         site, calls = self.arena.site, len(current.calls)
-        first = self._still = current.still if self._still is None else self._still
+        first = self._still.setdefault(whose, current.still)
         taken = calls == 0 and not current.grad and any(first)  # all for calls of the last round
         if taken or (first != current.still and any(first + current.still)):
             raise GameError(
@@ -116,11 +142,11 @@ class Passes:
             )
         if calls == 0:
             raise GameError(site.not_called())
-        self._calls_per_pass = self._calls_per_pass or calls
-        if calls != self._calls_per_pass:
+        before = self._calls_per_pass.setdefault(whose, calls)
+        if calls != before:
             raise GameError(
                 f"The site {site.names} was called {calls} times in this pass and "
-                f"{self._calls_per_pass} times before. A closure must run the same forward in "
+                f"{before} times before. A closure must run the same forward in "
                 "every pass of a round."
             )
 
@@ -231,8 +257,3 @@ def _one_sample(reading: Reading, call: Call) -> bool:
 
 def nowhere(index: int, call: Call, output: Tensor) -> None:
     """Add nothing at the site."""
-
-
-def scaled(point: Tensor, unit: float) -> Tensor:
-    """Return the δ that a point in units of the site stands for."""
-    return point if unit == 1 else unit * point

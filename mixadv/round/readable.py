@@ -15,6 +15,7 @@ from mixadv.model.masks import placeholders
 from mixadv.model.modules import unwrap
 from mixadv.round.arena import Arena
 from mixadv.round.stage import Stage
+from mixadv.solvers.base import Solver
 
 
 def check_owners(stage: Stage, zero: Reading) -> None:
@@ -162,6 +163,10 @@ def check_reading(arena: Arena, reading: Reading, labels: Any) -> None:
             f"The representation read from the model does not depend on δ at {arena.site.names}: "
             "name another module with source=, or another representation=."
         )
+
+
+def check_payoff(solver: Solver, reading: Reading) -> None:
+    """Check that the payoff of a pass is one for each sample, where the ascent needs that."""
     scalar = reading.loss.dim() == 0
     if solver.gain == "loss" and solver.normalize == "none" and solver.steps and scalar:
         raise GameError(

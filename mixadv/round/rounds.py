@@ -21,6 +21,7 @@ from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena, Memory
 from mixadv.round.first_round import calibrate
+from mixadv.round.goals import Goals
 from mixadv.round.outcome import Outcome
 from mixadv.round.schedule import Schedule
 from mixadv.round.stage import Stage
@@ -47,8 +48,15 @@ class Rounds:
         self._watch(arena.optimizer)
 
     @contextmanager
-    def open(self, closure: Closure, check: bool = False, where: Where = None) -> Iterator[Stage]:
-        """Open a round on a closure, in which δ acts `where` it may.
+    def open(
+        self,
+        closure: Closure,
+        check: bool = False,
+        where: Where = None,
+        adversary: Closure | None = None,
+        retain: Closure | None = None,
+    ) -> Iterator[Stage]:
+        """Open a round on closures, in which δ acts `where` it may.
 
         After an exception buffers, random state, hooks and flags are as they were before.
         """
@@ -57,7 +65,7 @@ class Rounds:
             raise GameError("A round within game.averaged() would be undone at its end.")
         if self.probing:
             self.probing.close()
-        stage = self._begin(closure, check, where)
+        stage = self._begin(Goals(closure, adversary, retain), check, where)
         try:
             if arena.learner is not None:
                 arena.learner.open_round()
@@ -82,13 +90,15 @@ class Rounds:
             self._close(stage)
 
     @contextmanager
-    def rehearse(self, closure: Closure, where: Where = None) -> Iterator[Stage]:
+    def rehearse(
+        self, closure: Closure, where: Where = None, adversary: Closure | None = None
+    ) -> Iterator[Stage]:
         """Open the round to come, with its draws, and leave nothing of it.
 
         Whatever happens, buffers, random state, hooks and what the solver keeps are as they were.
         If the game was not checked yet it is now, and the unit is measured.
         """
-        stage = self._begin(closure, check=False, where=where)
+        stage = self._begin(Goals(closure, adversary), check=False, where=where)
         try:
             yield stage
             self._learn_buffers(stage)
@@ -96,8 +106,8 @@ class Rounds:
             stage.passes.undo()
             self._close(stage)
 
-    def _begin(self, closure: Closure, check: bool, where: Where) -> Stage:
-        validate.check_closure(closure)
+    def _begin(self, goals: Goals, check: bool, where: Where) -> Stage:
+        validate.check_goals(goals, self.arena.solver, where)
         check_flag("Game", "check", check)
         if self.busy:
             raise GameError(
@@ -106,18 +116,18 @@ class Rounds:
             )
         self.arena.site.where = where
         if check or not self.arena.calibration.checked:
-            self._calibrate(closure)
-        stage = Stage(self.arena, closure, self.memory)
+            self._calibrate(goals)
+        stage = Stage(self.arena, goals, self.memory)
         self.arena.noise.begin("adversary", self.round, parallel.rank())
         self.busy = True
         return stage
 
-    def _calibrate(self, closure: Closure) -> None:
+    def _calibrate(self, goals: Goals) -> None:
         model, solver = self.arena.model, self.arena.solver
         self.busy = True
         try:
             with parallel.local(model):
-                calibration = calibrate(self.arena, closure, self.memory)
+                calibration = calibrate(self.arena, goals, self.memory)
         except BaseException:
             self.arena.site.where = None
             raise
@@ -163,7 +173,7 @@ class Rounds:
         play = self.schedule.moves(solver, stage, self.updates - 1)
         stepped = False
         try:
-            for move in play:
+            for move in stage.retaining(play, solver):
                 stepped = isinstance(move, Step)
                 objective = move.objective if isinstance(move, Step) else move
                 validate.check_objective(objective, solver)
@@ -192,6 +202,7 @@ class Rounds:
         self.outcome = Outcome(
             objective=objective / steps,
             clean_loss=stage.clean_loss,
+            retained=stage.retained,
             payoff=stage.payoff,
             radius=radius,
             entropy=entropy,
@@ -203,6 +214,7 @@ class Rounds:
             theta_backwards=stage.passes.theta_backwards,
             steps=steps,
             weights=weights,
+            general_sum=stage.goals.general_sum,
         )
         return self.outcome
 

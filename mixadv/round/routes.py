@@ -22,7 +22,8 @@ from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.round.gains import Gains
-from mixadv.round.passes import Passes, scaled
+from mixadv.round.goals import Whose
+from mixadv.round.passes import Passes
 
 
 class Payoffs(NamedTuple):
@@ -47,10 +48,11 @@ def loop(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
             points = q.point(index, call)
             if points is None:
                 return None
-            leaves.append(points[m].detach().requires_grad_())  # noqa: B023
-            return scaled(leaves[-1], q.unit)  # noqa: B023
+            if index == len(leaves):  # noqa: B023
+                leaves.append(points[m].detach().requires_grad_())  # noqa: B023
+            return passes.added(q, index, leaves[index], call)  # noqa: B023
 
-        reading = passes.run(provide)
+        reading = passes.run(provide, whose=passes.goals.payer)
         value, samples = gains(reading, 1), reading.samples
         gradients.append(passes.differentiate(value, leaves, samples, _source(reading)))
         values.append(value.detach())
@@ -77,7 +79,10 @@ def vmapped(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
 
     def evaluate(*points: Tensor) -> Tensor:
         # The random state is set inside the mapped function, so that chunks replay it too.
-        reading = passes.run(lambda i, call, output: scaled(points[i], q.unit))
+        def provide(index: int, call: Call, output: Tensor) -> Tensor:
+            return passes.added(q, index, points[index], call)
+
+        reading = passes.run(provide, whose=passes.goals.payer)
         source, predictions = unmapped(_source(reading)), unmapped(reading.predictions)
         seen.append(_Mapped(source, predictions, reading.samples))
         return gains(reading, 1)
@@ -96,7 +101,7 @@ def stacked(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
     if not q.points:
         return loop(passes, q, gains)
     leaves = [point.detach().flatten(0, 1).requires_grad_() for point in q.points]
-    reading = _stacked_pass(passes, q, leaves)
+    reading = _stacked_pass(passes, q, leaves, passes.goals.payer)
     values, samples = gains(reading, q.size), reading.samples
     gradients = passes.differentiate(values, leaves, samples, _source(reading))
     predictions = reading.predictions
@@ -133,7 +138,9 @@ def few(passes: Passes) -> bool:
     return 0 < tokens <= FEW and world_size() == 1 and not passes.arena.solver.recompute
 
 
-def readings(passes: Passes, q: Strategy, gains: Gains, auto: bool = True) -> tuple[Tensor, int]:
+def readings(
+    passes: Passes, q: Strategy, gains: Gains, auto: bool = True, whose: Whose = "closure"
+) -> tuple[Tensor, int]:
     """Return each particle's payoff `[M, B]` with gradients to θ, and B: the learner's side.
 
     Stacked where the solver's route says so, else one pass after another (`vmap` is not for the
@@ -143,20 +150,23 @@ def readings(passes: Passes, q: Strategy, gains: Gains, auto: bool = True) -> tu
     solver = passes.arena.solver
     stacks = chosen(passes, q, solver) == "stack"
     if stacks and (auto or solver.particle_batching == "stack"):
-        reading = _stacked_pass(passes, q, [p.flatten(0, 1) for p in q.points])
+        reading = _stacked_pass(passes, q, [p.flatten(0, 1) for p in q.points], whose)
         return _apart(gains(reading, q.size), q), reading.samples
     values, samples = [], 1
     for m in range(q.size):
         run = passes.run if m == q.size - 1 else passes.part
-        reading = run(passes.at(q, m))
+        reading = run(passes.at(q, m), whose=whose)
         values.append(gains(reading, 1))
         samples = reading.samples
     return torch.stack(values), samples
 
 
-def _stacked_pass(passes: Passes, q: Strategy, points: list[Tensor]) -> Reading:
+def _stacked_pass(passes: Passes, q: Strategy, points: list[Tensor], whose: Whose) -> Reading:
+    def provide(index: int, call: Call, output: Tensor) -> Tensor:
+        return passes.added(q, index, points[index], call, q.size)
+
     with _repeated(passes.arena.model, q.size):
-        return passes.run(lambda i, call, output: scaled(points[i], q.unit), copies=q.size)
+        return passes.run(provide, copies=q.size, whose=whose)
 
 
 def _apart(stacked: Tensor, q: Strategy) -> Tensor:

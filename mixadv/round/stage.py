@@ -10,7 +10,7 @@ from torch import Tensor
 from mixadv.errors import GameError
 from mixadv.maths import gauss_newton
 from mixadv.maths.divergence import Divergence, divergence
-from mixadv.model.closure import Closure, Reading
+from mixadv.model.closure import Reading
 from mixadv.model.contexts import no_grad
 from mixadv.model.modules import functional
 from mixadv.model.parallel import local
@@ -24,8 +24,10 @@ from mixadv.players.strategy import Rule, Strategy
 from mixadv.round import routes
 from mixadv.round.arena import Arena, Memory
 from mixadv.round.gains import Arrived, gains_of, losses, losses_of_samples, repeated, shared
+from mixadv.round.goals import Goals
 from mixadv.round.passes import Passes, nowhere
-from mixadv.solvers.play import Moves
+from mixadv.solvers.base import Solver
+from mixadv.solvers.play import Moves, Play, Step
 
 
 @final
@@ -37,17 +39,20 @@ class Stage(Moves):
         played: what the adversary played last.
         payoff: what it was paid, 0-d.
         clean_loss: task loss of the first clean pass, 0-d.
+        retained: what the learner kept at δ = 0 in the last optimizer step, 0-d.
         fallen: per call at the site `[B]`, the samples whose δ fell back to 0.
         delta_backwards: backwards with respect to δ alone.
     """
 
-    def __init__(self, arena: Arena, closure: Closure, memory: Memory) -> None:
+    def __init__(self, arena: Arena, goals: Goals, memory: Memory) -> None:
         self.arena = arena
-        self.passes = Passes(arena, closure, memory)
+        self.goals = goals
+        self.passes = Passes(arena, goals, memory)
         self.memory = self.passes.memory
         self.played: Strategy | None = None
         self.payoff: Tensor | None = None
         self.clean_loss: Tensor | None = None
+        self.retained: Tensor | None = None
         self.fallen: list[Tensor] = []
         self.delta_backwards = 0
         self._clean: Reading | None = None
@@ -75,6 +80,7 @@ class Stage(Moves):
     def payoffs(
         self, q: Strategy, payoff: str | Divergence, ascent: Ascent, deviation_weight: float = 0.0
     ) -> tuple[Strategy, Tensor, list[Tensor]]:
+        payoff = "loss" if self.goals.general_sum else payoff
         gains = gains_of(payoff, self.clean, deviation_weight)
         route = routes.ROUTES[routes.chosen(self.passes, q, ascent)]
         with self.passes.ascending(ascent):
@@ -88,6 +94,10 @@ class Stage(Moves):
         return q, values, gradients
 
     def clean_gradients(self, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
+        if self.goals.general_sum:
+            zero = self.origin(ascent)
+            return zero, self.payoffs(zero, "loss", ascent)[2]
+
         def gained(clean: Reading) -> Tensor:
             values = losses_of_samples(clean)
             self.payoff = values.detach().mean() / (1 if clean.loss.dim() else clean.samples)
@@ -121,6 +131,8 @@ class Stage(Moves):
     def move(
         self, q: Strategy, how: Ascent | Rule, gradients: Sequence[Tensor] | None = None
     ) -> Strategy:
+        if gradients is None and self.goals.general_sum:
+            _, _, gradients = self.payoffs(q, "loss", self.arena.solver)
         if gradients is None:
             if self._arrived is None:
                 raise GameError(NO_GRADIENT.format("δ"))
@@ -149,6 +161,27 @@ class Stage(Moves):
     def clean(self) -> Reading:
         return self._clean or self._keep_clean(self.passes.part(nowhere))
 
+    def retaining(self, play: Play, solver: Solver) -> Play:
+        """Yield the moves of a solver, those of each optimizer step behind what is retained."""
+        learner = solver.learner()
+        for _ in range(1 if learner is None else learner.steps):
+            if self.goals.retain is not None:
+                with local(self.arena.model):  # another backward follows
+                    objective = self.passes.run(nowhere, whose="retain").objective
+                self.retained = objective.detach()
+                yield objective
+            for move in play:
+                yield move
+                if isinstance(move, Step):
+                    break
+        for move in play:
+            if self.goals.retain is not None:
+                raise GameError(
+                    f"{type(solver).__name__}.play takes more optimizer steps than its learner() "
+                    "says, and what is retained belongs to each: return Learner(steps=…) from it."
+                )
+            yield move
+
     def plain_loss(self) -> Tensor:
         return self._keep_clean(self.passes.run(nowhere)).objective
 
@@ -172,7 +205,7 @@ class Stage(Moves):
         reading = self.passes.run(self.passes.at(q))
         objective = reading.objective
         self._arrived = Arrived(reading, objective)
-        self.payoff = objective.detach()
+        self._pay(objective)
         return reading._replace(loss=objective)
 
     def divergence(
@@ -189,13 +222,13 @@ class Stage(Moves):
             q = q.pick((1 + self.arena.noise("uniform", self._one_for_each_sample(q))) / 2)
         gained, _ = routes.readings(self.passes, q, read)  # draws q where no ascent came before
         expected = (q.weights * gained).mean(1).sum()
-        self.payoff = expected.detach()
+        self._pay(expected)
         return expected
 
     def proximal(self, kind: str | Divergence) -> Tensor:
         clean, learner = self.clean(), self.arena.learner
         assert learner is not None
-        teacher = functional(self.arena.model, learner.teacher_weights(), self.passes.closure)
+        teacher = functional(self.arena.model, learner.teacher_weights(), self.goals.closure)
         with no_grad():
             target = self.passes.run(nowhere, teacher).compared
         return clean.diverge(target.detach(), divergence(kind)).mean()
@@ -204,6 +237,11 @@ class Stage(Moves):
         """Forget what belongs to the weights before the learner's step."""
         self._clean = None
         self.passes.renew()
+
+    def _pay(self, objective: Tensor) -> None:
+        """Note what the learner pays, unless the adversary is paid otherwise."""
+        if not self.goals.general_sum:
+            self.payoff = objective.detach()
 
     def _one_for_each_sample(self, q: Strategy) -> Tensor:
         """Return an empty tensor `[B]`, or `[1]` where it is not known which row is whose."""

@@ -15,6 +15,7 @@ from mixadv.model.contexts import no_grad
 from mixadv.model.masks import Where
 from mixadv.model.visits import Call, Provide
 from mixadv.round.arena import Arena
+from mixadv.round.goals import Goals
 from mixadv.round.passes import Passes
 
 
@@ -29,7 +30,7 @@ def measure_unit(arena: Arena, closures: Iterable[Closure]) -> float:
 def measure(arena: Arena, closure: Closure, where: Where = None) -> tuple[list[Tensor], list[Call]]:
     """Return the lengths that `measuring` notes in a pass, and the calls at the site."""
     lengths: list[Tensor] = []
-    passes = Passes(arena, closure, {})
+    passes = Passes(arena, Goals(closure), {})
     arena.site.where = where
     try:
         with no_trace(passes), no_grad(), arena.site.learning():

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,9 +11,11 @@ from torch.optim import Optimizer
 
 from mixadv.errors import GameError
 from mixadv.model import parallel
+from mixadv.model.masks import Where
 from mixadv.round.cost import ascends, count_passes, recomputes
+from mixadv.round.goals import Goals
 from mixadv.round.schedule import Schedule
-from mixadv.solvers import make_solver
+from mixadv.solvers import SOLVERS, make_solver
 from mixadv.solvers.base import Solver
 
 
@@ -136,6 +139,32 @@ def check_closure(value: Any) -> None:
     check_function(
         "closure must be a function that runs the forward pass and returns the loss", value
     )
+
+
+def check_goals(goals: Goals, solver: Solver, where: Where) -> None:
+    """Check the closures of a round, and whether the solver plays them."""
+    check_closure(goals.closure)
+    for name in ("adversary", "retain"):
+        if getattr(goals, name) is not None:
+            what = "returns what it maximises" if name == "adversary" else "returns a loss"
+            check_function(f"{name} must be a function that {what}", getattr(goals, name))
+    if isinstance(where, Mapping):
+        names = {"closure", *(["adversary"] if goals.general_sum else [])}
+        if {*where} != names:
+            raise ValueError(
+                f"where= has masks for {', '.join(map(repr, where)) or 'nothing'}, and this round "
+                f"plays {' and '.join(map(repr, sorted(names)))}: give one for each."
+            )
+    if not goals.general_sum:
+        return
+    who, curved = type(solver).__name__, solver.leaps or solver.sign == "boundary"
+    reason = "direction= and sign= follow its divergence" if curved else solver.own_payoff
+    if reason:
+        others = ", ".join(cls.__name__ for cls in SOLVERS.values() if not cls.own_payoff)
+        raise GameError(
+            f"{who} takes no adversary= with a payoff of its own: {reason}. Those that do are "
+            f"{others}; direction= and sign= are to be left as they are."
+        )
 
 
 def check_base_optimizer(optimizer: Any) -> None:

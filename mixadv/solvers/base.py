@@ -55,6 +55,7 @@ class Solver(Ascent, ABC):
     summary: ClassVar[str]
     replays_batch: ClassVar[bool] = False  # an optimizer step per pass: no loop can split a round
     differentiates_twice: ClassVar[bool] = False  # a pass of its own: once for δ, once for θ
+    own_payoff: ClassVar[str] = ""  # why no other payoff fits its ascent, where none does
     presets: ClassVar[Presets] = {}
 
     particles: int = field(default=1, init=False)

@@ -42,6 +42,9 @@ class CreAT(Solver):
     name: ClassVar[str] = "creat"
     paper: ClassVar[str] = "Wu et al. 2023, arXiv:2305.04557"
     summary: ClassVar[str] = "half the loss where loss and encoder are driven away, half the clean"
+    own_payoff: ClassVar[str] = (
+        "its payoff is the loss and a distance from the clean representation of the same pass"
+    )
 
     step_size: float = 0.1
     radius: float | None = 0.1

@@ -40,6 +40,7 @@ class FreeAT(Solver):
     name: ClassVar[str] = "freeat"
     paper: ClassVar[str] = "Shafahi et al. 2019, arXiv:1904.12843"
     summary: ClassVar[str] = "an optimizer step at every point of the ascent, δ carried on"
+    own_payoff: ClassVar[str] = "one backward before each step gives both players their gradient"
     replays_batch: ClassVar[bool] = True
     presets: ClassVar[Presets] = {
         "roberta-large": {  # step size, replays, start, radius

@@ -29,6 +29,10 @@ class VAT(DivergenceSolver):
     name: ClassVar[str] = "vat"
     paper: ClassVar[str] = "Miyato et al. 2018, arXiv:1704.03976"
     summary: ClassVar[str] = "task loss plus divergence along the Hessian's top eigenvector"
+    own_payoff: ClassVar[str] = (
+        "its power iteration is on the curvature of a divergence at δ = 0, "
+        "where other payoffs have a slope"
+    )
 
     radius: float | None = 0.2
     projection: Projection = "sphere"
