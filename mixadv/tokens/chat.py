@@ -105,7 +105,8 @@ def preference_batches(
     """Return the chosen and the rejected answers of rows `prompt`, `chosen`, `rejected`.
 
     A game whose adversary wants the rejected answer and whose learner the chosen one plays one δ
-    on both: their prompts agree token by token. `how` is that of `chat_batch`.
+    on both: their prompts agree token by token. Both batches are padded to one length, on the
+    right, so that one `where` serves both. `how` is that of `chat_batch`.
 
     Raises:
         ValueError: for a row that lacks a column, and as `chat_batch` does.
@@ -115,8 +116,10 @@ def preference_batches(
         if lacking:
             raise ValueError(f"Row {number} has no {lacking[0]!r}, it has {', '.join(row)}.")
     prompts = [row["prompt"] for row in rows]
-    chosen = chat_batch(tokenizer, prompts, [row["chosen"] for row in rows], **how)
-    return chosen, chat_batch(tokenizer, prompts, [row["rejected"] for row in rows], **how)
+    answers = [row[name] for name in ("chosen", "rejected") for row in rows]
+    both = chat_batch(tokenizer, [*prompts, *prompts], answers, **{"padding_side": "right"} | how)
+    half = len(rows)
+    return ChatBatch(*(t[:half] for t in both)), ChatBatch(*(t[half:] for t in both))
 
 
 def answer_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,13 @@ class Setting:
     arm: str
     seed: int
     model: str = "smollm2"
-    updates: int = 48
-    batch_size: int = 8
-    learning_rate: float = 5e-4
+    updates: int = 32
+    batch_size: int = 4
+    learning_rate: float = 1e-3
     rank: int = 16
     measure_every: int = 16
-    steps: int = 4
-    radius: float = 0.5
+    steps: int = 3
+    radius: float = 0.2
 
     @property
     def key(self) -> str:
@@ -75,17 +75,30 @@ class Learner:
     def __post_init__(self) -> None:
         self.speaker = Speaker(self.network, self.tokenizer, SYSTEM, max_new_tokens=12)
 
-    def losses(self, batch: ChatBatch) -> Tensor:
-        """Return the loss of each row's answer, `[B]`."""
-        return answer_losses(self.network(**batch.inputs).logits, batch.labels)
+    def read(self, prompts: list[str], answers: list[str]) -> ChatBatch:
+        """Return a batch that `losses` takes."""
+        return self.speaker.read(prompts, answers, padding_side="left")
 
-    def plain(self, losses: Callable[[], Tensor]) -> Tensor:
-        """Take a step on a loss, without an adversary."""
+    def losses(self, batch: ChatBatch) -> Tensor:
+        """Return the loss of each row's answer, `[B]`; rows are padded on the left.
+
+        The vocabulary is a fifth of the model: logits are computed from where answers begin alone.
+        """
+        keep = 1 + int((batch.labels >= 0).any(0).sum())
+        logits = self.network(**batch.inputs, logits_to_keep=keep).logits
+        return answer_losses(logits, batch.labels[:, -keep:])
+
+    def plain(self, prompts: list[str], answers: list[str]) -> Tensor:
+        """Take a step without an adversary."""
         self.optimizer.zero_grad()
-        loss = losses().mean()
+        loss = self.losses(self.read(prompts, answers)).mean()
         loss.backward()
         self.optimizer.step()
         return loss.detach()
+
+    def layer(self, number: int) -> torch.nn.Module:
+        """Return a layer of the model."""
+        return self.network.get_base_model().model.layers[number]
 
 
 def learner(setting: Setting, network: Any, tokenizer: Any) -> Learner:
@@ -116,8 +129,8 @@ def train(
     step: Callable[[], Tensor],
     measure: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Take the updates of a run; return its measures over updates and its seconds an update."""
-    curve, losses, seconds = [{"update": 0, **measure()}], [], 0.0
+    """Take the updates of a run; return its measures on the way and its seconds an update."""
+    curve, losses, seconds = [], [], 0.0
     what = f"{setting.experiment} {setting.arm} seed {setting.seed}"
     for update in tqdm(range(1, setting.updates + 1), what, leave=False, disable=None):
         started = time.perf_counter()
@@ -142,12 +155,13 @@ def once(
     return [there[setting.key] for setting in settings]
 
 
-def player(learner: Learner, solver: mixadv.Solver, site: Any = None, seed: int = 0) -> Any:
-    """Return the optimizer of a learner that plays a solver's rounds."""
-    return mixadv.wrap(learner.optimizer, learner.network, solver, site=site, seed=seed)
+def player(setting: Setting, one: Learner, solver: mixadv.Solver, site: Any = None) -> Any:
+    """Return the optimizer of a learner, which plays a solver's rounds."""
+    return mixadv.wrap(one.optimizer, one.network, solver, site=site, seed=setting.seed)
 
 
-def on_device(batches: Iterator[ChatBatch], network: Any) -> Iterator[ChatBatch]:
-    """Yield batches where the model is."""
-    device = next(network.parameters()).device
-    return (batch.to(device) for batch in batches)
+def pgd(setting: Setting) -> mixadv.Solver:
+    """Return the adversary: from δ = 0, by steps that reach the border and as far again."""
+    step_size = 2 * setting.radius / setting.steps
+    ball: Any = {"radius": setting.radius, "per": "token", "start": "zero"}
+    return mixadv.PGD(steps=setting.steps, step_size=step_size, **ball)
