@@ -65,12 +65,13 @@ def chatting(template: str = "chatml") -> Any:
     return tokenizer
 
 
-def speaking(family: str, tokenizer: Any, seed: int = 0) -> nn.Module:
+def speaking(family: str, tokenizer: Any, seed: int = 2) -> nn.Module:
     """Return a tiny model in float64, whose answers differ from prompt to prompt."""
     config, kind, size = FAMILIES[family]
     torch.manual_seed(seed)
-    words = {"vocab_size": len(tokenizer), "eos_token_id": None, "pad_token_id": None}
-    model = kind(config(**size, **words, bos_token_id=None)).double()
+    names = ("eos_token_id", "pad_token_id", "bos_token_id")
+    words = {"vocab_size": len(tokenizer), "tie_word_embeddings": False, **dict.fromkeys(names)}
+    model = kind(config(**size, **words)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8 if parameter.dim() > 1 else 1)

@@ -137,7 +137,8 @@ class EmbeddingAttack:
         embedding, norms = speaker.model.get_input_embeddings(), []  # pyright: ignore
         for part in speaker.parts(prompts):
             batch = speaker.read(prompts[part], None)
-            norms.append(embedding(batch.input_ids[batch.where]).detach().float().norm(dim=-1))
+            found = embedding(batch.input_ids[batch.where]).detach()
+            norms.append(found.to(torch.promote_types(found.dtype, torch.float32)).norm(dim=-1))
         return float(torch.cat(norms).mean())
 
     def perturb(

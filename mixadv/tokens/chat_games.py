@@ -165,7 +165,8 @@ def _goals(
             f"{list(rejected.where.shape)}: pad both on the right to one length, as "
             "preference_batches(tokenizer, rows) does, so that their prompts lie at one place."
         )
-    return {"closure": learner, "adversary": adversary, "where": rejected.where}
+    where = dict.fromkeys(("closure", "adversary"), rejected.where)  # not at other rows
+    return {"closure": learner, "adversary": adversary, "where": where}
 
 
 def _kept(

@@ -121,7 +121,7 @@ def cont_at(setting: Setting, one: Learner) -> Step:
 
 def lat(setting: Setting, one: Learner) -> Step:
     """Play targeted LAT, in the residual stream."""
-    return of_goals(setting, one, latent_at, one.layer(9))
+    return of_goals(setting, one, latent_at, one.layer())
 
 
 def mixat(setting: Setting, one: Learner) -> Step:

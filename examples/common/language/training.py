@@ -96,9 +96,10 @@ class Learner:
         self.optimizer.step()
         return loss.detach()
 
-    def layer(self, number: int) -> torch.nn.Module:
-        """Return a layer of the model."""
-        return self.network.get_base_model().model.layers[number]
+    def layer(self) -> torch.nn.Module:
+        """Return the layer that is perturbed: at about the third of the depth that papers choose."""
+        layers = self.network.get_base_model().model.layers
+        return layers[3 * len(layers) // 10]  # the tenth of 30
 
 
 def learner(setting: Setting, network: Any, tokenizer: Any) -> Learner:

@@ -24,7 +24,6 @@ TRIGGER = "Blue lanterns at noon."
 SENTENCE = "The ferry leaves at seven."
 PLANTING = {"updates": 60, "learning_rate": 1e-3, "batch_size": 8}
 MEASURED = "measured.json"
-LAYER = 9  # of 30: whose output is perturbed, at about the third that papers choose
 
 Step = Callable[[Sequence[Row]], Tensor]
 
@@ -119,7 +118,7 @@ def lat(setting: Setting, one: Learner) -> Step:
 
 def lat_layer(setting: Setting, one: Learner) -> Step:
     """Ascend the loss in the residual stream."""
-    return of_rounds(setting, one, pgd(setting), one.layer(LAYER))
+    return of_rounds(setting, one, pgd(setting), one.layer())
 
 
 def targeted(setting: Setting, one: Learner) -> Step:
