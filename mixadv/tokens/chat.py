@@ -117,7 +117,8 @@ def preference_batches(
             raise ValueError(f"Row {number} has no {lacking[0]!r}, it has {', '.join(row)}.")
     prompts = [row["prompt"] for row in rows]
     answers = [row[name] for name in ("chosen", "rejected") for row in rows]
-    both = chat_batch(tokenizer, [*prompts, *prompts], answers, **{"padding_side": "right"} | how)
+    how = {"padding_side": "right", **how}
+    both = chat_batch(tokenizer, [*prompts, *prompts], answers, **how)
     half = len(rows)
     return ChatBatch(*(t[:half] for t in both)), ChatBatch(*(t[half:] for t in both))
 

@@ -97,7 +97,7 @@ class Learner:
         return loss.detach()
 
     def layer(self) -> torch.nn.Module:
-        """Return the layer that is perturbed: at about the third of the depth that papers choose."""
+        """Return the layer that is perturbed, at about a third of the depth as in papers."""
         layers = self.network.get_base_model().model.layers
         return layers[3 * len(layers) // 10]  # the tenth of 30
 
