@@ -30,6 +30,7 @@ from benchmark_parts.contenders import CONTENDERS
 from mixadv.games import METHODS, PARTICLE_METHODS
 from mixadv.neurons import NeuronAnalysis, analysis
 from mixadv.round.explain import solver_table
+from tests.chat_zoo import chatting, speaking
 from tests.processes import one_process
 from tests.substitution_zoo import word_tokenizer
 from tests.zoo import player
@@ -57,6 +58,7 @@ def prelude() -> dict[str, Any]:
     texts = ["The film was really good", "A slow plot and a bad actor"]
     masks = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=0)
     masked = masks([dict(tokenizer(text)) for text in texts])
+    chat_tokenizer = chatting()
     quiet: Any = {"use_cpu": True, "disable_tqdm": True, "report_to": []}
     return {
         "arguments": transformers.TrainingArguments(max_steps=3, **quiet),  # resets accelerators
@@ -78,6 +80,8 @@ def prelude() -> dict[str, Any]:
         "classifier": transformers.BertForSequenceClassification(size),
         "language_model": transformers.BertForMaskedLM(size),
         "masked_loader": [masked, masked],
+        "chat_model": speaking("Llama", chat_tokenizer),
+        "chat_tokenizer": chat_tokenizer,
         "rows": [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)],
     }
 
