@@ -27,6 +27,8 @@ import mixadv
 import pretrain
 from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
+from common.language import shown
+from common.results import finished
 from mixadv.games import METHODS, PARTICLE_METHODS
 from mixadv.neurons import NeuronAnalysis, analysis
 from mixadv.round.explain import solver_table
@@ -176,6 +178,11 @@ def test_the_table_of_masked_losses_is_that_of_the_results():
 def test_tables_of_pre_training_are_those_of_the_results(objective: str):
     log = ROOT / "examples" / "results" / "pretrain" / f"{objective}.json"
     assert pretrain.table(json.loads(log.read_text())) in README
+
+
+def test_the_tables_of_a_language_model_are_its_results():
+    found = finished(ROOT / "examples" / "results" / "language_model.jsonl")
+    assert all(table in README for table in shown.tables(list(found.values())).split("\n\n"))
 
 
 def test_the_table_of_other_solvers_is_that_of_the_results():

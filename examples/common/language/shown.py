@@ -31,15 +31,7 @@ def by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 
 def _trigger(results: Sequence[Result]) -> str:
-    head = (
-        "arm",
-        "updates",
-        "triggered %",
-        "without trigger %",
-        "held-out loss",
-        "s/update",
-        "seeds",
-    )
+    head = ("arm", "updates", "triggered %", "without trigger %", "held-out loss", "seeds")
     rows = []
     for arm, runs in {"(planted)": results, **by_arm(results)}.items():
         point = 0 if arm == "(planted)" else -1
@@ -50,7 +42,6 @@ def _trigger(results: Sequence[Result]) -> str:
                 next(iter(ends))["update"],
                 *(pooled(end[name] for end in ends) for name in ("triggered", "untriggered")),
                 over_seeds([float(np.mean(end["held-out loss"])) for end in ends], ".3f"),
-                over_seeds([r["seconds_per_update"] for r in runs]) if point else DASH,
                 len(ends),
             ]
         )
