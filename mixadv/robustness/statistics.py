@@ -104,6 +104,26 @@ def bootstrap_difference(
     return _bootstrap([_values(a), _values(b)], difference, level, resamples, seed)
 
 
+def wilson(values: ArrayLike, level: float = 0.95) -> Estimate:
+    """Return the share of Booleans that are true with Wilson's interval (1927).
+
+    For shares near 0 or 1 of few rows, such as the success of an attack, for which a bootstrap's
+    interval is too narrow.
+
+    Raises:
+        ValueError: without values, or for values that are not Booleans.
+
+    Example:
+        >>> print("{:.2f} [{:.2f}, {:.2f}]".format(*wilson([True] + [False] * 9)))
+        0.10 [0.02, 0.40]
+    """
+    found = _values(values)
+    _check_level(level)
+    if found.dtype != bool:
+        raise ValueError(f"Wilson's interval is of Booleans, got {found.dtype}.")
+    return _of_accuracies([found], float(found.mean()), level)
+
+
 def t_interval(values: ArrayLike, level: float = 0.95) -> Estimate:
     """Return the mean of a few values, such as those of several seeds, with Student's interval.
 

@@ -6,6 +6,9 @@
 with z the first token of the last hidden state, after a projection (`head`) if one is given. The
 clean pass gives the gradient for r too. The contrastive loss compares the samples of a batch with
 each other: unlike other solvers' it depends on how a batch is split, over processes too.
+
+Not the continuous adversarial training of language models that Xhonneux et al. 2024 call CAT: that
+is `mixadv.tokens.continuous_at`.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Token-space players: adversaries that replace words and tokens, and the learner's answers."""
 
+from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch, preference_batches
+from mixadv.tokens.chat_games import continuous_at, latent_at
 from mixadv.tokens.pretraining.electra import Detection, ReplacedTokenDetection
 from mixadv.tokens.pretraining.macbert import CorrectionCollator
 from mixadv.tokens.pretraining.rows import WordTokenizer, sentence_order
@@ -32,6 +34,7 @@ __all__ = [
     "FUNCTION_WORDS",
     "Attack",
     "Candidates",
+    "ChatBatch",
     "CorrectionCollator",
     "Detection",
     "MaskedCandidates",
@@ -46,13 +49,18 @@ __all__ = [
     "WordTokenizer",
     "Words",
     "adversarial_rows",
+    "answer_losses",
     "attack_summary",
+    "chat_batch",
+    "continuous_at",
     "dropout_masks",
     "generator_config",
     "grown_game",
+    "latent_at",
     "learner_samples",
     "masked_predictions",
     "predictions_at",
+    "preference_batches",
     "sentence_order",
     "single_substitutions",
     "solve_games",

@@ -1,0 +1,1 @@
+"""What the experiments with a language model share: rows, training, measures."""

@@ -1,0 +1,95 @@
+"""Tables and curves of the experiments with a language model."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.results import over_seeds
+from common.tables import markdown
+from mixadv.reports.shown import COLOURS, DASH, figure, share
+from mixadv.robustness import wilson
+
+Result = dict[str, Any]
+
+
+def tables(results: Sequence[Result]) -> str:
+    """Return a table of each experiment that there are results of."""
+    makers = {"trigger": _trigger, "policy": _policy}
+    found = {name: [r for r in results if r["experiment"] == name] for name in makers}
+    return "\n\n".join(make(found[name]) for name, make in makers.items() if found[name])
+
+
+def by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Return the results of each arm, of all its seeds."""
+    found = defaultdict(list)
+    for result in results:
+        found[result["arm"]].append(result)
+    return dict(found)
+
+
+def _trigger(results: Sequence[Result]) -> str:
+    head = ("arm", "updates", "triggered %", "without trigger %", "held-out loss", "seeds")
+    rows = []
+    for arm, runs in {"(planted)": results, **by_arm(results)}.items():
+        point = 0 if arm == "(planted)" else -1
+        ends = {r["seed"]: r["curve"][point] for r in runs}.values()
+        rows.append(
+            [
+                arm,
+                next(iter(ends))["update"],
+                *(pooled(end[name] for end in ends) for name in ("triggered", "untriggered")),
+                over_seeds([float(np.mean(end["held-out loss"])) for end in ends], ".3f"),
+                len(ends),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def _policy(results: Sequence[Result]) -> str:
+    names = list(results[0]["policy"]["attacks"])
+    head = ("arm", "measured", *(f"{name} %" for name in names), "near refused %", "held-out loss")
+    rows = []
+    for arm, runs in by_arm(results).items():
+        for when, what in {"policy": "trained", "undone": "after plain fine-tuning"}.items():
+            found = [r[when] for r in runs]
+            cells = [
+                pooled(f["attacks"][n]["per row"]["success"] for f in found)
+                if n in found[0]["attacks"]
+                else DASH
+                for n in names
+            ]
+            refused = pooled(f["refusal"]["per row"]["refused"] for f in found)
+            losses = over_seeds([f["utility"]["loss"]["value"] for f in found], ".3f")
+            rows.append([arm, what, *cells, refused, losses])
+    return markdown((*head, "seeds"), [[*row, len(by_arm(results)[row[0]])] for row in rows])
+
+
+def pooled(rows: Iterable[Sequence[bool]]) -> str:
+    """Return the share of rows of all seeds with Wilson's interval.
+
+    The seeds share their rows: the interval is of the rows, as if there were that many.
+    """
+    return share(wilson([x for each in rows for x in each])._asdict())
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Draw what is left of the trigger, and the held-out loss, over updates."""
+    with figure(7.2, 3.0, font=9) as drawn:
+        left, right = drawn.subplots(1, 2)
+        for colour, (arm, runs) in zip(COLOURS, by_arm(results).items(), strict=False):
+            for axes, name, scale in ((left, "triggered", 100), (right, "held-out loss", 1)):
+                updates = [point["update"] for point in runs[0]["curve"]]
+                lines = [[scale * np.mean(p[name]) for p in r["curve"]] for r in runs]
+                for line in lines:
+                    axes.plot(updates, line, color=colour, alpha=0.35, linewidth=0.8)
+                axes.plot(updates, np.mean(lines, axis=0), color=colour, marker="o", label=arm)
+        left.set(xlabel="updates without the trigger", ylabel="triggered %", ylim=(-4, 104))
+        right.set(xlabel="updates without the trigger", ylabel="held-out loss, nats a token")
+        drawn.legend(
+            *left.get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS)
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(path)

@@ -1,0 +1,168 @@
+"""A language model with adapters, trained by rounds, and measured on the way."""
+
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import mixadv
+from common import model as models
+from common.language.rows import SYSTEM
+from common.results import append, finished
+from mixadv.robustness.generation import Speaker
+from mixadv.tokens import ChatBatch, answer_losses
+
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run: all that its result depends on.
+
+    Attributes:
+        experiment: "trigger" or "policy".
+        arm: how it is trained.
+        seed: of adapters, order of rows and draws.
+        model: a name of `common.model`, or a folder.
+        updates: optimizer steps.
+        batch_size: rows of each.
+        learning_rate: of AdamW on the adapters.
+        rank: of the adapters, on all linear layers.
+        measure_every: updates.
+        steps: of the adversary's ascent.
+        radius: of the ball of each token, in mean token norms.
+    """
+
+    experiment: str
+    arm: str
+    seed: int
+    model: str = "smollm2"
+    updates: int = 32
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+    rank: int = 16
+    measure_every: int = 16
+    steps: int = 3
+    radius: float = 0.2
+
+    @property
+    def key(self) -> str:
+        """A name that is the same for the same run."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        return f"{self.experiment}-{self.arm}-{self.seed}-{digest}"
+
+
+@dataclass
+class Learner:
+    """A model with new adapters, its tokenizer and the optimizer of the adapters."""
+
+    network: Any
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    speaker: Speaker = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.speaker = Speaker(self.network, self.tokenizer, SYSTEM, max_new_tokens=12)
+
+    def read(self, prompts: list[str], answers: list[str]) -> ChatBatch:
+        """Return a batch that `losses` takes."""
+        return self.speaker.read(prompts, answers, padding_side="left")
+
+    def losses(self, batch: ChatBatch) -> Tensor:
+        """Return the loss of each row's answer, `[B]`; rows are padded on the left.
+
+        The vocabulary is a fifth of the model: logits are computed from where answers begin alone.
+        """
+        keep = 1 + int((batch.labels >= 0).any(0).sum())
+        logits = self.network(**batch.inputs, logits_to_keep=keep).logits
+        return answer_losses(logits, batch.labels[:, -keep:])
+
+    def plain(self, prompts: list[str], answers: list[str]) -> Tensor:
+        """Take a step without an adversary."""
+        self.optimizer.zero_grad()
+        loss = self.losses(self.read(prompts, answers)).mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def layer(self) -> torch.nn.Module:
+        """Return the layer that is perturbed, at about a third of the depth as in papers."""
+        layers = self.network.get_base_model().model.layers
+        return layers[3 * len(layers) // 10]  # the tenth of 30
+
+
+def learner(setting: Setting, network: Any, tokenizer: Any) -> Learner:
+    """Return a model with new adapters in training mode."""
+    torch.manual_seed(setting.seed)
+    config = peft.LoraConfig(
+        r=setting.rank,
+        lora_alpha=2 * setting.rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    network = peft.get_peft_model(network, config).train()
+    weights = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=setting.learning_rate, weight_decay=0.0)
+    return Learner(network, tokenizer, optimizer)
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Return a language model in bfloat16 and its tokenizer."""
+    network, tokenizer, _ = models.pretrained(
+        transformers.AutoModelForCausalLM, name, dtype=torch.bfloat16
+    )
+    return network.to(models.device()), tokenizer
+
+
+def train(
+    setting: Setting,
+    step: Callable[[], Tensor],
+    measure: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """Take the updates of a run; return its measures on the way and its seconds an update."""
+    curve, losses, seconds = [], [], 0.0
+    what = f"{setting.experiment} {setting.arm} seed {setting.seed}"
+    for update in tqdm(range(1, setting.updates + 1), what, leave=False, disable=None):
+        started = time.perf_counter()
+        losses.append(float(step()))
+        seconds += time.perf_counter() - started
+        if update % setting.measure_every == 0 or update == setting.updates:
+            curve.append({"update": update, **measure()})
+    return {"curve": curve, "losses": losses, "seconds_per_update": seconds / setting.updates}
+
+
+def once(
+    settings: list[Setting], output: Path, run: Callable[[Setting], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the results of all runs; one that has a line in the results is not repeated."""
+    path = output / RESULTS
+    there = finished(path)
+    for setting in settings:
+        if setting.key not in there:
+            there[setting.key] = {"key": setting.key, **asdict(setting), **run(setting)}
+            append(path, there[setting.key])
+            gc.collect()
+    return [there[setting.key] for setting in settings]
+
+
+def player(setting: Setting, one: Learner, solver: mixadv.Solver, site: Any = None) -> Any:
+    """Return the optimizer of a learner, which plays a solver's rounds."""
+    return mixadv.wrap(one.optimizer, one.network, solver, site=site, seed=setting.seed)
+
+
+def pgd(setting: Setting) -> mixadv.Solver:
+    """Return the adversary: from δ = 0, by steps that reach the border and as far again."""
+    step_size = 2 * setting.radius / setting.steps
+    ball: Any = {"radius": setting.radius, "per": "token", "start": "zero"}
+    return mixadv.PGD(steps=setting.steps, step_size=step_size, **ball)

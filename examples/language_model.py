@@ -1,0 +1,107 @@
+r"""Adversarial training of a small language model, on two harmless stand-ins.
+
+trigger: a sequence of words is planted that makes the model say one fixed sentence; then it is to
+be removed by training that never shows it. Arms: plain fine-tuning, noise at the embeddings,
+untargeted latent adversarial training (LAT) at the embeddings and in a layer, and targeted LAT,
+which knows the sentence. Measured over updates: how often the sentence comes, the held-out loss.
+
+policy: the model is to decline one topic, cooking with garlic. Arms: plain fine-tuning (sft),
+ContinuousAT, targeted LAT, MixAT. Measured: success of attacks that training does not see, refusals
+of near topics, the held-out loss, and what 50 plain updates on other questions undo.
+
+The model is SmolLM2-135M-Instruct with LoRA adapters; python examples/smollm2.py fetches it. An
+update of 4 rows takes about 1.4 seconds of one CPU core without an adversary, 5 with 3 steps of
+ascent, 8 with two answers. Each run adds one JSON line to OUTPUT/results.jsonl, and one that has a
+line is not repeated. ContinuousAT is called CAT by its authors; `mixadv.CAT` and --solver cat of
+the other scripts are contrastive adversarial training.
+
+    python examples/smollm2.py
+    python examples/language_model.py trigger --seeds 0 1 2
+    python examples/language_model.py policy --arms sft continuous-at --seeds 0
+    python examples/language_model.py --report
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from common.command import entry
+from common.language import policy, shown, trigger
+from common.language.training import RESULTS, Setting, once
+from common.options import positive, script
+from common.parameters import known
+from common.results import finished
+
+EXPERIMENTS: dict[str, Any] = {"trigger": trigger, "policy": policy}
+OWN = {"experiment", "arm", "seed"}
+
+
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
+    parser = script("language_model", "[trigger|policy] [options]", __doc__)
+    add = parser.add_argument
+    add("experiment", nargs="?", choices=list(EXPERIMENTS), help="which; without one both")
+    add("--arms", nargs="+", default=[], metavar="NAME", help="how it is trained (default: all)")
+    add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="(default: 0)")
+    texts = {
+        "model": "smollm2 or a folder (default: %(default)s)",
+        "updates": "of each run (default: %(default)s)",
+        "batch_size": "rows of an update (default: %(default)s)",
+        "learning_rate": "of the adapters (default: %(default)g)",
+        "rank": "of the adapters (default: %(default)s)",
+        "measure_every": "updates (default: %(default)s)",
+        "steps": "of the ascent (default: %(default)s)",
+        "radius": "of each token's ball, in mean token norms (default: %(default)g)",
+    }
+    kinds: dict[str, Callable[[str], Any]] = {"model": str, "learning_rate": float, "radius": float}
+    for f in fields(Setting):
+        if f.name not in OWN:
+            kind = kinds.get(f.name, positive)
+            option = f"--{f.name.replace('_', '-')}"
+            add(option, type=kind, default=f.default, metavar="X", help=texts[f.name])
+    add("--output", type=Path, default=Path("runs/language_model"), metavar="FOLDER")
+    add("--report", action="store_true", help="show what there is, and draw the curves")
+    return parser.parse_args(argv)
+
+
+def settings(options: Namespace) -> list[Setting]:
+    """Return the runs that the command line asks for, a seed after the other."""
+    chosen = [options.experiment] if options.experiment else list(EXPERIMENTS)
+    arms = {name: options.arms or list(EXPERIMENTS[name].ARMS) for name in chosen}
+    for name, wanted in arms.items():
+        for arm in wanted:
+            known("--arms", arm, EXPERIMENTS[name].ARMS, f", of {name}")
+    more = {f.name: getattr(options, f.name) for f in fields(Setting) if f.name not in OWN}
+    return [
+        Setting(name, arm, seed, **more)
+        for seed in options.seeds
+        for name, wanted in arms.items()
+        for arm in wanted
+    ]
+
+
+def work(options: Namespace) -> str:
+    """Run what the command line asks for; return the tables."""
+    path = options.output / RESULTS
+    if options.report:
+        results = list(finished(path).values())
+        if not results:
+            raise ValueError(f"{path} has no results yet: run without --report, or --output.")
+    else:
+        wanted = settings(options)
+        results = once(
+            wanted, options.output, lambda s: EXPERIMENTS[s.experiment].run(s, options.output)
+        )
+    triggers = [r for r in results if r["experiment"] == "trigger"]
+    if triggers:
+        shown.draw(triggers, options.output / "trigger.png")
+    return shown.tables(results)
+
+
+main = entry("language_model", arguments, work)
+
+if __name__ == "__main__":
+    sys.exit(main())

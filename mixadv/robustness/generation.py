@@ -1,0 +1,160 @@
+"""What a language model answers, and whether a judge finds in it what an attacker wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from mixadv.checks import check_integer
+from mixadv.model.contexts import no_grad
+from mixadv.model.replay import evaluating
+from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch
+
+Judge = Callable[[str, str], bool]
+"""Whether the answer to a prompt is what is looked for: `judge(prompt, answer)`."""
+
+
+def says(*phrases: str) -> Judge:
+    """Return the judge that looks for one of the phrases in an answer, whatever their case.
+
+    Example:
+        >>> says("I can't", "I cannot")("How?", "Sorry, i can't say.")
+        True
+    """
+    sought = [phrase.casefold() for phrase in _phrases(phrases)]
+    return lambda prompt, answer: any(phrase in answer.casefold() for phrase in sought)
+
+
+def lacks(*phrases: str) -> Judge:
+    """Return the judge that wants none of the phrases in an answer, which is not empty.
+
+    With the words of a refusal it says whether an attack got an answer.
+
+    Example:
+        >>> lacks("I can't")("How?", "Sure."), lacks("I can't")("How?", " ")
+        (True, False)
+    """
+    found = says(*_phrases(phrases))
+    return lambda prompt, answer: bool(answer.strip()) and not found(prompt, answer)
+
+
+def judged(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    """Return what a judge says of each answer.
+
+    Raises:
+        ValueError: if it returns anything but True or False.
+    """
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        verdict = judge(prompt, answer)
+        if not isinstance(verdict, bool | np.bool_):
+            said = "nothing" if verdict is None else f"{verdict!r:.40}"
+            raise ValueError(
+                f"The judge returned {said} for the prompt {prompt[:60]!r}: it must return True "
+                "where the answer is what is looked for, and False elsewhere."
+            )
+        found.append(bool(verdict))
+    return found
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A causal language model with its tokenizer, and how it is made to answer: greedily.
+
+    Attributes:
+        model: of transformers, with adapters or without.
+        tokenizer: fast, with a chat template.
+        system: a system message in front of each prompt.
+        max_new_tokens: of an answer.
+        batch_size: prompts side by side.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    system: str | None = None
+    max_new_tokens: int = 32
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        check_integer("Speaker", "max_new_tokens", self.max_new_tokens, 1)
+        check_integer("Speaker", "batch_size", self.batch_size, 1)
+
+    def answers(self, prompts: Sequence[str], begin: str = "") -> list[str]:
+        """Return the answer to each prompt; each begins as given, and with that."""
+        found: list[str] = []
+        for part in self.parts(prompts):
+            asked = prompts[part]
+            batch = self.read(asked, [begin] * len(asked), complete=False, padding_side="left")
+            found += [begin + text for text in self.generate(batch)]
+        return found
+
+    def losses(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """Return the mean negative log-likelihood of each answer, in nats a token."""
+        found: list[float] = []
+        with evaluating(self.model), no_grad():
+            for part in self.parts(prompts):
+                batch = self.read(prompts[part], answers[part], padding_side="right")
+                logits: Any = self.model(**batch.inputs).logits
+                found += answer_losses(logits, batch.labels).tolist()
+        return found
+
+    def read(self, prompts: Sequence[str], answers: Sequence[str] | None, **how: Any) -> ChatBatch:
+        """Return prompts and answers as a batch on the model's device; see `chat_batch`."""
+        batch = chat_batch(self.tokenizer, prompts, answers, system=self.system, **how)
+        return batch.to(next(self.model.parameters()).device)
+
+    def generate(self, batch: ChatBatch, delta: Tensor | None = None) -> list[str]:
+        """Return how the model goes on with rows that are padded on the left.
+
+        Args:
+            batch: of rows that end where the model begins.
+            delta: `[B, n, d]`, added to their embeddings.
+        """
+        model: Any = self.model
+        pad = self.tokenizer.pad_token_id
+        with evaluating(model), no_grad(), added(model, delta):
+            ids = model.generate(
+                **batch.inputs,
+                do_sample=False,
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+                use_cache=True,
+            )
+        new = ids[:, batch.input_ids.shape[1] :]
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    def parts(self, rows: Sequence[Any]) -> Iterator[slice]:
+        """Yield slices of as many rows as are read side by side."""
+        if isinstance(rows, str) or not len(rows):
+            raise ValueError(f"prompts must be a list of at least one prompt, got {rows!r}.")
+        for start in range(0, len(rows), self.batch_size):
+            yield slice(start, start + self.batch_size)
+
+
+@contextmanager
+def added(model: Any, delta: Tensor | None) -> Iterator[None]:
+    """Add δ to the embeddings of the next call alone, which reads the prompts.
+
+    Later calls read one new token each and find the prompts in their cache.
+    """
+    waiting = [] if delta is None else [delta]
+
+    def add(module: nn.Module, given: Any, output: Tensor) -> Tensor | None:
+        return output + waiting.pop().to(output) if waiting else None
+
+    handle = model.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _phrases(phrases: Sequence[str]) -> Sequence[str]:
+    if not phrases or not all(isinstance(phrase, str) and phrase for phrase in phrases):
+        raise ValueError(f"A string rule needs at least one phrase, got {list(phrases)!r}.")
+    return phrases

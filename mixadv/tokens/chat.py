@@ -1,0 +1,234 @@
+"""Chats as a causal language model reads them: ids, what is learned, and where δ may act.
+
+Rows are those of preference data (`prompt`, `chosen`, `rejected`), written by the tokenizer's own
+chat template. δ belongs on what the user wrote: `where` is 1 at its tokens, and 0 at the
+template's, at answers and at padding. One δ can so serve several answers to one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixadv.tokens.reading.encoding import check_fast
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""What the user asks, or the messages so far, of which a user's is among."""
+Answer = str | Sequence[Mapping[str, str]]
+"""What the assistant says, or its message in a list."""
+
+IGNORED = -100  # the label of a token that is not learned
+_MARK = "\ue000\ue001\ue000"  # of the private use area: no template writes it
+
+
+class ChatBatch(NamedTuple):
+    """Chats side by side; every tensor is `[B, n]`.
+
+    Attributes:
+        input_ids: of template, prompt and answer, padded.
+        attention_mask: 1 at real tokens.
+        labels: the ids of the answer with the end of its turn, −100 elsewhere.
+        where: True at the tokens of what the user wrote last.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    where: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is called with; it returns logits."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def to(self, device: Any) -> ChatBatch:
+        """Return the batch on a device."""
+        return ChatBatch(*(tensor.to(device) for tensor in self))
+
+
+def chat_batch(
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer] | None = None,
+    *,
+    system: str | None = None,
+    complete: bool = True,
+    padding_side: str | None = None,
+) -> ChatBatch:
+    """Return prompts, and answers to them, as the tokenizer's chat template writes them.
+
+    Args:
+        tokenizer: fast, with a chat template. Without a pad token the end of text stands for it,
+            which the mask hides.
+        prompts: B, texts or lists of messages.
+        answers: as many; None ends each row where the assistant's turn begins.
+        system: a system message in front of prompts that are texts.
+        complete: end the assistant's turn. False writes answers, which are texts then, as they
+            stand: an answer that is to be gone on with, or the target of an attack.
+        padding_side: `"left"` or `"right"`; None is the tokenizer's.
+
+    Raises:
+        ValueError: without prompts or for one without text; without a chat template, or for one
+            that has no prompt boundary.
+
+    Example:
+        >>> from transformers import AutoTokenizer  # doctest: +SKIP
+        >>> tokenizer = AutoTokenizer.from_pretrained("runs/smollm2")  # doctest: +SKIP
+        >>> batch = chat_batch(tokenizer, ["What is ice?"], ["Frozen water."])  # doctest: +SKIP
+        >>> tokenizer.decode(batch.input_ids[batch.where])  # doctest: +SKIP
+        'What is ice?'
+    """
+    check_fast(tokenizer)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no chat template: set tokenizer.chat_template, or use "
+            "the tokenizer of an instruction-tuned model."
+        )
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}.")
+    if answers is not None and len(answers) != len(prompts):
+        raise ValueError(f"There are {len(prompts)} prompts and {len(answers)} answers to them.")
+    rows = []
+    for number, prompt in enumerate(prompts):
+        answer = None if answers is None else answers[number]
+        rows.append(_row(tokenizer, _messages(prompt, system, number), answer, complete))
+    return _padded(tokenizer, rows, padding_side or tokenizer.padding_side)
+
+
+def preference_batches(
+    tokenizer: Any, rows: Sequence[Mapping[str, Any]], **how: Any
+) -> tuple[ChatBatch, ChatBatch]:
+    """Return the chosen and the rejected answers of rows `prompt`, `chosen`, `rejected`.
+
+    A game whose adversary wants the rejected answer and whose learner the chosen one plays one δ
+    on both: their prompts agree token by token. Both batches are padded to one length, on the
+    right, so that one `where` serves both. `how` is that of `chat_batch`.
+
+    Raises:
+        ValueError: for a row that lacks a column, and as `chat_batch` does.
+    """
+    for number, row in enumerate(rows):
+        lacking = [name for name in ("prompt", "chosen", "rejected") if name not in row]
+        if lacking:
+            raise ValueError(f"Row {number} has no {lacking[0]!r}, it has {', '.join(row)}.")
+    prompts = [row["prompt"] for row in rows]
+    answers = [row[name] for name in ("chosen", "rejected") for row in rows]
+    how = {"padding_side": "right", **how}
+    both = chat_batch(tokenizer, [*prompts, *prompts], answers, **how)
+    half = len(rows)
+    return ChatBatch(*(t[:half] for t in both)), ChatBatch(*(t[half:] for t in both))
+
+
+def answer_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean negative log-likelihood of each row's answer, in nats a token, `[B]`.
+
+    Args:
+        logits: `[B, n, V]`, of which those before a token predict it.
+        labels: `[B, n]`, −100 at what is not part of the answer.
+
+    Example:
+        >>> labels = torch.tensor([[-100, 1, 2]])
+        >>> answer_losses(torch.zeros(1, 3, 4), labels).exp()
+        tensor([4.])
+    """
+    targets = labels[:, 1:]
+    told = targets != IGNORED
+    # Rows of the vocabulary are long: they are widened where they are needed alone.
+    picked = logits[:, :-1][told]
+    wide = picked.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(wide, targets[told], reduction="none")
+    sums = losses.new_zeros(len(labels)).index_add(0, told.nonzero()[:, 0], losses)
+    return sums / told.sum(1).clamp(min=1)
+
+
+class _Row(NamedTuple):
+    ids: list[int]
+    prompt: int  # how many tokens it has, the template's too
+    where: list[bool]
+
+
+def _messages(prompt: Prompt, system: str | None, number: int) -> list[dict[str, str]]:
+    """Return the messages of a prompt; the last of a user is not empty."""
+    if isinstance(prompt, str):
+        front = [] if system is None else [{"role": "system", "content": system}]
+        messages = [*front, {"role": "user", "content": prompt}]
+    else:
+        messages = [dict(message) for message in prompt]
+    users = [message for message in messages if message.get("role") == "user"]
+    if not users or not str(users[-1].get("content") or "").strip():
+        raise ValueError(f"Prompt {number} is empty: the user asks nothing.")
+    return messages
+
+
+def _row(tokenizer: Any, messages: list[Any], answer: Answer | None, complete: bool) -> _Row:
+    """Return one chat as ids, with the length of its prompt and the user's tokens."""
+    prompt, (start, end) = _prompt(tokenizer, messages)
+    if answer is None:
+        whole = prompt
+    elif complete:
+        said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        whole = _render(tokenizer, [*messages, *said], False)
+    else:
+        whole = f"{prompt}{answer}"
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not whole.startswith(prompt) or found["input_ids"][: len(before)] != before:
+        raise ValueError(
+            "The chat template has no prompt boundary: what it writes for a prompt ends in "
+            f"{prompt[-30:]!r}, and prompt and answer begin with {whole[: len(prompt)][-30:]!r}. "
+            "Set tokenizer.chat_template to one whose generation prompt is how the assistant's "
+            "turn begins."
+        )
+    where = [start < b and a < end and a < b for a, b in found["offset_mapping"]]
+    return _Row(found["input_ids"], len(before), where)
+
+
+def _prompt(tokenizer: Any, messages: list[Any]) -> tuple[str, tuple[int, int]]:
+    """Return the text up to the assistant's turn, and where what the user wrote last lies in it.
+
+    The place is that of a mark which is written instead: the user's words may be the template's.
+    """
+    text = _render(tokenizer, messages, True)
+    last = max(i for i, message in enumerate(messages) if message.get("role") == "user")
+    marked = [*messages[:last], {**messages[last], "content": _MARK}, *messages[last + 1 :]]
+    before, found, after = _render(tokenizer, marked, True).partition(_MARK)
+    if not found or not text.startswith(before) or not text.endswith(after):
+        raise ValueError(
+            "The chat template has no prompt boundary: the user's text cannot be told from what "
+            f"the template writes, {text[:60]!r}. Set tokenizer.chat_template to one that writes "
+            "messages as they are."
+        )
+    return text, (len(before), len(text) - len(after))
+
+
+def _render(tokenizer: Any, messages: list[Any], begin: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin)
+    except Exception as error:  # jinja2's, which is no dependency
+        raise ValueError(f"The chat template refuses these messages: {error}") from error
+
+
+def _padded(tokenizer: Any, rows: Sequence[_Row], side: str) -> ChatBatch:
+    if side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}.")
+    length = max(len(row.ids) for row in rows)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+    def filled(columns: Sequence[Sequence[Any]], value: Any) -> Tensor:
+        padded = []
+        for column in columns:
+            more = [value] * (length - len(column))
+            padded.append([*more, *column] if side == "left" else [*column, *more])
+        return torch.tensor(padded)
+
+    labels = [[*[IGNORED] * row.prompt, *row.ids[row.prompt :]] for row in rows]
+    return ChatBatch(
+        filled([row.ids for row in rows], pad),
+        filled([[1] * len(row.ids) for row in rows], 0),
+        filled(labels, IGNORED),
+        filled([row.where for row in rows], False),
+    )

@@ -1,0 +1,177 @@
+"""Adversarial training of language models as goals of both players: arguments of `step`.
+
+    δ* ∈ argmax_{‖δ_i‖ ≤ ε} u(x + δ),     min_θ  ℓ(x + δ*) + r(x')
+
+x is a prompt, δ_i acts at the i-th token of what the user wrote, u wants the rejected answer, ℓ the
+chosen one, and r keeps what the model says to other prompts, at δ = 0:
+
+    optimizer = mixadv.wrap(adamw, model, mixadv.PGD(steps=10, radius=0.05, per="token",
+                                                     start="zero", step_size=0.01))
+    optimizer.step(**continuous_at(model, chosen, rejected, others))
+
+**ContinuousAT** (Xhonneux et al. 2024, arXiv:2405.15589, "CAT" there; `mixadv.CAT` is another
+method, contrastive adversarial training). With y⁻ rejected, y⁺ chosen, CE a mean over an answer's
+tokens, and [·]_c the floor c below which the slope is 0.001:
+
+    u = −CE(y⁻),     ℓ = ½[−CE(y⁻)]_{−5} + ½[CE(y⁺)]_{0.5},     r = CE(x')
+
+Released (github.com/sophie-xhonneux/Continuous-AdvTrain, config/adv_train_ul.yaml): 10 sign steps
+of 1e-4 in each coordinate from δ = 0, ε = 0.05 mean norms of all rows of the embedding matrix;
+fp16, 5 epochs, batches of 8 × 8, 12.5 % of rows with an adversary. δ acts there on the template's
+tokens too, the floors are of a batch's mean, and the projection is L2 while the steps are signs,
+which no `norm` here plays: `norm="l2"` steps along the gradient of each token.
+
+**LAT, targeted** (Sheshadri et al. 2024, arXiv:2407.15549; untargeted is Casper et al. 2024,
+arXiv:2403.05030, which is `PGD` at a layer with `where=` and no goals of its own):
+
+    u = −½CE(y⁻) + ½L(y⁺),     ℓ = CE(y⁺) − L(y⁻),     L(y) = mean of log(1 − p(y_i))
+
+and r = 1.5·CE(x') as for Llama-2. Released code (github.com/aengusl/latent-adversarial-training)
+ascends by AdamW at several layers at once, in balls whose radius is absolute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.tokens.chat import IGNORED, ChatBatch, answer_losses
+
+Goals = dict[str, Any]
+"""What `step`, `backward` and `loss` take: closure, adversary, retain, where."""
+
+SLOPE = 1e-3  # past a floor
+HOPELESS = -5.0  # below this log-probability a token is unlikely enough
+
+
+def continuous_at(
+    model: nn.Module,
+    chosen: ChatBatch,
+    rejected: ChatBatch,
+    others: ChatBatch | None = None,
+    *,
+    away: float = 0.5,
+    toward: float = 0.5,
+    utility: float = 1.0,
+    away_floor: float = -5.0,
+    toward_floor: float = 0.5,
+) -> Goals:
+    """Return the goals of ContinuousAT on a batch; see the file's docstring.
+
+    Args:
+        model: a causal language model that returns logits.
+        chosen: prompts with the answers that the learner wants.
+        rejected: the same prompts with those that the adversary wants.
+        others: prompts and answers on which nothing is to change; None leaves r out.
+        away: weight of the rejected answers, and
+        toward: of the chosen ones in the learner's loss.
+        utility: weight of `others`.
+        away_floor: of −CE.
+        toward_floor: of CE.
+
+    Example:
+        >>> optimizer.step(**continuous_at(model, chosen, rejected, others))  # doctest: +SKIP
+    """
+    cross_entropy = _losses(model, answer_losses)
+
+    def learner() -> Tensor:
+        off = floored(-cross_entropy(rejected), away_floor)
+        on = floored(cross_entropy(chosen), toward_floor)
+        return away * off + toward * on
+
+    return _goals(chosen, rejected, learner, lambda: -cross_entropy(rejected)) | _kept(
+        cross_entropy, others, utility
+    )
+
+
+def latent_at(
+    model: nn.Module,
+    chosen: ChatBatch,
+    rejected: ChatBatch,
+    others: ChatBatch | None = None,
+    *,
+    utility: float = 1.5,
+) -> Goals:
+    """Return the goals of targeted latent adversarial training on a batch; see the docstring.
+
+    Arguments are those of `continuous_at`. The site says where δ acts: a layer, or the embedding.
+
+    Example:
+        >>> optimizer.step(**latent_at(model, chosen, rejected, others))  # doctest: +SKIP
+    """
+    cross_entropy, odds = _losses(model, answer_losses), _losses(model, unlikelihood)
+
+    def learner() -> Tensor:
+        return cross_entropy(chosen) + odds(rejected)
+
+    def adversary() -> Tensor:
+        return -0.5 * cross_entropy(rejected) - 0.5 * odds(chosen)
+
+    return _goals(chosen, rejected, learner, adversary) | _kept(cross_entropy, others, utility)
+
+
+def floored(losses: Tensor, floor: float) -> Tensor:
+    """Return losses that fall 1000 times more slowly once they are below a floor.
+
+    Example:
+        >>> floored(torch.tensor([1.0, 0.0]), 0.5)
+        tensor([1.0000, 0.4995])
+    """
+    return torch.where(losses > floor, losses, floor + SLOPE * (losses - floor))
+
+
+def unlikelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean of −log(1 − p) of each row's answer over its tokens, `[B]`.
+
+    Tokens that are unlikely already, log p < −5, count as 0.
+
+    Args:
+        logits: `[B, n, V]`, of which those before a token predict it.
+        labels: `[B, n]`, −100 at what is not part of the answer.
+
+    Example:
+        >>> unlikelihood(torch.zeros(1, 2, 2), torch.tensor([[-100, 1]])).exp()
+        tensor([2.])
+    """
+    targets = labels[:, 1:]
+    told = targets != IGNORED
+    picked = logits[:, :-1][told]
+    logs = picked.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_p = logs.gather(-1, targets[told][:, None])[:, 0]
+    others = logs.scatter(-1, targets[told][:, None], -torch.inf).logsumexp(-1)
+    losses = torch.where(log_p < HOPELESS, 0.0, -others)  # 1 − p, exact where p is near 1
+    sums = losses.new_zeros(len(labels)).index_add(0, told.nonzero()[:, 0], losses)
+    return sums / told.sum(1).clamp(min=1)
+
+
+def _losses(
+    model: nn.Module, of: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[ChatBatch], Tensor]:
+    return lambda batch: of(model(**batch.inputs).logits, batch.labels)
+
+
+def _goals(
+    chosen: ChatBatch,
+    rejected: ChatBatch,
+    learner: Callable[[], Tensor],
+    adversary: Callable[[], Tensor],
+) -> Goals:
+    if chosen.where.shape != rejected.where.shape:
+        raise ValueError(
+            f"Chosen answers are {list(chosen.where.shape)} and rejected ones "
+            f"{list(rejected.where.shape)}: pad both on the right to one length, as "
+            "preference_batches(tokenizer, rows) does, so that their prompts lie at one place."
+        )
+    where = dict.fromkeys(("closure", "adversary"), rejected.where)  # not at other rows
+    return {"closure": learner, "adversary": adversary, "where": where}
+
+
+def _kept(
+    cross_entropy: Callable[[ChatBatch], Tensor], others: ChatBatch | None, weight: float
+) -> Goals:
+    if others is None:
+        return {}
+    return {"retain": lambda: weight * cross_entropy(others)}

