@@ -1,0 +1,192 @@
+"""Adversarial fine-tuning of models that chat, on preference data: prompt, chosen, rejected.
+
+The adversary has a goal of its own (`mixadv.tokens.continuous_at`, `latent_at`, or one of yours):
+it wants the rejected answer, by one δ in front of both. Trainer does the rest: adapters, bf16,
+accumulation, several processes, checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.equilibrium import best_response
+from mixadv.integrations.transformers import Adversarial, Trainer
+from mixadv.model.replay import evaluating
+from mixadv.round.validate import check_function
+from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch, preference_batches
+from mixadv.tokens.chat_games import Goals, continuous_at
+
+COLUMNS = ("prompt", "chosen", "rejected")
+OTHERS = "others"
+
+GoalsOf = Callable[..., Goals]
+"""Makes `goals(model, chosen, rejected, others)` of batches what `game.loss` takes."""
+
+
+class ChatCollator:
+    """Makes of preference rows the batches that a chat game is played on.
+
+    Args:
+        tokenizer: fast, with a chat template; its pad token, or the end of text.
+        system: a system message in front of prompts that are texts.
+    """
+
+    def __init__(self, tokenizer: Any, system: str | None = None) -> None:
+        self.tokenizer, self.system = tokenizer, system
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return `chosen` and `rejected`, and `others` where rows bring them, as dicts."""
+        chosen, rejected = preference_batches(self.tokenizer, rows, system=self.system)
+        found = {"chosen": chosen._asdict(), "rejected": rejected._asdict()}
+        others = [row[OTHERS] for row in rows if row.get(OTHERS) is not None]
+        if others:
+            prompts, answers = ([row[name] for row in others] for name in COLUMNS[:2])
+            batch = chat_batch(self.tokenizer, prompts, answers, system=self.system)
+            found[OTHERS] = batch._asdict()
+        return found
+
+
+class AdversarialChatTrainer(Adversarial, Trainer):
+    """`transformers.Trainer` that plays a game whose adversary wants the rejected answer.
+
+    Rows are `prompt`, `chosen` and `rejected`, texts or lists of messages, written by the
+    tokenizer's own chat template. δ acts at the tokens of what the user wrote. The first step says
+    what the adversary does; rows without an adversary are an error. Evaluation reports the loss of
+    chosen answers without δ, in nats a token.
+
+    Args:
+        arguments, keywords: of the Trainer; `processing_class` is the tokenizer.
+        solver: how the adversary ascends, such as `mixadv.PGD(per="token", start="zero")`.
+        goals: of both players: `mixadv.tokens.continuous_at`, `latent_at`, or a function of
+            `(model, chosen, rejected, others)` like them; settings by `functools.partial`.
+        retain_dataset: rows `prompt` and `chosen` on which nothing is to change, one beside each
+            row with an adversary, in turn. None retains nothing.
+        system: a system message in front of prompts that are texts.
+
+    Raises:
+        ValueError: without rows, for rows that lack a column, for a tokenizer that writes no chats.
+
+    Example:
+        >>> trainer = AdversarialChatTrainer(  # doctest: +SKIP
+        ...     model, arguments, train_dataset=rows, processing_class=tokenizer,
+        ...     solver=mixadv.PGD(steps=10, step_size=0.02, radius=0.05, per="token", start="zero"),
+        ... )
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        goals: GoalsOf = continuous_at,
+        train_dataset: Any = None,
+        retain_dataset: Any = None,
+        system: str | None = None,
+        **keywords: Any,
+    ) -> None:
+        if keywords.get("where") is not None:
+            raise ValueError("δ acts at the tokens of what the user wrote: leave where= out.")
+        check_function("goals must be a function of the model and three batches", goals)
+        self.goals = goals
+        if train_dataset is not None:
+            train_dataset = Beside(train_dataset, retain_dataset)
+        if keywords.get("data_collator") is None:
+            keywords["data_collator"] = ChatCollator(keywords.get("processing_class"), system)
+        super().__init__(*arguments, train_dataset=train_dataset, **keywords)
+        self.args.remove_unused_columns = False  # the model gets none of them
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Play a round in training; elsewhere return the loss of chosen answers without δ."""
+        batches = {name: ChatBatch(**columns) for name, columns in inputs.items()}
+        if not torch.is_grad_enabled():
+            chosen = batches["chosen"]
+            logits: Any = model(**chosen.inputs).logits
+            loss = answer_losses(logits, chosen.labels).mean()
+            return (loss, {"loss": loss}) if return_outputs else loss
+        goals = self.goals(model, batches["chosen"], batches["rejected"], batches.get(OTHERS))
+        if not self.game.round:
+            self._tell(batches["rejected"], goals)
+        return self.game.loss(**goals)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **keywords: Any
+    ) -> Any:
+        """Return the loss of chosen answers, and no predictions."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return those of the prompts with both answers; a round takes more."""
+        model = cast(Any, self.model)
+        if not hasattr(model, "floating_point_ops"):
+            return 0
+        return sum(model.floating_point_ops(inputs[name]) for name in ("chosen", "rejected"))
+
+    def _tell(self, rejected: ChatBatch, goals: Goals) -> None:
+        """Say what the adversary does in the first step, measured without dropout."""
+        adversary, where = goals["adversary"], goals["where"]
+        with evaluating(self.game.model), self.compute_loss_context_manager():
+            with torch.no_grad():
+                before = float(adversary().float().mean())
+            reached = best_response(self.game, adversary, where=where, adversary=adversary).loss
+        places, solver = rejected.where.sum(1), self.solver
+        ball = "no ball" if solver.radius is None else f"radius {solver.radius:g} per {solver.per}"
+        unit = "" if solver.unit == "absolute" else f" in token norms of {self.game.unit:.3g}"
+        logging.getLogger(__name__).warning(
+            f"{type(self).__name__}, first step: an adversary in {int((places > 0).sum())} of "
+            f"{len(places)} rows, at {int(places.min())} to {int(places.max())} tokens of each; "
+            f"{ball}{unit}; its steps take its payoff from {before:.4g} to "
+            f"{float(reached.float().mean()):.4g}."
+        )
+
+
+class Beside(torch.utils.data.Dataset[dict[str, Any]]):
+    """Preference rows, each beside a row of other data.
+
+    Args:
+        rows: of preference data.
+        others: in turn; None leaves them out.
+    """
+
+    def __init__(self, rows: Any, others: Any) -> None:
+        self.rows, self.others = rows, others
+        if not hasattr(rows, "__len__") or not len(rows):
+            raise ValueError(
+                "There are no rows with an adversary: train_dataset must be a data set of at least "
+                f"one row {', '.join(COLUMNS)}, whose length is known, got {rows!r:.80}."
+            )
+        self._check("train_dataset", rows[0], COLUMNS)
+        if others is not None:
+            if not len(others):
+                raise ValueError("retain_dataset has no rows: leave it out to retain nothing.")
+            self._check("retain_dataset", others[0], COLUMNS[:2])
+
+    def _check(self, name: str, row: Mapping[str, Any], columns: Sequence[str]) -> None:
+        lacking = [column for column in columns if not row.get(column)]
+        if lacking:
+            raise ValueError(
+                f"{name} needs the columns {', '.join(columns)}, and its first row has no "
+                f"{lacking[0]!r}, it has {', '.join(row)}."
+            )
+
+    def __len__(self) -> int:
+        """Return the number of preference rows."""
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        """Return a preference row, with another one under `others`."""
+        row = {name: self.rows[place][name] for name in COLUMNS}
+        if self.others is None:
+            return row
+        return {**row, OTHERS: self.others[place % len(self.others)]}

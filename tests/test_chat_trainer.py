@@ -1,0 +1,146 @@
+"""A chat trainer plays a loop's own rounds, says what its adversary does, and refuses none."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+import mixadv
+from mixadv.integrations.chat import AdversarialChatTrainer, ChatCollator
+from mixadv.tokens import ChatBatch, answer_losses, continuous_at, latent_at
+from tests.chat_zoo import chatting, speaking
+from tests.scripts import own_start  # noqa: F401
+
+ROWS = [
+    {"prompt": "What is a film?", "chosen": "I would rather not.", "rejected": "A story."},
+    {"prompt": "Why? Is it good?", "chosen": "No.", "rejected": "It is a very good film, indeed."},
+    {"prompt": "Which one?", "chosen": "None.", "rejected": "That one."},
+    {"prompt": "And now?", "chosen": "Nothing.", "rejected": "We go."},
+]
+OTHERS = [
+    {"prompt": "What is ice?", "chosen": "Frozen water."},
+    {"prompt": "What is snow?", "chosen": "Ice that falls."},
+    {"prompt": "What is rain?", "chosen": "Water."},
+]
+SOLVER = mixadv.PGD(steps=2, step_size=0.05, radius=0.1, per="token", start="zero")
+
+
+def trainer(folder: Path, model: Any, tokenizer: Any, **changes: Any) -> AdversarialChatTrainer:
+    """Return a trainer by plain SGD, which reads rows in their order."""
+    how = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.1}
+    how |= changes.pop("how", {})
+    arguments = transformers.TrainingArguments(
+        str(folder), optim="sgd", lr_scheduler_type="constant", max_grad_norm=0, use_cpu=True,
+        train_sampling_strategy="sequential", report_to="none", disable_tqdm=True, save_steps=1,
+        **how,
+    )  # fmt: skip
+    given = {"train_dataset": ROWS, "retain_dataset": OTHERS, "solver": SOLVER, **changes}
+    return AdversarialChatTrainer(model, arguments, processing_class=tokenizer, **given)
+
+
+@pytest.mark.parametrize("goals", [continuous_at, latent_at])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_trainer_plays_the_rounds_of_a_loop(goals: Any, parts: int, tmp_path: Path):
+    tokenizer = chatting()
+    model = speaking("Llama", tokenizer)
+    other = copy.deepcopy(model)
+    how = {"per_device_train_batch_size": 2 // parts, "gradient_accumulation_steps": parts}
+    trainer(tmp_path, model, tokenizer, goals=goals, how=how).train()
+
+    optimizer = mixadv.wrap(torch.optim.SGD(other.parameters(), lr=0.1), other, SOLVER, seed=42)
+    collate, size = ChatCollator(tokenizer), 2 // parts
+    for update in range(2):
+        for part in range(parts):
+            at = range(2 * update + size * part, 2 * update + size * (part + 1))
+            batch = collate([{**ROWS[i], "others": OTHERS[i % 3]} for i in at])
+            chats = [ChatBatch(**batch[name]) for name in ("chosen", "rejected", "others")]
+            (optimizer.game.loss(**goals(other, *chats)) / parts).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_first_step_tells_what_the_adversary_does(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    tokenizer = chatting()
+    model = speaking("Qwen2", tokenizer)
+    made = trainer(tmp_path, model, tokenizer)
+    with caplog.at_level(logging.WARNING):
+        made.train()
+    [told] = [record.getMessage() for record in caplog.records if "first step" in record.message]
+    places = ChatBatch(**ChatCollator(tokenizer)(ROWS[:2])["chosen"]).where.sum(1)
+    assert f"in 2 of 2 rows, at {places.min()} to {places.max()} tokens of each" in told
+    assert "radius 0.1 per token" in told
+    before, after = (float(word.strip(".")) for word in told.split("from ")[1].split(" to "))
+    assert after > before
+
+
+def test_adapters_alone_are_trained(tmp_path: Path):
+    tokenizer = chatting()
+    targets = ["q_proj", "v_proj"]
+    model = peft.get_peft_model(
+        speaking("Llama", tokenizer), peft.LoraConfig(target_modules=targets)
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer(tmp_path, model, tokenizer, how={"bf16": True}).train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+
+
+def test_evaluation_is_the_loss_of_chosen_answers(tmp_path: Path):
+    tokenizer = chatting()
+    model = speaking("Llama", tokenizer)
+    made = trainer(tmp_path, model, tokenizer, eval_dataset=ROWS)
+    found = made.evaluate()["eval_loss"]
+    chosen = ChatBatch(**ChatCollator(tokenizer)(ROWS)["chosen"])
+    with torch.no_grad():
+        each = answer_losses(model(**chosen.inputs).logits, chosen.labels)
+    assert found == pytest.approx(float(each.mean()), rel=1e-6)
+
+
+def test_killed_and_resumed_as_uninterrupted(tmp_path: Path):
+    tokenizer = chatting()
+    whole, halves = speaking("Llama", tokenizer), speaking("Llama", tokenizer)
+    trainer(tmp_path / "whole", whole, tokenizer).train()
+    trainer(tmp_path / "halves", halves, tokenizer, how={"max_steps": 1}).train()
+    last = str(tmp_path / "halves" / "checkpoint-1")
+    trainer(tmp_path / "halves", halves, tokenizer).train(resume_from_checkpoint=last)
+    for mine, theirs in zip(whole.parameters(), halves.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no rows": ({"train_dataset": []}, ValueError, "no rows with an adversary"),
+    "no rejected answer": (
+        {"train_dataset": [{"prompt": "Why?", "chosen": "So."}]},
+        ValueError,
+        "has no 'rejected', it has prompt, chosen",
+    ),
+    "nothing retained": ({"retain_dataset": []}, ValueError, "leave it out to retain nothing"),
+    "texts to retain": ({"retain_dataset": [{"text": "Ice"}]}, ValueError, "has no 'prompt'"),
+    "goals": ({"goals": "lat"}, TypeError, "goals must be a function"),
+    "where": ({"where": "where"}, ValueError, "leave where= out"),
+    "no solver": ({"solver": None}, TypeError, "solver"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_trained_on_is_refused_at_once(name: str, tmp_path: Path):
+    tokenizer = chatting()
+    changes, kind, words = WRONG[name]
+    with pytest.raises(kind, match=words):
+        trainer(tmp_path, speaking("Llama", tokenizer), tokenizer, **changes)
+
+
+def test_a_tokenizer_without_chats_is_refused(tmp_path: Path):
+    tokenizer = chatting()
+    model = speaking("Llama", tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        trainer(tmp_path, model, tokenizer).train()
