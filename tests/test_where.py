@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import mixadv
 from mixadv.model.masks import told
 from mixadv.model.visits import Call
+from mixadv.players.rows import by_row
 from mixadv.players.strategy import Strategy
 from tests.families_zoo import FAMILIES
 from tests.zoo import player
@@ -641,6 +642,52 @@ def test_a_map_that_is_none_of_samples_is_refused():
     optimizer = mixadv.wrap(base, model, mixadv.MAT(particles=2), site="input:x")
     with pytest.raises(mixadv.GameError, match="map of 4 rows to samples"):
         optimizer.step(closure)
+
+
+class Counted(Graphs):
+    """Predicts for graphs without a node too."""
+
+    def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+        hidden = torch.tanh(self.node(x))
+        return self.out(hidden.new_zeros(4, 8).index_add(0, batch, hidden))
+
+
+@pytest.mark.parametrize("which", [[0, 0, 1, 1, 2], [0, 1, 1, 3, 3], [1, 2, 3, 3, 3]])
+def test_graphs_without_a_node_are_named(which: list[int]):
+    model = Counted()
+
+    def closure() -> Any:
+        logits = model(torch.ones(5, 5), torch.tensor(which))
+        return F.cross_entropy(logits, torch.arange(4) % 2), logits
+
+    empty = min(set(range(4)) - set(which))
+    with pytest.raises(mixadv.GameError, match=f"of sample {empty}, .*empty graphs"):
+        first_points(model, mixadv.FGM(), closure, site="input:x")
+
+
+@pytest.mark.parametrize("solver", [mixadv.FGM(), mixadv.MAT(play_as="mean"), mixadv.SMART()])
+@pytest.mark.parametrize("nodes", [[0, 3], [0, 0, 1, 1, 1]])
+def test_in_a_later_round_graphs_without_a_node_play_or_are_named(nodes: Any, solver: Any):
+    """Of more graphs than nodes torch would tell which index is out of bounds."""
+    model = Counted()
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = mixadv.wrap(base, model, solver, site="input:x")
+
+    def closure(which: list[int]) -> Any:
+        logits = model(torch.ones(len(which), 5), torch.tensor(which))
+        return F.cross_entropy(logits, torch.arange(4) % 2, reduction="none"), logits
+
+    optimizer.step(lambda: closure([0, 1, 2, 2, 3]))
+    if nodes == [0, 3]:
+        with pytest.raises(mixadv.GameError, match=r"belongs to sample [35].*empty graphs"):
+            optimizer.step(lambda: closure(nodes))
+    else:
+        optimizer.step(lambda: closure(nodes))
+
+
+def test_a_row_of_a_sample_that_is_not_predicted_is_named():
+    with pytest.raises(mixadv.GameError, match=r"sample 2.*room for 2"):
+        by_row(torch.ones(1, 2), torch.ones(1, 4, 3), torch.tensor([0, 1, 1, 2]))
 
 
 def test_whose_a_row_is_is_asked_for_where_it_is_not_told():

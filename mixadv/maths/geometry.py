@@ -8,10 +8,14 @@ A sample may have several rows, such as a graph of many nodes: `owners` `[B]` th
 sample of each row from 0, and a group is all coordinates of all its rows. None is one row for each.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from mixadv.errors import GameError
 
 Norm = Literal["l1", "l2", "linf"]
 Per = Literal["sample", "token"]
@@ -41,7 +45,31 @@ def of_samples(values: Tensor, owners: Tensor, how: Literal["sum", "amax", "amin
         >>> of_samples(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]), "sum")[:2].tolist()
         [4.0, 2.0]
     """
-    return torch.zeros_like(values).scatter_reduce(0, owners, values, how, include_self=False)
+    with known_samples(owners, len(values)):
+        return torch.zeros_like(values).scatter_reduce(0, owners, values, how, include_self=False)
+
+
+@contextmanager
+def known_samples(owners: Tensor, count: int) -> Iterator[None]:
+    """Say in words which sample there is no place for, where torch says which index.
+
+    Numbers are read after that alone. An accelerator may stop in its own words before.
+
+    Raises:
+        GameError: where indexing by `owners` fails, as there are no more than `count` places.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        largest = int(owners.max())
+        if largest < count:
+            raise
+        raise GameError(
+            f"A row at the site belongs to sample {largest}, counted from 0, and there is room for "
+            f"{count}: as many as there are rows, or predictions. Samples without a row, such as "
+            "empty graphs, leave gaps in the numbers: leave them out of the batch, and number the "
+            "others from 0."
+        ) from error
 
 
 def _of_groups(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mixadv.errors import GameError
+from mixadv.maths.geometry import known_samples
 
 
 def by_row(values: Tensor, like: Tensor, owners: Tensor | None = None) -> Tensor:
@@ -14,7 +15,8 @@ def by_row(values: Tensor, like: Tensor, owners: Tensor | None = None) -> Tensor
     """
     samples, rows = values.shape[1], like.shape[1]
     if owners is not None and samples > 1:
-        values = values[:, owners]
+        with known_samples(owners, samples):
+            values = values[:, owners]
     elif samples not in (1, rows):
         raise GameError(
             f"There are {samples} predictions and {rows} rows at the site, and which row is "

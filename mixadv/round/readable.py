@@ -35,6 +35,17 @@ def check_owners(stage: Stage, zero: Reading) -> None:
         samples = zero.samples if counted else len(numbers)
         ordered = counted or bool((call.owners.diff() >= 0).all())
         if numbers != [*range(samples)] or not ordered:
+            if (
+                counted
+                and (empty := sorted({*range(samples)} - {*numbers}))
+                and numbers[-1] < samples
+            ):
+                raise GameError(
+                    f"There are {samples} predictions, and of sample {empty[0]}, counted from 0, "
+                    "no row at the site: a map of rows to samples, as batch or segments, leaves it "
+                    "out. Leave samples without a row, such as empty graphs, out of the batch; if "
+                    "it is no such map, give it another name."
+                )
             said = f"{samples} predictions" if counted else "samples in order"
             raise GameError(
                 f"The model is called with a map of {rows} rows to samples, as batch or segments, "
