@@ -13,10 +13,9 @@ lengths is measured on the first batch, and forgotten again. Of several processe
 own samples.
 """
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +30,8 @@ from mixadv.model.masks import Where
 from mixadv.model.replay import Buffers, evaluating
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
-from mixadv.round import routes
-from mixadv.round.gains import gains_of, shared
-from mixadv.round.stage import Stage
+from mixadv.round.in_play import best, finite, in_play, payoffs_of
 from mixadv.solvers.base import Solver
-from mixadv.solvers.play import Step
 
 
 class BestResponse(NamedTuple):
@@ -52,7 +48,9 @@ class BestResponse(NamedTuple):
     predictions: Tensor | None
 
 
-def best_response(game: Game, closure: Closure, *, where: Where = None) -> BestResponse:
+def best_response(
+    game: Game, closure: Closure, *, where: Where = None, adversary: Closure | None = None
+) -> BestResponse:
     """Return where projected ascent ends, and the model's predictions there.
 
     It is played in the words of the game's solver: its payoff, steps, ball and start; of several
@@ -68,6 +66,8 @@ def best_response(game: Game, closure: Closure, *, where: Where = None) -> BestR
         game: on the model to attack, with the solver whose ascent is played.
         closure: as for training; its labels are those the adversary wants missed.
         where: where δ may act, as in `Game.backward`; None is at real tokens.
+        adversary: what the adversary maximises instead, as in `Game.backward`: `closure` is then
+            what is read under its δ.
 
     Example:
         >>> import mixadv
@@ -81,11 +81,11 @@ def best_response(game: Game, closure: Closure, *, where: Where = None) -> BestR
         torch.Size([2, 2])
     """
     check_game(game)
-    with torch.enable_grad(), game.rounds.rehearse(closure, where) as stage:
+    with torch.enable_grad(), game.rounds.rehearse(closure, where, adversary) as stage:
         strategy = stage.ascend(game.solver.gain, game.solver)
         with no_grad():
             if strategy.size > 1:
-                strategy = _best(strategy, _finite(payoffs_of(stage, strategy)))
+                strategy = best(strategy, finite(payoffs_of(stage, strategy)))
             reading = stage.passes.run(stage.passes.at(strategy))
     return BestResponse(strategy, reading.loss, reading.predictions)
 
@@ -98,6 +98,7 @@ def attack(
     *,
     seed: int = 0,
     where: Where = None,
+    adversary: Closure | None = None,
 ) -> BestResponse:
     """Attack a model as it stands: `best_response` without a game of one's own.
 
@@ -110,6 +111,8 @@ def attack(
         site: where δ acts; None finds the input embedding that the encoder calls.
         seed: of the start.
         where: where δ may act, as in `Game.backward`; None is at real tokens.
+        adversary: what the adversary maximises, where it is not the loss: of a targeted attack
+            `lambda: -loss_to(target)`. `closure` is then what is read under its δ.
 
     Example:
         >>> import mixadv
@@ -127,7 +130,7 @@ def attack(
     game = Game(model, solver, site, seed=seed, optimizer=still)
     try:
         with evaluating(model):
-            return best_response(game, closure, where=where)
+            return best_response(game, closure, where=where, adversary=adversary)
     finally:
         game.close()
 
@@ -140,14 +143,14 @@ def exploitability(
     restarts: int = 4,
     level: float = 0.95,
     where: Where = None,
+    adversary: Closure | Iterable[Closure] | None = None,
 ) -> Exploitability:
     """Return by how much a stronger adversary out-earns the strategy in play.
 
         max_δ u(δ) − E_{δ~q} u(δ)     per sample, at the current θ
 
-    bounded from below, since the maximum is over points that an ascent reached; see the file's
-    docstring. Costs `steps · restarts` forwards and backwards for δ, and a round. It leaves nothing
-    behind: a training run with it is bit for bit the run without.
+    bounded from below, by points that an ascent reached; see the file's docstring. Costs a round
+    and `steps · restarts` forwards and backwards for δ; training goes on bit for bit as without it.
 
     Args:
         game: the one that trains (`optimizer.game`), or another on the model.
@@ -157,26 +160,26 @@ def exploitability(
         restarts: how many starts; the first is the strategy in play.
         level: of the confidence interval.
         where: as in `best_response`; of batches that differ, a function of the call.
+        adversary: what it maximises instead, one for each closure: the gain is its regret under its
+            own payoff, and no part of a duality gap, of which a general-sum game has none.
 
     Raises:
-        ValueError: if the solver has no radius, so that no response is best; without a closure.
-        GameError: if the solver cannot play on this model or closure.
+        ValueError: for a solver without a radius, as no response is best; without a closure.
 
     Example:
         >>> import mixadv
-        >>> model = torch.nn.Linear(2, 2)
+        >>> model, losses = torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss(reduction="none")
         >>> x, y = torch.eye(2), torch.tensor([0, 1])
         >>> game = mixadv.Game(model, mixadv.PGD(steps=1, radius=0.5))
-        >>> def closure():
-        ...     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
-        >>> exploitability(game, closure).response
+        >>> exploitability(game, lambda: losses(model(x), y)).response
         'projected ascent, 20 steps × 4 restarts, l2 ball of 0.5 token norms'
     """
     check_game(game)
-    ascent, response = _stronger(game.solver, steps, restarts)
+    ascent, response = _stronger(game.solver, steps, restarts, adversary is not None)
     check_level("exploitability", level)
     with torch.enable_grad(), untouched(game):
-        found = [_measure(game, c, where, ascent, restarts) for c in each_closure(closures)]
+        pairs = _paired(closures, adversary)
+        found = [_measure(game, where, ascent, restarts, *pair) for pair in pairs]
     if not found:
         raise ValueError("exploitability: no closure was given, so nothing was measured.")
     played, reached = (torch.cat(payoffs) for payoffs in zip(*found, strict=True))
@@ -189,7 +192,7 @@ def check_game(game: Game) -> None:
         raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r}.")
 
 
-def _stronger(solver: Solver, steps: int, restarts: int) -> tuple[Ascent, str]:
+def _stronger(solver: Solver, steps: int, restarts: int, general_sum: bool) -> tuple[Ascent, str]:
     """Return steepest ascent by steps that do not shrink with their number, and its name.
 
     Where u is linear, the angle to the best direction shrinks by 1/(1 + step/radius) in each.
@@ -205,6 +208,7 @@ def _stronger(solver: Solver, steps: int, restarts: int) -> tuple[Ascent, str]:
     where = f"{solver.norm} ball of {solver.radius:g}"
     where += " token norms" * (solver.unit == "relative") + " per token" * (solver.per == "token")
     named = f"projected ascent, {steps} steps × {restarts} restarts, {where}"
+    named += ", in the adversary's own payoff" * general_sum
     return Ascent(steps=steps, step_size=solver.radius / 4, **ball), named
 
 
@@ -220,60 +224,44 @@ def each_closure(closures: Closure | Iterable[Closure]) -> Iterator[Closure]:
         yield closure
 
 
+def _paired(
+    closures: Closure | Iterable[Closure], adversaries: Closure | Iterable[Closure] | None
+) -> Iterator[tuple[Closure, Closure | None]]:
+    """Yield each closure with what the adversary maximises, None where that is the loss."""
+    if adversaries is None:
+        yield from ((closure, None) for closure in each_closure(closures))
+        return
+    try:
+        yield from zip(each_closure(closures), each_closure(adversaries), strict=True)
+    except ValueError as error:
+        raise ValueError("exploitability: give one adversary= for each closure.") from error
+
+
 def _measure(
-    game: Game, closure: Closure, where: Where, ascent: Ascent, restarts: int
+    game: Game,
+    where: Where,
+    ascent: Ascent,
+    restarts: int,
+    closure: Closure,
+    adversary: Closure | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the payoffs of the strategy in play and of the best response, `[B]` or `[1]`."""
-    round_ = game.rounds.rehearse(closure, where)
+    round_ = game.rounds.rehearse(closure, where, adversary)
     with round_ as stage, stage.passes.frozen(), warnings.catch_warnings():
         # Of reentrant checkpoints: here neither weights nor a fixed δ require grad.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         stage.passes.replay.fresh = False  # payoffs are compared
         q = in_play(stage)
         payoffs = payoffs_of(stage, q)
-        candidates = _finite(payoffs)
-        start = _best(q, candidates)
+        candidates = finite(payoffs)
+        start = best(q, candidates)
 
         reached = [candidates]
         for restart in range(restarts):
             begin = None if restart else lambda index, call: start.points[index][0]
             end = stage.ascend(game.solver.gain, ascent, begin=begin)
-            reached.append(_finite(payoffs_of(stage, end)))
+            reached.append(finite(payoffs_of(stage, end)))
         return (q.weights * payoffs).sum(0), torch.cat(reached).amax(0)
-
-
-def in_play(stage: Stage) -> Strategy:
-    """Return what a round leaves as its strategy, against a learner that stands still."""
-    solver = stage.arena.solver
-    with closing(solver.play(stage)) as play:
-        for move in play:
-            objective = move.objective if isinstance(move, Step) else move
-            if isinstance(move, Step) and not solver.replays_batch:
-                break
-            if stage.played is not None and objective.requires_grad:
-                stage.passes.differentiate(objective, stage.played.points)
-    return (stage.played or stage.origin(solver)).detach()  # plain training plays δ = 0
-
-
-def payoffs_of(stage: Stage, q: Strategy) -> Tensor:
-    """Return each particle's payoff, `[M, B]`, or `[M, 1]` where only a scalar loss is known."""
-    gain = stage.arena.solver.gain
-    values, samples = routes.readings(stage.passes, q, gains_of(gain, stage.clean))
-    values = values.detach()
-    wide = torch.promote_types(values.dtype, torch.float32)
-    return values.to(wide) / shared(values, gain, samples)
-
-
-def _finite(payoffs: Tensor) -> Tensor:
-    """Return the payoffs, those that are not finite below all others."""
-    return torch.where(payoffs.isfinite(), payoffs, -math.inf)
-
-
-def _best(q: Strategy, payoffs: Tensor) -> Strategy:
-    """Return the pure strategy that plays in each row the particle that pays most."""
-    if not q.knows(payoffs.shape[1]):  # one for the batch
-        payoffs = payoffs.mean(1, keepdim=True)
-    return q.choose(payoffs.argmax(0))
 
 
 @contextmanager

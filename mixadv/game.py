@@ -19,9 +19,10 @@ from mixadv.model.representation import Representation
 from mixadv.model.site import Site
 from mixadv.players.strategy import Strategy
 from mixadv.round import validate
-from mixadv.round.arena import Arena
+from mixadv.round.arena import Arena, train
 from mixadv.round.carried import Carried
 from mixadv.round.explain import Explanation, explain
+from mixadv.round.goals import Goals
 from mixadv.round.outcome import Outcome
 from mixadv.round.rounds import Rounds
 from mixadv.round.schedule import Schedule
@@ -85,7 +86,7 @@ class Game:
         arena = Arena(model, solver, place(model, site), seed, optimizer, self.learner, read)
         for module in solver.modules().values():
             assert optimizer is not None
-            _train(optimizer, module)
+            train(optimizer, module)
         if self.learner is not None:
             assert optimizer is not None
             self.learner.bind(optimizer, seed)
@@ -207,7 +208,14 @@ class Game:
                 "optimizer.step(closure) of the wrapped optimizer."
             )
 
-    def explain(self, closure: Closure | None = None, *, where: Where = None) -> Explanation:
+    def explain(
+        self,
+        closure: Closure | None = None,
+        *,
+        where: Where = None,
+        adversary: Closure | None = None,
+        retain: Closure | None = None,
+    ) -> Explanation:
         """Return what a round will do: site, unit, absolute radius, who mixes, passes and cost.
 
         Args:
@@ -215,10 +223,13 @@ class Game:
                 processes on this one; without it, the unit is estimated from the rows of the
                 embedding until the first round is played.
             where: as in `backward`; with a closure alone.
+            adversary: likewise.
+            retain: likewise.
         """
-        if closure is not None:
-            validate.check_closure(closure)
-        return explain(self.rounds.arena, closure, where, self.outcome)
+        goals = None if closure is None else Goals(closure, adversary, retain)
+        if goals is not None:
+            validate.check_goals(goals, self.solver, where)
+        return explain(self.rounds.arena, goals, where, self.outcome)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -285,11 +296,3 @@ class Game:
     def close(self) -> None:
         """Remove every hook the game has placed on model and optimizer."""
         self.rounds.close()
-
-
-def _train(optimizer: Optimizer, module: nn.Module) -> None:
-    """Add the parameters of a module that the optimizer does not hold yet."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    new = [p for p in module.parameters() if id(p) not in held]
-    if new:
-        optimizer.add_param_group({"params": new})

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from mixadv.checks import check_integer, check_number
-from mixadv.equilibrium import check_game, each_closure, in_play, payoffs_of, untouched
+from mixadv.equilibrium import check_game, each_closure, untouched
 from mixadv.exploited import bound, check_level, interval_of
 from mixadv.game import Game
 from mixadv.model.closure import Closure
 from mixadv.model.parallel import swapped
 from mixadv.players.strategy import Strategy
+from mixadv.round.in_play import in_play, payoffs_of
 
 
 class LearnerGain(NamedTuple):

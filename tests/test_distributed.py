@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -13,6 +14,7 @@ import mixadv
 from mixadv.model.replay import Noise
 from mixadv.round.cost import count_passes
 from tests.processes import (
+    CLASSES,
     SOLVERS,
     Net,
     Verdict,
@@ -112,6 +114,48 @@ def only_the_contrast_depends_on_the_split(rank: int) -> None:
         pairs = zip(two, one, strict=True)
         same = all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs)
         assert same == (contrast == 0)
+
+
+def goals_of_their_own(rank: int, name: str) -> None:
+    """Three closures, one of them at δ = 0: two processes train as one, by one all-reduce."""
+    mine, every = slice(rank * ROWS, (rank + 1) * ROWS), slice(0, 2 * ROWS)
+    reduced: list[Any] = []
+
+    def count(_, bucket):
+        reduced.append(bucket)
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    def trained(model: nn.Module, rows: slice, way: str) -> list[Tensor]:
+        optimizer = wrapped(without_dropout(model), SOLVERS[name])
+        optimizer.game.rounds.arena.noise = SampleNoise(rows, 2 * ROWS)
+        own, others = batches(7, 3, 2 * ROWS), batches(8, 3, 2 * ROWS)
+        for (ids, labels), (kept, answers) in zip(own, others, strict=True):
+            plain = closure(model, ids[rows], labels[rows])
+            target = (labels[rows] + 1) % CLASSES
+
+            def towards(plain: Any = plain, target: Tensor = target) -> Tensor:
+                return -F.cross_entropy(plain()[1], target, reduction="none")
+
+            goals = {
+                "adversary": towards,
+                "retain": closure(model, kept[rows], answers[rows]),
+            }
+            reduced.clear()
+            if way == "step":
+                optimizer.step(plain, **goals)
+                assert len(reduced) == optimizer.outcome.steps or rows == every
+                continue
+            optimizer.game.loss(plain, **goals).backward()
+            assert len(reduced) == 1 or rows == every
+            optimizer.step()
+            optimizer.zero_grad()
+        return found(optimizer)
+
+    for way in ("step", "loss"):
+        model = replicated()
+        model.register_comm_hook(None, count)
+        pairs = trained(model, mine, way), trained(Net(), every, way)
+        torch.testing.assert_close(*pairs, rtol=1e-9, atol=1e-12)
 
 
 def one_all_reduce_per_step(rank: int, name: str, **how: Any) -> None:
@@ -229,6 +273,7 @@ CASES: dict[str, Any] = {
     **replicated_by("step"),
     **replicated_by("loss"),
     **by_name(split_makes_no_difference, "split", PER_SAMPLE),
+    **by_name(goals_of_their_own, "goals of their own", ["pgd", "freelb", "mat"]),
     "split: cat": only_the_contrast_depends_on_the_split,
     **by_solver(one_all_reduce_per_step),
     **by_solver(collectives_of_a_round),

@@ -11,7 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixadv
-from tests.zoo import assert_same, copies, small, wrapped
+from mixadv.model.closure import parse_output
+from mixadv.model.modules import functional
+from tests.zoo import (
+    FAMILIES,
+    WAYS,
+    BrokenError,
+    Fault,
+    Player,
+    assert_same,
+    copies,
+    fingerprint,
+    player,
+    slow_but,
+    small,
+    stepwise,
+    wrapped,
+)
 
 WORDS, SIZE = 13, 4
 RATE = 0.3
@@ -258,7 +274,7 @@ BY_HAND: dict[str, tuple[Callable[[World, str], Tensor], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("sides", [("right", "right"), ("left", "right"), ("right", "left")])
 @pytest.mark.parametrize("per", ["sample", "token"])
-@pytest.mark.parametrize("way", ["step", "backward", "loss"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_a_step_is_that_of_a_loop_by_hand(name: str, way: str, per: str, sides: tuple[str, str]):
     w, other = world(*sides), world(*sides)
@@ -295,13 +311,35 @@ def played(optimizer: mixadv.GameOptimizer, w: World, way: str, **changes: Any) 
 # The game as it was ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["step", "backward", "loss"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("settings", [{}, {"norm": "linf", "per": "token", "start": "normal"}])
 def test_the_loss_as_payoff_is_the_game_without_one(settings: dict[str, Any], way: str):
+    assert_unchanged(small, way, **settings)
+
+
+@pytest.mark.parametrize("family", slow_but(["bert", "t5", "llama-causal", "vision"], FAMILIES))
+def test_the_loss_as_payoff_changes_nothing_in_any_family(family: str):
+    assert_unchanged(lambda: player(family, rows=4), "loss")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_loss_as_payoff_changes_nothing_under_checkpoints(reentrant: bool):
+    def made() -> Player:
+        p = player("llama-causal", rows=4)
+        words = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        p.model.gradient_checkpointing_enable(**words)
+        return p
+
+    assert_unchanged(made, "backward")
+
+
+def assert_unchanged(made: Callable[[], Player], way: str, **settings: Any) -> None:
+    """Assert that training is that without an adversary whose payoff is the loss, bit for bit."""
+
     def trained(*, general: bool) -> Any:
-        p = small()
+        p = made()
         optimizer, closure = wrapped(p, "pgd", **settings), p.closure()
-        more = {"adversary": lambda: closure()[0]} if general else {}
+        more = {"adversary": lambda: parse_output(closure()).loss} if general else {}
         for _ in range(3):
             if way == "step":
                 optimizer.step(closure, **more)
@@ -377,3 +415,343 @@ def test_all_calls_meet_one_delta_on_prompts_and_in_the_ball(name: str, per: str
                 assert not one[b][~marks].any()
             lengths = second.norm(dim=-1) if per == "token" else second.norm()
             assert bool((lengths <= 0.4 + 1e-12).all())
+
+
+def test_rows_one_above_the_other_meet_the_same_delta():
+    w = world()
+    joined = [torch.cat(pair) for pair in zip(w.chosen, padded(w.rejected, w.chosen), strict=True)]
+    both = Text(*joined)
+
+    def concatenated() -> Tensor:
+        good, bad = w.model(both.ids, both.mask).chunk(2)
+        return w.learners(good, bad[:, : w.rejected.ids.shape[1]])
+
+    def separate() -> Tensor:
+        return w.closure()[0]
+
+    found = []
+    for closure, prompt in ((concatenated, both.prompt), (separate, w.where["closure"])):
+        w.model.load_state_dict(world().model.state_dict())
+        where = {"closure": prompt, "adversary": w.rejected.prompt}
+        optimizer = wrapped(w.model, "pgd", radius=0.5, start="zero")
+        optimizer.step(closure, adversary=w.adversary, where=where)
+        found.append(copies(w.model.parameters()))
+        optimizer.game.close()
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+def padded(one: Text, like: Text) -> Text:
+    """Return texts padded to the length of others."""
+    more = like.ids.shape[1] - one.ids.shape[1]
+    assert more >= 0
+    return Text(*(F.pad(x, (0, more)) for x in one))
+
+
+@pytest.mark.parametrize("sides", [("right", "right"), ("left", "left")])
+def test_where_as_a_function_of_the_call_is_the_masks(sides: tuple[str, str]):
+    def trained(how: str) -> list[Tensor]:
+        w = world(*sides)
+        texts = {one.ids.shape: one.prompt for one in (w.chosen, w.rejected)}
+        where = w.where if how == "masks" else lambda call: texts[call.ids.shape]
+        optimizer = wrapped(w.model, "pgd")
+        optimizer.step(w.closure, adversary=w.adversary, where=where)
+        return copies(w.model.parameters())
+
+    assert_same(trained("masks"), trained("function"))
+
+
+def test_members_of_a_mixture_meet_one_delta_without_where():
+    """As a member that is added to a mixture trains: the adversary is paid by all of them."""
+    p = small(reduction="none")
+    p.model.eval()
+    other = {t: t.detach() + 0.1 for n, t in p.model.named_parameters() if "head" in n}
+    members = [functional(p.model, weights, p.closure()) for weights in ({}, other)]
+    met: list[Tensor] = []
+    p.model.hidden.register_forward_pre_hook(lambda module, args: met.append(args[0].detach()))
+
+    def attack() -> Tensor:
+        return 0.3 * members[0]()[0] + 0.7 * members[1]()[0]
+
+    optimizer = wrapped(p, "pgd", steps=2)
+    optimizer.step(p.closure(), adversary=attack)
+    met.clear()
+    optimizer.step(p.closure(), adversary=attack)
+    assert len(met) == 5
+    torch.testing.assert_close(met[0], met[1])
+    torch.testing.assert_close(met[2], met[3])
+    assert not torch.allclose(met[1], met[2])
+
+
+@pytest.mark.parametrize("sides", [("right", "right"), ("right", "left")])
+def test_a_compiled_model_plays_the_same(sides: tuple[str, str]):
+    def trained(compiled: bool) -> list[Tensor]:
+        torch.compiler.reset()
+        w = world(*sides)
+        model: Any = torch.compile(w.model, backend="eager") if compiled else w.model
+        optimizer = wrapped(model, "pgd")
+        for _ in range(2):
+            optimizer.step(w._replace(model=model).closure, **w._replace(model=model).goals)
+        return copies(w.model.parameters())
+
+    assert_same(trained(True), trained(False))
+
+
+# The optimizer's side ----------------------------------------------------------------------------
+
+
+def gradient(w: World, goals: dict[str, Any], times: int = 1, scale: float = 1.0) -> list[Tensor]:
+    game = mixadv.Game(w.model, mixadv.PGD(start="zero"))
+    for _ in range(times):
+        game.backward(w.closure, lambda loss: (scale * loss).backward(), **goals)
+    game.close()
+    found = copies(p.grad for p in w.model.parameters())
+    w.model.zero_grad()
+    return found
+
+
+def test_micro_batches_accumulate_and_losses_scale():
+    w = world()
+    whole = gradient(w, w.goals)
+    torch.testing.assert_close(gradient(w, w.goals, times=2, scale=0.5), whole)
+    torch.testing.assert_close(gradient(w, w.goals, scale=4.0), [4 * g for g in whole])
+
+
+def test_what_is_retained_is_added_in_every_step_of_the_learner():
+    def seen(*, retains: bool) -> list[dict[str, Tensor]]:
+        w = world()
+        optimizer = wrapped(w.model, "mat", lr=0.0, learner_steps=3, learner_temperature=0.0)
+        found = stepwise(optimizer)
+        retain = w.retain if retains else None
+        optimizer.step(w.closure, adversary=w.adversary, where=w.where, retain=retain)
+        assert (optimizer.outcome.retained is None) != retains
+        return found
+
+    w = world()
+    w.retain().backward()
+    own = {n: p.grad for n, p in w.model.named_parameters()}
+    pairs = list(zip(seen(retains=True), seen(retains=False), strict=True))
+    assert len(pairs) == 3
+    for both, alone in pairs:
+        torch.testing.assert_close(both, {n: g + own[n] for n, g in alone.items()})
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_every_solver_retains(name: str):
+    p, q = small(), small()
+    settings = {"proximal_weight": 0.0} if name == "smart" else {}
+
+    def keep() -> Tensor:  # which calls no site
+        return p.model.head.weight.square().sum()
+
+    alone, both = wrapped(q, name, lr=0.0, **settings), wrapped(p, name, lr=0.0, **settings)
+    first, second = stepwise(alone), stepwise(both)
+    torch.manual_seed(5)
+    alone.step(q.closure())
+    torch.manual_seed(5)
+    both.step(p.closure(), retain=keep)
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(other["hidden.weight"], one["hidden.weight"])
+        more = 2 * p.model.head.weight.detach()
+        torch.testing.assert_close(other["head.weight"], one["head.weight"] + more)
+
+
+def test_a_scaler_scales_what_is_retained_too():
+    def trained(scaler: torch.amp.GradScaler) -> list[Tensor]:
+        w = world()
+        w.model.float()
+        optimizer = wrapped(w.model, "pgd", start="zero")
+        optimizer.game.backward(w.closure, lambda x: scaler.scale(x).backward(), **w.goals)
+        scaler.step(optimizer)
+        scaler.update()
+        return copies(w.model.parameters())
+
+    scalers = (torch.amp.GradScaler("cpu", enabled=on) for on in (True, False))
+    torch.testing.assert_close(*map(trained, scalers))
+
+
+@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("retains", [True, False])
+def test_passes_are_as_explained(name: str, retains: bool):
+    w = world(dropout=0.2)
+    settings = {"proximal_weight": 0.0} if name == "smart" else {}
+    optimizer = wrapped(w.model, name, **settings)
+    goals = {**w.goals, "retain": w.retain if retains else None}
+    told = optimizer.game.explain(w.closure, **goals)
+    optimizer.step(w.closure, **goals)
+    optimizer.step(w.closure, **goals)
+    outcome = optimizer.outcome
+    for count in ("forwards", "delta_backwards", "theta_backwards", "steps"):
+        assert getattr(told.passes, count) == getattr(outcome, count), count
+    assert "general-sum" in str(told)
+    assert told.positions[0] == 2 * sum(map(len, PROMPTS))
+
+
+@pytest.mark.parametrize("name", ["pgd", "freelb", "mat"])
+def test_random_state_and_buffers_end_as_after_the_closure(name: str):
+    w, plain = world(dropout=0.3), world(dropout=0.3)
+    optimizer = wrapped(w.model, name, **({"learner_steps": 1} if name == "mat" else {}))
+    torch.manual_seed(7)
+    optimizer.step(w.closure, **w.goals)
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    plain.closure()
+    assert_same(after, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("whose", "at"), [("closure", 1), ("adversary", 1), ("adversary", 3), ("retain", 1)]
+)
+@pytest.mark.parametrize("name", ["pgd", "mat"])
+def test_a_round_that_breaks_leaves_all_as_it_was(name: str, whose: str, at: int):
+    w = world(dropout=0.3)
+    settings = {"particles": 3} if name == "mat" else {}
+    optimizer = wrapped(w.model, name, **settings)
+    optimizer.step(w.closure, **w.goals)
+    goals: dict[str, Any] = {"closure": w.closure, **w.goals}
+    fault, own = Fault(at), goals[whose]
+
+    def breaking() -> Any:
+        fault()
+        return own()
+
+    before = fingerprint(w.model, optimizer)
+    with pytest.raises(BrokenError):
+        optimizer.step(**{**goals, whose: breaking})
+    after = fingerprint(w.model, optimizer)
+    for part in set(before) - {"gradients", "optimizer"}:
+        assert_same(after[part], before[part])
+    optimizer.step(**goals)
+
+
+# Certificates ------------------------------------------------------------------------------------
+
+
+def test_exploitability_is_regret_under_the_adversarys_own_payoff():
+    w = world()
+    game = mixadv.Game(w.model, mixadv.PGD(steps=1, radius=0.5, start="zero", unit="absolute"))
+    words = {"adversary": w.adversary, "where": w.where}
+    found = mixadv.equilibrium.exploitability(game, w.closure, restarts=2, **words)
+    assert "in the adversary's own payoff" in str(found)
+    delta = climbed(zeros(), slope(w, zeros())[1], 0.05, 0.5, "sample")
+    torch.testing.assert_close(found.played, slope(w, delta)[0])
+    for _ in range(60):
+        delta = climbed(delta, slope(w, delta)[1], 0.05, 0.5, "sample")
+    best = slope(w, delta)[0]
+    assert bool((found.reached <= best + 1e-4).all())
+    torch.testing.assert_close(found.reached, best, rtol=1e-2, atol=1e-2)
+
+
+def test_a_targeted_attack_reaches_its_target():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.tensor([0, 1, 2] * 2)
+    target = (y + 1) % 3
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        return F.cross_entropy(logits, y), logits
+
+    def towards() -> Tensor:
+        return -F.cross_entropy(model(x), target, reduction="none")
+
+    solver = mixadv.PGD(steps=20, radius=5.0, step_size=1.0, unit="absolute")
+    found = mixadv.attack(model, solver, closure, adversary=towards)
+    assert found.predictions.argmax(1).tolist() == target.tolist()
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+
+def other_prompt(w: World) -> dict[str, Any]:
+    ids = w.rejected.ids.clone()
+    ids[1, 1] = 12
+    return {"rejected": w.rejected._replace(ids=ids)}
+
+
+def shorter(w: World) -> dict[str, Any]:
+    prompt = w.rejected.prompt.clone()
+    prompt[2, 3] = 0
+    return {"rejected": w.rejected._replace(prompt=prompt)}
+
+
+def empty_row(w: World) -> dict[str, Any]:
+    pair = [t._replace(prompt=t.prompt * torch.tensor([[1], [0], [1]])) for t in w[1:3]]
+    return {"chosen": pair[0], "rejected": pair[1]}
+
+
+def fewer_rows(w: World) -> dict[str, Any]:
+    return {"rejected": Text(*(x[:2] for x in w.rejected))}
+
+
+WRONG: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
+    "other prompt": (other_prompt, r"Row 1 of a call in closure reads other tokens.* position 1"),
+    "shorter": (
+        shorter,
+        r"3 positions of row 2 in the first call of adversary=, and on 4 of row 2",
+    ),
+    "empty row": (empty_row, r"δ may act nowhere in 1 of 3 rows \(1\).*no adversary"),
+    "rows": (fewer_rows, r"2 rows is to act on 3 rows .* fewest rows first"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_calls_that_do_not_agree_are_refused_by_row_and_position(name: str):
+    change, said = WRONG[name]
+    w = world()
+    w = w._replace(**change(w))
+    optimizer = wrapped(w.model, "pgd")
+    before = fingerprint(w.model, optimizer)
+    with pytest.raises(mixadv.GameError, match=said):
+        optimizer.step(w.closure, **w.goals)
+    assert_same(fingerprint(w.model, optimizer), before)
+
+
+def test_checked_again_where_asked():
+    w = world()
+    optimizer = wrapped(w.model, "pgd")
+    optimizer.step(w.closure, **w.goals)
+    other = w._replace(**other_prompt(w))
+    optimizer.step(other.closure, **other.goals)  # later rounds read nothing from the device
+    with pytest.raises(mixadv.GameError, match="reads other tokens"):
+        optimizer.step(other.closure, check=True, **other.goals)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"adversary": 3}, "adversary must be a function that returns what it maximises"),
+        ({"retain": 3}, "retain must be a function that returns a loss"),
+        ({"where": {"closure": None}}, "plays 'adversary' and 'closure': give one for each"),
+        ({"where": None}, "one δ acts on the same positions of each.*where="),
+        ({"adversary": lambda: torch.zeros(3).double()}, "site .* was not called"),
+    ],
+)
+def test_wrong_goals_are_refused(words: dict[str, Any], said: str):
+    w = world()
+    with pytest.raises((TypeError, ValueError, mixadv.GameError), match=said):
+        wrapped(w.model, "pgd").step(w.closure, **{**w.goals, **words})
+
+
+def test_a_payoff_that_does_not_depend_on_delta_is_refused():
+    w = world()
+    detached = {**w.goals, "adversary": lambda: w.adversary().detach()}
+    with pytest.raises(mixadv.GameError, match="adversary's payoff has no gradient"):
+        wrapped(w.model, "pgd").step(w.closure, **detached)
+
+
+@pytest.mark.parametrize("name", ["vat", "freeat", "creat"])
+def test_solvers_whose_payoff_is_their_own_say_which_take_another(name: str):
+    w = world()
+    said = "takes no adversary= with a payoff of its own: .*Those that do are .*PGD.*MAT"
+    with pytest.raises(mixadv.GameError, match=said):
+        wrapped(w.model, name).step(w.closure, **w.goals)
+
+
+def test_particles_are_weighed_for_the_samples_of_both():
+    w = world()
+
+    def halves() -> Tensor:
+        return w.adversary()[:2]
+
+    optimizer = wrapped(w.model, "mat")
+    with pytest.raises(mixadv.GameError, match=r"payoff for each of 2 samples.* closure has 3"):
+        optimizer.step(w.closure, adversary=halves, where=w.where)

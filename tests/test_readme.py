@@ -71,6 +71,7 @@ def prelude() -> dict[str, Any]:
         "mixadv": mixadv,
         "model": model,
         "batch": batch,
+        "other_batch": player("bert", rows=6, seed=1).batch,
         "loader": [batch, batch],
         "optimizer": torch.optim.AdamW(model.parameters(), lr=2e-5),
         "scheduler": SimpleNamespace(step=lambda: None),

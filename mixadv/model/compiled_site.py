@@ -144,7 +144,8 @@ class CompiledSite(Site):
         deltas = []
         where = where_in(self.where, self.current.whose)
         self.current.told = where is not None
-        for index, pattern in enumerate(self._patterns):
+        for pattern in self._patterns:
+            index = len(self.current.visits)  # of several calls of the model in a pass too
             call = told(where, index, self._call(pattern), self._copies)
             deltas.append(self.current.visit(pattern.module, call, _stand_in(call), 0, 0))
         # Empty for a clean pass: it takes the same graph as a call outside of a round.

@@ -102,3 +102,11 @@ class Arena:
         parallel.reshard(self.model)
         named = self.model.named_parameters()
         return {name: weights[p].to(p.dtype) for name, p in named if p in weights}
+
+
+def train(optimizer: Optimizer, module: nn.Module) -> None:
+    """Add the parameters of a module that the optimizer does not hold yet."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    new = [p for p in module.parameters() if id(p) not in held]
+    if new:
+        optimizer.add_param_group({"params": new})

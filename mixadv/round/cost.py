@@ -37,13 +37,25 @@ class Counts:
         return (self.forwards + self.delta_backwards + 2 * self.branches) / 3
 
 
-def count_passes(solver: Solver) -> Counts:
+def count_passes(solver: Solver, general_sum: bool = False, retains: bool = False) -> Counts:
     """Return the passes of a round.
+
+    Args:
+        solver: plays it.
+        general_sum: whether the adversary has a payoff of its own.
+        retains: whether the learner minimises a term at δ = 0 besides.
 
     Raises:
         GameError: if the solver does more in a round than `Moves` has.
     """
-    return _rehearse(solver)[0]
+    counts = _rehearse(solver, general_sum)[0]
+    more = counts.steps * retains
+    return replace(
+        counts,
+        forwards=counts.forwards + more,
+        theta_backwards=counts.theta_backwards + more,
+        branches=counts.branches + more,
+    )
 
 
 def ascends(solver: Solver) -> bool:
@@ -57,8 +69,8 @@ def recomputes(solver: Solver) -> bool:
     return counts.branches > counts.theta_backwards
 
 
-def _rehearse(solver: Solver) -> tuple[Counts, "Rehearsal"]:
-    stage = Rehearsal()
+def _rehearse(solver: Solver, general_sum: bool = False) -> tuple[Counts, "Rehearsal"]:
+    stage = Rehearsal(general_sum)
     thetas = steps = 0
     alone = replace(solver, **dict.fromkeys(solver.modules()))  # they have nothing to act on
     try:
@@ -87,7 +99,8 @@ _READING = Reading(torch.zeros(()), torch.zeros(2, 2), None, torch.zeros(2, 1), 
 class Rehearsal(Moves):
     """Stands in for a stage, and counts the passes that a round would take."""
 
-    def __init__(self) -> None:
+    def __init__(self, general_sum: bool = False) -> None:
+        self.general_sum = general_sum
         self.memory: dict[str, Any] = {}
         self.forwards = self.delta_backwards = self.branches = self.particles = 0
         self.ascends = False
@@ -115,13 +128,16 @@ class Rehearsal(Moves):
         self, q: Strategy, payoff: str | Divergence, ascent: Ascent, deviation_weight: float = 0.0
     ) -> tuple[Strategy, Tensor, list[Tensor]]:
         self.ascends = True
-        if payoff != "loss" or deviation_weight:
+        if (payoff != "loss" and not self.general_sum) or deviation_weight:
             self.clean()
         self.forwards += q.size
         self.delta_backwards += q.size
         return q, torch.zeros(q.size, 1), [torch.zeros_like(p) for p in q.points]
 
     def clean_gradients(self, ascent: Ascent) -> tuple[Strategy, list[Tensor]]:
+        if self.general_sum:
+            q, _, gradients = self.payoffs(self.origin(ascent), "loss", ascent)
+            return q, gradients
         self.clean()
         self.delta_backwards += 1
         q = self.origin(ascent)
@@ -133,6 +149,8 @@ class Rehearsal(Moves):
     def move(
         self, q: Strategy, how: Ascent | Rule, gradients: Sequence[Tensor] | None = None
     ) -> Strategy:
+        if gradients is None and self.general_sum:
+            self.payoffs(q, "loss", Ascent())
         return q
 
     def clean(self) -> Reading:

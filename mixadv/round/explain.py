@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixadv.model.closure import Closure
 from mixadv.model.masks import Where
 from mixadv.model.modules import is_input
 from mixadv.model.parallel import is_spread
 from mixadv.model.visits import positions
 from mixadv.round.arena import Arena
 from mixadv.round.cost import Counts, count_passes
+from mixadv.round.goals import Goals
 from mixadv.round.outcome import Outcome
 from mixadv.round.unit import mean_length, measure
 from mixadv.solvers.base import Solver
@@ -30,6 +30,7 @@ class Explanation:
     passes: Counts
     positions: tuple[int, int] | None = None  # that δ acts on, of those at the site
     effective: float | None = None  # particles in the last round, None before one
+    general_sum: bool = False
 
     @property
     def radius(self) -> float | None:
@@ -72,12 +73,14 @@ class Explanation:
             "site": ", ".join(map(_named, self.site)),
             "unit": unit,
             "radius": f"{ball} ({s.norm} per {s.per})",
-            "adversary": self.adversary,
+            "adversary": self.adversary + ", a payoff of its own" * self.general_sum,
             "learner": self.learner,
             "passes": f"{p.forwards} forwards, {p.delta_backwards} backwards for δ, "
             f"{p.theta_backwards} backwards, {p.steps} optimizer steps",
             "cost": f"about {p.plain_steps:.1f} plain steps",
         }
+        if self.general_sum:
+            rows["game"] = "general-sum: no duality gap; one δ for all calls of the model"
         if self.positions is not None:
             rows["where"] = "{} of {} positions".format(*self.positions)
         return "\n".join(f"{name:10}{text}" for name, text in rows.items())
@@ -91,11 +94,14 @@ def _named(site: str) -> str:
 
 def explain(
     arena: Arena,
-    closure: Closure | None,
+    goals: Goals | None,
     where: Where = None,
     outcome: Outcome | None = None,
 ) -> Explanation:
     """Return the explanation of a game after a round that came to `outcome`; see `Game.explain`."""
+    closure = None if goals is None else goals.closure
+    general_sum = goals is not None and goals.general_sum
+    retains = goals is not None and goals.retain is not None
     solver, unit = arena.solver, arena.calibration.unit
     measured, play = unit is not None or solver.unit == "absolute", None
     if closure is not None:
@@ -109,9 +115,11 @@ def explain(
     elif unit is None:
         unit = _estimated(arena)
     unit = 1.0 if solver.unit == "absolute" else unit
-    counts, particles = count_passes(solver), outcome and outcome.effective_particles
+    counts = count_passes(solver, general_sum, retains)
+    particles = outcome and outcome.effective_particles
     effective = None if particles is None else float(particles)
-    return Explanation(solver, arena.site.names, unit, measured, counts, play, effective)
+    found = unit, measured, counts, play, effective, general_sum
+    return Explanation(solver, arena.site.names, *found)
 
 
 def _estimated(arena: Arena) -> float | None:

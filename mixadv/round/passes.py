@@ -74,8 +74,10 @@ class Passes:
             result = (closure or getattr(self.goals, whose))()
         self.kept.append(current)
         self.forwards += copies
+        if whose == "retain":  # at δ = 0, at the site or elsewhere
+            return parse_output(result)
         self._check_calls(current, whose)
-        self._note_calls(current, copies, whose)
+        self._note_calls(current, copies)
         reading = parse_output(result, current.tokens(), unwrap(arena.model))
         reading = self._count_predictions(reading, copies) if own else reading
         if represents is not None:
@@ -123,10 +125,10 @@ class Passes:
         delta = point if q.unit == 1 else q.unit * point
         return placed(delta, q.masks[index], call, copies) if self.goals.general_sum else delta
 
-    def _note_calls(self, current: Pass, copies: int, whose: Whose) -> None:
+    def _note_calls(self, current: Pass, copies: int) -> None:
         """Note the calls of a pass: of one δ for all calls, those that it was made for."""
         known = self.goals.general_sum and self.calls
-        if copies == 1 and whose != "retain" and not known:
+        if copies == 1 and not known:
             self.calls = current.places
 
     def _check_calls(self, current: Pass, whose: Whose) -> None:

@@ -132,7 +132,8 @@ class Stage(Moves):
         self, q: Strategy, how: Ascent | Rule, gradients: Sequence[Tensor] | None = None
     ) -> Strategy:
         if gradients is None and self.goals.general_sum:
-            _, _, gradients = self.payoffs(q, "loss", self.arena.solver)
+            with local(self.arena.model):  # between passes that only accumulate
+                _, _, gradients = self.payoffs(q, "loss", self.arena.solver)
         if gradients is None:
             if self._arrived is None:
                 raise GameError(NO_GRADIENT.format("δ"))
@@ -194,7 +195,7 @@ class Stage(Moves):
         if q.size > 1:
             self.played = q = q.detach()
             values, _ = routes.readings(self.passes, q, losses, auto=False)
-            return (q.weights * values).mean(1).sum()
+            return _expected(q, values)
         objective = self.run_at(q).objective
         if clean:
             self.clean_loss = objective.detach()
@@ -219,9 +220,10 @@ class Stage(Moves):
 
         self.played = q = q.detach()
         if sampled and q.size > 1:
+            _check_weights(q, len(self.clean().compared))
             q = q.pick((1 + self.arena.noise("uniform", self._one_for_each_sample(q))) / 2)
         gained, _ = routes.readings(self.passes, q, read)  # draws q where no ascent came before
-        expected = (q.weights * gained).mean(1).sum()
+        expected = _expected(q, gained)
         self._pay(expected)
         return expected
 
@@ -257,3 +259,20 @@ class Stage(Moves):
 
 def _rule(ascent: Ascent) -> Rule:
     return lambda index, *move: ascent.move(*move)
+
+
+def _expected(q: Strategy, values: Tensor) -> Tensor:
+    """Return the mean over samples of what they expect, of values `[M, B]` or `[M, 1]`."""
+    _check_weights(q, values.shape[1])
+    return (q.weights * values).mean(1).sum()
+
+
+def _check_weights(q: Strategy, samples: int) -> None:
+    """Check that particles are weighed for the samples there are."""
+    weighed = q.weights.shape[1]
+    if weighed > 1 and samples not in (1, weighed):
+        raise GameError(
+            f"adversary= returned a payoff for each of {weighed} samples, by which particles are "
+            f"weighed, and closure has {samples}: return as many from both, or a scalar from "
+            "adversary=."
+        )

@@ -34,6 +34,7 @@ from theory.oracles.gaussian import (
     quadratic,
     scalar_means,
 )
+from theory.oracles.leader import LeaderFollower
 from theory.oracles.shapes import SHAPES, batches, games
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Equilibrium",
     "Example",
     "Gaussian",
+    "LeaderFollower",
     "Measure",
     "ProjectedLangevin",
     "Quadratic",
