@@ -5,13 +5,24 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
-from mixadv.tokens import ChatBatch, chat_batch, continuous_at, latent_at, preference_batches
+from mixadv.tokens import (
+    ChatBatch,
+    capo,
+    chat_batch,
+    continuous_at,
+    latent_at,
+    preference_batches,
+    rewritten,
+)
 from tests.chat_zoo import FAMILIES, chatting, speaking
 
 ROWS = [
@@ -19,7 +30,11 @@ ROWS = [
     {"prompt": "Why? Is it good?", "chosen": "No.", "rejected": "It is a very good film, indeed."},
 ]
 RATE, RADIUS, STEPS = 0.05, 0.3, 2
-LEARNERS = {"continuous_at": continuous_at, "latent_at": latent_at}
+LEARNERS = {
+    "continuous_at": continuous_at,
+    "latent_at": latent_at,
+    "capo": lambda model, *batches: capo(model, *batches, reference=left(model)),
+}
 
 
 class Told:
@@ -58,22 +73,38 @@ def floor(losses: Tensor, at: float) -> Tensor:
     return torch.stack([x if x > at else at + 1e-3 * (x - at) for x in losses])
 
 
+def left(model: nn.Module) -> nn.Module:
+    """Return another model, as the one that is not to be left."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    return other
+
+
+def margin(good: list[Tensor], bad: list[Tensor]) -> Tensor:
+    return torch.stack([a.mean() - b.mean() for a, b in zip(good, bad, strict=True)])
+
+
 PAYOFF: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {
     "continuous_at": lambda good, bad: -cross_entropy(bad),
+    "capo": lambda good, bad: -cross_entropy(bad),
     "latent_at": lambda good, bad: -0.5 * cross_entropy(bad) - 0.5 * unlikely(good),
 }
-LOSS: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {
-    "continuous_at": lambda good, bad: (
+LOSS: dict[str, Callable[[list[Tensor], list[Tensor], Tensor], Tensor]] = {
+    "continuous_at": lambda good, bad, before: (
         0.5 * floor(-cross_entropy(bad), -5.0) + 0.5 * floor(cross_entropy(good), 0.5)
     ),
-    "latent_at": lambda good, bad: cross_entropy(good) + unlikely(bad),
+    "latent_at": lambda good, bad, before: cross_entropy(good) + unlikely(bad),
+    "capo": lambda good, bad, before: (margin(good, bad) - before - 2) ** 2,
 }
-UTILITY = {"continuous_at": 1.0, "latent_at": 1.5}
+UTILITY = {"continuous_at": 1.0, "latent_at": 1.5, "capo": 1.0}
 
 
 def by_hand(name: str, model: Any, batches: tuple[ChatBatch, ...], site: str) -> Tensor:
     """Take the step on a model; return δ."""
     chosen, rejected, others = (Told(model, batch, site) for batch in batches)
+    before = margin(*(Told(left(model), batch, site).log_p(None) for batch in batches[:2])).detach()
     where = batches[1].where[..., None].double()
     seen: list[Tensor] = []
     handle = model.get_submodule(site).register_forward_hook(lambda m, a, out: seen.append(out))
@@ -90,7 +121,7 @@ def by_hand(name: str, model: Any, batches: tuple[ChatBatch, ...], site: str) ->
         delta = delta.detach() + RADIUS / STEPS * 1.5 * unit * gradient / length
         size = delta.norm(dim=-1, keepdim=True).clamp(min=1e-300)
         delta = delta * (RADIUS * unit / size).clamp(max=1)
-    loss = LOSS[name](chosen.log_p(delta), rejected.log_p(delta)).mean()
+    loss = LOSS[name](chosen.log_p(delta), rejected.log_p(delta), before).mean()
     loss = loss + UTILITY[name] * cross_entropy(others.log_p(None)).mean()
     model.zero_grad()
     loss.backward()
@@ -153,6 +184,50 @@ def test_without_other_rows_nothing_is_retained(name: str):
     model, (chosen, rejected, _) = scene("Llama")
     goals = LEARNERS[name](model, chosen, rejected)
     assert set(goals) == {"closure", "adversary", "where"}
+
+
+def test_adapters_that_are_off_are_the_reference():
+    model, (chosen, rejected, _) = scene("Llama")
+    adapted: Any = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"])
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.3)
+    goals = [capo(adapted, chosen, rejected), capo(adapted, chosen, rejected, reference=model)]
+    own, given = (goal["closure"]() for goal in goals)
+    torch.testing.assert_close(own, given, rtol=1e-10, atol=0)
+    assert (
+        own - capo(adapted, chosen, rejected, reference=adapted)["closure"]()
+    ).abs().min() > 1e-3
+
+
+def test_no_reference_is_guessed():
+    model, (chosen, rejected, _) = scene("Llama")
+    with pytest.raises(ValueError, match=r"reference=copy.deepcopy\(model\)"):
+        capo(model, chosen, rejected)
+    with pytest.raises(ValueError, match="above 0"):
+        capo(model, chosen, rejected, reference=model, beta=0)
+
+
+@given(share=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_a_share_of_prompts_is_rewritten(share: float, seed: int):
+    rows = [{"prompt": f"{i}", "chosen": "So."} for i in range(200)]
+    ways = {row["prompt"]: [f"{row['prompt']}!", f"{row['prompt']}?"] for row in rows}
+    source = torch.Generator().manual_seed(seed)
+    found = rewritten(rows, ways.__getitem__, share, source)
+    changed = [(old["prompt"], new["prompt"]) for old, new in zip(rows, found, strict=True)]
+    assert all(new == old or new in ways[old] for old, new in changed)
+    count = sum(new != old for old, new in changed)
+    assert abs(count - 200 * share) <= 6 * (200 * share * (1 - share)) ** 0.5 + 1e-9
+    assert all(new["chosen"] == "So." for new in found)
+    assert rewritten(rows, lambda prompt: [], 1.0) == rows
+
+
+def test_messages_are_not_rewritten():
+    with pytest.raises(ValueError, match=r"Row 0 .* not a text"):
+        rewritten([{"prompt": [{"role": "user", "content": "Why?"}]}], lambda prompt: [])
 
 
 def test_prompts_at_other_places_are_refused():

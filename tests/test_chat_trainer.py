@@ -66,6 +66,18 @@ def test_trainer_plays_the_rounds_of_a_loop(goals: Any, parts: int, tmp_path: Pa
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_prompts_are_rewritten_in_both_answers():
+    collate = ChatCollator(chatting(), rewrites=lambda prompt: [prompt.upper()], share=1.0)
+    found = collate(ROWS)
+    for name in ("chosen", "rejected"):
+        batch = ChatBatch(**found[name])
+        told = [
+            collate.tokenizer.decode(ids[at])
+            for ids, at in zip(batch.input_ids, batch.where, strict=True)
+        ]
+        assert told == [row["prompt"].upper() for row in ROWS]
+
+
 def test_first_step_tells_what_the_adversary_does(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     tokenizer = chatting()
     model = speaking("Qwen2", tokenizer)

@@ -19,7 +19,7 @@ from mixadv.integrations.transformers import Adversarial, Trainer
 from mixadv.model.replay import evaluating
 from mixadv.round.validate import check_function
 from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch, preference_batches
-from mixadv.tokens.chat_games import Goals, continuous_at
+from mixadv.tokens.chat_games import Goals, continuous_at, rewritten
 
 COLUMNS = ("prompt", "chosen", "rejected")
 OTHERS = "others"
@@ -34,13 +34,25 @@ class ChatCollator:
     Args:
         tokenizer: fast, with a chat template; its pad token, or the end of text.
         system: a system message in front of prompts that are texts.
+        rewrites: gives texts that ask what a prompt asks, by which a share of the prompts is
+            replaced anew in each batch, as MixAT does; see `mixadv.tokens.rewritten`.
+        share: of the prompts.
     """
 
-    def __init__(self, tokenizer: Any, system: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        system: str | None = None,
+        rewrites: Callable[[str], Sequence[str]] | None = None,
+        share: float = 0.5,
+    ) -> None:
         self.tokenizer, self.system = tokenizer, system
+        self.rewrites, self.share = rewrites, share
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return `chosen` and `rejected`, and `others` where rows bring them, as dicts."""
+        if self.rewrites is not None:
+            rows = rewritten(rows, self.rewrites, self.share)
         chosen, rejected = preference_batches(self.tokenizer, rows, system=self.system)
         found = {"chosen": chosen._asdict(), "rejected": rejected._asdict()}
         others = [row[OTHERS] for row in rows if row.get(OTHERS) is not None]
@@ -62,7 +74,7 @@ class AdversarialChatTrainer(Adversarial, Trainer):
     Args:
         arguments, keywords: of the Trainer; `processing_class` is the tokenizer.
         solver: how the adversary ascends, such as `mixadv.PGD(per="token", start="zero")`.
-        goals: of both players: `mixadv.tokens.continuous_at`, `latent_at`, or a function of
+        goals: of both players: `mixadv.tokens.continuous_at`, `capo`, `latent_at`, or a function of
             `(model, chosen, rejected, others)` like them; settings by `functools.partial`.
         retain_dataset: rows `prompt` and `chosen` on which nothing is to change, one beside each
             row with an adversary, in turn. None retains nothing.

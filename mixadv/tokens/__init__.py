@@ -1,7 +1,7 @@
 """Token-space players: adversaries that replace words and tokens, and the learner's answers."""
 
 from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch, preference_batches
-from mixadv.tokens.chat_games import continuous_at, latent_at
+from mixadv.tokens.chat_games import capo, continuous_at, latent_at, rewritten
 from mixadv.tokens.pretraining.electra import Detection, ReplacedTokenDetection
 from mixadv.tokens.pretraining.macbert import CorrectionCollator
 from mixadv.tokens.pretraining.rows import WordTokenizer, sentence_order
@@ -51,6 +51,7 @@ __all__ = [
     "adversarial_rows",
     "answer_losses",
     "attack_summary",
+    "capo",
     "chat_batch",
     "continuous_at",
     "dropout_masks",
@@ -61,6 +62,7 @@ __all__ = [
     "masked_predictions",
     "predictions_at",
     "preference_batches",
+    "rewritten",
     "sentence_order",
     "single_substitutions",
     "solve_games",

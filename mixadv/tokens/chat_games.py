@@ -28,16 +28,32 @@ arXiv:2403.05030, which is `PGD` at a layer with `where=` and no goals of its ow
 
 and r = 1.5·CE(x') as for Llama-2. Released code (github.com/aengusl/latent-adversarial-training)
 ascends by AdamW at several layers at once, in balls whose radius is absolute.
+
+**CAPO** (Xhonneux et al. 2024): no data beside the pairs; IPO (Azar et al. 2024, arXiv:2310.12036)
+under δ, against a reference that is read without δ. With log p a mean over an answer's tokens:
+
+    u = −CE(y⁻),     ℓ = ( log p(y⁺)/p₀(y⁺) − log p(y⁻)/p₀(y⁻) − 1/(2β) )²,     β = 0.25
+
+Released (config/adv_train_ipo.yaml): tokens of y⁻ whose log p is below −5 are left out of its mean;
+20 epochs, else as ContinuousAT.
+
+**MixAT** (insait-institute/MixAT): ContinuousAT where half of the prompts were first rephrased, or
+given a suffix (`rewritten`), by whatever makes such texts; ε = 0.075, 2 epochs. Released code draws
+once for a batch; here each row is drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mixadv.checks import check_number
+from mixadv.model.modules import unwrap
+from mixadv.model.replay import evaluating
 from mixadv.tokens.chat import IGNORED, ChatBatch, answer_losses
 
 Goals = dict[str, Any]
@@ -111,6 +127,102 @@ def latent_at(
         return -0.5 * cross_entropy(rejected) - 0.5 * odds(chosen)
 
     return _goals(chosen, rejected, learner, adversary) | _kept(cross_entropy, others, utility)
+
+
+def capo(
+    model: nn.Module,
+    chosen: ChatBatch,
+    rejected: ChatBatch,
+    others: ChatBatch | None = None,
+    *,
+    reference: nn.Module | None = None,
+    beta: float = 0.25,
+    utility: float = 1.0,
+) -> Goals:
+    """Return the goals of CAPO on a batch; see the file's docstring.
+
+    Args:
+        model: as for `continuous_at`, and
+        chosen: likewise, and
+        rejected: likewise, and
+        others: likewise, and
+        utility: likewise.
+        reference: the model that is not to be left; None is the model with its adapters off.
+        beta: 1/(2β) is the margin, in nats a token, that is aimed at.
+
+    Raises:
+        ValueError: without a reference, for a model without adapters.
+
+    Example:
+        >>> optimizer.step(**capo(peft_model, chosen, rejected))  # doctest: +SKIP
+    """
+    check_number("capo", "beta", beta)
+    if beta == 0:
+        raise ValueError("capo: beta=0 aims at a margin without end; it must be above 0.")
+    cross_entropy = _losses(model, answer_losses)
+    with _reference(model, reference) as frozen:
+        known = _losses(frozen, answer_losses)
+        before = known(rejected) - known(chosen)
+
+    def learner() -> Tensor:
+        margin = cross_entropy(rejected) - cross_entropy(chosen) - before
+        return (margin - 1 / (2 * beta)) ** 2
+
+    return _goals(chosen, rejected, learner, lambda: -cross_entropy(rejected)) | _kept(
+        cross_entropy, others, utility
+    )
+
+
+@contextmanager
+def _reference(model: nn.Module, reference: nn.Module | None) -> Iterator[nn.Module]:
+    """Give the reference in evaluation mode, without gradients."""
+    if reference is None and not hasattr(unwrap(model), "disable_adapter"):
+        raise ValueError(
+            "capo compares with a reference: pass a copy of the model as it was before training, "
+            "reference=copy.deepcopy(model).eval(), or train adapters, without which it is one."
+        )
+    own: Any = unwrap(model)
+    with ExitStack() as stack:
+        if reference is None:
+            stack.enter_context(own.disable_adapter())
+        found = own if reference is None else reference
+        stack.enter_context(evaluating(found))
+        stack.enter_context(torch.no_grad())
+        yield found
+
+
+def rewritten(
+    rows: Sequence[Mapping[str, Any]],
+    rewrites: Callable[[str], Sequence[str]],
+    share: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> list[dict[str, Any]]:
+    """Return rows of which a share has another prompt that asks the same: the first move of MixAT.
+
+    Args:
+        rows: with a `prompt` that is a text.
+        rewrites: gives texts that ask what a prompt asks, such as paraphrases of a model's, or the
+            prompt with a suffix; where it gives none the prompt stays.
+        share: the probability that a row's prompt is replaced, by one of them, all alike.
+        generator: of the draws; None is torch's own.
+
+    Example:
+        >>> shout = lambda prompt: [prompt.upper()]
+        >>> rewritten([{"prompt": "why?", "chosen": "So."}], shout, share=1.0)
+        [{'prompt': 'WHY?', 'chosen': 'So.'}]
+    """
+    check_number("rewritten", "share", share, 0.0, 1.0)
+    found = []
+    for number, row in enumerate(rows):
+        if not isinstance(row.get("prompt"), str):
+            raise ValueError(
+                f"Row {number} has the prompt {row.get('prompt')!r:.60}, which is not a text: "
+                "rewrite messages before, or leave the row out."
+            )
+        texts = list(rewrites(row["prompt"])) if torch.rand((), generator=generator) < share else []
+        place = int(torch.randint(len(texts), (), generator=generator)) if texts else 0
+        found.append({**row, "prompt": texts[place] if texts else row["prompt"]})
+    return found
 
 
 def floored(losses: Tensor, floor: float) -> Tensor:
