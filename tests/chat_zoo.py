@@ -22,6 +22,17 @@ SIZE = {
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "Llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, SIZE),
     "Qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, SIZE),
+    "Qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, SIZE),
+    "Mixtral": (
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        {
+            **SIZE,
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+            "experts_implementation": "eager",  # grouped products are not of fp64
+        },
+    ),
     "Mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, SIZE),
     "Gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM, SIZE),
     "GPT2": (
