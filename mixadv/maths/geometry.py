@@ -6,9 +6,11 @@ mask here: masked coordinates are zero, and zero stays zero under every function
 
 A sample may have several rows, such as a graph of many nodes: `owners` `[B]` then numbers the
 sample of each row from 0, and a group is all coordinates of all its rows. None is one row for each.
+Where rows hold several texts, `owners` `[B, n]` numbers the text of each token.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -42,6 +44,15 @@ def of_samples(values: Tensor, owners: Tensor, how: Literal["sum", "amax", "amin
         [4.0, 2.0]
     """
     return torch.zeros_like(values).scatter_reduce(0, owners, values, how, include_self=False)
+
+
+def _of_texts(owners: Tensor | None) -> TypeGuard[Tensor]:
+    return owners is not None and owners.dim() == 2
+
+
+def _by_token(function: Callable[..., Tensor], x: Tensor, owners: Tensor, *words: Any) -> Tensor:
+    """Return what a function gives where each token of `[B, n, ...]` is a row of its text."""
+    return function(x.flatten(0, 1), *words, owners.flatten()).unflatten(0, owners.shape)
 
 
 def _of_groups(
@@ -91,6 +102,8 @@ def norms(
         >>> norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
         [[5.0], [0.0]]
     """
+    if _of_texts(owners):
+        return _by_token(norms, x, owners, norm, per)
     largest = _largest(_wide(x), per, owners)
     if norm == "linf":
         return largest.to(x.dtype)
@@ -106,6 +119,8 @@ def unit(g: Tensor, norm: Norm = "l2", per: Per = "sample", owners: Tensor | Non
     In L∞ this keeps the proportions of the gradient, unlike its sign: what the released code of
     FreeLB and MAT computes.
     """
+    if _of_texts(owners):
+        return _by_token(unit, g, owners, norm, per)
     scaled = _wide(g) / _safe(_largest(_wide(g), per, owners))
     return (scaled / _safe(norms(scaled, norm, per, owners))).to(g.dtype)
 
@@ -127,6 +142,8 @@ def steepest(
         return unit(g, "l2", per, owners)
     if norm == "linf":
         return g.sign()
+    if _of_texts(owners):
+        return _by_token(steepest, g, owners, norm, per)
     flat = g if per == "token" else g.flatten(1)
     where = flat.abs().argmax(-1, keepdim=True)
     signs = flat.gather(-1, where).sign()
@@ -161,6 +178,8 @@ def project(
     """
     if norm == "linf":
         return x.clamp(-radius, radius)
+    if _of_texts(owners):
+        return _by_token(project, x, owners, radius, norm, per)
     inside = norms(x, norm, per, owners) <= radius
     if norm == "l2":
         return torch.where(inside, x, radius * unit(x, "l2", per, owners))
