@@ -316,19 +316,73 @@ def test_the_unit_is_measured_once_and_saved() -> None:
 # Packed batches ----------------------------------------------------------------------------------
 
 
-def packed(solver: mixadv.Solver) -> None:
+TEXTS = ((5, 3), (4, 3, 1))  # lengths of the texts of each row
+WORDS = torch.randint(10, VOCABULARY, (16,), generator=torch.Generator().manual_seed(0))
+
+
+def packed(p: Player) -> Callable[[], Any]:
+    """Return a closure on rows that hold several texts, the loss a mean over their tokens."""
+    cut = torch.cat([torch.arange(length) for row in TEXTS for length in row])
+    ids, positions = (x.view(len(TEXTS), -1) for x in (WORDS, cut))
+    number = (positions == 0).cumsum(1)
+    seen = (number[:, None] == number[..., None]).tril()[:, None]
+    labels = ids.masked_fill(positions == 0, -100)
+
+    def run() -> Any:
+        words = {"attention_mask": seen, "position_ids": positions}
+        return p.model(input_ids=ids, labels=labels, **words)
+
+    return run
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+@pytest.mark.parametrize("name", ["noise", "pgd", "freelb", "smart", "mat"])
+def test_texts_that_share_a_row_each_play_in_a_ball_of_their_own(name: str, norm: str) -> None:
     p = player("llama-causal", rows=2)
-    ids = torch.randint(10, VOCABULARY, (1, 8))
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
-    mixadv.Game(p.model, solver).backward(
-        lambda: p.model(input_ids=ids, position_ids=positions, labels=ids)
+    settings = {"proximal_weight": 0.0} if name == "smart" else {}
+    settings |= {"learner_steps": 1} if name == "mat" else {}
+    optimizer = wrapped(p, name, norm=norm, radius=0.1, unit="absolute", **settings)
+    optimizer.step(packed(p))
+    points = optimizer.game.strategy.points[0].flatten(0, 1).double()
+    order = {"l1": 1, "l2": 2, "linf": torch.inf}[norm]
+    lengths = []
+    for row, texts in zip(points, [*TEXTS] * (len(points) // 2), strict=True):
+        for text in row.split(texts):
+            lengths.append(float(torch.linalg.vector_norm(text, order)))
+    assert max(lengths) <= 0.1 * (1 + 1e-6)
+    torch.testing.assert_close(
+        float(optimizer.outcome.radius), sum(lengths) / len(lengths), rtol=1e-5, atol=1e-7
     )
 
 
-def test_packed_batches_are_refused_where_a_row_is_taken_for_a_sample() -> None:
-    with pytest.raises(mixadv.GameError, match=r"packed.*per='token'"):
-        packed(mixadv.FreeLB())
-    packed(mixadv.FreeLB(per="token"))
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_a_text_meets_the_same_delta_packed_and_by_itself(norm: str) -> None:
+    p = player("llama-causal", rows=2)
+    p.model.eval().double()
+    solver = mixadv.PGD(start="zero", norm=norm, unit="absolute", radius=0.1, step_size=0.03)
+    game = mixadv.Game(p.model, solver)
+    game.backward(packed(p))
+    pieces = zip(game.strategy.points[0][0], TEXTS, strict=True)
+    texts = [text for row, lengths in pieces for text in row.split(lengths)]
+    assert len(texts) == 5
+
+    def alone(ids: Tensor) -> Callable[[], Any]:
+        return lambda: p.model(input_ids=ids[None], labels=ids[None])
+
+    apart = mixadv.Game(p.model, solver)
+    for ids, met in zip(WORDS.split([n for row in TEXTS for n in row]), texts, strict=True):
+        if len(ids) == 1:  # from which nothing is foretold
+            assert not met.any()
+            continue
+        apart.backward(alone(ids))
+        torch.testing.assert_close(apart.strategy.points[0][0, 0], met, rtol=1e-6, atol=1e-9)
+
+
+def test_tokens_of_packed_rows_play_as_of_any_rows() -> None:
+    p = player("llama-causal", rows=2)
+    game = mixadv.Game(p.model, mixadv.FreeLB(per="token"))
+    assert game.backward(packed(p)).radius > 0
+    assert not game.site.packed
 
 
 @pytest.mark.parametrize("fill", [0, 1])

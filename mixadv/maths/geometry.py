@@ -6,11 +6,12 @@ mask here: masked coordinates are zero, and zero stays zero under every function
 
 A sample may have several rows, such as a graph of many nodes: `owners` `[B]` then numbers the
 sample of each row from 0, and a group is all coordinates of all its rows. None is one row for each.
+Where rows hold several texts, `owners` `[B, n]` numbers the text of each token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -72,6 +73,15 @@ def known_samples(owners: Tensor, count: int) -> Iterator[None]:
         ) from error
 
 
+def _of_texts(owners: Tensor | None) -> TypeGuard[Tensor]:
+    return owners is not None and owners.dim() == 2
+
+
+def _by_token(function: Callable[..., Tensor], x: Tensor, owners: Tensor, *words: Any) -> Tensor:
+    """Return what a function gives where each token of `[B, n, ...]` is a row of its text."""
+    return function(x.flatten(0, 1), *words, owners.flatten()).unflatten(0, owners.shape)
+
+
 def _of_groups(
     values: Tensor, how: Literal["sum", "amax"], per: Per, rows: Tensor | None
 ) -> Tensor:
@@ -119,6 +129,8 @@ def norms(
         >>> norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
         [[5.0], [0.0]]
     """
+    if _of_texts(owners):
+        return _by_token(norms, x, owners, norm, per)
     largest = _largest(_wide(x), per, owners)
     if norm == "linf":
         return largest.to(x.dtype)
@@ -134,6 +146,8 @@ def unit(g: Tensor, norm: Norm = "l2", per: Per = "sample", owners: Tensor | Non
     In L∞ this keeps the proportions of the gradient, unlike its sign: what the released code of
     FreeLB and MAT computes.
     """
+    if _of_texts(owners):
+        return _by_token(unit, g, owners, norm, per)
     scaled = _wide(g) / _safe(_largest(_wide(g), per, owners))
     return (scaled / _safe(norms(scaled, norm, per, owners))).to(g.dtype)
 
@@ -155,6 +169,8 @@ def steepest(
         return unit(g, "l2", per, owners)
     if norm == "linf":
         return g.sign()
+    if _of_texts(owners):
+        return _by_token(steepest, g, owners, norm, per)
     flat = g if per == "token" else g.flatten(1)
     where = flat.abs().argmax(-1, keepdim=True)
     signs = flat.gather(-1, where).sign()
@@ -189,6 +205,8 @@ def project(
     """
     if norm == "linf":
         return x.clamp(-radius, radius)
+    if _of_texts(owners):
+        return _by_token(project, x, owners, radius, norm, per)
     inside = norms(x, norm, per, owners) <= radius
     if norm == "l2":
         return torch.where(inside, x, radius * unit(x, "l2", per, owners))

@@ -177,7 +177,7 @@ class CompiledSite(Site):
         shape = torch.Size([*sizes, *pattern.call.shape[pattern.sizes :]])
         entered = None if pattern.ids is None else given[pattern.ids]
         tokens = tokens_of(pattern.module, entered)
-        owned = self._owners(pattern.module, shape[0], device)
+        owned = self._owners(pattern.module, shape, device)
         call = Call(shape, pattern.call.dtype, device, None, *tokens, owned)
         return call._replace(mask=self._mask(pattern.module, _stand_in(call), entered))
 

@@ -138,12 +138,18 @@ def real_tokens(
 _SEGMENTS = ("batch", "segments", "segment_ids", "graph_ids", "batch_index")
 
 
-def owners(context: Mapping[str, Any], rows: int, device: torch.device) -> Tensor | None:
+def owners(
+    context: Mapping[str, Any], shape: torch.Size, device: torch.device, packed: bool = False
+) -> Tensor | None:
     """Return the sample that each of the rows at the site belongs to, where the model is told.
 
     By a map of segments, as of graphs in a batch, or by inputs `[B, C, ...]` of several rows each,
     as of multiple choice: what is chosen between is one sample. It is never guessed from sizes.
+    Where texts are packed into rows, the text of each token `[B, n]`.
     """
+    positions, rows = context.get("position_ids"), shape[0]
+    if packed and isinstance(positions, Tensor) and positions.shape == shape[:2]:
+        return texts(positions)
     whole = {name: value for name, value in context.items() if is_whole(value)}
     for name in _SEGMENTS:
         if name in whole and whole[name].shape == (rows,):
@@ -152,6 +158,23 @@ def owners(context: Mapping[str, Any], rows: int, device: torch.device) -> Tenso
         if ids.dim() > 2 and ids.shape[:2].numel() == rows:
             return torch.arange(rows, device=device) // ids.shape[1]
     return None
+
+
+def restarts(positions: Tensor) -> Tensor:
+    """Return where positions `[B, n]` begin anew within a row, `[B, n − 1]`."""
+    return positions[:, 1:] <= positions[:, :-1]
+
+
+def texts(positions: Tensor) -> Tensor:
+    """Return the number of the text that each token of packed rows belongs to, `[B, n]`.
+
+    Example:
+        >>> texts(torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])).tolist()
+        [[0, 0, 1, 1], [2, 2, 2, 2]]
+    """
+    begun = torch.ones_like(positions)
+    begun[:, 1:] = restarts(positions)
+    return begun.flatten().cumsum(0).view_as(positions) - 1
 
 
 _PLACES = [

@@ -51,6 +51,7 @@ class Site:
         where: where δ may act in the round that is open; None is at real tokens.
         unsure: modules of which it is not known whether the batch comes first.
         apart: modules of whose rows each is a sample, whatever map the model is called with.
+        packed: whether rows hold several texts, told by positions that begin anew.
     """
 
     def __init__(self, model: nn.Module, site: Any = None) -> None:
@@ -65,6 +66,7 @@ class Site:
         self.where: Where = None
         self.unsure: set[nn.Module] = set()
         self.apart: set[nn.Module] = set()
+        self.packed = False
         self._turned: dict[nn.Module, bool] = {}
         self._masks: list[Tensor | None] = []
         self._copies = 1
@@ -147,8 +149,7 @@ class Site:
 
     def not_called(self) -> str:
         """Say that a pass did not call the site."""
-        modules = self._inner.named_modules()
-        names = [name for name, m in modules if isinstance(m, nn.Embedding)]
+        names = [n for n, m in self._inner.named_modules() if isinstance(m, nn.Embedding)]
         return (
             f"The site {self.names} was not called in the forward pass (a call that bypasses the "
             "module, or the wrong module). Name another with site=; the model's embeddings are "
@@ -161,8 +162,7 @@ class Site:
         arguments = bound(module, args, kwargs)
         for features in [v for v in arguments.values() if isinstance(v, Mapping)]:
             arguments = {**features, **arguments}  # as of sentence-transformers, in one argument
-        mask = arguments.get("attention_mask")
-        usable = isinstance(mask, Tensor) and mask.dim() == 2
+        usable = isinstance(mask := arguments.get("attention_mask"), Tensor) and mask.dim() == 2
         inherited = self._masks[-1] if self._masks else None
         if not self._masks:
             self.current.within = []
@@ -182,8 +182,7 @@ class Site:
         self._numbers[module] = sequence_number()
 
     def _at_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        first = first_of(output)
-        if not isinstance(first, Tensor) or not first.is_floating_point():
+        if not isinstance(first := first_of(output), Tensor) or not first.is_floating_point():
             what = f"a tensor of {first.dtype}" if isinstance(first, Tensor) else type(first)
             raise GameError(
                 f"The site returns {what}, and δ is added to a floating-point tensor (or to the "
@@ -235,7 +234,7 @@ class Site:
             entered = entered.T if isinstance(entered, Tensor) and entered.dim() == 2 else entered
         mask = self._mask(module, output, entered)
         ids = tokens_of(module, entered)
-        owned = self._owners(module, len(output), output.device)
+        owned = self._owners(module, output.shape, output.device)
         call = Call(output.shape, output.dtype, output.device, mask, *ids, owned)
         where = where_in(self.where, self.current.whose)
         call = told(where, len(self.current.visits), call, self._copies)
@@ -251,11 +250,11 @@ class Site:
     @contextmanager
     def forgetting(self) -> Iterator[None]:
         """Forget at the end what is found out meanwhile of the rows of what modules return."""
-        found = {*self.unsure}, {*self.apart}, {**self._turned}
+        found = {*self.unsure}, {*self.apart}, {**self._turned}, self.packed
         try:
             yield
         finally:
-            self.unsure, self.apart, self._turned = found
+            self.unsure, self.apart, self._turned, self.packed = found
 
     def orient(self, module: nn.Module, second: bool) -> None:
         """Note whether the batch is the second dimension of what a module returns."""
@@ -266,10 +265,11 @@ class Site:
         """Return whether the batch is the second dimension of what a module returns."""
         return self._turned.get(module, False)
 
-    def _owners(self, module: nn.Module, rows: int, device: torch.device) -> Tensor | None:
-        """Return the sample of each row of what a module returned, where it is known."""
+    def _owners(self, module: nn.Module, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """Return the sample of each row, or token, of what a module returned, if it is known."""
         assert self.current is not None
-        return None if module in self.apart else owners(self.current.context, rows, device)
+        apart = module in self.apart
+        return None if apart else owners(self.current.context, shape, device, self.packed)
 
     def _mask(self, module: nn.Module, output: Tensor, entered: Any) -> Tensor | None:
         """Return 1 at real tokens of what the site returned, as far as it is known."""

@@ -20,7 +20,7 @@ from mixadv.maths.geometry import Norm, Per
 from mixadv.players.documented import compose, described
 
 Start = Literal["zero", "uniform", "normal"]
-Normalize = Literal["steepest", "norm", "none"]
+Normalize = Literal["steepest", "norm", "none", "adam"]
 Projection = Literal["ball", "sphere"]
 Unit = Literal["relative", "absolute"]
 Direction = Literal["gradient", "gauss_newton"]
@@ -58,7 +58,9 @@ class Ascent:
             have several, as graphs and multiple choice do) or of each token.
         normalize: `"steepest"` is the ascent direction of the norm (the sign in L∞), `"norm"`
             divides the gradient by its norm (released code of FreeLB and MAT; the same in L2),
-            `"none"` takes the raw gradient of each sample's payoff (Langevin, SMART's Alg. 1).
+            `"none"` takes the raw gradient of each sample's payoff (Langevin, SMART's Alg. 1),
+            `"adam"` the mean of an ascent's gradients over the root of the mean of their squares,
+            in each coordinate (latent adversarial training; `torch.optim.Adam` at its defaults).
         projection: `"ball"` projects; `"sphere"` rescales to the radius after every step (released
             code of SMART and ALUM).
         start: `"zero"`, `"uniform"` or `"normal"`: noise scaled by 1/N^(1/p) for the N real
@@ -140,6 +142,11 @@ class Ascent:
             raise ValueError(f"{who}: projection='sphere' rescales to the radius, which is None.")
 
     @property
+    def remembers(self) -> bool:
+        """Whether a move depends on the gradients of the moves before it."""
+        return self.normalize == "adam"
+
+    @property
     def leaps(self) -> bool:
         """Whether the first step is found from the clean pass."""
         return self.direction == "gauss_newton"
@@ -202,7 +209,7 @@ class Ascent:
 
         Args:
             delta: the point, `[B, ...]`.
-            gradient: of each sample's payoff, same shape.
+            gradient: of each sample's payoff, same shape; for `"adam"` the direction itself.
             mask: as in `begin`.
             draw: as in `begin`.
             owners: as in `begin`.

@@ -4,7 +4,12 @@ import torch
 from torch import Tensor
 
 from mixadv.errors import GameError
-from mixadv.maths.geometry import known_samples
+from mixadv.maths.geometry import known_samples, of_samples
+
+
+def of_rows(owners: Tensor | None) -> Tensor | None:
+    """Return the sample of each row; None where rows are samples, or hold several texts."""
+    return None if owners is None or owners.dim() > 1 else owners
 
 
 def by_row(values: Tensor, like: Tensor, owners: Tensor | None = None) -> Tensor:
@@ -13,7 +18,7 @@ def by_row(values: Tensor, like: Tensor, owners: Tensor | None = None) -> Tensor
     Raises:
         GameError: where there are not as many rows as samples, and no owners of them are known.
     """
-    samples, rows = values.shape[1], like.shape[1]
+    samples, rows, owners = values.shape[1], like.shape[1], of_rows(owners)
     if owners is not None and samples > 1:
         with known_samples(owners, samples):
             values = values[:, owners]
@@ -36,5 +41,18 @@ def repeat_owners(owners: Tensor | None, times: int) -> Tensor | None:
     """Return the samples of the rows of so many copies of the batch, each with its own numbers."""
     if owners is None or times == 1:
         return owners
-    copy = torch.arange(times, device=owners.device)
-    return (owners + len(owners) * copy[:, None]).flatten()
+    copy = torch.arange(times, device=owners.device).view(-1, *[1] * owners.dim())
+    return (owners + owners.numel() * copy).flatten(0, 1)
+
+
+def once(owners: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
+    """Return weights by which each sample counts once, to multiply a tensor `[M, R, ...]`.
+
+    Of packed rows each text does, over the tokens where the mask is 1.
+    """
+    numbers = owners.flatten()
+    ones = torch.ones_like(numbers, dtype=like.dtype)
+    if owners.dim() > 1 and mask is not None:
+        ones = (mask[..., 0] > 0).expand(owners.shape).flatten().to(like.dtype)
+    counts = of_samples(ones, numbers, "sum")[numbers].clamp(min=1)
+    return (ones / counts).view(*owners.shape, *[1] * (like.dim() - 1 - owners.dim()))

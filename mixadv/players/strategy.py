@@ -18,10 +18,13 @@ from mixadv.maths import mirror
 from mixadv.maths.geometry import Norm, Per, norms, of_samples
 from mixadv.model.visits import Call, positions
 from mixadv.players.ascent import Draw
-from mixadv.players.rows import by_row, repeat_mask, repeat_owners
+from mixadv.players.moments import Moments, adam
+from mixadv.players.rows import by_row, of_rows, once, repeat_mask, repeat_owners
 
 Rule = Callable[[int, Tensor, Tensor, Tensor | None, Draw, Tensor | None], Tensor]
 """`rule(index, δ, gradient, mask, draw, owners)`: where δ `[B, ...]` of a call moves."""
+
+Memory = Sequence[Moments | None]
 
 
 class Strategy:
@@ -34,9 +37,11 @@ class Strategy:
         masks: one per call, broadcastable to `[B, ...]`, None where all coordinates are real.
         log_weights: `[M, B]` (per sample) or `[M, 1]` (per batch), which sum to 1 over M; None
             weighs all particles alike.
-        owners: one per call, the sample `[R]` that each row belongs to; None where there are
-            as many rows as samples, or it is not known.
+        owners: one per call, the sample `[R]` that each row belongs to, or `[R, n]` the text of
+            each token of packed rows; None where there are as many rows as samples, or it is not
+            known.
         unit: what one unit of length of the points is at the site.
+        moments: one per call, what an ascent remembers of its gradients; empty at its start.
 
     Example:
         >>> q = Strategy([torch.tensor([[[1.0]], [[3.0]]])])
@@ -51,8 +56,10 @@ class Strategy:
         log_weights: Tensor | None = None,
         unit: float = 1.0,
         owners: Sequence[Tensor | None] | None = None,
+        moments: Memory = (),
     ) -> None:
         self._owners = (None,) * len(points) if owners is None else tuple(owners)
+        self._moments = tuple(moments)
         self._points = tuple(points)
         self._masks = (None,) * len(self._points) if masks is None else tuple(masks)
         self._log_weights = log_weights
@@ -97,7 +104,8 @@ class Strategy:
 
     def reweight(self, log_weights: Tensor) -> "Strategy":
         """Return the same points with other log-weights."""
-        return Strategy(self.points, self.masks, log_weights, self.unit, self._owners)
+        made = self.points, self.masks, log_weights, self.unit, self._owners, self._moments
+        return Strategy(*made)
 
     def turned(self, signs: Sequence[Tensor]) -> "Strategy":
         """Return the points times a sign each, per call `[M, B, 1, ...]`; leaves stay leaves."""
@@ -105,14 +113,16 @@ class Strategy:
         return self._at([(s * p.detach()).requires_grad_(p.requires_grad) for s, p in pairs])
 
     def move(
-        self, gradients: Sequence[Tensor], rule: Rule, draw: Draw
+        self, gradients: Sequence[Tensor], rule: Rule, draw: Draw, remembers: bool = False
     ) -> tuple["Strategy", list[Tensor]]:
         """Return the points after one move by the rule, as leaves that require grad.
 
-        A sample whose gradient or step is not finite falls back to δ = 0, decided on the device;
-        which ones did is returned too, per call at the site as `[B]`.
+        Where it `remembers`, the rule is given Adam's direction in place of the gradient. A sample
+        whose gradient or step is not finite falls back to δ = 0, decided on the device; which ones
+        did is returned too, per call at the site as `[B]`.
         """
         moved, fallen = [], []
+        memory = [*self._moments] or [None] * len(self.points)
         calls = zip(self.points, gradients, self.masks, self._owners, strict=True)
         for index, (point, gradient, mask, owner) in enumerate(calls):
             flat, slope = point.detach().flatten(0, 1), gradient.flatten(0, 1)
@@ -120,15 +130,19 @@ class Strategy:
             if repeated is not None:  # what is not played may have no gradient: NaN · 0 is NaN
                 slope = torch.where(repeated > 0, slope, torch.zeros_like(slope))
             owned = repeat_owners(owner, self.size)
-            new = rule(index, flat, slope, repeated, draw, owned)
+            way = slope
+            if remembers:
+                way, memory[index] = adam(slope.nan_to_num(0, 0, 0), memory[index])
+            new = rule(index, flat, way, repeated, draw, owned)
             fell = ~(slope.isfinite() & new.isfinite()).flatten(1).all(1)
-            if owned is not None:  # the other rows of a sample fall with one
-                fell = of_samples(fell.to(slope.dtype), owned, "amax") > 0
+            rows = of_rows(owned)
+            if rows is not None:  # the other rows of a sample fall with one
+                fell = of_samples(fell.to(slope.dtype), rows, "amax") > 0
             fallen.append(fell.view(self.size, -1).any(0))
-            fell = (fell if owned is None else fell[owned]).view(-1, *[1] * (flat.dim() - 1))
+            fell = (fell if rows is None else fell[rows]).view(-1, *[1] * (flat.dim() - 1))
             new = torch.where(fell, torch.zeros_like(new), new)
             moved.append(new.view_as(point).requires_grad_())
-        return self._at(moved), fallen
+        return self._at(moved, memory), fallen
 
     def mean(self) -> "Strategy":
         """Return the pure strategy at the mean Σ_m w_m δ_m, inside any convex set they lie in."""
@@ -170,7 +184,7 @@ class Strategy:
     def knows(self, samples: int) -> bool:
         """Return whether it is known to which of so many samples each row belongs."""
         pairs = zip(self.points, self._owners, strict=True)
-        return all(p.shape[1] == samples or owner is not None for p, owner in pairs)
+        return all(p.shape[1] == samples or of_rows(owner) is not None for p, owner in pairs)
 
     def lerp(self, other: "Strategy", weight: float) -> "Strategy":
         """Return `self + weight · (other − self)`, point by point, with the other's weights."""
@@ -210,8 +224,7 @@ class Strategy:
         for lengths, mask, owner in calls:
             real = torch.ones_like(lengths)
             if owner is not None and per == "sample":  # each sample counts once
-                rows = torch.ones_like(owner, dtype=real.dtype)
-                real = real / by_row(of_samples(rows, owner, "sum")[None], lengths, owner)
+                real = real * once(owner, mask, real)
             if mask is not None and per == "token":
                 real = real * mask.to(real.dtype)
             means.append((lengths * real).sum() / real.sum().clamp(min=1))
@@ -271,6 +284,7 @@ class Strategy:
         means = [(weights * p.detach()).sum(0, keepdim=True) for weights, p in pairs]
         return Strategy(means, self.masks, None, self.unit, self._owners)
 
-    def _at(self, points: Sequence[Tensor]) -> "Strategy":
+    def _at(self, points: Sequence[Tensor], moments: Memory | None = None) -> "Strategy":
         """Return the same weights at other points."""
-        return Strategy(points, self.masks, self._log_weights, self.unit, self._owners)
+        kept = self._moments if moments is None else moments
+        return Strategy(points, self.masks, self._log_weights, self.unit, self._owners, kept)

@@ -29,8 +29,8 @@ from mixadv.round.carried import Carried
 from mixadv.round.cost import count_passes
 from mixadv.round.gains import losses_of_samples
 from mixadv.round.goals import Goals, Whose
-from mixadv.round.layout import check_batch, find_batch
-from mixadv.round.passes import Passes, nowhere
+from mixadv.round.layout import check_batch, find_batch, find_texts
+from mixadv.round.passes import nowhere
 from mixadv.round.readable import (
     check_inputs,
     check_masks,
@@ -75,7 +75,7 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         with trial.site.learning():
             with Formats() as formats:
                 zero, lengths, slopes = _pass_at_zero(stage)
-                if find_batch(stage):
+                if find_batch(stage) | find_texts(stage):
                     zero, lengths, slopes = _pass_at_zero(stage)
             if torch.float16 in formats.seen:
                 slopes = _measure_scaling(stage)
@@ -131,7 +131,6 @@ def _pass_at_zero(
             if "requires_grad flags of leaf" in str(error):
                 raise GameError(_CHANGED_INPUT.format(arena.site.names)) from error
             raise
-        _check_unpacked(passes)
         total = reading.objective
         if not total.requires_grad:
             raise GameError(_no_gradient(arena, whose))
@@ -192,21 +191,6 @@ def _measure_carried(stage: Stage) -> None:
         Carried(stage.passes).add(stage.passes.run(nowhere).objective, ())
         if bool(before <= stage.memory[KEY][0]):
             break
-
-
-def _check_unpacked(passes: Passes) -> None:
-    context = passes.kept[-1].context
-    positions, mask = context.get("position_ids"), context.get("attention_mask")
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
-        return
-    restarts = positions[:, 1:] <= positions[:, :-1]
-    if isinstance(mask, Tensor) and mask.shape == positions.shape:
-        restarts &= (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
-    if passes.arena.solver.per == "sample" and bool(restarts.any()):
-        raise GameError(
-            "The batch is packed (positions restart within a row), so a row is not one sample "
-            "and per-sample norms mean nothing. Use per='token', or unpacked batches."
-        )
 
 
 def _no_gradient(arena: Arena, whose: Whose) -> str:

@@ -1,4 +1,4 @@
-"""Which dimension of what the site returns is the batch, where no ids or mask told it."""
+"""Which dimension of what the site returns is the batch, and whether a row is one sample."""
 
 import warnings
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.model.closure import Reading
+from mixadv.model.masks import restarts
 from mixadv.model.visits import Call, Visit
 from mixadv.round.stage import Stage
 from mixadv.round.unit import measuring
@@ -61,6 +62,23 @@ def _found(stage: Stage) -> bool:
         if visit.module in site.unsure and _second_by_number(visit, samples):
             site.orient(visit.module, True)
     return _turned(stage)
+
+
+def find_texts(stage: Stage) -> bool:
+    """Find whether rows hold several texts, by positions that begin anew within them.
+
+    Returns:
+        Whether it was found out now, so that what was measured is to be anew.
+    """
+    site, context = stage.arena.site, stage.passes.kept[-1].context
+    positions, mask = context.get("position_ids"), context.get("attention_mask")
+    if site.packed or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return False
+    anew = restarts(positions)
+    if isinstance(mask, Tensor) and mask.shape == positions.shape:
+        anew &= (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
+    site.packed = stage.arena.solver.per == "sample" and bool(anew.any())
+    return site.packed
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from mixadv.model.recompute import Cut
 from mixadv.model.replay import Replay
 from mixadv.model.visits import Call, Pass, Provide
 from mixadv.players.ascent import Ascent
+from mixadv.players.rows import of_rows
 from mixadv.players.strategy import Strategy
 from mixadv.round.arena import Arena, Memory
 from mixadv.round.goals import Goals, Whose
@@ -86,7 +87,7 @@ class Passes:
             reading = reading.widened()
         if reading.loss.shape == (1,) and not _one_sample(reading, current.calls[0]):
             reading = reading._replace(loss=reading.loss[0])
-        owners = current.calls[0].owners
+        owners = of_rows(current.calls[0].owners)
         return reading._replace(samples=self._count(reading) // copies, owners=owners)
 
     def _count_predictions(self, reading: Reading, copies: int) -> Reading:
@@ -254,7 +255,7 @@ def _one_sample(reading: Reading, call: Call) -> bool:
     """Return whether a loss `[1]` is that of one sample, and not of a batch."""
     if reading.predictions is not None:
         return len(reading.predictions) == 1
-    return call.shape[0] == 1 or call.owners is not None
+    return call.shape[0] == 1 or of_rows(call.owners) is not None
 
 
 def nowhere(index: int, call: Call, output: Tensor) -> None:

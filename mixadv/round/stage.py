@@ -138,8 +138,9 @@ class Stage(Moves):
             if self._arrived is None:
                 raise GameError(NO_GRADIENT.format("δ"))
             gradients = self._arrived.gradients(q)
-        rule = _rule(how) if isinstance(how, Ascent) else how
-        q, fallen = q.move(gradients, rule, self.arena.noise)
+        own = isinstance(how, Ascent)
+        rule = _rule(how) if own else how
+        q, fallen = q.move(gradients, rule, self.arena.noise, own and how.remembers)
         before = self.fallen or fallen
         self.fallen = [old | new for old, new in zip(before, fallen, strict=True)]
         return q

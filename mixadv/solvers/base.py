@@ -105,7 +105,7 @@ class Solver(Ascent, ABC):
                 f"{who}: direction='gauss_newton' takes a divergence 'kl', 'symmetric_kl', 'js' or "
                 f"'squared_error' as payoff, got {kind!r}: leave direction='gradient'."
             )
-        if self.particles > 1 or self.normalize == "none" or self.steps == 0:
+        if self.particles > 1 or self.normalize in ("none", "adam") or self.steps == 0:
             raise ValueError(
                 f"{who}: direction='gauss_newton' begins in one direction, whose length means "
                 "nothing, by at least one step: it takes particles=1, a normalized gradient and "
@@ -199,6 +199,16 @@ class DivergenceSolver(Solver):
     def gain(self) -> str | Divergence:
         """What the adversary maximises."""
         return self.divergence
+
+
+def refuse_memory(solver: Solver) -> None:
+    """Raise for a solver whose moves do not go on from each other."""
+    if solver.remembers:
+        raise ValueError(
+            f"{type(solver).__name__}: normalize='adam' remembers the gradients of an ascent, and "
+            f"the moves of {type(solver).__name__} are no ascent of several steps. Leave it out, "
+            "or choose PGD, FreeLB, SMART, ALUM or MAT."
+        )
 
 
 def row(

@@ -25,7 +25,7 @@ from mixadv.maths.geometry import Norm
 from mixadv.model.representation import Source, check_source, first_token
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Projection, Start
-from mixadv.solvers.base import Solver
+from mixadv.solvers.base import Solver, refuse_memory
 from mixadv.solvers.play import Moves, Play, Step
 
 
@@ -68,6 +68,7 @@ class CAT(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_memory(self)
         if self.step_size == 0:
             raise ValueError("CAT: step_size=0 never leaves δ = 0; its size is the radius.")
         check_flag("CAT", "shared", self.shared)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mixadv.players.ascent import Projection, Start
-from mixadv.solvers.base import Solver
+from mixadv.solvers.base import Solver, refuse_memory
 from mixadv.solvers.play import Moves, Play, Step
 
 
@@ -33,6 +33,7 @@ class FGM(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_memory(self)
         if self.step_size == 0:
             raise ValueError("FGM: step_size=0 never leaves δ = 0; its size is the radius.")
 

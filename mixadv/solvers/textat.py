@@ -39,7 +39,7 @@ from mixadv.maths import geometry
 from mixadv.model import parallel
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Draw, Projection
-from mixadv.solvers.base import Presets, Solver, row
+from mixadv.solvers.base import Presets, Solver, refuse_memory, row
 from mixadv.solvers.play import Moves, Play, Step
 
 
@@ -81,6 +81,7 @@ class TextAT(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_memory(self)
         check_integer("TextAT", "steps (the number of passes)", self.steps, 1)
         if self.write not in ("mean", "accumulate"):
             raise ValueError(f"TextAT: write={self.write!r} is not 'mean' or 'accumulate'.")

@@ -14,7 +14,7 @@ from typing import ClassVar
 from mixadv.checks import check_integer
 from mixadv.maths.divergence import Divergence
 from mixadv.players.ascent import Projection, Start
-from mixadv.solvers.base import DivergenceSolver
+from mixadv.solvers.base import DivergenceSolver, refuse_memory
 from mixadv.solvers.play import Moves, Play, Step
 
 
@@ -42,6 +42,7 @@ class VAT(DivergenceSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_memory(self)
         if self.leaps and self.steps > 1 and self.initial_size == 0:
             raise ValueError(
                 "VAT: after its first step a Gauss–Newton ascent is evaluated at start_size, got "
