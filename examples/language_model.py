@@ -11,7 +11,8 @@ of near topics, the held-out loss, and what 50 plain updates on other questions 
 
 The model is SmolLM2-135M-Instruct with LoRA adapters; python examples/smollm2.py fetches it. An
 update of 4 rows takes about 1.4 seconds of one CPU core without an adversary, 5 with 3 steps of
-ascent, 8 with two answers. Each run adds one JSON line to OUTPUT/results.jsonl, and one that has a
+ascent, 8 with two answers; weights are in bfloat16, so that small radii are noise, which the first
+round warns of. Each run adds one JSON line to OUTPUT/results.jsonl, and one that has a
 line is not repeated. ContinuousAT is called CAT by its authors; `mixadv.CAT` and --solver cat of
 the other scripts are contrastive adversarial training.
 
@@ -62,7 +63,8 @@ def arguments(argv: list[str] | None = None) -> Namespace:
             kind = kinds.get(f.name, positive)
             option = f"--{f.name.replace('_', '-')}"
             add(option, type=kind, default=f.default, metavar="X", help=texts[f.name])
-    add("--output", type=Path, default=Path("runs/language_model"), metavar="FOLDER")
+    text = "of results, adapters and the picture (default: %(default)s)"
+    add("--output", type=Path, default=Path("runs/language_model"), metavar="FOLDER", help=text)
     add("--report", action="store_true", help="show what there is, and draw the curves")
     return parser.parse_args(argv)
 

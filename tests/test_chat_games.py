@@ -154,10 +154,10 @@ def scene(family: str) -> tuple[nn.Module, tuple[ChatBatch, ...]]:
     return copy.deepcopy(model), batches
 
 
-@pytest.mark.parametrize("name", LEARNERS)
 @pytest.mark.parametrize(
-    ("family", "site"),
-    [(family, None) for family in FAMILIES] + [("Llama", "model.layers.0")],
+    ("name", "family", "site"),
+    [("continuous_at", family, None) for family in FAMILIES]
+    + [("latent_at", "Llama", None), ("latent_at", "Llama", "model.layers.0")],
 )
 def test_a_step_is_that_of_the_equations(name: str, family: str, site: str | None):
     model, batches = scene(family)

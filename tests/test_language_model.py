@@ -44,13 +44,25 @@ def results(tiny: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+FEW = {"trigger": ["plain", "targeted"], "policy": ["sft", "mixat"]}
+ALL = {"trigger": [*trigger.ARMS], "policy": [*policy.ARMS]}
+
+
 @pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # bf16, random weights
-def test_all_arms_of_both_experiments_run_once(tiny: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("arms", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
+def test_both_experiments_run_once(
+    arms: dict[str, list[str]],
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    for name, module in language_model.EXPERIMENTS.items():
+        monkeypatch.setattr(module, "ARMS", {arm: module.ARMS[arm] for arm in arms[name]})
     assert language_model.main(command(tiny)) == 0
     said = capsys.readouterr().out
-    arms = [*trigger.ARMS, *policy.ARMS]
-    assert [r["arm"] for r in results(tiny)] == arms
-    assert all(f"| {arm} |" in said for arm in arms)
+    names = [arm for own in arms.values() for arm in own]
+    assert [r["arm"] for r in results(tiny)] == names
+    assert all(f"| {arm} |" in said for arm in names)
     assert (tiny.parent / "out" / "trigger.png").stat().st_size > 1000
     whole = (tiny.parent / "out" / RESULTS).read_text()
     assert language_model.main(command(tiny)) == 0
