@@ -66,7 +66,7 @@ LOSS: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {
     "continuous_at": lambda good, bad: (
         0.5 * floor(-cross_entropy(bad), -5.0) + 0.5 * floor(cross_entropy(good), 0.5)
     ),
-    "latent_at": lambda good, bad: cross_entropy(good) + unlikely(bad),
+    "latent_at": lambda good, bad: 0.5 * cross_entropy(good) + 0.5 * unlikely(bad),
 }
 UTILITY = {"continuous_at": 1.0, "latent_at": 1.5}
 
