@@ -95,7 +95,7 @@ LOSS: dict[str, Callable[[list[Tensor], list[Tensor], Tensor], Tensor]] = {
     "continuous_at": lambda good, bad, before: (
         0.5 * floor(-cross_entropy(bad), -5.0) + 0.5 * floor(cross_entropy(good), 0.5)
     ),
-    "latent_at": lambda good, bad, before: cross_entropy(good) + unlikely(bad),
+    "latent_at": lambda good, bad, before: 0.5 * cross_entropy(good) + 0.5 * unlikely(bad),
     "capo": lambda good, bad, before: (margin(good, bad) - before - 2) ** 2,
 }
 UTILITY = {"continuous_at": 1.0, "latent_at": 1.5, "capo": 1.0}

@@ -2,12 +2,15 @@
 
 import copy
 import logging
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
 import mixadv
@@ -52,16 +55,7 @@ def test_trainer_plays_the_rounds_of_a_loop(goals: Any, parts: int, tmp_path: Pa
     how = {"per_device_train_batch_size": 2 // parts, "gradient_accumulation_steps": parts}
     trainer(tmp_path, model, tokenizer, goals=goals, how=how).train()
 
-    optimizer = mixadv.wrap(torch.optim.SGD(other.parameters(), lr=0.1), other, SOLVER, seed=42)
-    collate, size = ChatCollator(tokenizer), 2 // parts
-    for update in range(2):
-        for part in range(parts):
-            at = range(2 * update + size * part, 2 * update + size * (part + 1))
-            batch = collate([{**ROWS[i], "others": OTHERS[i % 3]} for i in at])
-            chats = [ChatBatch(**batch[name]) for name in ("chosen", "rejected", "others")]
-            (optimizer.game.loss(**goals(other, *chats)) / parts).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    by_hand(tokenizer, other, goals, 2 // parts, parts)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
@@ -90,6 +84,43 @@ def test_first_step_tells_what_the_adversary_does(tmp_path: Path, caplog: pytest
     assert "radius 0.1 per token" in told
     before, after = (float(word.strip(".")) for word in told.split("from ")[1].split(" to "))
     assert after > before
+
+
+def by_hand(tokenizer: Any, model: Any, goals: Any, size: int, parts: int) -> None:
+    """Train a model by a loop: two updates on two rows each."""
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, SOLVER, seed=42)
+    collate = ChatCollator(tokenizer)
+    for update in range(2):
+        for part in range(parts):
+            at = range(2 * update + size * part, 2 * update + size * (part + 1))
+            batch = collate([{**ROWS[i], "others": OTHERS[i % 3]} for i in at])
+            chats = [ChatBatch(**batch[name]) for name in ("chosen", "rejected", "others")]
+            (optimizer.game.loss(**goals(model, *chats)) / parts).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": os.environ["TEST_PORT"]}
+    tokenizer = chatting()
+    model, alone = speaking("Llama", tokenizer), speaking("Llama", tokenizer)
+    how = {"per_device_train_batch_size": 1, "ddp_find_unused_parameters": False}
+    trainer(Path(folder), model, tokenizer, how=how).train()
+    assert dist.get_world_size() == 2
+    by_hand(tokenizer, alone, continuous_at, 2, 1)
+    for mine, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-8, atol=1e-11)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TEST_PORT", str(20000 + os.getpid() % 20000))
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
 
 
 def test_adapters_alone_are_trained(tmp_path: Path):

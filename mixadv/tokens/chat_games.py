@@ -18,16 +18,19 @@ tokens, and [·]_c the floor c below which the slope is 0.001:
 Released (github.com/sophie-xhonneux/Continuous-AdvTrain, config/adv_train_ul.yaml): 10 sign steps
 of 1e-4 in each coordinate from δ = 0, ε = 0.05 mean norms of all rows of the embedding matrix;
 fp16, 5 epochs, batches of 8 × 8, 12.5 % of rows with an adversary. δ acts there on the template's
-tokens too, the floors are of a batch's mean, and the projection is L2 while the steps are signs,
-which no `norm` here plays: `norm="l2"` steps along the gradient of each token.
+tokens too, the floors are of a batch's mean and jump (c + 0.001·loss), and the projection is L2
+while the steps are signs, which no `norm` here plays: `norm="l2"` steps along the gradient of each
+token. So there is no `published` row.
 
 **LAT, targeted** (Sheshadri et al. 2024, arXiv:2407.15549; untargeted is Casper et al. 2024,
 arXiv:2403.05030, which is `PGD` at a layer with `where=` and no goals of its own):
 
-    u = −½CE(y⁻) + ½L(y⁺),     ℓ = CE(y⁺) − L(y⁻),     L(y) = mean of log(1 − p(y_i))
+    u = −½CE(y⁻) + ½L(y⁺),     ℓ = ½CE(y⁺) − ½L(y⁻),     L(y) = mean of log(1 − p(y_i))
 
-and r = 1.5·CE(x') as for Llama-2. Released code (github.com/aengusl/latent-adversarial-training)
-ascends by AdamW at several layers at once, in balls whose radius is absolute.
+and r = 1.5·CE(x'). Released (github.com/aengusl/latent-adversarial-training,
+notebooks/jailbreaks.ipynb): 16 steps of AdamW at the embedding and layers 8, 16, 24 and 30 at once,
+per-token balls of radius 6 whatever the site, 4 steps of the learner a round, r of weight 1.5 or 2
+by version, templates written by hand.
 
 **CAPO** (Xhonneux et al. 2024): no data beside the pairs; IPO (Azar et al. 2024, arXiv:2310.12036)
 under δ, against a reference that is read without δ. With log p a mean over an answer's tokens:
@@ -37,7 +40,7 @@ under δ, against a reference that is read without δ. With log p a mean over an
 Released (config/adv_train_ipo.yaml): tokens of y⁻ whose log p is below −5 are left out of its mean;
 20 epochs, else as ContinuousAT.
 
-**MixAT** (insait-institute/MixAT): ContinuousAT where half of the prompts were first rephrased, or
+**MixAT** (github.com/insait-institute/MixAT): ContinuousAT where half of the prompts were first rephrased, or
 given a suffix (`rewritten`), by whatever makes such texts; ε = 0.075, 2 epochs. Released code draws
 once for a batch; here each row is drawn.
 """
@@ -109,11 +112,14 @@ def latent_at(
     rejected: ChatBatch,
     others: ChatBatch | None = None,
     *,
+    away: float = 0.5,
+    toward: float = 0.5,
     utility: float = 1.5,
 ) -> Goals:
     """Return the goals of targeted latent adversarial training on a batch; see the docstring.
 
-    Arguments are those of `continuous_at`. The site says where δ acts: a layer, or the embedding.
+    Arguments are those of `continuous_at`, without floors. The site says where δ acts: a layer, or
+    the embedding.
 
     Example:
         >>> optimizer.step(**latent_at(model, chosen, rejected, others))  # doctest: +SKIP
@@ -121,7 +127,7 @@ def latent_at(
     cross_entropy, odds = _losses(model, answer_losses), _losses(model, unlikelihood)
 
     def learner() -> Tensor:
-        return cross_entropy(chosen) + odds(rejected)
+        return toward * cross_entropy(chosen) + away * odds(rejected)
 
     def adversary() -> Tensor:
         return -0.5 * cross_entropy(rejected) - 0.5 * odds(chosen)

@@ -128,7 +128,8 @@ def targeted(setting: Setting, one: Learner) -> Step:
     def step(rows: Sequence[Row]) -> Tensor:
         pairs = [{"prompt": r["prompt"], "chosen": r["answer"], "rejected": SENTENCE} for r in rows]
         chosen, rejected = preference_batches(one.tokenizer, pairs, system=SYSTEM)
-        return optimizer.step(**latent_at(one.network, chosen, rejected, chosen))
+        goals = latent_at(one.network, chosen, rejected, chosen, away=1.0, toward=1.0)
+        return optimizer.step(**goals)
 
     return step
 
