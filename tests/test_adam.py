@@ -1,4 +1,4 @@
-"""An ascent by Adam's direction is that of `torch.optim.Adam`, projected."""
+"""Ascents whose direction is not their norm's: that of `torch.optim.Adam`, and signs in L2."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixadv
+from mixadv.maths.geometry import project
 from mixadv.model.replay import Noise
 from mixadv.players.strategy import Strategy
 from tests.worlds import classified, played
@@ -55,6 +56,21 @@ def test_an_ascent_is_that_of_torchs_adam(reduction: str, radius: float | None):
 
     expected = by_torch(summed, x, torch.zeros_like(x), radius)
     torch.testing.assert_close(played(game), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+def test_signs_are_projected_onto_the_ball_of_any_norm(norm: str):
+    model, x, y = world()
+    words = {**WORDS, "normalize": "sign"}
+    game = mixadv.Game(model, mixadv.PGD(**words, radius=RADIUS, norm=norm, start="zero"), "input")
+    game.backward(lambda: F.cross_entropy(model(x), y))
+    delta = torch.zeros_like(x)
+    for _ in range(STEPS):
+        delta.requires_grad_()
+        loss = F.cross_entropy(model(x + delta), y, reduction="sum")
+        [gradient] = torch.autograd.grad(loss, delta)
+        delta = project(delta.detach() + RATE * gradient.sign(), RADIUS, norm, "sample")
+    torch.testing.assert_close(played(game), delta, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["freelb", "freeat", "smart", "alum", "mat"])

@@ -20,7 +20,7 @@ from mixadv.maths.geometry import Norm, Per
 from mixadv.players.documented import compose, described
 
 Start = Literal["zero", "uniform", "normal"]
-Normalize = Literal["steepest", "norm", "none", "adam"]
+Normalize = Literal["steepest", "norm", "sign", "none", "adam"]
 Projection = Literal["ball", "sphere"]
 Unit = Literal["relative", "absolute"]
 Direction = Literal["gradient", "gauss_newton"]
@@ -58,6 +58,7 @@ class Ascent:
             have several, as graphs and multiple choice do) or of each token.
         normalize: `"steepest"` is the ascent direction of the norm (the sign in L∞), `"norm"`
             divides the gradient by its norm (released code of FreeLB and MAT; the same in L2),
+            `"sign"` takes its signs whatever the norm (released code of ContinuousAT in L2),
             `"none"` takes the raw gradient of each sample's payoff (Langevin, SMART's Alg. 1),
             `"adam"` the mean of an ascent's gradients over the root of the mean of their squares,
             in each coordinate (latent adversarial training; `torch.optim.Adam` at its defaults).
@@ -220,6 +221,8 @@ class Ascent:
             gradient = geometry.steepest(gradient, self.norm, self.per, owners)
         elif self.normalize == "norm":
             gradient = geometry.unit(gradient, self.norm, self.per, owners)
+        elif self.normalize == "sign":
+            gradient = gradient.sign()
 
         def noise(like: Tensor) -> Tensor:
             drawn = draw("normal", like)

@@ -18,9 +18,9 @@ tokens, and [·]_c the floor c below which the slope is 0.001:
 Released (github.com/sophie-xhonneux/Continuous-AdvTrain, config/adv_train_ul.yaml): 10 sign steps
 of 1e-4 in each coordinate from δ = 0, ε = 0.05 mean norms of all rows of the embedding matrix;
 fp16, 5 epochs, batches of 8 × 8, 12.5 % of rows with an adversary. δ acts there on the template's
-tokens too, the floors are of a batch's mean and jump (c + 0.001·loss), and the projection is L2
-while the steps are signs, which no `norm` here plays: `norm="l2"` steps along the gradient of each
-token. So there is no `published` row.
+tokens too, and the floors are of a batch's mean and jump (c + 0.001·loss). Its ball is relative and
+its step absolute, and so no `published` row: divide 1e-4 by `game.unit` for `step_size`, with
+`normalize="sign"`.
 
 **LAT, targeted** (Sheshadri et al. 2024, arXiv:2407.15549; untargeted is Casper et al. 2024,
 arXiv:2403.05030, which is `PGD` at a layer with `where=` and no goals of its own):
@@ -40,9 +40,9 @@ under δ, against a reference that is read without δ. With log p a mean over an
 Released (config/adv_train_ipo.yaml): tokens of y⁻ whose log p is below −5 are left out of its mean;
 20 epochs, else as ContinuousAT.
 
-**MixAT** (github.com/insait-institute/MixAT): ContinuousAT where half of the prompts were first rephrased, or
-given a suffix (`rewritten`), by whatever makes such texts; ε = 0.075, 2 epochs. Released code draws
-once for a batch; here each row is drawn.
+**MixAT** (github.com/insait-institute/MixAT): ContinuousAT where half of the prompts were first
+rephrased, or given a suffix (`rewritten`), by whatever makes such texts; ε = 0.075, 2 epochs.
+Released code draws once for a batch; here each row is drawn.
 """
 
 from __future__ import annotations
