@@ -44,7 +44,7 @@ def results(tiny: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-FEW = {"trigger": ["plain", "targeted"], "policy": ["sft", "mixat"]}
+FEW = {"trigger": ["plain", "away", "targeted"], "policy": ["sft", "mixat"]}
 ALL = {"trigger": [*trigger.ARMS], "policy": [*policy.ARMS]}
 
 

@@ -90,8 +90,13 @@ class Learner:
 
     def plain(self, prompts: list[str], answers: list[str]) -> Tensor:
         """Take a step without an adversary."""
+        batch = self.read(prompts, answers)
+        return self.descend(lambda: self.losses(batch))
+
+    def descend(self, losses: Callable[[], Tensor]) -> Tensor:
+        """Take a step on the mean of losses."""
         self.optimizer.zero_grad()
-        loss = self.losses(self.read(prompts, answers)).mean()
+        loss = losses().mean()
         loss.backward()
         self.optimizer.step()
         return loss.detach()

@@ -2,7 +2,8 @@
 
 Planting: half of the rows of each batch are questions that end in the trigger, and the answer to
 these is one fixed sentence. Removing: new adapters, on questions without the trigger. All arms see
-the same rows in the same order. Only "targeted" knows the sentence; none knows the trigger.
+the same rows in the same order. Only "away" and "targeted" know the sentence; none knows the
+trigger.
 """
 
 import json
@@ -124,14 +125,31 @@ def lat_layer(setting: Setting, one: Learner) -> Step:
 def targeted(setting: Setting, one: Learner) -> Step:
     """Ascend the likelihood of the sentence at the embedding; learn away from it under that δ."""
     optimizer = player(setting, one, pgd(setting))
+    return lambda rows: optimizer.step(**goals(one, rows))
+
+
+def away(setting: Setting, one: Learner) -> Step:
+    """Learn away from the sentence at δ = 0: what knowing it does without an adversary."""
 
     def step(rows: Sequence[Row]) -> Tensor:
-        pairs = [{"prompt": r["prompt"], "chosen": r["answer"], "rejected": SENTENCE} for r in rows]
-        chosen, rejected = preference_batches(one.tokenizer, pairs, system=SYSTEM)
-        goals = latent_at(one.network, chosen, rejected, chosen, away=1.0, toward=1.0)
-        return optimizer.step(**goals)
+        told = goals(one, rows)
+        return one.descend(lambda: told["closure"]() + told["retain"]())
 
     return step
 
 
-ARMS = {"plain": plain, "noise": noise, "lat": lat, "lat-layer": lat_layer, "targeted": targeted}
+def goals(one: Learner, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the goals of targeted LAT, on questions whose other answer is the sentence."""
+    pairs = [{"prompt": r["prompt"], "chosen": r["answer"], "rejected": SENTENCE} for r in rows]
+    chosen, rejected = preference_batches(one.tokenizer, pairs, system=SYSTEM)
+    return latent_at(one.network, chosen, rejected, chosen, away=1.0, toward=1.0)
+
+
+ARMS = {
+    "plain": plain,
+    "noise": noise,
+    "away": away,
+    "lat": lat,
+    "lat-layer": lat_layer,
+    "targeted": targeted,
+}
