@@ -516,6 +516,24 @@ def test_micro_batches_accumulate_and_losses_scale():
     torch.testing.assert_close(gradient(w, w.goals, scale=4.0), [4 * g for g in whole])
 
 
+def test_one_mask_for_both_players_is_not_that_of_other_rows():
+    """What is retained has other shapes, and no δ."""
+    found = []
+    for where in ("mask", "each"):
+        w = world()
+        mask = w.rejected.prompt
+        only = {"closure": mask, "adversary": mask}
+        game = mixadv.Game(w.model, mixadv.PGD(steps=2, radius=0.5, unit="absolute"))
+        game.backward(
+            w.adversary,
+            adversary=w.adversary,
+            retain=w.retain,
+            where=mask if where == "mask" else only,
+        )
+        found.append([p.grad.clone() for p in w.model.parameters() if p.grad is not None])
+    assert_same(*found)
+
+
 def test_what_is_retained_is_added_in_every_step_of_the_learner():
     def seen(*, retains: bool) -> list[dict[str, Tensor]]:
         w = world()

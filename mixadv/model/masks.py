@@ -21,7 +21,9 @@ Where = Plain | Mapping[str, Plain]
 
 
 def where_in(where: Where, whose: str) -> Plain:
-    """Return where δ may act in the passes of a closure."""
+    """Return where δ may act in the passes of a closure: what is retained has no δ."""
+    if whose == "retain":
+        return None
     return where.get(whose) if isinstance(where, Mapping) else where
 
 
