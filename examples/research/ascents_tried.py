@@ -101,7 +101,7 @@ def inner_gradients(stage: mixadv.Stage, q: mixadv.Strategy, pull: Tensor) -> li
 
     def closure() -> Tensor:
         with listening(model, outputs.append):
-            stage.passes.closure()
+            stage.goals.closure()
         return (pull * outputs[0]).flatten(1).sum(1)
 
     later = list(layers[1:])
