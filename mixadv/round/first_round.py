@@ -93,10 +93,11 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         if goals.general_sum:
             check_sharing(stage)
             paid, _, slopes = _pass_at_zero(stage, "adversary")
+            _check_paid(paid)
         check_payoff(trial.solver, paid)
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_length(trial, lengths))
-        _check_noise_floor(stage, zero, check_slopes(trial, slopes))
+        _check_noise_floor(stage, paid, check_slopes(trial, slopes))
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, goals, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
@@ -115,6 +116,16 @@ def _plain_pass(stage: Stage) -> Reading:
         )
     validate.check_depends(reading.loss)
     return reading
+
+
+def _check_paid(reading: Reading) -> None:
+    """Check that a payoff is finite: else each δ would fall back to 0, and nobody attack."""
+    payoff = reading.loss.detach()
+    if not bool(payoff.isfinite().all()):
+        raise GameError(
+            f"adversary= returned {float(payoff.mean())} at δ = 0: a payoff that is not finite has "
+            "no ascent. Check its labels, and logarithms of what may be 0."
+        )
 
 
 def _pass_at_zero(
@@ -230,8 +241,9 @@ def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
     # A compiled model would have to make a graph for passes without gradients.
     quiet = passes.frozen() if isinstance(arena.site, CompiledSite) else no_grad()
     with quiet, passes.autocast(solver):
-        change = _distance(passes.run(passes.at(q.detach())), zero)
-        floor = _distance(passes.run(rounding), zero)
+        whose = stage.goals.payer
+        change = _distance(passes.run(passes.at(q.detach()), whose=whose), zero)
+        floor = _distance(passes.run(rounding, whose=whose), zero)
     if moves and change <= _NOISE_FLOOR * floor:
         warnings.warn(
             f"{type(solver).__name__} starts below the noise floor: δ of size "
