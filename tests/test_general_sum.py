@@ -750,6 +750,13 @@ def test_noise_is_looked_for_in_what_the_adversary_is_paid():
     wrapped(w.model, "pgd").step(flat, **w.goals)
 
 
+def test_what_is_retained_without_weights_is_refused_by_name():
+    w = world()
+    goals = {**w.goals, "retain": lambda: w.retain().detach()}
+    with pytest.raises(mixadv.GameError, match="retain= returned a loss that no weight leads to"):
+        wrapped(w.model, "pgd").step(w.closure, **goals)
+
+
 def test_goals_without_a_closure_are_refused():
     w = world()
     optimizer = wrapped(w.model, "pgd")

@@ -39,6 +39,7 @@ from mixadv.round.readable import (
     check_reading,
     check_replay,
     check_slopes,
+    check_where,
     difference,
 )
 from mixadv.round.sharing import check_sharing
@@ -82,6 +83,7 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         if isinstance(trial.site, CompiledSite):
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
+        check_where(stage)
         check_masks(stage)
         check_inputs(stage)
         check_owners(stage, zero)
@@ -229,7 +231,7 @@ def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
     noise.begin("noise floor", 0)
     start = "uniform" if solver.start == "zero" else solver.start
     ascent = solver.ascent(particles=1, start=start)
-    q = opening(ascent, noise, stage.calls, arena.scale)
+    q = opening(ascent, noise, passes.kept[-1].places, arena.scale)
 
     def rounding(index: int, call: Call, output: Tensor) -> Tensor:
         like = call.empty()
