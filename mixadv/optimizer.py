@@ -170,6 +170,10 @@ class GameOptimizer(Optimizer):
             The round's objective, 0-d and detached; None without a closure.
         """
         if closure is None:
+            if adversary is not None or retain is not None:
+                raise GameError(
+                    "step() without a closure plays no round of adversary= or retain=: give one."
+                )
             if self.game.round == 0:
                 warnings.warn(_PLAIN, stacklevel=2)
             self.base.step()

@@ -111,6 +111,19 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "an empty prompt": ("chatml", {"prompts": ["Why?", " \n"]}, "Prompt 1 is empty"),
     "nobody asks": ("chatml", {"prompts": [messages("a", "b")[1:]]}, "Prompt 0 is empty"),
     "answers that are too few": ("chatml", {"answers": []}, "1 prompts and 0 answers"),
+    "an answer that is none": (
+        "chatml",
+        {"answers": [None]},
+        r"answer to 'Why is that\?' must be a text, or its message",
+    ),
+    "an answer without text": ("chatml", {"answers": [" "]}, "is empty: nothing is to be learned"),
+    "messages to be gone on with": (
+        "chatml",
+        {"answers": [messages("a", "b")[1:]], "complete": False},
+        "must be a text, where complete=False",
+    ),
+    "one answer that is no list": ("chatml", {"answers": "Y"}, "must be a list of answers"),
+    "a prompt that is none": ("chatml", {"prompts": [None]}, "Prompt 0 must be a text or a list"),
     "a side": ("chatml", {"padding_side": "up"}, "'left' or 'right', got 'up'"),
 }
 

@@ -30,6 +30,7 @@ ROWS = [
     {"prompt": "Why? Is it good?", "chosen": "No.", "rejected": "It is a very good film, indeed."},
 ]
 RATE, RADIUS, STEPS = 0.05, 0.3, 2
+PADDED = (0, 0, -100, False)  # what fills ids, mask, labels and places
 LEARNERS = {
     "continuous_at": continuous_at,
     "latent_at": latent_at,
@@ -225,16 +226,36 @@ def test_a_share_of_prompts_is_rewritten(share: float, seed: int):
     assert rewritten(rows, lambda prompt: [], 1.0) == rows
 
 
+def test_one_wording_is_not_read_by_its_letters():
+    with pytest.raises(ValueError, match="a list of texts, and returned 'WHY'"):
+        rewritten([{"prompt": "why"}], str.upper, 1.0)
+
+
 def test_messages_are_not_rewritten():
     with pytest.raises(ValueError, match=r"Row 0 .* not a text"):
         rewritten([{"prompt": [{"role": "user", "content": "Why?"}]}], lambda prompt: [])
 
 
-def test_prompts_at_other_places_are_refused():
-    model, (chosen, rejected, _) = scene("Llama")
-    longer = ChatBatch(*(F.pad(tensor, (0, 1)) for tensor in rejected))
-    with pytest.raises(ValueError, match="pad both on the right to one length, as"):
-        continuous_at(model, chosen, longer)
+@pytest.mark.parametrize("name", PAYOFF)
+def test_prompts_at_other_places_meet_the_same_delta(name: str):
+    """Padded on the left a prompt lies elsewhere before another answer: one mask would be wrong."""
+    found = []
+    for way in ("right", "left", "longer"):
+        model, (*_, others) = scene("Llama")
+        side = "left" if way == "left" else "right"
+        chosen, rejected = preference_batches(chatting(), ROWS, padding_side=side)
+        assert torch.equal(chosen.where, rejected.where) == (side == "right")
+        if way == "longer":
+            rejected = ChatBatch(
+                *(F.pad(x, (0, 1), value=v) for x, v in zip(rejected, PADDED, strict=True))
+            )
+        solver = mixadv.PGD(steps=STEPS, radius=RADIUS, per="token", start="zero")
+        optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=RATE), model, solver)
+        optimizer.step(**LEARNERS[name](model, chosen, rejected, others))
+        found.append([p.detach() for p in model.parameters()])
+    for other in found[1:]:
+        for mine, theirs in zip(found[0], other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)  # rotations are of fp32
 
 
 def test_prompts_that_differ_are_refused():

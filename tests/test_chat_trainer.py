@@ -181,6 +181,44 @@ def test_what_cannot_be_trained_on_is_refused_at_once(name: str, tmp_path: Path)
         trainer(tmp_path, speaking("Llama", tokenizer), tokenizer, **changes)
 
 
+class OtherPrompts(ChatCollator):
+    """Writes rejected answers behind prompts that the chosen ones do not follow."""
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        found = super().__call__(rows)
+        ids, where = (found["rejected"][name] for name in ("input_ids", "where"))
+        found["rejected"]["input_ids"] = torch.where(where, ids.roll(1, 0), ids)
+        return found
+
+
+def test_prompts_that_differ_are_refused_behind_what_is_told_first(tmp_path: Path):
+    """To tell the payoff, the adversary's calls alone are checked: the round checks all."""
+    tokenizer = chatting()
+    model, collate = speaking("Llama", tokenizer), OtherPrompts(tokenizer)
+    with pytest.raises(mixadv.GameError, match="reads other tokens"):
+        trainer(tmp_path, model, tokenizer, data_collator=collate).train()
+
+
+def test_a_later_row_without_a_column_is_said(tmp_path: Path):
+    tokenizer = chatting()
+    rows = [ROWS[0], {"prompt": "Why?", "chosen": "So."}]
+    with pytest.raises(ValueError, match="Row 1 has no 'rejected', it has prompt, chosen"):
+        trainer(tmp_path, speaking("Llama", tokenizer), tokenizer, train_dataset=rows).train()
+
+
+def test_goals_without_an_adversary_are_refused(tmp_path: Path):
+    tokenizer = chatting()
+    model = speaking("Llama", tokenizer)
+
+    def learner_alone(model: Any, *batches: Any) -> dict[str, Any]:
+        return {
+            "closure": lambda: answer_losses(model(**batches[0].inputs).logits, batches[0].labels)
+        }
+
+    with pytest.raises(TypeError, match="a dict of closure, adversary, where"):
+        trainer(tmp_path, model, tokenizer, goals=learner_alone).train()
+
+
 def test_a_tokenizer_without_chats_is_refused(tmp_path: Path):
     tokenizer = chatting()
     model = speaking("Llama", tokenizer)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import mixadv
 from mixadv.model.closure import parse_output
 from mixadv.model.modules import functional
+from mixadv.model.places import placed
+from mixadv.model.visits import Call
 from tests.zoo import (
     FAMILIES,
     WAYS,
@@ -747,6 +749,46 @@ def test_wrong_goals_are_refused(words: dict[str, Any], said: str):
     w = world()
     with pytest.raises((TypeError, ValueError, mixadv.GameError), match=said):
         wrapped(w.model, "pgd").step(w.closure, **{**w.goals, **words})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_payoff_that_is_not_finite_is_refused(value: float):
+    """Each δ would fall back to 0: training without an adversary, and without a word."""
+    w = world()
+    with pytest.raises(mixadv.GameError, match=rf"adversary= returned {value} at δ = 0"):
+        wrapped(w.model, "pgd").step(
+            w.closure, **{**w.goals, "adversary": lambda: w.adversary() + value}
+        )
+
+
+def test_noise_is_looked_for_in_what_the_adversary_is_paid():
+    """A learner's loss past its floor hardly moves, and says nothing of what the adversary sees."""
+    w = world()
+    flat = lambda: 1e-17 * w.closure()[0] + 1  # noqa: E731
+    wrapped(w.model, "pgd").step(flat, **w.goals)
+
+
+def test_what_is_retained_without_weights_is_refused_by_name():
+    w = world()
+    goals = {**w.goals, "retain": lambda: w.retain().detach()}
+    with pytest.raises(mixadv.GameError, match="retain= returned a loss that no weight leads to"):
+        wrapped(w.model, "pgd").step(w.closure, **goals)
+
+
+def test_goals_without_a_closure_are_refused():
+    w = world()
+    optimizer = wrapped(w.model, "pgd")
+    for goals in ({"adversary": w.adversary}, {"retain": w.closure}):
+        with pytest.raises(mixadv.GameError, match="step\\(\\) without a closure plays no round"):
+            optimizer.step(**goals)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_positions_that_only_another_call_has_are_left_alone(marked: bool):
+    delta = torch.tensor([[[1.0], [2.0]]])
+    masks = (torch.ones(1, 2, 1), torch.ones(1, 4, 1)) if marked else (None, None)
+    longer = Call(torch.Size([1, 4, 1]), delta.dtype, delta.device, masks[1])
+    assert placed(delta, masks[0], longer).flatten().tolist() == [1, 2, 0, 0]
 
 
 def test_a_payoff_that_does_not_depend_on_delta_is_refused():

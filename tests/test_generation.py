@@ -220,6 +220,16 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: small_report(attacks={"r": Rewrites(lambda prompt: [])}),
         r"of\(prompt\) must be a list of texts",
     ),
+    "one prompt that is no list": (
+        lambda: evaluate_generator(nn.Linear(1, 1), chatting(), "Why?", lacks("no")),
+        "a list of at least one prompt, got 'Why",
+    ),
+    "no pairs": (lambda: small_report(held_out=["it"]), "held_out= must be a list of pairs"),
+    "no target": (
+        lambda: small_report(attacks={"e": EmbeddingAttack(lambda prompt: "")}),
+        "target must be a list of texts",
+    ),
+    "one near prompt": (lambda: small_report(near="Why?", refuses=lacks("no")), "near= must be a"),
     "no phrases": (says, "at least one phrase"),
     "shares": (lambda: wilson([0.5]), "interval is of Booleans"),
     "no steps": (lambda: EmbeddingAttack("a", steps=0), "steps"),
@@ -232,6 +242,18 @@ def test_what_cannot_be_measured_is_said(wrong: str):
     make, message = WRONG[wrong]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"judge": None}, "judge must be a function"),
+        ({"attacks": [NoAttack()]}, "a dict of attacks"),
+    ],
+)
+def test_what_is_of_another_kind_is_said_at_once(how: dict[str, Any], said: str):
+    with pytest.raises(TypeError, match=said):
+        small_report(**how)
 
 
 def test_string_rules():

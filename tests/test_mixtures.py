@@ -80,6 +80,14 @@ def test_the_mean_as_a_classifier_is_the_mean_of_the_predictions(kind: str):
     assert not found.requires_grad
 
 
+def test_the_mean_of_predictions_per_token_weighs_members_and_not_rows():
+    members = [nn.Linear(2, 4), nn.Linear(2, 4)]
+    mixture = Mixture(members, [0.9, 0.1])
+    x = torch.randn(2, 3, 2)  # as many rows as members
+    mean = sum(p * m(x).softmax(-1) for p, m in zip((0.9, 0.1), members, strict=True))
+    torch.testing.assert_close(Mean(mixture)(x).exp(), mean)
+
+
 def test_the_loss_of_the_mean_is_finite_where_all_members_are_sure_and_wrong():
     sure = nn.Linear(1, 2, bias=False)
     with torch.no_grad():

@@ -378,6 +378,19 @@ def test_a_text_meets_the_same_delta_packed_and_by_itself(norm: str) -> None:
         torch.testing.assert_close(apart.strategy.points[0][0, 0], met, rtol=1e-6, atol=1e-9)
 
 
+def test_texts_in_rows_of_another_process_are_packed_here_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else processes would play other games, and run other passes in the first round."""
+    monkeypatch.setattr("mixadv.round.layout.parallel.agreed", lambda flag, like: False)
+    p = player("llama-causal", rows=2)
+    ids = p.batch["input_ids"]
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    game = mixadv.Game(p.model, mixadv.PGD())
+    game.backward(lambda: p.model(input_ids=ids, labels=ids, position_ids=positions))
+    assert game.site.packed
+
+
 def test_tokens_of_packed_rows_play_as_of_any_rows() -> None:
     p = player("llama-causal", rows=2)
     game = mixadv.Game(p.model, mixadv.FreeLB(per="token"))

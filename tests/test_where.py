@@ -140,6 +140,19 @@ def test_a_mask_that_does_not_fit_is_refused_and_forgotten(where: Any, said: str
     assert game.strategy.points[0].any()
 
 
+@pytest.mark.parametrize("unit", ["relative", "absolute"])
+def test_a_mask_that_is_empty_is_refused_in_the_first_round(unit: Any):
+    """Nobody attacks: training would be plain, and nothing would say so."""
+    one = player("bert", rows=4)
+    game = mixadv.Game(one.model, mixadv.FGM(unit=unit))
+    with pytest.raises(mixadv.GameError, match="where= is empty"):
+        game.backward(one.closure(), where=torch.zeros(4, 9))
+    row = torch.zeros(4, 9).index_fill(0, torch.tensor(1), 1.0)
+    game.backward(one.closure(), where=row)
+    game.backward(one.closure(), where=torch.zeros(4, 9))
+    assert game.outcome.positions == 0
+
+
 @given(st.sampled_from([(2, 3, 4), (2, 4), (2, 3, 4, 5)]), st.data())
 def test_a_mask_has_the_leading_sizes_or_broadcasts(shape: tuple[int, ...], data: st.DataObject):
     leading = data.draw(st.integers(1, len(shape)))

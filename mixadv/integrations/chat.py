@@ -126,9 +126,17 @@ class AdversarialChatTrainer(Adversarial, Trainer):
             loss = answer_losses(logits, chosen.labels).mean()
             return (loss, {"loss": loss}) if return_outputs else loss
         goals = self.goals(model, batches["chosen"], batches["rejected"], batches.get(OTHERS))
-        if not self.game.round:
+        if not isinstance(goals, Mapping) or not {"closure", "adversary", "where"} <= {*goals}:
+            raise TypeError(
+                "goals must return what continuous_at does, a dict of closure, adversary, where "
+                f"and perhaps retain; it returned {goals!r:.80}."
+            )
+        first = not self.game.round
+        if first:
             self._tell(batches["rejected"], goals)
-        return self.game.loss(**goals)
+        return self.game.loss(
+            **goals, check=first
+        )  # what was told read the adversary's calls alone
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **keywords: Any
@@ -198,7 +206,10 @@ class Beside(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         """Return a preference row, with another one under `others`."""
-        row = {name: self.rows[place][name] for name in COLUMNS}
+        whole = self.rows[place]
+        row = {
+            name: whole[name] for name in COLUMNS if name in whole
+        }  # the collator says which not
         if self.others is None:
             return row
         return {**row, OTHERS: self.others[place % len(self.others)]}

@@ -15,7 +15,8 @@ class Mean(nn.Module):
     """What a mixture predicts by the mean of its members' probabilities, as a module.
 
     Called as the model is, it returns the logarithms of the mean probabilities, log Σ_m π_m p_m,
-    `[B, C]`, without gradients: logits whose cross-entropy is finite where no member overflows.
+    `[B, C]` or `[B, n, C]`, without gradients: logits whose cross-entropy is finite where no member
+    overflows.
 
     Args:
         mixture: of classifiers.
@@ -46,4 +47,5 @@ class Mean(nn.Module):
             logits = getattr(output, "logits", output)
             found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         each = torch.stack(found).log_softmax(-1)
-        return (each + self.mixture.probabilities.to(each).log()[:, None, None]).logsumexp(0)
+        weights = self.mixture.probabilities.to(each).log()
+        return (each + weights.view(-1, *[1] * (each.dim() - 1))).logsumexp(0)

@@ -38,6 +38,7 @@ def placed(delta: Tensor, mask: Tensor | None, call: Call, copies: int = 1) -> T
     there = marks(call.mask, call.shape, delta.device)
     order = home.int().sort(dim=1, descending=True, stable=True).indices
     rank = (there.cumsum(1) - 1).clamp(0, home.shape[1] - 1)
+    there = there & (there.cumsum(1) <= (home if rows is None else home[rows]).sum(1, keepdim=True))
     if rows is not None:
         delta, order = delta[rows], order[rows]
     source = order.gather(1, rank)[..., None].expand(*rank.shape, delta.shape[-1])

@@ -146,6 +146,7 @@ class EmbeddingAttack:
     ) -> tuple[ChatBatch, Tensor]:
         """Return prompts with their targets, and δ at the end of the ascent, `[B, n, d]`."""
         targets = [self.target if isinstance(self.target, str) else self.target(p) for p in prompts]
+        _check_texts("EmbeddingAttack", "target", targets)
         batch = speaker.read(prompts, targets, complete=False, padding_side="right")
         step = self.radius / 4 if self.step_size is None else self.step_size
 

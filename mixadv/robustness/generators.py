@@ -14,6 +14,7 @@ from mixadv.reports.shown import Table, number, share
 from mixadv.robustness.generation import Judge, Speaker, judged
 from mixadv.robustness.generation_attacks import GenerationAttack, NoAttack
 from mixadv.robustness.statistics import bootstrap, wilson
+from mixadv.round.validate import check_function
 
 PLAIN = "none"  # the name of no attack
 ANY = "any of them"  # of the worst case over attacks
@@ -87,6 +88,12 @@ class GenerationEvaluation:
     name: str = "the model"
 
     def __post_init__(self) -> None:
+        if isinstance(self.near, str):
+            raise ValueError(f"near= must be a list of prompts, got {self.near!r}.")
+        if not isinstance(self.attacks, Mapping):
+            raise TypeError(f"attacks= must be a dict of attacks by name, got {self.attacks!r}.")
+        if any(isinstance(row, str) or len(row) != 2 for row in self.held_out):
+            raise ValueError("held_out= must be a list of pairs, a prompt and an answer each.")
         if self.near and self.refuses is None:
             raise ValueError("near= needs refuses=, a judge of whether an answer refuses.")
         if taken := {PLAIN, ANY} & set(self.attacks):
@@ -96,6 +103,9 @@ class GenerationEvaluation:
         self, model: nn.Module, tokenizer: Any, prompts: Sequence[str], judge: Judge
     ) -> GenerationReport:
         """Measure a model."""
+        check_function("judge must be a function of a prompt and an answer", judge)
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}.")
         speaker = Speaker(model, tokenizer, self.system, self.max_new_tokens, self.batch_size)
         settings = ("level", "system", "max_new_tokens")
         sections: dict[str, Any] = {

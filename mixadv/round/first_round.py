@@ -39,6 +39,7 @@ from mixadv.round.readable import (
     check_reading,
     check_replay,
     check_slopes,
+    check_where,
     difference,
 )
 from mixadv.round.sharing import check_sharing
@@ -82,6 +83,7 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         if isinstance(trial.site, CompiledSite):
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
+        check_where(stage)
         check_masks(stage)
         check_inputs(stage)
         check_owners(stage, zero)
@@ -93,10 +95,11 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         if goals.general_sum:
             check_sharing(stage)
             paid, _, slopes = _pass_at_zero(stage, "adversary")
+            _check_paid(paid)
         check_payoff(trial.solver, paid)
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_length(trial, lengths))
-        _check_noise_floor(stage, zero, check_slopes(trial, slopes))
+        _check_noise_floor(stage, paid, check_slopes(trial, slopes))
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, goals, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
@@ -115,6 +118,16 @@ def _plain_pass(stage: Stage) -> Reading:
         )
     validate.check_depends(reading.loss)
     return reading
+
+
+def _check_paid(reading: Reading) -> None:
+    """Check that a payoff is finite: else each δ would fall back to 0, and nobody attack."""
+    payoff = reading.loss.detach()
+    if not bool(payoff.isfinite().all()):
+        raise GameError(
+            f"adversary= returned {float(payoff.mean())} at δ = 0: a payoff that is not finite has "
+            "no ascent. Check its labels, and logarithms of what may be 0."
+        )
 
 
 def _pass_at_zero(
@@ -218,7 +231,7 @@ def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
     noise.begin("noise floor", 0)
     start = "uniform" if solver.start == "zero" else solver.start
     ascent = solver.ascent(particles=1, start=start)
-    q = opening(ascent, noise, stage.calls, arena.scale)
+    q = opening(ascent, noise, passes.kept[-1].places, arena.scale)
 
     def rounding(index: int, call: Call, output: Tensor) -> Tensor:
         like = call.empty()
@@ -230,8 +243,9 @@ def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
     # A compiled model would have to make a graph for passes without gradients.
     quiet = passes.frozen() if isinstance(arena.site, CompiledSite) else no_grad()
     with quiet, passes.autocast(solver):
-        change = _distance(passes.run(passes.at(q.detach())), zero)
-        floor = _distance(passes.run(rounding), zero)
+        whose = stage.goals.payer
+        change = _distance(passes.run(passes.at(q.detach()), whose=whose), zero)
+        floor = _distance(passes.run(rounding, whose=whose), zero)
     if moves and change <= _NOISE_FLOOR * floor:
         warnings.warn(
             f"{type(solver).__name__} starts below the noise floor: δ of size "

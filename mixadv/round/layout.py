@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from mixadv.model import parallel
 from mixadv.model.closure import Reading
 from mixadv.model.masks import restarts
 from mixadv.model.visits import Call, Visit
@@ -77,7 +78,8 @@ def find_texts(stage: Stage) -> bool:
     anew = restarts(positions)
     if isinstance(mask, Tensor) and mask.shape == positions.shape:
         anew &= (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
-    site.packed = stage.arena.solver.per == "sample" and bool(anew.any())
+    found = stage.arena.solver.per == "sample" and bool(anew.any())
+    site.packed = not parallel.agreed(not found, anew)  # of one process that holds for all
     return site.packed
 
 

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from mixadv.errors import GameError
 from mixadv.maths.divergence import divergence
+from mixadv.model import parallel
 from mixadv.model.closure import Reading
 from mixadv.model.contexts import compute_dtype
 from mixadv.model.heads import kind_of
 from mixadv.model.masks import placeholders
 from mixadv.model.modules import unwrap
+from mixadv.model.visits import positions
 from mixadv.round.arena import Arena
 from mixadv.round.stage import Stage
 from mixadv.solvers.base import Solver
@@ -52,6 +54,19 @@ def check_owners(stage: Stage, zero: Reading) -> None:
                 f"whose numbers are not those of {said}, 0 to {samples - 1}: give it another name "
                 "if it is none, and return (loss, logits) or one loss per sample from the closure."
             )
+
+
+def check_where(stage: Stage) -> None:
+    """Check that δ may act somewhere, on any process, where it was said where it may."""
+    if stage.arena.site.where is None:
+        return
+    calls = stage.passes.kept[-1].calls
+    nowhere = not any(int(positions(call.mask, call.shape)) for call in calls)
+    if parallel.agreed(nowhere, stage.passes.parameters[0]):
+        raise GameError(
+            "where= is empty: δ may act at no position of this batch, and nobody attacks. Give a "
+            "mask that is 1 where it may; batches without such a position may follow later."
+        )
 
 
 def check_masks(stage: Stage) -> None:

@@ -170,6 +170,11 @@ class Stage(Moves):
             if self.goals.retain is not None:
                 with local(self.arena.model):  # another backward follows
                     objective = self.passes.run(nowhere, whose="retain").objective
+                if not objective.requires_grad:
+                    raise GameError(
+                        "retain= returned a loss that no weight leads to: it was detached, or ran "
+                        "under no_grad. Return what the learner is to minimise at δ = 0."
+                    )
                 self.retained = objective.detach()
                 yield objective
             for move in play:

@@ -7,13 +7,14 @@ template's, at answers and at padding. One δ can so serve several answers to on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from mixadv.model.visits import Call
 from mixadv.tokens.reading.encoding import check_fast
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -72,8 +73,8 @@ def chat_batch(
         padding_side: `"left"` or `"right"`; None is the tokenizer's.
 
     Raises:
-        ValueError: without prompts or for one without text; without a chat template, or for one
-            that has no prompt boundary.
+        ValueError: without prompts or for one without text; for an answer without text; without a
+            chat template, or for one that has no prompt boundary.
 
     Example:
         >>> from transformers import AutoTokenizer  # doctest: +SKIP
@@ -90,11 +91,13 @@ def chat_batch(
         )
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}.")
+    if isinstance(answers, str):
+        raise ValueError(f"answers must be a list of answers, got {answers!r}.")
     if answers is not None and len(answers) != len(prompts):
         raise ValueError(f"There are {len(prompts)} prompts and {len(answers)} answers to them.")
     rows = []
     for number, prompt in enumerate(prompts):
-        answer = None if answers is None else answers[number]
+        answer = None if answers is None else _said(answers[number], complete, prompt)
         rows.append(_row(tokenizer, _messages(prompt, system, number), answer, complete))
     return _padded(tokenizer, rows, padding_side or tokenizer.padding_side)
 
@@ -145,6 +148,28 @@ def answer_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return sums / told.sum(1).clamp(min=1)
 
 
+class Reader:
+    """Calls a model on chats; δ acts at what the user wrote in that which it reads."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.read: ChatBatch | None = None
+
+    def losses(self, of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[ChatBatch], Tensor]:
+        """Return a function of chats to a loss for each."""
+
+        def losses(batch: ChatBatch) -> Tensor:
+            self.read = batch
+            return of(self.model(**batch.inputs).logits, batch.labels)
+
+        return losses
+
+    def where(self, call: Call) -> Tensor:
+        """Return where δ may act in the call that runs."""
+        assert self.read is not None
+        return self.read.where
+
+
 class _Row(NamedTuple):
     ids: list[int]
     prompt: int  # how many tokens it has, the template's too
@@ -156,12 +181,27 @@ def _messages(prompt: Prompt, system: str | None, number: int) -> list[dict[str,
     if isinstance(prompt, str):
         front = [] if system is None else [{"role": "system", "content": system}]
         messages = [*front, {"role": "user", "content": prompt}]
-    else:
+    elif isinstance(prompt, Sequence):
         messages = [dict(message) for message in prompt]
+    else:
+        raise ValueError(f"Prompt {number} must be a text or a list of messages, got {prompt!r}.")
     users = [message for message in messages if message.get("role") == "user"]
     if not users or not str(users[-1].get("content") or "").strip():
         raise ValueError(f"Prompt {number} is empty: the user asks nothing.")
     return messages
+
+
+def _said(answer: Answer, complete: bool, prompt: Prompt) -> Answer:
+    """Return an answer that a row can be made of."""
+    if not isinstance(answer, str) and not (complete and isinstance(answer, Sequence)):
+        allowed = "or its message in a list" if complete else "where complete=False"
+        raise ValueError(
+            f"The answer to {str(prompt)[:60]!r} must be a text, {allowed}, got {answer!r:.60}."
+        )
+    said = [answer] if isinstance(answer, str) else [m.get("content") for m in answer]
+    if complete and not any(str(text or "").strip() for text in said):
+        raise ValueError(f"The answer to {str(prompt)[:60]!r} is empty: nothing is to be learned.")
+    return answer
 
 
 def _row(tokenizer: Any, messages: list[Any], answer: Answer | None, complete: bool) -> _Row:

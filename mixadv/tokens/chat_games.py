@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from mixadv.checks import check_number
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
-from mixadv.tokens.chat import IGNORED, ChatBatch, answer_losses
+from mixadv.tokens.chat import IGNORED, ChatBatch, Reader, answer_losses
 
 Goals = dict[str, Any]
 """What `step`, `backward` and `loss` take: closure, adversary, retain, where."""
@@ -94,14 +94,15 @@ def continuous_at(
     Example:
         >>> optimizer.step(**continuous_at(model, chosen, rejected, others))  # doctest: +SKIP
     """
-    cross_entropy = _losses(model, answer_losses)
+    reader = Reader(model)
+    cross_entropy = reader.losses(answer_losses)
 
     def learner() -> Tensor:
         off = floored(-cross_entropy(rejected), away_floor)
         on = floored(cross_entropy(chosen), toward_floor)
         return away * off + toward * on
 
-    return _goals(chosen, rejected, learner, lambda: -cross_entropy(rejected)) | _kept(
+    return _goals(reader, learner, lambda: -cross_entropy(rejected)) | _kept(
         cross_entropy, others, utility
     )
 
@@ -124,7 +125,8 @@ def latent_at(
     Example:
         >>> optimizer.step(**latent_at(model, chosen, rejected, others))  # doctest: +SKIP
     """
-    cross_entropy, odds = _losses(model, answer_losses), _losses(model, unlikelihood)
+    reader = Reader(model)
+    cross_entropy, odds = reader.losses(answer_losses), reader.losses(unlikelihood)
 
     def learner() -> Tensor:
         return toward * cross_entropy(chosen) + away * odds(rejected)
@@ -132,7 +134,7 @@ def latent_at(
     def adversary() -> Tensor:
         return -0.5 * cross_entropy(rejected) - 0.5 * odds(chosen)
 
-    return _goals(chosen, rejected, learner, adversary) | _kept(cross_entropy, others, utility)
+    return _goals(reader, learner, adversary) | _kept(cross_entropy, others, utility)
 
 
 def capo(
@@ -165,16 +167,17 @@ def capo(
     check_number("capo", "beta", beta)
     if beta == 0:
         raise ValueError("capo: beta=0 aims at a margin without end; it must be above 0.")
-    cross_entropy = _losses(model, answer_losses)
+    reader = Reader(model)
+    cross_entropy = reader.losses(answer_losses)
     with _reference(model, reference) as frozen:
-        known = _losses(frozen, answer_losses)
+        known = Reader(frozen).losses(answer_losses)
         before = known(rejected) - known(chosen)
 
     def learner() -> Tensor:
         margin = cross_entropy(rejected) - cross_entropy(chosen) - before
         return (margin - 1 / (2 * beta)) ** 2
 
-    return _goals(chosen, rejected, learner, lambda: -cross_entropy(rejected)) | _kept(
+    return _goals(reader, learner, lambda: -cross_entropy(rejected)) | _kept(
         cross_entropy, others, utility
     )
 
@@ -225,7 +228,9 @@ def rewritten(
                 f"Row {number} has the prompt {row.get('prompt')!r:.60}, which is not a text: "
                 "rewrite messages before, or leave the row out."
             )
-        texts = list(rewrites(row["prompt"])) if torch.rand((), generator=generator) < share else []
+        texts = rewrites(row["prompt"]) if torch.rand((), generator=generator) < share else []
+        if isinstance(texts, str):
+            raise ValueError(f"rewrites must return a list of texts, and returned {texts!r:.60}.")
         place = int(torch.randint(len(texts), (), generator=generator)) if texts else 0
         found.append({**row, "prompt": texts[place] if texts else row["prompt"]})
     return found
@@ -265,25 +270,8 @@ def unlikelihood(logits: Tensor, labels: Tensor) -> Tensor:
     return sums / told.sum(1).clamp(min=1)
 
 
-def _losses(
-    model: nn.Module, of: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[[ChatBatch], Tensor]:
-    return lambda batch: of(model(**batch.inputs).logits, batch.labels)
-
-
-def _goals(
-    chosen: ChatBatch,
-    rejected: ChatBatch,
-    learner: Callable[[], Tensor],
-    adversary: Callable[[], Tensor],
-) -> Goals:
-    if chosen.where.shape != rejected.where.shape:
-        raise ValueError(
-            f"Chosen answers are {list(chosen.where.shape)} and rejected ones "
-            f"{list(rejected.where.shape)}: pad both on the right to one length, as "
-            "preference_batches(tokenizer, rows) does, so that their prompts lie at one place."
-        )
-    where = dict.fromkeys(("closure", "adversary"), rejected.where)  # not at other rows
+def _goals(reader: Reader, learner: Callable[[], Tensor], adversary: Callable[[], Tensor]) -> Goals:
+    where = dict.fromkeys(("closure", "adversary"), reader.where)  # not at other rows
     return {"closure": learner, "adversary": adversary, "where": where}
 
 
