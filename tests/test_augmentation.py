@@ -28,7 +28,7 @@ from mixadv.tokens import Attack, SimilarWords, WordSubstitution, adversarial_ro
 from mixadv.tokens.substitution.constraints import portion
 from tests.scripts import own_start, weights_of  # noqa: F401
 from tests.substitution_zoo import TABLE, VOCABULARY, bag_of_words, tiny, word_tokenizer
-from tests.zoo import assert_same
+from tests.zoo import assert_same, slow_but
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ATTACK = WordSubstitution(SimilarWords(TABLE), max_share=1.0)
@@ -171,7 +171,9 @@ MOMENTS = {  # settings, the updates that the last checkpoint has, and the attac
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", slow_but(("between two epochs", "in a perturbed epoch"), MOMENTS)
+)
 def test_a_run_that_is_killed_ends_as_an_uninterrupted_one(
     moment: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

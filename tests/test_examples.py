@@ -331,7 +331,7 @@ def test_every_task_of_glue_is_there():
     assert list(glue.TASKS) == list(GLUE)
 
 
-@pytest.mark.parametrize("task", GLUE)
+@pytest.mark.parametrize("task", slow_but(("cola", "mnli", "stsb", "wnli"), GLUE))
 def test_glue_trains_and_reports_the_official_metrics(task: str, encoder: str, tmp_path: Path):
     argv = command(glue_folder(tmp_path, task), encoder, tmp_path, "--task", task)
     assert glue.main([*argv, "--updates", "2", "--solver", "plain", "mat"]) == 0
@@ -351,7 +351,7 @@ def test_mismatched_rows_are_a_split_of_their_own(encoder: str, tmp_path: Path):
     assert list(written(tmp_path)[0]["last"]) == ["dev", "mismatched"]
 
 
-@pytest.mark.parametrize("solver", mixadv.SOLVERS)
+@pytest.mark.parametrize("solver", slow_but(("freelb", "smart", "mat"), mixadv.SOLVERS))
 def test_every_solver_plays_a_regression(solver: str, encoder: str, tmp_path: Path):
     argv = command(glue_folder(tmp_path, "stsb"), encoder, tmp_path, "--task", "stsb")
     assert glue.main([*argv, "--updates", "2", "--solver", solver]) == 0

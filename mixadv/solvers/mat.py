@@ -127,7 +127,8 @@ class MAT(DivergenceSolver):
         learner_temperature: τ_θ; 1 destroys an encoder, up to 1e-4 costs MiniLM nothing (README).
         round_damping: β' of the learner between rounds.
         average: of θ over closed rounds, for `game.averaged()`: `"uniform"`, a decay, or None.
-        samples: R, learner samples kept for `game.mixture`.
+        samples: R, learner samples kept for `game.mixture`: the last ones. Where the learning rate
+            falls to 0 they are all but one: three of them predicted alike on the embedded intents.
     """
 
     name: ClassVar[str] = "mat"
