@@ -27,7 +27,9 @@ arXiv:2403.05030, which is `PGD` at a layer with `where=` and no goals of its ow
     u = −½CE(y⁻) + ½L(y⁺),     ℓ = CE(y⁺) − L(y⁻),     L(y) = mean of log(1 − p(y_i))
 
 and r = 1.5·CE(x') as for Llama-2. Released code (github.com/aengusl/latent-adversarial-training)
-ascends by AdamW at several layers at once, in balls whose radius is absolute.
+ascends by AdamW at several layers at once, in balls whose radius is absolute. Here say
+`site=["model.embed_tokens", "model.layers.8"]` to the game and `normalize="adam"` to the solver:
+each module has a ball of its own, in units of its own token norm, or with `unit="absolute"` of 1.
 
 **CAPO** (Xhonneux et al. 2024): no data beside the pairs; IPO (Azar et al. 2024, arXiv:2310.12036)
 under δ, against a reference that is read without δ. With log p a mean over an answer's tokens:
