@@ -19,7 +19,7 @@ from mixadv.model.representation import Representation
 from mixadv.model.site import Site
 from mixadv.players.strategy import Strategy
 from mixadv.round import validate
-from mixadv.round.arena import Arena, train
+from mixadv.round.arena import Arena, Units, train
 from mixadv.round.carried import Carried
 from mixadv.round.explain import Explanation, explain
 from mixadv.round.goals import Goals
@@ -108,8 +108,8 @@ class Game:
         return self.rounds.arena.optimizer
 
     @property
-    def unit(self) -> float | None:
-        """Mean L2 norm of a real token's output at the site; None before the first round."""
+    def unit(self) -> Units | None:
+        """Mean L2 norm of a real token's output at the site, or by name at each of its modules."""
         return self.rounds.arena.calibration.unit
 
     @property

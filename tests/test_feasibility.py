@@ -162,7 +162,7 @@ def test_any_gradient_leaves_delta_in_its_ball_and_off_padding(ascent, dtype, gr
     call = Call(torch.Size([3, 3, 2]), dtype, torch.device("cpu"), mask[..., None])
     noise = Noise(0)
     noise.begin("adversary", 0)
-    q = opening(ascent, noise, [call], 1.0)
+    q = opening(ascent, noise, [call], lambda site: 1.0)
     for scale in (None, *gradients):
         if scale is not None:
             gradient = torch.randn_like(q.points[0]) * torch.tensor(scale).view(3, 1, 1)

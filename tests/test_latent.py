@@ -73,6 +73,12 @@ def outputs(one: Player, site: list[str]):
         hook.remove()
 
 
+def deltas_of(game: mixadv.Game) -> list[Tensor]:
+    """Return what was added to the output of each module."""
+    q = game.strategy
+    return [unit * points[0] for unit, points in zip(q.units, q.points, strict=True)]
+
+
 def named(site: list[str]):
     return site if len(site) > 1 else site[0]
 
@@ -105,21 +111,20 @@ def test_the_gradient_at_a_layer_is_that_of_finite_differences(family, site):
 
 @each_site
 def test_the_radius_is_in_units_of_what_the_layer_returns(family, site):
-    """Of the mean length of a real token there."""
+    """Of the mean length of a real token there, and at each of several layers."""
     one = model_of(family)
     one.model.eval()
     real = one.batch["attention_mask"] > 0
     with torch.no_grad(), outputs(one, site) as clean:
         read(one)
-    unit = torch.cat([hidden.norm(dim=-1)[real] for hidden in clean.values()]).mean()
+    units = {name: float(hidden.norm(dim=-1)[real].mean()) for name, hidden in clean.items()}
     solver = mixadv.PGD(steps=1, radius=0.3, step_size=9.0)
     game = mixadv.Game(one.model, solver, named(site))
     game.backward(lambda: read(one)[:2])
-    assert game.unit == pytest.approx(float(unit))
-    played = [game.unit * points[0] for points in game.strategy.points]
-    for delta in played:
+    assert game.unit == pytest.approx(units if len(site) > 1 else units[site[0]])
+    for delta, unit in zip(deltas_of(game), units.values(), strict=True):
         lengths = delta.flatten(1).norm(dim=1)
-        torch.testing.assert_close(lengths, torch.full_like(lengths, 0.3 * float(unit)))
+        torch.testing.assert_close(lengths, torch.full_like(lengths, 0.3 * unit))
         assert not delta[~real].any()
 
 
@@ -177,7 +182,7 @@ def test_the_learner_gets_the_gradient_at_the_perturbed_layer(family, site, name
     )
     weights = list(one.model.parameters())
     total = optimizer.step(lambda: read(one)[:2])
-    deltas = [optimizer.game.unit * points[0] for points in optimizer.game.strategy.points]
+    deltas = deltas_of(optimizer.game)
     assert all(delta.any() for delta in deltas)
 
     source = {"bert": "bert", "bart": "model"}[family]

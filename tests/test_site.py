@@ -310,7 +310,7 @@ def test_the_unit_is_measured_once_and_saved() -> None:
     for each in (game, other):
         each.backward(p.closure())
         assert each.unit == state["unit"]
-    assert game_of(p, solver=mixadv.PGD(unit="absolute")).rounds.arena.scale == 1.0
+    assert game_of(p, solver=mixadv.PGD(unit="absolute")).rounds.arena.scale("") == 1.0
 
 
 # Packed batches ----------------------------------------------------------------------------------

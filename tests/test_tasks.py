@@ -337,7 +337,7 @@ def test_a_row_counts_once_or_by_its_tokens(name: str, over: Any) -> None:
     optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.0), model, solver)
     optimizer.step(closure)
     game, embedding = optimizer.game, model.get_input_embeddings()  # pyright: ignore
-    delta = game.rounds.arena.scale * game.strategy.points[0][0]
+    delta = game.strategy.unit * game.strategy.points[0][0]
     with torch.no_grad():
         clean = closure().logits
         with embedding.register_forward_hook(lambda module, args, output: output + delta):

@@ -51,7 +51,7 @@ def played(player, solver, noise=Noise) -> tuple[mixadv.Game, Tensor]:
     game = mixadv.Game(player.model, solver)
     game.rounds.arena.noise = noise(0)
     game.backward(player.closure)
-    return game, game.strategy.points[0][0].flatten(1) * game.rounds.arena.scale
+    return game, game.strategy.points[0][0].flatten(1) * game.strategy.unit
 
 
 def gained(game: mixadv.Game) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mixadv.equilibrium import best_response
 from mixadv.integrations.transformers import Adversarial, Trainer
 from mixadv.model.replay import evaluating
+from mixadv.round.explain import worded
 from mixadv.round.validate import check_function
 from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch, preference_batches
 from mixadv.tokens.chat_games import Goals, continuous_at, rewritten
@@ -162,7 +163,9 @@ class AdversarialChatTrainer(Adversarial, Trainer):
             reached = best_response(self.game, adversary, where=where, adversary=adversary).loss
         places, solver = rejected.where.sum(1), self.solver
         ball = "no ball" if solver.radius is None else f"radius {solver.radius:g} per {solver.per}"
-        unit = "" if solver.unit == "absolute" else f" in token norms of {self.game.unit:.3g}"
+        unit, known = "", self.game.unit
+        if solver.unit == "relative" and known is not None:
+            unit = f" in token norms of {worded(known, 3)}"
         logging.getLogger(__name__).warning(
             f"{type(self).__name__}, first step: an adversary in {int((places > 0).sum())} of "
             f"{len(places)} rows, at {int(places.min())} to {int(places.max())} tokens of each; "

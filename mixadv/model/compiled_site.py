@@ -178,7 +178,7 @@ class CompiledSite(Site):
         entered = None if pattern.ids is None else given[pattern.ids]
         tokens = tokens_of(pattern.module, entered)
         owned = self._owners(pattern.module, shape, device)
-        call = Call(shape, pattern.call.dtype, device, None, *tokens, owned)
+        call = Call(shape, pattern.call.dtype, device, None, *tokens, owned, pattern.call.site)
         return call._replace(mask=self._mask(pattern.module, _stand_in(call), entered))
 
     def _refuse_inputs(self) -> None:

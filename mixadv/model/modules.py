@@ -111,7 +111,7 @@ def find(model: nn.Module, site: Any) -> list[tuple[str, nn.Module]]:
     if isinstance(site, (list, tuple)):
         if not site:
             raise ValueError("site=[] names no module; leave it out for the input embedding.")
-        return [target for part in site for target in find(model, part)]
+        return _each_once([target for part in site for target in find(model, part)])
     if site is None:
         return [_default(model)]
     if isinstance(site, str) and is_input(site):
@@ -130,6 +130,19 @@ def find(model: nn.Module, site: Any) -> list[tuple[str, nn.Module]]:
     raise TypeError(
         f"site must be None, a module, its name, 'input' or a list of these, got {site!r}."
     )
+
+
+def _each_once(targets: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Return targets; refuse a module, or input, that several names mean."""
+    known: dict[object, str] = {}
+    for name, module in targets:
+        key = name if is_input(name) else module
+        if key in known:
+            raise ValueError(
+                f"site= names one module twice, as {known[key]!r} and {name!r}: name it once."
+            )
+        known[key] = name
+    return targets
 
 
 def _default(model: nn.Module) -> tuple[str, nn.Module]:

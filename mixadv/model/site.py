@@ -188,7 +188,9 @@ class Site:
                 f"The site returns {what}, and δ is added to a floating-point tensor (or to the "
                 "first of a tuple). Choose a module that returns one with site=."
             )
-        delta = self._delta(module, first, args, kwargs)
+        name = next(name for name, target in self.targets if target is module)
+        entered = args[0] if args else kwargs.get("input")
+        delta = self._delta(name, module, first, entered)
         return None if delta is None else with_first(output, add(first, delta))
 
     def _at_input(self, site: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -196,7 +198,7 @@ class Site:
             self._numbers[module] = sequence_number()
         arguments = bound(module, args, kwargs)
         name = chosen_input(site, module, arguments)
-        delta = self._delta(module, arguments[name], (), {})
+        delta = self._delta(site, module, arguments[name], None)
         if delta is None:
             return None
         total = add(arguments[name], delta)
@@ -205,7 +207,7 @@ class Site:
         where = list(arguments).index(name)
         return (*args[:where], total, *args[where + 1 :]), kwargs
 
-    def _delta(self, module: nn.Module, output: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+    def _delta(self, name: str, module: nn.Module, output: Tensor, entered: Any) -> Tensor | None:
         if recomputing():
             number = running_number()
             mine = [p for ref in self._alive if (p := ref()) and p.holds(module, number)]
@@ -221,21 +223,19 @@ class Site:
         # A reentrant checkpoint runs its block without gradients: the node to look for is its own,
         # the last one made before.
         number -= int(reentrant)
-        entered = args[0] if args else kwargs.get("input")
         contexts = [self.current.context, *self.current.within]
         turned = batch_is_second(contexts, output, entered, self._turned.get(module))
         if turned is not None:
             self.orient(module, turned)
         elif module not in self._turned:
             self.unsure.add(module)
-        turned = self.second(module)
-        if turned:
+        if turned := self.second(module):
             output = output.transpose(0, 1)
             entered = entered.T if isinstance(entered, Tensor) and entered.dim() == 2 else entered
         mask = self._mask(module, output, entered)
         ids = tokens_of(module, entered)
         owned = self._owners(module, output.shape, output.device)
-        call = Call(output.shape, output.dtype, output.device, mask, *ids, owned)
+        call = Call(output.shape, output.dtype, output.device, mask, *ids, owned, name)
         where = where_in(self.where, self.current.whose)
         call = told(where, len(self.current.visits), call, self._copies)
         self.current.told = where is not None

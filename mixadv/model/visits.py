@@ -24,6 +24,7 @@ class Call(NamedTuple):
     ids: Tensor | None = None  # that an embedding was called with, None at other sites
     embedding: nn.Module | None = None
     owners: Tensor | None = None
+    site: str = ""  # name of the module that was called, as `Site.names` has it
 
     @property
     def vocabulary(self) -> int:

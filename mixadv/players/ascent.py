@@ -47,7 +47,8 @@ class Ascent:
     Lengths (`radius`, `start_size`, `step_size` of a normalised step) are in units of the mean L2
     norm of a real token's output at the site (`unit="relative"`, measured at the first round), or
     as they stand (`unit="absolute"`, as in papers). So the adversary plays δ/unit. Where the site
-    is called several times, or is several modules, each call has a ball of its own.
+    is called several times, or is several modules, each call has a ball of its own, and each module
+    a unit of its own.
 
     Attributes:
         steps: number of moves K; 0 plays the start point.

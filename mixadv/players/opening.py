@@ -12,13 +12,17 @@ from mixadv.players.strategy import Strategy
 Begin = Callable[[int, Call], Tensor]
 """`begin(index, call)`: the start `[B, ...]` at a call of the site."""
 
+Scale = Callable[[str], float]
+"""`scale(site)`: what one unit of length is at a module of the site, by its name."""
+
 
 class Opening(Strategy):
     """A start whose points `begin` draws in a round's first pass, as the site is called."""
 
-    def __init__(self, begin: Begin, size: int, unit: float, leaf: bool = True) -> None:
-        super().__init__((), (), None, unit)
+    def __init__(self, begin: Begin, size: int, scale: Scale, leaf: bool = True) -> None:
+        super().__init__(())
         self._begin = begin
+        self._scale = scale
         self._size = size
         self._leaf = leaf
 
@@ -33,17 +37,18 @@ class Opening(Strategy):
             drawn = self._begin(index, call).requires_grad_(self._leaf)
             self._points, self._masks = (*self._points, drawn), (*self._masks, call.mask)
             self._owners = (*self._owners, call.owners)
+            self.units = (*self.units, self._scale(call.site))
         return self._points[index]
 
     def detach(self) -> Strategy:
         """Return the start without gradients; what was not drawn yet is drawn without them."""
         if self._points:
             return super().detach()
-        return Opening(self._begin, self._size, self.unit, leaf=False)
+        return Opening(self._begin, self._size, self._scale, leaf=False)
 
 
 def opening(
-    ascent: Ascent, draw: Draw, calls: Sequence[Call], unit: float, begin: Begin | None = None
+    ascent: Ascent, draw: Draw, calls: Sequence[Call], scale: Scale, begin: Begin | None = None
 ) -> Strategy:
     """Return the adversary's start: at the calls of an earlier pass, else drawn in the first one.
 
@@ -61,7 +66,8 @@ def opening(
         return point.unflatten(0, (ascent.particles, -1))
 
     if not calls:
-        return Opening(start, ascent.particles, unit)
+        return Opening(start, ascent.particles, scale)
     points = [start(index, call).requires_grad_() for index, call in enumerate(calls)]
     owners = [call.owners for call in calls]
-    return Strategy(points, [call.mask for call in calls], None, unit, owners)
+    units = [scale(call.site) for call in calls]
+    return Strategy(points, [call.mask for call in calls], None, units, owners)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixadv.errors import GameError
 from mixadv.maths import mirror
 from mixadv.maths.geometry import Norm, Per, norms, of_samples
 from mixadv.model.visits import Call, positions
@@ -40,7 +41,8 @@ class Strategy:
         owners: one per call, the sample `[R]` that each row belongs to, or `[R, n]` the text of
             each token of packed rows; None where there are as many rows as samples, or it is not
             known.
-        unit: what one unit of length of the points is at the site.
+        unit: what one unit of length is at the site, or at each call; the attribute `units` has
+            one for each.
         moments: one per call, what an ascent remembers of its gradients; empty at its start.
 
     Example:
@@ -54,7 +56,7 @@ class Strategy:
         points: Sequence[Tensor],
         masks: Sequence[Tensor | None] | None = None,
         log_weights: Tensor | None = None,
-        unit: float = 1.0,
+        unit: float | Sequence[float] = 1.0,
         owners: Sequence[Tensor | None] | None = None,
         moments: Memory = (),
     ) -> None:
@@ -63,7 +65,8 @@ class Strategy:
         self._points = tuple(points)
         self._masks = (None,) * len(self._points) if masks is None else tuple(masks)
         self._log_weights = log_weights
-        self.unit = unit
+        several = isinstance(unit, Sequence)
+        self.units = tuple(unit) if several else (unit,) * len(self._points)
 
     @property
     def points(self) -> tuple[Tensor, ...]:
@@ -74,6 +77,13 @@ class Strategy:
     def masks(self) -> tuple[Tensor | None, ...]:
         """The mask of real coordinates at each call."""
         return self._masks
+
+    @property
+    def unit(self) -> float:
+        """What one unit of length is at the site; GameError where calls differ in that."""
+        if len({*self.units}) > 1:
+            raise GameError(f"Calls at the site have units {self.units}: read strategy.units.")
+        return self.units[0]
 
     @property
     def size(self) -> int:
@@ -104,7 +114,7 @@ class Strategy:
 
     def reweight(self, log_weights: Tensor) -> "Strategy":
         """Return the same points with other log-weights."""
-        made = self.points, self.masks, log_weights, self.unit, self._owners, self._moments
+        made = self.points, self.masks, log_weights, self.units, self._owners, self._moments
         return Strategy(*made)
 
     def turned(self, signs: Sequence[Tensor]) -> "Strategy":
@@ -170,7 +180,7 @@ class Strategy:
         first = strategies[0]
         calls = zip(*(q.points for q in strategies), strict=True)
         points = [torch.cat([p.detach() for p in points]) for points in calls]
-        return cls(points, first.masks, None, first.unit, first._owners)
+        return cls(points, first.masks, None, first.units, first._owners)
 
     def spread(self, values: Tensor) -> list[Tensor]:
         """Return values `[M, B]` of samples for the rows of each call, `[M, R, 1, ...]`.
@@ -207,7 +217,7 @@ class Strategy:
         return self._combined(chosen)
 
     def norms(self, norm: Norm = "l2", per: Per = "sample") -> list[Tensor]:
-        """Return the norm of each group, in units of the site: per call `[M, B, 1, ...]`.
+        """Return the norm of each group, in the unit of its call: per call `[M, B, 1, ...]`.
 
         Each of the rows of a sample has the norm of them all.
         """
@@ -245,7 +255,7 @@ class Strategy:
             "points": [p.detach() for p in self.points],
             "masks": [*self.masks],
             "log_weights": self.log_weights,
-            "unit": self.unit,
+            "unit": self.unit if len({*self.units}) == 1 else [*self.units],
             "owners": [*self._owners],
         }
 
@@ -282,9 +292,9 @@ class Strategy:
         """Return the pure strategy at the particles weighted and added up."""
         pairs = zip(self.spread(weights), self.points, strict=True)
         means = [(weights * p.detach()).sum(0, keepdim=True) for weights, p in pairs]
-        return Strategy(means, self.masks, None, self.unit, self._owners)
+        return Strategy(means, self.masks, None, self.units, self._owners)
 
     def _at(self, points: Sequence[Tensor], moments: Memory | None = None) -> "Strategy":
         """Return the same weights at other points."""
         kept = self._moments if moments is None else moments
-        return Strategy(points, self.masks, self._log_weights, self.unit, self._owners, kept)
+        return Strategy(points, self.masks, self._log_weights, self.units, self._owners, kept)

@@ -22,13 +22,16 @@ Memory = dict[str, Any]
 Modes = tuple[bool, ...]
 """Which modules are in training mode."""
 
+Units = float | dict[str, float]
+"""A length at the site; of a site of several modules one at each, by its name."""
+
 
 @dataclass(frozen=True)
 class Calibration:
     """What the first round finds out, and later ones go by."""
 
     checked: bool = False
-    unit: float | None = None  # mean L2 norm of a real token's output at the site
+    unit: Units | None = None  # mean L2 norm of a real token's output at the site
     leaf_backward: bool = False  # reentrant checkpoints allow only a plain backward to leaves
     scaling: Scaling | None = None  # of payoffs in fp16, None where none are
     scale: Tensor | None = None  # of fp16 to begin with; see `mixadv.model.scaling`
@@ -37,6 +40,11 @@ class Calibration:
     def begin(self, memory: Memory) -> Memory:
         """Return what the solver keeps, with the scale of fp16 where it has none yet."""
         return memory if self.scale is None else {KEY: self.scale, **memory}
+
+    def length(self, site: str) -> float:
+        """Return the unit at a module of the site, 1 where none was measured."""
+        unit = self.unit.get(site) if isinstance(self.unit, dict) else self.unit
+        return unit or 1.0
 
 
 @dataclass
@@ -62,8 +70,11 @@ class Arena:
         if self.learner is not None:
             self.learner.reseed(seed)
 
-    def calibrate(self, unit: float | None) -> None:
-        """Take the unit over from a checkpoint; where it holds none, the next round measures it."""
+    def calibrate(self, unit: Units | None) -> None:
+        """Take the unit over from a checkpoint; where it holds none, the next round measures it.
+
+        One number is that of all modules of the site.
+        """
         checked = self.calibration.checked and unit is not None
         self.calibration = replace(self.calibration, unit=unit, checked=checked)
 
@@ -72,17 +83,20 @@ class Arena:
         if model is self.model:
             return
         targets = [name if is_input(name) else module for name, module in self.site.targets]
+        names, unit = self.site.names, self.calibration.unit
         self.site.close()
         self.model, self.site = model, place(model, targets)
+        if isinstance(unit, dict):  # a module that has several names may be found by another one
+            renamed = zip(names, self.site.names, strict=True)
+            unit = {new: unit[old] for old, new in renamed if old in unit}
+            self.calibration = replace(self.calibration, unit=unit)
         if self.representation is not None:
             self.representation.close()
             self.representation = Representation(model, self.representation.source)
 
-    @property
-    def scale(self) -> float:
-        """Length at the site of one unit of the solver's radius."""
-        unit = self.calibration.unit
-        return 1.0 if self.solver.unit == "absolute" or unit is None else unit
+    def scale(self, site: str) -> float:
+        """Return the length at a module of the site of one unit of the solver's radius."""
+        return 1.0 if self.solver.unit == "absolute" else self.calibration.length(site)
 
     @property
     def modes(self) -> Modes:

@@ -11,11 +11,11 @@ from mixadv.model.masks import Where
 from mixadv.model.modules import is_input
 from mixadv.model.parallel import is_spread
 from mixadv.model.visits import positions
-from mixadv.round.arena import Arena
+from mixadv.round.arena import Arena, Units
 from mixadv.round.cost import Counts, count_passes
 from mixadv.round.goals import Goals
 from mixadv.round.outcome import Outcome
-from mixadv.round.unit import mean_length, measure
+from mixadv.round.unit import mean_lengths, measure
 from mixadv.solvers.base import Solver
 
 
@@ -25,7 +25,7 @@ class Explanation:
 
     solver: Solver
     site: list[str]
-    unit: float | None
+    unit: Units | None
     measured: bool
     passes: Counts
     positions: tuple[int, int] | None = None  # that δ acts on, of those at the site
@@ -33,11 +33,14 @@ class Explanation:
     general_sum: bool = False
 
     @property
-    def radius(self) -> float | None:
+    def radius(self) -> Units | None:
         """Radius at the site; None without a ball, or while the unit is unknown."""
-        if self.solver.radius is None or self.unit is None:
+        radius = self.solver.radius
+        if radius is None or self.unit is None:
             return None
-        return self.solver.radius * self.unit
+        if isinstance(self.unit, dict):
+            return {name: radius * unit for name, unit in self.unit.items()}
+        return radius * self.unit
 
     @property
     def adversary(self) -> str:
@@ -60,14 +63,15 @@ class Explanation:
         s, p = self.solver, self.passes
         ball = "no ball" if s.radius is None else f"{s.radius:g}"
         if self.radius is not None and s.unit == "relative":
-            ball += f" of the unit = {self.radius:.4g}"
+            ball += f" of the unit = {worded(self.radius)}"
         if s.unit == "absolute":
             unit = "1 (absolute)"
         elif self.unit is None:
-            unit = "mean L2 norm of a real token's output, measured at the first round"
+            each = " at each" * (len(self.site) > 1)
+            unit = f"mean L2 norm of a real token's output{each}, measured at the first round"
         else:
             how = "measured" if self.measured else "estimated from the embedding's rows"
-            unit = f"{self.unit:.4g} = mean L2 norm of a real token's output ({how})"
+            unit = f"{worded(self.unit)} = mean L2 norm of a real token's output ({how})"
         rows = {
             "solver": f"{type(s).__name__} ({s.paper})",
             "site": ", ".join(map(_named, self.site)),
@@ -84,6 +88,18 @@ class Explanation:
         if self.positions is not None:
             rows["where"] = "{} of {} positions".format(*self.positions)
         return "\n".join(f"{name:10}{text}" for name, text in rows.items())
+
+
+def worded(unit: Units, digits: int = 4) -> str:
+    """Return a length at the site in words, or that at each of its modules.
+
+    Example:
+        >>> worded({"words": 0.25, "layers.1": 4.0})
+        '0.25 at words, 4 at layers.1'
+    """
+    if not isinstance(unit, dict):
+        return f"{unit:.{digits}g}"
+    return ", ".join(f"{value:.{digits}g} at {_named(name)}" for name, value in unit.items())
 
 
 def _named(site: str) -> str:
@@ -111,7 +127,7 @@ def explain(
             sum(int(positions(None, call.shape)) for call in calls),
         )
         if unit is None and solver.unit == "relative":
-            unit, measured = mean_length(arena, lengths, everywhere=False), True
+            unit, measured = mean_lengths(arena, lengths, everywhere=False), True
     elif unit is None:
         unit = _estimated(arena)
     unit = 1.0 if solver.unit == "absolute" else unit

@@ -44,7 +44,7 @@ from mixadv.round.readable import (
 )
 from mixadv.round.sharing import check_sharing
 from mixadv.round.stage import Stage
-from mixadv.round.unit import mean_length, measuring, no_trace
+from mixadv.round.unit import Lengths, mean_lengths, measuring, no_trace
 
 _TRIES = 8  # to find the scale of a loss in fp16
 
@@ -98,8 +98,13 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
             _check_paid(paid)
         check_payoff(trial.solver, paid)
         if trial.calibration.unit is None:
+<<<<<<< HEAD
             trial.calibration = replace(trial.calibration, unit=mean_length(trial, lengths))
         _check_noise_floor(stage, paid, check_slopes(trial, slopes))
+=======
+            trial.calibration = replace(trial.calibration, unit=mean_lengths(trial, lengths))
+        _check_noise_floor(stage, zero, check_slopes(trial, slopes))
+>>>>>>> w/sites
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, goals, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
@@ -120,6 +125,7 @@ def _plain_pass(stage: Stage) -> Reading:
     return reading
 
 
+<<<<<<< HEAD
 def _check_paid(reading: Reading) -> None:
     """Check that a payoff is finite: else each δ would fall back to 0, and nobody attack."""
     payoff = reading.loss.detach()
@@ -133,9 +139,12 @@ def _check_paid(reading: Reading) -> None:
 def _pass_at_zero(
     stage: Stage, whose: Whose = "closure"
 ) -> tuple[Reading, list[Tensor], list[Tensor]]:
+=======
+def _pass_at_zero(stage: Stage, whose: Whose = "closure") -> tuple[Reading, Lengths, list[Tensor]]:
+>>>>>>> w/sites
     """Run a pass at δ = 0, check that δ is on the way to the loss, and return the gradients."""
     arena, passes = stage.arena, stage.passes
-    lengths: list[Tensor] = []
+    lengths: Lengths = []
     leaves: list[Tensor] = []
     with passes.frozen():
         try:
@@ -237,7 +246,7 @@ def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
         like = call.empty()
         size = like.shape[-1] if like.dim() == 3 else like[0].numel()
         eps = torch.finfo(compute_dtype(output)).eps
-        length = eps * (arena.calibration.unit or 1.0) / math.sqrt(size)
+        length = eps * arena.calibration.length(call.site) / math.sqrt(size)
         return length * noise("uniform", like).sign()
 
     # A compiled model would have to make a graph for passes without gradients.

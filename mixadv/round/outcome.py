@@ -16,7 +16,8 @@ class Outcome:
         clean_loss: task loss of the first clean pass, where the solver runs one.
         retained: what `retain=` returned in the last step, at δ = 0.
         payoff: the adversary's payoff at the last points where it was evaluated.
-        radius: mean norm of the δ played, in the solver's norm and in units of the site.
+        radius: mean norm of the δ played, in the solver's norm and in units of the site: of several
+            calls the mean over them, each in the unit of its module.
         entropy: mean entropy of the strategies played in nats, 0 for pure ones.
         effective_particles: exp of it: 1 where the adversary plays pure, at most the particles.
         positions: tokens of the batch that δ could act on (coordinates, of an input without any).

@@ -123,7 +123,7 @@ class Passes:
 
     def added(self, q: Strategy, index: int, point: Tensor, call: Call, copies: int = 1) -> Tensor:
         """Return what a point of the strategy adds to a call at the site."""
-        delta = point if q.unit == 1 else q.unit * point
+        delta = point if q.units[index] == 1 else q.units[index] * point
         return placed(delta, q.masks[index], call, copies) if self.goals.general_sum else delta
 
     def _note_calls(self, current: Pass, copies: int) -> None:

@@ -27,7 +27,13 @@ from mixadv.round.schedule import Schedule
 from mixadv.round.stage import Stage
 from mixadv.solvers.play import Step
 
-_KINDS = {"round": int, "updates": int, "unit": (float, NoneType), "memory": dict, "modules": dict}
+_KINDS = {
+    "round": int,
+    "updates": int,
+    "unit": (float, dict, NoneType),
+    "memory": dict,
+    "modules": dict,
+}
 
 
 class Rounds:
@@ -235,6 +241,7 @@ class Rounds:
         check_entries("game", state, ("seed", "round", "unit"))
         check_kinds("game", {"memory": {}, "modules": {}, "updates": 0, **state}, _KINDS)
         validate.check_seed(state["seed"])
+        validate.check_units(state["unit"], self.arena.site.names, self.arena.solver)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""

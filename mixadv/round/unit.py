@@ -1,4 +1,4 @@
-"""The unit of lengths: the mean L2 norm of a real token's output at the site."""
+"""The unit of lengths: the mean L2 norm of a real token's output, at each module of the site."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -14,22 +14,28 @@ from mixadv.model.closure import Closure
 from mixadv.model.contexts import no_grad
 from mixadv.model.masks import Where
 from mixadv.model.visits import Call, Provide
-from mixadv.round.arena import Arena
+from mixadv.round.arena import Arena, Units
 from mixadv.round.goals import Goals
 from mixadv.round.passes import Passes
 
+Lengths = list[tuple[str, Tensor]]
+"""Per call at the site the module's name, and the sum and number of the lengths there, `[2]`."""
+
 
 def measure_unit(arena: Arena, closures: Iterable[Closure]) -> float:
-    """Return the mean L2 norm of a real token's output at the site, on this process alone.
+    """Return the mean L2 norm of a real token's output at a module, on this process alone.
 
     The mean is over the tokens of all closures. Nothing is left changed.
     """
-    return mean_length(arena, [x for c in closures for x in measure(arena, c)[0]], everywhere=False)
+    lengths = [x for c in closures for x in measure(arena, c)[0]]
+    unit = mean_lengths(arena, lengths, everywhere=False)
+    assert isinstance(unit, float)
+    return unit
 
 
-def measure(arena: Arena, closure: Closure, where: Where = None) -> tuple[list[Tensor], list[Call]]:
+def measure(arena: Arena, closure: Closure, where: Where = None) -> tuple[Lengths, list[Call]]:
     """Return the lengths that `measuring` notes in a pass, and the calls at the site."""
-    lengths: list[Tensor] = []
+    lengths: Lengths = []
     passes = Passes(arena, Goals(closure), {})
     arena.site.where = where
     try:
@@ -50,9 +56,7 @@ def no_trace(passes: Passes) -> Iterator[None]:
         passes.close()
 
 
-def measuring(
-    lengths: list[Tensor], leaves: list[Tensor] | None = None, add: bool = True
-) -> Provide:
+def measuring(lengths: Lengths, leaves: list[Tensor] | None = None, add: bool = True) -> Provide:
     """Return what notes the lengths of real tokens and adds a zero leaf at the site."""
     lengths.clear()
 
@@ -65,7 +69,7 @@ def measuring(
             seen = torch.where(call.mask > 0, seen, torch.zeros_like(seen))
             real = norms(call.mask.expand_as(seen), "linf", per)
         length = norms(seen, "l2", per)
-        lengths.append(torch.stack([(length * real).sum(), real.sum()]))
+        lengths.append((call.site, torch.stack([(length * real).sum(), real.sum()])))
         if not add:
             return None
         leaf = torch.zeros_like(call.empty()).requires_grad_()
@@ -76,16 +80,30 @@ def measuring(
     return provide
 
 
-def mean_length(arena: Arena, lengths: list[Tensor], everywhere: bool = True) -> float:
-    """Return the mean of what `measuring` noted, over all processes where they share a round."""
-    total = torch.stack([x.double().cpu() for x in lengths]).sum(0)
+def mean_lengths(arena: Arena, lengths: Lengths, everywhere: bool = True) -> Units:
+    """Return the mean of what `measuring` noted, over all processes where they share a round.
+
+    Of several modules one each, but for those where nothing was noted.
+    """
+    names, noted = arena.site.names, torch.stack([x.double().cpu() for _, x in lengths])
+    total = torch.stack([noted[[site == name for site, _ in lengths]].sum(0) for name in names])
     if everywhere and parallel.world_size() > 1:
-        total = total.to(lengths[0])  # on the device that the processes talk by
+        total = total.to(lengths[0][1])  # on the device that the processes talk by
         parallel.add_up(total)
-    length = float(total[0] / total[1])
-    if (not math.isfinite(length) or length == 0) and arena.solver.unit == "relative":
+    means = {name: float(x[0] / x[1]) for name, x in zip(names, total, strict=True)}
+    if arena.solver.unit == "relative":
+        for name, mean in means.items():
+            _check(name, mean)
+    if len(names) == 1:
+        return means[names[0]]
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+
+def _check(name: str, mean: float) -> None:
+    """Raise GameError unless the mean length at a module can be a unit."""
+    if not math.isfinite(mean) or mean == 0:
         raise GameError(
-            f"The mean norm at the site {arena.site.names} is {length}, so a relative radius means "
-            "nothing there. Give lengths with unit='absolute'."
+            f"The mean norm at the site {name!r} is {mean}, so a relative radius means nothing "
+            "there (nan also where it is not called, or not at a token that plays). Give lengths "
+            "with unit='absolute', or name another module with site=."
         )
-    return length

@@ -2,13 +2,14 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from mixadv.checks import check_kinds
 from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.model.masks import Where
@@ -23,6 +24,19 @@ def check_seed(seed: Any) -> None:
     """Raise TypeError unless the seed is an integer."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {seed!r}.")
+
+
+def check_units(unit: Any, names: Sequence[str], solver: Solver) -> None:
+    """Raise ValueError unless a checkpoint's units are those of the modules of a site."""
+    if not isinstance(unit, Mapping):
+        return
+    check_kinds("game", unit, dict.fromkeys(unit, float))
+    lacking = solver.unit == "relative" and {*names} - {*unit}
+    if lacking or {*unit} - {*names}:
+        raise ValueError(
+            f"The checkpoint's game has units at the modules {[*unit]}, and δ acts at {[*names]}: "
+            "make the game with the same site=."
+        )
 
 
 def check_game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, schedule: Any) -> None:

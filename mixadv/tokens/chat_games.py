@@ -30,7 +30,8 @@ arXiv:2403.05030, which is `PGD` at a layer with `where=` and no goals of its ow
 and r = 1.5·CE(x'). Released (github.com/aengusl/latent-adversarial-training,
 notebooks/jailbreaks.ipynb): 16 steps of AdamW at the embedding and layers 8, 16, 24 and 30 at once,
 per-token balls of radius 6 whatever the site, 4 steps of the learner a round, r of weight 1.5 or 2
-by version, templates written by hand.
+by version. Here `site=["model.embed_tokens", "model.layers.8"]` and `normalize="adam"`: each module
+has a ball of its own, in units of its own token norm, or with `unit="absolute"` of 1.
 
 **CAPO** (Xhonneux et al. 2024): no data beside the pairs; IPO (Azar et al. 2024, arXiv:2310.12036)
 under δ, against a reference that is read without δ. With log p a mean over an answer's tokens:

@@ -44,7 +44,7 @@ def ours(work: Work, solver: mixadv.Solver) -> Player:
 
     def strategy() -> tuple[Tensor, Tensor]:
         assert game.strategy is not None
-        return game.rounds.arena.scale * game.strategy.points[0], game.strategy.weights
+        return game.strategy.unit * game.strategy.points[0], game.strategy.weights
 
     def kept() -> int:
         copies = ("backup", "mean", "average", "teacher")
