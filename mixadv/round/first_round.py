@@ -98,13 +98,8 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
             _check_paid(paid)
         check_payoff(trial.solver, paid)
         if trial.calibration.unit is None:
-<<<<<<< HEAD
-            trial.calibration = replace(trial.calibration, unit=mean_length(trial, lengths))
-        _check_noise_floor(stage, paid, check_slopes(trial, slopes))
-=======
             trial.calibration = replace(trial.calibration, unit=mean_lengths(trial, lengths))
-        _check_noise_floor(stage, zero, check_slopes(trial, slopes))
->>>>>>> w/sites
+        _check_noise_floor(stage, paid, check_slopes(trial, slopes))
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, goals, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
@@ -125,7 +120,6 @@ def _plain_pass(stage: Stage) -> Reading:
     return reading
 
 
-<<<<<<< HEAD
 def _check_paid(reading: Reading) -> None:
     """Check that a payoff is finite: else each δ would fall back to 0, and nobody attack."""
     payoff = reading.loss.detach()
@@ -136,12 +130,7 @@ def _check_paid(reading: Reading) -> None:
         )
 
 
-def _pass_at_zero(
-    stage: Stage, whose: Whose = "closure"
-) -> tuple[Reading, list[Tensor], list[Tensor]]:
-=======
 def _pass_at_zero(stage: Stage, whose: Whose = "closure") -> tuple[Reading, Lengths, list[Tensor]]:
->>>>>>> w/sites
     """Run a pass at δ = 0, check that δ is on the way to the loss, and return the gradients."""
     arena, passes = stage.arena, stage.passes
     lengths: Lengths = []
