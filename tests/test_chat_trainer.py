@@ -123,6 +123,16 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
 
 
+def test_a_model_that_trainer_compiles_is_played_on(tmp_path: Path):
+    tokenizer = chatting()
+    model, other = speaking("Llama", tokenizer), speaking("Llama", tokenizer)
+    how = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer(tmp_path / "compiled", model, tokenizer, how=how).train()
+    trainer(tmp_path / "plain", other, tokenizer).train()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_adapters_alone_are_trained(tmp_path: Path):
     tokenizer = chatting()
     targets = ["q_proj", "v_proj"]

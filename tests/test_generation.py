@@ -265,6 +265,22 @@ def test_string_rules():
     assert judged(verdict(np.bool_(True)), ["a"], ["b"]) == [True]
 
 
+def test_a_model_without_a_cache_is_not_attacked_at_its_first_token_alone():
+    model: Any = speaking("Llama", chatting())
+    ids = torch.tensor([[5, 6, 7]])
+    delta = torch.zeros(1, 3, 16)
+    with added(model, delta):
+        model(ids)
+        with pytest.raises(ValueError, match="reads the prompt again"):
+            model(ids)
+    with added(model, delta):
+        model(ids)
+        model(ids[:, :1])
+    with added(model, None):
+        model(ids)
+        model(ids)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=60), st.sampled_from([(0.95, 1.959963984540054)])

@@ -126,6 +126,7 @@ class AdversarialChatTrainer(Adversarial, Trainer):
             logits: Any = model(**chosen.inputs).logits
             loss = answer_losses(logits, chosen.labels).mean()
             return (loss, {"loss": loss}) if return_outputs else loss
+        self._follow(model)
         goals = self.goals(model, batches["chosen"], batches["rejected"], batches.get(OTHERS))
         if not isinstance(goals, Mapping) or not {"closure", "adversary", "where"} <= {*goals}:
             raise TypeError(
@@ -135,9 +136,7 @@ class AdversarialChatTrainer(Adversarial, Trainer):
         first = not self.game.round
         if first:
             self._tell(batches["rejected"], goals)
-        return self.game.loss(
-            **goals, check=first
-        )  # what was told read the adversary's calls alone
+        return self.game.loss(**goals, check=first)  # what was told is of the adversary's calls
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **keywords: Any

@@ -176,9 +176,7 @@ class Adversarial(Base):
             return super().compute_loss(model, inputs, return_outputs, items)
         if where is None and self.where is not None:
             raise GameError(column_missing(self.where, inputs))
-        if original(model) is not None and model is not self.game.model:
-            self.game.rounds.arena.follow(model)  # compiled since the game was made
-            torch.compiler.reset()  # graphs of an evaluation before lack the hooks
+        self._follow(model)
         stock = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
         wanted = stock or return_outputs or self.solver.compares is not None  # elsewhere not free
         outputs = None
@@ -215,6 +213,12 @@ class Adversarial(Base):
         """
         found: Any = super().compute_loss(model, inputs, outputs, items)
         return found if outputs else (found, None)
+
+    def _follow(self, model: nn.Module) -> None:
+        """Play on a model that was compiled since the game was made."""
+        if original(model) is not None and model is not self.game.model:
+            self.game.rounds.arena.follow(model)
+            torch.compiler.reset()  # graphs of an evaluation before lack the hooks
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **keywords: Any

@@ -141,11 +141,21 @@ def added(model: Any, delta: Tensor | None) -> Iterator[None]:
     """Add δ to the embeddings of the next call alone, which reads the prompts.
 
     Later calls read one new token each and find the prompts in their cache.
+
+    Raises:
+        ValueError: if a later call reads more, which would be without δ.
     """
     waiting = [] if delta is None else [delta]
 
     def add(module: nn.Module, given: Any, output: Tensor) -> Tensor | None:
-        return output + waiting.pop().to(output) if waiting else None
+        if waiting:
+            return output + waiting.pop().to(output)
+        if delta is not None and output.shape[1] > 1:
+            raise ValueError(
+                f"{type(model).__name__} reads the prompt again for each new token, and would read "
+                "it without δ: an attack on embeddings needs a model with a cache of what it read."
+            )
+        return None
 
     handle = model.get_input_embeddings().register_forward_hook(add)
     try:
