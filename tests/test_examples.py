@@ -837,7 +837,7 @@ SETTINGS = {
     "mat, accumulated": ["mat", *PARTICLES, "--accumulate", "2"],
     "mat, bf16": ["mat", "--bf16", "--set", "start_size=1.0", "radius=2"],
 }
-USUAL = ("plain", "freelb", "mat")  # the others are slow tests
+USUAL = ("plain", "mat")  # the others are slow tests
 
 
 def interrupt(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,7 +274,11 @@ BY_HAND: dict[str, tuple[Callable[[World, str], Tensor], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("sides", [("right", "right"), ("left", "right"), ("right", "left")])
+SIDES = [("left", "right"), pytest.param(("right", "right"), marks=pytest.mark.slow)]
+SIDES += [pytest.param(("right", "left"), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("per", ["sample", "token"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", BY_HAND)
