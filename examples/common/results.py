@@ -17,6 +17,11 @@ LATER = {"substitute": 0.0, "neighbours": "", "every": 1, "share": 1.0, "label_s
 """Settings that came later: a run without them has the key, and the result, that it had before."""
 
 
+def digest(settings: dict[str, Any]) -> str:
+    """Return what is the same for the same settings, for names of runs."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run: all that its result depends on.
@@ -132,11 +137,8 @@ class Run:
     def key(self) -> str:
         """A name that is the same for the same run."""
         settings = asdict(self)
-        text = json.dumps(
-            {k: v for k, v in settings.items() if k not in LATER or v != LATER[k]}, sort_keys=True
-        )
-        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-        return f"{self.task}-{self.solver}-{self.seed}-{digest}"
+        told = {k: v for k, v in settings.items() if k not in LATER or v != LATER[k]}
+        return f"{self.task}-{self.solver}-{self.seed}-{digest(told)}"
 
 
 def append(path: Path, result: dict[str, Any]) -> None:

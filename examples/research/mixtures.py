@@ -14,12 +14,10 @@ Each is trained for as many passes as SMART takes in --epochs:
 
 Accuracy is that of a member drawn for each row, of the mean of probabilities and of the vote: on
 test rows, and on some of them under EoT-PGD, ARC, PGD of the best member, the worst of all attacks,
-and the worst of the typos found against any member. Each seed draws rows, head and order; a
-difference is that of the seeds' pairs. What has a line of results is not done again.
+and the worst of the typos found against any member. Each seed draws rows, head and order. What has
+a line of results is not done again.
 """
 
-import hashlib
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
@@ -32,7 +30,7 @@ import _above  # noqa: F401
 import intent
 from common import command
 from common.options import positive, script
-from common.results import EMBEDDED_MODEL, append, finished
+from common.results import EMBEDDED_MODEL, append, digest, finished
 from common.tables import markdown
 from mixadv.robustness import read_rows, t_interval, text_batches, token_norm
 from mixing.measure import TYPOS, WAYS, Measure
@@ -103,7 +101,9 @@ def _one(
         )
     )
     batches = text_batches(
-        network, tokenizer, read_rows(task.splits["test"].select(range(64)), network)
+        network,
+        tokenizer,
+        read_rows(task.splits["test"].select(range(min(64, len(test)))), network),
     )
     how = {"radius": options.radius, "unit": token_norm(network, batches), "steps": options.steps}
     measure = Measure(tokenizer, trained, clean, attacked, seed=seed, **how)
@@ -117,8 +117,7 @@ def _one(
 def _key(options: Namespace, made: str, seed: int) -> str:
     """Return a name that is the same for the same training and measurement."""
     settings = {name: str(getattr(options, name)) for name in SETTINGS}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{options.task}-{made}-{seed}-{digest}"
+    return f"{options.task}-{made}-{seed}-{digest(settings)}"
 
 
 SETTINGS = (
@@ -135,7 +134,7 @@ SETTINGS = (
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:
-    """Return means with t-intervals over seeds, and what the pairs of seeds say against SMART."""
+    """Return means with t-intervals over seeds."""
     found: dict[tuple[str, str], dict[int, Any]] = {}
     for result in results:
         found.setdefault((result["task"], result["trained"]), {})[result["seed"]] = result["ways"]

@@ -138,12 +138,27 @@ def answer_losses(logits: Tensor, labels: Tensor) -> Tensor:
         >>> answer_losses(torch.zeros(1, 3, 4), labels).exp()
         tensor([4.])
     """
+    return mean_over_answers(
+        logits, labels, lambda wide, ids: F.cross_entropy(wide, ids, reduction="none")
+    )
+
+
+def mean_over_answers(
+    logits: Tensor, labels: Tensor, losses_of: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Return the mean of a loss of each row's answer over its tokens, `[B]`.
+
+    Args:
+        logits: as for `answer_losses`.
+        labels: likewise.
+        losses_of: makes of the logits `[T, V]` before the T tokens of all answers, in fp32 at
+            least, and of these tokens `[T]` their losses `[T]`.
+    """
     targets = labels[:, 1:]
     told = targets != IGNORED
     # Rows of the vocabulary are long: they are widened where they are needed alone.
     picked = logits[:, :-1][told]
-    wide = picked.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(wide, targets[told], reduction="none")
+    losses = losses_of(picked.to(torch.promote_types(logits.dtype, torch.float32)), targets[told])
     sums = losses.new_zeros(len(labels)).index_add(0, told.nonzero()[:, 0], losses)
     return sums / told.sum(1).clamp(min=1)
 

@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from mixadv.checks import check_number
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
-from mixadv.tokens.chat import IGNORED, ChatBatch, Reader, answer_losses
+from mixadv.tokens.chat import ChatBatch, Reader, answer_losses, mean_over_answers
 
 Goals = dict[str, Any]
 """What `step`, `backward` and `loss` take: closure, adversary, retain, where."""
@@ -103,9 +103,7 @@ def continuous_at(
         on = floored(cross_entropy(chosen), toward_floor)
         return away * off + toward * on
 
-    return _goals(reader, learner, lambda: -cross_entropy(rejected)) | _kept(
-        cross_entropy, others, utility
-    )
+    return _goals(reader, learner, lambda: -cross_entropy(rejected), others, utility)
 
 
 def latent_at(
@@ -135,7 +133,7 @@ def latent_at(
     def adversary() -> Tensor:
         return -0.5 * cross_entropy(rejected) - 0.5 * odds(chosen)
 
-    return _goals(reader, learner, adversary) | _kept(cross_entropy, others, utility)
+    return _goals(reader, learner, adversary, others, utility)
 
 
 def capo(
@@ -178,9 +176,7 @@ def capo(
         margin = cross_entropy(rejected) - cross_entropy(chosen) - before
         return (margin - 1 / (2 * beta)) ** 2
 
-    return _goals(reader, learner, lambda: -cross_entropy(rejected)) | _kept(
-        cross_entropy, others, utility
-    )
+    return _goals(reader, learner, lambda: -cross_entropy(rejected), others, utility)
 
 
 @contextmanager
@@ -260,25 +256,25 @@ def unlikelihood(logits: Tensor, labels: Tensor) -> Tensor:
         >>> unlikelihood(torch.zeros(1, 2, 2), torch.tensor([[-100, 1]])).exp()
         tensor([2.])
     """
-    targets = labels[:, 1:]
-    told = targets != IGNORED
-    picked = logits[:, :-1][told]
-    logs = picked.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    log_p = logs.gather(-1, targets[told][:, None])[:, 0]
-    others = logs.scatter(-1, targets[told][:, None], -torch.inf).logsumexp(-1)
-    losses = torch.where(log_p < HOPELESS, 0.0, -others)  # 1 − p, exact where p is near 1
-    sums = losses.new_zeros(len(labels)).index_add(0, told.nonzero()[:, 0], losses)
-    return sums / told.sum(1).clamp(min=1)
+
+    def losses_of(logits: Tensor, ids: Tensor) -> Tensor:
+        logs, ids = logits.log_softmax(-1), ids[:, None]
+        others = logs.scatter(-1, ids, -torch.inf).logsumexp(-1)  # 1 − p, exact where p is near 1
+        return torch.where(logs.gather(-1, ids)[:, 0] < HOPELESS, 0.0, -others)
+
+    return mean_over_answers(logits, labels, losses_of)
 
 
-def _goals(reader: Reader, learner: Callable[[], Tensor], adversary: Callable[[], Tensor]) -> Goals:
-    where = dict.fromkeys(("closure", "adversary"), reader.where)  # not at other rows
-    return {"closure": learner, "adversary": adversary, "where": where}
-
-
-def _kept(
-    cross_entropy: Callable[[ChatBatch], Tensor], others: ChatBatch | None, weight: float
+def _goals(
+    reader: Reader,
+    learner: Callable[[], Tensor],
+    adversary: Callable[[], Tensor],
+    others: ChatBatch | None,
+    utility: float,
 ) -> Goals:
-    if others is None:
-        return {}
-    return {"retain": lambda: weight * cross_entropy(others)}
+    where = dict.fromkeys(("closure", "adversary"), reader.where)  # not at other rows
+    goals: Goals = {"closure": learner, "adversary": adversary, "where": where}
+    if others is not None:
+        cross_entropy = reader.losses(answer_losses)
+        goals["retain"] = lambda: utility * cross_entropy(others)
+    return goals

@@ -1,8 +1,6 @@
 """A language model with adapters, trained by rounds, and measured on the way."""
 
 import gc
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,7 +16,7 @@ from tqdm.auto import tqdm
 import mixadv
 from common import model as models
 from common.language.rows import SYSTEM
-from common.results import append, finished
+from common.results import append, digest, finished
 from mixadv.robustness.generation import Speaker
 from mixadv.tokens import ChatBatch, answer_losses
 
@@ -58,9 +56,7 @@ class Setting:
     @property
     def key(self) -> str:
         """A name that is the same for the same run."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-        return f"{self.experiment}-{self.arm}-{self.seed}-{digest}"
+        return f"{self.experiment}-{self.arm}-{self.seed}-{digest(asdict(self))}"
 
 
 @dataclass
