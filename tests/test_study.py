@@ -466,6 +466,7 @@ def one_by_one(limit: int = 10**6) -> Callable[..., Iterator[Any]]:
     return run
 
 
+@pytest.mark.slow
 def test_a_study_runs_and_goes_on_to_the_same_report(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -816,6 +817,7 @@ def test_there_is_no_report_without_results(folder: Path, capsys: pytest.Capture
     assert "There is no study nowhere.toml" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_study_that_is_published_can_be_read_and_its_report_follows_from_its_results(
     tmp_path: Path,
 ):
