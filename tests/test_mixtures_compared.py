@@ -13,7 +13,6 @@ from tests.scripts import own_start  # noqa: F401
 from tests.substitution_zoo import tiny, word_tokenizer
 
 SIZES = ["--shots=2", "--epochs=3", "--rows=12", "--attack-rows=6", "--steps=1"]
-LINES = ["smart", "mat", "mat-3", "mat-5", "lora-3", "lora-5", "boosted-3", "boosted-5"]
 
 
 def command(folder: Path) -> list[str]:
@@ -33,7 +32,7 @@ def test_what_has_a_line_is_not_trained_again(
     assert mixtures.main(command(tmp_path)) == 0
     first = capsys.readouterr().out
     lines = finished(tmp_path / "out" / "results.jsonl")
-    assert [line["trained"] for line in lines.values()] == LINES
+    assert [line["trained"] for line in lines.values()] == list(mixtures.TRAINED)
     for line in lines.values():
         members = int(line["trained"].partition("-")[2] or 1)
         assert len(line["alone"]) == members
@@ -60,9 +59,9 @@ def test_everything_is_trained_for_as_many_passes(tmp_path: Path, monkeypatch: p
     def measured(self, mixture):
         return {"ways": {}, "alone": [0.0] * len(mixture)}
 
-    def started(options, *rest):
+    def started(*arguments):
         spent.append(0.0)
-        return one(options, *rest)
+        return one(*arguments)
 
     one = mixtures._one
     monkeypatch.setattr(train.Bench, "_fit", counted)

@@ -6,7 +6,9 @@
 Each is trained for as many passes as SMART takes in --epochs:
 
     smart           one model
-    mat             one model by MAT at its defaults; mat-3 and mat-5 are its last samples
+    mat             one model by MAT at its defaults
+    mat-3, mat-5    half of the passes: one model by MAT; the rest: cycles of a rate that starts
+                    high again, at the end of which MAT's strategy becomes a member
     lora-3, lora-5  half of the passes: one model by SMART; the rest: LoRA adapters to it, by SMART,
                     each from a start and in an order of its own
     boosted-3, -5   the same half; the rest: members that start as the one before and are trained
@@ -36,15 +38,7 @@ from mixadv.robustness import read_rows, t_interval, text_batches, token_norm
 from mixing.measure import TYPOS, WAYS, Measure
 from mixing.train import Bench
 
-TRAINED = {
-    "smart": ("smart",),
-    "mat": ("mat", "mat-3", "mat-5"),
-    "lora-3": ("lora-3",),
-    "lora-5": ("lora-5",),
-    "boosted-3": ("boosted-3",),
-    "boosted-5": ("boosted-5",),
-}
-"""What is trained together, and the lines that come of it."""
+TRAINED = ("smart", "mat", "mat-3", "mat-5", "lora-3", "lora-5", "boosted-3", "boosted-5")
 SHOWN = ("trained", "clean", "EoT-PGD", "ARC", "transfer", "worst of all", TYPOS)
 
 
@@ -56,7 +50,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--data", default="", metavar="SOURCE", help="as of intent.py")
     text = "a hub model or a folder with one (default: the embedded encoder)"
     add("--model", default=EMBEDDED_MODEL, metavar="NAME", help=text)
-    add("--only", nargs="+", choices=list(TRAINED), default=list(TRAINED), help="(default: all)")
+    add("--only", nargs="+", choices=TRAINED, default=TRAINED, help="(default: all)")
     add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="(default: 0)")
     add("--shots", type=positive, default=5, help="rows of each label (default: %(default)s)")
     add("--epochs", type=float, default=12.0, help="of SMART (default: %(default)g)")
@@ -78,16 +72,13 @@ def work(options: Namespace) -> str:
         task = intent.load(intent.arguments(["--task", options.task, "--data", options.data]))
         todo = [(name, seed) for name in options.only for seed in options.seeds]
         for name, seed in tqdm(todo, desc="mixtures", disable=None):
-            keys = {made: _key(options, made, seed) for made in TRAINED[name]}
-            if not set(keys.values()) <= set(finished(path)):
-                _one(options, task, name, seed, keys, path)
+            if (key := _key(options, name, seed)) not in finished(path):
+                append(path, {"key": key, **_one(options, task, name, seed)})
     return table(finished(path).values())
 
 
-def _one(
-    options: Namespace, task: Any, name: str, seed: int, keys: dict[str, str], path: Path
-) -> None:
-    """Train a model or the mixtures of a name; add their lines."""
+def _one(options: Namespace, task: Any, name: str, seed: int) -> dict[str, Any]:
+    """Train a model or a mixture; return its line of results, without the key."""
     lengths = (options.shots, options.epochs, options.lr, options.adapter_lr)
     bench = Bench(task, options.model, seed, *lengths, options.output)
     network, tokenizer = bench.untrained
@@ -108,16 +99,15 @@ def _one(
     how = {"radius": options.radius, "unit": token_norm(network, batches), "steps": options.steps}
     measure = Measure(tokenizer, trained, clean, attacked, seed=seed, **how)
     kind, _, count = name.partition("-")
-    for made, mixture in getattr(bench, kind)(*map(int, filter(None, [count]))):
-        settings = {k: v for k, v in vars(options).items() if k in SETTINGS}
-        line = {"key": keys[made], "task": options.task, "trained": made, "seed": seed, **settings}
-        append(path, {**line, **measure(mixture)})
+    mixture = getattr(bench, kind)(*map(int, filter(None, [count])))
+    settings = {k: v for k, v in vars(options).items() if k in SETTINGS}
+    return {"task": options.task, "trained": name, "seed": seed, **settings, **measure(mixture)}
 
 
-def _key(options: Namespace, made: str, seed: int) -> str:
+def _key(options: Namespace, name: str, seed: int) -> str:
     """Return a name that is the same for the same training and measurement."""
-    settings = {name: str(getattr(options, name)) for name in SETTINGS}
-    return f"{options.task}-{made}-{seed}-{digest(settings)}"
+    settings = {setting: str(getattr(options, setting)) for setting in SETTINGS}
+    return f"{options.task}-{name}-{seed}-{digest(settings)}"
 
 
 SETTINGS = (

@@ -1,7 +1,7 @@
 """Models and mixtures, each trained for as many passes as the others."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -19,20 +19,18 @@ from common import data, model
 from common.data import Task
 from common.results import Run
 from common.substitution import Source
-from mixadv.mixtures import Adapter, Mixture, mixture_of
+from mixadv.mixtures import Adapter, Mixture
 
 SMART = mixadv.SMART(
     steps=1, step_size=0.2, radius=0.2, start_size=0.05, smoothness_weight=1.0, ema_decay=0.99
 )
-MAT = mixadv.MAT(samples=5)
+MAT = mixadv.MAT()
 PGD = mixadv.PGD(steps=1, step_size=0.2, radius=0.2)
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value", "dense"]}
 COST = {"smart": 3.0, "mat": 8 / 3}
 """Of an optimizer step, in plain ones: a forward is a third of it, a backward two, of δ one."""
 HALF = 0.5  # of the passes go into the model that members grow from
 LENGTH = 64  # tokens
-
-Made = Iterator[tuple[str, Mixture]]
 
 
 class Bench:
@@ -63,7 +61,7 @@ class Bench:
         self.task, self.seed, self.rate, self.adapter_rate = task, seed, rate, adapter_rate
         self.folder = folder
         settings = {"shots": shots, "epochs": epochs, "seed": seed, "max_length": LENGTH}
-        self.run = Run(task.name, model=name, **settings)
+        self.run = Run(task.name, model=name, learning_rate=rate, **settings)
         self.rows, _ = data.choose(task, seed, shots=shots)
         self.budget = COST["smart"] * epochs * len(self.rows) / self.run.batch_size
 
@@ -74,24 +72,29 @@ class Bench:
         network, tokenizer = model.load(self.run, self.task)
         return network.to(model.device()), tokenizer
 
-    def smart(self) -> Made:
-        """Yield one model by SMART."""
+    def smart(self) -> Mixture:
+        """Return one model by SMART."""
         network = copy.deepcopy(self.untrained[0])
         self._fit(network, self.budget / COST["smart"], self.rate, SMART)
-        yield "smart", Mixture([network])
+        return Mixture([network])
 
-    def mat(self) -> Made:
-        """Yield one model by MAT, and mixtures of its last samples."""
-        network = copy.deepcopy(self.untrained[0])
-        game = self._fit(network, self.budget / COST["mat"], self.rate, MAT).game
-        yield "mat", Mixture([network])
-        members = mixture_of(game).members
-        for count in (3, 5):
-            yield f"mat-{count}", Mixture(members[-count:], model=network)
+    def mat(self, count: int = 1) -> Mixture:
+        """Return one model by MAT, or what it is at the end of each cycle of the rate."""
+        if count == 1:
+            network = copy.deepcopy(self.untrained[0])
+            self._fit(network, self.budget / COST["mat"], self.rate, MAT)
+            return Mixture([network])
+        network = self._half("mat", MAT)
+        members = [_weights(network)]
+        steps = (1 - HALF) * self.budget / COST["mat"] / (count - 1)
+        for number in range(1, count):
+            self._fit(network, steps, self.rate, MAT, order=number)
+            members.append(_weights(network))
+        return Mixture(members, model=network)
 
-    def lora(self, count: int) -> Made:
-        """Yield adapters to one model."""
-        base, names = self._half(), [f"member-{number}" for number in range(count)]
+    def lora(self, count: int) -> Mixture:
+        """Return adapters to one model."""
+        base, names = self._half("smart", SMART), [f"member-{number}" for number in range(count)]
         set_seed(self.seed)
         network: Any = get_peft_model(base, LoraConfig(**LORA), names[0])
         for name in names[1:]:
@@ -100,15 +103,15 @@ class Bench:
         for number, name in enumerate(names):
             network.set_adapter(name)
             self._fit(network, steps, self.adapter_rate, SMART, order=number + 1)
-        yield f"lora-{count}", Mixture([Adapter(name) for name in names], model=network)
+        return Mixture([Adapter(name) for name in names], model=network)
 
-    def boosted(self, count: int) -> Made:
-        """Yield members, each trained against attacks of itself and of those before.
+    def boosted(self, count: int) -> Mixture:
+        """Return members, each trained against attacks of itself and of those before.
 
         The adversary maximises the sum of the members' losses, of which the new one's learner has
         its own alone, at that δ and at δ = 0.
         """
-        network = self._half()
+        network = self._half("smart", SMART)
         members = [_weights(network)]
         spent = sum(map(_boosting, range(2, count + 1)))
         steps = (1 - HALF) * self.budget / spent
@@ -117,14 +120,14 @@ class Bench:
             retain = partial(partial, _output, network)
             self._fit(network, steps, self.rate, PGD, number, adversary=attack, retain=retain)
             members.append(_weights(network))
-        yield f"boosted-{count}", Mixture(members, model=network)
+        return Mixture(members, model=network)
 
-    def _half(self) -> nn.Module:
-        """Return the model that members grow from."""
-        path = self.folder / f"{self.run.key}.pt"
+    def _half(self, name: str, solver: mixadv.Solver) -> nn.Module:
+        """Return the model that members grow from, by the solver of a name."""
+        path = self.folder / f"{self.run.key}-{name}.pt"
         network = copy.deepcopy(self.untrained[0])
         if not path.exists():
-            self._fit(network, HALF * self.budget / COST["smart"], self.rate, SMART)
+            self._fit(network, HALF * self.budget / COST[name], self.rate, solver)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(network.state_dict(), path)
         network.load_state_dict(torch.load(path, map_location=model.device()))
