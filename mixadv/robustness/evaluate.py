@@ -134,7 +134,9 @@ class Evaluation:
             if self.shifted:
                 found["shifted"] = by.shifted(found[CLEAN], {n: sets[n] for n in self.shifted})
             if not isinstance(model, Mean):
-                found |= self._attacked(under, found[CLEAN], about["unit"])
+                found |= self._shifted(under, found[CLEAN], about["unit"])
+            if self.attacks:
+                found["attacks"] = {n: under.attack(n, a) for n, a in self.attacks.items()}
             if mixture is not None:
                 how = {"unit": about["unit"], "steps": self.steps, "restarts": self.restarts}
                 found["mixture"] = under.mixture(mixture, self.radii, **how)
@@ -151,11 +153,6 @@ class Evaluation:
             raise ValueError(
                 "A mixture is evaluated by itself, without game= and mixture=: these belong to one "
                 "model."
-            )
-        if self.attacks:
-            raise ValueError(
-                "Words are ranked by the gradient of one model, and a mixture has several: leave "
-                "attacks= out, or evaluate a member."
             )
         return Mean(mixture)
 
@@ -194,7 +191,7 @@ class Evaluation:
             "seed": self.seed,
         }
 
-    def _attacked(self, under: Attacked, clean: Record, unit: float) -> Record:
+    def _shifted(self, under: Attacked, clean: Record, unit: float) -> Record:
         found = {}
         if len(self.radii):
             found["radii"] = under.radii(clean, self.radii, self.steps, unit)
@@ -202,8 +199,6 @@ class Evaluation:
             found["loss increase"] = under.loss_increase(
                 self.increase_radius, self.steps, self.restarts, unit
             )
-        if self.attacks:
-            found["attacks"] = {n: under.attack(n, attack) for n, attack in self.attacks.items()}
         return found
 
 
@@ -228,8 +223,8 @@ def evaluate(
     6. With a mixture: its accuracy under attacks that are made for mixtures (`mixture_accuracy`),
        at each radius, beside the mean of its members, their vote, and each member alone.
 
-    Of a mixture in the model's place these are 1., by the mean of its members' probabilities, and
-    6.; `mixture=Mixture([model])` sees one model under the same attacks.
+    Of a mixture in the model's place these are 1. and 4., by the mean of its probabilities,
+    and 6.; `mixture=Mixture([model])` sees one model under the same attacks.
 
     Attacks, in embedding space too, are on the same rows. The model is in evaluation mode
     meanwhile; it and the random state are left as they were, after an exception too. Of several
