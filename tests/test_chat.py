@@ -12,6 +12,7 @@ from torch import Tensor
 from mixadv.tokens import answer_losses, chat_batch, preference_batches
 from mixadv.tokens.chat_games import floored, unlikelihood
 from tests.chat_zoo import TEMPLATES, chatting
+from tests.test_game import no_reads
 from tests.tokenizers_zoo import texts
 
 said = texts.map(str.strip).filter(bool)
@@ -167,6 +168,32 @@ def test_losses_are_those_of_a_loop(seed: int, rows: int, length: int, words: in
     torch.testing.assert_close(answer_losses(logits, labels).tolist(), expected)
     dropped = by_hand(logits, labels, lambda p: 0.0 if log(p) < -5 else -log(1 - p))
     torch.testing.assert_close(unlikelihood(logits, labels).tolist(), dropped)
+
+
+@pytest.mark.parametrize("loss", [answer_losses, unlikelihood])
+def test_losses_of_answers_are_not_waited_for(loss: Any, monkeypatch: pytest.MonkeyPatch):
+    """How many tokens answers have is known to the device alone, in each pass of a round."""
+    logits = torch.randn(2, 4, 5, requires_grad=True)
+    labels = torch.tensor([[-100, -100, 1, 2], [-100, 3, -100, -100]])
+    with no_reads(monkeypatch):
+        loss(logits, labels).sum().backward()
+
+
+@pytest.mark.parametrize("loss", [answer_losses, unlikelihood])
+def test_what_is_not_an_answer_does_not_count(loss: Any):
+    """A row of padding alone attends to nothing, and gives no number."""
+    logits = torch.randn(2, 4, 5)
+    labels = torch.tensor([[-100, -100, -100, 2], [-100, 3, -100, -100]])
+    expected = loss(logits, labels)
+    spoilt = logits.clone()
+    spoilt[0, :2] = torch.nan
+    spoilt[1, 1:] = torch.inf
+    spoilt.requires_grad_()
+    found = loss(spoilt, labels)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert spoilt.grad.isfinite().all()
+    assert not spoilt.grad[0, :2].any()
 
 
 def test_a_loss_of_a_likely_token_is_exact_and_finite():
