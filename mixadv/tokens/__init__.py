@@ -2,6 +2,7 @@
 
 from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch, preference_batches
 from mixadv.tokens.chat_games import capo, continuous_at, latent_at, rewritten
+from mixadv.tokens.chat_length import shortened
 from mixadv.tokens.pretraining.electra import Detection, ReplacedTokenDetection
 from mixadv.tokens.pretraining.macbert import CorrectionCollator
 from mixadv.tokens.pretraining.rows import WordTokenizer, sentence_order
@@ -64,6 +65,7 @@ __all__ = [
     "preference_batches",
     "rewritten",
     "sentence_order",
+    "shortened",
     "single_substitutions",
     "solve_games",
     "substitute_words",
