@@ -293,6 +293,28 @@ def test_prompts_that_differ_are_refused_behind_what_is_told_first(tmp_path: Pat
         trainer(tmp_path, model, tokenizer, data_collator=collate).train()
 
 
+def test_rows_laid_end_to_end_are_refused(tmp_path: Path):
+    """Nothing says there where the answers to one prompt are, of which the players want two."""
+    tokenizer = chatting()
+    model = speaking("Llama", tokenizer)
+    flat = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    collate = lambda rows: flat([{"input_ids": [1, 2]} for _ in rows])  # noqa: E731
+    made = trainer(tmp_path, model, tokenizer, data_collator=collate)
+    with pytest.raises(ValueError, match=r"batches of chosen and rejected.*got .*position_ids"):
+        made.train()
+
+
+@pytest.mark.parametrize("name", ["packing", "padding_free"])
+def test_packing_that_arguments_ask_for_is_refused(name: str, tmp_path: Path):
+    tokenizer = chatting()
+    made = trainer(tmp_path, speaking("Llama", tokenizer), tokenizer)
+    setattr(made.args, name, True)  # as those of TRL's trainers have them
+    with pytest.raises(ValueError, match=f"{name}=True.*side by side.*max_length="):
+        AdversarialChatTrainer(
+            made.model, made.args, train_dataset=ROWS, processing_class=tokenizer, solver=SOLVER
+        )
+
+
 def test_a_later_row_without_a_column_is_said(tmp_path: Path):
     tokenizer = chatting()
     rows = [ROWS[0], {"prompt": "Why?", "chosen": "So."}]

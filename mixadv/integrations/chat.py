@@ -136,6 +136,7 @@ class AdversarialChatTrainer(Adversarial, Trainer):
             )
         self._cut: Tensor | None = None  # answers since the last log, on this process
         super().__init__(*arguments, train_dataset=train_dataset, **keywords)
+        _check_unpacked(self.args)
         self.args.remove_unused_columns = False  # the model gets none of them
 
     def compute_loss(
@@ -146,6 +147,13 @@ class AdversarialChatTrainer(Adversarial, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Play a round in training; elsewhere return the loss of chosen answers without δ."""
+        if not all(isinstance(inputs.get(name), Mapping) for name in ("chosen", "rejected")):
+            raise ValueError(
+                f"{type(self).__name__} plays on batches of chosen and rejected answers, as "
+                f"ChatCollator makes them, and got {', '.join(inputs)}: leave data_collator out, "
+                "or return both. Texts laid end to end, as packed, do not tell which are of one "
+                "prompt."
+            )
         batches = {n: ChatBatch(**columns) for n, columns in inputs.items() if n != CUT}
         cut = inputs[CUT].sum() if CUT in inputs else None
         if not torch.is_grad_enabled():
@@ -220,6 +228,16 @@ class AdversarialChatTrainer(Adversarial, Trainer):
             f"at {least} to {most} tokens of each; {ball}{unit}; its steps take its payoff from "
             f"{first:.4g} to {last:.4g}.{less}"
         )
+
+
+def _check_unpacked(args: Any) -> None:
+    """Raise ValueError for arguments that ask for packed rows, as those of TRL's trainers may."""
+    for name in ("packing", "padding_free"):
+        if getattr(args, name, False):
+            raise ValueError(
+                f"{name}=True: the answers to a prompt lie side by side, for one δ to act on both, "
+                "and are not packed. Leave it out, and cut what is long with max_length=."
+            )
 
 
 class Beside(torch.utils.data.Dataset[dict[str, Any]]):
