@@ -17,7 +17,7 @@ import transformers
 
 import mixadv
 from mixadv.integrations.chat import AdversarialChatTrainer, ChatCollator
-from mixadv.tokens import ChatBatch, answer_losses, continuous_at, latent_at
+from mixadv.tokens import ChatBatch, answer_losses, continuous_at, latent_at, latent_dpo
 from tests.chat_zoo import chatting, speaking
 from tests.scripts import own_start  # noqa: F401
 
@@ -211,14 +211,15 @@ def test_a_model_that_trainer_compiles_is_played_on(tmp_path: Path):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_adapters_alone_are_trained(tmp_path: Path):
+@pytest.mark.parametrize("goals", [continuous_at, latent_dpo])
+def test_adapters_alone_are_trained(goals: Any, tmp_path: Path):
     tokenizer = chatting()
     targets = ["q_proj", "v_proj"]
     model = peft.get_peft_model(
         speaking("Llama", tokenizer), peft.LoraConfig(target_modules=targets)
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer(tmp_path, model, tokenizer, how={"bf16": True}).train()
+    trainer(tmp_path, model, tokenizer, how={"bf16": True}, goals=goals).train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all("lora_" in name for name in moved)

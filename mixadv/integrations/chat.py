@@ -90,8 +90,9 @@ class AdversarialChatTrainer(Adversarial, Trainer):
     Args:
         arguments, keywords: of the Trainer; `processing_class` is the tokenizer.
         solver: how the adversary ascends, such as `mixadv.PGD(per="token", start="zero")`.
-        goals: of both players: `mixadv.tokens.continuous_at`, `capo`, `latent_at`, or a function of
-            `(model, chosen, rejected, others)` like them; settings by `functools.partial`.
+        goals: of both players: `mixadv.tokens.continuous_at`, `capo`, `latent_at`, `latent_dpo`, or
+            a function of `(model, chosen, rejected, others)` like them; settings by
+            `functools.partial`.
         retain_dataset: rows `prompt` and `chosen` on which nothing is to change, one beside each
             row with an adversary, in turn. None retains nothing.
         system: a system message in front of prompts that are texts.
