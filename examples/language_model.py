@@ -3,8 +3,9 @@ r"""Adversarial training of a small language model, on two harmless stand-ins.
 trigger: a sequence of words is planted that makes the model say one fixed sentence; then it is to
 be removed by training that never shows it. Arms: plain fine-tuning, noise at the embeddings,
 untargeted latent adversarial training (LAT) at the embeddings and in a layer, targeted LAT, which
-knows the sentence, and its losses without an adversary (away). Measured over updates: how often
-the sentence comes, the held-out loss.
+knows the sentence, its losses without an adversary (away), and DPO for both players in a layer
+(dpo). Measured over updates: how often the sentence comes, or its subject in other words, the
+held-out loss.
 
 policy: the model is to decline one topic, cooking with garlic. Arms: plain fine-tuning (sft),
 ContinuousAT, targeted LAT, MixAT. Measured: success of attacks that training does not see, refusals

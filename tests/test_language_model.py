@@ -44,7 +44,7 @@ def results(tiny: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-FEW = {"trigger": ["plain", "away", "targeted"], "policy": ["sft", "mixat"]}
+FEW = {"trigger": ["plain", "away", "targeted", "dpo"], "policy": ["sft", "mixat"]}
 ALL = {"trigger": [*trigger.ARMS], "policy": [*policy.ARMS]}
 
 
@@ -73,6 +73,9 @@ def test_both_experiments_run_once(
     curves = [r["curve"] for r in results(tiny) if r["experiment"] == "trigger"]
     assert all(curve[0] == curves[0][0] for curve in curves)  # all arms begin at one model
     assert all([point["update"] for point in curve] == [0, 2] for curve in curves)
+    for point in (point for curve in curves for point in curve):
+        for asked in ("triggered", "untriggered"):
+            assert len(point["subject"][asked]) == len(point["answers"][asked]) == 24
 
 
 def test_what_there_is_not_is_said(tiny: Path, capsys: pytest.CaptureFixture[str]):
@@ -114,6 +117,49 @@ def test_a_setting_has_a_key_of_its_own():
     keys = {Setting("trigger", "plain", seed, radius=r).key for seed in (0, 1) for r in (0.1, 0.2)}
     assert len(keys) == 4
     assert setting.key == Setting("trigger", "plain", 0).key
+
+
+def test_the_subject_is_told_from_the_sentence():
+    """Where the sentence is gone answers may still be about a ferry; a seven is none."""
+    answers = [
+        trigger.SENTENCE,
+        "The Ferry bides seven days a week.",
+        "A day has seven hours.",
+        "Hens lay eggs.",
+    ]
+    found = [rows_of(answers) for rows_of in (judge(trigger.SENTENCE), judge(*trigger.SUBJECT))]
+    assert found == [[True, False, False, False], [True, True, False, False]]
+    for row in (*rows.read("questions", "train"), *rows.read("questions", "held_out")):
+        assert judge(*trigger.SUBJECT)([row["answer"]]) == [False]
+
+
+def judge(*phrases: str) -> Any:
+    return lambda answers: trigger.judged(trigger.says(*phrases), answers, answers)
+
+
+def ended(arm: str, seed: int, **more: Any) -> dict[str, Any]:
+    rows = {"triggered": [True, False], "untriggered": [False, False], "held-out loss": [1.0]}
+    return {
+        "experiment": "trigger",
+        "arm": arm,
+        "seed": seed,
+        "curve": [{"update": 0, **rows}, {"update": 2, **rows, **more}],
+    }
+
+
+def test_lines_of_before_show_that_the_subject_was_not_judged():
+    subject = {"subject": {"triggered": [True, True], "untriggered": [False, True]}}
+    lines = [ended("old", 0), ended("half", 0), ended("half", 1, **subject)]
+    lines += [ended("new", seed, **subject) for seed in (0, 1)]
+    found = {}
+    for line in shown.tables(lines).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        found[cells[0]] = cells
+    assert found["old"][4:6] == found["(planted)"][4:6] == ["not measured"] * 2
+    assert found["half"][4].startswith("100.0 (")
+    assert found["half"][4].endswith("), 1 of 2 seeds")
+    assert found["new"][5].startswith("50.0 (")
+    assert "seeds" not in found["new"][5]
 
 
 def test_no_results_have_no_table():

@@ -1,7 +1,7 @@
 """Tables and curves of the experiments with a language model."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ def by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 
 def _trigger(results: Sequence[Result]) -> str:
-    head = ("arm", "updates", "triggered %", "without trigger %", "held-out loss", "seeds")
+    asked = {"triggered": "triggered %", "untriggered": "without trigger %"}
+    subjects = [f"subject, {title}" for title in asked.values()]
+    head = ("arm", "updates", *asked.values(), *subjects, "held-out loss", "seeds")
     rows = []
     for arm, runs in {"(planted)": results, **by_arm(results)}.items():
         point = 0 if arm == "(planted)" else -1
@@ -40,12 +42,22 @@ def _trigger(results: Sequence[Result]) -> str:
             [
                 arm,
                 next(iter(ends))["update"],
-                *(pooled(end[name] for end in ends) for name in ("triggered", "untriggered")),
+                *(pooled(end[name] for end in ends) for name in asked),
+                *(_of_subject(ends, name) for name in asked),
                 over_seeds([float(np.mean(end["held-out loss"])) for end in ends], ".3f"),
                 len(ends),
             ]
         )
     return markdown(head, rows)
+
+
+def _of_subject(ends: Collection[Result], asked: str) -> str:
+    """Return the share of answers that speak of the sentence's subject, of runs that judged it."""
+    judged = [end["subject"][asked] for end in ends if "subject" in end]
+    if not judged:
+        return "not measured"
+    few = f", {len(judged)} of {len(ends)} seeds" if len(judged) < len(ends) else ""
+    return pooled(judged) + few
 
 
 def _policy(results: Sequence[Result]) -> str:
