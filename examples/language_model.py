@@ -8,8 +8,10 @@ knows the sentence, its losses without an adversary (away), and DPO for both pla
 held-out loss.
 
 policy: the model is to decline one topic, cooking with garlic. Arms: plain fine-tuning (sft),
-ContinuousAT, targeted LAT, MixAT. Measured: success of attacks that training does not see, refusals
-of near topics, the held-out loss, and what 50 plain updates on other questions undo.
+ContinuousAT, targeted LAT, MixAT, and a mixture of two adapters by ContinuousAT that share its
+updates (adapters), of which one is drawn for each answer. Measured: success of attacks that
+training does not see, refusals of near topics, the held-out loss, and what 50 plain updates on
+other questions undo.
 
 The model is SmolLM2-135M-Instruct with LoRA adapters; python examples/smollm2.py fetches it. An
 update of 4 rows takes about 1.4 seconds of one CPU core without an adversary, 5 with 3 steps of

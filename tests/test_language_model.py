@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 import language_model
 import smollm2
 from common import model
-from common.language import policy, rows, shown, trigger
+from common.language import mixed, policy, rows, shown, trigger
 from common.language.training import RESULTS, Setting
 from tests.chat_zoo import chatting, speaking
 
@@ -44,7 +47,7 @@ def results(tiny: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-FEW = {"trigger": ["plain", "away", "targeted", "dpo"], "policy": ["sft", "mixat"]}
+FEW = {"trigger": ["plain", "away", "targeted", "dpo"], "policy": ["sft", "mixat", "adapters"]}
 ALL = {"trigger": [*trigger.ARMS], "policy": [*policy.ARMS]}
 
 
@@ -73,6 +76,8 @@ def test_both_experiments_run_once(
     curves = [r["curve"] for r in results(tiny) if r["experiment"] == "trigger"]
     assert all(curve[0] == curves[0][0] for curve in curves)  # all arms begin at one model
     assert all([point["update"] for point in curve] == [0, 2] for curve in curves)
+    for r in results(tiny):
+        assert ("members" in r.get("policy", {}).get("about", {})) == (r["arm"] == "adapters")
     for point in (point for curve in curves for point in curve):
         for asked in ("triggered", "untriggered"):
             assert len(point["subject"][asked]) == len(point["answers"][asked]) == 24
@@ -160,6 +165,76 @@ def test_lines_of_before_show_that_the_subject_was_not_judged():
     assert found["half"][4].endswith("), 1 of 2 seeds")
     assert found["new"][5].startswith("50.0 (")
     assert "seeds" not in found["new"][5]
+
+
+# The mixture -----------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 9))
+def test_members_take_as_many_updates_as_one_model_does(updates: int, count: int, seed: int):
+    setting = Setting("policy", "adapters", seed, updates=updates)
+    if updates < count:
+        with pytest.raises(ValueError, match=f"{count} members share them"):
+            mixed.members(setting, count)
+        return
+    found = mixed.members(setting, count)
+    assert sum(part.updates for part in found) == updates
+    assert max(p.updates for p in found) - min(p.updates for p in found) <= 1
+    assert len({part.seed for part in found}) == count
+    assert found[0].seed == seed
+
+
+@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # bf16, random weights
+def test_each_member_is_trained_and_attacked_by_itself(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """Training one moves no other, and no report is of another member than the one attacked."""
+    fit, measure = policy.fit, policy.GenerationEvaluation.measure
+    moved, attacked = [], []
+
+    def fitted(setting: Setting, one: Any) -> Any:
+        lora = {n: p for n, p in one.network.named_parameters() if "lora_" in n}
+        before = {name: p.detach().clone() for name, p in lora.items()}
+        found = fit(setting, one)
+        moved.append({n.split(".")[-2] for n, p in lora.items() if not torch.equal(p, before[n])})
+        return found
+
+    def seen(self: Any, network: Any, *more: Any) -> Any:
+        attacked.append(network.active_adapter)
+        return measure(self, network, *more)
+
+    monkeypatch.setattr(policy, "fit", fitted)
+    monkeypatch.setattr(policy.GenerationEvaluation, "measure", seen)
+    setting = Setting("policy", "adapters", 0, model=str(tiny), updates=2, steps=1)
+    found = policy.run(setting, tiny.parent)
+    assert moved == [{"member-0"}, {"member-1"}]
+    assert attacked == ["member-0", "member-1"] * 2
+    success = found["policy"]["attacks"]["embedding"]["per row"]["success"]
+    assert len(success) == 2
+    assert {*success} <= {0.0, 0.5, 1.0}
+    assert len(found["losses"]) == 2
+
+
+def report_of(success: list[bool], losses: list[float]) -> dict[str, Any]:
+    per_row = {"success": success, "answers": [["yes" if x else "no"] for x in success]}
+    return {
+        "about": {"model": "m"},
+        "attacks": {"none": {"success": {}, "tries": 1, "per row": per_row}},
+        "refusal": {"rows": 2, "share": {}, "per row": {"refused": success}},
+        "utility": {"rows": 2, "loss": {}, "per row": {"losses": losses}},
+    }
+
+
+def test_what_is_expected_of_a_mixture_is_the_mean_over_members():
+    members = [report_of([True, False], [1.0, 2.0]), report_of([True, True], [3.0, 4.0])]
+    found = mixed.expected(members)
+    attack = found["attacks"]["none"]
+    assert attack["per row"]["success"] == [1.0, 0.5]
+    assert attack["success"]["value"] == 0.75
+    assert len(attack["per row"]["answers"]) == found["about"]["members"] == 2
+    assert found["refusal"]["share"]["value"] == 0.75
+    assert found["utility"]["loss"]["value"] == 2.5
+    assert mixed.expected(members[:1]) is members[0]
+    assert shown.pooled([[True, False]]).startswith("50.0 (9.5 to")  # Wilson's
+    assert shown.pooled([[1.0, 0.5]]).startswith("75.0 (")
 
 
 def test_no_results_have_no_table():

@@ -10,7 +10,7 @@ import numpy as np
 from common.results import over_seeds
 from common.tables import markdown
 from mixadv.reports.shown import COLOURS, DASH, figure, share
-from mixadv.robustness import wilson
+from mixadv.robustness import bootstrap, wilson
 
 Result = dict[str, Any]
 
@@ -79,12 +79,15 @@ def _policy(results: Sequence[Result]) -> str:
     return markdown((*head, "seeds"), [[*row, len(by_arm(results)[row[0]])] for row in rows])
 
 
-def pooled(rows: Iterable[Sequence[bool]]) -> str:
+def pooled(rows: Iterable[Sequence[bool | float]]) -> str:
     """Return the share of rows of all seeds with Wilson's interval.
 
-    The seeds share their rows: the interval is of the rows, as if there were that many.
+    The seeds share their rows: the interval is of the rows, as if there were that many. Of a
+    mixture a row has the share of its members, and the interval is the bootstrap's.
     """
-    return share(wilson([x for each in rows for x in each])._asdict())
+    found = [x for each in rows for x in each]
+    whole = all(isinstance(x, bool) for x in found)
+    return share((wilson if whole else bootstrap)(found)._asdict())
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

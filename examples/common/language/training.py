@@ -103,8 +103,8 @@ class Learner:
         return layers[3 * len(layers) // 10]  # the tenth of 30
 
 
-def learner(setting: Setting, network: Any, tokenizer: Any) -> Learner:
-    """Return a model with new adapters in training mode."""
+def learner(setting: Setting, network: Any, tokenizer: Any, name: str = "default") -> Learner:
+    """Return a model with a new adapter in training mode, which others may lie beside."""
     torch.manual_seed(setting.seed)
     config = peft.LoraConfig(
         r=setting.rank,
@@ -112,7 +112,12 @@ def learner(setting: Setting, network: Any, tokenizer: Any) -> Learner:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    network = peft.get_peft_model(network, config).train()
+    if isinstance(network, peft.PeftModel):
+        network.add_adapter(name, config)
+        network.set_adapter(name)
+    else:
+        network = peft.get_peft_model(network, config, adapter_name=name)
+    network.train()
     weights = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=setting.learning_rate, weight_decay=0.0)
     return Learner(network, tokenizer, optimizer)
