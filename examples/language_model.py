@@ -11,7 +11,8 @@ policy: the model is to decline one topic, cooking with garlic. Arms: plain fine
 ContinuousAT, targeted LAT, MixAT, and a mixture of two adapters by ContinuousAT that share its
 updates (adapters), of which one is drawn for each answer. Measured: success of attacks that
 training does not see, refusals of near topics, the held-out loss, and what 50 plain updates on
-other questions undo.
+other questions undo. --gcg 20 adds suffixes that nanogcg searches for on the trained model
+(pip install --no-deps nanogcg==0.3.0): minutes for each prompt and run.
 
 The model is SmolLM2-135M-Instruct with LoRA adapters; python examples/smollm2.py fetches it. An
 update of 4 rows takes about 1.4 seconds of one CPU core without an adversary, 5 with 3 steps of
@@ -60,6 +61,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
         "measure_every": "updates (default: %(default)s)",
         "steps": "of the ascent (default: %(default)s)",
         "radius": "of each token's ball, in mean token norms (default: %(default)g)",
+        "gcg": "steps of nanogcg's search for suffixes, in policy (default: %(default)s, none)",
     }
     kinds: dict[str, Callable[[str], Any]] = {"model": str, "learning_rate": float, "radius": float}
     for f in fields(Setting):

@@ -2,8 +2,10 @@
 
 import json
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import smollm2
 from common import model
 from common.language import mixed, policy, rows, shown, trigger
 from common.language.training import RESULTS, Setting
+from mixadv.robustness.generation import Speaker
 from tests.chat_zoo import chatting, speaking
 
 BROKEN = "ERROR: No matching distribution found"
@@ -235,6 +238,66 @@ def test_what_is_expected_of_a_mixture_is_the_mean_over_members():
     assert mixed.expected(members[:1]) is members[0]
     assert shown.pooled([[True, False]]).startswith("50.0 (9.5 to")  # Wilson's
     assert shown.pooled([[1.0, 0.5]]).startswith("75.0 (")
+
+
+# Searched suffixes -------------------------------------------------------------------------------
+
+
+def policy_run(tiny: Path, **more: Any) -> dict[str, Any]:
+    return policy.run(Setting("policy", "sft", 0, model=str(tiny), updates=1, **more), tiny.parent)
+
+
+@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # bf16, random weights
+def test_what_the_search_finds_is_put_behind_its_prompt(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+
+    def search(network: Any, tokenizer: Any, messages: Any, target: str, config: Any) -> Any:
+        assert not network.training
+        assert config["num_steps"] == 3
+        assert target == policy.TARGET
+        assert [m["role"] for m in messages] == ["system", "user"]
+        asked.append(messages[-1]["content"])
+        torch.rand(1)
+        return SimpleNamespace(best_string=f" found {len(asked)}")
+
+    monkeypatch.setitem(sys.modules, "nanogcg", SimpleNamespace(run=search, GCGConfig=dict))
+    read: list[list[str]] = []
+    answers = Speaker.answers
+    spy = lambda self, prompts, *more: read.append([*prompts]) or answers(self, prompts, *more)  # noqa: E731
+    monkeypatch.setattr(Speaker, "answers", spy)
+    found = policy_run(tiny, gcg=3)["policy"]["attacks"]["gcg"]
+    assert len(found["per row"]["success"]) == len(asked) == 2
+    expected = [text.format(optim_str=f"found {i}") for i, text in enumerate(asked, 1)]
+    assert expected in read
+
+
+def test_a_search_without_its_package_is_refused_before_training(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "nanogcg", None)
+    monkeypatch.setattr(policy, "fit", lambda *_: pytest.fail("trained"))
+    assert language_model.main([*command(tiny, "policy", "--arms", "sft"), "--gcg", "2"]) == 2
+    assert "pip install --no-deps nanogcg==0.3.0" in capsys.readouterr().err
+
+
+def test_a_search_is_a_setting_of_its_own_and_none_is_the_run_of_before():
+    plain = Setting("policy", "sft", 0)
+    assert plain.key == "policy-sft-0-cb27459549"
+    assert Setting("policy", "sft", 0, gcg=2).key != plain.key
+
+
+def test_attacks_that_some_runs_lack_have_a_column_all_the_same():
+    lines = []
+    for arm, more in (("old", {}), ("new", {"gcg": {"per row": {"success": [True]}}})):
+        kept = {"refusal": {"per row": {"refused": [False]}}, "utility": {"loss": {"value": 1.0}}}
+        part = {"attacks": {"none": {"per row": {"success": [False]}}, **more}, **kept}
+        about = {"experiment": "policy", "arm": arm, "seed": 0}
+        lines.append({**about, "policy": part, "undone": part})
+    table = shown.tables(lines).split("\n")[2::2]
+    old, new = ([cell.strip() for cell in line.split("|")] for line in table)
+    assert (old[4], new[4][:5]) == ("–", "100.0")
 
 
 def test_no_results_have_no_table():

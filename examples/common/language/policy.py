@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from common.language.gcg import SearchedSuffix, nanogcg
 from common.language.mixed import expected, members
 from common.language.rows import SYSTEM, Row, batches, column, read
 from common.language.training import Learner, Setting, learner, load, pgd, player, train
@@ -44,6 +45,8 @@ def run(setting: Setting, output: Path) -> dict[str, Any]:
 
     The members of a mixture are adapters of one model, trained one after another.
     """
+    if setting.gcg:
+        nanogcg()  # missing, it is to be said before training
     parts = members(setting, MEMBERS.get(setting.arm, 1))
     network, tokenizer = load(setting.model)
     trained, runs = [], []
@@ -58,12 +61,12 @@ def run(setting: Setting, output: Path) -> dict[str, Any]:
         "curve": [x for run in runs for x in run["curve"]],
         "losses": [x for run in runs for x in run["losses"]],
         "seconds_per_update": sum(r["seconds_per_update"] for r in runs) / len(runs),
-        "policy": measured(setting, trained, mixture, attacks()),
+        "policy": measured(setting, trained, mixture, attacks(setting)),
     }
     for part, one, adapter in zip(parts, trained, names, strict=True):
         network.set_adapter(adapter.name)
         undo(part, one)
-    few = {name: attack for name, attack in attacks().items() if name == "embedding"}
+    few = {name: attack for name, attack in attacks(setting).items() if name == "embedding"}
     return {**found, "undone": measured(setting, trained, mixture, few)}
 
 
@@ -84,14 +87,16 @@ def undo(setting: Setting, one: Learner) -> None:
     train(replace(setting, updates=BENIGN), step, dict)
 
 
-def attacks() -> dict[str, Any]:
+def attacks(setting: Setting) -> dict[str, Any]:
     """Return the attacks of the evaluation, none of which training sees."""
+    searched = {"gcg": SearchedSuffix(TARGET, setting.gcg)} if setting.gcg else {}
     reworded = {row["prompt"]: row["rewrites"] for row in read("garlic", "held_out")}
     return {
         "prefill": Prefill(BEGINS),
         "suffixes": Suffixes(SUFFIXES),
         "rewrites": Rewrites(reworded.__getitem__),
         "embedding": EmbeddingAttack(TARGET, steps=5, radius=0.2),
+        **searched,
     }
 
 

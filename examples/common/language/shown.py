@@ -61,15 +61,15 @@ def _of_subject(ends: Collection[Result], asked: str) -> str:
 
 
 def _policy(results: Sequence[Result]) -> str:
-    names = list(results[0]["policy"]["attacks"])
+    names = list(dict.fromkeys(n for r in results for n in r["policy"]["attacks"]))
     head = ("arm", "measured", *(f"{name} %" for name in names), "near refused %", "held-out loss")
     rows = []
     for arm, runs in by_arm(results).items():
         for when, what in {"policy": "trained", "undone": "after plain fine-tuning"}.items():
             found = [r[when] for r in runs]
             cells = [
-                pooled(f["attacks"][n]["per row"]["success"] for f in found)
-                if n in found[0]["attacks"]
+                pooled(f["attacks"][n]["per row"]["success"] for f in found if n in f["attacks"])
+                if any(n in f["attacks"] for f in found)
                 else DASH
                 for n in names
             ]
