@@ -12,7 +12,7 @@ ContinuousAT, targeted LAT, MixAT, and a mixture of two adapters by ContinuousAT
 updates (adapters), of which one is drawn for each answer. Measured: success of attacks that
 training does not see, refusals of near topics, the held-out loss, and what 50 plain updates on
 other questions undo. --gcg 20 adds suffixes that nanogcg searches for on the trained model
-(pip install --no-deps nanogcg==0.3.0): minutes for each prompt and run.
+(pip install --no-deps nanogcg==0.3.0); a step takes about 7 seconds of one core for each prompt.
 
 The model is SmolLM2-135M-Instruct with LoRA adapters; python examples/smollm2.py fetches it. An
 update of 4 rows takes about 1.4 seconds of one CPU core without an adversary, 5 with 3 steps of
