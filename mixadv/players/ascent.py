@@ -84,7 +84,8 @@ class Ascent:
         unit: of lengths: `"relative"` to the mean L2 norm of a real token's output at the site,
             or `"absolute"`.
         fresh_dropout: draw a new dropout mask in every pass, as much released code does; by default
-            all passes between two optimizer steps see the same one.
+            all passes between two optimizer steps see the same one. The first pass of `closure`
+            has the mask of plain training, the others have masks of a stream of their own.
         particle_batching: how the payoffs of many particles are computed: `"loop"`, one after
             another; `"vmap"`, by `torch.func.vmap`; `"stack"`, in one batch (only without dropout);
             `"auto"` stacks small batches where the first round finds that it is the same.

@@ -34,7 +34,12 @@ class Passes:
         self.goals = goals
         self.memory = dict(memory)  # which the round may change
         slots = arena.stateful.get(arena.modes)
-        self.replay = Replay(arena.model, arena.solver.fresh_dropout, slots)
+        self.replay = Replay(
+            arena.model,
+            arena.solver.fresh_dropout,
+            slots,
+            seed=lambda: arena.noise.number("masks"),
+        )
         self.cut = Cut()
         self.parameters = arena.parameters()  # listed once: passes are many
         self.calls: list[Call] = []  # that δ is made for
