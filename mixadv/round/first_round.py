@@ -32,6 +32,7 @@ from mixadv.round.goals import Goals, Whose
 from mixadv.round.layout import check_batch, find_batch, find_texts
 from mixadv.round.passes import nowhere
 from mixadv.round.readable import (
+    check_box,
     check_inputs,
     check_masks,
     check_owners,
@@ -84,6 +85,7 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
         check_where(stage)
+        check_box(stage)
         check_masks(stage)
         check_inputs(stage)
         check_owners(stage, zero)
