@@ -52,6 +52,8 @@ FIXED = {
     "r3f": {*ONE, "steps"},
     "alum": {"particles"},
     "smart": {"particles"},
+    "trades": {"particles"},
+    "mart": ONE,
     "mat": set(),
 }
 

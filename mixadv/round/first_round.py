@@ -22,6 +22,7 @@ from mixadv.model.scaling import KEY, Formats
 from mixadv.model.values import copying
 from mixadv.model.visits import Call
 from mixadv.players.opening import opening
+from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.agreement import check_batching
 from mixadv.round.arena import Arena, Calibration, Memory
@@ -101,7 +102,7 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         check_payoff(trial.solver, paid)
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_lengths(trial, lengths))
-        _check_noise_floor(stage, paid, check_slopes(trial, slopes))
+        _check_noise_floor(stage, paid, check_slopes(trial, _slopes(stage, slopes)))
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, goals, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
@@ -215,6 +216,32 @@ def _no_gradient(arena: Arena, whose: Whose) -> str:
     )
 
 
+def _slopes(stage: Stage, at_zero: list[Tensor]) -> list[Tensor]:
+    """Return the gradients at δ = 0, or at the start where all of those are 0.
+
+    So they are for a distance from what the model itself returned, as for any least payoff.
+    """
+    solver, passes = stage.arena.solver, stage.passes
+    still = parallel.agreed(not any(bool(g.any()) for g in at_zero), at_zero[0])
+    starts = solver.start != "zero" and 0 not in (solver.initial_size, solver.radius)
+    if not (still and starts) or solver.leaps:
+        return at_zero
+    q = _start(stage)
+    with passes.frozen():
+        reading = passes.run(passes.at(q), whose=stage.goals.payer)
+        return passes.differentiate(reading.objective, q.points)
+
+
+def _start(stage: Stage) -> Strategy:
+    """Return a start of one particle; a start at zero gets the size that others have."""
+    solver = stage.arena.solver
+    noise = Noise(stage.arena.seed)
+    noise.begin("noise floor", 0)
+    start = "uniform" if solver.start == "zero" else solver.start
+    ascent = solver.ascent(particles=1, start=start)
+    return opening(ascent, noise, stage.passes.kept[-1].places, stage.arena.scale)
+
+
 def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
     """Warn if the adversary's start `moves` the predictions by little more than rounding does.
 
@@ -227,11 +254,8 @@ def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
     solver = arena.solver
     if solver.leaps or solver.initial_size == 0 or solver.radius == 0:
         return
-    noise = Noise(arena.seed)
-    noise.begin("noise floor", 0)
-    start = "uniform" if solver.start == "zero" else solver.start
-    ascent = solver.ascent(particles=1, start=start)
-    q = opening(ascent, noise, passes.kept[-1].places, arena.scale)
+    q, noise = _start(stage), Noise(arena.seed)
+    noise.begin("rounding", 0)
 
     def rounding(index: int, call: Call, output: Tensor) -> Tensor:
         like = call.empty()

@@ -25,6 +25,7 @@ from mixadv.players.rows import of_rows
 from mixadv.players.strategy import Strategy
 from mixadv.round.arena import Arena, Memory
 from mixadv.round.goals import Goals, Whose
+from mixadv.round.labels import Labels
 
 
 class Passes:
@@ -45,6 +46,7 @@ class Passes:
         self.theta_backwards = 0
         self._calls_per_pass: dict[Whose, int] = {}
         self._still: dict[Whose, list[bool]] = {}  # which calls of a first pass ran under no_grad
+        self._labels = Labels(check=not arena.calibration.checked)
         self._read: Tensor | None = None  # which predictions the loss reads
 
     def run(
@@ -83,6 +85,8 @@ class Passes:
         self._note_calls(current, copies)
         reading = parse_output(result, current.tokens(), unwrap(arena.model))
         reading = self._count_predictions(reading, copies) if own else reading
+        if own and arena.solver.reads_labels and copies == 1:
+            reading = self._labels.in_(reading, result, current.tokens())
         if represents is not None:
             reading = reading._replace(hidden=represents.take())
         if arena.calibration.scaling is not None:

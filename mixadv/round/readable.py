@@ -195,6 +195,8 @@ def check_reading(arena: Arena, reading: Reading, labels: Any) -> None:
                 f"The predictions do not depend on δ at {arena.site.names}: return the logits that "
                 "the loss was computed from, not detached."
             )
+        if solver.reads_labels:
+            assert reading.labels.shape == predictions.shape[:-1]
         if predictions.shape[-1] == 1 and solver.compares in ("kl", "symmetric_kl", "js"):
             raise GameError(
                 f"The predictions have one column, of which {solver.compares!r} is always 0. "

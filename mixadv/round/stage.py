@@ -165,6 +165,9 @@ class Stage(Moves):
     def clean(self) -> Reading:
         return self._clean or self._keep_clean(self.passes.part(nowhere))
 
+    def learned(self) -> Reading:
+        return self.clean()
+
     def retaining(self, play: Play, solver: Solver) -> Play:
         """Yield the moves of a solver, those of each optimizer step behind what is retained."""
         learner = solver.learner()
@@ -256,9 +259,9 @@ class Stage(Moves):
     def _rule(self, ascent: Ascent) -> Rule:
         def rule(index: int, delta: Tensor, *move: Any) -> Tensor:
             room = self.passes.room(ascent, index)
-            if room is not None:
-                room = room.repeat(len(delta) // len(room.low))
-            return ascent.move(delta, *move, room=room)
+            if room is None:
+                return ascent.move(delta, *move)
+            return ascent.move(delta, *move, room=room.repeat(len(delta) // len(room.low)))
 
         return rule
 
