@@ -307,7 +307,6 @@ CANNOT: dict[tuple[str, str], str] = {
     ("textat", "hidden layer"): _TOKENS,
     ("textat", "vision"): _TOKENS,
     ("cat", "reentrant"): _TWICE,
-    ("mart", "two losses"): r"reads labels of classes",
 }
 
 REFUSED: dict[str, str] = {}
