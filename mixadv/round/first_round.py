@@ -102,7 +102,7 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         check_payoff(trial.solver, paid)
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_lengths(trial, lengths))
-        _check_noise_floor(stage, paid, check_slopes(trial, _slopes(stage, slopes)))
+        _check_start(stage, paid, slopes)
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, goals, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
@@ -216,22 +216,6 @@ def _no_gradient(arena: Arena, whose: Whose) -> str:
     )
 
 
-def _slopes(stage: Stage, at_zero: list[Tensor]) -> list[Tensor]:
-    """Return the gradients at δ = 0, or at the start where all of those are 0.
-
-    So they are for a distance from what the model itself returned, as for any least payoff.
-    """
-    solver, passes = stage.arena.solver, stage.passes
-    still = parallel.agreed(not any(bool(g.any()) for g in at_zero), at_zero[0])
-    starts = solver.start != "zero" and 0 not in (solver.initial_size, solver.radius)
-    if not (still and starts) or solver.leaps:
-        return at_zero
-    q = _start(stage)
-    with passes.frozen():
-        reading = passes.run(passes.at(q), whose=stage.goals.payer)
-        return passes.differentiate(reading.objective, q.points)
-
-
 def _start(stage: Stage) -> Strategy:
     """Return a start of one particle; a start at zero gets the size that others have."""
     solver = stage.arena.solver
@@ -242,17 +226,20 @@ def _start(stage: Stage) -> Strategy:
     return opening(ascent, noise, stage.passes.kept[-1].places, stage.arena.scale)
 
 
-def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
-    """Warn if the adversary's start `moves` the predictions by little more than rounding does.
+def _check_start(stage: Stage, zero: Reading, slopes: list[Tensor]) -> None:
+    """Warn if no gradient moves δ, or what its start does to the predictions is mostly rounding.
 
     The gradient of a divergence there is a difference of almost equal predictions, and noise if
     they differ by rounding; the gradient of a loss needs no such difference. The passes are run
     whether it moves or not: of several processes, which wait for each other in a pass, it may in
-    one alone.
+    one alone. At δ = 0 all slopes are 0 of a payoff that is least there, such as a distance from
+    what the model itself returned: the start tells then.
     """
     arena, passes = stage.arena, stage.passes
     solver = arena.solver
+    moves = any(bool(g.any()) for g in slopes)
     if solver.leaps or solver.initial_size == 0 or solver.radius == 0:
+        check_slopes(arena, moves)
         return
     q, noise = _start(stage), Noise(arena.seed)
     noise.begin("rounding", 0)
@@ -264,12 +251,19 @@ def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
         length = eps * arena.calibration.length(call.site) / math.sqrt(size)
         return length * noise("uniform", like).sign()
 
+    whose = stage.goals.payer
+    with passes.frozen(), passes.autocast(solver):
+        started = passes.run(passes.at(q), whose=whose)
+    if parallel.sharded(arena.model):  # a backward is one of all processes
+        moves = not parallel.agreed(not moves, slopes[0])
+    if not moves and solver.start != "zero":
+        moves = any(bool(g.any()) for g in passes.differentiate(started.objective, q.points))
     # A compiled model would have to make a graph for passes without gradients.
     quiet = passes.frozen() if isinstance(arena.site, CompiledSite) else no_grad()
     with quiet, passes.autocast(solver):
-        whose = stage.goals.payer
-        change = _distance(passes.run(passes.at(q.detach()), whose=whose), zero)
+        change = _distance(started, zero)
         floor = _distance(passes.run(rounding, whose=whose), zero)
+    check_slopes(arena, moves)
     if moves and change <= _NOISE_FLOOR * floor:
         warnings.warn(
             f"{type(solver).__name__} starts below the noise floor: δ of size "

@@ -227,17 +227,16 @@ def check_payoff(solver: Solver, reading: Reading) -> None:
         )
 
 
-def check_slopes(arena: Arena, gradients: list[Tensor]) -> bool:
-    """Warn if no gradient moves δ; return whether one does.
+def check_slopes(arena: Arena, moves: bool) -> None:
+    """Warn if no gradient moves δ.
 
     Not an error: heads and adapters often start at zero, and move in a step or two.
     """
-    if any(bool(g.any()) for g in gradients):
-        return True
+    if moves:
+        return
     warnings.warn(
         f"The gradient with respect to δ at {arena.site.names} is exactly zero in the first round: "
         "weights on the way to the loss that start at zero, or a function such as round(). No "
         "ascent moves until that changes.",
-        stacklevel=6,
+        stacklevel=7,
     )
-    return False
