@@ -45,7 +45,7 @@ FIXED = {
     "pgd": {"particles"},
     "freeat": ONE,
     "freelb": ONE,
-    "textat": {*ONE, "projection"},
+    "textat": {*ONE, "projection", "box"},
     "creat": ONE,
     "cat": {*ONE, "steps", "start"},
     "vat": {"particles"},
