@@ -45,13 +45,15 @@ FIXED = {
     "pgd": {"particles"},
     "freeat": ONE,
     "freelb": ONE,
-    "textat": {*ONE, "projection"},
+    "textat": {*ONE, "projection", "box"},
     "creat": ONE,
     "cat": {*ONE, "steps", "start"},
     "vat": {"particles"},
     "r3f": {*ONE, "steps"},
     "alum": {"particles"},
     "smart": {"particles"},
+    "trades": {"particles"},
+    "mart": ONE,
     "mat": set(),
 }
 

@@ -277,14 +277,14 @@ def train(solver=None, dtype=torch.float32, times=1.0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("name", [n for n in mixadv.SOLVERS if n != "mart"])  # of another loss
 def test_radius_zero_is_plain_training(name, dtype):
     times = 2.0 if name == "fgm" else 1.0  # its clean and its adversarial loss coincide
     plain = train(dtype=dtype, times=times)
     steps = {"steps": 1} if name == "freeat" else {}  # as many updates
     played = train(build(name, radius=0.0, **PLAIN, **steps), dtype)
     # Else gradients are sums over passes, or of two that cancel up to rounding.
-    exact = name not in ("fgm", "freelb", "textat", "creat", "cat", "vat")
+    exact = name not in ("fgm", "freelb", "textat", "creat", "cat", "vat", "trades")
     if exact or dtype == torch.float64:
         tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-9, "atol": 1e-11}
         torch.testing.assert_close(played, plain, **tolerance)

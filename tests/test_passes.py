@@ -54,6 +54,8 @@ TABLE: dict[str, Callable[..., Cost]] = {
     "r3f": lambda s: Cost(2, 0, 1, 1),
     "alum": comparison,
     "smart": lambda s: Cost(2 + s.steps + int(s.proximal_weight > 0), s.steps, 1, 1),
+    "trades": comparison,
+    "mart": comparison,
     "mat": mat,
 }
 FEW = st.integers(0, 3)
@@ -74,6 +76,8 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "vat": {"steps": st.integers(1, 3)},
     "r3f": {"start": st.sampled_from(["uniform", "normal"])},
     "alum": {"steps": FEW},
+    "trades": {"steps": FEW},
+    "mart": {"steps": FEW},
     "smart": {"steps": FEW, "proximal_weight": st.sampled_from([0.0, 1.0])},
     "mat": {
         "steps": FEW,

@@ -292,6 +292,21 @@ class Formulas:
     def alum(self, a) -> None:
         self.descend(self.smooth(a))
 
+    def trades(self, a) -> None:
+        clean = self.predict()
+        delta = self.ascend(lambda d: kl(self.predict(d), clean.detach()), a)
+        moved = kl(self.predict(delta), clean).mean()
+        self.descend(self.loss().mean() + a.smoothness_weight * moved)
+
+    def mart(self, a) -> None:
+        clean, delta = self.predict(), self.ascend(self.loss, a)
+        p, q = clean.softmax(-1), self.predict(delta).softmax(-1)[0]
+        right = torch.eye(p.shape[-1], dtype=torch.bool)[self.labels]
+        rival = q.masked_fill(right, 0).amax(-1)
+        moved = (p * (p.log() - q.log())).sum(-1) * (1 - p[right])
+        boosted = -q[right].log() - (1 - rival).log()
+        self.descend((boosted + a.smoothness_weight * moved).mean())
+
     def smart(self, a) -> None:
         taught = self.predict(theta=self.teacher).detach()
         proximal = symmetric_kl(self.predict(), taught).mean()
@@ -385,6 +400,10 @@ CASES = {
     "r3f-normal": mixadv.R3F(radius=0.5, start_size=0.2, start="normal"),
     "alum": mixadv.ALUM(steps=2, start_size=0.2, smoothness_weight=1.5),
     "alum-raw": mixadv.ALUM(normalize="none", norm="linf", start_size=0.1, radius=0.3),
+    "trades": mixadv.TRADES(steps=2, start_size=0.2, smoothness_weight=1.5),
+    "trades-raw": mixadv.TRADES(normalize="none", norm="linf", start_size=0.1, radius=0.3),
+    "mart": mixadv.MART(steps=2, radius=0.5, step_size=0.3, smoothness_weight=2.0),
+    "mart-normal": mixadv.MART(steps=3, norm="linf", start="normal", start_size=0.1),
     "smart": mixadv.SMART(**SMART, ema_decay=0.9),
     "smart-last": mixadv.SMART(**SMART, ema_decay=0.0, teacher_every=2),
     "smart-raw": mixadv.SMART(**SMART, ema_decay=0.9, normalize="none", norm="linf"),

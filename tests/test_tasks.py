@@ -178,13 +178,15 @@ TASKS = {task.__name__: task for task in [*OF_TEXT, vit, resnet, segmentation]}
 _TOKENS = r"TextAT .* site .* is not an embedding .* choose another solver"
 _ONE_COLUMN = r"one column, of which .* is always 0. Choose divergence='squared_error'"
 _REPRESENTATION = r"representation read at .* Give representation="
+_LABELS = r"reads labels of classes.* return \(loss, logits \[B, C\], labels \[B\]\)"
 # What a solver cannot play by its defaults, and what it says to change.
 REFUSED: dict[tuple[str, str], tuple[str, dict[str, Any] | None]] = {
     **{("textat", task): (_TOKENS, None) for task in ("vit", "resnet", "segmentation")},
     **{
         (name, "scores"): (_ONE_COLUMN, {"divergence": "squared_error"})
-        for name in ("vat", "r3f", "alum", "smart", "mat")
+        for name in ("vat", "r3f", "alum", "smart", "trades", "mat")
     },
+    **{("mart", task): (_LABELS, None) for task in ("answers", "scores", "segmentation")},
     **{
         (name, task): (_REPRESENTATION, {"representation": pooled})
         for name in ("cat", "creat")

@@ -18,6 +18,14 @@ try:
         GenerationReport,
         evaluate_generator,
     )
+    from mixadv.robustness.images import (
+        ImageAccuracy,
+        ImageAttack,
+        auto_attack,
+        image_accuracy,
+        pgd_attack,
+        torchattack,
+    )
     from mixadv.robustness.mixture_accuracy import MixtureAccuracy, MixtureAttacks, mixture_accuracy
     from mixadv.robustness.predictions import (
         Batch,
@@ -60,6 +68,8 @@ __all__ = [
     "GenerationAttack",
     "GenerationEvaluation",
     "GenerationReport",
+    "ImageAccuracy",
+    "ImageAttack",
     "Judge",
     "LossIncrease",
     "MixtureAccuracy",
@@ -75,6 +85,7 @@ __all__ = [
     "accuracy_at_radii",
     "accuracy_drop",
     "all_correct",
+    "auto_attack",
     "bootstrap",
     "bootstrap_difference",
     "compare",
@@ -82,16 +93,19 @@ __all__ = [
     "evaluate_generator",
     "expected_calibration_error",
     "holm",
+    "image_accuracy",
     "judged",
     "lacks",
     "loss_increase",
     "mixture_accuracy",
     "paired_t_test",
+    "pgd_attack",
     "predict",
     "read_rows",
     "says",
     "t_interval",
     "text_batches",
     "token_norm",
+    "torchattack",
     "wilson",
 ]

@@ -92,7 +92,8 @@ def _rehearse(solver: Solver, general_sum: bool = False) -> tuple[Counts, "Rehea
     return counts, stage
 
 
-_READING = Reading(torch.zeros(()), torch.zeros(2, 2), None, torch.zeros(2, 1), 2)
+_ANSWERS = torch.zeros(2, dtype=torch.long)
+_READING = Reading(torch.zeros(()), torch.zeros(2, 2), None, torch.zeros(2, 1), 2, answers=_ANSWERS)
 
 
 @final
@@ -157,6 +158,10 @@ class Rehearsal(Moves):
         self.forwards += not self.clean_known
         self._used_clean &= self.clean_known
         self.clean_known = True
+        return _READING
+
+    def learned(self) -> Reading:
+        self._learn_clean()
         return _READING
 
     def plain_loss(self) -> Tensor:

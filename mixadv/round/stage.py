@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import final
+from functools import partial
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -67,7 +68,8 @@ class Stage(Moves):
         return self.passes.calls
 
     def start(self, ascent: Ascent, begin: Begin | None = None) -> Strategy:
-        return opening(ascent, self.arena.noise, self.calls, self.arena.scale, begin)
+        rooms = partial(self.passes.room, ascent)
+        return opening(ascent, self.arena.noise, self.calls, self.arena.scale, begin, rooms)
 
     def draw(self, ascent: Ascent, call: Call) -> Tensor:
         return ascent.begin(call.empty(), call.mask, self.arena.noise, call.owners)
@@ -139,7 +141,7 @@ class Stage(Moves):
                 raise GameError(NO_GRADIENT.format("δ"))
             gradients = self._arrived.gradients(q)
         own = isinstance(how, Ascent)
-        rule = _rule(how) if own else how
+        rule = self._rule(how) if own else how
         q, fallen = q.move(gradients, rule, self.arena.noise, own and how.remembers)
         before = self.fallen or fallen
         self.fallen = [old | new for old, new in zip(before, fallen, strict=True)]
@@ -162,6 +164,9 @@ class Stage(Moves):
 
     def clean(self) -> Reading:
         return self._clean or self._keep_clean(self.passes.part(nowhere))
+
+    def learned(self) -> Reading:
+        return self.clean()
 
     def retaining(self, play: Play, solver: Solver) -> Play:
         """Yield the moves of a solver, those of each optimizer step behind what is retained."""
@@ -251,6 +256,15 @@ class Stage(Moves):
         self._clean = None
         self.passes.renew()
 
+    def _rule(self, ascent: Ascent) -> Rule:
+        def rule(index: int, delta: Tensor, *move: Any) -> Tensor:
+            room = self.passes.room(ascent, index)
+            if room is None:
+                return ascent.move(delta, *move)
+            return ascent.move(delta, *move, room=room.repeat(len(delta) // len(room.low)))
+
+        return rule
+
     def _pay(self, objective: Tensor) -> None:
         """Note what the learner pays, unless the adversary is paid otherwise."""
         if not self.goals.general_sum:
@@ -266,10 +280,6 @@ class Stage(Moves):
         if self.clean_loss is None:
             self.clean_loss = reading.objective.detach()
         return reading
-
-
-def _rule(ascent: Ascent) -> Rule:
-    return lambda index, *move: ascent.move(*move)
 
 
 def _expected(q: Strategy, values: Tensor) -> Tensor:

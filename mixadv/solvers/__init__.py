@@ -10,12 +10,14 @@ from mixadv.solvers.creat import CreAT
 from mixadv.solvers.fgm import FGM
 from mixadv.solvers.freeat import FreeAT
 from mixadv.solvers.freelb import FreeLB
+from mixadv.solvers.mart import MART
 from mixadv.solvers.mat import MAT
 from mixadv.solvers.noise import UniformNoise
 from mixadv.solvers.pgd import PGD
 from mixadv.solvers.r3f import R3F
 from mixadv.solvers.smart import SMART
 from mixadv.solvers.textat import TextAT
+from mixadv.solvers.trades import TRADES
 from mixadv.solvers.vat import VAT
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -33,6 +35,8 @@ SOLVERS: dict[str, type[Solver]] = {
         R3F,
         ALUM,
         SMART,
+        TRADES,
+        MART,
         MAT,
     )
 }

@@ -57,6 +57,7 @@ class Solver(Ascent, ABC):
     summary: ClassVar[str]
     replays_batch: ClassVar[bool] = False  # an optimizer step per pass: no loop can split a round
     differentiates_twice: ClassVar[bool] = False  # a pass of its own: once for δ, once for θ
+    reads_labels: ClassVar[bool] = False  # of classes, beside the predictions
     own_payoff: ClassVar[str] = ""  # why no other payoff fits its ascent, where none does
     presets: ClassVar[Presets] = {}
 
@@ -217,6 +218,13 @@ def row(
     """Return a row of a published table in our words; its lengths are absolute."""
     ascent = {"step_size": step_size, "steps": steps, "start_size": start_size, "radius": radius}
     return {**ascent, "unit": "absolute", **more}
+
+
+def pixels(
+    step_size: float, steps: int, start_size: float, radius: float | None, **more: Any
+) -> dict[str, Any]:
+    """Return a row of a published table of images: L∞, pixels in [0, 1]."""
+    return row(step_size, steps, start_size, radius, norm="linf", box=(0.0, 1.0), **more)
 
 
 def check_divergence(solver: Solver, field: str) -> None:

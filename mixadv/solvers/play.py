@@ -140,6 +140,10 @@ class Moves(Protocol):
         """Return the clean pass; run once between two optimizer steps and shared."""
         ...
 
+    def learned(self) -> Reading:
+        """Return the clean pass, as one that gradients of an objective go through."""
+        ...
+
     def plain_loss(self) -> Tensor:
         """Return the clean loss, 0-d, as an objective of its own."""
         ...
