@@ -25,6 +25,7 @@ from mixadv.round.goals import Goals
 from mixadv.round.outcome import Outcome
 from mixadv.round.schedule import Schedule
 from mixadv.round.stage import Stage
+from mixadv.round.weighing import check_groups
 from mixadv.solvers.play import Step
 
 _KINDS = {
@@ -61,8 +62,9 @@ class Rounds:
         where: Where = None,
         adversary: Closure | None = None,
         retain: Closure | None = None,
+        groups: Tensor | None = None,
     ) -> Iterator[Stage]:
-        """Open a round on closures, in which δ acts `where` it may.
+        """Open a round on closures, in which δ acts `where` it may and rows are of `groups`.
 
         After an exception buffers, random state, hooks and flags are as they were before.
         """
@@ -71,7 +73,8 @@ class Rounds:
             raise GameError("A round within game.averaged() would be undone at its end.")
         if self.probing:
             self.probing.close()
-        stage = self._begin(Goals(closure, adversary, retain), check, where)
+        check_groups(groups, arena.solver)
+        stage = self._begin(Goals(closure, adversary, retain, groups), check, where)
         try:
             if arena.learner is not None:
                 arena.learner.open_round()
@@ -221,6 +224,9 @@ class Rounds:
             steps=steps,
             weights=weights,
             general_sum=stage.goals.general_sum,
+            worst_group=None if stage.weights is None else stage.weights.worst_group,
+            worst_group_weight=None if stage.weights is None else stage.weights.worst_group_weight,
+            effective_rows=None if stage.weights is None else stage.weights.effective_rows,
         )
         return self.outcome
 
