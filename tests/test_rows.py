@@ -1,6 +1,7 @@
 """An adversary that weighs rows or groups: its best weights, its games, and what it is told."""
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 import mixadv
 from mixadv.maths import row_weights
+from mixadv.robustness import DataError, bootstrap, compare, evaluate
+from mixadv.robustness.groups import accuracy_by_group
+from tests.test_evaluate import classifier, rows_of, word_tokenizer
 from tests.worlds import gradients
 from tests.zoo import WAYS, Player, assert_same, fingerprint, small, wrapped
 
@@ -416,3 +420,59 @@ def test_a_state_of_other_groups_is_refused():
     other.load_state_dict(optimizer.state_dict())
     with pytest.raises(mixadv.GameError, match=r"weights of 3 groups, and GroupDRO weighs 4"):
         other.step(player.closure(), groups=GROUPS)
+
+
+# Evaluation --------------------------------------------------------------------------------------
+
+
+GROUPED = {"correct": [True, True, False, True, False], "groups": ["a", "a", "b", "b", "c"]}
+
+
+def test_accuracy_by_group_is_that_of_its_rows():
+    found = accuracy_by_group(**GROUPED)
+    assert {n: x["rows"] for n, x in found["groups"].items()} == {"a": 2, "b": 2, "c": 1}
+    values = {n: x["accuracy"]["value"] for n, x in found["groups"].items()}
+    assert values == {"a": 1.0, "b": 0.5, "c": 0.0}
+    assert found["worst"] == "c"
+    for name, own in found["groups"].items():
+        right = [c for c, g in zip(*GROUPED.values(), strict=True) if g == name]
+        assert own["accuracy"] == bootstrap(right)._asdict()
+    with pytest.raises(ValueError, match="of the same rows"):
+        accuracy_by_group([True], ["a", "b"])
+
+
+def test_an_evaluation_has_each_group_and_compares_the_worst():
+    data = {**rows_of(0), "team": [i % 3 for i in range(40)]}
+    twins = {**rows_of(1, 25), "team": ["even" if i % 2 else "odd" for i in range(25)]}
+    how: dict[str, Any] = {"radii": (), "increase_radius": None, "progress": False}
+    models = {"one": classifier(0), "other": classifier(1)}
+    reports = {
+        name: evaluate(
+            model, word_tokenizer(), data, groups="team", shifted={"twins": twins}, name=name, **how
+        )
+        for name, model in models.items()
+    }
+    sections = reports["one"].sections
+    right = np.array(sections["clean"]["per row"]["correct"])
+    teams = np.array(data["team"])
+    own = {str(t): float(right[teams == t].mean()) for t in range(3)}
+    found = sections["clean"]["by group"]
+    assert {n: x["accuracy"]["value"] for n, x in found["groups"].items()} == pytest.approx(own)
+    assert own[found["worst"]] == min(own.values())
+    assert set(sections["shifted"]["twins"]["by group"]["groups"]) == {"even", "odd"}
+    for text in (str(reports["one"]), reports["one"].markdown()):
+        assert "Accuracy by group, worst first" in text
+    table = compare(reports)
+    assert "clean worst group %" in table
+    assert "twins worst group %" in table
+    assert f"{100 * min(own.values()):.1f}" in table
+    assert json.loads(reports["one"].json())["clean"]["by group"] == found
+
+
+def test_groups_that_the_data_lack_are_refused_before_any_pass():
+    how: dict[str, Any] = {"radii": (), "increase_radius": None, "progress": False}
+    with pytest.raises(DataError, match=r"has no column 'team'"):
+        evaluate(classifier(), word_tokenizer(), rows_of(0), groups="team", **how)
+    data = {**rows_of(0), "team": [0.5] * 40}
+    with pytest.raises(DataError, match=r"row 1: team is 0.5, and a group has a name or a number"):
+        evaluate(classifier(), word_tokenizer(), data, groups="team", **how)
