@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import mixadv
 from mixadv.maths import row_weights
-from mixadv.robustness import DataError, bootstrap, compare, evaluate
-from mixadv.robustness.groups import accuracy_by_group
+from mixadv.robustness import DataError, accuracy_by_group, bootstrap, compare, evaluate
 from tests.test_evaluate import classifier, rows_of, word_tokenizer
+from tests.test_game import no_reads
 from tests.worlds import gradients
 from tests.zoo import WAYS, Player, assert_same, fingerprint, small, wrapped
 
@@ -281,6 +281,17 @@ def test_a_loss_that_overflows_does_not_spoil_the_weights_of_groups():
         optimizer.game.backward(overflow, groups=GROUPS)
         assert optimizer.game.state_dict()["memory"][KEY].isfinite().all()
         player.model.zero_grad()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_rounds_after_the_first_read_nothing_of_the_groups(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+):
+    optimizer, player = dro(steps=steps, counts=(2, 3, 1), size_adjustment=1.0)
+    optimizer.step(player.closure(), groups=GROUPS)
+    with no_reads(monkeypatch):
+        optimizer.step(player.closure(), groups=GROUPS)
+        optimizer.game.backward(player.closure(), groups=GROUPS)
 
 
 def test_plain_rounds_of_a_schedule_leave_the_weights_of_groups():

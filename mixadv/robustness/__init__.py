@@ -18,6 +18,7 @@ try:
         GenerationReport,
         evaluate_generator,
     )
+    from mixadv.robustness.groups import accuracy_by_group
     from mixadv.robustness.mixture_accuracy import MixtureAccuracy, MixtureAttacks, mixture_accuracy
     from mixadv.robustness.predictions import (
         Batch,
@@ -73,6 +74,7 @@ __all__ = [
     "Speaker",
     "Suffixes",
     "accuracy_at_radii",
+    "accuracy_by_group",
     "accuracy_drop",
     "all_correct",
     "bootstrap",

@@ -68,7 +68,7 @@ def group_means(losses: Tensor, groups: Tensor | None, count: int) -> tuple[Tens
     """
     if groups is None:
         absent = losses.new_zeros(count - 1)
-        own, rows = losses.mean()[None], losses.new_tensor([len(losses)])
+        own, rows = losses.mean()[None], losses.new_full((1,), len(losses))
         return torch.cat([own, absent]), torch.cat([rows, absent])
     _check_shape(groups, losses)
     numbers = torch.arange(count, device=losses.device)[:, None]
