@@ -136,6 +136,7 @@ class Game:
         where: Where = None,
         adversary: Closure | None = None,
         retain: Closure | None = None,
+        groups: Tensor | None = None,
     ) -> Outcome:
         """Play a round up to the optimizer step; gradients are in `.grad` as after a backward.
 
@@ -150,6 +151,7 @@ class Game:
             adversary: runs forward passes and returns what the adversary maximises: anything that
                 `closure` may return. One δ then acts in all calls of both; see the class.
             retain: returns what the learner minimises too, at δ = 0.
+            groups: the group of each row, a LongTensor `[B]`, for a solver that weighs groups.
 
         A loss that the closure divides itself leaves a divergence undivided: where micro-batches
         are accumulated, divide in `backward`, `lambda loss: (loss / 4).backward()`.
@@ -161,7 +163,7 @@ class Game:
         self._refuse_replays()
         if backward is not None:
             validate.check_function("backward must be a function of a loss", backward)
-        opened = self.rounds.open(closure, check, where, adversary, retain)
+        opened = self.rounds.open(closure, check, where, adversary, retain, groups)
         with torch.enable_grad(), opened as stage:
             total = torch.zeros(())
             for objective, last in self.rounds.objectives(stage):
@@ -179,6 +181,7 @@ class Game:
         where: Where = None,
         adversary: Closure | None = None,
         retain: Closure | None = None,
+        groups: Tensor | None = None,
     ) -> Tensor:
         """Play a round and return a loss whose backward delivers the round's whole gradient.
 
@@ -190,7 +193,7 @@ class Game:
             validate.check_closure(closure)
             return parse_output(closure()).objective
         self._refuse_replays()
-        with self.rounds.open(closure, check, where, adversary, retain) as stage:
+        with self.rounds.open(closure, check, where, adversary, retain, groups) as stage:
             carried = Carried(stage.passes)
             for objective, last in self.rounds.objectives(stage):
                 if last:
@@ -220,8 +223,7 @@ class Game:
 
         Args:
             closure: measures the unit by one forward pass that leaves no trace, of several
-                processes on this one; without it, the unit is estimated from the rows of the
-                embedding until the first round is played.
+                processes on this one; without it the embedding's rows estimate the unit at first.
             where: as in `backward`; with a closure alone.
             adversary: likewise.
             retain: likewise.

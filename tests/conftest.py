@@ -1,6 +1,7 @@
 """Settings that all tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.zoo import weighing_rows
 
 settings.register_profile(
     "fast",
@@ -32,3 +35,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _seeded() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _weighing_rows(request: pytest.FixtureRequest) -> Iterator[None]:
+    with weighing_rows(request.node.name):
+        yield

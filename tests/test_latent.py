@@ -144,8 +144,11 @@ SOLVERS = {
     "alum": mixadv.ALUM(steps=2),
     "smart": mixadv.SMART(proximal_weight=0.0),
     "mat": mixadv.MAT(play_as="mean", round_damping=0.0, **PLAIN),
+    "group_dro": mixadv.GroupDRO(steps=1),
+    "cvar": mixadv.CVaR(steps=1, level=1e-9),
+    "chi_square": mixadv.ChiSquare(steps=1, ball=0.01),
 }
-AT = ("noise", "pgd", "freeat", "freelb")
+AT = ("noise", "pgd", "freeat", "freelb", "group_dro")
 
 
 def objective(name: str, clean: Read, at: Read) -> Tensor:
@@ -153,6 +156,10 @@ def objective(name: str, clean: Read, at: Read) -> Tensor:
     loss, moved = clean.losses.mean(), at.losses.mean()
     if name in AT:
         return moved
+    if name == "cvar":
+        return at.losses.max()
+    if name == "chi_square":
+        return moved + 0.02**0.5 * at.losses.std(unbiased=False)
     if name == "fgm":
         return loss + moved
     if name == "creat":

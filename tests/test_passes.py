@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
-from tests.zoo import or_refused, player
+from tests.zoo import ROWS, or_refused, player
 
 
 class Cost(NamedTuple):
@@ -30,6 +30,10 @@ def comparison(s: mixadv.ALUM | mixadv.VAT) -> Cost:
 def pgd(s: mixadv.PGD) -> Cost:
     target = int(s.payoff != "loss" and s.steps > 0)
     return Cost(s.steps + 1 + target, s.steps, 1, 1)
+
+
+def pgd_of_the_loss(s: mixadv.Solver) -> Cost:
+    return Cost(s.steps + 1, s.steps, 1, 1)
 
 
 def mat(s: mixadv.MAT, samples: int | None = None) -> Cost:
@@ -57,6 +61,7 @@ TABLE: dict[str, Callable[..., Cost]] = {
     "trades": comparison,
     "mart": comparison,
     "mat": mat,
+    **dict.fromkeys(ROWS, pgd_of_the_loss),
 }
 FEW = st.integers(0, 3)
 SHARE = st.sampled_from([0.0, 0.5, 1.0])
@@ -86,6 +91,7 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "play_as": st.sampled_from(["mean", "ensemble", "sample"]),
         "points": st.sampled_from(["last", "path"]),
     },
+    **{name: {"steps": FEW} for name in ROWS},
 }
 
 

@@ -45,7 +45,7 @@ TABLE = 0.2 * torch.randn(11, 4, generator=torch.Generator().manual_seed(5), dty
 
 def closure(model, solver, ids, mask, labels):
     """One loss for the batch; raw ascents need one per sample."""
-    reduction = "none" if solver.normalize == "none" else "mean"
+    reduction = "none" if solver.normalize == "none" or solver.weighs else "mean"
 
     def forward():
         logits = model(ids, attention_mask=mask)
@@ -201,6 +201,38 @@ class Formulas:
 
     def pgd(self, a) -> None:
         self.descend(self.loss(self.ascend(self.loss, a)).mean())
+
+    def group_dro(self, a) -> None:
+        losses = self.loss(self.ascend(self.loss, a))[0]
+        rows = [self.labels == g for g in range(3)]
+        means = torch.stack([losses[own].sum() / max(int(own.sum()), 1) for own in rows])
+        gains = means.detach() + a.size_adjustment / torch.tensor(a.counts).double().sqrt()
+        shares = self.memory.get("group log-weights", torch.zeros(3).double()).exp()
+        shares = shares * (a.mirror_step * gains).exp()
+        shares = shares / shares.sum()
+        self.memory = {"group log-weights": shares.log()}
+        self.descend(shares @ means)
+
+    def cvar(self, a) -> None:
+        """The worst rows have 1/(αB) each until nothing is left."""
+        losses, left, total = self.loss(self.ascend(self.loss, a))[0], 1.0, 0.0
+        for loss in losses.sort(descending=True).values:
+            weight = min(left, 1 / (a.level * len(losses)))
+            total, left = total + weight * loss, left - weight
+        self.descend(total)
+
+    def chi_square(self, a) -> None:
+        """w ∝ max(ℓ − η, 0), with η found by bisection."""
+        losses = self.loss(self.ascend(self.loss, a))[0]
+        values = losses.detach()
+        low, high = values.max() - 1e3, values.max()
+        for _ in range(200):
+            middle = (low + high) / 2
+            w = (values - middle).clamp(min=0)
+            w = w / w.sum()
+            inside = (len(w) * w - 1).square().mean() / 2 < a.ball
+            low, high = (middle, high) if inside else (low, middle)
+        self.descend(w @ losses)
 
     def freelb(self, a) -> None:
         delta, total = self.start(a), 0.0
@@ -376,6 +408,7 @@ LAYER = {"source": "layer"}
 CAT = {"radius": 0.3, "contrast_weight": 0.4, **LAYER}
 TEXTAT = {"steps": 3, "radius": 0.5, "step_size": 0.3}
 FREEAT = {"steps": 2, "radius": 0.5, "step_size": 0.3}
+ROWS = {"steps": 2, "start": "uniform", "start_size": 0.1, "radius": 0.4}
 CASES = {
     "noise": mixadv.UniformNoise(radius=0.5),
     "fgm": mixadv.FGM(radius=0.5),
@@ -416,6 +449,11 @@ CASES = {
     "mat-ensemble": mixadv.MAT(
         **MAT, play_as="ensemble", points="last", normalize="none", step_size=2.0
     ),
+    "group_dro": mixadv.GroupDRO(
+        groups=3, mirror_step=0.5, counts=(9, 4, 1), size_adjustment=0.7, **ROWS
+    ),
+    "cvar": mixadv.CVaR(level=0.6, **ROWS),
+    "chi_square": mixadv.ChiSquare(ball=0.1, **ROWS),
     "mat-steepest": mixadv.MAT(**MAT, play_as="ensemble", points="last"),
 }
 
@@ -438,7 +476,8 @@ def test_rounds_follow_the_formulas(solver, base):
     model, optimizer = wrapped(solver, base)
     formulas = Formulas(model, base)
     for batch in BATCHES:
-        objective = optimizer.step(closure(model, solver, *batch))
+        groups = batch[2] if solver.grouped else None
+        objective = optimizer.step(closure(model, solver, *batch), groups=groups)
         formulas.play(solver, batch)
         torch.testing.assert_close(objective, formulas.objective, rtol=0, atol=1e-10)
         for parameter, expected in zip(model.parameters(), formulas.theta, strict=True):

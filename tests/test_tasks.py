@@ -14,6 +14,9 @@ from mixadv.maths.divergence import divergence
 from mixadv.solvers.base import DivergenceSolver
 from tests.worlds import classified, played
 from tests.zoo import (
+    ROWS as WEIGHING,
+)
+from tests.zoo import (
     SIZE,
     VOCABULARY,
     bart_config,
@@ -164,7 +167,7 @@ def segmentation() -> Task:
     def closure() -> tuple[Tensor, Tensor]:
         logits = model(IMAGES)
         loss = F.cross_entropy(logits, labels.expand(ROWS, -1, -1))
-        return loss, logits.flatten(2).mT
+        return loss.mean((1, 2)) if loss.dim() else loss, logits.flatten(2).mT
 
     return model, closure
 
@@ -192,6 +195,7 @@ REFUSED: dict[tuple[str, str], tuple[str, dict[str, Any] | None]] = {
         for name in ("cat", "creat")
         for task in ("resnet", "segmentation")
     },
+    **{(name, "scores"): ("one loss per sample", None) for name in WEIGHING},
 }
 
 

@@ -103,7 +103,7 @@ def test_a_solver_that_compares_predictions_gets_logits_and_the_same_loss(tmp_pa
 
 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
-@or_refused("Trainer")
+@or_refused("Trainer", "SFTTrainer")
 def test_every_solver_trains(name: str, tmp_path: Path):
     given = {"solver": mixadv.make_solver(name)}
     trainer = trained(tmp_path, AdversarialSFTTrainer, given, max_steps=1)

@@ -18,6 +18,7 @@ try:
         GenerationReport,
         evaluate_generator,
     )
+    from mixadv.robustness.groups import accuracy_by_group
     from mixadv.robustness.images import (
         ImageAccuracy,
         ImageAttack,
@@ -83,6 +84,7 @@ __all__ = [
     "Speaker",
     "Suffixes",
     "accuracy_at_radii",
+    "accuracy_by_group",
     "accuracy_drop",
     "all_correct",
     "auto_attack",

@@ -16,6 +16,7 @@ from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
 from mixadv.reports.kept import Kept, as_json, digest
 from mixadv.robustness.data import DataError, Rows, read_rows
+from mixadv.robustness.groups import with_groups
 from mixadv.robustness.report import Report
 from mixadv.robustness.sections import Attacked, Measured, Record, drawn, made_of
 from mixadv.round.validate import check_seed
@@ -33,6 +34,7 @@ class Evaluation:
     Attributes:
         text: the column of the texts, or the two of pairs; None finds the usual ones.
         label: the column of labels, numbers of the model's or their names.
+        groups: the column of groups, by whose names accuracy is measured too; None has none.
         shifted: other sets of rows by name, like the data.
         attacks: by name.
         radii: of PGD, in units; 0 is always among them. None at all leaves it out.
@@ -58,6 +60,7 @@ class Evaluation:
 
     text: str | tuple[str, str] | None = None
     label: str = "label"
+    groups: str | None = None
     shifted: Mapping[str, Any] = field(default_factory=dict)
     attacks: Mapping[str, WordSubstitution] = field(default_factory=dict)
     radii: Sequence[float] = (0.05, 0.1, 0.2)
@@ -145,7 +148,7 @@ class Evaluation:
             if game is not None:
                 last = {CLEAN: found[CLEAN], **found.get("shifted", {})}
                 found["learners"] = by.learners(game, sets, last)
-        return Report(as_json(found))
+        return Report(as_json(with_groups(found, sets)))
 
     def _mean(self, mixture: Mixture, game: Game | None, other: Mixture | None) -> Mean:
         """Return what predicts where a mixture is evaluated; refuse what is of one model alone."""
@@ -159,7 +162,7 @@ class Evaluation:
     def _read(self, model: nn.Module, data: Any) -> dict[str, Rows]:
         """Return the data and the shifted sets by name."""
         sets: dict[str, Rows] = {}
-        columns = {"text": self.text, "label": self.label}
+        columns = {"text": self.text, "label": self.label, "groups": self.groups}
         for name, rows in {CLEAN: data, **self.shifted}.items():
             if not isinstance(rows, Rows):
                 rows = read_rows(rows, model, **columns, name="" if name == CLEAN else name)
@@ -213,7 +216,7 @@ def evaluate(
 ) -> Report:
     """Measure a classifier on clean rows, on shifted ones, and under attack.
 
-    1. Accuracy, loss and calibration on the data; what is lost of the accuracy on each shifted set.
+    1. Accuracy, of each group too, loss and calibration; what is lost of it on each shifted set.
     2. Accuracy at the end of PGD in embedding space, at each radius.
     3. The largest increase of the loss found in a ball (Zhu et al. 2020, table 5).
     4. Word substitution, by each of the attacks.

@@ -177,6 +177,15 @@ class Rehearsal(Moves):
             self.particles = max(self.particles, q.size)
         return torch.zeros(())
 
+    def losses(self, q: Strategy) -> Tensor:
+        return self.loss(q)[None]
+
+    def group_means(self, losses: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(count), torch.ones(count)
+
+    def weighed(self, values: Tensor, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
+        return values.sum()
+
     def run_at(self, q: Strategy) -> Reading:
         self.loss(q)
         return _READING

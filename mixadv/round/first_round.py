@@ -47,6 +47,7 @@ from mixadv.round.readable import (
 from mixadv.round.sharing import check_sharing
 from mixadv.round.stage import Stage
 from mixadv.round.unit import Lengths, mean_lengths, measuring, no_trace
+from mixadv.round.weighing import check_rows
 
 _TRIES = 8  # to find the scale of a loss in fp16
 
@@ -94,6 +95,7 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         if torch.float16 not in formats.seen:  # in which gradients that tell it may vanish
             check_batch(stage, zero)
         check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
+        check_rows(zero.loss, goals.groups, trial.solver)
         paid = zero
         if goals.general_sum:
             check_sharing(stage)

@@ -81,6 +81,23 @@ def _of_payoffs(values: Tensor, payoffs: int, owners: Tensor | None) -> Tensor:
     )
 
 
+def expected(q: Strategy, values: Tensor) -> Tensor:
+    """Return the mean over samples of what they expect, of values `[M, B]` or `[M, 1]`."""
+    check_weights(q, values.shape[1])
+    return (q.weights * values).mean(1).sum()
+
+
+def check_weights(q: Strategy, samples: int) -> None:
+    """Check that particles are weighed for the samples there are."""
+    weighed = q.weights.shape[1]
+    if weighed > 1 and samples not in (1, weighed):
+        raise GameError(
+            f"adversary= returned a payoff for each of {weighed} samples, by which particles are "
+            f"weighed, and closure has {samples}: return as many from both, or a scalar from "
+            "adversary=."
+        )
+
+
 class Arrived:
     """What a backward brings to a pass: whatever multiplied its loss, such as 1/K of FreeLB."""
 

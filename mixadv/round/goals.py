@@ -8,17 +8,20 @@ Without them u = ℓ and r = 0.
 
 from typing import Literal, NamedTuple
 
+from torch import Tensor
+
 from mixadv.model.closure import Closure
 
 Whose = Literal["closure", "adversary", "retain"]
 
 
 class Goals(NamedTuple):
-    """The closures of a round."""
+    """The closures of a round, and the groups of its rows `[B]` where some are weighed."""
 
     closure: Closure
     adversary: Closure | None = None
     retain: Closure | None = None
+    groups: Tensor | None = None
 
     @property
     def general_sum(self) -> bool:

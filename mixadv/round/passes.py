@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,12 +37,8 @@ class Passes:
         self.goals = goals
         self.memory = dict(memory)  # which the round may change
         slots = arena.stateful.get(arena.modes)
-        self.replay = Replay(
-            arena.model,
-            arena.solver.fresh_dropout,
-            slots,
-            seed=lambda: arena.noise.number("masks"),
-        )
+        masks = partial(arena.noise.number, "masks")
+        self.replay = Replay(arena.model, arena.solver.fresh_dropout, slots, seed=masks)
         self.cut = Cut()
         self.parameters = arena.parameters()  # listed once: passes are many
         self.calls: list[Call] = []  # that δ is made for

@@ -23,8 +23,10 @@ from mixadv.round.arena import Arena, Memory
 from mixadv.round.first_round import calibrate
 from mixadv.round.goals import Goals
 from mixadv.round.outcome import Outcome
+from mixadv.round.retained import retaining
 from mixadv.round.schedule import Schedule
 from mixadv.round.stage import Stage
+from mixadv.round.weighing import check_groups
 from mixadv.solvers.play import Step
 
 _KINDS = {
@@ -61,8 +63,9 @@ class Rounds:
         where: Where = None,
         adversary: Closure | None = None,
         retain: Closure | None = None,
+        groups: Tensor | None = None,
     ) -> Iterator[Stage]:
-        """Open a round on closures, in which δ acts `where` it may.
+        """Open a round on closures, in which δ acts `where` it may and rows are of `groups`.
 
         After an exception buffers, random state, hooks and flags are as they were before.
         """
@@ -71,7 +74,8 @@ class Rounds:
             raise GameError("A round within game.averaged() would be undone at its end.")
         if self.probing:
             self.probing.close()
-        stage = self._begin(Goals(closure, adversary, retain), check, where)
+        check_groups(groups, arena.solver)
+        stage = self._begin(Goals(closure, adversary, retain, groups), check, where)
         try:
             if arena.learner is not None:
                 arena.learner.open_round()
@@ -179,7 +183,7 @@ class Rounds:
         play = self.schedule.moves(solver, stage, self.updates - 1)
         stepped = False
         try:
-            for move in stage.retaining(play, solver):
+            for move in retaining(stage, play, solver):
                 stepped = isinstance(move, Step)
                 objective = move.objective if isinstance(move, Step) else move
                 validate.check_objective(objective, solver)
@@ -221,6 +225,9 @@ class Rounds:
             steps=steps,
             weights=weights,
             general_sum=stage.goals.general_sum,
+            worst_group=None if stage.weights is None else stage.weights.worst_group,
+            worst_group_weight=None if stage.weights is None else stage.weights.worst_group_weight,
+            effective_rows=None if stage.weights is None else stage.weights.effective_rows,
         )
         return self.outcome
 

@@ -6,10 +6,13 @@ from mixadv.errors import build
 from mixadv.solvers.alum import ALUM
 from mixadv.solvers.base import WORDS, Solver
 from mixadv.solvers.cat import CAT
+from mixadv.solvers.chi_square import ChiSquare
 from mixadv.solvers.creat import CreAT
+from mixadv.solvers.cvar import CVaR
 from mixadv.solvers.fgm import FGM
 from mixadv.solvers.freeat import FreeAT
 from mixadv.solvers.freelb import FreeLB
+from mixadv.solvers.group_dro import GroupDRO
 from mixadv.solvers.mart import MART
 from mixadv.solvers.mat import MAT
 from mixadv.solvers.noise import UniformNoise
@@ -38,6 +41,9 @@ SOLVERS: dict[str, type[Solver]] = {
         TRADES,
         MART,
         MAT,
+        GroupDRO,
+        CVaR,
+        ChiSquare,
     )
 }
 

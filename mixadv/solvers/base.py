@@ -131,6 +131,16 @@ class Solver(Ascent, ABC):
         """Where a representation of each sample is read from the model; None reads none."""
         return None
 
+    @property
+    def weighs(self) -> str:
+        """What there is a distribution over besides δ, in words; empty where there is none."""
+        return ""
+
+    @property
+    def grouped(self) -> int:
+        """How many groups the rows of a batch belong to, told by `groups=`; 0 where they do not."""
+        return 0
+
     @classmethod
     def published(cls, task: str, *, model: str) -> Self:
         """Return the solver with the hyper-parameters published for a task and a model.

@@ -158,6 +158,31 @@ class Moves(Protocol):
         """
         ...
 
+    def losses(self, q: Strategy) -> Tensor:
+        """Return the loss of each sample at a point, `[B]`, for rows that are weighed.
+
+        Raises:
+            GameError: if the closure returns a scalar.
+        """
+        ...
+
+    def group_means(self, losses: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of each group, over all processes, and how many rows it has there.
+
+        Groups are those that `groups=` tells; without it all rows are of the first one.
+        """
+        ...
+
+    def weighed(self, values: Tensor, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Return Σ w·v, 0-d, as what the adversary is paid that plays the weights.
+
+        Args:
+            values: losses of rows, or means of groups.
+            weights: as many, constants.
+            sizes: how many rows each group has, where groups are weighed.
+        """
+        ...
+
     def run_at(self, q: Strategy) -> Reading:
         """Return the pass at a point: loss, predictions, and the representation if one is read."""
         ...
