@@ -24,6 +24,19 @@ settings.register_profile("thorough", parent=settings.get_profile("fast"), max_e
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
+TWINS = {"trades", "cvar", "chi_square"}  # ALUM's round; rows as group DRO weighs them
+OWN = ("test_rows", "test_images", "test_recomputation", "test_errors", "test_face", "test_pages")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make tests of all solvers slow for those that play the round of another."""
+    for item in items:
+        values = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if item.path.stem not in OWN and any(str(value) in TWINS for value in values):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder that the workers of a session share."""

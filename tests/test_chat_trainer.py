@@ -201,6 +201,7 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
 
 
+@pytest.mark.slow
 def test_a_model_that_trainer_compiles_is_played_on(tmp_path: Path):
     tokenizer = chatting()
     model, other = speaking("Llama", tokenizer), speaking("Llama", tokenizer)
@@ -211,6 +212,7 @@ def test_a_model_that_trainer_compiles_is_played_on(tmp_path: Path):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # of bf16
 @pytest.mark.parametrize("goals", [continuous_at, latent_dpo])
 def test_adapters_alone_are_trained(goals: Any, tmp_path: Path):
     tokenizer = chatting()

@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 
 import common
+import digits
 import directions
 import games_compared
 import masked_loss
@@ -171,7 +172,7 @@ def test_the_tables_of_solvers_are_those_of_the_registry(path: Path):
 
 
 def test_readme_is_of_two_screens():
-    assert len(PAGES["ALL.md"].splitlines()) <= 200
+    assert len(PAGES["README.md"].splitlines()) <= 200
 
 
 def test_the_passes_of_ways_to_mix_are_those_counted():
@@ -198,6 +199,10 @@ def test_tables_are_those_of_the_results(name: str):
 def test_the_table_of_masked_losses_is_that_of_the_results():
     lines = (ROOT / "examples" / "results" / "masked_loss.jsonl").read_text().splitlines()
     assert masked_loss.table([json.loads(line) for line in lines]) in ALL
+
+
+def test_the_tables_of_digits_are_those_of_the_results():
+    assert digits.table(list(finished(digits.OUTPUT).values())) in ALL
 
 
 @pytest.mark.parametrize("objective", ["mlm", "alum", "electra", "macbert"])

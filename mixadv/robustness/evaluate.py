@@ -108,17 +108,7 @@ class Evaluation:
         """Return what `evaluate` does of one model, or of one mixture."""
         if isinstance(model, Mixture):
             model, mixture = self._mean(model, game, mixture), model
-        if game is not None and not isinstance(game, Game):
-            raise TypeError(
-                f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}."
-            )
-        if game is not None and unwrap(game.model) is not unwrap(model):
-            raise ValueError(
-                "The game is played on another model than the one evaluated: pass the game that "
-                "trained this model, or leave game out."
-            )
-        if mixture is not None and not isinstance(mixture, Mixture):
-            raise TypeError(f"mixture must be a mixadv.mixtures.Mixture, got {mixture!r:.80}.")
+        _check_players(model, game, mixture)
         sets = self._read(model, data)
         reads = model.mixture.model if isinstance(model, Mean) else model
         reader = Reader(reads, tokenizer, self.max_length, self.batch_size, 0)  # refuses slow ones
@@ -203,6 +193,19 @@ class Evaluation:
                 self.increase_radius, self.steps, self.restarts, unit
             )
         return found
+
+
+def _check_players(model: nn.Module, game: Any, mixture: Any) -> None:
+    """Refuse a game or a mixture that is none, and a game of another model."""
+    if game is not None and not isinstance(game, Game):
+        raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}.")
+    if game is not None and unwrap(game.model) is not unwrap(model):
+        raise ValueError(
+            "The game is played on another model than the one evaluated: pass the game that "
+            "trained this model, or leave game out."
+        )
+    if mixture is not None and not isinstance(mixture, Mixture):
+        raise TypeError(f"mixture must be a mixadv.mixtures.Mixture, got {mixture!r:.80}.")
 
 
 def evaluate(

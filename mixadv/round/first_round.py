@@ -256,9 +256,10 @@ def _check_start(stage: Stage, zero: Reading, slopes: list[Tensor]) -> None:
     whose = stage.goals.payer
     with passes.frozen(), passes.autocast(solver):
         started = passes.run(passes.at(q), whose=whose)
+    still = not moves
     if parallel.sharded(arena.model):  # a backward is one of all processes
-        moves = not parallel.agreed(not moves, slopes[0])
-    if not moves and solver.start != "zero":
+        still = parallel.agreed(still, slopes[0])
+    if still and solver.start != "zero":
         moves = any(bool(g.any()) for g in passes.differentiate(started.objective, q.points))
     # A compiled model would have to make a graph for passes without gradients.
     quiet = passes.frozen() if isinstance(arena.site, CompiledSite) else no_grad()

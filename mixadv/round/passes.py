@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +36,8 @@ class Passes:
         self.goals = goals
         self.memory = dict(memory)  # which the round may change
         slots = arena.stateful.get(arena.modes)
-        masks = partial(arena.noise.number, "masks")
-        self.replay = Replay(arena.model, arena.solver.fresh_dropout, slots, seed=masks)
+        fresh = arena.solver.fresh_dropout
+        self.replay = Replay(arena.model, fresh, slots, lambda: arena.noise.number("masks"))
         self.cut = Cut()
         self.parameters = arena.parameters()  # listed once: passes are many
         self.calls: list[Call] = []  # that δ is made for
