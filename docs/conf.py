@@ -85,14 +85,36 @@ def write_solver_pages(app: Any) -> None:
 
 
 def equations(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Make indented paragraphs of docstrings literal blocks, as equations and tables are."""
+    """Make indented paragraphs of docstrings literal blocks, as equations and tables are.
+
+    Those of a solver's file, which `help` repeats, stand on top of its page already.
+    """
+    if what == "class" and issubclass(obj, Solver) and "Example:" in lines:
+        end = lines.index("Example:")
+        first = next((i for i in range(end) if lines[i].startswith(" " * 4)), end)
+        while first > 0 and lines[first - 1].strip():
+            first -= 1
+        del lines[first:end]
+        lines[:] = ["Args:" if line == "Attributes:" else line for line in lines]
     for number in range(len(lines) - 1, 0, -1):
-        begins = re.match(r" {4,}\S", lines[number]) and not lines[number - 1].strip()
-        if begins and number > 1 and not lines[number - 2].startswith(" " * 4):
+        if not re.match(r" {4,}\S", lines[number]):
+            continue
+        before = lines[number - 1]
+        if not before.strip() and (number < 2 or not lines[number - 2].startswith(" " * 4)):
             lines[number:number] = ["::", ""]
+        elif re.match(r"\S+ .*:$", before):  # a sentence, and no title of a section
+            lines[number:number] = ["", "::", ""]
+
+
+def signature(
+    app: Any, what: str, name: str, obj: Any, options: Any, found: str, returns: str
+) -> tuple[str, str] | None:
+    """Return what a solver is called with: parameters by name, which its docstring lists."""
+    return ("(**parameters)", "") if what == "class" and issubclass(obj, Solver) else None
 
 
 def setup(app: Any) -> None:
     """Register what is written before a build."""
     app.connect("builder-inited", write_solver_pages)
     app.connect("autodoc-process-docstring", equations, priority=400)
+    app.connect("autodoc-process-signature", signature)
