@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
+from scipy import stats
 
 import mixtures
 from common.results import finished
 from mixing import train
-from mixing.measure import WAYS
+from mixing.measure import TYPOS, WAYS
 from tests.scripts import own_start  # noqa: F401
 from tests.substitution_zoo import tiny, word_tokenizer
 
@@ -81,3 +83,33 @@ def test_a_line_is_of_its_settings(tmp_path: Path):
         for radius in ("0.1", "0.2")
     )
     assert one != other
+
+
+def test_differences_are_of_the_same_seeds():
+    """Seeds that one of two lacks would compare different rows; scipy's paired interval agrees."""
+    draw = np.random.default_rng(0)
+
+    def line(trained: str, seed: int) -> dict:
+        ways = {name: draw.random(3).tolist() for name in (*mixtures.SHOWN, TYPOS)}
+        return {"task": "t", "trained": trained, "seed": seed, "ways": ways}
+
+    lines = [line("smart", s) for s in (0, 1, 2, 3)] + [line("mat-3", s) for s in (4, 2, 0, 1)]
+    lines += [line("lora-3", 3)]
+    head, _, *rows = mixtures.paired(lines).splitlines()
+    at = [cell.strip() for cell in head.strip("|").split("|")].index("ARC − smart")
+    [cells] = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    one, other = (
+        np.array(
+            [
+                x["ways"]["ARC"][1]
+                for s in (0, 1, 2)
+                for x in lines
+                if x["trained"] == name and x["seed"] == s
+            ]
+        )
+        for name in ("mat-3", "smart")
+    )
+    low, high = stats.ttest_rel(one, other).confidence_interval()
+    assert cells[:3] == ["t", "mat-3", "3"]
+    assert cells[at] == f"{50 * (low + high):+.1f} ± {50 * (high - low):.1f}"
+    assert mixtures.paired(lines[:1]) == ""

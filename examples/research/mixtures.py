@@ -17,7 +17,8 @@ Each is trained for as many passes as SMART takes in --epochs:
 Accuracy is that of a member drawn for each row, of the mean of probabilities and of the vote: on
 test rows, and on some of them under EoT-PGD, ARC, PGD of the best member, the worst of all attacks,
 and the worst of the typos found against any member. Each seed draws rows, head and order. What has
-a line of results is not done again.
+a line of results is not done again. A second table sets each against the one model by SMART of the
+same seed; a mixture classifies by its mean there.
 """
 
 import sys
@@ -74,7 +75,8 @@ def work(options: Namespace) -> str:
         for name, seed in tqdm(todo, desc="mixtures", disable=None):
             if (key := _key(options, name, seed)) not in finished(path):
                 append(path, {"key": key, **_one(options, task, name, seed)})
-    return table(finished(path).values())
+    results = list(finished(path).values())
+    return "\n\n".join(filter(None, [table(results), paired(results)]))
 
 
 def _one(options: Namespace, task: Any, name: str, seed: int) -> dict[str, Any]:
@@ -138,10 +140,34 @@ def table(results: Iterable[dict[str, Any]]) -> str:
     return markdown(["task", "trained", "seeds", "classifies by", *(f"{s} %" for s in SHOWN)], rows)
 
 
-def _cell(values: list[float]) -> str:
+def paired(results: Iterable[dict[str, Any]], to: str = "smart") -> str:
+    """Return means of differences to one of those trained, in points, with t-intervals over seeds.
+
+    Seeds that both have count; what shares fewer than two seeds is left out.
+    """
+    found: dict[tuple[str, str], dict[int, Any]] = {}
+    for result in results:
+        found.setdefault((result["task"], result["trained"]), {})[result["seed"]] = result["ways"]
+    rows = []
+    for (task, method), seeds in found.items():
+        others = found.get((task, to), {})
+        both = sorted(seeds.keys() & others.keys())
+        if method == to or len(both) < 2:
+            continue
+        way = WAYS.index("mean")
+        cells = [
+            _cell([seeds[s][shown][way] - others[s][shown][way] for s in both], "+")
+            for shown in SHOWN[1:]
+        ]
+        rows.append([task, method, len(both), *cells])
+    heads = ["task", "trained", "seeds", *(f"{shown} − {to}" for shown in SHOWN[1:])]
+    return markdown(heads, rows) if rows else ""
+
+
+def _cell(values: list[float], sign: str = "") -> str:
     found = t_interval([100 * value for value in values])
     spread = f" ± {found.high - found.value:.1f}" if len(values) > 1 else ""
-    return f"{found.value:.1f}{spread}"
+    return f"{found.value:{sign}.1f}{spread}"
 
 
 main = command.entry("mixtures", arguments, work)
