@@ -73,7 +73,7 @@ def markdown(text: str) -> str:
         if indented and not starts and line.strip():
             blocks.append("```\n")
         indented = starts or (indented and not line.strip())
-        blocks.append(line)
+        blocks.append(line[4:] if indented else line)
     return "\n".join([*blocks, "```"] if indented else blocks)
 
 
