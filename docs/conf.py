@@ -19,6 +19,7 @@ version = release = mixadv.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 html_theme, html_title = "furo", "mixadv"
+html_static_path, html_css_files = ["site.css"], ["site.css"]
 myst_heading_anchors = 4
 default_role = "code"  # docstrings quote code by single backticks
 napoleon_use_ivar = True
@@ -72,7 +73,7 @@ def markdown(text: str) -> str:
         if indented and not starts and line.strip():
             blocks.append("```\n")
         indented = starts or (indented and not line.strip())
-        blocks.append(line)
+        blocks.append(line[4:] if indented else line)
     return "\n".join([*blocks, "```"] if indented else blocks)
 
 

@@ -319,8 +319,8 @@ def test_every_method_has_its_row_also_where_it_loses(tmp_path: Path):
     assert [row[2:4] for row in rows] == costs
     assert table.count("**-80.0 ± 0.0**") == 2 * 3
     losers = "noise on words, freelb on words, mat on words."
-    assert text.count(f"below 0 for {losers}") == text.count(f"to differ is: {losers}") == 2
-    assert "Missing: 15 measures of runs, of 15 runs." in text
+    assert text.count(f"below 0 for {losers}") == text.count(f"correction: {losers}") == 2
+    assert "Missing: 15 of 15 measures of robustness." in text
 
 
 def test_the_report_does_not_depend_on_the_order_of_results(tmp_path: Path):
@@ -333,15 +333,15 @@ def test_the_report_does_not_depend_on_the_order_of_results(tmp_path: Path):
 def test_what_is_missing_is_counted_and_nothing_is_made_up(tmp_path: Path):
     study = build()
     text = render(study, {}, tmp_path, "study.toml")
-    assert "Missing: 15 runs, of 15 runs." in text
-    table = text.split("### words")[1].split("##")[0].strip()
-    for line in table.splitlines()[2:]:
-        assert [cell.strip() for cell in line.split("|")[3:-1]] == ["–", "0", "–", "–", "–"]
+    assert "Missing: 15 of 15 runs." in text
+    assert "No run is finished on: words." in text
+    assert "### words" not in text
+    assert not list(tmp_path.glob("*.png"))
     results = played(study, drawn(0))
     gone = study.reported("words", "mat", 1, results)
     del results[gone.key]
     findings = Findings(study, results)
-    assert summary.missing(findings) == {"runs": 1, "measures of runs": 14}
+    assert summary.missing(findings) == {"runs": 1, "measures of robustness": 14}
     assert differences(findings)["words", "mat", "plain"].seeds == (0, 2)
 
 
@@ -356,7 +356,7 @@ def test_a_single_seed_has_no_interval_and_no_verdict(tmp_path: Path):
     study, results, _ = world(seeds=(4,))
     text = render(study, results, tmp_path, "study.toml")
     assert "±" not in text
-    assert text.count("Of one seed there is no interval, and nothing is shown to differ.") == 2
+    assert text.count("With one seed there is no interval, and nothing is significant.") == 2
     assert not tables.power(Findings(study, results))
     assert "95 %" not in text.split("## Official metrics")[1]
     assert "none; below" not in text
@@ -368,7 +368,7 @@ def test_a_single_rate_is_searched_for_nowhere(tmp_path: Path):
         study = build(tasks=tasks)
         text = render(study, played(study, drawn(0)), tmp_path, "study.toml")
         assert "There was no search where one learning rate is given." in text
-        assert ("Mean score of runs with seed 100 on" in text) == (len(tasks) == 2)
+        assert ("of runs with seed 100 on" in text) == (len(tasks) == 2)
         assert re.search(r"^\| mat \| 0.1 \|", text.split("## Learning rates")[1], re.M)
 
 

@@ -53,6 +53,10 @@ class Findings:
         lines = {seed: self.line(task, method, seed) for seed in self.study.seeds}
         return {seed: 100 * first(line["last"][split]) for seed, line in lines.items() if line}
 
+    def finished(self, task: str) -> list[str]:
+        """Return the methods of a task that a run of is finished."""
+        return [method for method in self.study.trained(task) if self.official(task, method)]
+
     def attacked(self, task: str, method: str) -> Values:
         """Return the accuracy under PGD in the largest ball by seed, in per cent.
 

@@ -26,6 +26,7 @@ def render(study: Study, results: Mapping[str, Any], folder: Path, command: str)
     text = TEMPLATES.get_template("report.md.jinja").render(
         study=study,
         findings=findings,
+        started=[task for task in study.tasks if findings.finished(task)],
         command=command,
         machines=sorted({line["machine"] for line in results.values() if "machine" in line}),
         pictures={path.name for path in pictures.draw(findings, folder)},

@@ -114,5 +114,5 @@ def missing(findings: Findings) -> Counter[str]:
         if not findings.line(task, method, seed):
             lost["runs"] += 1
         elif findings.to_measure(task, method, seed):
-            lost["measures of runs"] += 1
+            lost["measures of robustness"] += 1
     return lost

@@ -35,13 +35,14 @@ def signed(comparison: Comparison | None) -> str:
 def official(findings: Findings, task: str) -> str:
     """Return the table of a task: the official metric, and how far it is from each reference.
 
-    What is shown to differ after the correction is bold.
+    Methods without a finished run have no row. What differs significantly after the correction is
+    bold.
     """
     study, found = findings.study, differences(findings)
     corrected = adjusted(found)
     plain = findings.seconds(task, PLAIN)
     rows = []
-    for name in study.trained(task):
+    for name in findings.finished(task):
         cost, seconds = study.methods[name].cost, findings.seconds(task, name)
         values = findings.official(task, name)
         cells = [name, DASH if cost is None else f"{cost:.1f}"]
@@ -84,8 +85,9 @@ def robust(findings: Findings, task: str) -> str:
     rows = [
         [name, *(over_seeds(of.get(name, {}).values(), digits) for of, digits in columns.values())]
         for name in findings.study.trained(task)
+        if any(name in of for of, _ in columns.values())
     ]
-    return table(["method", *columns], rows if columns else [])
+    return table(["method", *columns], rows)
 
 
 def _columns(findings: Findings, task: str) -> dict[str, tuple[dict[str, Values], str]]:
@@ -155,38 +157,49 @@ def learners(findings: Findings) -> str:
 def exploitability(findings: Findings) -> str:
     """Return the table of lower bounds of what adversaries gain by leaving their strategies."""
     study, rows = findings.study, []
+    tasks = [task for task in study.tasks if findings.finished(task)]
     for method, way in study.methods.items():
         gains: list[str] = []
-        for task in study.tasks:
+        for task in tasks:
             lines = [findings.line(task, method, seed) for seed in study.seeds]
             found = [line["exploitability"] for line in lines if line.get("exploitability")]
             gains.append(over_seeds((one["gain"] for one in found), ".3g"))
         if way.played is not None and any(gain != DASH for gain in gains):
             payoff = "loss" if way.played.gain == "loss" else "divergence"
             rows.append([method, payoff, f"{way.played.radius:g}", *gains])
-    return table(["method", "payoff", "radius", *study.tasks], rows)
+    return table(["method", "payoff", "radius", *tasks], rows)
 
 
 def rates(findings: Findings) -> str:
     """Return the table of the learning rates chosen, and the scores that they were chosen by."""
     study = findings.study
+    found = {
+        (method, task): study.scores(task, method, findings.results)
+        for task in study.tasks
+        for method in study.trained(task)
+    }
+    known = [of for of, scores in found.items() if scores or not study.tasks[of[1]].searched]
+    tasks = [task for task in study.tasks if any(task == of for _, of in known)]
     rows = []
     for method in study.methods:
-        cells = [method]
-        for task in study.tasks:
-            if method not in study.trained(task):
-                cells.append(DASH)
-                continue
-            chosen = study.chosen(task, method, findings.results)
-            scores = study.scores(task, method, findings.results)
-            shown = []
-            for rate in study.tasks[task].learning_rates:
-                score = f": {100 * scores[rate]:.1f}" if rate in scores else ""
-                best = rate == chosen and study.tasks[task].searched
-                shown.append(f"**{rate:g}{score}**" if best else f"{rate:g}{score}")
-            cells.append(", ".join(shown))
-        rows.append(cells)
-    return table(["method", *study.tasks], rows)
+        cells = [
+            _rated(findings, task, method, found[method, task]) if (method, task) in known else DASH
+            for task in tasks
+        ]
+        if set(cells) != {DASH}:
+            rows.append([method, *cells])
+    return table(["method", *tasks], rows)
+
+
+def _rated(findings: Findings, task: str, method: str, scores: Mapping[float, float]) -> str:
+    """Return the rates that a method was tried at, with scores, and the chosen one bold."""
+    subject = findings.study.tasks[task]
+    chosen, shown = findings.study.chosen(task, method, findings.results), []
+    for rate in subject.learning_rates:
+        score = f": {100 * scores[rate]:.1f}" if rate in scores else ""
+        best = rate == chosen and subject.searched
+        shown.append(f"**{rate:g}{score}**" if best else f"{rate:g}{score}")
+    return ", ".join(shown)
 
 
 def at_the_edge(findings: Findings) -> list[str]:
