@@ -6,16 +6,16 @@ entropic mirror descent of Hsieh, Liu, Cevher 2019, arXiv:1811.02002.
 Adversary, K_δ steps on M particles δ_m with weights w on the simplex:
     w_m ∝ w_m·exp(η_w·ℓ_s(δ_m)/s)                                  entropic mirror descent
     δ_m ← Π( δ_m + γ_δ·∇ℓ_s(δ_m) + √(2·γ_δ·τ_δ)·ξ )                projected Langevin
-    δ̄_m ← β·δ̄_m + (1−β)·δ_m,   δ̄_m = δ_m at the start              damping
+    d_m ← β·d_m + (1−β)·δ_m,   d_m = δ_m at the start              damping
 Learner, K_θ samples of the wrapped optimizer's step on ℓ + λ·ℓ_s, each with noise √(2·lr·τ_θ)·ξ:
-    θ̄ ← β·θ̄ + (1−β)·θ,   then   θ_{t+1} = β'·θ_t + (1−β')·θ̄
+    a ← β·a + (1−β)·θ,   then   θ_{t+1} = β'·θ_t + (1−β')·a
 
 with s the spread of the payoffs of a sample over its particles, so that one η_w serves payoffs of
 any size, or s = 1 (`mirror_unit="absolute"`: the paper, and most of the theory). The former prefers
 the better particle as much where payoffs hardly differ; by the latter both players can come to rest
 where they do not differ at all.
 
-The strategy is played as its damped mean Σ_m w_m δ̄_m (the paper, one pass), as the ensemble
+The strategy is played as its damped mean Σ_m w_m d_m (the paper, one pass), as the ensemble
 Σ_m w_m ℓ_s(X + δ_m) (M passes), or by a draw for each sample, anew in every learner step: in
 expectation the ensemble, for one pass. β damps the mean alone: an ensemble or a draw plays
 particles where they stand, since points between them need not earn what they do (M2 in

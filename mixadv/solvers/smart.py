@@ -1,8 +1,8 @@
 """SMART: smoothness-inducing regularisation and Bregman proximal steps.
 Jiang et al. 2020, arXiv:1911.03437, eq. 1–3, Alg. 1.
 
-    min_θ  ℓ(f(X;θ), y) + λ·max_{δ} ℓ_s(f(X+δ;θ), f(X;θ)) + μ·ℓ_s(f(X;θ), f(X;θ̃))
-    δ ← Π( δ + η·∇δ ℓ_s ),          θ̃ ← (1−m)·θ + m·θ̃   every S steps
+    min_θ  ℓ(f(X;θ), y) + λ·max_{δ} ℓ_s(f(X+δ;θ), f(X;θ)) + μ·ℓ_s(f(X;θ), f(X;ϑ))
+    δ ← Π( δ + η·∇δ ℓ_s ),          ϑ ← (1−m)·θ + m·ϑ   every S steps
 
 with ℓ_s the symmetric KL, or the squared error for regression. m = 0 is the proximal point at the
 last iterate θ_t (vanishing for S = 1, where θ = θ_t), m > 0 its momentum version. By default the
@@ -66,7 +66,7 @@ class SMART(DivergenceSolver):
         return Learner(ema_decay=self.ema_decay, teacher_every=self.teacher_every)
 
     def play(self, stage: Moves) -> Play:
-        """Play `∇θ [ ℓ + λ·ℓ_s(X+δ, X) + μ·ℓ_s(θ, θ̃) ]`."""
+        """Play `∇θ [ ℓ + λ·ℓ_s(X+δ, X) + μ·ℓ_s(θ, ϑ) ]`."""
         delta = stage.ascend(self.divergence, self)
         objective = stage.loss() + self.smoothness(stage, delta)
         if self.proximal_weight:
