@@ -109,8 +109,8 @@ class Solver(Ascent, ABC):
             )
         if self.particles > 1 or self.normalize in ("none", "adam") or self.steps == 0:
             raise ValueError(
-                f"{who}: direction='gauss_newton' begins in one direction, whose length means "
-                "nothing, by at least one step: it takes particles=1, a normalized gradient and "
+                f"{who}: direction='gauss_newton' starts with one step along one direction: it "
+                "needs particles=1, normalize other than 'none' and 'adam', and "
                 f"steps=1 or more; got particles={self.particles}, normalize={self.normalize!r}, "
                 f"steps={self.steps}."
             )
