@@ -117,8 +117,8 @@ class MixturePlay:
             warnings.warn(
                 "The gradient of the loss with respect to δ is exactly zero for every member. "
                 "Weights between site and loss may be zero, losses too small for their number "
-                "format, or a function such as round() may have no gradient. Attacks move by chance only: "
-                "what they leave right is not therefore robust.",
+                "format, or a function such as round() may have no gradient. Attacks move by "
+                "chance only, so what they leave right need not be robust.",
                 stacklevel=4,
             )
 
