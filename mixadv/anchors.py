@@ -103,7 +103,7 @@ def distances(found: Tensor, target: Tensor) -> Tensor:
     if found.shape != target.shape:
         raise GameError(
             f"The encoder returns embeddings {list(found.shape)}, and its frozen copy "
-            f"{list(target.shape)}: they are compared on one batch, of one encoder."
+            f"{list(target.shape)}: both must read the same batch, and be copies of one encoder."
         )
     wide = torch.promote_types(found.dtype, torch.float32)
     return (found.to(wide) - target.to(wide)).square().flatten(1).sum(1)
@@ -113,7 +113,7 @@ def embedding_of(output: Any) -> Tensor:
     """Return the embeddings in what an encoder returned.
 
     Raises:
-        GameError: where it is not known which they are.
+        GameError: if it is not known where they are.
     """
     if isinstance(output, Tensor) and output.dim() > 1:
         return output
@@ -122,6 +122,6 @@ def embedding_of(output: Any) -> Tensor:
     if isinstance(pooled, Tensor):
         return pooled
     raise GameError(
-        f"The encoder returns {type(output).__name__}, of which it is not known where the "
-        "embeddings are: give Anchor a function of it, read=lambda output: …"
+        f"The encoder returns {type(output).__name__}, and Anchor does not know where its "
+        "embeddings are: give it a function that returns them, read=lambda output: …"
     )

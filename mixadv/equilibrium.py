@@ -201,8 +201,8 @@ def _stronger(solver: Solver, steps: int, restarts: int, general_sum: bool) -> t
     check_integer("exploitability", "restarts", restarts, 1)
     if solver.radius is None:
         raise ValueError(
-            f"{type(solver).__name__} has radius=None: with the whole space to move in, no "
-            "response is best. Ask a game whose solver has a radius."
+            f"{type(solver).__name__} has radius=None: without a bound on δ there is no best "
+            "response. Ask a game whose solver has a radius."
         )
     ball = {word: getattr(solver, word) for word in ("radius", "norm", "per", "unit")}
     where = f"{solver.norm} ball of {solver.radius:g}"

@@ -114,14 +114,14 @@ def _check(game: Game, batches: int, steps: int, rate: float, level: float) -> N
     check_level("learner_exploitability", level)
     if game.solver.gain != "loss":
         raise ValueError(
-            f"{type(game.solver).__name__} pays the adversary a divergence, of which any constant "
-            "model pays none: ask with a solver whose payoff is the loss, such as "
+            f"The payoff of {type(game.solver).__name__} is a divergence, which is 0 for any "
+            "constant model: ask with a solver whose payoff is the loss, such as "
             "mixadv.Game(model, mixadv.PGD(radius=…))."
         )
     if batches < 2:
         raise ValueError(
-            f"learner_exploitability needs two batches at least, got {batches}: the response is "
-            "judged on batches that it did not see."
+            f"learner_exploitability needs at least two batches, got {batches}: the response is "
+            "evaluated on batches that it was not trained on."
         )
 
 

@@ -34,19 +34,34 @@ def marked(name: str, text: str) -> str:
     return found.strip()
 
 
+def cells() -> list[list[str]]:
+    """Return the cells of the table of solvers, row by row."""
+    table = solver_table(mixadv.SOLVERS.values())
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def joined(rows: list[list[str]]) -> str:
+    """Return a table of cells."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def short_table() -> str:
     """Return name, one line and cost of each solver."""
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in solver_table(mixadv.SOLVERS.values()).splitlines()
-    ]
-    columns = [lines[0].index(name) for name in SHOWN]
-    return "\n".join("| " + " | ".join(line[at] for at in columns) + " |" for line in lines)
+    rows = cells()
+    columns = [rows[0].index(name) for name in SHOWN]
+    return joined([[row[at] for at in columns] for row in rows])
+
+
+def linked_table() -> str:
+    """Return the table of solvers whose names lead to their pages, without their classes."""
+    rows = [[name, *others] for name, _, *others in cells()]
+    links = [[f"[{row[0]}]({row[0].strip('`')}.md)", *row[1:]] for row in rows[2:]]
+    return joined([*rows[:2], *links])
 
 
 TABLES = {
     ROOT / "README.md": short_table,
-    DOCS / "solvers" / "index.md": lambda: solver_table(mixadv.SOLVERS.values()),
+    DOCS / "solvers" / "index.md": linked_table,
 }
 
 

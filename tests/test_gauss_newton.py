@@ -225,13 +225,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "particles": (
         lambda: mixadv.MAT(direction="gauss_newton", particles=2),
-        "begins in one direction.*particles=2",
+        "starts with one step.*particles=2",
     ),
     "raw": (
         lambda: mixadv.ALUM(direction="gauss_newton", normalize="none"),
-        "length means nothing",
+        "normalize other than",
     ),
-    "no steps": (lambda: mixadv.ALUM(direction="gauss_newton", steps=0), "at least one step"),
+    "no steps": (lambda: mixadv.ALUM(direction="gauss_newton", steps=0), "steps=1 or more"),
     "boundary of a loss": (lambda: mixadv.PGD(sign="boundary"), "makes a label less likely"),
     "boundary of a score": (
         lambda: mixadv.ALUM(sign="boundary", divergence="squared_error"),

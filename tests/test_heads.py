@@ -207,7 +207,7 @@ def test_hidden_states_are_no_heads_and_answers_no_predictions():
     ids = one.batch["input_ids"]
     found = one.model(input_ids=ids, labels=one.batch["labels"], return_dict=False)
     assert parse_output((found[0], found[1:3]), (), one.model).heads == 1
-    with pytest.raises(mixadv.GameError, match="other rows each"):
+    with pytest.raises(mixadv.GameError, match="differ in their rows"):
         parse_output((loss, (logits, logits[:2])))
 
 

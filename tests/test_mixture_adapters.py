@@ -172,5 +172,5 @@ def test_what_has_no_such_adapter_is_refused():
     model, _ = adapted()
     with pytest.raises(ValueError, match="only 'default', 'second', 'third'"):
         Mixture([Adapter("fourth")], model=model)
-    with pytest.raises(ValueError, match=r"is of a peft\.PeftModel"):
+    with pytest.raises(ValueError, match=r"needs a peft\.PeftModel"):
         Mixture([Adapter("default")], model=nn.Linear(1, 1))

@@ -556,7 +556,7 @@ def test_a_batch_that_nothing_shows_is_warned_of():
     model = nn.Sequential(nn.Identity(), nn.Flatten(), Whitened(), nn.Linear(15, 3))
     x, labels = torch.randn(4, 3, 5), torch.arange(4) % 3
     closure = lambda: F.cross_entropy(model(x), labels)  # noqa: E731
-    with pytest.warns(UserWarning, match=r"\[4, 3, 5\], and which .* beside the loss"):
+    with pytest.warns(UserWarning, match=r"\[4, 3, 5\], and .* which .* with the loss"):
         first_points(model, mixadv.FGM(), closure, site="0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -152,7 +152,7 @@ class AdversarialChatTrainer(Adversarial, Trainer):
             raise ValueError(
                 f"{type(self).__name__} plays on batches of chosen and rejected answers, as "
                 f"ChatCollator makes them, and got {', '.join(inputs)}: leave data_collator out, "
-                "or return both. Texts laid end to end, as packed, do not tell which are of one "
+                "or return both. In packed batches it is not known which answers belong to one "
                 "prompt."
             )
         batches = {n: ChatBatch(**columns) for n, columns in inputs.items() if n != CUT}

@@ -28,14 +28,14 @@ class Adapter(Member):
         """Raise ValueError unless the model has the adapter."""
         if not is_peft(model):
             raise ValueError(
-                f"Adapter({self.name!r}) is of a peft.PeftModel, and the model is a "
+                f"Adapter({self.name!r}) needs a peft.PeftModel, and the model is a "
                 f"{type(model).__name__}: Mixture([…], model=peft.get_peft_model(model, config))."
             )
         known: Any = model.peft_config
         if self.name not in known:
             raise ValueError(
                 f"The model has no adapter {self.name!r}, only {', '.join(map(repr, known))}: "
-                "model.load_adapter(path, name) first."
+                "call model.load_adapter(path, name) first."
             )
 
     @contextmanager
@@ -43,7 +43,7 @@ class Adapter(Member):
         """Make the adapter the active one; the one before, and what is trained, come back."""
         if any(getattr(module, "merged", False) is True for module in model.modules()):
             raise GameError(
-                "An adapter is merged into the base, so that no other one can play: "
+                "An adapter is merged into the base, so no other adapter can be used: call "
                 "model.unmerge_adapter() first."
             )
         peft: Any = model
@@ -97,7 +97,9 @@ class ByRow:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         first = next(tensors, None)
         if first is None or first.dim() == 0:
-            raise ValueError("Rows under adapters of their own need a tensor that is called with.")
+            raise ValueError(
+                "The model was called without a tensor, so its rows cannot be counted."
+            )
         self.rows.append(len(first))
         names = [self.members[int(number)].name for number in self.draw(len(first))]
         return self.model(*args, adapter_names=names, **kwargs)

@@ -93,7 +93,7 @@ class Dropout(Member):
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless the model drops something."""
         if not any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules()):
-            raise ValueError("The model has no dropout, so that its masks are all the same model.")
+            raise ValueError("The model has no dropout, so all dropout masks are the same model.")
 
     def drawn_anew(self, seed: int) -> Dropout:
         """Return a mask that another seed draws."""

@@ -67,7 +67,9 @@ class Mixture(nn.Module):
         if model is None:
             first = self.members[0]
             if not all(isinstance(member, Model) for member in self.members):
-                raise ValueError("Members that are not models change one: Mixture(…, model=model).")
+                raise ValueError(
+                    "Members that are not whole models need one: Mixture(…, model=model)."
+                )
             assert isinstance(first, Model)
             model = first.module
         self.model = model
@@ -110,7 +112,7 @@ class Mixture(nn.Module):
         """Call the member in play."""
         if not self._playing:
             raise GameError(
-                "No member of the mixture is in play, and it has no one output: predict with "
+                "A mixture has an output only while one of its members is in play: predict with "
                 "mixture.predict(lambda: mixture(…)), or call it within mixture.member(m)."
             )
         return self._playing[0](*args, **kwargs)

@@ -86,9 +86,9 @@ class Reading(NamedTuple):
         """
         if self.answers is None:
             raise GameError(
-                "This solver reads labels of classes, which the closure did not return, and the "
-                "loss does not show, as the cross entropy of one tensor of logits would: return "
-                "(loss, logits [B, C], labels [B])."
+                "This solver reads labels of classes. The closure did not return them, and the "
+                "loss does not show them, as the cross entropy of one tensor of logits would: "
+                "return (loss, logits [B, C], labels [B])."
             )
         return self.answers
 
@@ -149,7 +149,7 @@ def parse_output(
     heads = [_checked(x) for x in found if not isinstance(x, Tensor) or x.is_floating_point()]
     if len({len(head) for head in heads}) > 1:
         sizes = ", ".join(str([*head.shape]) for head in heads)
-        raise GameError(f"The heads that the closure returned have other rows each: {sizes}.")
+        raise GameError(f"The heads that the closure returned differ in their rows: {sizes}.")
     masks = [_counting(head, [*own, *contexts], model) for head in heads]
     labelled = any(_labels(head, [*own, *contexts]) is not None for head in heads)
     left_out = _left_out(result, heads, model)

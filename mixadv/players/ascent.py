@@ -47,53 +47,51 @@ class Ascent:
     """Hyper-parameters of the adversary, the same words for every solver.
 
     Lengths (`radius`, `start_size`, `step_size` of a normalised step) are in units of the mean L2
-    norm of a real token's output at the site (`unit="relative"`, measured at the first round), or
-    as they stand (`unit="absolute"`, as in papers). So the adversary plays δ/unit. Where the site
-    is called several times, or is several modules, each call has a ball of its own, and each module
-    a unit of its own.
+    norm of a real token's output at the site (`unit="relative"`, measured in the first round), or
+    plain numbers (`unit="absolute"`, as in papers). If the site is called several times, or is
+    several modules, each call has a ball of its own, and each module a unit of its own.
 
     Attributes:
-        steps: number of moves K; 0 plays the start point.
-        step_size: η, the length of a step in `unit` (of its drift, for raw gradients).
-        radius: ε of the ball in `unit`; None means no ball, 0 means δ = 0.
-        norm: norm of the ball and of the steps.
-        per: the ball of each sample (over its real tokens, in all its rows where it is known to
-            have several, as graphs and multiple choice do) or of each token.
-        normalize: `"steepest"` is the ascent direction of the norm (the sign in L∞), `"norm"`
-            divides the gradient by its norm (released code of FreeLB and MAT; the same in L2),
-            `"sign"` takes its signs whatever the norm (released code of ContinuousAT in L2),
-            `"none"` takes the raw gradient of each sample's payoff (Langevin, SMART's Alg. 1),
-            `"adam"` the mean of an ascent's gradients over the root of the mean of their squares,
-            in each coordinate (latent adversarial training; `torch.optim.Adam` at its defaults).
-        projection: `"ball"` projects; `"sphere"` rescales to the radius after every step (released
-            code of SMART and ALUM).
-        start: `"zero"`, `"uniform"` or `"normal"`: noise scaled by 1/N^(1/p) for the N real
-            coordinates of a group, so that its norm is at most (uniform) or about (normal, in L2)
-            `start_size`.
-        start_size: size of the start in `unit`; None is the radius, or the step size without one.
-        direction: `"gradient"` steps along the payoff's gradient from a start; `"gauss_newton"`,
-            for divergences, takes the first of the steps from δ = 0 as far as the radius, where
-            the likeliest label loses most against the others, for two classes the direction of
-            fastest growth to second order: a backward of the clean pass, and no forward
-            (`mixadv.maths.gauss_newton`).
-        sign: a divergence is even in δ to second order. `"boundary"` plays that of δ and −δ which
-            makes the likeliest label less likely, `"any"` the one that the start happens to be at,
-            as papers do. None is `"boundary"` for `direction="gauss_newton"`, else `"any"`.
-        ascent_dtype: `torch.bfloat16`, or its name, computes the ascent's own passes under
-            autocast; δ and the learner's passes keep their format. None computes all alike.
-        temperature: τ of the Langevin noise, in units of the payoff; 0 draws none.
-        particles: M, the number of points of a mixed strategy; 1 is a pure one.
+        steps: K, the number of steps of the ascent: 1 to 3 to train, 10 or more to attack. 0 plays
+            the start point.
+        step_size: η, the length of a step in `unit`: a quarter of the radius or more. With raw
+            gradients it multiplies the gradient.
+        radius: ε, the largest length of δ in `unit`: 0.05 to 0.4 for embeddings. None means no
+            bound, 0 means δ = 0.
+        norm: the norm of the ball and of the steps: `"l2"`, `"linf"` or `"l1"`.
+        per: what has a ball of its own: each `"sample"` (its real tokens together, in all its rows,
+            as in multiple choice) or each `"token"`.
+        normalize: how a gradient becomes a step. `"steepest"`: the steepest direction in the norm
+            (signs in L∞). `"norm"`: the gradient over its norm (code of FreeLB and MAT; the same in
+            L2). `"sign"`: its signs in any norm (code of ContinuousAT). `"none"`: the raw gradient
+            of each sample's payoff (Langevin, SMART's Alg. 1). `"adam"`: as `torch.optim.Adam` at
+            its defaults, over the steps of one ascent (latent adversarial training).
+        projection: `"ball"` projects onto the ball. `"sphere"` rescales δ to the radius after every
+            step, as the code of SMART and ALUM does.
+        start: where the ascent starts: `"zero"`, or `"uniform"` or `"normal"` noise, scaled so that
+            its norm is at most (uniform) or about (normal, in L2) `start_size`.
+        start_size: size of the start in `unit`. None is the radius, or the step size without one.
+        direction: the first step. `"gradient"`: along the payoff's gradient, from the start.
+            `"gauss_newton"`, for divergences: from δ = 0 to the radius, where the likeliest label
+            loses most. It saves a forward; see `mixadv.maths.gauss_newton`.
+        sign: which of δ and −δ to play, whose divergences are equal to second order: `"boundary"`,
+            the one that makes the likeliest label less likely, or `"any"`, as papers do. None is
+            `"boundary"` for `direction="gauss_newton"`, else `"any"`.
+        ascent_dtype: `torch.bfloat16`, or its name, runs the ascent's own passes under autocast. δ
+            and the learner's passes keep their format. None changes nothing.
+        temperature: τ of the Langevin noise, in units of the payoff. 0 adds none.
+        particles: M, the number of points of a mixed strategy. 1 is a pure one.
         unit: of lengths: `"relative"` to the mean L2 norm of a real token's output at the site,
             or `"absolute"`.
-        fresh_dropout: draw a new dropout mask in every pass, as much released code does; by default
-            all passes between two optimizer steps see the same one. The first pass of `closure`
-            has the mask of plain training, the others have masks of a stream of their own.
-        box: the ends of an interval that the site's output stays in with δ, as it stands whatever
-            the unit: `(0.0, 1.0)` for pixels, normalised inside the model. Every point is
-            projected onto ball and box together; None is no box.
+        fresh_dropout: draw a new dropout mask in every pass, as much released code does. By default
+            all passes between two optimizer steps use the mask of plain training. With True only
+            the first pass of `closure` does.
+        box: an interval for the site's output plus δ, in absolute numbers: `(0.0, 1.0)` for pixels
+            that the model normalises itself. Every point is projected onto ball and box together.
+            None is no box.
         particle_batching: how the payoffs of many particles are computed: `"loop"`, one after
-            another; `"vmap"`, by `torch.func.vmap`; `"stack"`, in one batch (only without dropout);
-            `"auto"` stacks small batches where the first round finds that it is the same.
+            another; `"vmap"`, by `torch.func.vmap`; `"stack"`, in one batch (without dropout
+            only); `"auto"` stacks small batches if the first round finds the same result.
     """
 
     steps: int = 1

@@ -3,8 +3,8 @@
 A round of the learner is K samples of θ (Langevin: the wrapped optimizer's step plus noise):
 
     θ^{k+1} = step(θ^k) + √(2·lr·τ)·ξ                      ξ ~ N(0, I)
-    θ̄ ← β·θ̄ + (1−β)·θ^{k+1},   θ̄ = θ_t at the start       (or the uniform mean of the samples)
-    θ_{t+1} = β'·θ_t + (1−β')·θ̄                            after K samples
+    a ← β·a + (1−β)·θ^{k+1},   a = θ_t at the start       (or the uniform mean of the samples)
+    θ_{t+1} = β'·θ_t + (1−β')·a                            after K samples
 
 with θ_t a true copy taken before the first step of the round, and only trainable parameters
 touched: `state_dict()` is an alias of the live weights, and averaging it corrupts integer buffers.
@@ -55,7 +55,7 @@ class Learner:
         round_damping: β' between rounds.
         average_decay: None, `"uniform"`, or the decay of an exponential average over closed rounds.
         most_samples: R, how many of the last samples to keep.
-        ema_decay: of the teacher `θ̃ ← (1−ema_decay)·θ + ema_decay·θ̃`; None keeps no teacher.
+        ema_decay: of the teacher `ϑ ← (1−ema_decay)·θ + ema_decay·ϑ`; None keeps no teacher.
         teacher_every: samples between two updates of the teacher.
     """
 

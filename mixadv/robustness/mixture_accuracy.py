@@ -129,7 +129,7 @@ class MixtureAttacks:
         for name, least in {"restarts": 0, "draws": 1, "classes": 2}.items():
             check_integer("mixture_accuracy", name, getattr(self, name), least)
         if self.site is not None and self.unit is None:
-            raise ValueError("Radii at a site= of your own need a unit: unit=1.0 takes them so.")
+            raise ValueError("Radii at a site that you name need a unit: unit=1.0 is absolute.")
 
     def measure(
         self, mixture: Mixture, batches: Iterable[Batch], progress: bool = False

@@ -115,10 +115,10 @@ class MixturePlay:
         first = (self.slopes(member, self.zero, loss_of)[1] for member in self.drawn(CHOSEN))
         if not any(bool(slope.any()) for slopes in first for slope in slopes):
             warnings.warn(
-                "The gradient of the loss with respect to δ is exactly zero for every member: "
-                "weights on the way to the loss that are zero, losses that are too small for their "
-                "number format, or a function such as round(). No attack here moves but by chance: "
-                "what it leaves right is not robust for that.",
+                "The gradient of the loss with respect to δ is exactly zero for every member. "
+                "Weights between site and loss may be zero, losses too small for their number "
+                "format, or a function such as round() may have no gradient. Attacks move by "
+                "chance only, so what they leave right need not be robust.",
                 stacklevel=4,
             )
 

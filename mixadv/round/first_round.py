@@ -271,8 +271,8 @@ def _check_start(stage: Stage, zero: Reading, slopes: list[Tensor]) -> None:
         warnings.warn(
             f"{type(solver).__name__} starts below the noise floor: δ of size "
             f"{solver.initial_size:g} (start_size, or radius={solver.radius}) moves the "
-            f"predictions by {change:.2g}, rounding alone by {floor:.2g}: what the adversary sees "
-            "is largely noise. Enlarge them, or compute in a wider number format.",
+            f"predictions by {change:.2g}, rounding alone by {floor:.2g}, so the adversary's "
+            "gradient is largely noise. Enlarge them, or compute in a wider number format.",
             stacklevel=6,
         )
 

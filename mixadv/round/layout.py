@@ -174,9 +174,9 @@ def check_batch(stage: Stage, zero: Reading) -> None:
     for visit in stage.passes.kept[-1].visits:
         if visit.module in site.unsure and len(visit.call.shape) == 3:
             warnings.warn(
-                f"The site {site.names} returns {list(visit.call.shape)}, and which of the first "
-                "two dimensions is the batch is not known: the first is taken for it. Return "
-                "predictions or one loss per sample beside the loss, as in (loss, logits).",
+                f"The site {site.names} returns {list(visit.call.shape)}, and it is not known "
+                "which of the first two dimensions is the batch: the first is assumed to be. "
+                "Return predictions with the loss, as in (loss, logits), or one loss per sample.",
                 stacklevel=8,
             )
             return

@@ -65,8 +65,8 @@ def check_where(stage: Stage) -> None:
     nowhere = not any(int(positions(call.mask, call.shape)) for call in calls)
     if parallel.agreed(nowhere, stage.passes.parameters[0]):
         raise GameError(
-            "where= is empty: δ may act at no position of this batch, and nobody attacks. Give a "
-            "mask that is 1 where it may; batches without such a position may follow later."
+            "where= is empty: δ may act at no position of this batch, so there is no adversary. "
+            "Give a mask that is 1 where δ may act; later batches may lack such a position."
         )
 
 
@@ -77,9 +77,8 @@ def check_box(stage: Stage) -> None:
         return
     if isinstance(arena.site, CompiledSite) and not all(map(is_input, arena.site.names)):
         raise GameError(
-            f"The site {arena.site.names} lies in a compiled model, which does not show what it "
-            "returns, and box= is a box around that: name the model's own input, site='input', or "
-            "do not compile."
+            f"The site {arena.site.names} lies in a compiled model, so box= cannot be compared "
+            "with what it returns: name the model's own input, site='input', or do not compile."
         )
     least = min(float(x.min()) for _, x in stage.passes.seen)
     most = max(float(x.max()) for _, x in stage.passes.seen)
@@ -103,9 +102,9 @@ def check_masks(stage: Stage) -> None:
             tells = ("padding" in name or "length" in name) and isinstance(value, Tensor)
             if tells and value.shape in (sizes, sizes[:1]) and bool((value != value.max()).any()):
                 warnings.warn(
-                    f"The model is called with {name!r}, and which positions at the site "
-                    f"{stage.arena.site.names} are padding is not known: δ acts on all of them. "
-                    "Say where it may act, as in optimizer.step(closure, where=mask).",
+                    f"The model is called with {name!r}, but it is not known which positions at "
+                    f"the site {stage.arena.site.names} are padding: δ acts on all of them. Say "
+                    "where it may act, as in optimizer.step(closure, where=mask).",
                     stacklevel=8,
                 )
                 return
@@ -235,8 +234,8 @@ def check_slopes(arena: Arena, moves: bool) -> None:
     if moves:
         return
     warnings.warn(
-        f"The gradient with respect to δ at {arena.site.names} is exactly zero in the first round: "
-        "weights on the way to the loss that start at zero, or a function such as round(). No "
-        "ascent moves until that changes.",
+        f"The gradient with respect to δ at {arena.site.names} is exactly zero in the first round. "
+        "Weights between site and loss may start at zero, or a function such as round() may have "
+        "no gradient. δ does not move until that changes.",
         stacklevel=7,
     )

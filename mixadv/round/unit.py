@@ -103,7 +103,7 @@ def _check(name: str, mean: float) -> None:
     """Raise GameError unless the mean length at a module can be a unit."""
     if not math.isfinite(mean) or mean == 0:
         raise GameError(
-            f"The mean norm at the site {name!r} is {mean}, so a relative radius means nothing "
-            "there (nan also where it is not called, or not at a token that plays). Give lengths "
-            "with unit='absolute', or name another module with site=."
+            f"The mean norm at the site {name!r} is {mean}, so a relative radius has no "
+            "meaning there. (It is nan if the module is not called, or called with padding only.) "
+            "Give lengths with unit='absolute', or name another module with site=."
         )

@@ -24,9 +24,11 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class ALUM(DivergenceSolver):
-    """Task loss, plus how far the worst δ moves the predictions: SMART without its teacher.
+    """Minimise the task loss plus the divergence that the worst δ causes: SMART without a teacher.
 
-    Passes: 2 + K forwards, K backwards for δ, 1 backward. Needs no wrapped optimizer.
+    Use it for smooth predictions where no optimizer is wrapped (`game.backward` in a loop of your
+    own), in pre-training, and on rows without labels. Passes: 2 + K forwards, K backwards for δ,
+    1 backward.
     """
 
     name: ClassVar[str] = "alum"

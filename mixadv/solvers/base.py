@@ -48,8 +48,9 @@ class Solver(Ascent, ABC):
     field with `init=False`. Several particles are declared anew where they are played.
 
     Attributes:
-        recompute: keep the graph of one pass at a time: the other passes of an objective are run
-            again for their backward. Memory of about one plain step, for a forward more of each.
+        recompute: save memory: keep the graph of one pass at a time, and run the other passes
+            again for their backward. About 1.3 of the memory of a plain step, one forward more for
+            each pass.
     """
 
     name: ClassVar[str]
@@ -108,8 +109,8 @@ class Solver(Ascent, ABC):
             )
         if self.particles > 1 or self.normalize in ("none", "adam") or self.steps == 0:
             raise ValueError(
-                f"{who}: direction='gauss_newton' begins in one direction, whose length means "
-                "nothing, by at least one step: it takes particles=1, a normalized gradient and "
+                f"{who}: direction='gauss_newton' starts with one step along one direction: it "
+                "needs particles=1, normalize other than 'none' and 'adam', and "
                 f"steps=1 or more; got particles={self.particles}, normalize={self.normalize!r}, "
                 f"steps={self.steps}."
             )
@@ -182,11 +183,14 @@ class DivergenceSolver(Solver):
     """A solver whose learner minimises how far the adversary moves the predictions.
 
     Attributes:
-        smoothness_weight: λ, or α, of the divergence beside the task loss.
-        divergence: ℓ_s, by name, or any callable `(perturbed [B, C], clean [B, C]) -> [B]`.
-        mean_over: what counts the same in the learner's mean of ℓ_s where predictions are per
-            token: `"samples"`, or `"tokens"`, so that a sample counts by its tokens. Each sample's
-            adversary climbs its own mean either way.
+        smoothness_weight: λ (α in ALUM, β in TRADES), the weight of the divergence beside the task
+            loss: 1 to 10.
+        divergence: ℓ_s: `"symmetric_kl"`, `"kl"`, `"js"`, `"bernoulli"` for several labels,
+            `"squared_error"` for regression, or a callable
+            `(perturbed [B, C], clean [B, C]) -> [B]`.
+        mean_over: how the learner averages ℓ_s when predictions are per token: over `"samples"`,
+            each the mean of its tokens, or over all `"tokens"` of the batch. The adversary of a
+            sample always maximises the sample's own mean.
     """
 
     direction: Direction = "gradient"

@@ -31,20 +31,23 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class CAT(Solver):
-    """Clean and adversarial loss, and a contrastive loss that draws the two views together.
+    """Minimise the clean and the adversarial loss, and a contrastive loss between the two views.
 
-    r has size `radius`, whatever `step_size`, unless projected onto the ball. Passes: 2 forwards,
-    1 backward for δ, 1 backward.
+    Use it where representations should be alike for clean and perturbed text. It compares the
+    samples of a batch with each other, so it depends on the size of the batch. δ has the size
+    `radius`, whatever `step_size` is, unless `projection="ball"`. Passes: 2 forwards, 1 backward
+    for δ, 1 backward.
 
     Attributes:
-        contrast_weight: λ, the weight of the contrastive loss.
-        contrast_temperature: τ of its similarities.
-        negatives: `"all"` other 2N − 2 views of the batch, or those of the other kind, `"cross"`.
+        contrast_weight: λ, the weight of the contrastive loss, from 0 to 1.
+        contrast_temperature: τ, by which its similarities are divided.
+        negatives: what a view is contrasted with: `"all"` other 2N − 2 views of the batch, or
+            `"cross"`, the N − 1 of the other kind.
         shared: one perturbation for all occurrences of a token in the batch (the paper), at sites
             that are embeddings; False perturbs each occurrence by itself.
         source: name of the submodule whose output is read; None for the model's `base_model`.
         representation: called with that output, returns `[B, d]`; None is `first_token`.
-        head: a module `[B, d] -> [B, d']` trained with the model and dropped after training; its
+        head: a module `[B, d] -> [B, d']`, trained with the model and dropped after training. Its
             parameters are added to the optimizer as a group, its weights saved with the game.
     """
 

@@ -24,10 +24,11 @@ from mixadv.solvers.rows import RowSolver
 
 @dataclass(frozen=True, kw_only=True)
 class ChiSquare(RowSolver):
-    """The worst mean loss over the distributions of rows in a χ² ball.
+    """Minimise the worst mean loss over the distributions of rows in a χ² ball.
 
-    Needs one loss per sample. Passes: K + 1 forwards, K backwards for δ, 1 backward; K is 0, and δ
-    sits out, unless `steps` says otherwise.
+    Use it where hard rows matter and groups are not known: weights grow with the loss. The closure
+    returns one loss per sample. Passes: K + 1 forwards, K backwards for δ, 1 backward. By default
+    `steps=0`, so K is 0 and there is no δ.
 
     Example:
         >>> import torch, mixadv

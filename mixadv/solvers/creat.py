@@ -28,13 +28,14 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class CreAT(Solver):
-    """Half the clean loss, half the loss where loss and representation are driven away.
+    """Minimise half the clean loss and half the loss where δ moves loss and representation most.
 
-    Passes: 2 + K forwards, K backwards for δ, 1 backward.
+    Use it where the representation itself should be robust, and not the head alone. Passes: 2 + K
+    forwards, K backwards for δ, 1 backward.
 
     Attributes:
-        deviation_weight: τ of the cosine distance in the adversary's payoff; 0 attacks the loss
-            alone.
+        deviation_weight: τ, the weight of the cosine distance in the adversary's payoff. 0 attacks
+            the loss alone.
         source: name of the submodule whose output is read; None for the model's `base_model`.
         representation: called with that output, returns `[B, d]`; None is `first_token`.
     """

@@ -24,10 +24,11 @@ from mixadv.solvers.rows import RowSolver
 
 @dataclass(frozen=True, kw_only=True)
 class CVaR(RowSolver):
-    """The mean loss of the worst rows of a batch.
+    """Minimise the mean loss of the worst rows of a batch.
 
-    Needs one loss per sample. Passes: K + 1 forwards, K backwards for δ, 1 backward; K is 0, and δ
-    sits out, unless `steps` says otherwise.
+    Use it where hard rows matter, groups are not known, and labels are right: wrong labels are
+    learned first. The closure returns one loss per sample. Passes: K + 1 forwards, K backwards for
+    δ, 1 backward. By default `steps=0`, so K is 0 and there is no δ.
 
     Example:
         >>> import torch, mixadv

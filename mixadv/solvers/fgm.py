@@ -17,9 +17,10 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class FGM(Solver):
-    """Clean loss plus the loss at one gradient step of length `radius`, whatever `step_size`.
+    """Minimise the clean loss plus the loss at one gradient step of length `radius`.
 
-    Passes: 2 forwards, 2 backwards.
+    Use it as the cheapest adversary: it costs two plain steps. `step_size` has no effect. Passes:
+    2 forwards, 2 backwards.
     """
 
     name: ClassVar[str] = "fgm"

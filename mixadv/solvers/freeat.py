@@ -26,15 +26,16 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class FreeAT(Solver):
-    """The losses at the points of an ascent, an optimizer step at each.
+    """Take an optimizer step at every point of an ascent, on the same batch.
 
-    Passes: m forwards, m backwards, m optimizer steps; m is `steps`. Played by
-    `optimizer.step(closure)` alone, since the steps fall within one batch. Keeps a copy of the
-    trainable weights, to go back to where a round breaks.
+    Use it where an epoch is long and an adversary should cost no extra passes: train 1/m of the
+    epochs. It works through `optimizer.step(closure)` only, because the steps fall within one
+    batch. Passes: m forwards, m backwards, m optimizer steps, where m is `steps`. It keeps a copy
+    of the trainable weights, to go back to if a round fails.
 
     Attributes:
-        carry: start a round from the δ that the last one ended with. Of several processes each
-            carries its own: exact resuming takes a checkpoint of each.
+        carry: start a round from the δ that the last one ended with. Each of several processes
+            carries its own, so an exact resume needs a checkpoint of each.
     """
 
     name: ClassVar[str] = "freeat"

@@ -42,9 +42,10 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class FreeLB(Solver):
-    """The loss averaged over the points δ_0 … δ_{K−1} of an ascent.
+    """Minimise the loss averaged over the points δ_0 … δ_{K−1} of an ascent.
 
-    Passes: K forwards, K backwards.
+    Use it for accuracy within a ball around the embeddings, with published settings for GLUE
+    (`FreeLB.published`). Each pass gives both gradients. Passes: K forwards, K backwards.
     """
 
     name: ClassVar[str] = "freelb"

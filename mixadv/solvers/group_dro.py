@@ -34,11 +34,12 @@ KEY = "group log-weights"
 
 @dataclass(frozen=True, kw_only=True)
 class GroupDRO(RowSolver):
-    """The loss under a distribution over groups, which moves towards those of high loss.
+    """Minimise the loss under a distribution over groups, which moves towards high losses.
 
-    Needs one loss per sample, and `groups=` of `step`, `backward` or `loss`: the group of each row,
-    a LongTensor `[B]` (in a Trainer the name of a column). Passes: K + 1 forwards, K backwards for
-    δ, 1 backward; K is 0, and δ sits out, unless `steps` says otherwise.
+    Use it where the group of each training row is known and the worst group counts. The closure
+    returns one loss per sample. `groups=` of `step`, `backward` or `loss` is the group of each row,
+    a LongTensor `[B]`; in a Trainer it names a column. Passes: K + 1 forwards, K backwards for δ,
+    1 backward. By default `steps=0`, so K is 0 and there is no δ.
 
     Example:
         >>> import torch, mixadv

@@ -37,9 +37,10 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class MART(Solver):
-    """Boosted cross entropy at the worst δ, plus a KL that counts by how wrong a sample is.
+    """Minimise a boosted cross entropy at the worst δ, and a KL weighted by how wrong a sample is.
 
-    Passes: 2 + K forwards, K backwards for δ, 1 backward.
+    Use it for images where robust accuracy counts most and labels are right. It needs labels of
+    classes. Passes: 2 + K forwards, K backwards for δ, 1 backward.
 
     Example:
         >>> import torch, mixadv

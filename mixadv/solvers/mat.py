@@ -6,16 +6,16 @@ entropic mirror descent of Hsieh, Liu, Cevher 2019, arXiv:1811.02002.
 Adversary, K_δ steps on M particles δ_m with weights w on the simplex:
     w_m ∝ w_m·exp(η_w·ℓ_s(δ_m)/s)                                  entropic mirror descent
     δ_m ← Π( δ_m + γ_δ·∇ℓ_s(δ_m) + √(2·γ_δ·τ_δ)·ξ )                projected Langevin
-    δ̄_m ← β·δ̄_m + (1−β)·δ_m,   δ̄_m = δ_m at the start              damping
+    d_m ← β·d_m + (1−β)·δ_m,   d_m = δ_m at the start              damping
 Learner, K_θ samples of the wrapped optimizer's step on ℓ + λ·ℓ_s, each with noise √(2·lr·τ_θ)·ξ:
-    θ̄ ← β·θ̄ + (1−β)·θ,   then   θ_{t+1} = β'·θ_t + (1−β')·θ̄
+    a ← β·a + (1−β)·θ,   then   θ_{t+1} = β'·θ_t + (1−β')·a
 
 with s the spread of the payoffs of a sample over its particles, so that one η_w serves payoffs of
 any size, or s = 1 (`mirror_unit="absolute"`: the paper, and most of the theory). The former prefers
 the better particle as much where payoffs hardly differ; by the latter both players can come to rest
 where they do not differ at all.
 
-The strategy is played as its damped mean Σ_m w_m δ̄_m (the paper, one pass), as the ensemble
+The strategy is played as its damped mean Σ_m w_m d_m (the paper, one pass), as the ensemble
 Σ_m w_m ℓ_s(X + δ_m) (M passes), or by a draw for each sample, anew in every learner step: in
 expectation the ensemble, for one pass. β damps the mean alone: an ensemble or a draw plays
 particles where they stand, since points between them need not earn what they do (M2 in
@@ -108,27 +108,33 @@ def _logged(
 
 @dataclass(frozen=True, kw_only=True)
 class MAT(DivergenceSolver):
-    """Both players randomise: Langevin particles against Langevin samples of the weights.
+    """Play mixed strategies for both players: particles of δ against samples of the weights.
 
-    Passes of a round: M·K_δ + 2·K_θ forwards where a draw or the mean is played, and
-    M·K_δ + (P + 1)·K_θ for the ensemble of P points; M·K_δ backwards for δ, K_θ backwards and
-    optimizer steps. Damping and averaging keep three copies of the trainable weights: at the
-    round's start, the damped mean, the average.
+    Use it to train a mixture of models (`mixadv.mixtures.mixture_of`), or an average of weights
+    (`game.averaged()`), against an adversary that is not one point. It takes `learner_steps`
+    optimizer steps per batch: compare it with as many plain ones, and try a higher learning rate.
+
+    Passes of a round: M·K_δ + 2·K_θ forwards with `play_as="sample"` or `"mean"`,
+    M·K_δ + (P + 1)·K_θ with `"ensemble"` of P points, M·K_δ backwards for δ, K_θ backwards and
+    optimizer steps. Damping and averaging keep three copies of the trainable weights.
 
     Attributes:
-        mirror_step: η_w of the log-weights; 0 leaves them equal.
-        mirror_unit: of it: `"relative"`, one over the spread of a sample's payoffs, or
-            `"absolute"`, 1/payoff.
-        points: `"last"`, where the chains of the M particles end, or `"path"`, all their points.
-        damping: β within a round: 0 keeps the last, `"uniform"` the plain mean. Of the learner's
-            samples; of the adversary's points only where their mean is played.
-        play_as: `"sample"`, `"ensemble"` or `"mean"`.
-        learner_steps: K_θ.
-        learner_temperature: τ_θ; 1 destroys an encoder, up to 1e-4 costs MiniLM nothing (docs).
+        mirror_step: η_w, the step of the log-weights; 0 leaves all weights equal.
+        mirror_unit: the unit of `mirror_step`: `"relative"`, one over the spread of a sample's
+            payoffs, or `"absolute"`, 1/payoff.
+        points: `"last"` plays where the chains of the M particles end, `"path"` all their points.
+        damping: β within a round, from 0 (the last sample) below 1, or `"uniform"` (the plain
+            mean). It damps the learner's samples, and the adversary's points with `"mean"`.
+        play_as: `"sample"` draws a particle for each row, `"ensemble"` plays all of them, `"mean"`
+            their damped mean, which is a pure strategy.
+        learner_steps: K_θ, optimizer steps per batch: 2 to 10.
+        learner_temperature: τ_θ of the noise on the weights: 0 to 1e-4. At 1 an encoder is at
+            chance.
         round_damping: β' of the learner between rounds.
-        average: of θ over closed rounds, for `game.averaged()`: `"uniform"`, a decay, or None.
-        samples: R, learner samples kept for `game.mixture`: the last ones. Where the learning rate
-            falls to 0 they are all but one: three of them predicted alike on the embedded intents.
+        average: which average of θ over rounds `game.averaged()` has: `"uniform"`, a decay in
+            (0, 1), or None.
+        samples: R, how many of the last samples of θ are kept for `game.mixture`, each a copy of
+            the weights. They are almost equal once the learning rate has fallen to 0.
     """
 
     name: ClassVar[str] = "mat"

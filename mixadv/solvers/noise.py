@@ -16,9 +16,9 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class UniformNoise(Solver):
-    """The loss at a random point of size `radius`.
+    """Minimise the loss at a random point of size `radius`.
 
-    Passes: 1 forward, 1 backward.
+    Use it as a control: an adversary has to beat it. Passes: 1 forward, 1 backward.
     """
 
     name: ClassVar[str] = "noise"

@@ -25,14 +25,15 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class PGD(Solver):
-    """The loss at the end of K steps of projected gradient ascent.
+    """Minimise the loss at the end of K steps of projected gradient ascent.
 
-    Passes: K + 1 forwards, K backwards for δ, 1 backward.
+    Use it for accuracy within a ball, on embeddings or pixels, and as the attack that measures it
+    (`mixadv.attack`). Passes: K + 1 forwards, K backwards for δ, 1 backward.
 
     Attributes:
-        payoff: `"loss"`, or a divergence from the clean predictions (by name, or any callable
-            `(perturbed [B, C], clean [B, C]) -> [B]`) that the adversary maximises instead: one
-            forward more.
+        payoff: what the adversary maximises: `"loss"`, or a divergence from the clean predictions,
+            by name or as a callable `(perturbed [B, C], clean [B, C]) -> [B]`. A divergence takes
+            one forward more.
     """
 
     name: ClassVar[str] = "pgd"

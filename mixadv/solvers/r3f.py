@@ -29,9 +29,10 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class R3F(DivergenceSolver):
-    """Task loss, plus how far noise of size `radius` moves the predictions.
+    """Minimise the task loss plus the divergence that noise of size `radius` causes.
 
-    Passes: 2 forwards, 1 backward.
+    Use it as the control of SMART, ALUM and VAT: the same loss without an adversary. With
+    `radius=0, fresh_dropout=True` it is R-Drop. Passes: 2 forwards, 1 backward.
     """
 
     name: ClassVar[str] = "r3f"

@@ -45,15 +45,17 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class TextAT(Solver):
-    """The loss averaged along an ascent of sample and token perturbations.
+    """Minimise the loss averaged along an ascent of perturbations of samples and of tokens.
 
-    Passes: K forwards, K backwards. Keeps a table of the size of the embedding, in its game's
-    `state_dict`; on several processes it is equal on all.
+    Use it as FreeLB, on models that read token ids; there are published settings for GLUE. It keeps
+    a table of the size of the embedding in its game's `state_dict`, equal on all processes.
+    Passes: K forwards, K backwards.
 
     Attributes:
-        write: `"mean"` over the places of a token, or `"accumulate"`.
+        write: what a token's row of the table gets: the `"mean"` over the token's occurrences, or
+            their sum, `"accumulate"`.
         exclude: token ids without a perturbation of their own, such as
-            `tuple(tokenizer.all_special_ids)`; padding has none anyway.
+            `tuple(tokenizer.all_special_ids)`. Padding has none anyway.
     """
 
     name: ClassVar[str] = "textat"

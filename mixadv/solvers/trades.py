@@ -31,11 +31,12 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class TRADES(DivergenceSolver):
-    """Task loss, plus how far the worst δ moves the predicted distribution.
+    """Minimise the task loss plus the largest KL between clean and perturbed predictions.
 
-    Passes: 2 + K forwards, K backwards for δ, 1 backward. `TRADES.published("cifar10",
-    model="wide-resnet-34-10")` plays on pixels; the defaults are in units of the site, as those of
-    every solver.
+    Use it for robust images where clean accuracy counts too: `smoothness_weight` is the price of
+    one in the other. `TRADES.published("cifar10", model="wide-resnet-34-10")` plays on pixels; the
+    defaults are in units of the site, as for every solver. Passes: 2 + K forwards, K backwards for
+    δ, 1 backward.
     """
 
     name: ClassVar[str] = "trades"

@@ -20,10 +20,11 @@ from mixadv.solvers.play import Moves, Play, Step
 
 @dataclass(frozen=True, kw_only=True)
 class VAT(DivergenceSolver):
-    """Task loss, plus the divergence along the direction that changes the predictions most.
+    """Minimise the task loss plus the divergence along the direction that changes predictions most.
 
-    r has length `radius`, whatever `step_size`, unless projected onto the ball. Passes: 2 + K
-    forwards, K backwards for δ, 1 backward.
+    Use it on rows without labels too: the adversary needs none. δ has the length `radius`, whatever
+    `step_size` is, unless `projection="ball"`. Passes: 2 + K forwards, K backwards for δ,
+    1 backward.
     """
 
     name: ClassVar[str] = "vat"
