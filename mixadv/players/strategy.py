@@ -232,6 +232,9 @@ class Strategy:
         means = []
         calls = zip(self.norms(norm, per), self.masks, self._owners, strict=True)
         for lengths, mask, owner in calls:
+            if owner is None and (mask is None or per == "sample"):
+                means.append(lengths.mean())
+                continue
             real = torch.ones_like(lengths)
             if owner is not None and per == "sample":  # each sample counts once
                 real = real * once(owner, mask, real)
