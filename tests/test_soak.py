@@ -1,67 +1,14 @@
 """Long runs: nothing is held that a step before it did not hold."""
 
-import ctypes
-import gc
-import math
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch.optim import AdamW
 
-import mixadv
-from tests.zoo import CANNOT, WAYS, play, slow_but, small, wrapped
+from tests import soak
+from tests.soak import SOLVERS, Run, resident
+from tests.zoo import slow_but
 
 WARM_UP = 12  # fills what is kept: samples, the table of hooks, torch's own caches
-SOLVERS: dict[str, dict[str, Any]] = {name: {} for name in mixadv.SOLVERS}
-SOLVERS["mat"] = {"samples": 2, "particles": 2, "average": "uniform"}
-SOLVERS["freeat"] = {"carry": True}
-
-
-class Run:
-    def __init__(self, name: str) -> None:
-        self.player = small()
-        solver = mixadv.make_solver(name, **SOLVERS[name])
-        self.optimizer = wrapped(self.player.model, solver, AdamW, lr=1e-3)
-
-    def train(self, steps: int) -> None:
-        """Train by each way in turn; whole rounds of the learner in each."""
-        ways = [w for w in WAYS if (self.optimizer.game.solver.name, w) not in CANNOT]
-        for way in ways:
-            for _ in range(2 * math.ceil(steps / len(ways) / 2)):
-                play(self.optimizer, self.player.closure(), way)
-
-    def footprint(self) -> dict[str, int]:
-        """Return counts of what could grow."""
-        gc.collect()
-        objects = gc.get_objects()
-        tensors = [x for x in objects if issubclass(type(x), torch.Tensor)]
-        hooks = [
-            len(value)
-            for holder in (
-                *self.player.model.modules(),
-                self.optimizer.base,
-                self.optimizer,
-                *tensors,
-            )
-            for name, value in vars(holder).items()
-            if name.endswith("_hooks") and value is not None
-        ]
-        return {
-            "objects": len(objects),
-            "tensors": len(tensors),
-            "bytes in tensors": sum(x.untyped_storage().nbytes() for x in tensors),
-            "hooks": sum(hooks),
-            "files": len(os.listdir("/proc/self/fd")),
-        }
-
-
-def resident() -> int:
-    """Return the bytes of memory in use, without what the allocator keeps for later."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def assert_nothing_is_held(run: Run, steps: int) -> None:
@@ -103,3 +50,26 @@ def test_two_thousand_steps_hold_no_more_than_one_thousand(name: str):
     used = resident()
     assert_nothing_is_held(run, 1000)
     assert resident() - used < 1000 * 500  # a tensor takes more than 500 bytes
+
+
+@pytest.mark.slow
+def test_a_soak_has_a_row_for_each_solver(capsys: pytest.CaptureFixture[str]):
+    assert soak.main(["--rounds", "300", "--solver", "pgd", "mat"]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert "memory" in header
+    assert [row.split(" | ")[0] for row in rows] == ["| pgd", "| mat"]
+    assert all(row.endswith("| flat |") for row in rows)
+
+
+@pytest.mark.slow
+def test_a_soak_tells_of_a_tensor_that_is_held_from_each_round(monkeypatch: pytest.MonkeyPatch):
+    held: list[object] = []
+    close = soak.Run.train
+
+    def train(run: Run, steps: int) -> None:
+        close(run, steps)
+        held.append(run.optimizer.outcome)
+
+    monkeypatch.setattr(soak.Run, "train", train)
+    grown = soak.soaked("fgm", 100)
+    assert {"tensors", "bytes in tensors"} <= {*soak.leaks(grown)}

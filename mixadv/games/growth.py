@@ -8,10 +8,11 @@ mixture is added; play ends when the responses gain no more than a tolerance. Mc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple  # which may be generic in Python 3.10 too
 
 from mixadv.checks import check_integer, check_number
 from mixadv.games.solve import mixtures

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple  # which may be generic in Python 3.10 too
 
 from mixadv.checks import check_number
 

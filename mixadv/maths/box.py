@@ -8,10 +8,11 @@ which coordinates the box stops, and the number follows from the others exactly.
 projected onto the ball is the projection in L∞ alone.
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from mixadv.maths.geometry import Norm, Per, norms
 

@@ -101,7 +101,7 @@ def _total(x: Tensor, per: Per, owners: Tensor | None) -> Tensor:
 
 def _safe(divisor: Tensor) -> Tensor:
     """Return the divisor with zeros replaced by one, so that 0/0 gives 0."""
-    return torch.where(divisor > 0, divisor, torch.ones_like(divisor))
+    return torch.where(divisor > 0, divisor, 1.0)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -131,13 +131,23 @@ def norms(
     """
     if _of_texts(owners):
         return _by_token(norms, x, owners, norm, per)
-    largest = _largest(_wide(x), per, owners)
+    return _measured(x, norm, per, owners)[0]
+
+
+def _measured(
+    x: Tensor, norm: Norm, per: Per, owners: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the norm of each group, x over its largest entry there, and the norm of that."""
+    wide = _wide(x)
+    largest = _largest(wide, per, owners)
+    scaled = wide / _safe(largest)
     if norm == "linf":
-        return largest.to(x.dtype)
-    scaled = x / _safe(largest)
+        return largest.to(x.dtype), scaled, (largest > 0).to(largest.dtype)
     if norm == "l1":
-        return (largest * _total(scaled.abs(), per, owners)).to(x.dtype)
-    return (largest * _total(scaled.square(), per, owners).sqrt()).to(x.dtype)
+        length = _total(scaled.abs(), per, owners)
+    else:
+        length = _total(scaled.square(), per, owners).sqrt()
+    return (largest * length).to(x.dtype), scaled, length
 
 
 def unit(g: Tensor, norm: Norm = "l2", per: Per = "sample", owners: Tensor | None = None) -> Tensor:
@@ -148,8 +158,8 @@ def unit(g: Tensor, norm: Norm = "l2", per: Per = "sample", owners: Tensor | Non
     """
     if _of_texts(owners):
         return _by_token(unit, g, owners, norm, per)
-    scaled = _wide(g) / _safe(_largest(_wide(g), per, owners))
-    return (scaled / _safe(norms(scaled, norm, per, owners))).to(g.dtype)
+    _, scaled, length = _measured(g, norm, per, owners)
+    return (scaled / _safe(length)).to(g.dtype)
 
 
 def steepest(
@@ -207,9 +217,10 @@ def project(
         return x.clamp(-radius, radius)
     if _of_texts(owners):
         return _by_token(project, x, owners, radius, norm, per)
-    inside = norms(x, norm, per, owners) <= radius
+    found, scaled, length = _measured(x, norm, per, owners)
+    inside = found <= radius
     if norm == "l2":
-        return torch.where(inside, x, radius * unit(x, "l2", per, owners))
+        return torch.where(inside, x, radius * (scaled / _safe(length)).to(x.dtype))
     if owners is not None and per == "sample":
         return torch.where(inside, x, _rows_onto_l1_sphere(x, radius, owners))
     return torch.where(inside, x, _onto_l1_sphere(x, radius, per))

@@ -97,15 +97,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def around(model: nn.Module, inner: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the modules that contain one of `inner` (or are it), outermost first."""
-    named = list(model.named_modules(remove_duplicate=False))
-    paths = [n for n, m in named if any(m is i for i in inner)]
-    above = {path.rsplit(".", k)[0] for path in paths for k in range(path.count(".") + 1)} | {""}
-    wanted = above - set(paths) | {""}
-    return [m for n, m in model.named_modules() if n in wanted]
-
-
 def find(model: nn.Module, site: Any) -> list[tuple[str, nn.Module]]:
     """Return the modules that a `site=` argument means, each with its name; see `Site`."""
     if isinstance(site, (list, tuple)):

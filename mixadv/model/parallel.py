@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mixadv.model.walk import modules
+
 
 def world_size() -> int:
     """Return how many processes train together."""
@@ -43,7 +45,7 @@ def local(model: nn.Module) -> Iterator[None]:
     DistributedDataParallel decides in the forward whether the backward will reduce.
     """
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in modules(model):
             if isinstance(module, DistributedDataParallel):
                 stack.enter_context(module.no_sync())
         yield
@@ -54,7 +56,7 @@ def sharded(model: nn.Module) -> list[Any]:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and imported by its users
     if fsdp is None or not dist.is_initialized():  # without which nothing is sharded
         return []
-    return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+    return [m for m in modules(model) if isinstance(m, fsdp.FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mixadv.model.parallel import share
 from mixadv.model.private_torch import keeping_version
+from mixadv.model.walk import tensors
 
 RandomState = list[tuple[torch.device, Tensor]]
 HostState = tuple[Any, Any]
@@ -41,9 +42,19 @@ def set_host_state(state: HostState) -> None:
         sys.modules["numpy"].random.set_state(numpys)
 
 
+def _alike(one: HostState, other: HostState) -> bool:
+    """Return whether two host states are the same."""
+    numpys = one[1], other[1]
+    if one[0] != other[0] or None in numpys:
+        return one[0] == other[0] and numpys == (None, None)
+    (_, key, *rest), (_, other_key, *other_rest) = numpys
+    return rest == other_rest and key.tobytes() == other_key.tobytes()
+
+
 def accelerators(tensors: Iterable[Tensor]) -> list[torch.device]:
     """Return the devices with a random state of their own that tensors are on."""
-    return sorted({t.device for t in tensors if t.device.type not in ("cpu", "meta")}, key=str)
+    found = {t.device for t in tensors}
+    return sorted((d for d in found if d.type not in ("cpu", "meta")), key=str)
 
 
 def random_state(devices: list[torch.device]) -> RandomState:
@@ -101,7 +112,7 @@ class Replay:
         slots: list[Slot] | None = None,
         seed: Callable[[], int] = int,
     ) -> None:
-        self.devices = accelerators([*model.parameters(), *model.buffers()])
+        self.devices = accelerators(tensors(model))
         self.fresh = fresh
         self.seed = seed
         self.buffers = Buffers(model, slots)
@@ -109,6 +120,7 @@ class Replay:
         self.found = self._now()
         self.before: RandomStates | None = None
         self.after: RandomStates | None = None
+        self.quiet = False  # the closure draws nothing but torch's numbers
         self.apart: RandomStates | None = None  # where the stream of new masks has come to
 
     @contextmanager
@@ -123,12 +135,16 @@ class Replay:
             self.before = self._now()
         else:
             self.buffers.put(self.begin)
-        self._set(self.apart or self._seeded(self.seed()) if anew else self.before)
+            if not anew:
+                self._set(self.before, host=first or not own or not self.quiet)
+        if anew:
+            self._set(self.apart or self._seeded(self.seed()))
         yield
         if anew:
             self.apart = self._now()
         if first:
             self.after = self._now()
+            self.quiet = _alike(self.before[1], self.after[1])
             self.kept = self.buffers.snapshot()
         else:
             self.buffers.put(self.kept)
@@ -139,7 +155,7 @@ class Replay:
         assert self.after is not None
         pairs = zip(self.before[0], self.after[0], strict=True)
         drew = any(not torch.equal(begun, ended) for (_, begun), (_, ended) in pairs)
-        return drew or repr(self.before[1]) != repr(self.after[1])
+        return drew or not self.quiet
 
     def renew(self) -> None:
         """Move to where one plain forward would have left the random state: a new mask."""
@@ -163,9 +179,10 @@ class Replay:
         host = random.Random(seed).getstate(), numpys
         return [(d, torch.Generator(d).manual_seed(seed).get_state()) for d in devices], host
 
-    def _set(self, state: RandomStates) -> None:
+    def _set(self, state: RandomStates, host: bool = True) -> None:
         set_random_state(state[0])
-        set_host_state(state[1])
+        if host:  # numpy takes as long for it as a small layer for its forward
+            set_host_state(state[1])
 
 
 class Buffers:

@@ -25,7 +25,7 @@ from mixadv.model.masks import (
     where_in,
     without_placeholders,
 )
-from mixadv.model.modules import around, bound, find, is_input, unwrap
+from mixadv.model.modules import bound, find, is_input, unwrap
 from mixadv.model.private_torch import (
     in_reentrant_checkpoint,
     running_number,
@@ -34,6 +34,7 @@ from mixadv.model.private_torch import (
 )
 from mixadv.model.values import add, chosen_input, copies, first_of, tokens_of, with_first
 from mixadv.model.visits import Call, Pass, Provide, recomputing
+from mixadv.model.walk import around
 
 PER_TOKEN = ("attention_mask", "decoder_attention_mask", "labels")
 
@@ -119,8 +120,7 @@ class Site:
                 self._handles.append(hook)
         for module in around(self.model, [m for _, m in self.targets]):
             self._pre(module, self._enter)
-            hook = module.register_forward_hook(self._leave)
-            self._handles.append(hook)
+            self._handles.append(module.register_forward_hook(self._leave))
 
     def _pre(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)

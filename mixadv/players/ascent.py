@@ -216,9 +216,13 @@ class Ascent:
         if self.start == "zero":
             return torch.zeros_like(like)
         noise = draw(self.start, like)
-        real = torch.ones_like(like) if mask is None else mask.expand_as(like)
-        noise = noise * real
-        count = geometry.norms(real, "l1", self.per, owners).clamp(min=1)
+        if mask is None and owners is None:
+            sizes = like.shape[1:] if self.per == "sample" else like.shape[-1:]
+            count = like.new_full((), sizes.numel())
+        else:
+            real = torch.ones_like(like) if mask is None else mask.expand_as(like)
+            noise = noise * real
+            count = geometry.norms(real, "l1", self.per, owners).clamp(min=1)
         power = {"l1": 1.0, "l2": 0.5, "linf": 0.0}[self.norm]
         start = self.initial_size * noise / count**power
         return self._into_ball(start, owners, room)

@@ -56,3 +56,11 @@ def once(owners: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
         ones = (mask[..., 0] > 0).expand(owners.shape).flatten().to(like.dtype)
     counts = of_samples(ones, numbers, "sum")[numbers].clamp(min=1)
     return (ones / counts).view(*owners.shape, *[1] * (like.dim() - 1 - owners.dim()))
+
+
+def mean_where(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the mean of values, 0-d, by weights that broadcast to them; None weighs all alike."""
+    if weights is None:
+        return values.mean()
+    weights = weights.to(values.dtype).expand_as(values)
+    return (values * weights).sum() / weights.sum().clamp(min=1)

@@ -20,7 +20,7 @@ from mixadv.maths.geometry import Norm, Per, norms, of_samples
 from mixadv.model.visits import Call, positions
 from mixadv.players.ascent import Draw
 from mixadv.players.moments import Moments, adam
-from mixadv.players.rows import by_row, of_rows, once, repeat_mask, repeat_owners
+from mixadv.players.rows import by_row, mean_where, of_rows, once, repeat_mask, repeat_owners
 
 Rule = Callable[[int, Tensor, Tensor, Tensor | None, Draw, Tensor | None], Tensor]
 """`rule(index, δ, gradient, mask, draw, owners)`: where δ `[B, ...]` of a call moves."""
@@ -232,12 +232,10 @@ class Strategy:
         means = []
         calls = zip(self.norms(norm, per), self.masks, self._owners, strict=True)
         for lengths, mask, owner in calls:
-            real = torch.ones_like(lengths)
+            real = mask if per == "token" else None
             if owner is not None and per == "sample":  # each sample counts once
-                real = real * once(owner, mask, real)
-            if mask is not None and per == "token":
-                real = real * mask.to(real.dtype)
-            means.append((lengths * real).sum() / real.sum().clamp(min=1))
+                real = once(owner, mask, lengths)
+            means.append(mean_where(lengths, real))
         return torch.stack(means).mean()
 
     def positions(self) -> Tensor:
@@ -247,6 +245,8 @@ class Strategy:
 
     def entropy(self) -> Tensor:
         """Return the entropy of the weights in nats, `[B]` or `[1]`: at most log M."""
+        if self.size == 1:
+            return torch.zeros_like(self.log_weights[0])
         return -(self.weights * self.log_weights).nan_to_num().sum(0)
 
     def state_dict(self) -> dict[str, Any]:

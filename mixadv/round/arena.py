@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixadv.model import parallel
+from mixadv.model import parallel, walk
 from mixadv.model.compiled_site import place
 from mixadv.model.modules import is_input
 from mixadv.model.replay import Noise, Slot
@@ -101,12 +101,12 @@ class Arena:
     @property
     def modes(self) -> Modes:
         """Which modules are in training mode."""
-        return tuple(m.training for m in self.model.modules())
+        return tuple(m.training for m in walk.modules(self.model))
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters of the model, and those the optimizer trains besides."""
         parallel.reshard(self.model)
-        own: list[Tensor] = list(self.model.parameters())
+        own = walk.parameters(self.model)
         known = {id(p) for p in own}
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return own + [p for g in groups for p in g["params"] if id(p) not in known]

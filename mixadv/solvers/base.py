@@ -3,9 +3,10 @@
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from mixadv.checks import check_flag, check_number
 from mixadv.errors import nearest, unknown_parameter

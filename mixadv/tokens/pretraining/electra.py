@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from mixadv.checks import check_integer, check_number
 from mixadv.model.modules import unwrap
