@@ -53,6 +53,7 @@ FIXED = {
     "alum": {"particles"},
     "smart": {"particles"},
     "mat": set(),
+    **dict.fromkeys(("sam", "asam", "awp"), {f.name for f in fields(mixadv.Solver)} - {"radius"}),
 }
 
 

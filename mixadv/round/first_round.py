@@ -68,7 +68,7 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
     """
     trial = copy.copy(arena)
     trial.calibration = replace(arena.calibration, scaling=None)
-    stage = Stage(trial, goals, memory)
+    stage = Stage(trial, goals, dict(memory))
     with no_trace(stage.passes):
         stage.passes.replay.fresh = False  # passes are compared
         with gradients_kept(trial.parameters()):

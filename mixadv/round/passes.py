@@ -32,7 +32,7 @@ class Passes:
     def __init__(self, arena: Arena, goals: Goals, memory: Memory) -> None:
         self.arena = arena
         self.goals = goals
-        self.memory = dict(memory)  # which the round may change
+        self.memory = memory  # which the round changes
         slots = arena.stateful.get(arena.modes)
         self.replay = Replay(arena.model, arena.solver.fresh_dropout, slots)
         self.cut = Cut()
@@ -233,12 +233,16 @@ class Passes:
             (backward or torch.autograd.backward)(objective)
         self.theta_backwards += 1
 
-    def renew(self) -> None:
-        """Forget what belongs to the weights before the learner's step."""
+    def forget(self) -> None:
+        """Forget the graphs that belong to the weights there were."""
         self.cut.clear()
         self.kept.clear()
-        self.replay.renew()
         torch.clear_autocast_cache()  # of a checkpoint's recompute too
+
+    def renew(self) -> None:
+        """Forget what belongs to the weights before the learner's step."""
+        self.forget()
+        self.replay.renew()
 
     def undo(self) -> None:
         """Put random state and buffers back to where the round found them."""

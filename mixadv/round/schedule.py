@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from mixadv.checks import check_integer
 from mixadv.solvers.base import Solver
 from mixadv.solvers.play import Moves, Play, Step
+from mixadv.solvers.weights import WeightsSolver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,14 @@ class Schedule:
         if self.radius is not None:
             solver = replace(solver, radius=self.radius(update - self.start))
         return solver.play(stage)
+
+    def weights(self, weights: WeightsSolver | None, update: int) -> WeightsSolver | None:
+        """Return the adversary of weights that plays in an update; `radius` is then its own."""
+        if weights is None or not self.plays(update):
+            return None
+        if self.radius is None:
+            return weights
+        return replace(weights, radius=self.radius(update - self.start))
 
 
 def _plain(stage: Moves, steps: int) -> Play:

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from mixadv.checks import check_kinds
 from mixadv.errors import GameError
 from mixadv.model import parallel
-from mixadv.model.masks import Where
 from mixadv.round.cost import ascends, count_passes, recomputes
 from mixadv.round.goals import Goals
 from mixadv.round.schedule import Schedule
@@ -155,8 +154,9 @@ def check_closure(value: Any) -> None:
     )
 
 
-def check_goals(goals: Goals, solver: Solver, where: Where) -> None:
+def check_goals(goals: Goals, solver: Solver) -> None:
     """Check the closures of a round, and whether the solver plays them."""
+    where = goals.where
     check_closure(goals.closure)
     for name in ("adversary", "retain"):
         if getattr(goals, name) is not None:

@@ -21,6 +21,8 @@ from mixadv.solvers.play import Moves, Play
 WORDS = {
     "eps": "radius",
     "epsilon": "radius",
+    "rho": "radius",
+    "gamma": "radius",
     "alpha": "step_size",
     "lr": "step_size",
     "K": "steps",
