@@ -17,6 +17,7 @@ from mixadv.round.goals import Goals
 from mixadv.round.schedule import Schedule
 from mixadv.solvers import SOLVERS, make_solver
 from mixadv.solvers.base import Solver
+from mixadv.solvers.weights import WeightsSolver
 
 
 def check_seed(seed: Any) -> None:
@@ -67,6 +68,12 @@ def check_game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, sch
             "and backward per step; under a round its replicas drift apart. Leave it out."
         )
     check_spread(model)
+    if isinstance(solver, WeightsSolver) and not solver.shared and parallel.sharded(model):
+        raise ValueError(
+            f"{type(solver).__name__}: shared=False has each process displace the weights by "
+            "itself, and those that fully_shard has spread have one gradient and one value: "
+            "leave shared=True."
+        )
     check_trained(model, solver, optimizer)
 
 
