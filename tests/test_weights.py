@@ -16,7 +16,20 @@ import mixadv
 from mixadv.maths import mirror
 from mixadv.maths.divergence import divergence
 from mixadv.model.replay import Noise
-from tests.zoo import BrokenError, Fault, assert_same, copies, fingerprint, play, small, wrapped
+from tests.processes import Net, batches
+from tests.worlds import assert_resumes
+from tests.zoo import (
+    BrokenError,
+    Fault,
+    assert_same,
+    copies,
+    fingerprint,
+    play,
+    player,
+    small,
+    without_dropout,
+    wrapped,
+)
 
 ROWS, LENGTH, WORDS, WIDTH, CLASSES = 4, 3, 7, 5, 3
 SIZE = 0.3  # of the steps of δ
@@ -326,7 +339,7 @@ def test_no_radius_is_the_inner_solver_bit_for_bit():
 
 def test_a_gradient_that_is_not_finite_displaces_nothing():
     one = small()
-    optimizer = wrapped(one, "sam") if "sam" in mixadv.SOLVERS else wrapped(one, mixadv.SAM())
+    optimizer = wrapped(one, mixadv.SAM())
     optimizer.step(one.closure())
     before = fingerprint(one.model)["weights"]
     game = optimizer.game
@@ -482,6 +495,57 @@ def test_lists_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="closure must be a function"):
         optimizer.step([None, None])
     optimizer.step(closures, where=[torch.ones(ROWS, LENGTH), torch.ones(ROWS, LENGTH)])
+
+
+# Ways of training ------------------------------------------------------------------------------
+
+SMALL = [mixadv.SAM(), mixadv.AWP(), mixadv.SAM(solver=mixadv.FreeLB())]
+
+
+@pytest.mark.parametrize("solver", SMALL, ids=repr)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_rounds_are_plain_ones(solver: mixadv.Solver, reentrant: bool):
+    def trained(reentrant: bool | None) -> list[Tensor]:
+        model = Net(reentrant=reentrant)
+        optimizer = wrapped(model, solver)
+        torch.manual_seed(2)
+        for ids, labels in batches(0, 2):
+            optimizer.step(partial(loss_of, model, ids, labels))
+        return copies(model.parameters())
+
+    torch.testing.assert_close(trained(reentrant), trained(None), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", SMALL, ids=repr)
+def test_rounds_of_fp16_with_a_scaler_are_those_of_full_precision_within_rounding(solver: Any):
+    def trained(low: bool) -> list[Tensor]:
+        one = player("bert", rows=6)
+        without_dropout(one.model)
+        optimizer = wrapped(one, solver)
+        scaler = torch.amp.GradScaler("cpu", enabled=low, init_scale=2.0**8)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.float16, enabled=low):
+                optimizer.game.backward(one.closure(), lambda loss: scaler.scale(loss).backward())
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return copies(one.model.parameters())
+
+    before = copies(player("bert", rows=6).model.parameters())
+    low, full = trained(low=True), trained(low=False)
+    moved = [
+        torch.cat([(a - b).flatten() for a, b in zip(x, before, strict=True)]) for x in (low, full)
+    ]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.99
+
+
+def test_a_state_that_is_saved_resumes_bit_for_bit(tmp_path: Any):
+    def build(seed: int) -> tuple[Any, Any]:
+        one = small()._replace(model=small(seed=seed).model)
+        base = torch.optim.AdamW(one.model.parameters(), lr=0.01)
+        return one, mixadv.wrap(base, one.model, mixadv.SAM(solver=MIXED), seed=seed)
+
+    assert_resumes(build, tmp_path, 2, 2)
 
 
 # Parameters, formats, words --------------------------------------------------------------------
