@@ -29,8 +29,12 @@ class Displaced:
         squares = []
         for weight, displacement in zip(weights, displacements, strict=True):
             found = self._found[weight] = weight.detach().clone()
-            weight.copy_(found + displacement)
-            squares.append(parallel.sum_of_squares((weight - found).to(displacement.dtype)))
+            if weight.dtype == displacement.dtype:
+                weight.add_(displacement)
+                squares.append(parallel.sum_of_squares(displacement))
+            else:  # rounded
+                weight.copy_(found + displacement)
+                squares.append(parallel.sum_of_squares((weight - found).to(displacement.dtype)))
         parallel.reshard(self._model)
         return torch.stack(squares).sum().sqrt()
 

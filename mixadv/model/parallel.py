@@ -100,7 +100,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
     """Return the sum of the squares of a tensor that may be spread, 0-d."""
-    return whole(tensor.square().sum())
+    return whole(torch.linalg.vector_norm(tensor)).square()  # in one pass, without a copy
 
 
 def average(tensors: list[Tensor]) -> None:
