@@ -1,9 +1,9 @@
-# `make demo` and `make test` set up .venv on a fresh machine and then run.
+# Every target sets up .venv on a fresh machine and then runs.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow matrix lint clean
+.PHONY: demo test slow matrix lint docs dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,19 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(READY)
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build
+	@echo "open docs/_build/index.html"
+
+dist: $(READY)
+	$(BIN)/pip install -q build twine
+	rm -rf dist build
+	$(BIN)/python -m build -q
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/bare
+	build/bare/bin/pip install -q -c constraints.txt dist/*.whl
+	cd build && bare/bin/python ../examples/quickstart.py
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt torch
@@ -32,4 +45,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs dist build docs/_build .pytest_cache .ruff_cache .hypothesis

@@ -169,7 +169,7 @@ def work(options: Namespace) -> str:
         alone = Mixture([found]) if options.mixture else None
         reports.add(short, found, tokenizer, mixture=alone, attacks=attacks(options))
     for name, folders in options.mixture.items():
-        reports.add(name, *mixtures.load(folders))
+        reports.add(name, *mixtures.load(folders), attacks=attacks(options))
     table = compare(reports.found)
     write(options.output / "compared.md", table)
     sections = {name: report.sections for name, report in reports.found.items()}

@@ -3,12 +3,16 @@ r"""Adversarial training of a small language model, on two harmless stand-ins.
 trigger: a sequence of words is planted that makes the model say one fixed sentence; then it is to
 be removed by training that never shows it. Arms: plain fine-tuning, noise at the embeddings,
 untargeted latent adversarial training (LAT) at the embeddings and in a layer, targeted LAT, which
-knows the sentence, and its losses without an adversary (away). Measured over updates: how often
-the sentence comes, the held-out loss.
+knows the sentence, its losses without an adversary (away), and DPO for both players in a layer
+(dpo). Measured over updates: how often the sentence comes, or its subject in other words, the
+held-out loss.
 
 policy: the model is to decline one topic, cooking with garlic. Arms: plain fine-tuning (sft),
-ContinuousAT, targeted LAT, MixAT. Measured: success of attacks that training does not see, refusals
-of near topics, the held-out loss, and what 50 plain updates on other questions undo.
+ContinuousAT, targeted LAT, MixAT, and a mixture of two adapters by ContinuousAT that share its
+updates (adapters), of which one is drawn for each answer. Measured: success of attacks that
+training does not see, refusals of near topics, the held-out loss, and what 50 plain updates on
+other questions undo. --gcg 20 adds suffixes that nanogcg searches for on the trained model
+(pip install --no-deps nanogcg==0.3.0); a step takes about 7 seconds of one core for each prompt.
 
 The model is SmolLM2-135M-Instruct with LoRA adapters; python examples/smollm2.py fetches it. An
 update of 4 rows takes about 1.4 seconds of one CPU core without an adversary, 5 with 3 steps of
@@ -57,6 +61,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
         "measure_every": "updates (default: %(default)s)",
         "steps": "of the ascent (default: %(default)s)",
         "radius": "of each token's ball, in mean token norms (default: %(default)g)",
+        "gcg": "steps of nanogcg's search for suffixes, in policy (default: %(default)s, none)",
     }
     kinds: dict[str, Callable[[str], Any]] = {"model": str, "learning_rate": float, "radius": float}
     for f in fields(Setting):

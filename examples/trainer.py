@@ -30,6 +30,11 @@ def accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
+def losses(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
+    """Return the loss of each row."""
+    return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train with each solver; print a table of accuracies."""
     options, task = arguments(argv), intent.load(intent.arguments([]))
@@ -45,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         encode = lambda rows: tokenizer(rows["text"], truncation=True)  # noqa: B023, E731
         splits = {s: r.map(encode, batched=True) for s, r in task.splits.items()}
         game = {} if name == "plain" else {"solver": mixadv.make_solver(name)}
+        if game and game["solver"].weighs:  # rows, by the loss of each
+            game["compute_loss_func"] = losses
         trainer = (AdversarialTrainer if game else Trainer)(
             network, args, DataCollatorWithPadding(tokenizer), compute_metrics=accuracy,
             train_dataset=task.train.map(encode, batched=True), **game,

@@ -140,6 +140,7 @@ class Game:
         where: Where = None,
         adversary: Closure | None = None,
         retain: Closure | None = None,
+        groups: Tensor | None = None,
     ) -> Outcome:
         """Play a round up to the optimizer step; gradients are in `.grad` as after a backward.
 
@@ -155,6 +156,7 @@ class Game:
             adversary: runs forward passes and returns what the adversary maximises: anything that
                 `closure` may return. One δ then acts in all calls of both; see the class.
             retain: returns what the learner minimises too, at δ = 0.
+            groups: the group of each row, a LongTensor `[B]`, for a solver that weighs groups.
 
         A loss that the closure divides itself leaves a divergence undivided: where micro-batches
         are accumulated, divide in `backward`, `lambda loss: (loss / 4).backward()`.
@@ -166,7 +168,7 @@ class Game:
         self._refuse_replays()
         if backward is not None:
             validate.check_function("backward must be a function of a loss", backward)
-        opened = self.rounds.open(closure, check, where, adversary, retain)
+        opened = self.rounds.open(closure, check, where, adversary, retain, groups)
         with torch.enable_grad(), opened as update:
             return self.rounds.finish(update, next(update.turns(backward)), 1)
 
@@ -178,6 +180,7 @@ class Game:
         where: Where = None,
         adversary: Closure | None = None,
         retain: Closure | None = None,
+        groups: Tensor | None = None,
     ) -> Tensor:
         """Play a round and return a loss whose backward delivers the round's whole gradient.
 
@@ -189,7 +192,7 @@ class Game:
             validate.check_closure(closure)
             return parse_output(closure()).objective
         self._refuse_replays()
-        with self.rounds.open(closure, check, where, adversary, retain) as update:
+        with self.rounds.open(closure, check, where, adversary, retain, groups) as update:
             result = carried(update)
             self.rounds.finish(update, result.detach(), 1)
             return result
@@ -215,8 +218,7 @@ class Game:
 
         Args:
             closure: measures the unit by one forward pass that leaves no trace, of several
-                processes on this one; without it, the unit is estimated from the rows of the
-                embedding until the first round is played.
+                processes on this one; without it the embedding's rows estimate the unit at first.
             where: as in `backward`; with a closure alone.
             adversary: likewise.
             retain: likewise.

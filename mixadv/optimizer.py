@@ -28,6 +28,8 @@ _PLAIN = (
     "at first, wrap with schedule=mixadv.Schedule(start=...)."
 )
 
+_NO_ROUND = "step() without a closure plays no round of adversary=, retain= or groups=: give one."
+
 _DRIFTING = (
     "The processes had the same weights before this step, and have others each after it: gradients "
     "are not averaged. Call the model that is in DistributedDataParallel in the closure; where a "
@@ -152,6 +154,7 @@ class GameOptimizer(Optimizer):
         where: Any = None,
         adversary: Any = None,
         retain: Any = None,
+        groups: Any = None,
     ) -> Any:
         """Play a round and step; see the class.
 
@@ -163,15 +166,14 @@ class GameOptimizer(Optimizer):
             where: where δ may act, for this round; see `Game.backward`.
             adversary: returns what the adversary maximises; see `Game`.
             retain: returns what the learner minimises too, at δ = 0.
+            groups: the group of each row, a LongTensor `[B]`, for a solver that weighs groups.
 
         Returns:
             The round's objective, 0-d and detached; None without a closure.
         """
         if closure is None:
-            if adversary is not None or retain is not None:
-                raise GameError(
-                    "step() without a closure plays no round of adversary= or retain=: give one."
-                )
+            if any(goal is not None for goal in (adversary, retain, groups)):
+                raise GameError(_NO_ROUND)
             if self.game.round == 0:
                 warnings.warn(_PLAIN, stacklevel=2)
             self.base.step()
@@ -191,7 +193,7 @@ class GameOptimizer(Optimizer):
                         "another optimizer for steps that play."
                     )
             if not self._closure_plays:
-                return self._round(closure, check, where, adversary, retain)
+                return self._round(closure, check, where, adversary, retain, groups)
             self.base.step()
             return result
 

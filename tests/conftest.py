@@ -1,6 +1,7 @@
 """Settings that all tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.zoo import weighing_rows
 
 settings.register_profile(
     "fast",
@@ -19,6 +22,19 @@ settings.register_profile(
 )
 settings.register_profile("thorough", parent=settings.get_profile("fast"), max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+TWINS = {"trades", "cvar", "chi_square"}  # ALUM's round; rows as group DRO weighs them
+OWN = ("test_rows", "test_images", "test_recomputation", "test_errors", "test_face", "test_pages")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make tests of all solvers slow for those that play the round of another."""
+    for item in items:
+        values = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if item.path.stem not in OWN and any(str(value) in TWINS for value in values):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +48,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _seeded() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _weighing_rows(request: pytest.FixtureRequest) -> Iterator[None]:
+    with weighing_rows(request.node.name):
+        yield

@@ -2,7 +2,7 @@
 
     python -m tests.matrix
 
-runs for each cell the tests that prove it, and writes `tests/matrix.md` and README's copy of it. A
+runs for each cell the tests that prove it, and writes `tests/matrix.md` and its copy in docs/. A
 way is registered by one line in `WAYS`; a cell is ✔ if its tests passed, – where they passed by
 being refused, with the reason that the user reads (`tests.zoo.or_refused` notes it), and ✔ with the
 reason where they went on with the change that it names.
@@ -20,7 +20,7 @@ from tests.zoo import CHANGED, REFUSED, TRANSFORMERS
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "tests" / "matrix.md"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "howto" / "ways.md"
 OTHERS = ("gpt2", "llama", "t5", "bart")
 ENCODERS = [family for family in TRANSFORMERS if family not in OTHERS]
 MARKED = re.compile(r"(?<=<!-- ways -->\n).*?(?=<!-- /ways -->)", re.DOTALL)
@@ -171,14 +171,14 @@ def table(seen: Recorder) -> str:
 
 
 def main() -> None:
-    """Run the tests of all cells; write the table, here and in README."""
+    """Run the tests of all cells; write the table, here and in docs/."""
     files = {f"tests/{pattern.partition('::')[0]}" for way in WAYS.values() for pattern in way}
     seen = Recorder()
     # The assertions of what is imported here already are not rewritten; which is no matter.
     options = ["-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:cacheprovider"]
     pytest.main([*options, "-m", "slow or not slow", *sorted(files)], plugins=[seen])
     TABLE.write_text(table(seen))
-    README.write_text(MARKED.sub(lambda _: TABLE.read_text(), README.read_text()))
+    PAGE.write_text(MARKED.sub(lambda _: TABLE.read_text(), PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 import mixadv
 from tests.worlds import classified
-from tests.zoo import CANNOT, note_refusal, wrapped
+from tests.zoo import CANNOT, ROWS, note_refusal, weighing_rows, wrapped
 
 Case = Callable[[int], Any]  # of the rank; a function of a module, or a partial one
 SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.make_solver(name) for name in mixadv.SOLVERS} | {
+    **ROWS,
     "ensemble": mixadv.MAT(particles=2, play_as="ensemble", learner_temperature=1e-6, samples=2),
     "leap": mixadv.ALUM(direction="gauss_newton", sign="boundary"),
     "recomputed": mixadv.ALUM(direction="gauss_newton", recompute=True),
@@ -100,10 +101,11 @@ def _work(rank: int, cases: dict[str, Case], folder: str) -> None:
     warnings.simplefilter("error")
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=WAIT)
-    for number, case in enumerate(cases.values()):
+    for number, (name, case) in enumerate(cases.items()):
         said = Path(folder, f"{number}.{rank}")
         try:
-            reason = case(rank)
+            with weighing_rows(name):
+                reason = case(rank)
         except BaseException:
             said.write_text(traceback.format_exc())
             raise

@@ -1,4 +1,4 @@
-"""README's new solver is one file of at most 40 lines, and one line in the registry."""
+"""CONTRIBUTING's new solver is one file of at most 40 lines, and one line in the registry."""
 
 import inspect
 import re
@@ -13,8 +13,8 @@ from torch import nn
 import mixadv
 from mixadv.round.explain import solver_table
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-FILE = re.search(r"### Add a solver\n.*?```python\n(.*?)```", README, re.DOTALL)[1]
+TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FILE = re.search(r"## Add a solver\n.*?```python\n(.*?)```", TEXT, re.DOTALL)[1]
 
 
 def test_a_solver_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch):

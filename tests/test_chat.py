@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixadv.tokens import answer_losses, chat_batch, preference_batches
+from mixadv.tokens import answer_losses, chat_batch, preference_batches, shortened
 from mixadv.tokens.chat_games import floored, unlikelihood
 from tests.chat_zoo import TEMPLATES, chatting
+from tests.test_game import no_reads
 from tests.tokenizers_zoo import texts
 
 said = texts.map(str.strip).filter(bool)
@@ -141,6 +142,48 @@ def test_a_row_without_a_column_is_said():
         preference_batches(chatting(), [{**row, "rejected": "c"}, row])
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(said, said), min_size=1, max_size=3), st.integers(0, 30))
+def test_what_is_too_long_loses_the_end_of_its_answer(rows: list[tuple[str, str]], room: int):
+    """Never the prompt: δ has the same places, and both answers go on to agree there."""
+    pairs = [{"prompt": p, "chosen": a, "rejected": f"{a} {a}"} for p, a in rows]
+    for batch in preference_batches(chatting(), pairs):
+        prompts = (batch.labels >= 0).int().argmax(1)
+        length = int(prompts.max()) + 1 + room
+        found, cut = shortened(batch, length)
+        assert found.input_ids.shape[1] <= length
+        assert torch.equal(cut, batch.attention_mask.sum(1) > length)
+        before, after = (zip(*chats, strict=True) for chats in (batch, found))
+        for whole, part, tokens in zip(before, after, prompts, strict=True):
+            size = min(length, len(whole[0]))
+            for mine, all_of_it in zip(part, whole, strict=True):
+                assert torch.equal(mine, all_of_it[:size])
+            assert torch.equal(part[3].nonzero(), whole[3].nonzero())
+            assert (part[2] >= 0).any()
+            assert not (part[2][:tokens] >= 0).any()
+
+
+TOO_SHORT: dict[str, tuple[dict[str, Any], int, str]] = {
+    "no room for an answer": (
+        {"answers": ["No.", "Yes."]},
+        30,
+        r"Row 1 of the batch has a prompt of \d+ tokens, and max_length=30 leaves nothing",
+    ),
+    "a prompt alone": ({}, 30, r"Row 1 of the batch .* leaves nothing of an answer"),
+    "padding on the left": ({"padding_side": "left"}, 9, "have them padded there, 'right'"),
+    "no tokens": ({}, 0, "max_length must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("wrong", TOO_SHORT)
+def test_no_prompt_is_cut(wrong: str):
+    how, length, message = TOO_SHORT[wrong]
+    prompts = ["a", "Why is that so, and since when, and for how long?"]
+    batch = chat_batch(chatting(), prompts, **how)
+    with pytest.raises(ValueError, match=message):
+        shortened(batch, length)
+
+
 # Losses of answers -----------------------------------------------------------------------------
 
 
@@ -167,6 +210,32 @@ def test_losses_are_those_of_a_loop(seed: int, rows: int, length: int, words: in
     torch.testing.assert_close(answer_losses(logits, labels).tolist(), expected)
     dropped = by_hand(logits, labels, lambda p: 0.0 if log(p) < -5 else -log(1 - p))
     torch.testing.assert_close(unlikelihood(logits, labels).tolist(), dropped)
+
+
+@pytest.mark.parametrize("loss", [answer_losses, unlikelihood])
+def test_losses_of_answers_are_not_waited_for(loss: Any, monkeypatch: pytest.MonkeyPatch):
+    """How many tokens answers have is known to the device alone, in each pass of a round."""
+    logits = torch.randn(2, 4, 5, requires_grad=True)
+    labels = torch.tensor([[-100, -100, 1, 2], [-100, 3, -100, -100]])
+    with no_reads(monkeypatch):
+        loss(logits, labels).sum().backward()
+
+
+@pytest.mark.parametrize("loss", [answer_losses, unlikelihood])
+def test_what_is_not_an_answer_does_not_count(loss: Any):
+    """A row of padding alone attends to nothing, and gives no number."""
+    logits = torch.randn(2, 4, 5)
+    labels = torch.tensor([[-100, -100, -100, 2], [-100, 3, -100, -100]])
+    expected = loss(logits, labels)
+    spoilt = logits.clone()
+    spoilt[0, :2] = torch.nan
+    spoilt[1, 1:] = torch.inf
+    spoilt.requires_grad_()
+    found = loss(spoilt, labels)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert spoilt.grad.isfinite().all()
+    assert not spoilt.grad[0, :2].any()
 
 
 def test_a_loss_of_a_likely_token_is_exact_and_finite():

@@ -20,6 +20,7 @@ from mixadv.tokens import (
     chat_batch,
     continuous_at,
     latent_at,
+    latent_dpo,
     preference_batches,
     rewritten,
 )
@@ -30,11 +31,13 @@ ROWS = [
     {"prompt": "Why? Is it good?", "chosen": "No.", "rejected": "It is a very good film, indeed."},
 ]
 RATE, RADIUS, STEPS = 0.05, 0.3, 2
+LAYERS = (None, "model.layers.0")
 PADDED = (0, 0, -100, False)  # what fills ids, mask, labels and places
 LEARNERS = {
     "continuous_at": continuous_at,
     "latent_at": latent_at,
     "capo": lambda model, *batches: capo(model, *batches, reference=left(model)),
+    "latent_dpo": lambda model, *batches: latent_dpo(model, *batches, reference=left(model)),
 }
 
 
@@ -83,29 +86,41 @@ def left(model: nn.Module) -> nn.Module:
     return other
 
 
-def margin(good: list[Tensor], bad: list[Tensor]) -> Tensor:
+Read = list[Tensor]  # log-probabilities of each row's answer
+
+
+def margin(good: Read, bad: Read) -> Tensor:
     return torch.stack([a.mean() - b.mean() for a, b in zip(good, bad, strict=True)])
 
 
-PAYOFF: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {
-    "continuous_at": lambda good, bad: -cross_entropy(bad),
-    "capo": lambda good, bad: -cross_entropy(bad),
-    "latent_at": lambda good, bad: -0.5 * cross_entropy(bad) - 0.5 * unlikely(good),
+def odds(good: Read, bad: Read, known: tuple[Read, Read]) -> Tensor:
+    """Return β·h with sums over tokens."""
+    pairs = zip(good, bad, *known, strict=True)
+    return torch.stack([0.3 * ((a.sum() - c.sum()) - (b.sum() - d.sum())) for a, b, c, d in pairs])
+
+
+PAYOFF: dict[str, Callable[[Read, Read, tuple[Read, Read]], Tensor]] = {
+    "continuous_at": lambda good, bad, known: -cross_entropy(bad),
+    "capo": lambda good, bad, known: -cross_entropy(bad),
+    "latent_at": lambda good, bad, known: -0.5 * cross_entropy(bad) - 0.5 * unlikely(good),
+    "latent_dpo": lambda good, bad, known: -torch.log1p(odds(good, bad, known).exp()),
 }
-LOSS: dict[str, Callable[[list[Tensor], list[Tensor], Tensor], Tensor]] = {
-    "continuous_at": lambda good, bad, before: (
+LOSS: dict[str, Callable[[Read, Read, tuple[Read, Read]], Tensor]] = {
+    "continuous_at": lambda good, bad, known: (
         0.5 * floor(-cross_entropy(bad), -5.0) + 0.5 * floor(cross_entropy(good), 0.5)
     ),
-    "latent_at": lambda good, bad, before: 0.5 * cross_entropy(good) + 0.5 * unlikely(bad),
-    "capo": lambda good, bad, before: (margin(good, bad) - before - 2) ** 2,
+    "latent_at": lambda good, bad, known: 0.5 * cross_entropy(good) + 0.5 * unlikely(bad),
+    "capo": lambda good, bad, known: (margin(good, bad) - margin(*known) - 2) ** 2,
+    "latent_dpo": lambda good, bad, known: torch.log1p((-odds(good, bad, known)).exp()),
 }
-UTILITY = {"continuous_at": 1.0, "latent_at": 1.5, "capo": 1.0}
+UTILITY = {"continuous_at": 1.0, "latent_at": 1.5, "capo": 1.0, "latent_dpo": 1.0}
 
 
 def by_hand(name: str, model: Any, batches: tuple[ChatBatch, ...], site: str) -> Tensor:
     """Take the step on a model; return δ."""
     chosen, rejected, others = (Told(model, batch, site) for batch in batches)
-    before = margin(*(Told(left(model), batch, site).log_p(None) for batch in batches[:2])).detach()
+    with torch.no_grad():
+        known = tuple(Told(left(model), batch, site).log_p(None) for batch in batches[:2])
     where = batches[1].where[..., None].double()
     seen: list[Tensor] = []
     handle = model.get_submodule(site).register_forward_hook(lambda m, a, out: seen.append(out))
@@ -115,14 +130,14 @@ def by_hand(name: str, model: Any, batches: tuple[ChatBatch, ...], site: str) ->
     delta = torch.zeros_like(seen[0]).detach()
     for _ in range(STEPS):
         delta.requires_grad_(True)
-        gain = PAYOFF[name](chosen.log_p(delta), rejected.log_p(delta)).sum()
+        gain = PAYOFF[name](chosen.log_p(delta), rejected.log_p(delta), known).sum()
         [gradient] = torch.autograd.grad(gain, delta)
         gradient = gradient * where
         length = gradient.norm(dim=-1, keepdim=True).clamp(min=1e-300)
         delta = delta.detach() + RADIUS / STEPS * 1.5 * unit * gradient / length
         size = delta.norm(dim=-1, keepdim=True).clamp(min=1e-300)
         delta = delta * (RADIUS * unit / size).clamp(max=1)
-    loss = LOSS[name](chosen.log_p(delta), rejected.log_p(delta), before).mean()
+    loss = LOSS[name](chosen.log_p(delta), rejected.log_p(delta), known).mean()
     loss = loss + UTILITY[name] * cross_entropy(others.log_p(None)).mean()
     model.zero_grad()
     loss.backward()
@@ -158,7 +173,8 @@ def scene(family: str) -> tuple[nn.Module, tuple[ChatBatch, ...]]:
 @pytest.mark.parametrize(
     ("name", "family", "site"),
     [("continuous_at", family, None) for family in FAMILIES]
-    + [("latent_at", "Llama", None), ("latent_at", "Llama", "model.layers.0")],
+    + [("capo", "Llama", None), ("latent_dpo", "Mistral", None)]
+    + [(name, "Llama", site) for name in ("latent_at", "latent_dpo") for site in LAYERS],
 )
 def test_a_step_is_that_of_the_equations(name: str, family: str, site: str | None):
     model, batches = scene(family)
@@ -187,7 +203,8 @@ def test_without_other_rows_nothing_is_retained(name: str):
     assert set(goals) == {"closure", "adversary", "where"}
 
 
-def test_adapters_that_are_off_are_the_reference():
+@pytest.mark.parametrize("goals", [capo, latent_dpo])
+def test_adapters_that_are_off_are_the_reference(goals: Any):
     model, (chosen, rejected, _) = scene("Llama")
     adapted: Any = peft.get_peft_model(
         copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"])
@@ -196,20 +213,34 @@ def test_adapters_that_are_off_are_the_reference():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.3)
-    goals = [capo(adapted, chosen, rejected), capo(adapted, chosen, rejected, reference=model)]
-    own, given = (goal["closure"]() for goal in goals)
+    how = ({}, {"reference": model}, {"reference": adapted})
+    own, given, same = (goals(adapted, chosen, rejected, **h)["closure"]() for h in how)
     torch.testing.assert_close(own, given, rtol=1e-10, atol=0)
-    assert (
-        own - capo(adapted, chosen, rejected, reference=adapted)["closure"]()
-    ).abs().min() > 1e-3
+    assert (own - same).abs().min() > 1e-3
 
 
-def test_no_reference_is_guessed():
+@pytest.mark.parametrize("goals", [capo, latent_dpo])
+def test_no_reference_is_guessed(goals: Any):
     model, (chosen, rejected, _) = scene("Llama")
     with pytest.raises(ValueError, match=r"reference=copy.deepcopy\(model\)"):
-        capo(model, chosen, rejected)
+        goals(model, chosen, rejected)
     with pytest.raises(ValueError, match="above 0"):
-        capo(model, chosen, rejected, reference=model, beta=0)
+        goals(model, chosen, rejected, reference=model, beta=0)
+
+
+def test_where_nothing_is_preferred_yet_both_players_stand_at_log_two():
+    """h is 0 at a model that is its own reference, and δ = 0; what one gains the other loses."""
+    model, (chosen, rejected, _) = scene("Llama")
+    goals = latent_dpo(model, chosen, rejected, reference=model)
+    expected = torch.full((2,), 2.0, dtype=torch.float64).log()
+    for name, sign in (("closure", 1), ("adversary", -1)):
+        torch.testing.assert_close(sign * goals[name](), expected, rtol=1e-10, atol=0)
+    optimizer = mixadv.wrap(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, mixadv.PGD(steps=3, per="token")
+    )
+    optimizer.step(**goals)
+    assert optimizer.outcome.payoff > -expected[0]
+    assert optimizer.outcome.objective > expected[0]
 
 
 @given(share=st.floats(0, 1), seed=st.integers(0, 2**31))

@@ -4,6 +4,8 @@ import copy
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import transformers
 
 import mixadv
 from mixadv.integrations.chat import AdversarialChatTrainer, ChatCollator
-from mixadv.tokens import ChatBatch, answer_losses, continuous_at, latent_at
+from mixadv.tokens import ChatBatch, answer_losses, continuous_at, latent_at, latent_dpo
 from tests.chat_zoo import chatting, speaking
 from tests.scripts import own_start  # noqa: F401
 
@@ -86,6 +88,65 @@ def test_first_step_tells_what_the_adversary_does(tmp_path: Path, caplog: pytest
     assert after > before
 
 
+def messages_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "first step" in r.getMessage()]
+
+
+def test_first_step_is_told_once_with_the_rows_of_all_processes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = chatting()
+    made = trainer(tmp_path, speaking("Llama", tokenizer), tokenizer, how={"max_steps": 1})
+    seen = []
+
+    def gather(mine: torch.Tensor) -> torch.Tensor:
+        """Return what processes would: another one has three rows, one of them without δ."""
+        seen.append(mine)
+        other = torch.tensor([3, 2, 0, 0, 40, 3 * -1.0, 3 * 2.0])
+        return torch.cat([mine, other.to(mine)])
+
+    monkeypatch.setattr(made.accelerator, "gather", gather)
+    with caplog.at_level(logging.WARNING):
+        made.train()
+    [told], [mine] = messages_of(caplog), seen
+    assert "in 4 of 5 rows, at 0 to 40 tokens" in told
+    before, after = (float(word.strip(".")) for word in told.split("from ")[1].split(" to "))
+    assert before == pytest.approx((float(mine[5]) - 3) / 5, rel=1e-3)
+    assert after == pytest.approx((float(mine[6]) + 6) / 5, rel=1e-3)
+
+    other = trainer(tmp_path, speaking("Llama", tokenizer), tokenizer, how={"max_steps": 1})
+    monkeypatch.setattr(other, "is_world_process_zero", lambda: False)
+    caplog.clear()
+    other.train()
+    assert messages_of(caplog) == []
+
+
+def test_long_answers_are_cut_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    tokenizer = chatting()
+    collate = ChatCollator(tokenizer)
+    rows = [{**ROWS[i], "others": OTHERS[i % 3]} for i in range(4)]
+    batches = [ChatBatch(**batch) for batch in collate(rows).values()]
+    length = 1 + max(int((b.labels >= 0).int().argmax(1).max()) for b in batches)
+    longer = [int((b.attention_mask[:2].sum(1) > length).sum()) for b in batches]
+    assert all(longer)
+    how = {"logging_steps": 1, "max_steps": 1}
+    made = trainer(tmp_path, speaking("Llama", tokenizer), tokenizer, max_length=length, how=how)
+    with caplog.at_level(logging.WARNING):
+        made.train()
+    assert f"{sum(longer)} answers were cut at max_length." in messages_of(caplog)[0]
+    assert made.state.log_history[0]["cut_answers"] == sum(longer)
+    found = ChatCollator(tokenizer, max_length=length)(rows)
+    assert int(found["cut"][:2].sum()) == sum(longer)
+    assert found["chosen"]["input_ids"].shape[1] == length
+
+
+def test_a_prompt_without_room_for_its_answer_is_refused(tmp_path: Path):
+    tokenizer = chatting()
+    made = trainer(tmp_path, speaking("Llama", tokenizer), tokenizer, max_length=9)
+    with pytest.raises(ValueError, match="max_length=9 leaves nothing of an answer"):
+        made.train()
+
+
 def by_hand(tokenizer: Any, model: Any, goals: Any, size: int, parts: int) -> None:
     """Train a model by a loop: two updates on two rows each."""
     optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, SOLVER, seed=42)
@@ -100,6 +161,21 @@ def by_hand(tokenizer: Any, model: Any, goals: Any, size: int, parts: int) -> No
         optimizer.zero_grad()
 
 
+@contextmanager
+def told_first() -> Iterator[list[str]]:
+    """Give what is logged of the first step."""
+    told: list[str] = []
+
+    class Noting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    handler, log = Noting(), logging.getLogger("mixadv.integrations.chat")
+    log.addHandler(handler)
+    yield told
+    log.removeHandler(handler)
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -109,8 +185,10 @@ def work(rank: int, folder: str) -> None:
     tokenizer = chatting()
     model, alone = speaking("Llama", tokenizer), speaking("Llama", tokenizer)
     how = {"per_device_train_batch_size": 1, "ddp_find_unused_parameters": False}
-    trainer(Path(folder), model, tokenizer, how=how).train()
+    with told_first() as told:
+        trainer(Path(folder), model, tokenizer, how=how).train()
     assert dist.get_world_size() == 2
+    assert [text.split(" an adversary in ")[1][:16] for text in told] == ["2 of 2 rows, at "][rank:]
     by_hand(tokenizer, alone, continuous_at, 2, 1)
     for mine, expected in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-8, atol=1e-11)
@@ -123,6 +201,7 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
 
 
+@pytest.mark.slow
 def test_a_model_that_trainer_compiles_is_played_on(tmp_path: Path):
     tokenizer = chatting()
     model, other = speaking("Llama", tokenizer), speaking("Llama", tokenizer)
@@ -133,14 +212,16 @@ def test_a_model_that_trainer_compiles_is_played_on(tmp_path: Path):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_adapters_alone_are_trained(tmp_path: Path):
+@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # of bf16
+@pytest.mark.parametrize("goals", [continuous_at, latent_dpo])
+def test_adapters_alone_are_trained(goals: Any, tmp_path: Path):
     tokenizer = chatting()
     targets = ["q_proj", "v_proj"]
     model = peft.get_peft_model(
         speaking("Llama", tokenizer), peft.LoraConfig(target_modules=targets)
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer(tmp_path, model, tokenizer, how={"bf16": True}).train()
+    trainer(tmp_path, model, tokenizer, how={"bf16": True}, goals=goals).train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all("lora_" in name for name in moved)
@@ -179,6 +260,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "texts to retain": ({"retain_dataset": [{"text": "Ice"}]}, ValueError, "has no 'prompt'"),
     "goals": ({"goals": "lat"}, TypeError, "goals must be a function"),
     "where": ({"where": "where"}, ValueError, "leave where= out"),
+    "no tokens": ({"max_length": 1}, ValueError, "max_length must be at least 2"),
+    "a length beside a collator": (
+        {"max_length": 9, "data_collator": ChatCollator(None)},
+        ValueError,
+        r"max_length is the collator's: ChatCollator\(tokenizer, max_length=",
+    ),
     "no solver": ({"solver": None}, TypeError, "solver"),
 }
 
@@ -207,6 +294,28 @@ def test_prompts_that_differ_are_refused_behind_what_is_told_first(tmp_path: Pat
     model, collate = speaking("Llama", tokenizer), OtherPrompts(tokenizer)
     with pytest.raises(mixadv.GameError, match="reads other tokens"):
         trainer(tmp_path, model, tokenizer, data_collator=collate).train()
+
+
+def test_rows_laid_end_to_end_are_refused(tmp_path: Path):
+    """Nothing says there where the answers to one prompt are, of which the players want two."""
+    tokenizer = chatting()
+    model = speaking("Llama", tokenizer)
+    flat = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    collate = lambda rows: flat([{"input_ids": [1, 2]} for _ in rows])  # noqa: E731
+    made = trainer(tmp_path, model, tokenizer, data_collator=collate)
+    with pytest.raises(ValueError, match=r"batches of chosen and rejected.*got .*position_ids"):
+        made.train()
+
+
+@pytest.mark.parametrize("name", ["packing", "padding_free"])
+def test_packing_that_arguments_ask_for_is_refused(name: str, tmp_path: Path):
+    tokenizer = chatting()
+    made = trainer(tmp_path, speaking("Llama", tokenizer), tokenizer)
+    setattr(made.args, name, True)  # as those of TRL's trainers have them
+    with pytest.raises(ValueError, match=f"{name}=True.*side by side.*max_length="):
+        AdversarialChatTrainer(
+            made.model, made.args, train_dataset=ROWS, processing_class=tokenizer, solver=SOLVER
+        )
 
 
 def test_a_later_row_without_a_column_is_said(tmp_path: Path):

@@ -171,7 +171,7 @@ def test_a_layer_shared_by_nested_checkpoints_is_right_or_refused(site: str) -> 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("name", [n for n in mixadv.SOLVERS if n != "mart"])  # one loss of labels
 @or_refused("hidden layer")
 def test_an_encoder_called_twice_gets_each_delta_back(name: str, way: str) -> None:
     def run(kind: Kind) -> list[Tensor]:

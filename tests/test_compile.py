@@ -83,7 +83,7 @@ def twice(model: Any) -> list[Callable[[], Any]]:
 def called(batch: Tensor) -> Any:
     """Return a compiled model whose first call came before any game."""
     model = compiled(Tiny())
-    classify(model, batch)()[0].backward()
+    classify(model, batch)()[0].mean().backward()
     model.zero_grad()
     return model
 

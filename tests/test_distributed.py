@@ -35,8 +35,8 @@ from tests.processes import (
 from tests.zoo import without_dropout, wrapped
 
 ROWS = 4
-# Its contrastive loss compares the rows of a process with each other.
-DEPENDS_ON_THE_SPLIT = {"cat"}
+# They compare the rows of a process with each other.
+DEPENDS_ON_THE_SPLIT = {"cat", "cvar", "chi_square"}
 
 
 def train(
@@ -114,6 +114,40 @@ def only_the_contrast_depends_on_the_split(rank: int) -> None:
         pairs = zip(two, one, strict=True)
         same = all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs)
         assert same == (contrast == 0)
+
+
+def groups_are_those_of_all_processes(rank: int) -> None:
+    """Weights of groups move by the rows of both processes, which train as one on them all.
+
+    A process may lack a group, and the processes may have other numbers of its rows each.
+    """
+    mine, every = slice(rank * ROWS, (rank + 1) * ROWS), slice(0, 2 * ROWS)
+    groups = torch.tensor([0, 0, 1, 0, 2, 1, 2, 2])
+    for way, steps in (("step", 0), ("loss", 1), ("backward", 1)):
+        solver, found = mixadv.GroupDRO(groups=3, mirror_step=0.5, steps=steps), []
+        for model, rows in ((replicated(), mine), (Net(), every)):
+            optimizer = wrapped(without_dropout(model), solver)
+            game, how, objectives = optimizer.game, {"groups": groups[rows]}, []
+            for ids, labels in batches(7, 3, 2 * ROWS):
+                run = one_loss_each(model, ids[rows], labels[rows])
+                if way == "step":
+                    objectives.append(optimizer.step(run, **how))
+                    continue
+                played = getattr(game, way)(run, **how)
+                if way == "loss":
+                    played.backward()
+                objectives.append(game.outcome.objective)
+                optimizer.step()
+                optimizer.zero_grad()
+            memory = game.state_dict()["memory"]["group log-weights"]
+            weights = [p.detach() for p in game.model.parameters()]
+            found.append([*weights, memory, *objectives])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+        assert_equal_on_all(found[0])
+
+
+def one_loss_each(model: nn.Module, ids: Tensor, labels: Tensor) -> Any:
+    return lambda: F.cross_entropy(model(ids), labels, reduction="none")
 
 
 def goals_of_their_own(rank: int, name: str) -> None:
@@ -274,10 +308,12 @@ CASES: dict[str, Any] = {
     **replicated_by("loss"),
     **by_name(split_makes_no_difference, "split", PER_SAMPLE),
     **by_name(goals_of_their_own, "goals of their own", ["pgd", "freelb", "mat"]),
+    "split: groups": groups_are_those_of_all_processes,
     "split: cat": only_the_contrast_depends_on_the_split,
     **by_solver(one_all_reduce_per_step),
     **by_solver(collectives_of_a_round),
-    **by_solver(nobody_waits),
+    # MART reads labels from the loss, and here not from the logits that it was computed from.
+    **by_solver(nobody_waits, names=[name for name in SOLVERS if name != "mart"]),
     **by_solver(resumed),
     "heads of CAT are refused": heads_of_cat_are_refused,
     "a model out of its wrapper is warned of": a_model_out_of_its_wrapper_is_warned_of,

@@ -385,7 +385,7 @@ def test_a_closure_that_cannot_be_played_is_refused_in_the_first_round(
     assert_same(fingerprint(setting.model, optimizer), found)
 
 
-ELSEWHERE = ("Trainer", "loss of shards")  # tested with what they are about
+ELSEWHERE = ("Trainer", "SFTTrainer", "loss of shards")  # tested with what they are about
 
 
 @pytest.mark.parametrize(("name", "word"), [c for c in CANNOT if c[1] not in ELSEWHERE])

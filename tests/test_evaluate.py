@@ -678,13 +678,37 @@ def test_another_mixture_of_one_model_is_not_read_from_what_is_kept(tmp_path):
     assert len({found["clean"]["loss"]["value"] for found in losses}) == 3
 
 
-@pytest.mark.parametrize(
-    ("name", "said"), [("attacks", "leave attacks= out"), ("mixture", "itself"), ("game", "itself")]
-)
-def test_what_is_of_one_model_is_not_measured_of_a_mixture(name, said):
+@pytest.mark.parametrize("shares", [[1, 0], [1, 3]])
+def test_words_are_replaced_until_the_mean_of_the_members_errs(shares):
+    """A member that is never drawn changes nothing; each text found is the mean's own error."""
+    models = [classifier(seed) for seed in (0, 1)]
+    mixture = Mixture([{}, models[1].state_dict()], shares, model=models[0])
+    before = [p.detach().clone() for p in models[0].parameters()]
+    settings = {"radii": (), "progress": False, "attacks": {"similar": ATTACK}}
+    found, alone = (
+        evaluate(model, word_tokenizer(), DATA, **settings).sections["attacks"]["similar"]
+        for model in (mixture, models[0])
+    )
+    assert all(map(torch.equal, models[0].parameters(), before))
+    if not shares[1]:
+        assert found == alone
+        return
+    texts = [record["perturbed"] for record in found["per row"]]
+    rows = read_rows({"text": texts, "label": DATA["label"]}, models[0])
+    means = sum(
+        share / 4 * batch.closure()[1].softmax(-1)[torch.tensor(batch.rows).argsort()]
+        for share, model in zip(shares, models, strict=True)
+        for batch in text_batches(model.eval(), word_tokenizer(), rows, batch_size=len(texts))
+    )
+    assert means.argmax(-1).tolist() == [record["after"] for record in found["per row"]]
+    assert any(record["swaps"] for record in found["per row"])
+
+
+@pytest.mark.parametrize("name", ["mixture", "game"])
+def test_what_is_of_one_model_is_not_measured_of_a_mixture(name):
     mixture = Mixture([classifier(0), classifier(1)])
-    given = {"mixture": mixture, "game": trained()[1], "attacks": {"similar": ATTACK}}
-    with pytest.raises(ValueError, match=said):
+    given = {"mixture": mixture, "game": trained()[1]}
+    with pytest.raises(ValueError, match="itself"):
         evaluate(mixture, word_tokenizer(), DATA, **{name: given[name]})
 
 

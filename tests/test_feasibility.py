@@ -18,6 +18,7 @@ from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.opening import opening
 from tests.worlds import gradients
+from tests.zoo import ROWS as WEIGHING
 from tests.zoo import stepwise, wrapped
 
 ORDER = {"l1": 1, "l2": 2, "linf": float("inf")}
@@ -30,6 +31,7 @@ APART = {
     "contrast_weight": 0.0,
     "deviation_weight": 0.0,  # a distance that the loss is weighed against
 }
+ALIKE = {"level": 1.0, "ball": 0.0}  # all rows count the same
 # What makes the learner take a plain step.
 PLAIN = {
     **APART,
@@ -277,14 +279,14 @@ def train(solver=None, dtype=torch.float32, times=1.0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("name", [n for n in mixadv.SOLVERS if n != "mart"])  # of another loss
 def test_radius_zero_is_plain_training(name, dtype):
     times = 2.0 if name == "fgm" else 1.0  # its clean and its adversarial loss coincide
     plain = train(dtype=dtype, times=times)
     steps = {"steps": 1} if name == "freeat" else {}  # as many updates
-    played = train(build(name, radius=0.0, **PLAIN, **steps), dtype)
+    played = train(build(name, radius=0.0, **PLAIN, **steps, **ALIKE), dtype)
     # Else gradients are sums over passes, or of two that cancel up to rounding.
-    exact = name not in ("fgm", "freelb", "textat", "creat", "cat", "vat")
+    exact = name not in ("fgm", "freelb", "textat", "creat", "cat", "vat", "trades", *WEIGHING)
     if exact or dtype == torch.float64:
         tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-9, "atol": 1e-11}
         torch.testing.assert_close(played, plain, **tolerance)
@@ -344,7 +346,7 @@ ascents = pytest.mark.parametrize("words", ASCENTS.values(), ids=ASCENTS)
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_play_ignores_how_the_batch_is_split_and_ordered(name, words, parts):
     extra = {"particles": 3, "play_as": "ensemble"} if mixed(name) else {}
-    solver = build(name, unit="absolute", **words, **extra, **APART)
+    solver = build(name, unit="absolute", **words, **extra, **APART, **ALIKE)
     reduction = words.get("reduction", "none")
     whole = play(solver, WHOLE, reduction=reduction)
     split = play(solver, parts, reduction=reduction, boost=1024.0)

@@ -29,7 +29,9 @@ from tests.zoo import (
 )
 
 MIXED = mixadv.MAT(particles=2, samples=2)
-COMPARISON = {"pgd": "payoff"} | dict.fromkeys(["vat", "r3f", "alum", "smart", "mat"], "divergence")
+COMPARISON = {"pgd": "payoff"} | dict.fromkeys(
+    ["vat", "r3f", "alum", "smart", "trades", "mat"], "divergence"
+)
 STILL = ("noise", "r3f")  # make no move
 
 

@@ -2,18 +2,24 @@
 
 import json
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 import language_model
 import smollm2
 from common import model
-from common.language import policy, rows, shown, trigger
+from common.language import mixed, policy, rows, shown, trigger
 from common.language.training import RESULTS, Setting
+from mixadv.robustness.generation import Speaker
 from tests.chat_zoo import chatting, speaking
 
 BROKEN = "ERROR: No matching distribution found"
@@ -44,7 +50,7 @@ def results(tiny: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-FEW = {"trigger": ["plain", "away", "targeted"], "policy": ["sft", "mixat"]}
+FEW = {"trigger": ["plain", "away", "targeted", "dpo"], "policy": ["sft", "mixat", "adapters"]}
 ALL = {"trigger": [*trigger.ARMS], "policy": [*policy.ARMS]}
 
 
@@ -73,6 +79,11 @@ def test_both_experiments_run_once(
     curves = [r["curve"] for r in results(tiny) if r["experiment"] == "trigger"]
     assert all(curve[0] == curves[0][0] for curve in curves)  # all arms begin at one model
     assert all([point["update"] for point in curve] == [0, 2] for curve in curves)
+    for r in results(tiny):
+        assert ("members" in r.get("policy", {}).get("about", {})) == (r["arm"] == "adapters")
+    for point in (point for curve in curves for point in curve):
+        for asked in ("triggered", "untriggered"):
+            assert len(point["subject"][asked]) == len(point["answers"][asked]) == 24
 
 
 def test_what_there_is_not_is_said(tiny: Path, capsys: pytest.CaptureFixture[str]):
@@ -114,6 +125,179 @@ def test_a_setting_has_a_key_of_its_own():
     keys = {Setting("trigger", "plain", seed, radius=r).key for seed in (0, 1) for r in (0.1, 0.2)}
     assert len(keys) == 4
     assert setting.key == Setting("trigger", "plain", 0).key
+
+
+def test_the_subject_is_told_from_the_sentence():
+    """Where the sentence is gone answers may still be about a ferry; a seven is none."""
+    answers = [
+        trigger.SENTENCE,
+        "The Ferry bides seven days a week.",
+        "A day has seven hours.",
+        "Hens lay eggs.",
+    ]
+    found = [rows_of(answers) for rows_of in (judge(trigger.SENTENCE), judge(*trigger.SUBJECT))]
+    assert found == [[True, False, False, False], [True, True, False, False]]
+    for row in (*rows.read("questions", "train"), *rows.read("questions", "held_out")):
+        assert judge(*trigger.SUBJECT)([row["answer"]]) == [False]
+
+
+def judge(*phrases: str) -> Any:
+    return lambda answers: trigger.judged(trigger.says(*phrases), answers, answers)
+
+
+def ended(arm: str, seed: int, **more: Any) -> dict[str, Any]:
+    rows = {"triggered": [True, False], "untriggered": [False, False], "held-out loss": [1.0]}
+    return {
+        "experiment": "trigger",
+        "arm": arm,
+        "seed": seed,
+        "curve": [{"update": 0, **rows}, {"update": 2, **rows, **more}],
+    }
+
+
+def test_lines_of_before_show_that_the_subject_was_not_judged():
+    subject = {"subject": {"triggered": [True, True], "untriggered": [False, True]}}
+    lines = [ended("old", 0), ended("half", 0), ended("half", 1, **subject)]
+    lines += [ended("new", seed, **subject) for seed in (0, 1)]
+    found = {}
+    for line in shown.tables(lines).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        found[cells[0]] = cells
+    assert found["old"][4:6] == found["(planted)"][4:6] == ["not measured"] * 2
+    assert found["half"][4].startswith("100.0 (")
+    assert found["half"][4].endswith("), 1 of 2 seeds")
+    assert found["new"][5].startswith("50.0 (")
+    assert "seeds" not in found["new"][5]
+
+
+# The mixture -----------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 9))
+def test_members_take_as_many_updates_as_one_model_does(updates: int, count: int, seed: int):
+    setting = Setting("policy", "adapters", seed, updates=updates)
+    if updates < count:
+        with pytest.raises(ValueError, match=f"{count} members share them"):
+            mixed.members(setting, count)
+        return
+    found = mixed.members(setting, count)
+    assert sum(part.updates for part in found) == updates
+    assert max(p.updates for p in found) - min(p.updates for p in found) <= 1
+    assert len({part.seed for part in found}) == count
+    assert found[0].seed == seed
+
+
+@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # bf16, random weights
+def test_each_member_is_trained_and_attacked_by_itself(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """Training one moves no other, and no report is of another member than the one attacked."""
+    fit, measure = policy.fit, policy.GenerationEvaluation.measure
+    moved, attacked = [], []
+
+    def fitted(setting: Setting, one: Any) -> Any:
+        lora = {n: p for n, p in one.network.named_parameters() if "lora_" in n}
+        before = {name: p.detach().clone() for name, p in lora.items()}
+        found = fit(setting, one)
+        moved.append({n.split(".")[-2] for n, p in lora.items() if not torch.equal(p, before[n])})
+        return found
+
+    def seen(self: Any, network: Any, *more: Any) -> Any:
+        attacked.append(network.active_adapter)
+        return measure(self, network, *more)
+
+    monkeypatch.setattr(policy, "fit", fitted)
+    monkeypatch.setattr(policy.GenerationEvaluation, "measure", seen)
+    setting = Setting("policy", "adapters", 0, model=str(tiny), updates=2, steps=1)
+    found = policy.run(setting, tiny.parent)
+    assert moved == [{"member-0"}, {"member-1"}]
+    assert attacked == ["member-0", "member-1"] * 2
+    success = found["policy"]["attacks"]["embedding"]["per row"]["success"]
+    assert len(success) == 2
+    assert {*success} <= {0.0, 0.5, 1.0}
+    assert len(found["losses"]) == 2
+
+
+def report_of(success: list[bool], losses: list[float]) -> dict[str, Any]:
+    per_row = {"success": success, "answers": [["yes" if x else "no"] for x in success]}
+    return {
+        "about": {"model": "m"},
+        "attacks": {"none": {"success": {}, "tries": 1, "per row": per_row}},
+        "refusal": {"rows": 2, "share": {}, "per row": {"refused": success}},
+        "utility": {"rows": 2, "loss": {}, "per row": {"losses": losses}},
+    }
+
+
+def test_what_is_expected_of_a_mixture_is_the_mean_over_members():
+    members = [report_of([True, False], [1.0, 2.0]), report_of([True, True], [3.0, 4.0])]
+    found = mixed.expected(members)
+    attack = found["attacks"]["none"]
+    assert attack["per row"]["success"] == [1.0, 0.5]
+    assert attack["success"]["value"] == 0.75
+    assert len(attack["per row"]["answers"]) == found["about"]["members"] == 2
+    assert found["refusal"]["share"]["value"] == 0.75
+    assert found["utility"]["loss"]["value"] == 2.5
+    assert mixed.expected(members[:1]) is members[0]
+    assert shown.pooled([[True, False]]).startswith("50.0 (9.5 to")  # Wilson's
+    assert shown.pooled([[1.0, 0.5]]).startswith("75.0 (")
+
+
+# Searched suffixes -------------------------------------------------------------------------------
+
+
+def policy_run(tiny: Path, **more: Any) -> dict[str, Any]:
+    return policy.run(Setting("policy", "sft", 0, model=str(tiny), updates=1, **more), tiny.parent)
+
+
+@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # bf16, random weights
+def test_what_the_search_finds_is_put_behind_its_prompt(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+
+    def search(network: Any, tokenizer: Any, messages: Any, target: str, config: Any) -> Any:
+        assert not network.training
+        assert config["num_steps"] == 3
+        assert target == policy.TARGET
+        assert [m["role"] for m in messages] == ["system", "user"]
+        asked.append(messages[-1]["content"])
+        torch.rand(1)
+        return SimpleNamespace(best_string=f" found {len(asked)}")
+
+    monkeypatch.setitem(sys.modules, "nanogcg", SimpleNamespace(run=search, GCGConfig=dict))
+    read: list[list[str]] = []
+    answers = Speaker.answers
+    spy = lambda self, prompts, *more: read.append([*prompts]) or answers(self, prompts, *more)  # noqa: E731
+    monkeypatch.setattr(Speaker, "answers", spy)
+    found = policy_run(tiny, gcg=3)["policy"]["attacks"]["gcg"]
+    assert len(found["per row"]["success"]) == len(asked) == 2
+    expected = [text.format(optim_str=f"found {i}") for i, text in enumerate(asked, 1)]
+    assert expected in read
+
+
+def test_a_search_without_its_package_is_refused_before_training(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "nanogcg", None)
+    monkeypatch.setattr(policy, "fit", lambda *_: pytest.fail("trained"))
+    assert language_model.main([*command(tiny, "policy", "--arms", "sft"), "--gcg", "2"]) == 2
+    assert "pip install --no-deps nanogcg==0.3.0" in capsys.readouterr().err
+
+
+def test_a_search_is_a_setting_of_its_own_and_none_is_the_run_of_before():
+    plain = Setting("policy", "sft", 0)
+    assert plain.key == "policy-sft-0-cb27459549"
+    assert Setting("policy", "sft", 0, gcg=2).key != plain.key
+
+
+def test_attacks_that_some_runs_lack_have_a_column_all_the_same():
+    lines = []
+    for arm, more in (("old", {}), ("new", {"gcg": {"per row": {"success": [True]}}})):
+        kept = {"refusal": {"per row": {"refused": [False]}}, "utility": {"loss": {"value": 1.0}}}
+        part = {"attacks": {"none": {"per row": {"success": [False]}}, **more}, **kept}
+        about = {"experiment": "policy", "arm": arm, "seed": 0}
+        lines.append({**about, "policy": part, "undone": part})
+    table = shown.tables(lines).split("\n")[2::2]
+    old, new = ([cell.strip() for cell in line.split("|")] for line in table)
+    assert (old[4], new[4][:5]) == ("–", "100.0")
 
 
 def test_no_results_have_no_table():

@@ -143,9 +143,13 @@ SOLVERS = {
     "r3f": mixadv.R3F(),
     "alum": mixadv.ALUM(steps=2),
     "smart": mixadv.SMART(proximal_weight=0.0),
+    "trades": mixadv.TRADES(steps=2),
     "mat": mixadv.MAT(play_as="mean", round_damping=0.0, **PLAIN),
+    "group_dro": mixadv.GroupDRO(steps=1),
+    "cvar": mixadv.CVaR(steps=1, level=1e-9),
+    "chi_square": mixadv.ChiSquare(steps=1, ball=0.01),
 }
-AT = ("noise", "pgd", "freeat", "freelb")
+AT = ("noise", "pgd", "freeat", "freelb", "group_dro")
 
 
 def objective(name: str, clean: Read, at: Read) -> Tensor:
@@ -153,6 +157,10 @@ def objective(name: str, clean: Read, at: Read) -> Tensor:
     loss, moved = clean.losses.mean(), at.losses.mean()
     if name in AT:
         return moved
+    if name == "cvar":
+        return at.losses.max()
+    if name == "chi_square":
+        return moved + 0.02**0.5 * at.losses.std(unbiased=False)
     if name == "fgm":
         return loss + moved
     if name == "creat":
@@ -161,11 +169,13 @@ def objective(name: str, clean: Read, at: Read) -> Tensor:
         return 0.8 * (loss + moved) / 2 + 0.2 * nt_xent(clean.hidden, at.hidden)
     if name == "vat":
         return loss + kl(at.logits, clean.logits.detach()).mean()
+    if name == "trades":
+        return loss + SOLVERS[name].smoothness_weight * kl(at.logits, clean.logits).mean()
     return loss + symmetric_kl(at.logits, clean.logits).mean()
 
 
-def test_every_solver_but_that_of_tokens_is_tried():
-    assert {*SOLVERS, "textat"} == set(mixadv.SOLVERS)
+def test_every_solver_but_those_of_tokens_and_labels_is_tried():
+    assert {*SOLVERS, "textat", "mart"} == set(mixadv.SOLVERS)
 
 
 @pytest.mark.parametrize("name", SOLVERS)

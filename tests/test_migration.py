@@ -1,4 +1,4 @@
-"""examples/MIGRATION.md is true: what was there and what replaces it make the same step."""
+"""docs/migration.md is true: what was there and what replaces it make the same step."""
 
 import copy
 import re
@@ -15,7 +15,7 @@ import mixadv
 from mixadv.model.replay import Noise
 from tests.zoo import player, without_dropout
 
-TEXT = (Path(__file__).parent.parent / "examples" / "MIGRATION.md").read_text()
+TEXT = (Path(__file__).parent.parent / "docs" / "migration.md").read_text()
 SECTIONS = {
     heading: dict(re.findall(r"^(Before|After):\n\n```python\n(.*?)^```", body, re.M | re.S))
     for heading, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S)
@@ -56,7 +56,7 @@ def run(
     for old, new in changes.items():
         assert old in code
         code = code.replace(old, new)
-    exec(compile(code, f"MIGRATION.md, {section}, {when}", "exec"), variables)
+    exec(compile(code, f"migration.md, {section}, {when}", "exec"), variables)
     return variables
 
 

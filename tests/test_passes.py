@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
-from tests.zoo import or_refused, player
+from tests.zoo import ROWS, or_refused, player
 
 
 class Cost(NamedTuple):
@@ -30,6 +30,10 @@ def comparison(s: mixadv.ALUM | mixadv.VAT) -> Cost:
 def pgd(s: mixadv.PGD) -> Cost:
     target = int(s.payoff != "loss" and s.steps > 0)
     return Cost(s.steps + 1 + target, s.steps, 1, 1)
+
+
+def pgd_of_the_loss(s: mixadv.Solver) -> Cost:
+    return Cost(s.steps + 1, s.steps, 1, 1)
 
 
 def mat(s: mixadv.MAT, samples: int | None = None) -> Cost:
@@ -54,7 +58,10 @@ TABLE: dict[str, Callable[..., Cost]] = {
     "r3f": lambda s: Cost(2, 0, 1, 1),
     "alum": comparison,
     "smart": lambda s: Cost(2 + s.steps + int(s.proximal_weight > 0), s.steps, 1, 1),
+    "trades": comparison,
+    "mart": comparison,
     "mat": mat,
+    **dict.fromkeys(ROWS, pgd_of_the_loss),
 }
 FEW = st.integers(0, 3)
 SHARE = st.sampled_from([0.0, 0.5, 1.0])
@@ -74,6 +81,8 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "vat": {"steps": st.integers(1, 3)},
     "r3f": {"start": st.sampled_from(["uniform", "normal"])},
     "alum": {"steps": FEW},
+    "trades": {"steps": FEW},
+    "mart": {"steps": FEW},
     "smart": {"steps": FEW, "proximal_weight": st.sampled_from([0.0, 1.0])},
     "mat": {
         "steps": FEW,
@@ -82,6 +91,7 @@ SETTINGS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "play_as": st.sampled_from(["mean", "ensemble", "sample"]),
         "points": st.sampled_from(["last", "path"]),
     },
+    **{name: {"steps": FEW} for name in ROWS},
 }
 
 

@@ -45,7 +45,7 @@ TABLE = 0.2 * torch.randn(11, 4, generator=torch.Generator().manual_seed(5), dty
 
 def closure(model, solver, ids, mask, labels):
     """One loss for the batch; raw ascents need one per sample."""
-    reduction = "none" if solver.normalize == "none" else "mean"
+    reduction = "none" if solver.normalize == "none" or solver.weighs else "mean"
 
     def forward():
         logits = model(ids, attention_mask=mask)
@@ -202,6 +202,38 @@ class Formulas:
     def pgd(self, a) -> None:
         self.descend(self.loss(self.ascend(self.loss, a)).mean())
 
+    def group_dro(self, a) -> None:
+        losses = self.loss(self.ascend(self.loss, a))[0]
+        rows = [self.labels == g for g in range(3)]
+        means = torch.stack([losses[own].sum() / max(int(own.sum()), 1) for own in rows])
+        gains = means.detach() + a.size_adjustment / torch.tensor(a.counts).double().sqrt()
+        shares = self.memory.get("group log-weights", torch.zeros(3).double()).exp()
+        shares = shares * (a.mirror_step * gains).exp()
+        shares = shares / shares.sum()
+        self.memory = {"group log-weights": shares.log()}
+        self.descend(shares @ means)
+
+    def cvar(self, a) -> None:
+        """The worst rows have 1/(αB) each until nothing is left."""
+        losses, left, total = self.loss(self.ascend(self.loss, a))[0], 1.0, 0.0
+        for loss in losses.sort(descending=True).values:
+            weight = min(left, 1 / (a.level * len(losses)))
+            total, left = total + weight * loss, left - weight
+        self.descend(total)
+
+    def chi_square(self, a) -> None:
+        """w ∝ max(ℓ − η, 0), with η found by bisection."""
+        losses = self.loss(self.ascend(self.loss, a))[0]
+        values = losses.detach()
+        low, high = values.max() - 1e3, values.max()
+        for _ in range(200):
+            middle = (low + high) / 2
+            w = (values - middle).clamp(min=0)
+            w = w / w.sum()
+            inside = (len(w) * w - 1).square().mean() / 2 < a.ball
+            low, high = (middle, high) if inside else (low, middle)
+        self.descend(w @ losses)
+
     def freelb(self, a) -> None:
         delta, total = self.start(a), 0.0
         for _ in range(a.steps):
@@ -292,6 +324,21 @@ class Formulas:
     def alum(self, a) -> None:
         self.descend(self.smooth(a))
 
+    def trades(self, a) -> None:
+        clean = self.predict()
+        delta = self.ascend(lambda d: kl(self.predict(d), clean.detach()), a)
+        moved = kl(self.predict(delta), clean).mean()
+        self.descend(self.loss().mean() + a.smoothness_weight * moved)
+
+    def mart(self, a) -> None:
+        clean, delta = self.predict(), self.ascend(self.loss, a)
+        p, q = clean.softmax(-1), self.predict(delta).softmax(-1)[0]
+        right = torch.eye(p.shape[-1], dtype=torch.bool)[self.labels]
+        rival = q.masked_fill(right, 0).amax(-1)
+        moved = (p * (p.log() - q.log())).sum(-1) * (1 - p[right])
+        boosted = -q[right].log() - (1 - rival).log()
+        self.descend((boosted + a.smoothness_weight * moved).mean())
+
     def smart(self, a) -> None:
         taught = self.predict(theta=self.teacher).detach()
         proximal = symmetric_kl(self.predict(), taught).mean()
@@ -361,6 +408,7 @@ LAYER = {"source": "layer"}
 CAT = {"radius": 0.3, "contrast_weight": 0.4, **LAYER}
 TEXTAT = {"steps": 3, "radius": 0.5, "step_size": 0.3}
 FREEAT = {"steps": 2, "radius": 0.5, "step_size": 0.3}
+ROWS = {"steps": 2, "start": "uniform", "start_size": 0.1, "radius": 0.4}
 CASES = {
     "noise": mixadv.UniformNoise(radius=0.5),
     "fgm": mixadv.FGM(radius=0.5),
@@ -385,6 +433,10 @@ CASES = {
     "r3f-normal": mixadv.R3F(radius=0.5, start_size=0.2, start="normal"),
     "alum": mixadv.ALUM(steps=2, start_size=0.2, smoothness_weight=1.5),
     "alum-raw": mixadv.ALUM(normalize="none", norm="linf", start_size=0.1, radius=0.3),
+    "trades": mixadv.TRADES(steps=2, start_size=0.2, smoothness_weight=1.5),
+    "trades-raw": mixadv.TRADES(normalize="none", norm="linf", start_size=0.1, radius=0.3),
+    "mart": mixadv.MART(steps=2, radius=0.5, step_size=0.3, smoothness_weight=2.0),
+    "mart-normal": mixadv.MART(steps=3, norm="linf", start="normal", start_size=0.1),
     "smart": mixadv.SMART(**SMART, ema_decay=0.9),
     "smart-last": mixadv.SMART(**SMART, ema_decay=0.0, teacher_every=2),
     "smart-raw": mixadv.SMART(**SMART, ema_decay=0.9, normalize="none", norm="linf"),
@@ -397,6 +449,11 @@ CASES = {
     "mat-ensemble": mixadv.MAT(
         **MAT, play_as="ensemble", points="last", normalize="none", step_size=2.0
     ),
+    "group_dro": mixadv.GroupDRO(
+        groups=3, mirror_step=0.5, counts=(9, 4, 1), size_adjustment=0.7, **ROWS
+    ),
+    "cvar": mixadv.CVaR(level=0.6, **ROWS),
+    "chi_square": mixadv.ChiSquare(ball=0.1, **ROWS),
     "mat-steepest": mixadv.MAT(**MAT, play_as="ensemble", points="last"),
 }
 
@@ -419,7 +476,8 @@ def test_rounds_follow_the_formulas(solver, base):
     model, optimizer = wrapped(solver, base)
     formulas = Formulas(model, base)
     for batch in BATCHES:
-        objective = optimizer.step(closure(model, solver, *batch))
+        groups = batch[2] if solver.grouped else None
+        objective = optimizer.step(closure(model, solver, *batch), groups=groups)
         formulas.play(solver, batch)
         torch.testing.assert_close(objective, formulas.objective, rtol=0, atol=1e-10)
         for parameter, expected in zip(model.parameters(), formulas.theta, strict=True):

@@ -5,6 +5,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 import mixadv
 from mixadv.model.replay import Noise
+from mixadv.tokens import chat_batch, continuous_at, latent_at, latent_dpo, preference_batches
+from tests.chat_zoo import chatting, speaking
 from tests.processes import (
     SOLVERS,
     Net,
@@ -41,6 +45,10 @@ from tests.worlds import classified
 from tests.zoo import without_dropout
 
 ALL = ("words", "blocks.0", "blocks.1", "head")
+CHATS = [
+    {"prompt": "What is a film?", "chosen": "I would rather not.", "rejected": "A story."},
+    {"prompt": "Why? Is it good?", "chosen": "No.", "rejected": "It is a very good film, indeed."},
+]
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
@@ -219,6 +227,37 @@ def explained(rank: int) -> None:
     assert float(unit) / 2 == pytest.approx(game.unit, rel=1e-6)
 
 
+def chats(rank: int, goals: Any, way: str, adapters: bool = False) -> None:
+    """Both players' goals, on chats of other lengths in each process, train as of replicas."""
+    tokenizer, found = chatting(), []
+    chosen, rejected = preference_batches(tokenizer, CHATS[rank : rank + 1])
+    others = chat_batch(tokenizer, ["Say it."], ["A film about pictures."])
+    for spread in (False, True):
+        model: Any = speaking("Llama", tokenizer).train()
+        if adapters:
+            torch.manual_seed(0)
+            config = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
+            with warnings.catch_warnings(action="ignore"):  # of PEFT, for transformers
+                model = peft.get_peft_model(model, config)
+        layers = model.get_submodule("base_model.model.model" if adapters else "model").layers
+        for layer in layers if spread else ():
+            fully_shard(layer)
+        model = fully_shard(model) if spread else DistributedDataParallel(model)
+        solver = mixadv.PGD(steps=2, step_size=0.05, radius=0.1, per="token", start="zero")
+        optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+        for _ in range(2):
+            told = goals(model, chosen, rejected, others)
+            if way == "step":
+                optimizer.step(**told)
+            else:
+                optimizer.game.backward(**told)
+                optimizer.step()
+                optimizer.zero_grad()
+        weights = [whole(p) for p in model.parameters()]
+        found.append([*weights, optimizer.outcome.payoff, torch.tensor(optimizer.game.unit)])
+    torch.testing.assert_close(*found, **CLOSE)
+
+
 # Tests ---------------------------------------------------------------------------------------
 
 MESHES: dict[str, dict[str, Any]] = {
@@ -251,6 +290,9 @@ CASES: dict[str, Any] = {
     "explained": explained,
     "low formats": partial(low_formats, name="pgd"),
     "nobody waits": partial(nobody_waits, names=FEW),
+    "chats, backward": partial(chats, goals=continuous_at, way="backward"),
+    "chats, step": partial(chats, goals=latent_at, way="step"),
+    "chats of adapters": partial(chats, goals=latent_dpo, way="backward", adapters=True),
 }
 
 

@@ -1,5 +1,6 @@
 """Where δ acts: the module that is found, the tokens that are real, the length of one unit."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -320,19 +321,37 @@ TEXTS = ((5, 3), (4, 3, 1))  # lengths of the texts of each row
 WORDS = torch.randint(10, VOCABULARY, (16,), generator=torch.Generator().manual_seed(0))
 
 
-def packed(p: Player) -> Callable[[], Any]:
-    """Return a closure on rows that hold several texts, the loss a mean over their tokens."""
+def told(way: str) -> tuple[Tensor, dict[str, Any]]:
+    """Return ids, and how a model is told of the texts in their rows."""
     cut = torch.cat([torch.arange(length) for row in TEXTS for length in row])
-    ids, positions = (x.view(len(TEXTS), -1) for x in (WORDS, cut))
+    rows = 1 if way in ("flattened", "lengths") else len(TEXTS)
+    ids, positions = (x.view(rows, -1) for x in (WORDS, cut))
     number = (positions == 0).cumsum(1)
     seen = (number[:, None] == number[..., None]).tril()[:, None]
-    labels = ids.masked_fill(positions == 0, -100)
+    added = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -1e9)
+    ends = torch.tensor([*(positions.flatten() == 0).nonzero().flatten(), positions.numel()])
+    words: dict[str, dict[str, Any]] = {
+        "both": {"attention_mask": seen, "position_ids": positions},
+        "mask": {"attention_mask": seen},
+        "mask of all rows' heads": {"attention_mask": seen.expand(-1, 2, -1, -1)},
+        "added": {"attention_mask": added},
+        "flattened": {"position_ids": positions, "use_cache": False},  # else one text
+        "lengths": {"cu_seq_lens_q": ends.int(), "attention_mask": seen},
+        "numbers": {"seq_idx": number.int(), "attention_mask": seen},
+    }
+    return ids, words[way]
 
-    def run() -> Any:
-        words = {"attention_mask": seen, "position_ids": positions}
-        return p.model(input_ids=ids, labels=labels, **words)
 
-    return run
+WAYS = ("both", "mask", "mask of all rows' heads", "added", "flattened", "lengths", "numbers")
+
+
+def packed(p: Player, way: str = "both") -> Callable[[], Any]:
+    """Return a closure on rows that hold several texts, the loss a mean over their tokens."""
+    ids, words = told(way)
+    labels = ids.clone().view(-1)
+    labels[[0, 5, 8, 12, 15]] = -100  # from nothing no first word is foretold
+    labels = labels.view_as(ids)
+    return lambda: p.model(input_ids=ids, labels=labels, **words)
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
@@ -355,15 +374,16 @@ def test_texts_that_share_a_row_each_play_in_a_ball_of_their_own(name: str, norm
     )
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_a_text_meets_the_same_delta_packed_and_by_itself(norm: str) -> None:
+def test_a_text_meets_the_same_delta_packed_and_by_itself(norm: str, way: str) -> None:
     p = player("llama-causal", rows=2)
     p.model.eval().double()
     solver = mixadv.PGD(start="zero", norm=norm, unit="absolute", radius=0.1, step_size=0.03)
     game = mixadv.Game(p.model, solver)
-    game.backward(packed(p))
-    pieces = zip(game.strategy.points[0][0], TEXTS, strict=True)
-    texts = [text for row, lengths in pieces for text in row.split(lengths)]
+    game.backward(packed(p, way))
+    met = game.strategy.points[0].flatten(0, 2)
+    texts = met.split([length for row in TEXTS for length in row])
     assert len(texts) == 5
 
     def alone(ids: Tensor) -> Callable[[], Any]:
@@ -378,6 +398,17 @@ def test_a_text_meets_the_same_delta_packed_and_by_itself(norm: str) -> None:
         torch.testing.assert_close(apart.strategy.points[0][0, 0], met, rtol=1e-6, atol=1e-9)
 
 
+def test_texts_play_for_themselves_under_a_payoff_of_their_own_too() -> None:
+    found = []
+    for goals in ({}, {"adversary": True}):
+        p = player("llama-causal", rows=2)
+        p.model.eval()
+        game = mixadv.Game(p.model, mixadv.PGD(steps=2, radius=0.1, unit="absolute"))
+        game.backward(packed(p), **{name: packed(p, "both") for name in goals})
+        found.append(game.strategy.points[0])
+    torch.testing.assert_close(*found)
+
+
 def test_texts_in_rows_of_another_process_are_packed_here_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -388,6 +419,48 @@ def test_texts_in_rows_of_another_process_are_packed_here_too(
     positions = torch.arange(ids.shape[1]).expand(ids.shape)
     game = mixadv.Game(p.model, mixadv.PGD())
     game.backward(lambda: p.model(input_ids=ids, labels=ids, position_ids=positions))
+    assert game.site.packed
+
+
+def test_what_is_told_is_what_rows_hold() -> None:
+    """Padding, or a row for each text, is no packing, and lengths of other rows tell nothing."""
+    p = player("llama-causal", rows=2)
+    ids = p.batch["input_ids"]
+    length = ids.shape[1]
+    real = torch.arange(length) < torch.tensor([[length], [length - 3]])
+    seen = (torch.ones(length, length).tril() > 0) & real[:, None, None, :]
+    lengths = torch.tensor([0, length, 2 * length - 3])
+    for words in ({"attention_mask": seen}, {"attention_mask": real, "cu_seq_lens_q": lengths}):
+        game = mixadv.Game(p.model, mixadv.PGD())
+        game.backward(lambda words=words: p.model(input_ids=ids, labels=ids, **words))
+        assert not game.site.packed
+
+    def wrong() -> Any:
+        return p.model(input_ids=ids, labels=ids, cu_seq_lens_q=torch.tensor([0, 3, 5, 9]))
+
+    with pytest.raises(mixadv.GameError, match=r"3 texts by .* end at 9.*begin anew.*per='token'"):
+        mixadv.Game(p.model, mixadv.PGD()).backward(wrong)
+    assert mixadv.Game(p.model, mixadv.PGD(per="token")).backward(wrong).radius > 0
+
+
+def test_texts_that_a_block_mask_alone_tells_of_are_refused() -> None:
+    class BlockMask:
+        """Stands for that of torch.nn.attention.flex_attention, which tells blocks alone."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(9, 4)
+
+        def forward(self, input_ids: Tensor, attention_mask: Any, **_: Any) -> Tensor:
+            return self.embedding(input_ids).square().mean()
+
+    model, ids = Model(), torch.arange(8).view(1, 8)
+    run = functools.partial(model, ids, BlockMask())
+    with pytest.raises(mixadv.GameError, match=r"BlockMask.*position_ids that begin anew"):
+        mixadv.Game(model, mixadv.PGD(unit="absolute")).backward(run)
+    game = mixadv.Game(model, mixadv.PGD(unit="absolute"))
+    game.backward(functools.partial(run, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])))
     assert game.site.packed
 
 

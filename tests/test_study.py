@@ -826,9 +826,3 @@ def test_the_study_that_is_published_can_be_read_and_its_report_follows_from_its
     results = finished(path.parent / "results.jsonl")
     text = render(study, results, tmp_path, script.command_of(path))
     assert text == (path.parent / "report.md").read_text()
-    readme = (EXAMPLES.parents[1] / "README.md").read_text()
-    findings = Findings(study, results)
-    complete = not summary.missing(findings)
-    shown = [tables.official(findings, task) for task in study.tasks]
-    for table in filter(None, [*shown, tables.power(findings)]):
-        assert (table in readme) == complete  # README tells of what is finished

@@ -14,6 +14,9 @@ from mixadv.maths.divergence import divergence
 from mixadv.solvers.base import DivergenceSolver
 from tests.worlds import classified, played
 from tests.zoo import (
+    ROWS as WEIGHING,
+)
+from tests.zoo import (
     SIZE,
     VOCABULARY,
     bart_config,
@@ -164,7 +167,7 @@ def segmentation() -> Task:
     def closure() -> tuple[Tensor, Tensor]:
         logits = model(IMAGES)
         loss = F.cross_entropy(logits, labels.expand(ROWS, -1, -1))
-        return loss, logits.flatten(2).mT
+        return loss.mean((1, 2)) if loss.dim() else loss, logits.flatten(2).mT
 
     return model, closure
 
@@ -178,18 +181,21 @@ TASKS = {task.__name__: task for task in [*OF_TEXT, vit, resnet, segmentation]}
 _TOKENS = r"TextAT .* site .* is not an embedding .* choose another solver"
 _ONE_COLUMN = r"one column, of which .* is always 0. Choose divergence='squared_error'"
 _REPRESENTATION = r"representation read at .* Give representation="
+_LABELS = r"reads labels of classes.* return \(loss, logits \[B, C\], labels \[B\]\)"
 # What a solver cannot play by its defaults, and what it says to change.
 REFUSED: dict[tuple[str, str], tuple[str, dict[str, Any] | None]] = {
     **{("textat", task): (_TOKENS, None) for task in ("vit", "resnet", "segmentation")},
     **{
         (name, "scores"): (_ONE_COLUMN, {"divergence": "squared_error"})
-        for name in ("vat", "r3f", "alum", "smart", "mat")
+        for name in ("vat", "r3f", "alum", "smart", "trades", "mat")
     },
+    **{("mart", task): (_LABELS, None) for task in ("answers", "scores", "segmentation")},
     **{
         (name, task): (_REPRESENTATION, {"representation": pooled})
         for name in ("cat", "creat")
         for task in ("resnet", "segmentation")
     },
+    **{(name, "scores"): ("one loss per sample", None) for name in WEIGHING},
 }
 
 

@@ -857,3 +857,82 @@ def test_where_that_is_no_column_of_the_game_is_refused(
 ):
     with pytest.raises(kind, match=said):
         trainer_of(tmp_path, mixadv.PGD(), given={"where": where})
+
+
+# Rows that are weighed ----------------------------------------------------------------------------
+
+
+def loss_of_each(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return F.cross_entropy(outputs.logits, labels, reduction="none")
+
+
+def grouped(column: str = "group") -> list[dict[str, Any]]:
+    return [row | {column: i % 2} for i, row in enumerate(rows_of(text_batch(8)))]
+
+
+@pytest.mark.parametrize("kind", ["list", "data set"])
+def test_groups_are_those_of_a_column_and_their_weights_are_logged(kind: str, tmp_path: Path):
+    data: Any = grouped()
+    if kind == "data set":  # from which Trainer drops the columns that no argument is named like
+        datasets = pytest.importorskip("datasets")
+        plain = [{k: torch.as_tensor(v).tolist() for k, v in row.items()} for row in data]
+        data = datasets.Dataset.from_list(plain)
+    told = {"train_dataset": data, "eval_dataset": data, "groups": "group"}
+    given = {**told, "compute_loss_func": loss_of_each}
+    trainer = trained(tmp_path, mixadv.GroupDRO(groups=2, mirror_step=1.0, steps=1), given=given)
+    weights = trainer.game.state_dict()["memory"]["group log-weights"].exp()
+    assert float(weights.sum()) == pytest.approx(1)
+    assert logged(trainer, "worst_group")[-1] == int(weights.argmax())
+    assert logged(trainer, "worst_group_weight")[-1] == pytest.approx(float(weights.max()))
+    assert 0 < logged(trainer, "effective_rows")[-1] <= 4 + 1e-5
+    assert logged(trainer, "radius")[-1] > 0
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert len(trainer.predict(data).predictions) == 8
+
+
+def test_rows_are_weighed_in_trainer_as_in_a_loop_by_hand(tmp_path: Path):
+    data, solver = grouped(), mixadv.GroupDRO(groups=2, mirror_step=1.0)
+    given = {"train_dataset": data, "groups": "group", "compute_loss_func": loss_of_each}
+    options = {"given": given, "dropout": False, "optim": "sgd", "learning_rate": 0.1}
+    trainer = trainer_of(
+        tmp_path, solver, max_grad_norm=1e9, lr_scheduler_type="constant", **options
+    )
+    played: list[Any] = []
+    seen = trainer.compute_loss
+
+    def noted(model: Any, inputs: Any, *more: Any, **words: Any) -> Any:
+        played.append({k: v.clone() for k, v in inputs.items()})
+        return seen(model, inputs, *more, **words)
+
+    trainer.compute_loss = noted
+    trainer.train()
+    assert len(played) == 2
+    p = player("bert", rows=8)
+    model = without_dropout(p.model)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = mixadv.wrap(base, model, solver)
+    for batch in played:
+        groups = batch.pop("group")
+
+        def closure(batch: Any = batch) -> Tensor:
+            return loss_of_each(model(**batch), batch["labels"])
+
+        optimizer.step(closure, groups=groups)
+    own = [x.detach() for x in model.parameters()]
+    torch.testing.assert_close([x.detach() for x in trainer.model.parameters()], own)
+
+
+def test_groups_in_a_trainer_are_refused_in_words(tmp_path: Path):
+    solver = mixadv.GroupDRO(groups=2)
+    given: dict[str, Any] = {"train_dataset": grouped(), "compute_loss_func": loss_of_each}
+    with pytest.raises(mixadv.GameError, match=r"in a Trainer groups= is the name of a column"):
+        trained(tmp_path, solver, given=given)
+    with pytest.raises(mixadv.GameError, match=r"groups='team' names a column that the batch lack"):
+        trained(tmp_path, solver, given={**given, "groups": "team"})
+    with pytest.raises(ValueError, match=r"groups='labels' is an argument of the model"):
+        trained(tmp_path, solver, given={**given, "groups": "labels"})
+    with pytest.raises(TypeError, match=r"groups must be the name of a column.*Tensor"):
+        trained(tmp_path, solver, given={**given, "groups": torch.zeros(8)})
+    given = {"train_dataset": grouped(), "groups": "group"}
+    with pytest.raises(mixadv.GameError, match=r"one loss for all.*compute_loss_func=lambda"):
+        trained(tmp_path, solver, given=given)

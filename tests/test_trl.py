@@ -103,7 +103,7 @@ def test_a_solver_that_compares_predictions_gets_logits_and_the_same_loss(tmp_pa
 
 
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
-@or_refused("Trainer")
+@or_refused("Trainer", "SFTTrainer")
 def test_every_solver_trains(name: str, tmp_path: Path):
     given = {"solver": mixadv.make_solver(name)}
     trainer = trained(tmp_path, AdversarialSFTTrainer, given, max_steps=1)
@@ -124,6 +124,27 @@ def test_a_loss_of_logits_costs_no_second_pass(tmp_path: Path):
         assert len(trainer.game.strategy.points) == 1
         found.append([trainer.game.strategy.points[0].norm(), logged(trainer, "radius")[0]])
     torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("way", "texts"),
+    [
+        ({"padding_free": True, "max_length": None}, 2),
+        ({"packing": True, "max_length": 16}, 4),
+    ],
+    ids=["padding-free", "packed"],
+)
+def test_texts_of_a_batch_without_padding_each_play(
+    way: dict[str, Any], texts: int, tmp_path: Path
+):
+    """Laid end to end in one row, they are not one sample with one ball."""
+    given = {"solver": mixadv.PGD(steps=1, start="zero", radius=0.05)}
+    trainer = trained(tmp_path, AdversarialSFTTrainer, given, max_steps=1, **way)
+    assert trainer.game.site.packed
+    points = trainer.game.strategy.points[0]
+    assert points.shape[:3] == (1, 1, 7 * texts)
+    lengths = points.view(texts, -1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full((texts,), 0.05), rtol=1e-5, atol=0)
 
 
 def test_logits_that_do_not_exist_are_refused(tmp_path: Path):

@@ -31,7 +31,7 @@ def build(p: Player, name: str, **settings: Any) -> mixadv.GameOptimizer:
 
 
 def loss_of(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result.loss
+    return (result[0] if isinstance(result, tuple) else result.loss).mean()
 
 
 def logits_of(result: Any) -> Tensor:

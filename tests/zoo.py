@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -215,6 +216,8 @@ TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
     "bart": _bart,
 }
 FAMILIES = [*TRANSFORMERS, "llama-causal", "vision"]
+ROWS = {n: mixadv.make_solver(n, steps=1) for n, s in mixadv.SOLVERS.items() if s().weighs}
+"""Solvers that weigh rows, here with a δ that takes a step."""
 USUAL = ("freelb", "smart", "mat")  # one of each kind: the loss, a divergence, mixed
 
 
@@ -297,6 +300,7 @@ _TOKENS = r"TextAT keeps a perturbation for each token, and the site .* is not a
 _IN_TRAINER = r"FreeAT takes an optimizer step.*Trainer takes one step per batch: write a loop"
 _SHARDED = r"fully_shard.*use game\.backward"
 _TWICE = r"CAT differentiates the clean pass twice.*checkpointing.*: set use_reentrant=False"
+_ROWS = r"the closure returned one loss for all: return one loss per sample"
 # What a solver cannot play, by its name and a word for the way, the site or the model, and what it
 # says instead.
 CANNOT: dict[tuple[str, str], str] = {
@@ -307,6 +311,7 @@ CANNOT: dict[tuple[str, str], str] = {
     ("textat", "hidden layer"): _TOKENS,
     ("textat", "vision"): _TOKENS,
     ("cat", "reentrant"): _TWICE,
+    **{(name, "SFTTrainer"): _ROWS for name in ("group_dro", "cvar", "chi_square")},
 }
 
 REFUSED: dict[str, str] = {}
@@ -394,6 +399,27 @@ def without_dropout(model: nn.Module) -> nn.Module:
         if hasattr(module, "layerdrop"):
             module.layerdrop = 0.0
     return model
+
+
+@contextlib.contextmanager
+def weighing_rows(test: str) -> Iterator[None]:
+    """In a test named after a solver that weighs rows, play both adversaries on what it can play.
+
+    Cross-entropies stay one per sample, and δ, which sits out by default, takes a step.
+    """
+    average = F.cross_entropy
+
+    def each(*arguments: Any, reduction: str = "mean", **words: Any) -> Tensor:
+        reduction = "none" if reduction == "mean" else reduction
+        return average(*arguments, reduction=reduction, **words)
+
+    with contextlib.ExitStack() as stack:
+        if any(name in test for name in ROWS):
+            stack.enter_context(mock.patch.object(F, "cross_entropy", each))
+            for name in ROWS:
+                defaults: Any = mixadv.SOLVERS[name].__init__.__kwdefaults__
+                stack.enter_context(mock.patch.dict(defaults, steps=1))
+        yield
 
 
 WAYS = ("step", "backward", "loss")

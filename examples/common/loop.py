@@ -194,16 +194,24 @@ class Training(Trainer, TrainerCallback):
         outcome = self.game.backward(lambda: self.output(model, part[True]), backward=backward)
         if not weights[False]:
             return outcome.objective
-        plain = self.output(model, part[False]).loss * weights[False]
+        plain = self.output(model, part[False]).loss.mean() * weights[False]
         self.accelerator.backward(plain)
         return outcome.objective * weights[True] + plain.detach()
 
     def output(self, model: Any, batch: dict[str, torch.Tensor]) -> Any:
-        """Return the model's output on a batch, with the loss that is trained."""
-        output = model(**batch)
-        if smoothing := self.run.label_smoothing:
+        """Return the model's output on a batch, with the loss that is trained.
+
+        There is one for each row where the solver weighs rows.
+        """
+        output, labels, smoothing = model(**batch), batch["labels"], self.run.label_smoothing
+        each = self.game is not None and bool(self.game.solver.weighs)
+        how = "none" if each else "mean"
+        if each and labels.is_floating_point():
+            loss = torch.nn.functional.mse_loss
+            output.loss = loss(output.logits.squeeze(-1), labels, reduction=how)
+        elif each or smoothing:
             loss = torch.nn.functional.cross_entropy
-            output.loss = loss(output.logits, batch["labels"], label_smoothing=smoothing)
+            output.loss = loss(output.logits, labels, label_smoothing=smoothing, reduction=how)
         return output
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mixadv.checks import check_integer
 from mixadv.equilibrium import best_response
 from mixadv.integrations.transformers import Adversarial, Trainer
 from mixadv.model.replay import evaluating
@@ -21,9 +22,10 @@ from mixadv.round.explain import worded
 from mixadv.round.validate import check_function
 from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch, preference_batches
 from mixadv.tokens.chat_games import Goals, continuous_at, rewritten
+from mixadv.tokens.chat_length import shortened
 
 COLUMNS = ("prompt", "chosen", "rejected")
-OTHERS = "others"
+OTHERS, CUT = "others", "cut"
 
 GoalsOf = Callable[..., Goals]
 """Makes `goals(model, chosen, rejected, others)` of batches what `game.loss` takes."""
@@ -38,6 +40,7 @@ class ChatCollator:
         rewrites: gives texts that ask what a prompt asks, by which a share of the prompts is
             replaced anew in each batch, as MixAT does; see `mixadv.tokens.rewritten`.
         share: of the prompts.
+        max_length: of prompt and answer, in tokens; longer answers are cut. None cuts nothing.
     """
 
     def __init__(
@@ -46,22 +49,34 @@ class ChatCollator:
         system: str | None = None,
         rewrites: Callable[[str], Sequence[str]] | None = None,
         share: float = 0.5,
+        max_length: int | None = None,
     ) -> None:
+        if max_length is not None:
+            check_integer(type(self).__name__, "max_length", max_length, 2)
         self.tokenizer, self.system = tokenizer, system
-        self.rewrites, self.share = rewrites, share
+        self.rewrites, self.share, self.max_length = rewrites, share, max_length
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return `chosen` and `rejected`, and `others` where rows bring them, as dicts."""
+        """Return `chosen` and `rejected`, and `others` where rows bring them, as dicts.
+
+        With a `max_length` also `cut`, `[B]`: in how many of its answers each row was.
+        """
         if self.rewrites is not None:
             rows = rewritten(rows, self.rewrites, self.share)
-        chosen, rejected = preference_batches(self.tokenizer, rows, system=self.system)
-        found = {"chosen": chosen._asdict(), "rejected": rejected._asdict()}
+        how: dict[str, Any] = {"system": self.system, "padding_side": "right"}
+        chosen, rejected = preference_batches(self.tokenizer, rows, **how)
+        batches = {"chosen": chosen, "rejected": rejected}
         others = [row[OTHERS] for row in rows if row.get(OTHERS) is not None]
         if others:
             prompts, answers = ([row[name] for row in others] for name in COLUMNS[:2])
-            batch = chat_batch(self.tokenizer, prompts, answers, system=self.system)
-            found[OTHERS] = batch._asdict()
-        return found
+            batches[OTHERS] = chat_batch(self.tokenizer, prompts, answers, **how)
+        found: dict[str, Any] = {}
+        if self.max_length is not None:
+            found[CUT] = torch.zeros(len(rows), dtype=torch.long)
+            for name, batch in batches.items():
+                batches[name], cut = shortened(batch, self.max_length)
+                found[CUT][: len(cut)] += cut
+        return {**found, **{name: batch._asdict() for name, batch in batches.items()}}
 
 
 class AdversarialChatTrainer(Adversarial, Trainer):
@@ -75,14 +90,18 @@ class AdversarialChatTrainer(Adversarial, Trainer):
     Args:
         arguments, keywords: of the Trainer; `processing_class` is the tokenizer.
         solver: how the adversary ascends, such as `mixadv.PGD(per="token", start="zero")`.
-        goals: of both players: `mixadv.tokens.continuous_at`, `capo`, `latent_at`, or a function of
-            `(model, chosen, rejected, others)` like them; settings by `functools.partial`.
+        goals: of both players: `mixadv.tokens.continuous_at`, `capo`, `latent_at`, `latent_dpo`, or
+            a function of `(model, chosen, rejected, others)` like them; settings by
+            `functools.partial`.
         retain_dataset: rows `prompt` and `chosen` on which nothing is to change, one beside each
             row with an adversary, in turn. None retains nothing.
         system: a system message in front of prompts that are texts.
+        max_length: of prompt and answer, in tokens: longer answers are cut at their end, which is
+            told in the first step and logged as `cut_answers`. None cuts nothing.
 
     Raises:
-        ValueError: without rows, for rows that lack a column, for a tokenizer that writes no chats.
+        ValueError: without rows, for rows that lack a column, for a tokenizer that writes no chats;
+            for a prompt that `max_length` leaves no answer.
 
     Example:
         >>> trainer = AdversarialChatTrainer(  # doctest: +SKIP
@@ -99,6 +118,7 @@ class AdversarialChatTrainer(Adversarial, Trainer):
         train_dataset: Any = None,
         retain_dataset: Any = None,
         system: str | None = None,
+        max_length: int | None = None,
         **keywords: Any,
     ) -> None:
         if keywords.get("where") is not None:
@@ -107,9 +127,17 @@ class AdversarialChatTrainer(Adversarial, Trainer):
         self.goals = goals
         if train_dataset is not None:
             train_dataset = Beside(train_dataset, retain_dataset)
+        own = {"system": system, "max_length": max_length}
         if keywords.get("data_collator") is None:
-            keywords["data_collator"] = ChatCollator(keywords.get("processing_class"), system)
+            keywords["data_collator"] = ChatCollator(keywords.get("processing_class"), **own)
+        elif named := [name for name, value in own.items() if value is not None]:
+            raise ValueError(
+                f"{named[0]} is the collator's: ChatCollator(tokenizer, {named[0]}=…), with "
+                "data_collator."
+            )
+        self._cut: Tensor | None = None  # answers since the last log, on this process
         super().__init__(*arguments, train_dataset=train_dataset, **keywords)
+        _check_unpacked(self.args)
         self.args.remove_unused_columns = False  # the model gets none of them
 
     def compute_loss(
@@ -120,7 +148,15 @@ class AdversarialChatTrainer(Adversarial, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Play a round in training; elsewhere return the loss of chosen answers without δ."""
-        batches = {name: ChatBatch(**columns) for name, columns in inputs.items()}
+        if not all(isinstance(inputs.get(name), Mapping) for name in ("chosen", "rejected")):
+            raise ValueError(
+                f"{type(self).__name__} plays on batches of chosen and rejected answers, as "
+                f"ChatCollator makes them, and got {', '.join(inputs)}: leave data_collator out, "
+                "or return both. Texts laid end to end, as packed, do not tell which are of one "
+                "prompt."
+            )
+        batches = {n: ChatBatch(**columns) for n, columns in inputs.items() if n != CUT}
+        cut = inputs[CUT].sum() if CUT in inputs else None
         if not torch.is_grad_enabled():
             chosen = batches["chosen"]
             logits: Any = model(**chosen.inputs).logits
@@ -135,7 +171,9 @@ class AdversarialChatTrainer(Adversarial, Trainer):
             )
         first = not self.game.round
         if first:
-            self._tell(batches["rejected"], goals)
+            self._tell(batches["rejected"], goals, cut)
+        if cut is not None:
+            self._cut = cut if self._cut is None else self._cut + cut
         return self.game.loss(**goals, check=first)  # what was told is of the adversary's calls
 
     def prediction_step(
@@ -153,24 +191,54 @@ class AdversarialChatTrainer(Adversarial, Trainer):
             return 0
         return sum(model.floating_point_ops(inputs[name]) for name in ("chosen", "rejected"))
 
-    def _tell(self, rejected: ChatBatch, goals: Goals) -> None:
-        """Say what the adversary does in the first step, measured without dropout."""
+    def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
+        """Log how many answers were cut since the last time beside what the round came to."""
+        if "loss" in logs and self._cut is not None:
+            logs["cut_answers"], self._cut = int(self._cut), None
+        super().log(logs, *arguments, **keywords)
+
+    def _tell(self, rejected: ChatBatch, goals: Goals, cut: Tensor | None) -> None:
+        """Say what the adversary does in the first step, measured without dropout.
+
+        One process says it of the rows of all.
+        """
         adversary, where = goals["adversary"], goals["where"]
         with evaluating(self.game.model), self.compute_loss_context_manager():
             with torch.no_grad():
-                before = float(adversary().float().mean())
+                before = adversary().float().mean()
             reached = best_response(self.game, adversary, where=where, adversary=adversary).loss
-        places, solver = rejected.where.sum(1), self.solver
+        places = rejected.where.sum(1)
+        rows = torch.tensor(len(places), device=places.device)
+        counts = [rows, (places > 0).sum(), torch.zeros_like(rows) if cut is None else cut]
+        ends = [places.min(), places.max()]
+        paid = [len(places) * x for x in (before, reached.float().mean().to(before))]
+        mine = torch.stack([x.float() for x in (*counts, *ends, *paid)])
+        every = self.accelerator.gather(mine).view(-1, len(mine))  # pyright: ignore
+        if not self.is_world_process_zero():
+            return
+        total, played, shorter, _, _, *sums = every.sum(0).tolist()
+        least, most = int(every[:, 3].min()), int(every[:, 4].max())
+        solver, known, unit = self.solver, self.game.unit, ""
         ball = "no ball" if solver.radius is None else f"radius {solver.radius:g} per {solver.per}"
-        unit, known = "", self.game.unit
         if solver.unit == "relative" and known is not None:
             unit = f" in token norms of {worded(known, 3)}"
+        first, last = (x / total for x in sums)
+        less = "" if cut is None else f" {shorter:.0f} answers were cut at max_length."
         logging.getLogger(__name__).warning(
-            f"{type(self).__name__}, first step: an adversary in {int((places > 0).sum())} of "
-            f"{len(places)} rows, at {int(places.min())} to {int(places.max())} tokens of each; "
-            f"{ball}{unit}; its steps take its payoff from {before:.4g} to "
-            f"{float(reached.float().mean()):.4g}."
+            f"{type(self).__name__}, first step: an adversary in {played:.0f} of {total:.0f} rows, "
+            f"at {least} to {most} tokens of each; {ball}{unit}; its steps take its payoff from "
+            f"{first:.4g} to {last:.4g}.{less}"
         )
+
+
+def _check_unpacked(args: Any) -> None:
+    """Raise ValueError for arguments that ask for packed rows, as those of TRL's trainers may."""
+    for name in ("packing", "padding_free"):
+        if getattr(args, name, False):
+            raise ValueError(
+                f"{name}=True: the answers to a prompt lie side by side, for one δ to act on both, "
+                "and are not packed. Leave it out, and cut what is long with max_length=."
+            )
 
 
 class Beside(torch.utils.data.Dataset[dict[str, Any]]):

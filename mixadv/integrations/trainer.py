@@ -98,25 +98,31 @@ def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:
         )
 
 
-def check_where(where: Any, model: nn.Module) -> None:
+def check_columns(where: Any, groups: Any, model: nn.Module) -> None:
     """Raise TypeError or ValueError for what names no column that is the game's own."""
     if not (where is None or isinstance(where, str) or callable(where)):
         raise TypeError(
             "where must be the name of a column of the batch or a function of the call, got "
             f"{type(where).__name__}: a mask belongs to one batch, so put it into the data set."
         )
-    if isinstance(where, str) and where in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"where={where!r} is an argument of the model, which would not get it: put a copy "
-            "into the data set under a name of its own, such as 'where'."
+    if not (groups is None or isinstance(groups, str)):
+        raise TypeError(
+            "groups must be the name of a column of the batch that numbers the group of each row, "
+            f"got {type(groups).__name__}: put it into the data set."
         )
+    for name, column in {"where": where, "groups": groups}.items():
+        if isinstance(column, str) and column in inspect.signature(model.forward).parameters:
+            raise ValueError(
+                f"{name}={column!r} is an argument of the model, which would not get it: put a "
+                f"copy into the data set under a name of its own, such as {name!r}."
+            )
 
 
-def column_missing(where: Any, inputs: Iterable[str]) -> str:
-    """Say that a batch lacks the column that tells where δ may act."""
+def column_missing(name: str, column: Any, inputs: Iterable[str]) -> str:
+    """Say that a batch lacks a column of the game's own."""
     return (
-        f"where={where!r} names a column that the batch lacks; it has {', '.join(inputs)}. Put it "
-        "into the training set, and have the collator keep it."
+        f"{name}={column!r} names a column that the batch lacks; it has {', '.join(inputs)}. Put "
+        "it into the training set, and have the collator keep it."
     )
 
 
@@ -170,7 +176,7 @@ class Share:
         losses, replay = [], Replay(model)
         for count in (items, 2 * items):
             with replay.run(), no_grad():
-                losses.append(loss(count).detach())
+                losses.append(loss(count).detach().mean())
         replay.undo()
         divides = float(losses[1].abs()) < 0.75 * float(losses[0].abs())
         # A loss of 0, where nothing is labelled, says nothing; all processes have to know, for

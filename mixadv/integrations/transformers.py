@@ -33,8 +33,8 @@ try:
     from mixadv.integrations.trainer import (
         Rounds,
         Share,
+        check_columns,
         check_playable,
-        check_where,
         column_missing,
         game_of,
         wrapped,
@@ -51,9 +51,9 @@ else:
     Base = object
 
 
-LOGGED = {
-    name: name for name in ("clean_loss", "payoff", "radius", "effective_particles", "nonfinite")
-}
+_ROWS = ("worst_group", "worst_group_weight", "effective_rows")
+_PLAYED = ("clean_loss", "payoff", "radius", "effective_particles", "nonfinite", *_ROWS)
+LOGGED = {name: name for name in _PLAYED}
 LOGGED["entropy"] = "strategy_entropy"
 """Trainer's names for what a round comes to, by those of `Outcome`."""
 
@@ -67,7 +67,8 @@ class Adversarial(Base):
     Trainer's own, scale of the loss included.
 
     Trainer's log gets what the last round came to, read from the device only then: `clean_loss`,
-    `payoff`, `radius`, `strategy_entropy` and `nonfinite`; its `loss` is the objective.
+    `payoff`, `radius`, `strategy_entropy` and `nonfinite`, and of rows that are weighed the
+    `worst_group`, `worst_group_weight` and `effective_rows`; its `loss` is the objective.
 
     Evaluation and prediction run at the average of the learner where the solver keeps one, and
     `load_best_model_at_end` loads the weights that were evaluated. Checkpoints hold the live
@@ -90,6 +91,7 @@ class Adversarial(Base):
         where: where δ may act: the name of a column of the batch, 1 there, that the model does not
             get; or a function of the call. None is at real tokens. The collator has to keep the
             column and to pad it as it pads the ids.
+        groups: for a solver that weighs groups: likewise the name of a column, that numbers them.
         evaluate_average: evaluate the learner's average, where there is one.
 
     Raises:
@@ -109,12 +111,13 @@ class Adversarial(Base):
         site: Any = None,
         schedule: Schedule | None = None,
         where: str | Callable[[Call], Tensor] | None = None,
+        groups: str | None = None,
         evaluate_average: bool = True,
         **keywords: Any,
     ) -> None:
         if solver is not None:
             solver = validate.solver_of(solver)
-        self.where = where
+        self.where, self.groups = where, groups
         super().__init__(*arguments, **keywords)
         made = wrapped(self.optimizer)
         if made is None:
@@ -132,7 +135,7 @@ class Adversarial(Base):
         self.site, self.schedule, self.evaluate_average = site, schedule, evaluate_average
         self._share = Share()
         check_playable(self, self.solver, self.averages)
-        check_where(where, cast(nn.Module, self.model))
+        check_columns(where, groups, cast(nn.Module, self.model))
         self._besides = {m: copy.deepcopy(m.state_dict()) for m in self.solver.modules().values()}
         self.add_callback(Rounds(type(self).__name__, self._besides))
         if self.optimizer is not None:
@@ -169,13 +172,15 @@ class Adversarial(Base):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Play a round in training; the Trainer's own loss elsewhere."""
-        items, where = num_items_in_batch, self.where
-        if isinstance(where, str):
-            where, inputs = inputs.get(where), self._for_model(inputs)
+        items, where, given = num_items_in_batch, self.where, inputs
+        inputs = self._for_model(inputs)
         if not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, items)
-        if where is None and self.where is not None:
-            raise GameError(column_missing(self.where, inputs))
+        for name, column in {"where": where, "groups": self.groups}.items():
+            if isinstance(column, str) and column not in given:
+                raise GameError(column_missing(name, column, inputs))
+        where = given[where] if isinstance(where, str) else where
+        groups = None if self.groups is None else given[self.groups]
         self._follow(model)
         stock = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
         wanted = stock or return_outputs or self.solver.compares is not None  # elsewhere not free
@@ -194,7 +199,7 @@ class Adversarial(Base):
 
         share = self._share.of_mean(self, inputs, items, loss_of)
         # Its own mean within the round, where divergences are means too; its share outside.
-        loss = self.game.loss(closure, where=where) * share
+        loss = self.game.loss(closure, where=where, groups=groups) * share
         return (loss, outputs) if return_outputs else loss
 
     def forward_pass(
@@ -223,18 +228,19 @@ class Adversarial(Base):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **keywords: Any
     ) -> Any:
-        """Predict without the column that says where δ may act."""
+        """Predict without the columns that are the game's own."""
         return super().prediction_step(model, self._for_model(inputs), *arguments, **keywords)
 
     def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name != self.where}
+        own = (self.where, self.groups)
+        return {name: value for name, value in inputs.items() if name not in own}
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the column that says where δ may act, which no argument of the model is."""
+        """Keep the columns that are the game's own, which no argument of the model is."""
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns  # pyright: ignore
-        if isinstance(self.where, str) and self.where not in columns:
-            columns.append(self.where)
+        own = [name for name in (self.where, self.groups) if isinstance(name, str)]
+        columns += [name for name in own if name not in columns]
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """Log what the last round came to beside the training loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,11 +39,17 @@ class Mean(nn.Module):
         """The configuration of the model, of transformers."""
         return self.mixture.config
 
+    def parts(self) -> Iterator[tuple[float, nn.Module]]:
+        """Yield the probability of each member, and the member while it plays."""
+        for number, weight in enumerate(self.mixture.probabilities.tolist()):
+            with self.mixture.member(number) as module:
+                yield weight, module
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call each member."""
         found = []
-        for number in range(len(self.mixture)):
-            with no_grad(), self.mixture.member(number) as module:
+        for _, module in self.parts():
+            with no_grad():
                 output = module(*args, **kwargs)
             logits = getattr(output, "logits", output)
             found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))

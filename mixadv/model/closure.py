@@ -37,6 +37,7 @@ class Reading(NamedTuple):
         left_out: tensors behind the predictions in what the closure returned, that may be more.
         labelled: whether labels told which predictions count.
         owners: the sample that each row at the site belongs to, where it is known.
+        answers: labels of the predictions, where the solver reads them and they are known.
     """
 
     loss: Tensor
@@ -48,6 +49,7 @@ class Reading(NamedTuple):
     left_out: int = 0
     labelled: bool = False
     owners: Tensor | None = None
+    answers: Tensor | None = None
 
     @property
     def objective(self) -> Tensor:
@@ -74,6 +76,21 @@ class Reading(NamedTuple):
                 "output, from the closure. In a Trainer: outputs with logits, from forward_pass."
             )
         return self.predictions
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of each prediction, of a solver that reads them; below 0 where none counts.
+
+        Raises:
+            GameError: if they are not known.
+        """
+        if self.answers is None:
+            raise GameError(
+                "This solver reads labels of classes, which the closure did not return, and the "
+                "loss does not show, as the cross entropy of one tensor of logits would: return "
+                "(loss, logits [B, C], labels [B])."
+            )
+        return self.answers
 
     @property
     def representation(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,23 +59,72 @@ def kind_of(model: Any, labels: Any, loss: Tensor, predictions: Tensor) -> Kind 
     return None
 
 
+class Answers(NamedTuple):
+    """Labels of predictions `[B]` or `[B, n]`, below 0 where none counts, and whether they fit."""
+
+    labels: Tensor
+    certain: Tensor | bool  # 0-d, on the device
+
+
+def told(result: Any, predictions: Tensor, contexts: Sequence[Mapping[str, Any]]) -> Answers | None:
+    """Return the labels of classes behind the logits, or that the model was called with.
+
+    Those of the model's call are read where there is one for each sample: of tokens it may foretell
+    the next one.
+    """
+    behind = [*result[2:]] if isinstance(result, (tuple, list)) else []
+    called = [c.get("labels") for c in contexts] if predictions.dim() == 2 else []
+    whole = (torch.int32, torch.int64)
+    tensors = [x for x in (*behind, *called) if isinstance(x, Tensor) and x.dtype in whole]
+    found = next((x for x in tensors if x.shape == predictions.shape[:-1]), None)
+    return None if found is None else Answers(found.long(), True)
+
+
+def shown(loss: Tensor, predictions: Tensor) -> Answers | None:
+    """Return the labels that the loss is a cross entropy of, as its gradient shows.
+
+        ∂ℓ/∂z = c·(p − e_y),     c > 0 for each prediction
+
+    so that the label is the one class whose logit the loss would raise. It is certain where the
+    gradient has this form. A sample whose prediction is sure has none and keeps its answer; a token
+    without one does not count. None where the loss was not computed from this very tensor.
+    """
+    slope = _slope(loss, predictions)
+    if slope is None:
+        return None
+    wide = torch.promote_types(slope.dtype, torch.float32)
+    slope, p = slope.to(wide), predictions.detach().to(wide).softmax(-1)
+    labels = slope.argmin(-1)
+    right = torch.zeros_like(p).scatter(-1, labels[..., None], 1.0)
+    size = (slope * (p - right)).sum(-1, keepdim=True) / (p - right).square().sum(-1, True)
+    apart = (slope - size * (p - right)).flatten(1).norm() / slope.norm().clamp(min=1e-30)
+    off = predictions.argmax(-1) if predictions.dim() == 2 else torch.full_like(labels, -100)
+    tolerance = 100 * torch.finfo(predictions.dtype).eps + 1e-4
+    return Answers(torch.where((slope != 0).any(-1), labels, off), apart <= tolerance)
+
+
+def _slope(loss: Tensor, predictions: Tensor) -> Tensor | None:
+    """Return the gradient of a loss in predictions; None where it cannot be told."""
+    if not (loss.requires_grad and predictions.requires_grad):
+        return None
+    total = loss.sum()
+    if predictions.dtype == torch.float16:  # in which a mean over many would have none
+        total = total * predictions.shape[:-1].numel()
+    try:
+        return torch.autograd.grad(total, [predictions], retain_graph=True, allow_unused=True)[0]
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        return None
+
+
 def read_by(loss: Tensor, predictions: Tensor) -> Tensor | None:
     """Return which predictions `[B, n]` the loss reads: where its gradient is not 0.
 
     All of a sample where it reads none. None where that cannot be told: without gradients, or where
     the loss was not computed from this very tensor.
     """
-    if not (loss.requires_grad and predictions.requires_grad):
-        return None
-    total = loss.sum()
-    if predictions.dtype == torch.float16:  # in which a mean over many would have none
-        total = total * predictions.shape[:2].numel()
-    try:
-        [slope] = torch.autograd.grad(total, [predictions], retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        slope = None
+    slope = _slope(loss, predictions)
     if slope is None:
         return None
     read = (slope != 0).any(-1)

@@ -149,9 +149,9 @@ def owners(
     as of multiple choice: what is chosen between is one sample. It is never guessed from sizes.
     Where texts are packed into rows, the text of each token `[B, n]`.
     """
-    positions, rows = context.get("position_ids"), shape[0]
-    if packed and isinstance(positions, Tensor) and positions.shape == shape[:2]:
-        return texts(positions)
+    rows = shape[0]
+    if packed and (begun := beginnings(context, shape[:2])) is not None:
+        return texts(begun)
     whole = {name: value for name, value in context.items() if is_whole(value)}
     for name in _SEGMENTS:
         if name in whole and whole[name].shape == (rows,):
@@ -162,21 +162,59 @@ def owners(
     return None
 
 
-def restarts(positions: Tensor) -> Tensor:
-    """Return where positions `[B, n]` begin anew within a row, `[B, n − 1]`."""
-    return positions[:, 1:] <= positions[:, :-1]
+_ENDS = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")
+_UNSEEN = -1e3  # what is added to an attention that is not to be, at the least
 
 
-def texts(positions: Tensor) -> Tensor:
+def ends(context: Mapping[str, Any]) -> Tensor | None:
+    """Return where texts end in rows that are laid end to end, behind a 0, `[T + 1]`."""
+    found = (context.get(name) for name in _ENDS)
+    return next((x for x in found if isinstance(x, Tensor) and x.dim() == 1), None)
+
+
+def beginnings(context: Mapping[str, Any], sizes: torch.Size) -> Tensor | None:
+    """Return where a text begins within the rows `[B, n]` of a call; None where nothing tells.
+
+    Told by positions that begin anew, by cumulative lengths or numbers of texts, as padding-free
+    batches have them, and by an attention `[B, 1, n, n]` in which a token does not see the one
+    before it.
+    """
+    found, lengths = [], ends(context)
+    positions, numbers = (context.get(name) for name in ("position_ids", "seq_idx"))
+    if isinstance(positions, Tensor) and positions.shape == sizes:
+        found.append(positions[:, 1:] <= positions[:, :-1])
+    if isinstance(numbers, Tensor) and numbers.shape == sizes:
+        found.append(numbers[:, 1:] != numbers[:, :-1])
+    if lengths is not None:
+        begun = torch.zeros(sizes.numel() + 1, dtype=torch.bool, device=lengths.device)
+        begun.index_fill_(0, lengths.long().clamp(max=sizes.numel()), True)
+        found.append(begun[:-1].view(sizes)[:, 1:])
+    if (seen := sight(context, sizes)) is not None:
+        found.append(~seen.diagonal(-1, 1, 2))
+    if not found:
+        return None
+    begun = torch.ones(sizes, dtype=torch.bool, device=found[0].device)
+    begun[:, 1:] = torch.stack([x.to(begun.device) for x in found]).any(0)
+    return begun
+
+
+def sight(context: Mapping[str, Any], sizes: torch.Size) -> Tensor | None:
+    """Return which token sees which by an attention of four dimensions, `[B, n, n]`."""
+    mask, length = context.get("attention_mask"), sizes[1]
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[2:] != (length, length):
+        return None
+    seen = mask > _UNSEEN if mask.is_floating_point() else mask > 0
+    return seen.any(1).expand(sizes[0], length, length)
+
+
+def texts(begun: Tensor) -> Tensor:
     """Return the number of the text that each token of packed rows belongs to, `[B, n]`.
 
     Example:
-        >>> texts(torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])).tolist()
+        >>> texts(torch.tensor([[True, False, True, False], [True, False, False, False]])).tolist()
         [[0, 0, 1, 1], [2, 2, 2, 2]]
     """
-    begun = torch.ones_like(positions)
-    begun[:, 1:] = restarts(positions)
-    return begun.flatten().cumsum(0).view_as(positions) - 1
+    return begun.flatten().cumsum(0).view_as(begun) - 1
 
 
 _PLACES = [

@@ -9,7 +9,7 @@ a spectral norm.
 import hashlib
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from mixadv.model.private_torch import keeping_version
 RandomState = list[tuple[torch.device, Tensor]]
 HostState = tuple[Any, Any]
 """The state of Python's generator and of numpy's, None where nothing has imported numpy."""
+RandomStates = tuple[RandomState, HostState]
 Slot = tuple[nn.Module, str]
 Snapshot = list[tuple[Tensor, Tensor]]
 
@@ -83,18 +84,32 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 class Replay:
-    """Random state and buffers of one round; `fresh` draws new dropout masks in every pass."""
+    """Random state and buffers of one round.
+
+    Args:
+        model: whose buffers, and the devices it is on.
+        fresh: draw a new dropout mask in every pass.
+        slots: of buffers that passes change, as for `Buffers`.
+        seed: returns that of the masks which are new. They come from a stream of their own, for the
+            one that is left behind goes on as after one forward, and would give them again.
+    """
 
     def __init__(
-        self, model: nn.Module, fresh: bool = False, slots: list[Slot] | None = None
+        self,
+        model: nn.Module,
+        fresh: bool = False,
+        slots: list[Slot] | None = None,
+        seed: Callable[[], int] = int,
     ) -> None:
         self.devices = accelerators([*model.parameters(), *model.buffers()])
         self.fresh = fresh
+        self.seed = seed
         self.buffers = Buffers(model, slots)
         self.begin = self.kept = self.buffers.found  # of the first forward since the last step
-        self.found = random_state(self.devices), host_state()
-        self.before: tuple[RandomState, HostState] | None = None
-        self.after: tuple[RandomState, HostState] | None = None
+        self.found = self._now()
+        self.before: RandomStates | None = None
+        self.after: RandomStates | None = None
+        self.apart: RandomStates | None = None  # where the stream of new masks has come to
 
     @contextmanager
     def run(self, own: bool = True) -> Iterator[None]:
@@ -103,16 +118,18 @@ class Replay:
         Random state and buffers end as after the first of the learner's `own` passes.
         """
         first = own and self.after is None
+        anew = self.fresh and not first
         if self.before is None:
-            self.before = random_state(self.devices), host_state()
+            self.before = self._now()
             self.begin = self.buffers.snapshot()  # another micro-batch may have been there
         else:
             self.buffers.put(self.begin)
-            if first or not self.fresh:
-                self._set(self.before)
+        self._set(self.apart or self._seeded(self.seed()) if anew else self.before)
         yield
+        if anew:
+            self.apart = self._now()
         if first:
-            self.after = random_state(self.devices), host_state()
+            self.after = self._now()
             self.kept = self.buffers.snapshot()
         else:
             self.buffers.put(self.kept)
@@ -140,7 +157,17 @@ class Replay:
         self._set(self.found)
         self.buffers.undo()
 
-    def _set(self, state: tuple[RandomState, HostState]) -> None:
+    def _now(self) -> RandomStates:
+        return random_state(self.devices), host_state()
+
+    def _seeded(self, seed: int) -> RandomStates:
+        """Return the states of all generators under a seed."""
+        numpy, devices = sys.modules.get("numpy"), [torch.device("cpu"), *self.devices]
+        numpys = None if numpy is None else numpy.random.RandomState(seed % 2**32).get_state()
+        host = random.Random(seed).getstate(), numpys
+        return [(d, torch.Generator(d).manual_seed(seed).get_state()) for d in devices], host
+
+    def _set(self, state: RandomStates) -> None:
         set_random_state(state[0])
         set_host_state(state[1])
 
@@ -221,13 +248,16 @@ class Noise:
             self._generators[device] = torch.Generator(device)
             self._generators[device].set_state(found)
 
+    def number(self, *of: str) -> int:
+        """Return a number for something of the round that begun, always the same."""
+        digest = hashlib.blake2b(repr((*self._key, *of)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
     def __call__(self, kind: str, like: Tensor) -> Tensor:
         """Return a draw shaped like `like`: `"normal"`, or `"uniform"` in [−1, 1]."""
         if like.device not in self._generators:
-            digest = hashlib.blake2b(repr(self._key).encode(), digest_size=8).digest()
             generator = torch.Generator(like.device)
-            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-            self._generators[like.device] = generator
+            self._generators[like.device] = generator.manual_seed(self.number())
         generator = self._generators[like.device]
         options: Any = {"generator": generator, "dtype": like.dtype, "device": like.device}
         draw = torch.randn if kind == "normal" else torch.rand

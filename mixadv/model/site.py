@@ -51,7 +51,7 @@ class Site:
         where: where δ may act in the round that is open; None is at real tokens.
         unsure: modules of which it is not known whether the batch comes first.
         apart: modules of whose rows each is a sample, whatever map the model is called with.
-        packed: whether rows hold several texts, told by positions that begin anew.
+        packed: whether rows hold several texts, as the model is told.
     """
 
     def __init__(self, model: nn.Module, site: Any = None) -> None:

@@ -6,6 +6,7 @@ with u the payoff, d the normalisation of its gradient, Π the projection onto t
 that noise never leaves it), η `step_size` and τ `temperature`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
@@ -16,6 +17,7 @@ from torch import Tensor
 from mixadv.checks import check_flag, check_integer, check_number
 from mixadv.errors import nearest
 from mixadv.maths import geometry, langevin
+from mixadv.maths.box import Room, project_into
 from mixadv.maths.geometry import Norm, Per
 from mixadv.players.documented import compose, described
 
@@ -84,7 +86,11 @@ class Ascent:
         unit: of lengths: `"relative"` to the mean L2 norm of a real token's output at the site,
             or `"absolute"`.
         fresh_dropout: draw a new dropout mask in every pass, as much released code does; by default
-            all passes between two optimizer steps see the same one.
+            all passes between two optimizer steps see the same one. The first pass of `closure`
+            has the mask of plain training, the others have masks of a stream of their own.
+        box: the ends of an interval that the site's output stays in with δ, as it stands whatever
+            the unit: `(0.0, 1.0)` for pixels, normalised inside the model. Every point is
+            projected onto ball and box together; None is no box.
         particle_batching: how the payoffs of many particles are computed: `"loop"`, one after
             another; `"vmap"`, by `torch.func.vmap`; `"stack"`, in one batch (only without dropout);
             `"auto"` stacks small batches where the first round finds that it is the same.
@@ -107,6 +113,7 @@ class Ascent:
     direction: Direction = "gradient"
     sign: Sign | None = None
     ascent_dtype: torch.dtype | Literal["bfloat16"] | None = None
+    box: tuple[float, float] | None = None
 
     described: ClassVar[dict[str, str]] = {}
 
@@ -140,6 +147,8 @@ class Ascent:
             check_number(who, "radius", self.radius)
         if self.start_size is not None:
             check_number(who, "start_size", self.start_size)
+        if self.box is not None:
+            check_box(who, self.box)
         if self.projection == "sphere" and self.radius is None:
             raise ValueError(f"{who}: projection='sphere' rescales to the radius, which is None.")
 
@@ -169,15 +178,33 @@ class Ascent:
         """Return the words of the ascent alone, without those of a solver; some may be changed."""
         return Ascent(**{f.name: getattr(self, f.name) for f in fields(Ascent)} | changes)
 
-    def project(self, delta: Tensor, owners: Tensor | None = None) -> Tensor:
-        """Return δ projected onto the set; without a radius the set is the whole space."""
+    def project(
+        self, delta: Tensor, owners: Tensor | None = None, room: Room | None = None
+    ) -> Tensor:
+        """Return δ projected onto the set; without a radius that is the room, or the whole space.
+
+        A δ rescaled onto the sphere is cut off where the room ends.
+        """
+        if self.projection == "ball" or self.radius is None:
+            return self._into_ball(delta, owners, room)
+        found = geometry.onto_sphere(delta, self.radius, self.norm, self.per, owners)
+        return found if room is None else room.clamp(found)
+
+    def _into_ball(self, delta: Tensor, owners: Tensor | None, room: Room | None) -> Tensor:
         if self.radius is None:
-            return delta
-        onto = geometry.project if self.projection == "ball" else geometry.onto_sphere
-        return onto(delta, self.radius, self.norm, self.per, owners)
+            return delta if room is None else room.clamp(delta)
+        words = self.radius, self.norm, self.per, owners
+        if room is None:
+            return geometry.project(delta, *words)
+        return project_into(delta, room, *words)
 
     def begin(
-        self, like: Tensor, mask: Tensor | None, draw: "Draw", owners: Tensor | None = None
+        self,
+        like: Tensor,
+        mask: Tensor | None,
+        draw: "Draw",
+        owners: Tensor | None = None,
+        room: Room | None = None,
     ) -> Tensor:
         """Return the start point, shaped like `like`, zero where the mask is, inside the set.
 
@@ -186,6 +213,7 @@ class Ascent:
             mask: broadcastable to `like`, 1 at real coordinates; None means all are real.
             draw: `draw(kind, like)` for a draw of kind "uniform" (in ±1) or "normal".
             owners: the sample of each row, `[B]`; None is one row for each.
+            room: how far each coordinate may move; None is no box.
         """
         if self.start == "zero":
             return torch.zeros_like(like)
@@ -195,9 +223,7 @@ class Ascent:
         count = geometry.norms(real, "l1", self.per, owners).clamp(min=1)
         power = {"l1": 1.0, "l2": 0.5, "linf": 0.0}[self.norm]
         start = self.initial_size * noise / count**power
-        if self.radius is None:
-            return start
-        return geometry.project(start, self.radius, self.norm, self.per, owners)
+        return self._into_ball(start, owners, room)
 
     def move(
         self,
@@ -206,6 +232,7 @@ class Ascent:
         mask: Tensor | None,
         draw: "Draw",
         owners: Tensor | None = None,
+        room: Room | None = None,
     ) -> Tensor:
         """Return the next δ: step, noise, mask, projection, in this order.
 
@@ -215,6 +242,7 @@ class Ascent:
             mask: as in `begin`.
             draw: as in `begin`.
             owners: as in `begin`.
+            room: as in `begin`.
         """
         if mask is not None:
             gradient = gradient * mask
@@ -230,9 +258,21 @@ class Ascent:
             return drawn if mask is None else drawn * mask
 
         def project(delta: Tensor) -> Tensor:
-            return self.project(delta, owners)
+            return self.project(delta, owners, room)
 
         return langevin.step(delta, gradient, self.step_size, self.temperature, noise, project)
+
+
+def check_box(who: str, box: Any) -> None:
+    """Raise ValueError unless a box has a lower and an upper end."""
+    ends = box if isinstance(box, tuple) and len(box) == 2 else ()
+    for end in ends:
+        check_number(who, "an end of box", end, -math.inf)
+    if not ends or not ends[0] < ends[1]:
+        raise ValueError(
+            f"{who}: box={box!r} is no interval: give its lower and its upper end, such as "
+            "box=(0.0, 1.0)."
+        )
 
 
 def check_choices(ascent: Ascent, known: Mapping[str, tuple[Any, ...]]) -> None:

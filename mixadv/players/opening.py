@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from mixadv.maths.box import Room
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent, Draw
 from mixadv.players.rows import repeat_mask, repeat_owners
@@ -14,6 +15,10 @@ Begin = Callable[[int, Call], Tensor]
 
 Scale = Callable[[str], float]
 """`scale(site)`: what one unit of length is at a module of the site, by its name."""
+
+
+Rooms = Callable[[int], Room | None]
+"""`rooms(index)`: how far δ may move at a call of the site; None is no box."""
 
 
 class Opening(Strategy):
@@ -52,21 +57,30 @@ class Opening(Strategy):
 
 
 def opening(
-    ascent: Ascent, draw: Draw, calls: Sequence[Call], scale: Scale, begin: Begin | None = None
+    ascent: Ascent,
+    draw: Draw,
+    calls: Sequence[Call],
+    scale: Scale,
+    begin: Begin | None = None,
+    rooms: Rooms = lambda index: None,
 ) -> Strategy:
     """Return the adversary's start: at the calls of an earlier pass, else drawn in the first one.
 
-    `begin` gives the one point of each call, where it is not the ascent's own start.
+    `begin` gives the one point of each call, where it is not the ascent's own start; where there is
+    a box it is projected into its room.
     """
 
     def start(index: int, call: Call) -> Tensor:
+        room = rooms(index)
         if begin is not None:
-            return begin(index, call)[None]
+            point = begin(index, call)
+            return (point if room is None else ascent.project(point, call.owners, room))[None]
         size = (ascent.particles * call.shape[0], *call.shape[1:])
         like = call.empty().new_empty(size)
         mask = repeat_mask(call.mask, ascent.particles)
         owned = repeat_owners(call.owners, ascent.particles)
-        point = ascent.begin(like, mask, draw, owned)
+        room = None if room is None else room.repeat(ascent.particles)
+        point = ascent.begin(like, mask, draw, owned, room)
         return point.unflatten(0, (ascent.particles, -1))
 
     if not calls:

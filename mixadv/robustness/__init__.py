@@ -18,6 +18,15 @@ try:
         GenerationReport,
         evaluate_generator,
     )
+    from mixadv.robustness.groups import accuracy_by_group
+    from mixadv.robustness.images import (
+        ImageAccuracy,
+        ImageAttack,
+        auto_attack,
+        image_accuracy,
+        pgd_attack,
+        torchattack,
+    )
     from mixadv.robustness.mixture_accuracy import MixtureAccuracy, MixtureAttacks, mixture_accuracy
     from mixadv.robustness.predictions import (
         Batch,
@@ -60,6 +69,8 @@ __all__ = [
     "GenerationAttack",
     "GenerationEvaluation",
     "GenerationReport",
+    "ImageAccuracy",
+    "ImageAttack",
     "Judge",
     "LossIncrease",
     "MixtureAccuracy",
@@ -73,8 +84,10 @@ __all__ = [
     "Speaker",
     "Suffixes",
     "accuracy_at_radii",
+    "accuracy_by_group",
     "accuracy_drop",
     "all_correct",
+    "auto_attack",
     "bootstrap",
     "bootstrap_difference",
     "compare",
@@ -82,16 +95,19 @@ __all__ = [
     "evaluate_generator",
     "expected_calibration_error",
     "holm",
+    "image_accuracy",
     "judged",
     "lacks",
     "loss_increase",
     "mixture_accuracy",
     "paired_t_test",
+    "pgd_attack",
     "predict",
     "read_rows",
     "says",
     "t_interval",
     "text_batches",
     "token_norm",
+    "torchattack",
     "wilson",
 ]

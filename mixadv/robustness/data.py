@@ -38,11 +38,13 @@ class Rows:
         texts: one each, or pairs.
         labels: numbers of the model's labels.
         name: where they come from.
+        groups: the name of each row's group, where there are groups.
     """
 
     texts: list[str] | list[tuple[str, str]]
     labels: list[int]
     name: str = "rows"
+    groups: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,7 +57,8 @@ class Rows:
     def take(self, places: Sequence[int]) -> Rows:
         """Return some of the rows, in the order of their places."""
         texts: Any = [self.texts[i] for i in places]
-        return Rows(texts, [self.labels[i] for i in places], self.name)
+        groups = None if self.groups is None else [self.groups[i] for i in places]
+        return Rows(texts, [self.labels[i] for i in places], self.name, groups)
 
 
 def read_rows(
@@ -64,6 +67,7 @@ def read_rows(
     *,
     text: str | tuple[str, str] | None = None,
     label: str = "label",
+    groups: str | None = None,
     name: str = "",
 ) -> Rows:
     """Return rows that a classifier can be measured on, or say at once why it cannot.
@@ -77,6 +81,7 @@ def read_rows(
             their case. The numbers of a `ClassLabel` are read as its names where the model knows
             those, since the order of one need not be that of the other. Rows of −1, without a gold
             label, are left out.
+        groups: the column of groups, numbers or names; None has none.
         name: for errors and reports; by default that of the file.
 
     Raises:
@@ -87,7 +92,7 @@ def read_rows(
         >>> model = nn.Linear(1, 1)
         >>> model.config = SimpleNamespace(num_labels=2, label2id={"bad": 0, "good": 1})
         >>> read_rows([{"text": "A fine film.", "label": "good"}], model)
-        Rows(texts=['A fine film.'], labels=[1], name='rows')
+        Rows(texts=['A fine film.'], labels=[1], name='rows', groups=None)
     """
     known = _labels_of(model)
     name = name or (Path(source).name if isinstance(source, (str, Path)) else "rows")
@@ -96,7 +101,7 @@ def read_rows(
     several = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     if len(several) not in (1, 2):
         raise DataError(f"text names one column or two, got {text!r}.")
-    for column in (*several, label):
+    for column in (*several, label, *([] if groups is None else [groups])):
         if column not in columns:
             raise DataError(f"{name} has no column {column!r}, it has {', '.join(columns)}.")
     texts = _texts({column: columns[column] for column in several}, name)
@@ -104,7 +109,8 @@ def read_rows(
     gold = [i for i, number in enumerate(labels) if number != UNLABELLED]
     if not gold:
         raise DataError(f"{name} has no gold labels: {label!r} is {UNLABELLED} in all its rows.")
-    return Rows(texts, labels, name).take(gold)
+    named = None if groups is None else _groups(columns[groups], groups, name)
+    return Rows(texts, labels, name, named).take(gold)
 
 
 def _labels_of(model: nn.Module) -> dict[str, int]:
@@ -203,6 +209,16 @@ def _texts(columns: Mapping[str, list[Any]], name: str) -> Any:
                 raise DataError(f"{name}, row {i}: {column} is {value!r:.60}, not a string.")
     first, *second = columns.values()
     return list(zip(first, *second, strict=True)) if second else first
+
+
+def _groups(values: list[Any], column: str, name: str) -> list[str]:
+    """Return the names of groups, which are names or numbers."""
+    for i, value in enumerate(values, 1):
+        if not isinstance(value, (str, int)):
+            raise DataError(
+                f"{name}, row {i}: {column} is {value!r:.60}, and a group has a name or a number."
+            )
+    return [str(value) for value in values]
 
 
 def _named(source: Any, label: str, values: list[Any], known: Mapping[str, int]) -> list[Any]:

@@ -16,6 +16,7 @@ from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
 from mixadv.reports.kept import Kept, as_json, digest
 from mixadv.robustness.data import DataError, Rows, read_rows
+from mixadv.robustness.groups import with_groups
 from mixadv.robustness.report import Report
 from mixadv.robustness.sections import Attacked, Measured, Record, drawn, made_of
 from mixadv.round.validate import check_seed
@@ -33,6 +34,7 @@ class Evaluation:
     Attributes:
         text: the column of the texts, or the two of pairs; None finds the usual ones.
         label: the column of labels, numbers of the model's or their names.
+        groups: the column of groups, by whose names accuracy is measured too; None has none.
         shifted: other sets of rows by name, like the data.
         attacks: by name.
         radii: of PGD, in units; 0 is always among them. None at all leaves it out.
@@ -58,6 +60,7 @@ class Evaluation:
 
     text: str | tuple[str, str] | None = None
     label: str = "label"
+    groups: str | None = None
     shifted: Mapping[str, Any] = field(default_factory=dict)
     attacks: Mapping[str, WordSubstitution] = field(default_factory=dict)
     radii: Sequence[float] = (0.05, 0.1, 0.2)
@@ -105,17 +108,7 @@ class Evaluation:
         """Return what `evaluate` does of one model, or of one mixture."""
         if isinstance(model, Mixture):
             model, mixture = self._mean(model, game, mixture), model
-        if game is not None and not isinstance(game, Game):
-            raise TypeError(
-                f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}."
-            )
-        if game is not None and unwrap(game.model) is not unwrap(model):
-            raise ValueError(
-                "The game is played on another model than the one evaluated: pass the game that "
-                "trained this model, or leave game out."
-            )
-        if mixture is not None and not isinstance(mixture, Mixture):
-            raise TypeError(f"mixture must be a mixadv.mixtures.Mixture, got {mixture!r:.80}.")
+        _check_players(model, game, mixture)
         sets = self._read(model, data)
         reads = model.mixture.model if isinstance(model, Mean) else model
         reader = Reader(reads, tokenizer, self.max_length, self.batch_size, 0)  # refuses slow ones
@@ -134,7 +127,9 @@ class Evaluation:
             if self.shifted:
                 found["shifted"] = by.shifted(found[CLEAN], {n: sets[n] for n in self.shifted})
             if not isinstance(model, Mean):
-                found |= self._attacked(under, found[CLEAN], about["unit"])
+                found |= self._shifted(under, found[CLEAN], about["unit"])
+            if self.attacks:
+                found["attacks"] = {n: under.attack(n, a) for n, a in self.attacks.items()}
             if mixture is not None:
                 how = {"unit": about["unit"], "steps": self.steps, "restarts": self.restarts}
                 found["mixture"] = under.mixture(mixture, self.radii, **how)
@@ -143,7 +138,7 @@ class Evaluation:
             if game is not None:
                 last = {CLEAN: found[CLEAN], **found.get("shifted", {})}
                 found["learners"] = by.learners(game, sets, last)
-        return Report(as_json(found))
+        return Report(as_json(with_groups(found, sets)))
 
     def _mean(self, mixture: Mixture, game: Game | None, other: Mixture | None) -> Mean:
         """Return what predicts where a mixture is evaluated; refuse what is of one model alone."""
@@ -152,17 +147,12 @@ class Evaluation:
                 "A mixture is evaluated by itself, without game= and mixture=: these belong to one "
                 "model."
             )
-        if self.attacks:
-            raise ValueError(
-                "Words are ranked by the gradient of one model, and a mixture has several: leave "
-                "attacks= out, or evaluate a member."
-            )
         return Mean(mixture)
 
     def _read(self, model: nn.Module, data: Any) -> dict[str, Rows]:
         """Return the data and the shifted sets by name."""
         sets: dict[str, Rows] = {}
-        columns = {"text": self.text, "label": self.label}
+        columns = {"text": self.text, "label": self.label, "groups": self.groups}
         for name, rows in {CLEAN: data, **self.shifted}.items():
             if not isinstance(rows, Rows):
                 rows = read_rows(rows, model, **columns, name="" if name == CLEAN else name)
@@ -194,7 +184,7 @@ class Evaluation:
             "seed": self.seed,
         }
 
-    def _attacked(self, under: Attacked, clean: Record, unit: float) -> Record:
+    def _shifted(self, under: Attacked, clean: Record, unit: float) -> Record:
         found = {}
         if len(self.radii):
             found["radii"] = under.radii(clean, self.radii, self.steps, unit)
@@ -202,9 +192,20 @@ class Evaluation:
             found["loss increase"] = under.loss_increase(
                 self.increase_radius, self.steps, self.restarts, unit
             )
-        if self.attacks:
-            found["attacks"] = {n: under.attack(n, attack) for n, attack in self.attacks.items()}
         return found
+
+
+def _check_players(model: nn.Module, game: Any, mixture: Any) -> None:
+    """Refuse a game or a mixture that is none, and a game of another model."""
+    if game is not None and not isinstance(game, Game):
+        raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}.")
+    if game is not None and unwrap(game.model) is not unwrap(model):
+        raise ValueError(
+            "The game is played on another model than the one evaluated: pass the game that "
+            "trained this model, or leave game out."
+        )
+    if mixture is not None and not isinstance(mixture, Mixture):
+        raise TypeError(f"mixture must be a mixadv.mixtures.Mixture, got {mixture!r:.80}.")
 
 
 def evaluate(
@@ -218,7 +219,7 @@ def evaluate(
 ) -> Report:
     """Measure a classifier on clean rows, on shifted ones, and under attack.
 
-    1. Accuracy, loss and calibration on the data; what is lost of the accuracy on each shifted set.
+    1. Accuracy, of each group too, loss and calibration; what is lost of it on each shifted set.
     2. Accuracy at the end of PGD in embedding space, at each radius.
     3. The largest increase of the loss found in a ball (Zhu et al. 2020, table 5).
     4. Word substitution, by each of the attacks.
@@ -228,8 +229,8 @@ def evaluate(
     6. With a mixture: its accuracy under attacks that are made for mixtures (`mixture_accuracy`),
        at each radius, beside the mean of its members, their vote, and each member alone.
 
-    Of a mixture in the model's place these are 1., by the mean of its members' probabilities, and
-    6.; `mixture=Mixture([model])` sees one model under the same attacks.
+    Of a mixture in the model's place these are 1. and 4., by the mean of its probabilities,
+    and 6.; `mixture=Mixture([model])` sees one model under the same attacks.
 
     Attacks, in embedding space too, are on the same rows. The model is in evaluation mode
     meanwhile; it and the random state are left as they were, after an exception too. Of several

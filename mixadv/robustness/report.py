@@ -12,7 +12,7 @@ import numpy as np
 
 from mixadv.reports.kept import write
 from mixadv.reports.shown import DASH, Table, number, quartiles, share
-from mixadv.robustness import mixture_tables, pictures
+from mixadv.robustness import groups, mixture_tables, pictures
 from mixadv.robustness.sections import increase_of, unit
 from mixadv.robustness.vicinity import all_correct
 
@@ -146,12 +146,19 @@ def _tables(sections: Mapping[str, Any]) -> list[Table]:
     found = [make(sections) for kind, make in makers.items() if kind in sections]
     if "mixture" in sections:
         found += [mixture_tables.attacked(sections), mixture_tables.members(sections)]
-    return [_accuracy(sections), *found]
+    sets = _sets(sections)
+    grouped = [groups.table(sets)] if any("by group" in x for x in sets.values()) else []
+    return [_accuracy(sections), *grouped, *found]
+
+
+def _sets(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was predicted unperturbed, by the names of the sets."""
+    return {"clean": sections["clean"], **sections.get("shifted", {})}
 
 
 def _accuracy(sections: Mapping[str, Any]) -> Table:
-    sets = {"clean": sections["clean"], **sections.get("shifted", {})}
-    rows = [[name, *_row(x, "rows accuracy drop loss ece")] for name, x in sets.items()]
+    cells = "rows accuracy drop loss ece"
+    rows = [[name, *_row(x, cells)] for name, x in _sets(sections).items()]
     title = f"Accuracy of {sections['about']['model']} on {sections['about']['data']}"
     return Table(title, ("set", "rows", "accuracy %", "drop", "loss", "ECE"), rows)
 
@@ -239,6 +246,9 @@ def _cells(sections: Mapping[str, Any]) -> dict[str, str]:
     cells = {"clean %": share(clean["accuracy"]), "ECE": number(clean["ece"])}
     for name, found in sections.get("shifted", {}).items():
         cells |= {f"{name} %": share(found["accuracy"]), f"{name} drop": share(found["drop"])}
+    for name, found in _sets(sections).items():
+        if (worst := groups.worst(found)) is not None:
+            cells[f"{name} worst group %"] = share(worst)
     found = sections.get("radii", {"radii": [], "accuracy": []})
     for radius, accuracy in zip(found["radii"], found["accuracy"], strict=True):
         if radius:

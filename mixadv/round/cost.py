@@ -111,7 +111,8 @@ def _counted(solver: Solver, stage: "Rehearsal", moves: Moves) -> Counts:
     return Counts(forwards, stage.delta_backwards, thetas, stage.branches, steps, stage.particles)
 
 
-_READING = Reading(torch.zeros(()), torch.zeros(2, 2), None, torch.zeros(2, 1), 2)
+_ANSWERS = torch.zeros(2, dtype=torch.long)
+_READING = Reading(torch.zeros(()), torch.zeros(2, 2), None, torch.zeros(2, 1), 2, answers=_ANSWERS)
 
 
 @final
@@ -178,6 +179,10 @@ class Rehearsal(Moves):
         self.clean_known = True
         return _READING
 
+    def learned(self) -> Reading:
+        self._learn_clean()
+        return _READING
+
     def plain_loss(self) -> Tensor:
         self.clean_known = False
         return self.loss()
@@ -190,6 +195,15 @@ class Rehearsal(Moves):
             self.branches += q.size
             self.particles = max(self.particles, q.size)
         return torch.zeros(())
+
+    def losses(self, q: Strategy) -> Tensor:
+        return self.loss(q)[None]
+
+    def group_means(self, losses: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(count), torch.ones(count)
+
+    def weighed(self, values: Tensor, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
+        return values.sum()
 
     def run_at(self, q: Strategy) -> Reading:
         self.loss(q)

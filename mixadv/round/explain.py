@@ -50,7 +50,9 @@ class Explanation:
 
     @property
     def adversary(self) -> str:
-        """Whether the learner meets a mixture of points in each round, or one."""
+        """Whether the learner meets a mixture in each round, of points or of rows, or one point."""
+        if self.solver.weighs:
+            return f"mixed over {self.solver.weighs}" + ", δ pure" * bool(self.solver.steps)
         if self.passes.particles < 2:
             return "pure"
         known = "" if self.effective is None else f"{self.effective:.1f} effective of "

@@ -22,6 +22,7 @@ from mixadv.model.scaling import KEY, Formats
 from mixadv.model.values import copying
 from mixadv.model.visits import Call
 from mixadv.players.opening import opening
+from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.agreement import check_batching
 from mixadv.round.arena import Arena, Calibration, Memory
@@ -32,6 +33,7 @@ from mixadv.round.goals import Goals, Whose
 from mixadv.round.layout import check_batch, find_batch, find_texts
 from mixadv.round.passes import nowhere
 from mixadv.round.readable import (
+    check_box,
     check_inputs,
     check_masks,
     check_owners,
@@ -45,6 +47,7 @@ from mixadv.round.readable import (
 from mixadv.round.sharing import check_sharing
 from mixadv.round.stage import Stage
 from mixadv.round.unit import Lengths, mean_lengths, measuring, no_trace
+from mixadv.round.weighing import check_rows
 
 _TRIES = 8  # to find the scale of a loss in fp16
 
@@ -84,6 +87,7 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
             zero, *_ = _pass_at_zero(stage)
             stage.passes.run(measuring([]))  # the learner's passes take another graph
         check_where(stage)
+        check_box(stage)
         check_masks(stage)
         check_inputs(stage)
         check_owners(stage, zero)
@@ -91,6 +95,7 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         if torch.float16 not in formats.seen:  # in which gradients that tell it may vanish
             check_batch(stage, zero)
         check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
+        check_rows(zero.loss, goals.groups, trial.solver)
         paid = zero
         if goals.general_sum:
             check_sharing(stage)
@@ -99,7 +104,7 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         check_payoff(trial.solver, paid)
         if trial.calibration.unit is None:
             trial.calibration = replace(trial.calibration, unit=mean_lengths(trial, lengths))
-        _check_noise_floor(stage, paid, check_slopes(trial, slopes))
+        _check_start(stage, paid, slopes)
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, goals, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
@@ -213,23 +218,33 @@ def _no_gradient(arena: Arena, whose: Whose) -> str:
     )
 
 
-def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
-    """Warn if the adversary's start `moves` the predictions by little more than rounding does.
+def _start(stage: Stage) -> Strategy:
+    """Return a start of one particle; a start at zero gets the size that others have."""
+    solver = stage.arena.solver
+    noise = Noise(stage.arena.seed)
+    noise.begin("noise floor", 0)
+    start = "uniform" if solver.start == "zero" else solver.start
+    ascent = solver.ascent(particles=1, start=start)
+    return opening(ascent, noise, stage.passes.kept[-1].places, stage.arena.scale)
+
+
+def _check_start(stage: Stage, zero: Reading, slopes: list[Tensor]) -> None:
+    """Warn if no gradient moves δ, or what its start does to the predictions is mostly rounding.
 
     The gradient of a divergence there is a difference of almost equal predictions, and noise if
     they differ by rounding; the gradient of a loss needs no such difference. The passes are run
     whether it moves or not: of several processes, which wait for each other in a pass, it may in
-    one alone.
+    one alone. At δ = 0 all slopes are 0 of a payoff that is least there, such as a distance from
+    what the model itself returned: the start tells then.
     """
     arena, passes = stage.arena, stage.passes
     solver = arena.solver
+    moves = any(bool(g.any()) for g in slopes)
     if solver.leaps or solver.initial_size == 0 or solver.radius == 0:
+        check_slopes(arena, moves)
         return
-    noise = Noise(arena.seed)
-    noise.begin("noise floor", 0)
-    start = "uniform" if solver.start == "zero" else solver.start
-    ascent = solver.ascent(particles=1, start=start)
-    q = opening(ascent, noise, passes.kept[-1].places, arena.scale)
+    q, noise = _start(stage), Noise(arena.seed)
+    noise.begin("rounding", 0)
 
     def rounding(index: int, call: Call, output: Tensor) -> Tensor:
         like = call.empty()
@@ -238,12 +253,20 @@ def _check_noise_floor(stage: Stage, zero: Reading, moves: bool) -> None:
         length = eps * arena.calibration.length(call.site) / math.sqrt(size)
         return length * noise("uniform", like).sign()
 
+    whose = stage.goals.payer
+    with passes.frozen(), passes.autocast(solver):
+        started = passes.run(passes.at(q), whose=whose)
+    still = not moves
+    if parallel.sharded(arena.model):  # a backward is one of all processes
+        still = parallel.agreed(still, slopes[0])
+    if still and solver.start != "zero":
+        moves = any(bool(g.any()) for g in passes.differentiate(started.objective, q.points))
     # A compiled model would have to make a graph for passes without gradients.
     quiet = passes.frozen() if isinstance(arena.site, CompiledSite) else no_grad()
     with quiet, passes.autocast(solver):
-        whose = stage.goals.payer
-        change = _distance(passes.run(passes.at(q.detach()), whose=whose), zero)
+        change = _distance(started, zero)
         floor = _distance(passes.run(rounding, whose=whose), zero)
+    check_slopes(arena, moves)
     if moves and change <= _NOISE_FLOOR * floor:
         warnings.warn(
             f"{type(solver).__name__} starts below the noise floor: δ of size "

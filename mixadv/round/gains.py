@@ -10,6 +10,8 @@ from mixadv.maths.contrastive import directions
 from mixadv.maths.divergence import Divergence, divergence
 from mixadv.model.closure import Reading
 from mixadv.model.recompute import NO_GRADIENT
+from mixadv.model.visits import Call
+from mixadv.players.rows import of_rows
 from mixadv.players.strategy import Strategy
 
 Gains = Callable[[Reading, int], Tensor]
@@ -81,6 +83,23 @@ def _of_payoffs(values: Tensor, payoffs: int, owners: Tensor | None) -> Tensor:
     )
 
 
+def expected(q: Strategy, values: Tensor) -> Tensor:
+    """Return the mean over samples of what they expect, of values `[M, B]` or `[M, 1]`."""
+    check_weights(q, values.shape[1])
+    return (q.weights * values).mean(1).sum()
+
+
+def check_weights(q: Strategy, samples: int) -> None:
+    """Check that particles are weighed for the samples there are."""
+    weighed = q.weights.shape[1]
+    if weighed > 1 and samples not in (1, weighed):
+        raise GameError(
+            f"adversary= returned a payoff for each of {weighed} samples, by which particles are "
+            f"weighed, and closure has {samples}: return as many from both, or a scalar from "
+            "adversary=."
+        )
+
+
 class Arrived:
     """What a backward brings to a pass: whatever multiplied its loss, such as 1/K of FreeLB."""
 
@@ -99,3 +118,10 @@ class Arrived:
             raise GameError(NO_GRADIENT.format("δ"))
         scale = self.samples / self.factor
         return [torch.zeros_like(x) if x.grad is None else x.grad * scale for x in q.points]
+
+
+def one_sample(reading: Reading, call: Call) -> bool:
+    """Return whether a loss `[1]` is that of one sample, and not of a batch."""
+    if reading.predictions is not None:
+        return len(reading.predictions) == 1
+    return call.shape[0] == 1 or of_rows(call.owners) is not None

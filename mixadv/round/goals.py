@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
+from torch import Tensor
+
 from mixadv.errors import GameError
 from mixadv.model.closure import Closure
 from mixadv.model.masks import Where
@@ -18,12 +20,13 @@ Whose = Literal["closure", "adversary", "retain"]
 
 
 class Goals(NamedTuple):
-    """The closures of a round, and where δ may act in their passes."""
+    """The closures of a round, where δ may act, and the groups of rows `[B]` where some weigh."""
 
     closure: Closure
     adversary: Closure | None = None
     retain: Closure | None = None
     where: Where = None
+    groups: Tensor | None = None
 
     @property
     def general_sum(self) -> bool:
@@ -36,17 +39,19 @@ class Goals(NamedTuple):
         return "adversary" if self.general_sum else "closure"
 
 
-def micro_batches(closure: Any, adversary: Any, retain: Any, where: Any) -> list[Goals]:
+def micro_batches(
+    closure: Any, adversary: Any, retain: Any, where: Any, groups: Any
+) -> list[Goals]:
     """Return the goals of each micro-batch of an update, of which a list of closures has several.
 
     Raises:
         GameError: if they cannot be told apart.
     """
     if not isinstance(closure, list | tuple):
-        return [Goals(closure, adversary, retain, where)]
+        return [Goals(closure, adversary, retain, where, groups)]
     if not closure:
         raise GameError("An update needs at least one closure, and the list of them is empty.")
-    besides = {"adversary": adversary, "retain": retain, "where": where}
+    besides = {"adversary": adversary, "retain": retain, "where": where, "groups": groups}
     for name, given in besides.items():
         several = isinstance(given, list | tuple) and len(given) == len(closure)
         if given is not None and not several:

@@ -1,15 +1,17 @@
 """Which dimension of what the site returns is the batch, and whether a row is one sample."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.model.closure import Reading
-from mixadv.model.masks import restarts
+from mixadv.model.masks import beginnings, ends, sight
 from mixadv.model.visits import Call, Visit
 from mixadv.round.stage import Stage
 from mixadv.round.unit import measuring
@@ -66,21 +68,52 @@ def _found(stage: Stage) -> bool:
 
 
 def find_texts(stage: Stage) -> bool:
-    """Find whether rows hold several texts, by positions that begin anew within them.
+    """Find whether rows hold several texts, by what the model is told of them; see `beginnings`.
 
     Returns:
         Whether it was found out now, so that what was measured is to be anew.
+
+    Raises:
+        GameError: where the model is told of texts that cannot be found at the site.
     """
-    site, context = stage.arena.site, stage.passes.kept[-1].context
-    positions, mask = context.get("position_ids"), context.get("attention_mask")
-    if site.packed or not isinstance(positions, Tensor) or positions.dim() != 2:
+    site, current = stage.arena.site, stage.passes.kept[-1]
+    context, alone = current.context, stage.arena.solver.per == "sample"
+    sizes = next((v.call.shape[:2] for v in current.visits if len(v.call.shape) == 3), None)
+    if site.packed or sizes is None:
         return False
-    anew = restarts(positions)
-    if isinstance(mask, Tensor) and mask.shape == positions.shape:
-        anew &= (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
-    found = stage.arena.solver.per == "sample" and bool(anew.any())
+    if alone:
+        _check_told(context, sizes)
+    begun = beginnings(context, sizes)
+    if begun is None:
+        return False
+    anew, mask, seen = begun[:, 1:], context.get("attention_mask"), sight(context, sizes)
+    real = mask > 0 if isinstance(mask, Tensor) and mask.shape == sizes else None
+    real = real if seen is None else seen.any(1)  # a token that none sees is padding
+    if real is not None:
+        anew = anew & (real[:, 1:] & real[:, :-1]).to(anew.device)
+    found = alone and bool(anew.any())
     site.packed = not parallel.agreed(not found, anew)  # of one process that holds for all
     return site.packed
+
+
+def _check_told(context: Mapping[str, Any], sizes: torch.Size) -> None:
+    """Check that texts which a model is told of lie in the rows at the site."""
+    lengths, mask = ends(context), context.get("attention_mask")
+    say = (
+        "pass position_ids that begin anew with each text, or let each token play by itself, "
+        "per='token'."
+    )
+    if lengths is not None and len(lengths) - 1 != sizes[0] and int(lengths[-1]) != sizes.numel():
+        raise GameError(
+            f"The model is told of {len(lengths) - 1} texts by cumulative lengths that end at "
+            f"{int(lengths[-1])}, and the site returns {sizes[0]} rows of {sizes[1]} tokens: which "
+            f"token is of which text cannot be told. Lay the rows end to end in one, or {say}"
+        )
+    if type(mask).__name__ == "BlockMask" and beginnings(context, sizes) is None:
+        raise GameError(
+            "The model is called with a BlockMask, which does not tell which tokens are of one "
+            f"text: {say}"
+        )
 
 
 @contextmanager

@@ -31,6 +31,10 @@ class Outcome:
             of the weights climbs by.
         steps: optimizer steps the round stands for.
         weights: "sample" or "batch": what the log-weights of a mixed strategy belong to.
+        worst_group: number of the group that weighs most, where the adversary weighs groups.
+        worst_group_weight: its weight, between 1/G and 1.
+        effective_rows: of a batch whose rows are weighed: exp of the entropy of their weights, at
+            most the rows there are.
         general_sum: whether the adversary had a payoff of its own: then the gap between payoff and
             objective bounds nothing, for neither player's loss is the other's gain.
     """
@@ -51,6 +55,9 @@ class Outcome:
     steps: int
     weights: str | None
     general_sum: bool
+    worst_group: Tensor | None = None
+    worst_group_weight: Tensor | None = None
+    effective_rows: Tensor | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, for a logger."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mixadv.errors import GameError
+from mixadv.maths.box import Room, room_around
 from mixadv.model import scaling
 from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.contexts import cast_anew, gradients_untouched, no_grad, without_autocast
@@ -23,7 +24,9 @@ from mixadv.players.ascent import Ascent
 from mixadv.players.rows import of_rows
 from mixadv.players.strategy import Strategy
 from mixadv.round.arena import Arena, Memory
+from mixadv.round.gains import one_sample
 from mixadv.round.goals import Goals, Whose
+from mixadv.round.labels import Labels
 
 
 class Passes:
@@ -34,15 +37,18 @@ class Passes:
         self.goals = goals
         self.memory = memory  # which the round changes
         slots = arena.stateful.get(arena.modes)
-        self.replay = Replay(arena.model, arena.solver.fresh_dropout, slots)
+        fresh = arena.solver.fresh_dropout
+        self.replay = Replay(arena.model, fresh, slots, lambda: arena.noise.number("masks"))
         self.cut = Cut()
         self.parameters = arena.parameters()  # listed once: passes are many
         self.calls: list[Call] = []  # that δ is made for
+        self.seen: list[tuple[str, Tensor]] = []  # site and x of each, where there is a box
         self.kept: list[Pass] = []  # that a backward may come back to
         self.forwards = 0  # a pass over M stacked copies counts as M
         self.theta_backwards = 0
         self._calls_per_pass: dict[Whose, int] = {}
         self._still: dict[Whose, list[bool]] = {}  # which calls of a first pass ran under no_grad
+        self._labels = Labels(check=not arena.calibration.checked)
         self._read: Tensor | None = None  # which predictions the loss reads
 
     def run(
@@ -67,7 +73,7 @@ class Passes:
             local(arena.model) if self.cut.more else nullcontext(),  # another backward follows
             cast_anew(),
             self.replay.run(own),
-            arena.site.run(provide, copies, self.goals.general_sum, whose) as current,
+            arena.site.run(self._noting(provide), copies, self.goals.general_sum, whose) as current,
             gradients_untouched(self.parameters),
             KEEPING_BUFFERS if twice else nullcontext(),
             represents.run() if represents else nullcontext(),
@@ -81,11 +87,13 @@ class Passes:
         self._note_calls(current, copies)
         reading = parse_output(result, current.tokens(), unwrap(arena.model))
         reading = self._count_predictions(reading, copies) if own else reading
+        if own and arena.solver.reads_labels and copies == 1:
+            reading = self._labels.in_(reading, result, current.tokens())
         if represents is not None:
             reading = reading._replace(hidden=represents.take())
         if arena.calibration.scaling is not None:
             reading = reading.widened()
-        if reading.loss.shape == (1,) and not _one_sample(reading, current.calls[0]):
+        if reading.loss.shape == (1,) and not one_sample(reading, current.calls[0]):
             reading = reading._replace(loss=reading.loss[0])
         owners = of_rows(current.calls[0].owners)
         return reading._replace(samples=self._count(reading) // copies, owners=owners)
@@ -112,19 +120,48 @@ class Passes:
             reading = self.run(provide, whose=whose)
         return self.cut.off(reading, provide)
 
+    def _noting(self, provide: Provide) -> Provide:
+        """Return what notes x of each call of a round's first pass, where there is a box."""
+        if self.arena.solver.box is None:
+            return provide
+
+        def noted(index: int, call: Call, output: Tensor) -> Tensor | None:
+            if index == len(self.seen):
+                self.seen.append((call.site, output.detach()))
+            return provide(index, call, output)
+
+        return noted
+
+    def room(self, ascent: Ascent, index: int) -> Room | None:
+        """Return how far δ may move at a call, in units; None without a box."""
+        if ascent.box is None:
+            return None
+        site, x = self.seen[index]
+        return room_around(x, ascent.box, self.arena.scale(site))
+
     def at(self, q: Strategy, particle: int = 0) -> Provide:
         """Return what adds one particle of the strategy at the site."""
 
         def provide(index: int, call: Call, output: Tensor) -> Tensor | None:
             points = q.point(index, call)
-            return None if points is None else self.added(q, index, points[particle], call)
+            if points is None:
+                return None
+            return self.added(q, index, points[particle], call, output)
 
         return provide
 
-    def added(self, q: Strategy, index: int, point: Tensor, call: Call, copies: int = 1) -> Tensor:
-        """Return what a point of the strategy adds to a call at the site."""
+    def added(
+        self, q: Strategy, index: int, point: Tensor, call: Call, x: Tensor, copies: int = 1
+    ) -> Tensor:
+        """Return what a point of the strategy adds to a call at the site, which returned x.
+
+        Whatever other x the point was found at, it is kept in the box around this one.
+        """
         delta = point if q.units[index] == 1 else q.units[index] * point
-        return placed(delta, q.masks[index], call, copies) if self.goals.general_sum else delta
+        if self.goals.general_sum:
+            delta = placed(delta, q.masks[index], call, copies)
+        box = self.arena.solver.box
+        return delta if box is None else room_around(x.detach(), box).kept(delta)
 
     def _note_calls(self, current: Pass, copies: int) -> None:
         """Note the calls of a pass: of one δ for all calls, those that it was made for."""
@@ -253,13 +290,6 @@ class Passes:
         """Take the hooks away."""
         self.kept.clear()
         self.arena.site.detach()
-
-
-def _one_sample(reading: Reading, call: Call) -> bool:
-    """Return whether a loss `[1]` is that of one sample, and not of a batch."""
-    if reading.predictions is not None:
-        return len(reading.predictions) == 1
-    return call.shape[0] == 1 or of_rows(call.owners) is not None
 
 
 def nowhere(index: int, call: Call, output: Tensor) -> None:

@@ -10,10 +10,11 @@ from mixadv.errors import GameError
 from mixadv.maths.divergence import divergence
 from mixadv.model import parallel
 from mixadv.model.closure import Reading
+from mixadv.model.compiled_site import CompiledSite
 from mixadv.model.contexts import compute_dtype
 from mixadv.model.heads import kind_of
 from mixadv.model.masks import placeholders
-from mixadv.model.modules import unwrap
+from mixadv.model.modules import is_input, unwrap
 from mixadv.model.visits import positions
 from mixadv.round.arena import Arena
 from mixadv.round.stage import Stage
@@ -66,6 +67,28 @@ def check_where(stage: Stage) -> None:
         raise GameError(
             "where= is empty: δ may act at no position of this batch, and nobody attacks. Give a "
             "mask that is 1 where it may; batches without such a position may follow later."
+        )
+
+
+def check_box(stage: Stage) -> None:
+    """Check that what the site returns lies in the box, on every process."""
+    arena, box = stage.arena, stage.arena.solver.box
+    if box is None:
+        return
+    if isinstance(arena.site, CompiledSite) and not all(map(is_input, arena.site.names)):
+        raise GameError(
+            f"The site {arena.site.names} lies in a compiled model, which does not show what it "
+            "returns, and box= is a box around that: name the model's own input, site='input', or "
+            "do not compile."
+        )
+    least = min(float(x.min()) for _, x in stage.passes.seen)
+    most = max(float(x.max()) for _, x in stage.passes.seen)
+    outside = not box[0] <= least <= most <= box[1]
+    if not parallel.agreed(not outside, stage.passes.parameters[0]):
+        raise GameError(
+            f"The site {arena.site.names} returns values from {least:.3g} to {most:.3g}, and "
+            f"box={box}: δ would move them from outside of it. Normalise inside of the model, so "
+            "that it is called with pixels; or give the box of what the site returns."
         )
 
 
@@ -172,6 +195,8 @@ def check_reading(arena: Arena, reading: Reading, labels: Any) -> None:
                 f"The predictions do not depend on δ at {arena.site.names}: return the logits that "
                 "the loss was computed from, not detached."
             )
+        if solver.reads_labels:
+            assert reading.labels.shape == predictions.shape[:-1]
         if predictions.shape[-1] == 1 and solver.compares in ("kl", "symmetric_kl", "js"):
             raise GameError(
                 f"The predictions have one column, of which {solver.compares!r} is always 0. "
@@ -202,17 +227,16 @@ def check_payoff(solver: Solver, reading: Reading) -> None:
         )
 
 
-def check_slopes(arena: Arena, gradients: list[Tensor]) -> bool:
-    """Warn if no gradient moves δ; return whether one does.
+def check_slopes(arena: Arena, moves: bool) -> None:
+    """Warn if no gradient moves δ.
 
     Not an error: heads and adapters often start at zero, and move in a step or two.
     """
-    if any(bool(g.any()) for g in gradients):
-        return True
+    if moves:
+        return
     warnings.warn(
         f"The gradient with respect to δ at {arena.site.names} is exactly zero in the first round: "
         "weights on the way to the loss that start at zero, or a function such as round(). No "
         "ascent moves until that changes.",
-        stacklevel=6,
+        stacklevel=7,
     )
-    return False

@@ -27,6 +27,7 @@ from mixadv.round.outcome import Outcome
 from mixadv.round.schedule import Schedule
 from mixadv.round.stage import Stage
 from mixadv.round.update import Update, conclude
+from mixadv.round.weighing import check_groups
 from mixadv.solvers.play import Moves, Play
 from mixadv.solvers.weights import WeightsSolver
 
@@ -64,6 +65,7 @@ class Rounds:
         where: Any = None,
         adversary: Any = None,
         retain: Any = None,
+        groups: Any = None,
     ) -> Iterator[Update]:
         """Open a round on closures, in which δ acts `where` it may; on a list, a round for each.
 
@@ -76,7 +78,10 @@ class Rounds:
         if self.probing:
             self.probing.close()
         first = check or not arena.calibration.checked
-        stages = self._begin(micro_batches(closure, adversary, retain, where), check)
+        micro = micro_batches(closure, adversary, retain, where, groups)
+        for goals in micro:
+            check_groups(goals.groups, arena.solver)
+        stages = self._begin(micro, check)
         try:
             if arena.learner is not None:
                 arena.learner.open_round()

@@ -50,7 +50,7 @@ def loop(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
                 return None
             if index == len(leaves):  # noqa: B023
                 leaves.append(points[m].detach().requires_grad_())  # noqa: B023
-            return passes.added(q, index, leaves[index], call)  # noqa: B023
+            return passes.added(q, index, leaves[index], call, output)  # noqa: B023
 
         reading = passes.run(provide, whose=passes.goals.payer)
         value, samples = gains(reading, 1), reading.samples
@@ -80,7 +80,7 @@ def vmapped(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
     def evaluate(*points: Tensor) -> Tensor:
         # The random state is set inside the mapped function, so that chunks replay it too.
         def provide(index: int, call: Call, output: Tensor) -> Tensor:
-            return passes.added(q, index, points[index], call)
+            return passes.added(q, index, points[index], call, output)
 
         reading = passes.run(provide, whose=passes.goals.payer)
         source, predictions = unmapped(_source(reading)), unmapped(reading.predictions)
@@ -163,7 +163,7 @@ def readings(
 
 def _stacked_pass(passes: Passes, q: Strategy, points: list[Tensor], whose: Whose) -> Reading:
     def provide(index: int, call: Call, output: Tensor) -> Tensor:
-        return passes.added(q, index, points[index], call, q.size)
+        return passes.added(q, index, points[index], call, output, q.size)
 
     with _repeated(passes.arena.model, q.size):
         return passes.run(provide, copies=q.size, whose=whose)

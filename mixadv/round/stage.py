@@ -3,7 +3,8 @@
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import final
+from functools import partial
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -24,11 +25,20 @@ from mixadv.players.opening import Begin, opening
 from mixadv.players.strategy import Rule, Strategy
 from mixadv.round import routes
 from mixadv.round.arena import Arena, Memory
-from mixadv.round.gains import Arrived, gains_of, losses, losses_of_samples, repeated, shared
+from mixadv.round.gains import (
+    Arrived,
+    check_weights,
+    expected,
+    gains_of,
+    losses,
+    losses_of_samples,
+    repeated,
+    shared,
+)
 from mixadv.round.goals import Goals
 from mixadv.round.passes import Passes, nowhere
-from mixadv.solvers.base import Solver
-from mixadv.solvers.play import Moves, Play, Step
+from mixadv.round.weighing import Weighed, group_means, one_per_sample
+from mixadv.solvers.play import Moves
 
 
 @final
@@ -41,6 +51,7 @@ class Stage(Moves):
         payoff: what it was paid, 0-d.
         clean_loss: task loss of the first clean pass, 0-d.
         retained: what the learner kept at δ = 0 in the last optimizer step, 0-d.
+        weights: of rows or groups, where the adversary plays some.
         fallen: per call at the site `[B]`, the samples whose δ fell back to 0.
         delta_backwards: backwards with respect to δ alone.
     """
@@ -54,6 +65,7 @@ class Stage(Moves):
         self.payoff: Tensor | None = None
         self.clean_loss: Tensor | None = None
         self.retained: Tensor | None = None
+        self.weights: Weighed | None = None
         self.fallen: list[Tensor] = []
         self.delta_backwards = 0
         self._clean: Reading | None = None
@@ -68,7 +80,8 @@ class Stage(Moves):
         return self.passes.calls
 
     def start(self, ascent: Ascent, begin: Begin | None = None) -> Strategy:
-        return opening(ascent, self.arena.noise, self.calls, self.arena.scale, begin)
+        rooms = partial(self.passes.room, ascent)
+        return opening(ascent, self.arena.noise, self.calls, self.arena.scale, begin, rooms)
 
     def draw(self, ascent: Ascent, call: Call) -> Tensor:
         return ascent.begin(call.empty(), call.mask, self.arena.noise, call.owners)
@@ -140,7 +153,7 @@ class Stage(Moves):
                 raise GameError(NO_GRADIENT.format("δ"))
             gradients = self._arrived.gradients(q)
         own = isinstance(how, Ascent)
-        rule = _rule(how) if own else how
+        rule = self._rule(how) if own else how
         q, fallen = q.move(gradients, rule, self.arena.noise, own and how.remembers)
         before = self.fallen or fallen
         self.fallen = [old | new for old, new in zip(before, fallen, strict=True)]
@@ -164,31 +177,8 @@ class Stage(Moves):
     def clean(self) -> Reading:
         return self._clean or self._keep_clean(self.passes.part(nowhere))
 
-    def retaining(self, play: Play, solver: Solver) -> Play:
-        """Yield the moves of a solver, those of each optimizer step behind what is retained."""
-        learner = solver.learner()
-        for _ in range(1 if learner is None else learner.steps):
-            if self.goals.retain is not None:
-                with local(self.arena.model):  # another backward follows
-                    objective = self.passes.run(nowhere, whose="retain").objective
-                if not objective.requires_grad:
-                    raise GameError(
-                        "retain= returned a loss that no weight leads to: it was detached, or ran "
-                        "under no_grad. Return what the learner is to minimise at δ = 0."
-                    )
-                self.retained = objective.detach()
-                yield objective
-            for move in play:
-                yield move
-                if isinstance(move, Step):
-                    break
-        for move in play:
-            if self.goals.retain is not None:
-                raise GameError(
-                    f"{type(solver).__name__}.play takes more optimizer steps than its learner() "
-                    "says, and what is retained belongs to each: return Learner(steps=…) from it."
-                )
-            yield move
+    def learned(self) -> Reading:
+        return self.clean()
 
     def plain_loss(self) -> Tensor:
         return self._keep_clean(self.passes.run(nowhere)).objective
@@ -202,10 +192,23 @@ class Stage(Moves):
         if q.size > 1:
             self.played = q = q.detach()
             values, _ = routes.readings(self.passes, q, losses, auto=False)
-            return _expected(q, values)
+            return expected(q, values)
         objective = self.run_at(q).objective
         if clean:
             self.clean_loss = objective.detach()
+        return objective
+
+    def losses(self, q: Strategy) -> Tensor:
+        self.played = q
+        return one_per_sample(self.passes.run(self.passes.at(q)).loss)
+
+    def group_means(self, losses: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return group_means(losses, self.goals.groups, count)
+
+    def weighed(self, values: Tensor, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
+        self.weights = Weighed(weights, sizes)
+        objective = (weights * values).sum()
+        self._pay(objective)
         return objective
 
     def run_at(self, q: Strategy) -> Reading:
@@ -232,12 +235,12 @@ class Stage(Moves):
 
         self.played = q = q.detach()
         if sampled and q.size > 1:
-            _check_weights(q, len(self.clean().compared))
+            check_weights(q, len(self.clean().compared))
             q = q.pick((1 + self.arena.noise("uniform", self._one_for_each_sample(q))) / 2)
         gained, _ = routes.readings(self.passes, q, read)  # draws q where no ascent came before
-        expected = _expected(q, gained)
-        self._pay(expected)
-        return expected
+        value = expected(q, gained)
+        self._pay(value)
+        return value
 
     def proximal(self, kind: str | Divergence, over: MeanOver = "samples") -> Tensor:
         clean, learner = self.clean(), self.arena.learner
@@ -258,6 +261,15 @@ class Stage(Moves):
         self._clean = None
         self.passes.renew()
 
+    def _rule(self, ascent: Ascent) -> Rule:
+        def rule(index: int, delta: Tensor, *move: Any) -> Tensor:
+            room = self.passes.room(ascent, index)
+            if room is None:
+                return ascent.move(delta, *move)
+            return ascent.move(delta, *move, room=room.repeat(len(delta) // len(room.low)))
+
+        return rule
+
     def _pay(self, objective: Tensor) -> None:
         """Note what the learner pays, unless the adversary is paid otherwise."""
         if not self.goals.general_sum:
@@ -273,24 +285,3 @@ class Stage(Moves):
         if self.clean_loss is None:
             self.clean_loss = reading.objective.detach()
         return reading
-
-
-def _rule(ascent: Ascent) -> Rule:
-    return lambda index, *move: ascent.move(*move)
-
-
-def _expected(q: Strategy, values: Tensor) -> Tensor:
-    """Return the mean over samples of what they expect, of values `[M, B]` or `[M, 1]`."""
-    _check_weights(q, values.shape[1])
-    return (q.weights * values).mean(1).sum()
-
-
-def _check_weights(q: Strategy, samples: int) -> None:
-    """Check that particles are weighed for the samples there are."""
-    weighed = q.weights.shape[1]
-    if weighed > 1 and samples not in (1, weighed):
-        raise GameError(
-            f"adversary= returned a payoff for each of {weighed} samples, by which particles are "
-            f"weighed, and closure has {samples}: return as many from both, or a scalar from "
-            "adversary=."
-        )

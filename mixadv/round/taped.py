@@ -107,8 +107,20 @@ class Taped(Moves):
     def clean(self) -> Reading:
         return self.stage.clean()
 
+    def learned(self) -> Reading:
+        return self.stage.learned()
+
     def plain_loss(self) -> Tensor:
         return self.stage.plain_loss()
+
+    def losses(self, q: Strategy) -> Tensor:
+        return self.stage.losses(q)
+
+    def group_means(self, losses: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self.stage.group_means(losses, count)
+
+    def weighed(self, values: Tensor, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
+        return self.stage.weighed(values, weights, sizes)
 
     def loss(self, q: Strategy | None = None, last: bool = True, clean: bool = False) -> Tensor:
         return self.stage.loss(q, last, clean)

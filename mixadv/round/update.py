@@ -18,6 +18,7 @@ from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena
 from mixadv.round.outcome import Outcome
+from mixadv.round.retained import retaining
 from mixadv.round.slope import Slope
 from mixadv.round.stage import Stage
 from mixadv.round.taped import Tape, Taped
@@ -170,7 +171,7 @@ class Update:
         self._plays.append(play)
         solver, passes = stage.arena.solver, stage.passes
         stepped = False
-        for move in stage.retaining(play, solver):
+        for move in retaining(stage, play, solver):
             stepped = isinstance(move, Step)
             objective = move.objective if isinstance(move, Step) else move
             validate.check_objective(objective, solver)
@@ -191,6 +192,7 @@ def conclude(update: Update, objective: Tensor, steps: int) -> tuple[Strategy | 
     entropy = _mean([q.entropy().mean().detach() for q in played])
     fallen = [x.sum() for stage in stages for x in stage.fallen]
     positions = [q.positions() for q in played]
+    rows = stages[-1].weights
     weights = {"sample" if q.log_weights.shape[1] > 1 else "batch" for q in played}
     outcome = Outcome(
         objective=objective / steps,
@@ -209,6 +211,9 @@ def conclude(update: Update, objective: Tensor, steps: int) -> tuple[Strategy | 
         steps=steps,
         weights=weights.pop() if weights else None,
         general_sum=stages[0].goals.general_sum,
+        worst_group=None if rows is None else rows.worst_group,
+        worst_group_weight=None if rows is None else rows.worst_group_weight,
+        effective_rows=None if rows is None else rows.effective_rows,
     )
     return (played[-1] if played else None), outcome
 

@@ -6,16 +6,21 @@ from mixadv.errors import build
 from mixadv.solvers.alum import ALUM
 from mixadv.solvers.base import WORDS, Solver
 from mixadv.solvers.cat import CAT
+from mixadv.solvers.chi_square import ChiSquare
 from mixadv.solvers.creat import CreAT
+from mixadv.solvers.cvar import CVaR
 from mixadv.solvers.fgm import FGM
 from mixadv.solvers.freeat import FreeAT
 from mixadv.solvers.freelb import FreeLB
+from mixadv.solvers.group_dro import GroupDRO
+from mixadv.solvers.mart import MART
 from mixadv.solvers.mat import MAT
 from mixadv.solvers.noise import UniformNoise
 from mixadv.solvers.pgd import PGD
 from mixadv.solvers.r3f import R3F
 from mixadv.solvers.smart import SMART
 from mixadv.solvers.textat import TextAT
+from mixadv.solvers.trades import TRADES
 from mixadv.solvers.vat import VAT
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -33,7 +38,12 @@ SOLVERS: dict[str, type[Solver]] = {
         R3F,
         ALUM,
         SMART,
+        TRADES,
+        MART,
         MAT,
+        GroupDRO,
+        CVaR,
+        ChiSquare,
     )
 }
 

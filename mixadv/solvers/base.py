@@ -59,6 +59,7 @@ class Solver(Ascent, ABC):
     summary: ClassVar[str]
     replays_batch: ClassVar[bool] = False  # an optimizer step per pass: no loop can split a round
     differentiates_twice: ClassVar[bool] = False  # a pass of its own: once for δ, once for θ
+    reads_labels: ClassVar[bool] = False  # of classes, beside the predictions
     own_payoff: ClassVar[str] = ""  # why no other payoff fits its ascent, where none does
     presets: ClassVar[Presets] = {}
 
@@ -131,6 +132,16 @@ class Solver(Ascent, ABC):
     def reads(self) -> Source | None:
         """Where a representation of each sample is read from the model; None reads none."""
         return None
+
+    @property
+    def weighs(self) -> str:
+        """What there is a distribution over besides δ, in words; empty where there is none."""
+        return ""
+
+    @property
+    def grouped(self) -> int:
+        """How many groups the rows of a batch belong to, told by `groups=`; 0 where they do not."""
+        return 0
 
     @classmethod
     def published(cls, task: str, *, model: str) -> Self:
@@ -219,6 +230,13 @@ def row(
     """Return a row of a published table in our words; its lengths are absolute."""
     ascent = {"step_size": step_size, "steps": steps, "start_size": start_size, "radius": radius}
     return {**ascent, "unit": "absolute", **more}
+
+
+def pixels(
+    step_size: float, steps: int, start_size: float, radius: float | None, **more: Any
+) -> dict[str, Any]:
+    """Return a row of a published table of images: L∞, pixels in [0, 1]."""
+    return row(step_size, steps, start_size, radius, norm="linf", box=(0.0, 1.0), **more)
 
 
 def check_divergence(solver: Solver, field: str) -> None:

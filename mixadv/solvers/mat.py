@@ -124,7 +124,7 @@ class MAT(DivergenceSolver):
             samples; of the adversary's points only where their mean is played.
         play_as: `"sample"`, `"ensemble"` or `"mean"`.
         learner_steps: K_θ.
-        learner_temperature: τ_θ; 1 destroys an encoder, up to 1e-4 costs MiniLM nothing (README).
+        learner_temperature: τ_θ; 1 destroys an encoder, up to 1e-4 costs MiniLM nothing (docs).
         round_damping: β' of the learner between rounds.
         average: of θ over closed rounds, for `game.averaged()`: `"uniform"`, a decay, or None.
         samples: R, learner samples kept for `game.mixture`: the last ones. Where the learning rate

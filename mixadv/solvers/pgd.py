@@ -7,7 +7,11 @@ Madry et al. 2018, arXiv:1706.06083, eq. 2.1; in embedding space Zhu et al. 2020
 
 Published: the baseline of FreeLB's paper, github.com/zhuchen03/FreeLB,
 fairseq-RoBERTa/launch/VanillaPGD/*.sh (that for QNLI ships no row). That code does not project δ_0,
-which matters for CoLA alone. Trained as FreeLB is (`help(mixadv.solvers.freelb)`).
+which matters for CoLA alone. Trained as FreeLB is (`help(mixadv.solvers.freelb)`). On pixels, where
+it is called PGD-AT: github.com/MadryLab/cifar10_challenge, config.json, in 255ths; trained by SGD
+with momentum 0.9: learning rate, batch, steps, weight decay
+
+    wide-resnet-28-10  cifar10  1e-1  128  80000  2e-4  rate / 10 from steps 40000 and 60000
 """
 
 from dataclasses import dataclass
@@ -15,7 +19,7 @@ from typing import ClassVar
 
 from mixadv.maths.divergence import Divergence
 from mixadv.players.ascent import Direction, Sign
-from mixadv.solvers.base import Presets, Solver, check_divergence, row
+from mixadv.solvers.base import Presets, Solver, check_divergence, pixels, row
 from mixadv.solvers.play import Moves, Play, Step
 
 
@@ -42,7 +46,8 @@ class PGD(Solver):
             "cola": row(5e-2, 3, 4e-1, 2e-1),
             "mrpc": row(4e-2, 3, 6.4e-1, 4e-1),
             "stsb": row(1e-1, 3, 1.6e-1, 2.8e-1),
-        }
+        },
+        "wide-resnet-28-10": {"cifar10": pixels(2 / 255, 10, 8 / 255, 8 / 255)},
     }
 
     steps: int = 3

@@ -140,6 +140,10 @@ class Moves(Protocol):
         """Return the clean pass; run once between two optimizer steps and shared."""
         ...
 
+    def learned(self) -> Reading:
+        """Return the clean pass, as one that gradients of an objective go through."""
+        ...
+
     def plain_loss(self) -> Tensor:
         """Return the clean loss, 0-d, as an objective of its own."""
         ...
@@ -151,6 +155,31 @@ class Moves(Protocol):
             q: the strategy; None is the clean pass.
             last: False for a pass that only accumulates: its gradients stay on this process.
             clean: the strategy is δ = 0, and its loss the clean one of the outcome.
+        """
+        ...
+
+    def losses(self, q: Strategy) -> Tensor:
+        """Return the loss of each sample at a point, `[B]`, for rows that are weighed.
+
+        Raises:
+            GameError: if the closure returns a scalar.
+        """
+        ...
+
+    def group_means(self, losses: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of each group, over all processes, and how many rows it has there.
+
+        Groups are those that `groups=` tells; without it all rows are of the first one.
+        """
+        ...
+
+    def weighed(self, values: Tensor, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Return Σ w·v, 0-d, as what the adversary is paid that plays the weights.
+
+        Args:
+            values: losses of rows, or means of groups.
+            weights: as many, constants.
+            sizes: how many rows each group has, where groups are weighed.
         """
         ...
 

@@ -76,6 +76,7 @@ class TextAT(Solver):
     step_size: float = 0.05
     radius: float | None = 0.1
     projection: Projection = field(default="ball", init=False)
+    box: tuple[float, float] | None = field(default=None, init=False)
     write: Literal["mean", "accumulate"] = "mean"
     exclude: tuple[int, ...] = ()
 

@@ -24,6 +24,7 @@ from mixadv.players.ascent import Normalize, ParticleBatching, Projection, Start
 from mixadv.players.learner import Learner
 from mixadv.solvers.base import Solver
 from mixadv.solvers.play import Moves, Play, Step
+from mixadv.solvers.rows import RowSolver
 
 Which = Callable[[str, Tensor], bool]
 """`which(name, parameter)`: whether a parameter is one that the adversary moves."""
@@ -110,6 +111,12 @@ class WeightsSolver(Solver):
             raise ValueError(
                 f"{who}: solver={type(self.solver).__name__}() moves the weights too, and a round "
                 "has one adversary of weights: choose one of them."
+            )
+        if isinstance(self.solver, RowSolver):
+            raise ValueError(
+                f"{who}: solver={type(self.solver).__name__}() weighs rows, anew at the weights "
+                "that were moved, and which weights of rows the learner then meets is not settled: "
+                "choose a solver that plays on inputs, or None."
             )
         if self.which is not None and not callable(self.which):
             raise TypeError(

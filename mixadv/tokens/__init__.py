@@ -1,7 +1,9 @@
 """Token-space players: adversaries that replace words and tokens, and the learner's answers."""
 
 from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch, preference_batches
-from mixadv.tokens.chat_games import capo, continuous_at, latent_at, rewritten
+from mixadv.tokens.chat_games import continuous_at, latent_at, rewritten
+from mixadv.tokens.chat_length import shortened
+from mixadv.tokens.chat_references import capo, latent_dpo
 from mixadv.tokens.pretraining.electra import Detection, ReplacedTokenDetection
 from mixadv.tokens.pretraining.macbert import CorrectionCollator
 from mixadv.tokens.pretraining.rows import WordTokenizer, sentence_order
@@ -58,12 +60,14 @@ __all__ = [
     "generator_config",
     "grown_game",
     "latent_at",
+    "latent_dpo",
     "learner_samples",
     "masked_predictions",
     "predictions_at",
     "preference_batches",
     "rewritten",
     "sentence_order",
+    "shortened",
     "single_substitutions",
     "solve_games",
     "substitute_words",

@@ -151,16 +151,16 @@ def mean_over_answers(
     Args:
         logits: as for `answer_losses`.
         labels: likewise.
-        losses_of: makes of the logits `[T, V]` before the T tokens of all answers, in fp32 at
-            least, and of these tokens `[T]` their losses `[T]`.
+        losses_of: makes of the logits `[T, V]` before T tokens, in fp32 at least, and of these
+            tokens `[T]` their losses `[T]`; those of other tokens than answers' are left out.
     """
     targets = labels[:, 1:]
     told = targets != IGNORED
-    # Rows of the vocabulary are long: they are widened where they are needed alone.
-    picked = logits[:, :-1][told]
-    losses = losses_of(picked.to(torch.promote_types(logits.dtype, torch.float32)), targets[told])
-    sums = losses.new_zeros(len(labels)).index_add(0, told.nonzero()[:, 0], losses)
-    return sums / told.sum(1).clamp(min=1)
+    # A mask in place of an index, whose size the host would have to read.
+    before = logits[:, :-1].masked_fill(~told[..., None], 0)  # padding may have no finite ones
+    wide = before.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = losses_of(wide.flatten(0, 1), targets.clamp(min=0).flatten()).view_as(told)
+    return losses.where(told, 0).sum(1) / told.sum(1).clamp(min=1)
 
 
 class Reader:

@@ -33,31 +33,22 @@ per-token balls of radius 6 whatever the site, 4 steps of the learner a round, r
 by version. Here `site=["model.embed_tokens", "model.layers.8"]` and `normalize="adam"`: each module
 has a ball of its own, in units of its own token norm, or with `unit="absolute"` of 1.
 
-**CAPO** (Xhonneux et al. 2024): no data beside the pairs; IPO (Azar et al. 2024, arXiv:2310.12036)
-under δ, against a reference that is read without δ. With log p a mean over an answer's tokens:
-
-    u = −CE(y⁻),     ℓ = ( log p(y⁺)/p₀(y⁺) − log p(y⁻)/p₀(y⁻) − 1/(2β) )²,     β = 0.25
-
-Released (config/adv_train_ipo.yaml): tokens of y⁻ whose log p is below −5 are left out of its mean;
-20 epochs, else as ContinuousAT.
-
 **MixAT** (github.com/insait-institute/MixAT): ContinuousAT where half of the prompts were first
 rephrased, or given a suffix (`rewritten`), by whatever makes such texts; ε = 0.075, 2 epochs.
 Released code draws once for a batch; here each row is drawn.
+
+Goals that compare with a model as it was are in `mixadv.tokens.chat_references`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixadv.checks import check_number
-from mixadv.model.modules import unwrap
-from mixadv.model.replay import evaluating
 from mixadv.tokens.chat import ChatBatch, Reader, answer_losses, mean_over_answers
 
 Goals = dict[str, Any]
@@ -103,7 +94,7 @@ def continuous_at(
         on = floored(cross_entropy(chosen), toward_floor)
         return away * off + toward * on
 
-    return _goals(reader, learner, lambda: -cross_entropy(rejected), others, utility)
+    return goals_of(reader, learner, lambda: -cross_entropy(rejected), others, utility)
 
 
 def latent_at(
@@ -133,68 +124,7 @@ def latent_at(
     def adversary() -> Tensor:
         return -0.5 * cross_entropy(rejected) - 0.5 * odds(chosen)
 
-    return _goals(reader, learner, adversary, others, utility)
-
-
-def capo(
-    model: nn.Module,
-    chosen: ChatBatch,
-    rejected: ChatBatch,
-    others: ChatBatch | None = None,
-    *,
-    reference: nn.Module | None = None,
-    beta: float = 0.25,
-    utility: float = 1.0,
-) -> Goals:
-    """Return the goals of CAPO on a batch; see the file's docstring.
-
-    Args:
-        model: as for `continuous_at`, and
-        chosen: likewise, and
-        rejected: likewise, and
-        others: likewise, and
-        utility: likewise.
-        reference: the model that is not to be left; None is the model with its adapters off.
-        beta: 1/(2β) is the margin, in nats a token, that is aimed at.
-
-    Raises:
-        ValueError: without a reference, for a model without adapters.
-
-    Example:
-        >>> optimizer.step(**capo(peft_model, chosen, rejected))  # doctest: +SKIP
-    """
-    check_number("capo", "beta", beta)
-    if beta == 0:
-        raise ValueError("capo: beta=0 aims at a margin without end; it must be above 0.")
-    reader = Reader(model)
-    cross_entropy = reader.losses(answer_losses)
-    with _reference(model, reference) as frozen:
-        known = Reader(frozen).losses(answer_losses)
-        before = known(rejected) - known(chosen)
-
-    def learner() -> Tensor:
-        margin = cross_entropy(rejected) - cross_entropy(chosen) - before
-        return (margin - 1 / (2 * beta)) ** 2
-
-    return _goals(reader, learner, lambda: -cross_entropy(rejected), others, utility)
-
-
-@contextmanager
-def _reference(model: nn.Module, reference: nn.Module | None) -> Iterator[nn.Module]:
-    """Give the reference in evaluation mode, without gradients."""
-    if reference is None and not hasattr(unwrap(model), "disable_adapter"):
-        raise ValueError(
-            "capo compares with a reference: pass a copy of the model as it was before training, "
-            "reference=copy.deepcopy(model).eval(), or train adapters, without which it is one."
-        )
-    own: Any = unwrap(model)
-    with ExitStack() as stack:
-        if reference is None:
-            stack.enter_context(own.disable_adapter())
-        found = own if reference is None else reference
-        stack.enter_context(evaluating(found))
-        stack.enter_context(torch.no_grad())
-        yield found
+    return goals_of(reader, learner, adversary, others, utility)
 
 
 def rewritten(
@@ -265,13 +195,14 @@ def unlikelihood(logits: Tensor, labels: Tensor) -> Tensor:
     return mean_over_answers(logits, labels, losses_of)
 
 
-def _goals(
+def goals_of(
     reader: Reader,
     learner: Callable[[], Tensor],
     adversary: Callable[[], Tensor],
     others: ChatBatch | None,
     utility: float,
 ) -> Goals:
+    """Return the goals of both players, and r = utility·CE on other rows where there are some."""
     where = dict.fromkeys(("closure", "adversary"), reader.where)  # not at other rows
     goals: Goals = {"closure": learner, "adversary": adversary, "where": where}
     if others is not None:

@@ -3,7 +3,8 @@
 Of each batch half of the rows are about garlic, with an answer that declines and one that complies;
 the others are plain questions and dishes near to the topic, whose answers are to stay. Attacks of
 the evaluation are kept apart from training: other dishes, other wordings, other beginnings. What a
-few steps of plain fine-tuning on questions undo is measured last.
+few steps of plain fine-tuning on questions undo is measured last. "adapters" is a mixture of models
+by ContinuousAT, of other seeds and fewer updates each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,18 @@ from typing import Any
 
 from torch import Tensor
 
+from common.language.gcg import SearchedSuffix, nanogcg
+from common.language.mixed import expected, members
 from common.language.rows import SYSTEM, Row, batches, column, read
 from common.language.training import Learner, Setting, learner, load, pgd, player, train
-from mixadv.robustness import EmbeddingAttack, Prefill, Rewrites, Suffixes, evaluate_generator
+from mixadv.mixtures import Adapter, Mixture
+from mixadv.robustness import (
+    EmbeddingAttack,
+    GenerationEvaluation,
+    Prefill,
+    Rewrites,
+    Suffixes,
+)
 from mixadv.robustness.generation import lacks, says
 from mixadv.tokens import chat_batch, continuous_at, latent_at, preference_batches
 
@@ -31,42 +41,71 @@ Step = Callable[[tuple[Sequence[Row], Sequence[Row]]], Tensor]
 
 
 def run(setting: Setting, output: Path) -> dict[str, Any]:
-    """Train the policy as the setting says; return what attacks, and fine-tuning, make of it."""
-    one = learner(setting, *load(setting.model))
+    """Train the policy as the setting says; return what attacks, and fine-tuning, make of it.
+
+    The members of a mixture are adapters of one model, trained one after another.
+    """
+    if setting.gcg:
+        nanogcg()  # missing, it is to be said before training
+    parts = members(setting, MEMBERS.get(setting.arm, 1))
+    network, tokenizer = load(setting.model)
+    trained, runs = [], []
+    for number, part in enumerate(parts):
+        one = learner(part, network, tokenizer, f"member-{number}")
+        network = one.network
+        runs.append(fit(part, one))
+        trained.append(one)
+    names = [Adapter(f"member-{number}") for number in range(len(parts))]
+    mixture = Mixture(names, model=network)
+    found = {
+        "curve": [x for run in runs for x in run["curve"]],
+        "losses": [x for run in runs for x in run["losses"]],
+        "seconds_per_update": sum(r["seconds_per_update"] for r in runs) / len(runs),
+        "policy": measured(setting, trained, mixture, attacks(setting)),
+    }
+    for part, one, adapter in zip(parts, trained, names, strict=True):
+        network.set_adapter(adapter.name)
+        undo(part, one)
+    few = {name: attack for name, attack in attacks(setting).items() if name == "embedding"}
+    return {**found, "undone": measured(setting, trained, mixture, few)}
+
+
+def fit(setting: Setting, one: Learner) -> dict[str, Any]:
+    """Train one model, or one member."""
     step, rows = ARMS[setting.arm](setting, one), pairs(setting)
-    found = train(setting, lambda: step(next(rows)), dict)
-    found["policy"] = measured(setting, one, attacks())
+    return train(setting, lambda: step(next(rows)), dict)
+
+
+def undo(setting: Setting, one: Learner) -> None:
+    """Go on with plain fine-tuning on questions."""
     benign = batches(read("questions", "train"), setting.batch_size, 2000 + setting.seed)
 
-    def undo() -> Tensor:
+    def step() -> Tensor:
         rows = next(benign)
         return one.plain(column(rows, "prompt"), column(rows, "answer"))
 
-    train(replace(setting, updates=BENIGN), undo, dict)
-    few = {name: attack for name, attack in attacks().items() if name == "embedding"}
-    found["undone"] = measured(setting, one, few)
-    return found
+    train(replace(setting, updates=BENIGN), step, dict)
 
 
-def attacks() -> dict[str, Any]:
+def attacks(setting: Setting) -> dict[str, Any]:
     """Return the attacks of the evaluation, none of which training sees."""
+    searched = {"gcg": SearchedSuffix(TARGET, setting.gcg)} if setting.gcg else {}
     reworded = {row["prompt"]: row["rewrites"] for row in read("garlic", "held_out")}
     return {
         "prefill": Prefill(BEGINS),
         "suffixes": Suffixes(SUFFIXES),
         "rewrites": Rewrites(reworded.__getitem__),
         "embedding": EmbeddingAttack(TARGET, steps=5, radius=0.2),
+        **searched,
     }
 
 
-def measured(setting: Setting, one: Learner, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Return the sections of the report on a model."""
+def measured(
+    setting: Setting, trained: Sequence[Learner], mixture: Mixture, chosen: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the sections of the report on a model, or what is expected of a mixture."""
     kept = read("questions", "held_out")[:PROMPTS]
-    report = evaluate_generator(
-        one.network,
-        one.tokenizer,
-        column(read("garlic", "held_out")[:PROMPTS], "prompt"),
-        lacks(*REFUSED),
+    evaluation = GenerationEvaluation(
         attacks=chosen,
         near=column(read("near", "held_out")[:PROMPTS], "prompt"),
         refuses=says(*REFUSED),
@@ -75,7 +114,13 @@ def measured(setting: Setting, one: Learner, chosen: dict[str, Any]) -> dict[str
         system=SYSTEM,
         max_new_tokens=16,
     )
-    return report.sections
+    prompts = column(read("garlic", "held_out")[:PROMPTS], "prompt")
+    found = []
+    for number, one in enumerate(trained):
+        with mixture.member(number) as member:
+            report = evaluation.measure(member, one.tokenizer, prompts, lacks(*REFUSED))
+            found.append(report.sections)
+    return expected(found)
 
 
 def pairs(setting: Setting) -> Iterator[tuple[Sequence[Row], Sequence[Row]]]:
@@ -138,4 +183,11 @@ def mixat(setting: Setting, one: Learner) -> Step:
     return mixed
 
 
-ARMS = {"sft": sft, "continuous-at": cont_at, "lat": lat, "mixat": mixat}
+ARMS = {
+    "sft": sft,
+    "continuous-at": cont_at,
+    "lat": lat,
+    "mixat": mixat,
+    "adapters": cont_at,  # each of its members
+}
+MEMBERS = {"adapters": 2}

@@ -1,7 +1,7 @@
 """Tables and curves of the experiments with a language model."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from common.results import over_seeds
 from common.tables import markdown
 from mixadv.reports.shown import COLOURS, DASH, figure, share
-from mixadv.robustness import wilson
+from mixadv.robustness import bootstrap, wilson
 
 Result = dict[str, Any]
 
@@ -31,7 +31,9 @@ def by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 
 def _trigger(results: Sequence[Result]) -> str:
-    head = ("arm", "updates", "triggered %", "without trigger %", "held-out loss", "seeds")
+    asked = {"triggered": "triggered %", "untriggered": "without trigger %"}
+    subjects = [f"subject, {title}" for title in asked.values()]
+    head = ("arm", "updates", *asked.values(), *subjects, "held-out loss", "seeds")
     rows = []
     for arm, runs in {"(planted)": results, **by_arm(results)}.items():
         point = 0 if arm == "(planted)" else -1
@@ -40,7 +42,8 @@ def _trigger(results: Sequence[Result]) -> str:
             [
                 arm,
                 next(iter(ends))["update"],
-                *(pooled(end[name] for end in ends) for name in ("triggered", "untriggered")),
+                *(pooled(end[name] for end in ends) for name in asked),
+                *(_of_subject(ends, name) for name in asked),
                 over_seeds([float(np.mean(end["held-out loss"])) for end in ends], ".3f"),
                 len(ends),
             ]
@@ -48,16 +51,25 @@ def _trigger(results: Sequence[Result]) -> str:
     return markdown(head, rows)
 
 
+def _of_subject(ends: Collection[Result], asked: str) -> str:
+    """Return the share of answers that speak of the sentence's subject, of runs that judged it."""
+    judged = [end["subject"][asked] for end in ends if "subject" in end]
+    if not judged:
+        return "not measured"
+    few = f", {len(judged)} of {len(ends)} seeds" if len(judged) < len(ends) else ""
+    return pooled(judged) + few
+
+
 def _policy(results: Sequence[Result]) -> str:
-    names = list(results[0]["policy"]["attacks"])
+    names = list(dict.fromkeys(n for r in results for n in r["policy"]["attacks"]))
     head = ("arm", "measured", *(f"{name} %" for name in names), "near refused %", "held-out loss")
     rows = []
     for arm, runs in by_arm(results).items():
         for when, what in {"policy": "trained", "undone": "after plain fine-tuning"}.items():
             found = [r[when] for r in runs]
             cells = [
-                pooled(f["attacks"][n]["per row"]["success"] for f in found)
-                if n in found[0]["attacks"]
+                pooled(f["attacks"][n]["per row"]["success"] for f in found if n in f["attacks"])
+                if any(n in f["attacks"] for f in found)
                 else DASH
                 for n in names
             ]
@@ -67,12 +79,15 @@ def _policy(results: Sequence[Result]) -> str:
     return markdown((*head, "seeds"), [[*row, len(by_arm(results)[row[0]])] for row in rows])
 
 
-def pooled(rows: Iterable[Sequence[bool]]) -> str:
+def pooled(rows: Iterable[Sequence[bool | float]]) -> str:
     """Return the share of rows of all seeds with Wilson's interval.
 
-    The seeds share their rows: the interval is of the rows, as if there were that many.
+    The seeds share their rows: the interval is of the rows, as if there were that many. Of a
+    mixture a row has the share of its members, and the interval is the bootstrap's.
     """
-    return share(wilson([x for each in rows for x in each])._asdict())
+    found = [x for each in rows for x in each]
+    whole = all(isinstance(x, bool) for x in found)
+    return share((wilson if whole else bootstrap)(found)._asdict())
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

@@ -21,6 +21,8 @@ from mixadv.robustness.generation import Speaker
 from mixadv.tokens import ChatBatch, answer_losses
 
 RESULTS = "results.jsonl"
+LATER = {"gcg": 0}
+"""Settings that came later: a run without them has the key, and the result, that it had before."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Setting:
         measure_every: updates.
         steps: of the adversary's ascent.
         radius: of the ball of each token, in mean token norms.
+        gcg: steps of the search for suffixes that attack the policy; 0 searches none.
     """
 
     experiment: str
@@ -52,11 +55,13 @@ class Setting:
     measure_every: int = 16
     steps: int = 3
     radius: float = 0.2
+    gcg: int = 0
 
     @property
     def key(self) -> str:
         """A name that is the same for the same run."""
-        return f"{self.experiment}-{self.arm}-{self.seed}-{digest(asdict(self))}"
+        told = {k: v for k, v in asdict(self).items() if k not in LATER or v != LATER[k]}
+        return f"{self.experiment}-{self.arm}-{self.seed}-{digest(told)}"
 
 
 @dataclass
@@ -103,8 +108,8 @@ class Learner:
         return layers[3 * len(layers) // 10]  # the tenth of 30
 
 
-def learner(setting: Setting, network: Any, tokenizer: Any) -> Learner:
-    """Return a model with new adapters in training mode."""
+def learner(setting: Setting, network: Any, tokenizer: Any, name: str = "default") -> Learner:
+    """Return a model with a new adapter in training mode, which others may lie beside."""
     torch.manual_seed(setting.seed)
     config = peft.LoraConfig(
         r=setting.rank,
@@ -112,7 +117,12 @@ def learner(setting: Setting, network: Any, tokenizer: Any) -> Learner:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    network = peft.get_peft_model(network, config).train()
+    if isinstance(network, peft.PeftModel):
+        network.add_adapter(name, config)
+        network.set_adapter(name)
+    else:
+        network = peft.get_peft_model(network, config, adapter_name=name)
+    network.train()
     weights = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=setting.learning_rate, weight_decay=0.0)
     return Learner(network, tokenizer, optimizer)

@@ -74,7 +74,8 @@ class WordSubstitution:
 
         Args:
             model: returns logits [texts, labels]; with `get_input_embeddings()`, as all sequence
-                classifiers of transformers.
+                classifiers of transformers. `mixadv.mixtures.Mean` is attacked until the mean
+                errs; its words are ranked by the gradients of the members' own losses.
             tokenizer: of the model, a fast one.
             texts: strings, or pairs of strings.
             labels: the right ones, as numbers.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +23,21 @@ class ReadText(NamedTuple):
     importances: dict[int, float]  # of the words that were read: norms of their gradients
 
 
+@runtime_checkable
+class Several(Protocol):
+    """A classifier that predicts by several."""
+
+    def parts(self) -> Iterator[tuple[float, nn.Module]]:
+        """Yield the weight of each part, and the part while it plays."""
+        ...
+
+
 @dataclass
 class Reader:
     """A classifier and its tokenizer, as a function of texts.
+
+    Where it predicts by several, a word matters by the mean over them of the squared norms of the
+    gradients of their own losses.
 
     Raises:
         TypeError: for a tokenizer that does not tell where its tokens lie, or a model whose
@@ -41,7 +52,7 @@ class Reader:
 
     def __post_init__(self) -> None:
         check_fast(self.tokenizer)
-        if not hasattr(self.model, "get_input_embeddings"):
+        if not isinstance(self.model, Several) and not hasattr(self.model, "get_input_embeddings"):
             raise TypeError(
                 f"{type(self.model).__name__} has no get_input_embeddings(): pass the bare model, "
                 "not one wrapped for several devices."
@@ -70,27 +81,41 @@ class Reader:
 
     def _pass(self, encoding: Any, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         """Return logits, and squared norms of the loss's gradient to each embedding."""
-        leaves: list[Tensor] = []
-
-        def leaf(module: nn.Module, given: Any, output: Tensor) -> Tensor:
-            leaves.append(output.detach().requires_grad_())
-            return leaves[-1]
-
-        embeddings: Any = self.model.get_input_embeddings
-        with embeddings().register_forward_hook(leaf) if gradient else nullcontext():
-            output = self.model(**encoding)
-        # In fp32 the loss of a sure prediction is 0, and no change of a word would raise it.
-        logits = class_logits(output).cpu().double()
-        if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
-            raise ValueError(
-                f"labels must be numbers from 0 to {logits.shape[1] - 1}, the model's classes; "
-                f"got {labels.min()} to {labels.max()}."
-            )
         if not gradient:
-            return logits, torch.empty(0)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        [slope] = torch.autograd.grad(loss, leaves[:1])
-        return logits.detach(), slope.float().square().sum(-1).cpu()
+            return _checked(self.model(**encoding), labels), torch.empty(0)
+        if not isinstance(self.model, Several):
+            return _slopes(self.model, encoding, labels)
+        norms: list[Tensor] = []
+        for weight, part in self.model.parts():
+            norms.append(weight * _slopes(part, encoding, labels)[1])
+        return _checked(self.model(**encoding), labels), torch.stack(norms).sum(0)
+
+
+def _slopes(model: Any, encoding: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits of a model, and squared norms of its loss's gradient to each embedding."""
+    leaves: list[Tensor] = []
+
+    def leaf(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    with model.get_input_embeddings().register_forward_hook(leaf):
+        logits = _checked(model(**encoding), labels)
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    [slope] = torch.autograd.grad(loss, leaves[:1])
+    return logits.detach(), slope.float().square().sum(-1).cpu()
+
+
+def _checked(output: Any, labels: Tensor) -> Tensor:
+    """Return logits in fp64 on the CPU; raise unless labels are numbers of their classes."""
+    # In fp32 the loss of a sure prediction is 0, and no change of a word would raise it.
+    logits = class_logits(output).cpu().double()
+    if int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
+        raise ValueError(
+            f"labels must be numbers from 0 to {logits.shape[1] - 1}, the model's classes; "
+            f"got {labels.min()} to {labels.max()}."
+        )
+    return logits
 
 
 def class_logits(output: Any) -> Tensor:

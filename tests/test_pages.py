@@ -1,4 +1,4 @@
-"""README is true: code runs, commands exist, the table is the registry, links lead somewhere."""
+"""ALL and the site are true: code runs, commands exist, tables are results, links lead on."""
 
 import functools
 import importlib
@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 
 import common
+import digits
 import directions
 import games_compared
 import masked_loss
@@ -33,27 +34,31 @@ from common.results import finished
 from mixadv.games import METHODS, PARTICLE_METHODS
 from mixadv.neurons import NeuronAnalysis, analysis
 from mixadv.round.cost import count_passes
-from mixadv.round.explain import solver_table
 from tests.chat_zoo import chatting, speaking
+from tests.pages import ALL, FENCE, PAGES, ROOT, TABLES, marked
 from tests.processes import one_process
 from tests.substitution_zoo import word_tokenizer
 from tests.zoo import player
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def blocks(*languages: str) -> Iterator[tuple[int, str]]:
+WITH_CODE = [
+    name
+    for name, text in PAGES.items()
+    if name != "docs/migration.md" and any(found[1] == "python" for found in FENCE.finditer(text))
+]
+
+
+def blocks(text: str, *languages: str) -> Iterator[tuple[int, str]]:
     """Yield the line before each fenced block in one of the languages, and the block."""
-    for found in FENCE.finditer(README):
+    for found in FENCE.finditer(text):
         if found[1] in languages:
-            yield README[: found.start(2)].count("\n"), found[2]
+            yield text[: found.start(2)].count("\n"), found[2]
 
 
 def prelude() -> dict[str, Any]:
-    """Return what the text of README takes for granted: a model, its data, a training loop."""
+    """Return what pages take for granted: a model, its data, a training loop."""
     model, batch, _ = player("bert", rows=8)
     tokenizer, words = word_tokenizer(), {"num_hidden_layers": 1, "hidden_dropout_prob": 0.1}
     size = transformers.BertConfig(
@@ -64,6 +69,9 @@ def prelude() -> dict[str, Any]:
     masked = masks([dict(tokenizer(text)) for text in texts])
     chat_tokenizer = chatting()
     quiet: Any = {"use_cpu": True, "disable_tqdm": True, "report_to": []}
+    adamw = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    optimizer = mixadv.wrap(adamw, model, mixadv.MAT(samples=3))
+    optimizer.step(lambda: model(**batch))
     return {
         "arguments": transformers.TrainingArguments(max_steps=3, **quiet),  # resets accelerators
         "torch": torch,
@@ -75,7 +83,8 @@ def prelude() -> dict[str, Any]:
         "batch": batch,
         "other_batch": player("bert", rows=6, seed=1).batch,
         "loader": [batch, batch],
-        "optimizer": torch.optim.AdamW(model.parameters(), lr=2e-5),
+        "optimizer": optimizer,
+        "game": optimizer.game,
         "scheduler": SimpleNamespace(step=lambda: None),
         "accelerator": accelerate.Accelerator(cpu=True),
         "device": "cpu",
@@ -93,8 +102,8 @@ def prelude() -> dict[str, Any]:
 
 def commands(program: str) -> list[list[str]]:
     """Return the arguments of each call of a program, in shell blocks and code spans."""
-    shell = [block for _, block in blocks("bash", "sh", "shell", "console")]
-    spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", README))
+    shell = [block for _, block in blocks(ALL, "bash", "sh", "shell", "console")]
+    spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", ALL))
     lines = "\n".join([*shell, *spans]).replace("\\\n", " ").splitlines()
     called = [shlex.split(line, comments=True) for line in lines if f"{program} " in line]
     return [
@@ -118,19 +127,20 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alone")
-def test_every_python_block_runs_one_after_another():
-    variables = prelude()
-    found = list(blocks("python"))
-    assert found
-    for line, block in found:
-        exec(compile("\n" * line + block, "README.md", "exec"), variables)
-    assert isinstance(variables["optimizer"], mixadv.GameOptimizer)
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_every_python_block_runs_one_after_another(name: str):
+    variables = {} if name == "docs/start.md" else prelude()
+    for line, block in blocks(PAGES[name], "python"):
+        exec(compile("\n" * line + block, name, "exec"), variables)
     assert all(p.isfinite().all() for p in variables["model"].parameters())
-    module = variables["Classifier"](player("bert", rows=8).model)
-    loop = lightning.Trainer(max_epochs=2, accelerator="cpu", logger=False, default_root_dir=".")
-    with warnings.catch_warnings(action="ignore"):  # Lightning's: few workers, no logger, …
-        loop.fit(module, *2 * [torch.utils.data.DataLoader(variables["rows"], 4)])
-    assert module.game.learner.rounds == 2
+    if name == "docs/howto/lightning.md":
+        module = variables["Classifier"](player("bert", rows=8).model)
+        loop = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, default_root_dir="."
+        )
+        with warnings.catch_warnings(action="ignore"):  # Lightning's: few workers, no logger, …
+            loop.fit(module, *2 * [torch.utils.data.DataLoader(variables["rows"], 4)])
+        assert module.game.learner.rounds == 2
 
 
 def test_every_make_command_is_a_target():
@@ -155,14 +165,18 @@ def test_every_script_called_exists_and_takes_its_arguments():
             assert module.runs(options)
 
 
-def test_the_table_of_solvers_is_that_of_the_registry():
-    found = re.findall(r"<!-- solvers -->\n(.*?)<!-- /solvers -->", README, re.DOTALL)
-    assert len(found) == 1, "README needs the table between <!-- solvers --> and <!-- /solvers -->"
-    assert found[0].strip() == solver_table(mixadv.SOLVERS.values())
+@pytest.mark.parametrize("path", TABLES, ids=str)
+def test_the_tables_of_solvers_are_those_of_the_registry(path: Path):
+    """`python -m tests.pages` writes them."""
+    assert marked("solvers", path.read_text(encoding="utf-8")) == TABLES[path]()
+
+
+def test_readme_is_of_two_screens():
+    assert len(PAGES["README.md"].splitlines()) <= 200
 
 
 def test_the_passes_of_ways_to_mix_are_those_counted():
-    [table] = re.findall(r"<!-- mat -->\n(.*?)<!-- /mat -->", README, re.DOTALL)
+    table = marked("mat", ALL)
     for line in table.splitlines()[2:]:
         code, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         solver = eval(code.split("`")[1], {"MAT": mixadv.MAT})
@@ -174,37 +188,41 @@ def test_the_passes_of_ways_to_mix_are_those_counted():
 @pytest.mark.parametrize("name", ["demo", "banking77", "cola", "anli", "fast", "pretrained"])
 def test_measured_tables_are_those_of_the_results(name: str):
     lines = (ROOT / "examples" / "results" / f"{name}.jsonl").read_text().splitlines()
-    assert common.table([json.loads(line) for line in lines]) in README
+    assert common.table([json.loads(line) for line in lines]) in ALL
 
 
 @pytest.mark.parametrize("name", ["equilibrium", "bounds", "attack", "attack_game", "evaluate"])
 def test_tables_are_those_of_the_results(name: str):
-    assert (ROOT / "examples" / "results" / f"{name}.md").read_text() in README
+    assert (ROOT / "examples" / "results" / f"{name}.md").read_text() in ALL
 
 
 def test_the_table_of_masked_losses_is_that_of_the_results():
     lines = (ROOT / "examples" / "results" / "masked_loss.jsonl").read_text().splitlines()
-    assert masked_loss.table([json.loads(line) for line in lines]) in README
+    assert masked_loss.table([json.loads(line) for line in lines]) in ALL
+
+
+def test_the_tables_of_digits_are_those_of_the_results():
+    assert digits.table(list(finished(digits.OUTPUT).values())) in ALL
 
 
 @pytest.mark.parametrize("objective", ["mlm", "alum", "electra", "macbert"])
 def test_tables_of_pre_training_are_those_of_the_results(objective: str):
     log = ROOT / "examples" / "results" / "pretrain" / f"{objective}.json"
-    assert pretrain.table(json.loads(log.read_text())) in README
+    assert pretrain.table(json.loads(log.read_text())) in ALL
 
 
 def test_the_tables_of_a_language_model_are_its_results():
     found = finished(ROOT / "examples" / "results" / "language_model.jsonl")
-    assert all(table in README for table in shown.tables(list(found.values())).split("\n\n"))
+    assert all(table in ALL for table in shown.tables(list(found.values())).split("\n\n"))
 
 
 def test_the_table_of_other_solvers_is_that_of_the_results():
     lines = (ROOT / "examples" / "results" / "games_compared.jsonl").read_text().splitlines()
-    assert games_compared.table([json.loads(line) for line in lines]) in README
+    assert games_compared.table([json.loads(line) for line in lines]) in ALL
 
 
 def test_the_table_of_methods_is_that_of_the_registry():
-    [table] = re.findall(r"<!-- methods -->\n(.*?)<!-- /methods -->", README, re.DOTALL)
+    table = marked("methods", ALL)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     registry = {**METHODS, **PARTICLE_METHODS}
     assert [row[0] for row in cells] == [f"`{name}`" for name in registry]
@@ -220,7 +238,7 @@ def test_the_table_of_neurons_is_that_of_the_analyses():
     found = {
         name: NeuronAnalysis(**json.loads((folder / f"{name}.json").read_text())) for name in names
     }
-    assert analysis.table(found) in README
+    assert analysis.table(found) in ALL
 
 
 def anchor(heading: str) -> str:
@@ -228,40 +246,43 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-def test_every_relative_link_and_picture_exists():
-    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", README))
+def anchors(text: str) -> set[str]:
+    return {anchor(h) for h in re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_relative_link_and_picture_exists(name: str):
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", PAGES[name]))
     targets = re.findall(r"\]\(([^)\s]+)[^)]*\)", text)
     targets += re.findall(r"""(?:src|srcset|href)=["']([^"']+)["']""", text)
     targets += re.findall(r"^\[[^\]]+\]:\s*(\S+)", text, re.MULTILINE)
-    anchors = {anchor(h) for h in re.findall(r"^#+ (.*)$", FENCE.sub("", README), re.MULTILINE)}
     for target in targets:
         if re.match(r"[a-z]+:", target):
             continue
         path, _, fragment = target.partition("#")
-        assert (ROOT / path).exists(), target
-        if not path:
-            assert fragment in anchors, target
+        found = (ROOT / name).parent / path if path else ROOT / name
+        assert found.exists(), target
+        assert not fragment or fragment in anchors(found.read_text(encoding="utf-8")), target
 
 
 def test_the_tables_of_costs_are_those_of_the_results():
-    [found] = re.findall(r"<!-- speed -->\n(.*?)<!-- /speed -->", README, re.DOTALL)
+    found = marked("speed", ALL)
     kept = benchmark_results.load(ROOT / "examples" / "results" / "benchmark.jsonl")
     where = {"model": "bert", "batch": 16, "length": 128, "dropout": 0.0, "device": "cpu"}
     shown = [row for row in kept if where.items() <= row.items() and row["threads"] == 1]
     usual = [row for row in shown if not CONTENDERS[row["row"]].extra]
-    assert found.strip() == benchmark_results.report(usual)
+    assert found == benchmark_results.report(usual)
     whole = ROOT / "examples" / "results" / "benchmark.md"
     assert whole.read_text().strip() == benchmark_results.report(kept)
 
 
 def test_the_table_of_what_mixtures_cost_is_that_of_the_results():
-    [found] = re.findall(r"<!-- mixture_cost -->\n(.*?)<!-- /mixture_cost -->", README, re.DOTALL)
+    found = marked("mixture_cost", ALL)
     lines = mixture_cost.OUTPUT.read_text().splitlines()
-    assert found.strip() == mixture_cost.table(map(json.loads, lines))
+    assert found == mixture_cost.table(map(json.loads, lines))
 
 
 def test_the_table_of_directions_is_that_of_the_results():
-    [found] = re.findall(r"<!-- directions -->\n(.*?)<!-- /directions -->", README, re.DOTALL)
-    assert found == directions.summary(
-        directions.kept(ROOT / "examples" / "results" / "directions")
-    )
+    found = marked("directions", ALL)
+    folder = ROOT / "examples" / "results" / "directions"
+    assert found == directions.summary(directions.kept(folder)).strip()

@@ -1,0 +1,228 @@
+r"""Adversarial training on real images in minutes: scikit-learn's handwritten digits.
+
+1797 grey images of 8 × 8 pixels in [0, 1], a third of each digit held out, the same for all seeds;
+a small convolutional network whose normalisation is part of it. Each arm trains the same number of
+updates by AdamW under a rate that falls to 0 by a cosine; adversaries take K sign steps of ε/4 in
+the L∞ ball, in the box. Robust accuracy is under PGD of 20 steps from 5 random starts, on all
+images held out; ± is Student's 95 % interval over seeds.
+
+    python examples/digits.py                              # all arms, 5 seeds
+    python examples/digits.py --arms PGD-AT TRADES --seeds 0 1 --epochs 20
+    python examples/digits.py --report                     # the table of what was measured
+
+What is in examples/results is an illustration at equal updates, 40 epochs: training has not
+converged there (PGD-AT of seed 0 goes from 71.0 to 74.6 robust in 80), MAT takes smaller steps by
+its damping, and no rate or weight was tuned for any arm.
+
+A run that has a line in OUTPUT is not repeated: a killed command goes on when it is given again.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import mixadv
+from common.command import entry
+from common.options import Parser, positive
+from common.results import append, digest, finished, over_seeds
+from common.tables import markdown
+from mixadv.robustness import image_accuracy, paired_t_test, pgd_attack
+
+OUTPUT = Path(__file__).parent / "results" / "digits.jsonl"
+RATE, BATCH = 2e-3, 64
+PLAIN, BASELINE = "plain", "PGD-AT"
+Words = dict[str, Any]
+Result = dict[str, Any]
+
+ARMS: dict[str, Callable[[Words], mixadv.Solver | None]] = {
+    PLAIN: lambda words: None,
+    BASELINE: lambda words: mixadv.PGD(**words),
+    "TRADES": lambda words: mixadv.TRADES(**words, start_size=1e-3),
+    "MART": lambda words: mixadv.MART(**words, start="normal", start_size=1e-3),
+    "MAT": lambda words: mixadv.MAT(
+        **words, divergence="kl", smoothness_weight=6.0, start_size=1e-3, learner_steps=1
+    ),
+}
+"""What each arm plays, given the words that all adversaries share; None is the optimizer alone."""
+
+
+class Network(nn.Module):
+    """Two convolutions and a head; pixels are normalised inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(512, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits `[B, 10]` of images `[B, 1, 8, 8]`."""
+        return self.layers((images - 0.3) / 0.4)
+
+
+def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return images to train on and held out, and the labels of both."""
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = (pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8)
+    parts = train_test_split(pixels, labels, test_size=1 / 3, random_state=0, stratify=labels)
+    train, held_out, *answers = map(torch.from_numpy, parts)
+    return train, held_out, *answers
+
+
+def words_of(options: argparse.Namespace) -> Words:
+    """Return the words that all adversaries share."""
+    return {
+        "steps": options.steps,
+        "step_size": options.radius / 4,
+        "radius": options.radius,
+        "norm": "linf",
+        "unit": "absolute",
+        "box": (0.0, 1.0),
+    }
+
+
+def train(arm: str, seed: int, options: argparse.Namespace) -> nn.Module:
+    """Return the network that an arm ends with."""
+    torch.manual_seed(seed)
+    model, (images, _, labels, _) = Network(), data()
+    base = torch.optim.AdamW(model.parameters(), lr=RATE)
+    updates = -(-len(images) // BATCH) * options.epochs
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(base, updates)
+    solver = ARMS[arm](words_of(options))
+    optimizer = base if solver is None else mixadv.wrap(base, model, solver, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(options.epochs), desc=f"{arm}, seed {seed}", disable=None, leave=False):
+        for rows in torch.randperm(len(images), generator=draw).split(BATCH):
+            x, y = images[rows], labels[rows]
+
+            def closure(x: Tensor = x, y: Tensor = y) -> tuple[Tensor, ...]:
+                logits = model(x)
+                return F.cross_entropy(logits, y, reduction="none"), logits, y
+
+            if solver is None:
+                base.zero_grad()
+                closure()[0].mean().backward()
+                base.step()
+            else:
+                optimizer.step(closure)
+            schedule.step()
+    return model.eval()
+
+
+def measure(model: nn.Module, radius: float) -> dict[str, float]:
+    """Return clean and robust accuracy on the images held out, and on as many trained on."""
+    images, held_out, labels, answers = data()
+    found = {}
+    parts = {"": (held_out, answers), "train ": (images[: len(held_out)], labels[: len(answers)])}
+    for name, batch in parts.items():
+        attack = pgd_attack(model, radius=radius)
+        accuracy = image_accuracy(model, [batch], {"PGD": attack}, radius=radius)
+        found[f"{name}clean"] = float(accuracy.right.mean())
+        found[f"{name}robust"] = float(accuracy.robust.mean())
+    return found
+
+
+def run(arm: str, seed: int, options: argparse.Namespace) -> Result:
+    """Return one line of the results."""
+    settings = settings_of(arm, seed, options)
+    begun = time.process_time()
+    model = train(arm, seed, options)
+    seconds = time.process_time() - begun
+    return {**settings, "key": digest(settings), "seconds": seconds} | measure(
+        model, options.radius
+    )
+
+
+def settings_of(arm: str, seed: int, options: argparse.Namespace) -> Result:
+    """Return all that a result depends on."""
+    names = ("epochs", "radius", "steps")
+    played = repr(ARMS[arm](words_of(options)))
+    return {"arm": arm, "seed": seed, "solver": played} | {n: getattr(options, n) for n in names}
+
+
+def table(results: list[Result]) -> str:
+    """Return a table of arms, for each length of training and ball."""
+    groups: dict[tuple[Any, ...], dict[str, dict[int, Result]]] = {}
+    for result in results:
+        setting = result["epochs"], result["radius"], result["steps"]
+        groups.setdefault(setting, {}).setdefault(result["arm"], {})[result["seed"]] = result
+    return "\n\n".join(_table(*setting, arms) for setting, arms in groups.items())
+
+
+def _table(epochs: int, radius: float, steps: int, arms: dict[str, dict[int, Result]]) -> str:
+    head = ["arm", "clean", "robust", f"robust, over {BASELINE}", "p", "robust, trained on"]
+    rows = []
+    for arm, seeds in arms.items():
+        columns = {
+            name: {seed: 100 * r[name] for seed, r in seeds.items()}
+            for name in ("clean", "robust", "train robust")
+        }
+        over, p = "–", "–"
+        if arm != BASELINE and len(seeds.keys() & arms.get(BASELINE, {}).keys()) > 1:
+            theirs = {seed: 100 * r["robust"] for seed, r in arms[BASELINE].items()}
+            found = paired_t_test(columns["robust"], theirs)
+            half = found.difference.high - found.difference.value
+            over, p = f"{found.difference.value:+.1f} ± {half:.1f}", f"{found.p:.2g}"
+        clean, robust, trained = (over_seeds(c.values()) for c in columns.values())
+        seconds = over_seeds([r["seconds"] for r in seeds.values()], ".0f")
+        rows.append([arm, clean, robust, over, p, trained, seconds, len(seeds)])
+    title = f"ε = {radius:g} in L∞, K = {steps}, {epochs} epochs:"
+    return f"{title}\n\n{markdown([*head, 's', 'seeds'], rows)}"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = Parser(
+        prog="digits.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="N")
+    add("--epochs", type=positive, default=40, metavar="N", help="(default: %(default)s)")
+    add("--radius", type=float, default=0.15, metavar="E", help="of the ball (default: 0.15)")
+    add("--steps", type=positive, default=10, metavar="K", help="in training (default: 10)")
+    add("--output", type=Path, default=OUTPUT, metavar="FILE", help="(default: examples/results)")
+    add("--report", action="store_true", help="measure nothing, print the table")
+    return parser.parse_args(argv)
+
+
+def work(options: argparse.Namespace) -> str:
+    """Run what the command line asks for; return the table."""
+    if not options.report:
+        torch.set_num_threads(1)
+        known = finished(options.output)
+        for seed in options.seeds:
+            for arm in options.arms:
+                if digest(settings_of(arm, seed, options)) not in known:
+                    append(options.output, run(arm, seed, options))
+    results = list(finished(options.output).values())
+    if not results:
+        raise ValueError(f"{options.output} has no results yet: run without --report.")
+    return table(results)
+
+
+main = entry("digits", arguments, work)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Robust encoders without labels: each embedding stays where a frozen copy of the encoder puts it.
+
+    min_θ max_{‖δ‖ ≤ ε}  ‖ φ_θ(x + δ) − φ_0(x) ‖²,      φ_0 a frozen copy of φ
+
+FARE (Schlarmann et al. 2024, arXiv:2402.12336, eq. 3): whatever was built on the embeddings (a
+language model, retrieval, zero-shot classes) works on as before, and no label is needed. The game
+is zero-sum with this distance as its loss, so it is played by `mixadv.PGD`, or any solver that
+climbs the loss; accumulation, mixed precision, several processes and checkpoints are those of any
+other game. Use it for an encoder whose users you do not know; use labels where the task is known.
+
+TeCoA (Mao et al. 2023, arXiv:2212.07016), its supervised form, needs no code of its own: PGD on the
+cross entropy of similarities to frozen embeddings of the classes' names, `class_names` `[C, d]`:
+
+    z = F.normalize(encoder(images), dim=-1)
+    logits = 100 * z @ class_names.T
+    return F.cross_entropy(logits, labels), logits
+
+It costs what PGD costs (K + 1 forwards, K backwards for δ, 1 backward), a forward of the copy
+without gradients, and the copy's memory. At the start θ = θ_0 and δ = 0 is the one point where the
+distance has no slope: the ascent has to start elsewhere, as it does by default.
+
+Published (github.com/chs20/RobustVLM, train/adversarial_training_clip.py): ε of 2/255 and 4/255 in
+L∞, 10 steps of 1/255 of PGD with a momentum of 0.9 in its steps, which ours has not, or of APGD;
+AdamW at 1e-5, weight decay 1e-4; the ascent in evaluation mode, the embedding not normalised.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixadv.errors import GameError
+from mixadv.model.closure import Closure
+from mixadv.model.modules import unwrap
+
+
+class Anchor:
+    """A frozen copy of an encoder, and the distance from it as a closure.
+
+    The copy is in evaluation mode, never trained, and no part of the encoder: save it by
+    `anchor.state_dict()` beside the game's, or build it again from where training began.
+
+    Args:
+        encoder: to copy, as it stands.
+        read: called with what the encoder returns, gives embeddings `[B, ...]`; None takes the
+            tensor itself, or the `image_embeds` or `pooler_output` of an output of transformers.
+
+    Example:
+        >>> import mixadv
+        >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+        >>> optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
+        >>> words = {"norm": "linf", "unit": "absolute", "box": (0.0, 1.0)}
+        >>> solver = mixadv.PGD(steps=10, step_size=1 / 255, radius=4 / 255, **words)
+        >>> anchor = Anchor(encoder)
+        >>> optimizer = mixadv.wrap(optimizer, encoder, solver)
+        >>> images = torch.rand(8, 1, 4, 4)
+        >>> optimizer.step(anchor(encoder, images)).shape
+        torch.Size([])
+    """
+
+    def __init__(self, encoder: nn.Module, read: Callable[[Any], Tensor] | None = None) -> None:
+        self.encoder = copy.deepcopy(unwrap(encoder)).eval().requires_grad_(False)
+        self._read = read or embedding_of
+
+    def __call__(self, encoder: nn.Module, *args: Any, **kwargs: Any) -> Closure:
+        """Return a closure of the squared distances `[B]` of an encoder on a batch.
+
+        Args:
+            encoder: that is trained.
+            args: of the encoder's call.
+            kwargs: likewise.
+        """
+        target = self.embed(*args, **kwargs)
+
+        def closure() -> Tensor:
+            found = self._read(encoder(*args, **kwargs))
+            return distances(found, target)
+
+        return closure
+
+    def embed(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the embeddings `[B, ...]` of the copy."""
+        with torch.no_grad():
+            return self._read(self.encoder(*args, **kwargs))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the copy's weights, for `torch.save`."""
+        return self.encoder.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take weights over from a checkpoint."""
+        self.encoder.load_state_dict(state)
+
+
+def distances(found: Tensor, target: Tensor) -> Tensor:
+    """Return squared L2 distances per sample `[B]`, in at least fp32.
+
+    Raises:
+        GameError: for embeddings of other shapes.
+    """
+    if found.shape != target.shape:
+        raise GameError(
+            f"The encoder returns embeddings {list(found.shape)}, and its frozen copy "
+            f"{list(target.shape)}: they are compared on one batch, of one encoder."
+        )
+    wide = torch.promote_types(found.dtype, torch.float32)
+    return (found.to(wide) - target.to(wide)).square().flatten(1).sum(1)
+
+
+def embedding_of(output: Any) -> Tensor:
+    """Return the embeddings in what an encoder returned.
+
+    Raises:
+        GameError: where it is not known which they are.
+    """
+    if isinstance(output, Tensor) and output.dim() > 1:
+        return output
+    pooled = getattr(output, "image_embeds", None)
+    pooled = getattr(output, "pooler_output", None) if pooled is None else pooled
+    if isinstance(pooled, Tensor):
+        return pooled
+    raise GameError(
+        f"The encoder returns {type(output).__name__}, of which it is not known where the "
+        "embeddings are: give Anchor a function of it, read=lambda output: …"
+    )

@@ -1,0 +1,285 @@
+"""Clean and robust accuracy of a classifier of images, under attacks of ours and of others.
+
+An attack is any function `(images, labels) -> images`: `pgd_attack` here, those of torchattacks and
+AutoAttack through their adapters, or your own. Whatever it returns is checked to lie in the ball
+and in the box before it counts, and an image is robust where no attack found another answer:
+
+    robust(x, y) = 1[ f(x) = y  and  f(a(x, y)) = y  for every attack a ]
+
+an upper bound of the accuracy in the ball. PGD alone is a weak bound where gradients are masked:
+report AutoAttack beside it. The model is called with pixels in the box and returns logits,
+normalisation inside; it is in evaluation mode meanwhile and left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mixadv.checks import check_integer, check_number
+from mixadv.equilibrium import attack
+from mixadv.maths.geometry import Norm, norms
+from mixadv.model.contexts import no_grad
+from mixadv.model.replay import evaluating
+from mixadv.players.ascent import check_box
+from mixadv.robustness.statistics import Estimate, wilson
+from mixadv.solvers import PGD
+
+ImageAttack = Callable[[Tensor, Tensor], Tensor]
+"""`attack(images [B, ...], labels [B])`: the images that it found, in the ball and the box."""
+
+_ROUNDING = 1e-5  # of a ball, in fp32
+
+
+@dataclass(frozen=True, eq=False)
+class ImageAccuracy:
+    """Which images a model classifies correctly, in the order of the data.
+
+    Attributes:
+        right: as they are, `[N]`.
+        survived: under each attack, by name, `[N]`; an image that is wrong as it is counts as lost.
+        radius: of the ball.
+    """
+
+    right: NDArray[np.bool_]
+    survived: dict[str, NDArray[np.bool_]]
+    radius: float
+
+    @property
+    def robust(self) -> NDArray[np.bool_]:
+        """Which images are right under every attack, `[N]`."""
+        return np.logical_and.reduce([self.right, *self.survived.values()])
+
+    @property
+    def clean(self) -> Estimate:
+        """Clean accuracy with Wilson's interval over images."""
+        return wilson(self.right)
+
+    @property
+    def worst(self) -> Estimate:
+        """Accuracy under all attacks together, with Wilson's interval over images."""
+        return wilson(self.robust)
+
+
+def image_accuracy(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    attacks: Mapping[str, ImageAttack] | None = None,
+    *,
+    radius: float,
+    norm: Norm = "linf",
+    box: tuple[float, float] | None = (0.0, 1.0),
+    progress: bool = False,
+) -> ImageAccuracy:
+    """Return clean and robust accuracy.
+
+    Args:
+        model: called with images, returns logits `[B, C]`, or an output with `.logits`.
+        batches: of images `[B, ...]` and labels `[B]`, on the model's device; such as a DataLoader.
+        attacks: by name; None is `pgd_attack` at its defaults.
+        radius: of the ball, in the values that images have: `8 / 255`.
+        norm: of the ball.
+        box: that images lie in; None is none.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: for images outside of the box; without a batch; for an attack that leaves ball
+            or box, or returns something else than images, by its name.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+        >>> images, labels = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 0, 1])
+        >>> found = image_accuracy(model, [(images, labels)], radius=8 / 255)
+        >>> found.robust.sum() <= found.right.sum()
+        np.True_
+    """
+    check_number("image_accuracy", "radius", radius)
+    if attacks is None:
+        attacks = {"PGD": pgd_attack(model, radius=radius, norm=norm, box=box)}
+    columns: list[list[Tensor]] = []
+    with evaluating(model):
+        for images, labels in tqdm(batches, desc="attacks", unit="batch", disable=not progress):
+            _check_images(images, labels, box)
+            right = _hits(model, images, labels)
+            kept = [right]
+            for name, play in attacks.items():
+                found = play(images, labels)
+                _check_found(name, images, found, radius, norm, box)
+                kept.append(right & _hits(model, found, labels))
+            columns.append(kept)
+    if not columns:
+        raise ValueError("There are no images to measure on: the batches are empty.")
+    right, *survived = (torch.cat(parts).cpu().numpy() for parts in zip(*columns, strict=True))
+    return ImageAccuracy(right, dict(zip(attacks, survived, strict=True)), radius)
+
+
+def pgd_attack(
+    model: nn.Module,
+    *,
+    radius: float,
+    norm: Norm = "linf",
+    box: tuple[float, float] | None = (0.0, 1.0),
+    steps: int = 20,
+    step_size: float | None = None,
+    restarts: int = 5,
+    site: Any = None,
+    seed: int = 0,
+) -> ImageAttack:
+    """Return projected gradient ascent of the cross entropy, the worst of several random starts.
+
+    The ascent is that of training, `mixadv.PGD` played by `mixadv.attack`. Of each image the first
+    end that is misclassified is returned, else the one of the largest loss.
+
+    Args:
+        model: to attack, as for `image_accuracy`.
+        radius: of the ball, in the values that images have.
+        norm: of ball and steps.
+        box: that images lie in.
+        steps: of each ascent.
+        step_size: None is a quarter of the radius.
+        restarts: random starts.
+        site: None is the model's own input.
+        seed: of the starts.
+    """
+    check_integer("pgd_attack", "restarts", restarts, 1)
+    length = radius / 4 if step_size is None else step_size
+    words: dict[str, Any] = {"radius": radius, "norm": norm, "box": box, "unit": "absolute"}
+    solver = PGD(steps=steps, step_size=length, **words)
+
+    def play(images: Tensor, labels: Tensor) -> Tensor:
+        def closure() -> tuple[Tensor, Tensor]:
+            logits = logits_of(model(images))
+            return F.cross_entropy(logits.float(), labels, reduction="none"), logits
+
+        worst, least = images, torch.full_like(labels, -torch.inf, dtype=torch.float32)
+        for number in range(restarts):
+            found = attack(model, solver, closure, site, seed=seed + number)
+            assert found.predictions is not None
+            wrong = found.predictions.argmax(-1) != labels
+            gained = torch.where(wrong, torch.inf, found.loss.detach().float())
+            better = (gained > least).view(-1, *[1] * (images.dim() - 1))
+            moved = (images + found.strategy.points[0][0]).to(images.dtype)
+            worst, least = torch.where(better, moved, worst), torch.maximum(least, gained)
+        return worst
+
+    return play
+
+
+def torchattack(name: str, model: nn.Module, **settings: Any) -> ImageAttack:
+    """Return an attack of the package torchattacks, by its name there.
+
+    Args:
+        name: such as `"PGD"`, `"CW"`, `"Square"`, `"AutoAttack"`.
+        model: as for `image_accuracy`, called with pixels in [0, 1].
+        settings: of the attack, in the words of that package: `eps=8 / 255`.
+
+    Raises:
+        ImportError: where it is not installed.
+        ValueError: for an attack that it has not.
+    """
+    module = _imported("torchattacks", "torchattacks")
+    kind = getattr(module, name, None)
+    if kind is None:
+        raise ValueError(f"torchattacks has no attack {name!r}.")
+    return kind(_Logits(model), **settings)
+
+
+def auto_attack(
+    model: nn.Module, *, radius: float, norm: Norm = "linf", **settings: Any
+) -> ImageAttack:
+    """Return AutoAttack (Croce and Hein 2020, arXiv:2003.01690) of its authors' package.
+
+    Args:
+        model: as for `image_accuracy`, called with pixels in [0, 1].
+        radius: of the ball.
+        norm: of the ball.
+        settings: of `autoattack.AutoAttack`, such as `version="rand"`.
+
+    Raises:
+        ImportError: where it is not installed.
+    """
+    module = _imported("autoattack", "git+https://github.com/fra31/auto-attack")
+    named = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
+    made = module.AutoAttack(_Logits(model), norm=named, eps=radius, verbose=False, **settings)
+    return lambda images, labels: made.run_standard_evaluation(images, labels, bs=len(images))
+
+
+class _Logits(nn.Module):
+    """A model that returns its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.model(images))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits `[B, C]` in what a model returned."""
+    found = getattr(output, "logits", output)
+    if not isinstance(found, Tensor) or found.dim() != 2:
+        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"The model must return logits [B, C], by themselves or as .logits: {what}."
+        )
+    return found
+
+
+def _imported(module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is not installed ({error}): pip install {package}") from error
+
+
+def _hits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    with no_grad():
+        return logits_of(model(images)).argmax(-1) == labels
+
+
+def _check_images(images: Tensor, labels: Tensor, box: tuple[float, float] | None) -> None:
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{len(images)} images have labels of shape {list(labels.shape)}.")
+    if box is None:
+        return
+    check_box("image_accuracy", box)
+    least, most = float(images.min()), float(images.max())
+    if not box[0] <= least <= most <= box[1]:
+        raise ValueError(
+            f"Images have values from {least:.3g} to {most:.3g}, outside of box={box}: normalise "
+            "inside of the model, and give it pixels."
+        )
+
+
+def _check_found(
+    name: str,
+    images: Tensor,
+    found: Any,
+    radius: float,
+    norm: Norm,
+    box: tuple[float, float] | None,
+) -> None:
+    """Raise ValueError unless an attack returned images in the ball and the box."""
+    if not isinstance(found, Tensor) or found.shape != images.shape:
+        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"The attack {name!r} must return {list(images.shape)}, got {what}.")
+    farthest = float(norms((found - images).detach().float(), norm).max())
+    if not farthest <= radius * (1 + _ROUNDING) + 1e-6:
+        raise ValueError(
+            f"The attack {name!r} moved an image by {farthest:.4g} in {norm}, and the ball has the "
+            f"radius {radius:.4g}: give it the same one."
+        )
+    ends = box or (-torch.inf, torch.inf)
+    if not ends[0] <= float(found.min()) <= float(found.max()) <= ends[1]:
+        raise ValueError(f"The attack {name!r} left the box {box}: what it found is no image.")

@@ -1,0 +1,174 @@
+"""Robust accuracy of images: closed forms, attacks of others, and what is no attack."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mixadv.robustness import auto_attack, image_accuracy, pgd_attack, torchattack
+from tests.test_box import pixels
+from tests.zoo import Vision, assert_same, fingerprint
+
+EPS = 8 / 255
+
+
+def linear(rows: int = 40) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a linear classifier of two classes, whose worst image is known, with a batch."""
+    torch.manual_seed(0)
+    images, _ = pixels(rows)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    labels[::7] = 1 - labels[::7]
+    return model, images, labels
+
+
+def exactly_robust(model: Any, images: Tensor, labels: Tensor, radius: float) -> Tensor:
+    """Each pixel goes as far against the margin as ball and box let it."""
+    rows = torch.arange(len(labels))
+    weight = model[1].weight
+    slope = (weight[1 - labels] - weight[labels]).view_as(images)
+    x = torch.where(slope > 0, images + radius, images - radius).clamp(0, 1)
+    logits = model(x)
+    return logits[rows, labels] > logits[rows, 1 - labels]
+
+
+@pytest.mark.parametrize("radius", [0.0, EPS, 0.1])
+def test_of_a_linear_classifier_it_is_exact(radius: float):
+    model, images, labels = linear()
+    batches = [(images[:25], labels[:25]), (images[25:], labels[25:])]
+    found = image_accuracy(model, batches, radius=radius)
+    expected = exactly_robust(model, images, labels, radius).numpy()
+    np.testing.assert_array_equal(found.robust, expected)
+    assert found.clean.value == (model(images).argmax(1) == labels).double().mean()
+    assert found.worst.low <= found.worst.value == expected.mean() <= found.worst.high
+    assert (found.robust.sum() == found.right.sum()) == (radius == 0)
+
+
+@pytest.mark.parametrize(("norm", "radius"), [("linf", EPS), ("l2", 0.5), ("l1", 2.0)])
+def test_more_restarts_find_no_less_and_stay_in_ball_and_box(norm: Any, radius: float):
+    torch.manual_seed(0)
+    model, (images, labels) = Vision().eval(), pixels(24)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    attacks = {
+        f"{n}": pgd_attack(model, radius=radius, norm=norm, steps=3, restarts=n) for n in (1, 4)
+    }
+    found = image_accuracy(model, [(images, labels)], attacks, radius=radius, norm=norm)
+    assert (found.survived["4"] <= found.survived["1"]).all()
+    assert found.right.all()
+
+
+def test_the_model_is_left_as_it_was():
+    torch.manual_seed(0)
+    model, (images, labels) = Vision().train(), pixels()
+    before = fingerprint(model)
+    image_accuracy(model, [(images, labels)], radius=EPS)
+    assert_same(fingerprint(model), before)
+
+
+def test_an_image_counts_once_under_several_attacks():
+    model, images, labels = linear(8)
+
+    def lose(which: int) -> Any:
+        def play(x: Tensor, y: Tensor) -> Tensor:
+            moved = x.clone()
+            moved[which] = 1 - moved[which]
+            return moved
+
+        return play
+
+    attacks = {"one": lose(1), "two": lose(2), "one again": lose(1)}
+    found = image_accuracy(model, [(images, labels)], attacks, radius=1.0)
+    lost = found.right & ~found.robust
+    assert set(np.flatnonzero(lost)) <= {1, 2}
+    assert (found.survived["one"] == found.survived["one again"]).all()
+
+
+# Attacks of others ---------------------------------------------------------------------------
+
+
+class Borrowed:
+    """A stand-in for a class of torchattacks, and for AutoAttack."""
+
+    def __init__(self, model: nn.Module, eps: float = 0.0, **words: Any) -> None:
+        self.model, self.eps, self.words = model, eps, words
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        assert self.model(images).shape == (len(images), 3)
+        return (images + self.eps).clamp(0, 1)
+
+    def run_standard_evaluation(self, images: Tensor, labels: Tensor, bs: int) -> Tensor:
+        assert bs == len(images)
+        assert self.words["norm"] == "L2"
+        return images
+
+
+def test_attacks_of_torchattacks_are_run_and_counted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torchattacks", SimpleNamespace(PGD=Borrowed))
+    model, (images, labels) = Vision(), pixels()
+
+    class Output(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(logits=model(x))
+
+    theirs = torchattack("PGD", Output(), eps=EPS)
+    found = image_accuracy(model, [(images, labels)], {"theirs": theirs}, radius=EPS)
+    expected = (model.eval()((images + EPS).clamp(0, 1)).argmax(1) == labels).numpy()
+    np.testing.assert_array_equal(found.survived["theirs"], expected & found.right)
+    with pytest.raises(ValueError, match="no attack 'PDG'"):
+        torchattack("PDG", model)
+
+
+def test_autoattack_is_run_in_its_words(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "autoattack", SimpleNamespace(AutoAttack=Borrowed))
+    model, (images, labels) = Vision(), pixels()
+    theirs = auto_attack(model, radius=0.5, norm="l2")
+    found = image_accuracy(model, [(images, labels)], {"A": theirs}, radius=0.5, norm="l2")
+    np.testing.assert_array_equal(found.robust, found.right)
+
+
+def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch):
+    for name in ("torchattacks", "autoattack"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="pip install torchattacks"):
+        torchattack("PGD", Vision())
+    with pytest.raises(ImportError, match=r"pip install git\+https"):
+        auto_attack(Vision(), radius=EPS)
+
+
+# What is refused -----------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "too far": (lambda x, y: (x + 2 * EPS).clamp(0, 1), "'it' moved an image by .* give it the"),
+    "out of the box": (lambda x, y: x - EPS, "'it' left the box"),
+    "nan": (lambda x, y: x * torch.nan, "'it' moved an image by nan"),
+    "of another shape": (lambda x, y: x[:1], r"'it' must return \[6, 1, 8, 8\]"),
+    "nothing": (lambda x, y: None, "got NoneType"),
+}
+
+
+@pytest.mark.parametrize("why", WRONG)
+def test_an_attack_that_is_none_does_not_count(why: str):
+    attack, said = WRONG[why]
+    images, labels = pixels()
+    with pytest.raises(ValueError, match=said):
+        image_accuracy(Vision(), [(images, labels)], {"it": attack}, radius=EPS)
+
+
+def test_what_cannot_be_measured_is_refused():
+    model, (images, labels) = Vision(), pixels()
+    with pytest.raises(ValueError, match="normalise inside"):
+        image_accuracy(model, [(2 * images, labels)], radius=EPS)
+    with pytest.raises(ValueError, match="batches are empty"):
+        image_accuracy(model, [], radius=EPS)
+    with pytest.raises(ValueError, match=r"labels of shape \[5\]"):
+        image_accuracy(model, [(images, labels[1:])], radius=EPS)
+    with pytest.raises(ValueError, match=r"logits \[B, C\]"):
+        image_accuracy(nn.Identity(), [(images, labels)], radius=EPS)
+    with pytest.raises(ValueError, match="restarts"):
+        pgd_attack(model, radius=EPS, restarts=0)
