@@ -351,7 +351,9 @@ def test_mismatched_rows_are_a_split_of_their_own(encoder: str, tmp_path: Path):
     assert list(written(tmp_path)[0]["last"]) == ["dev", "mismatched"]
 
 
-@pytest.mark.parametrize("solver", slow_but(("freelb", "smart", "mat"), mixadv.SOLVERS))
+@pytest.mark.parametrize(  # MART is for classes
+    "solver", slow_but(("freelb", "smart", "mat"), [n for n in mixadv.SOLVERS if n != "mart"])
+)
 def test_every_solver_plays_a_regression(solver: str, encoder: str, tmp_path: Path):
     argv = command(glue_folder(tmp_path, "stsb"), encoder, tmp_path, "--task", "stsb")
     assert glue.main([*argv, "--updates", "2", "--solver", solver]) == 0

@@ -14,7 +14,7 @@ from torch.optim import AdamW, lr_scheduler
 from torch.utils.data import DataLoader
 
 import mixadv
-from tests.zoo import assert_same, or_refused, small
+from tests.zoo import assert_same, or_refused, small, weighing_rows
 
 lightning: Any = pytest.importorskip("lightning")
 
@@ -206,9 +206,10 @@ def work(rank: int, folder: str, port: int) -> None:
     settings = {**settings, "use_distributed_sampler": False, "max_epochs": 1}
     for name in [name for name in mixadv.SOLVERS if name != "freeat"]:
         for way in ("automatic", "backward"):
-            module = Module(name, way)
-            module.solver = mixadv.CAT() if name == "cat" else module.solver
-            trainer(Path(folder), **settings).fit(module, batches(rank))
+            with weighing_rows(name):
+                module = Module(name, way)
+                module.solver = mixadv.CAT() if name == "cat" else module.solver
+                trainer(Path(folder), **settings).fit(module, batches(rank))
             shared = [*module.model.parameters()]
             if module.game.learner is not None:
                 shared += module.game.learner.average.values()

@@ -377,15 +377,17 @@ def test_sentence_transformers_play(tmp_path: Any) -> None:
     loss = losses.MultipleNegativesRankingLoss(model)
     embedding = {"source": "1", "representation": lambda out: out["sentence_embedding"]}
     for name in mixadv.SOLVERS:
-        solver = mixadv.make_solver(name, **(embedding if name in ("cat", "creat") else {}))
-        optimizer = wrapped(model, solver)
+        words = {"steps": 1} if name in WEIGHING else {}
+        words = embedding if name in ("cat", "creat") else words
+        optimizer = wrapped(model, mixadv.make_solver(name, **words))
 
         def closure(name: str = name) -> Any:
-            if mixadv.SOLVERS[name]().compares is None:
+            if mixadv.SOLVERS[name]().compares is None and name not in (*WEIGHING, "mart"):
                 return loss(pairs, None)
             a, b = (model(dict(features))["sentence_embedding"] for features in pairs)
             similarity = 20 * F.normalize(a) @ F.normalize(b).T
-            return F.cross_entropy(similarity, torch.arange(2)), similarity
+            how = "none" if name in WEIGHING else "mean"
+            return F.cross_entropy(similarity, torch.arange(2), reduction=how), similarity
 
         optimizer.step(closure)
         for point, features in zip(optimizer.game.strategy.points, pairs, strict=True):
