@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import mixadv
 from common.command import entry
-from common.options import Parser, positive
+from common.options import positive, script
 from common.results import append, digest, finished, over_seeds
 from common.tables import markdown
 from mixadv.robustness import image_accuracy, paired_t_test, pgd_attack
@@ -191,11 +191,7 @@ def _table(epochs: int, radius: float, steps: int, arms: dict[str, dict[int, Res
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = Parser(
-        prog="digits.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script("digits", "[options]", __doc__)
     add = parser.add_argument
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="N")

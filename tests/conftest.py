@@ -22,6 +22,7 @@ settings.register_profile(
 )
 settings.register_profile("thorough", parent=settings.get_profile("fast"), max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+torch.set_num_threads(1)  # of a module's fixtures too, which are made before those of its tests
 
 
 TWINS = {"trades", "cvar", "chi_square"}  # ALUM's round; rows as group DRO weighs them

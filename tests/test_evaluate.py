@@ -704,6 +704,13 @@ def test_words_are_replaced_until_the_mean_of_the_members_errs(shares):
     assert any(record["swaps"] for record in found["per row"])
 
 
+def test_a_model_with_parts_of_its_own_is_not_taken_for_several():
+    model = classifier(0)
+    expected = ATTACK.attack(model, word_tokenizer(), DATA["text"], DATA["label"])
+    model.parts = torch.nn.ModuleList()
+    assert ATTACK.attack(model, word_tokenizer(), DATA["text"], DATA["label"]) == expected
+
+
 @pytest.mark.parametrize("name", ["mixture", "game"])
 def test_what_is_of_one_model_is_not_measured_of_a_mixture(name):
     mixture = Mixture([classifier(0), classifier(1)])

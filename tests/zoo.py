@@ -311,7 +311,7 @@ CANNOT: dict[tuple[str, str], str] = {
     ("textat", "hidden layer"): _TOKENS,
     ("textat", "vision"): _TOKENS,
     ("cat", "reentrant"): _TWICE,
-    **{(name, "SFTTrainer"): _ROWS for name in ("group_dro", "cvar", "chi_square")},
+    **{(name, "SFTTrainer"): _ROWS for name in ROWS},
 }
 
 REFUSED: dict[str, str] = {}

@@ -38,7 +38,7 @@ from benchmark_parts import checks, picture, results, scaling
 from benchmark_parts.contenders import CONTENDERS
 from benchmark_parts.measure import BLOCKS, measure
 from benchmark_parts.work import EMBEDDED, MODELS, PARTS, Setting
-from common.options import Parser
+from common.options import script
 
 OUTPUT = Path(__file__).parent.parent / "results"
 SIZES, QUICK = ["16x128", "64x24"], ["4x24"]
@@ -91,11 +91,7 @@ def rows(options: argparse.Namespace) -> list[str]:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = Parser(
-        prog="benchmark.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script("benchmark", "[options]", __doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="4×24 tokens, 3 rounds")
     add("--sizes", nargs="+", metavar="BxN", help=f"batch x length (default: {' '.join(SIZES)})")

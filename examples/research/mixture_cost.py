@@ -29,7 +29,7 @@ import _above  # noqa: F401
 from benchmark_parts.measure import timed
 from benchmark_parts.results import Spread, ratio
 from benchmark_parts.work import EMBEDDED, MODELS, Part, load
-from common.options import Parser, positive
+from common.options import positive, script
 from common.tables import markdown
 from mixadv.mixtures import Adapter, Mixture
 
@@ -43,11 +43,7 @@ Result = dict[str, Any]
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = Parser(
-        prog="mixture_cost.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script("mixture_cost", "[options]", __doc__)
     add = parser.add_argument
     sizes = [1, 2, 4, 8]
     add(

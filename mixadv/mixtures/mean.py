@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from mixadv.mixtures.mixture import Mixture
 from mixadv.model.contexts import no_grad
+from mixadv.tokens.substitution.reader import Several
 
 
-class Mean(nn.Module):
+class Mean(nn.Module, Several):
     """What a mixture predicts by the mean of its members' probabilities, as a module.
 
     Called as the model is, it returns the logarithms of the mean probabilities, log Σ_m π_m p_m,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,12 @@ class ReadText(NamedTuple):
     importances: dict[int, float]  # of the words that were read: norms of their gradients
 
 
-@runtime_checkable
-class Several(Protocol):
+class Several(ABC):
     """A classifier that predicts by several."""
 
+    @abstractmethod
     def parts(self) -> Iterator[tuple[float, nn.Module]]:
         """Yield the weight of each part, and the part while it plays."""
-        ...
 
 
 @dataclass
