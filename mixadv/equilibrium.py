@@ -190,6 +190,11 @@ def check_game(game: Game) -> None:
     """Raise unless it is a game."""
     if not isinstance(game, Game):
         raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r}.")
+    if not game.rounds.arena.solver.perturbs:
+        raise ValueError(
+            f"{type(game.solver).__name__} moves the weights, and there is no adversary on inputs "
+            "to respond: ask a game that has one, mixadv.Game(model, mixadv.PGD())."
+        )
 
 
 def _stronger(solver: Solver, steps: int, restarts: int, general_sum: bool) -> tuple[Ascent, str]:

@@ -80,13 +80,13 @@ class Game:
         optimizer: Optimizer | None = None,
     ) -> None:
         solver = validate.solver_of(solver)
-        validate.check_game_arguments(model, solver, optimizer, seed, schedule)
+        validate.check_game_arguments(model, solver, site, optimizer, seed, schedule)
         self.solver = solver
         self.learner = solver.learner()
         weights = solver if isinstance(solver, WeightsSolver) else None
-        played = solver if weights is None else weights.on_inputs
+        played = solver.on_inputs
         read = Representation(model, solver.reads) if solver.reads else None
-        at, learner = place(model, site), self.learner
+        at, learner = place(model, site, played.perturbs), self.learner
         arena = Arena(model, played, at, seed, optimizer, learner, read, weights)
         for module in solver.modules().values():
             assert optimizer is not None

@@ -181,7 +181,7 @@ class GameOptimizer(Optimizer):
         with torch.enable_grad():
             result, rounds = None, self.game.round
             if not callable(closure) and isinstance(closure, Sequence):
-                return self._round(closure, check, where, adversary, retain)
+                return self._round(closure, check, where, adversary, retain, groups)
             if self._closure_plays is None:
                 result, self._closure_plays = plays_itself(self.game.rounds, closure)
             elif self._closure_plays:

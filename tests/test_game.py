@@ -22,6 +22,7 @@ from mixadv import MAT, PGD, Game, Step, Strategy
 from mixadv.equilibrium import best_response
 from tests.processes import one_process
 from tests.zoo import (
+    MOVING,
     ROWS,
     WAYS,
     Player,
@@ -38,7 +39,7 @@ from tests.zoo import (
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 # One optimizer step per round, so that a step and a backward play the same.
 SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.make_solver(name) for name in mixadv.SOLVERS} | {
-    **ROWS,
+    **MOVING,
     "mat": MAT(learner_steps=1),
     "ensemble": MAT(learner_steps=1, particles=3, play_as="ensemble", temperature=0.01),
     "divergence": PGD(payoff="js", steps=2),

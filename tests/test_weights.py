@@ -1,5 +1,6 @@
 """Adversaries of weights: the definition by hand, where nothing may be left, many micro-batches."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
+from mixadv.equilibrium import best_response
 from mixadv.maths import mirror
 from mixadv.maths.divergence import divergence
 from mixadv.model.replay import Noise
@@ -24,6 +26,7 @@ from tests.zoo import (
     assert_same,
     copies,
     fingerprint,
+    hooks,
     play,
     player,
     small,
@@ -337,6 +340,25 @@ def test_no_radius_is_the_inner_solver_bit_for_bit():
             assert_same(plain.outcome.objective, around.outcome.objective)
 
 
+def test_what_is_retained_is_ascended_and_minimised_with_the_rest():
+    """J = ℓ + r: both are differentiated at θ + v, and v is that of their sum."""
+    hand, model = Hand(), Words()
+    optimizer = wrapped(model, mixadv.SAM(radius=0.4), lr=0.5)
+
+    def keep() -> Tensor:
+        return model.head.weight.square().sum()
+
+    optimizer.step(partial(loss_of, model, hand.ids, hand.labels), retain=keep)
+
+    def objective(theta: list[Tensor]) -> Tensor:
+        return hand.plain(hand.theta)(theta) + theta[1].square().sum()
+
+    v = sam(hand.theta, slope(objective, hand.theta))
+    g = slope(objective, [p + x for p, x in zip(hand.theta, v, strict=True)])
+    expected = [p - 0.5 * x for p, x in zip(hand.theta, g, strict=True)]
+    torch.testing.assert_close(list(model.parameters()), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_a_gradient_that_is_not_finite_displaces_nothing():
     one = small()
     optimizer = wrapped(one, mixadv.SAM())
@@ -603,6 +625,22 @@ def test_a_schedule_rests_the_adversary_of_weights_and_sets_its_radius():
     assert [float(x) for x in lengths[1::2]] == pytest.approx([0.1, 0.3])
 
 
+def test_a_schedule_has_the_inputs_move_before_the_weights_do():
+    """The weights' warm-up of the released AWP: adversarial training from the first update on."""
+    one, other = Words(), Words()
+    schedule = mixadv.Schedule(radius=lambda update: 0.0 if update < 2 else 0.01)
+    scheduled = wrapped(one, mixadv.AWP(), schedule=schedule)
+    inner = wrapped(other, mixadv.PGD())
+    for update in range(3):
+        scheduled.step(partial(loss_of, one, *batch()))
+        inner.step(partial(loss_of, other, *batch()))
+        same = [
+            torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True)
+        ]
+        assert all(same) == (update < 2)
+        assert (scheduled.outcome.forwards == inner.outcome.forwards) == (update < 2)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -620,6 +658,94 @@ def test_a_schedule_rests_the_adversary_of_weights_and_sets_its_radius():
 def test_words_that_cannot_be_are_refused(build: Any, message: str):
     with pytest.raises((TypeError, ValueError), match=message):
         build()
+
+
+class Towers(nn.Module):
+    """Several embeddings, none of which is the site by default; called with a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Embedding(WORDS, WIDTH), nn.Embedding(WORDS, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, pair: list[Tensor]) -> Tensor:
+        left, right = pair
+        return self.head(torch.tanh(self.left(left) * self.right(right)).mean(1))
+
+
+def towers() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    ids, labels = batch()
+    return Towers(), lambda model: F.cross_entropy(model([ids, ids.flip(1)]), labels)
+
+
+def perceptron() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    x, labels = torch.randn(ROWS, 5), batch()[1]
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))
+    return model, lambda model: F.cross_entropy(model(x), labels)
+
+
+def convolutions() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    one = player("vision", rows=ROWS)
+    return one.model, lambda model: one.forward(model, one.batch)[0]
+
+
+def parts_of_a_model() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """The closure calls what is inside of the model, never the model."""
+    x, labels = torch.randn(ROWS, 5), batch()[1]
+    model = nn.ModuleDict({"body": nn.Linear(5, 6), "head": nn.Linear(6, CLASSES)})
+    return model, lambda m: F.cross_entropy(m["head"](m["body"](x).relu()), labels).view(1)
+
+
+@pytest.mark.parametrize("made", [towers, perceptron, convolutions, parts_of_a_model])
+@pytest.mark.parametrize("how", ["step", "backward", "loss"])
+def test_without_an_adversary_on_inputs_any_model_will_do(made: Any, how: str):
+    """As the two steps of a loop by hand, and without a hook on the model."""
+    torch.manual_seed(0)
+    model, loss = made()
+    other = copy.deepcopy(model)
+    optimizer = wrapped(model, mixadv.SAM(radius=0.1), lr=0.5)
+    torch.manual_seed(1)
+    play(optimizer, partial(loss, model), how)
+    torch.manual_seed(1)
+    loss(other).sum().backward()
+    found, g = copies(other.parameters()), [p.grad.clone() for p in other.parameters()]
+    length = torch.cat([x.flatten() for x in g]).norm()
+    buffers = copies(other.buffers())
+    other.zero_grad()
+    with torch.no_grad():
+        for p, x in zip(other.parameters(), g, strict=True):
+            p.add_(0.1 * x / length)
+    torch.manual_seed(1)
+    loss(other).sum().backward()
+    expected = [p - 0.5 * q.grad for p, q in zip(found, other.parameters(), strict=True)]
+    torch.testing.assert_close(list(model.parameters()), expected)
+    assert_same(copies(model.buffers()), buffers)
+    assert not hooks(model)
+    assert optimizer.game.site.names == []
+
+
+def test_what_is_for_an_adversary_on_inputs_is_refused_without_one():
+    model = Words()
+    closure = partial(loss_of, model, *batch())
+    with pytest.raises(
+        ValueError, match=r"site= says where inputs .* SAM\(solver=mixadv\.PGD\(\)\)"
+    ):
+        wrapped(model, mixadv.SAM(), site="words")
+    optimizer = wrapped(model, mixadv.SAM())
+    for word, goal in {"where": torch.ones(ROWS, LENGTH), "adversary": closure}.items():
+        with pytest.raises(mixadv.GameError, match=f"{word}= is for an adversary on inputs"):
+            optimizer.step(closure, **{word: goal})
+    with pytest.raises(ValueError, match=r"no adversary on inputs .*mixadv\.Game\(model, mixadv"):
+        best_response(optimizer.game, closure)
+    around = wrapped(model, mixadv.SAM(solver=mixadv.PGD()), site="words")
+    around.step(closure, where=torch.ones(ROWS, LENGTH))
+
+
+@pytest.mark.parametrize("inner", [mixadv.GroupDRO(), mixadv.CVaR(), mixadv.ChiSquare()], ids=repr)
+def test_solvers_that_weigh_rows_are_refused_with_the_line_to_write(inner: mixadv.Solver):
+    for solver in (mixadv.SAM, mixadv.ASAM, mixadv.AWP):
+        with pytest.raises(ValueError, match=rf"{type(inner).__name__}\(\) weighs rows.*\n?.*PGD"):
+            solver(solver=inner)
 
 
 def test_explain_and_outcome_say_what_the_adversary_of_weights_does():

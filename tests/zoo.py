@@ -5,7 +5,9 @@ import copy
 import functools
 import gc
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -218,6 +220,16 @@ TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
 FAMILIES = [*TRANSFORMERS, "llama-causal", "vision"]
 ROWS = {n: mixadv.make_solver(n, steps=1) for n, s in mixadv.SOLVERS.items() if s().weighs}
 """Solvers that weigh rows, here with a δ that takes a step."""
+AROUND = {
+    solver.name: replace(solver, solver=mixadv.PGD())
+    for solver in map(mixadv.make_solver, mixadv.SOLVERS)
+    if solver.on_inputs is not solver
+}
+"""Solvers that move the weights, here around one that moves inputs."""
+ASCENDING = [name for name in mixadv.SOLVERS if name not in AROUND]
+"""Solvers whose words are those of their own ascent of δ; of the others it is the inner one's."""
+MOVING = ROWS | AROUND
+"""Solvers whose δ sits out by default, here with one."""
 USUAL = ("freelb", "smart", "mat")  # one of each kind: the loss, a divergence, mixed
 
 
@@ -402,11 +414,13 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def weighing_rows(test: str) -> Iterator[None]:
-    """In a test named after a solver that weighs rows, play both adversaries on what it can play.
+def moving_inputs(test: str) -> Iterator[None]:
+    """In a test named after a solver whose δ sits out by default, play both its adversaries.
 
-    Cross-entropies stay one per sample, and δ, which sits out by default, takes a step.
+    Of one that weighs rows, δ takes a step, and cross-entropies stay one per sample; one that moves
+    the weights is put around PGD.
     """
+    named = {*re.findall(r"[a-z_0-9]+", test)}
     average = F.cross_entropy
 
     def each(*arguments: Any, reduction: str = "mean", **words: Any) -> Tensor:
@@ -414,11 +428,14 @@ def weighing_rows(test: str) -> Iterator[None]:
         return average(*arguments, reduction=reduction, **words)
 
     with contextlib.ExitStack() as stack:
-        if any(name in test for name in ROWS):
+        if not named.isdisjoint(ROWS):
             stack.enter_context(mock.patch.object(F, "cross_entropy", each))
             for name in ROWS:
                 defaults: Any = mixadv.SOLVERS[name].__init__.__kwdefaults__
                 stack.enter_context(mock.patch.dict(defaults, steps=1))
+        for name in named.intersection(AROUND):
+            defaults = mixadv.SOLVERS[name].__init__.__kwdefaults__
+            stack.enter_context(mock.patch.dict(defaults, solver=mixadv.PGD()))
         yield
 
 

@@ -94,7 +94,7 @@ class Arena:
         targets = [name if is_input(name) else module for name, module in self.site.targets]
         names, unit = self.site.names, self.calibration.unit
         self.site.close()
-        self.model, self.site = model, place(model, targets)
+        self.model, self.site = model, place(model, targets, self.solver.perturbs)
         if isinstance(unit, dict):  # a module that has several names may be found by another one
             renamed = zip(names, self.site.names, strict=True)
             unit = {new: unit[old] for old, new in renamed if old in unit}

@@ -16,7 +16,7 @@ from mixadv.round.goals import Goals
 from mixadv.round.outcome import Outcome
 from mixadv.round.unit import mean_lengths, measure
 from mixadv.solvers.base import Solver
-from mixadv.solvers.weights import Plain, WeightsSolver
+from mixadv.solvers.weights import WeightsSolver
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Explanation:
     @property
     def on_inputs(self) -> bool:
         """Whether an adversary moves the inputs."""
-        return not isinstance(self.solver, Plain)
+        return self.solver.perturbs
 
     @property
     def radius(self) -> Units | None:
@@ -135,7 +135,7 @@ def explain(
     retains = goals is not None and goals.retain is not None
     solver, unit = arena.solver, arena.calibration.unit
     measured, play = unit is not None or solver.unit == "absolute", None
-    if goals is not None:
+    if goals is not None and solver.perturbs:
         lengths, calls = measure(arena, goals.closure, goals.where)
         play = (
             sum(int(positions(call.mask, call.shape)) for call in calls),

@@ -120,8 +120,8 @@ class Arrived:
         return [torch.zeros_like(x) if x.grad is None else x.grad * scale for x in q.points]
 
 
-def one_sample(reading: Reading, call: Call) -> bool:
+def one_sample(reading: Reading, call: Call | None) -> bool:
     """Return whether a loss `[1]` is that of one sample, and not of a batch."""
     if reading.predictions is not None:
         return len(reading.predictions) == 1
-    return call.shape[0] == 1 or of_rows(call.owners) is not None
+    return call is not None and (call.shape[0] == 1 or of_rows(call.owners) is not None)

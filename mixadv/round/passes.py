@@ -83,7 +83,8 @@ class Passes:
         self.forwards += copies
         if whose == "retain":  # at δ = 0, at the site or elsewhere
             return parse_output(result)
-        self._check_calls(current, whose)
+        if arena.solver.perturbs:
+            self._check_calls(current, whose)
         self._note_calls(current, copies)
         reading = parse_output(result, current.tokens(), unwrap(arena.model))
         reading = self._count_predictions(reading, copies) if own else reading
@@ -93,9 +94,10 @@ class Passes:
             reading = reading._replace(hidden=represents.take())
         if arena.calibration.scaling is not None:
             reading = reading.widened()
-        if reading.loss.shape == (1,) and not one_sample(reading, current.calls[0]):
+        first = next(iter(current.calls), None)
+        if reading.loss.shape == (1,) and not one_sample(reading, first):
             reading = reading._replace(loss=reading.loss[0])
-        owners = of_rows(current.calls[0].owners)
+        owners = None if first is None else of_rows(first.owners)
         return reading._replace(samples=self._count(reading) // copies, owners=owners)
 
     def _count_predictions(self, reading: Reading, copies: int) -> Reading:

@@ -21,6 +21,7 @@ from mixadv.model.private_torch import version
 from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena, Memory
+from mixadv.round.first_plain import calibrate_plain
 from mixadv.round.first_round import calibrate
 from mixadv.round.goals import Goals, micro_batches
 from mixadv.round.outcome import Outcome
@@ -159,7 +160,8 @@ class Rounds:
         self.busy = True
         try:
             with parallel.local(model):
-                calibration = calibrate(self.arena, goals, self.memory)
+                checked = calibrate if solver.perturbs else calibrate_plain
+                calibration = checked(self.arena, goals, self.memory)
         except BaseException:
             self.arena.site.where = None
             raise

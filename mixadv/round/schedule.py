@@ -22,7 +22,8 @@ class Schedule:
         start: updates of plain training before the adversary's first one.
         every: it plays each n-th update from there.
         radius: the solver's radius as a function of the updates since `start`; None leaves it. One
-            that a module defines pickles with the game, a lambda does not.
+            that a module defines pickles with the game, a lambda does not. Of a solver that moves
+            the weights it is theirs: where it is 0 the solver inside plays alone, at its own cost.
 
     Example:
         >>> warm_up = Schedule(start=2, every=3, radius=lambda update: min(0.2, 0.1 * update))
@@ -62,7 +63,8 @@ class Schedule:
             return None
         if self.radius is None:
             return weights
-        return replace(weights, radius=self.radius(update - self.start))
+        radius = self.radius(update - self.start)
+        return replace(weights, radius=radius) if radius else None
 
 
 def _plain(stage: Moves, steps: int) -> Play:

@@ -1,16 +1,19 @@
-"""AWP: adversarial weight perturbation. Wu et al. 2020, arXiv:2004.05884, eq. 7–9, Alg. 1.
+"""AWP: adversarial weight perturbation. Wu et al. 2020, arXiv:2004.05884.
 
     g = ∇θ J(θ; δ),     v_i = γ·‖θ_i‖·g_i / ‖g_i‖   for each matrix θ_i
     θ ← θ − η·∇θ J(θ + v; δ)
 
-δ is found first, at θ, by the inner solver; J is its objective, so AWP around SMART is the
-counterpart of TRADES-AWP. Norms are of each parameter by itself, and vectors (biases, gains of
-norms) stay, as in the released code, whose proxy takes one step. γ is `radius`, in units of the
-norm of each matrix.
+δ is found first, at θ, by the inner solver; J is its objective: AWP around PGD is AT-AWP, around
+TRADES it is TRADES-AWP. Norms are of each parameter by itself, and vectors (biases, gains of norms)
+stay. γ is `radius`, in units of the norm of each matrix.
 
 When: where adversarial training overfits, its robust accuracy falling while it trains on. What it
 costs: the learner's passes of the inner solver twice, its ascent once, and one copy of the weights.
-For plain training before AWP begins, `mixadv.Schedule(start=n)`.
+
+Published: github.com/csdongxian/AWP, of one step too, on a second model. It moves what is of two
+dimensions or more and has "weight" in its name; γ = 0.01 around PGD, and 0.005 around TRADES from
+epoch 10 on, as `radius` here. It steps at θ + v and takes v off after the step, so that weight
+decay acts on θ + v, and statistics of BatchNorm are those of θ + v; here both are those of θ.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,5 @@
 """SAM and ASAM: the gradient at the worst weights of a ball around those there are.
-Foret et al. 2021, arXiv:2010.01412, eq. 2–3; adaptive: Kwon et al. 2021, arXiv:2102.11600, eq. 5–6.
+Foret et al. 2021, arXiv:2010.01412, eq. 2–3; adaptive: Kwon et al. 2021, arXiv:2102.11600, Alg. 1.
 
     SAM    v = ρ·g / ‖g‖,                 g = ∇θ J(θ)
     ASAM   v = ρ·T²g / ‖T g‖,             T = |θ| + η
@@ -11,8 +11,7 @@ v is left out.
 
 ASAM's ball is the same for weights that are rescaled without a change of the function (a layer by
 c and the next by 1/c), and its radius is about ten times that of SAM. η keeps weights near 0
-moving. The released code scales the tensors called "weight" alone; the paper, and this, all of
-them. η = 0 is the rule of other implementations.
+moving.
 
 When: where the loss is to be flat in the weights: label noise, small data, vision models trained
 from scratch. What it costs: two plain steps, and one copy of the weights.
@@ -21,6 +20,11 @@ m-SAM: a displacement for each micro-batch, found by one call of `game.backward`
 each, generalises better than one for a large batch (section 4.1 of the paper). For one of the whole
 update give all its micro-batches at once: `optimizer.step([partial(loss, b) for b in batches])`.
 Every n-th update alone: `mixadv.Schedule(every=n)`.
+
+Published: github.com/google-research/sam (JAX; one displacement for each device unless
+`sync_perturbations` is set: `shared=False` here); github.com/SamsungLabs/ASAM, whose T scales the
+parameters with "weight" in their name and is 1 for the others: here it scales all of them. Its
+ρ = 0.5, for CIFAR-10, and η = 0.01 are the defaults. η = 0 is the rule of github.com/davda54/sam.
 """
 
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,9 @@
     g = ∇θ J(θ),     v = argmax_{‖v‖ ≤ ρ} ⟨g, v⟩,     θ ← θ − γ·∇θ J(θ + v)
 
 J is what the round of the inner solver minimises, at the strategy that its adversary finds at θ:
-the second gradient is taken against that same strategy, under the same dropout mask. The weights
-are put back, bit for bit, before the optimizer steps. Solvers differ in the norm.
+the second gradient is taken against that same strategy, under the same dropout mask. What the
+learner retains is part of J: it is ascended too, and minimised at θ + v and δ = 0. The weights are
+put back, bit for bit, before the optimizer steps. Solvers differ in the norm.
 """
 
 from abc import abstractmethod
@@ -44,6 +45,8 @@ class Plain(Solver):
     name: ClassVar[str] = "plain"
     paper: ClassVar[str] = "no adversary"
     summary: ClassVar[str] = "the plain loss"
+
+    perturbs: ClassVar[bool] = False
 
     steps: int = field(default=0, init=False)
     radius: float | None = field(default=0.0, init=False)
@@ -114,9 +117,9 @@ class WeightsSolver(Solver):
             )
         if isinstance(self.solver, RowSolver):
             raise ValueError(
-                f"{who}: solver={type(self.solver).__name__}() weighs rows, anew at the weights "
-                "that were moved, and which weights of rows the learner then meets is not settled: "
-                "choose a solver that plays on inputs, or None."
+                f"{who}: solver={type(self.solver).__name__}() weighs rows, and whether it does so "
+                "before or after the weights of the model move is not settled: write "
+                f"{who}(solver=mixadv.PGD()), or mixadv.{type(self.solver).__name__}() by itself."
             )
         if self.which is not None and not callable(self.which):
             raise TypeError(
@@ -144,7 +147,7 @@ class WeightsSolver(Solver):
 
     @property
     def on_inputs(self) -> Solver:
-        """The inner solver."""
+        """The inner solver, or plain training."""
         return Plain() if self.solver is None else self.solver
 
     def play(self, stage: Moves) -> Play:
