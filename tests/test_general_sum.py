@@ -3,6 +3,7 @@ at δ = 0. Rounds are computed again in float64 by loops that know nothing of th
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -564,12 +565,13 @@ def test_what_is_retained_is_added_in_every_step_of_the_learner():
 def test_every_solver_retains(name: str):
     p, q = small(), small()
     settings = {"proximal_weight": 0.0} if name == "smart" else {}
-    settings |= {"radius": 0.0} if name in AROUND else {}  # which ascends what is retained too
 
     def keep() -> Tensor:  # which calls no site
         return p.model.head.weight.square().sum()
 
-    alone, both = wrapped(q, name, lr=0.0, **settings), wrapped(p, name, lr=0.0, **settings)
+    # Of weights that move at radius 0: what is retained is ascended too.
+    solver = replace(AROUND[name], radius=0.0) if name in AROUND else name
+    alone, both = wrapped(q, solver, lr=0.0, **settings), wrapped(p, solver, lr=0.0, **settings)
     first, second = stepwise(alone), stepwise(both)
     torch.manual_seed(5)
     alone.step(q.closure())

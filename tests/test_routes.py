@@ -153,7 +153,7 @@ def test_one_particle_is_played_alike_by_every_route(name: str, route: str):
     def rounds(route: str) -> list[Any]:
         p = small()
         one = {"particles": 1} if name == "mat" else {}
-        optimizer = wrapped(p, mixadv.make_solver(name, particle_batching=route, **one))
+        optimizer = wrapped(p, name, particle_batching=route, **one)
         losses = [optimizer.step(p.closure()) for _ in range(2)]
         return [losses, optimizer.game.strategy.points, list(p.model.parameters())]
 

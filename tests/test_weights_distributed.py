@@ -27,9 +27,9 @@ from tests.zoo import without_dropout, wrapped
 ROWS = 4
 PGD = mixadv.PGD(start="zero", unit="absolute")
 RULES: dict[str, Any] = {
-    "sam": partial(mixadv.SAM, radius=0.3),
-    "asam": mixadv.ASAM,
-    "awp": partial(mixadv.AWP, radius=0.1, solver=PGD),
+    "SAM": partial(mixadv.SAM, radius=0.3),
+    "ASAM": mixadv.ASAM,
+    "AWP": partial(mixadv.AWP, radius=0.1, solver=PGD),
     "around freelb": partial(
         mixadv.SAM, radius=0.3, solver=mixadv.FreeLB(start="zero", unit="absolute")
     ),

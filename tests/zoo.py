@@ -319,7 +319,10 @@ CANNOT: dict[tuple[str, str], str] = {
     ("freeat", "backward"): _STEPS,
     ("freeat", "loss"): _STEPS,
     ("freeat", "Trainer"): _IN_TRAINER,
-    **{(name, "loss of shards"): _SHARDED for name in ("fgm", "freelb", "textat", "recomputed")},
+    **{
+        (name, "loss of shards"): _SHARDED
+        for name in ("fgm", "freelb", "textat", "recomputed", *AROUND)
+    },
     ("textat", "hidden layer"): _TOKENS,
     ("textat", "vision"): _TOKENS,
     ("cat", "reentrant"): _TWICE,
@@ -442,6 +445,19 @@ def moving_inputs(test: str) -> Iterator[None]:
 WAYS = ("step", "backward", "loss")
 
 
+def varied(solver: mixadv.Solver, **words: Any) -> mixadv.Solver:
+    """Return a solver that ascends in other words; of one around another, the inner one does."""
+    if solver.on_inputs is solver:
+        return replace(solver, **words)
+    return replace(solver, solver=replace(solver.on_inputs, **words))
+
+
+def _named(name: str, **words: Any) -> mixadv.Solver:
+    if name in AROUND:
+        return varied(AROUND[name] if words else mixadv.make_solver(name), **words)
+    return mixadv.make_solver(name, **words)
+
+
 def wrapped(
     player: Player | nn.Module,
     solver: str | mixadv.Solver = "pgd",
@@ -454,7 +470,7 @@ def wrapped(
 ) -> mixadv.GameOptimizer:
     """Return the optimizer of a game; `settings` are those of a solver that is named."""
     model = player.model if isinstance(player, Player) else player
-    made = mixadv.make_solver(solver, **settings) if isinstance(solver, str) else solver
+    made = solver if isinstance(solver, mixadv.Solver) else _named(solver, **settings)
     return mixadv.wrap(base(model.parameters(), lr=lr), model, made, site=site, schedule=schedule)
 
 

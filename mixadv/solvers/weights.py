@@ -90,6 +90,7 @@ class WeightsSolver(Solver):
     start: Start = field(default="zero", init=False)
     start_size: float | None = field(default=None, init=False)
     temperature: float = field(default=0.0, init=False)
+    box: tuple[float, float] | None = field(default=None, init=False)
     unit: Unit = field(default="absolute", init=False)
     fresh_dropout: bool = field(default=False, init=False)
     particle_batching: ParticleBatching = field(default="loop", init=False)
@@ -176,10 +177,10 @@ class WeightsSolver(Solver):
 def scaled(gradient: Tensor, size: float | Tensor, square: Tensor) -> Tensor:
     """Return the gradient times size over its norm, of which the square is given; 0 for none.
 
-    In place where it can be.
+    In place.
     """
     factor = torch.where(square.isfinite() & (square > 0), size / square.sqrt(), 0.0)
-    return torch.where(factor > 0, gradient.mul_(factor), 0.0)
+    return gradient.mul_(factor).nan_to_num_(0.0)  # of none, nan and infinity times 0
 
 
 def square_of(tensors: Sequence[Tensor]) -> Tensor:
