@@ -724,6 +724,41 @@ def test_without_an_adversary_on_inputs_any_model_will_do(made: Any, how: str):
     assert optimizer.game.site.names == []
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_and_without_an_adversary_on_inputs_rounds_are_plain_ones(in_place: bool):
+    """Compiled in place too, which hides the inputs from hooks that δ would need."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, loss = perceptron()
+        if compiled and in_place:
+            model.compile(backend="eager")
+        elif compiled:
+            model = torch.compile(model, backend="eager")
+        optimizer = wrapped(model, mixadv.SAM(radius=0.1))
+        for _ in range(3):
+            optimizer.step(partial(loss, model))
+        found.append(copies(optimizer.game.model.parameters()))
+    torch.testing.assert_close(*found)
+
+
+def test_of_a_model_with_adapters_they_alone_are_displaced():
+    peft = pytest.importorskip("peft")
+    one = player("bert", rows=4)
+    config = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    model = peft.get_peft_model(one.model, config)
+    found, away = fingerprint(model)["weights"], set()
+
+    def looking() -> Any:
+        now = fingerprint(model)["weights"]
+        away.update(n for n, w in now.items() if not torch.equal(w, found[n]))
+        return one.forward(model, one.batch)
+
+    mixadv.Game(model, mixadv.SAM(solver=mixadv.PGD())).backward(looking)
+    assert away == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert_same(fingerprint(model)["weights"], found)
+
+
 def test_what_is_for_an_adversary_on_inputs_is_refused_without_one():
     model = Words()
     closure = partial(loss_of, model, *batch())
