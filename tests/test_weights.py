@@ -33,6 +33,7 @@ from tests.zoo import (
     without_dropout,
     wrapped,
 )
+from theory import bounds
 
 ROWS, LENGTH, WORDS, WIDTH, CLASSES = 4, 3, 7, 5, 3
 SIZE = 0.3  # of the steps of δ
@@ -254,6 +255,39 @@ def test_on_a_quadratic_the_step_is_known(seed: int, radius: float):
         torch.testing.assert_close(
             optimizer.outcome.displacement, displacement, rtol=1e-9, atol=1e-12
         )
+
+
+@given(st.integers(0, 99), st.sampled_from([*RULES]), st.floats(0.01, 3.0))
+def test_a_step_is_the_worst_of_its_ball_to_first_order(seed: int, rule: str, radius: float):
+    """On a quadratic in two matrices, against the best of many points and ascents from them."""
+    draw = torch.Generator().manual_seed(seed)
+    theta, g = (list(torch.randn(2, 2, 3, generator=draw).double()) for _ in range(2))
+    bend = torch.randn(12, 12, generator=draw).double()
+    bend = (bend + bend.T) / 2
+    solver: Any = RULES[rule][1](radius=radius)
+    step = torch.cat([v.flatten() for v in solver.displacements(theta, copies(g))])
+    slope, sizes = torch.cat([x.flatten() for x in g]), torch.cat([p.flatten() for p in theta])
+    # The ball in coordinates in which it is round, or one for each matrix.
+    scale = sizes.abs() + solver.stabilizer if rule == "asam" else torch.ones(12).double()
+    length = radius * sizes.norm() if rule == "awp" else torch.tensor(radius).double()
+
+    def into_the_ball(u: Tensor) -> Tensor:
+        parts = u.view(-1, 2, 6) if rule == "awp" else u.view(-1, 1, 12)
+        each = torch.stack([p.norm() for p in theta]) if rule == "awp" else torch.ones(1).double()
+        most = (radius * each)[:, None]
+        return (parts * (most / parts.norm(dim=-1, keepdim=True)).clamp(max=1)).flatten(1)
+
+    def values(v: Tensor) -> Tensor:
+        return v @ slope + ((v @ bend) * v).sum(-1) / 2
+
+    u = into_the_ball(3 * length * torch.randn(200, 12, generator=draw).double())
+    for _ in range(50):
+        v = u * scale
+        assert (v @ slope).max() <= (step @ slope) * (1 + 1e-9)
+        u = into_the_ball(u + length * F.normalize((slope + v @ bend) * scale, dim=-1) / 4)
+    curved = torch.linalg.eigvalsh(scale[:, None] * bend * scale).abs().max()
+    below = float(values(u * scale).max() - values(step))
+    assert below <= bounds.first_order(float(curved), float(length)) * (1 + 1e-9)
 
 
 @given(st.integers(0, 9), st.just(0.0) | st.floats(1e-6, 0.5), st.floats(0.01, 1.0))
