@@ -33,8 +33,10 @@ from mixadv.solvers import (
     UniformNoise,
     make_solver,
 )
+from mixadv.solvers.awp import AWP
 from mixadv.solvers.base import Solver
 from mixadv.solvers.play import Step
+from mixadv.solvers.sam import ASAM, SAM
 
 if TYPE_CHECKING:
     from mixadv.equilibrium import attack
@@ -43,12 +45,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ALUM",
+    "ASAM",
+    "AWP",
     "CAT",
     "FGM",
     "MART",
     "MAT",
     "PGD",
     "R3F",
+    "SAM",
     "SMART",
     "SOLVERS",
     "TRADES",

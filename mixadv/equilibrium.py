@@ -82,7 +82,7 @@ def best_response(
     """
     check_game(game)
     with torch.enable_grad(), game.rounds.rehearse(closure, where, adversary) as stage:
-        strategy = stage.ascend(game.solver.gain, game.solver)
+        strategy = stage.ascend(game.rounds.arena.solver.gain, game.rounds.arena.solver)
         with no_grad():
             if strategy.size > 1:
                 strategy = best(strategy, finite(payoffs_of(stage, strategy)))
@@ -175,7 +175,7 @@ def exploitability(
         'projected ascent, 20 steps × 4 restarts, l2 ball of 0.5 token norms'
     """
     check_game(game)
-    ascent, response = _stronger(game.solver, steps, restarts, adversary is not None)
+    ascent, response = _stronger(game.rounds.arena.solver, steps, restarts, adversary is not None)
     check_level("exploitability", level)
     with torch.enable_grad(), untouched(game):
         pairs = _paired(closures, adversary)
@@ -190,6 +190,11 @@ def check_game(game: Game) -> None:
     """Raise unless it is a game."""
     if not isinstance(game, Game):
         raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r}.")
+    if not game.rounds.arena.solver.perturbs:
+        raise ValueError(
+            f"{type(game.solver).__name__} moves the weights, and there is no adversary on inputs "
+            "to respond: ask a game that has one, mixadv.Game(model, mixadv.PGD())."
+        )
 
 
 def _stronger(solver: Solver, steps: int, restarts: int, general_sum: bool) -> tuple[Ascent, str]:
@@ -259,7 +264,7 @@ def _measure(
         reached = [candidates]
         for restart in range(restarts):
             begin = None if restart else lambda index, call: start.points[index][0]
-            end = stage.ascend(game.solver.gain, ascent, begin=begin)
+            end = stage.ascend(game.rounds.arena.solver.gain, ascent, begin=begin)
             reached.append(finite(payoffs_of(stage, end)))
         return (q.weights * payoffs).sum(0), torch.cat(reached).amax(0)
 
@@ -269,7 +274,7 @@ def untouched(game: Game) -> Iterator[None]:
     """Put back what a round's play and the check before the first one change in a game."""
     rounds = game.rounds
     found = rounds.arena.calibration, rounds.memory
-    heads = [Buffers(module) for module in game.solver.modules().values()]
+    heads = [Buffers(module) for module in game.rounds.arena.solver.modules().values()]
     # A loader draws from the random state when closures are made of its batches.
     random = torch.get_rng_state()
     try:

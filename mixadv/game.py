@@ -20,13 +20,14 @@ from mixadv.model.site import Site
 from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena, Units, train
-from mixadv.round.carried import Carried
+from mixadv.round.carried import carried
 from mixadv.round.explain import Explanation, explain
 from mixadv.round.goals import Goals
 from mixadv.round.outcome import Outcome
 from mixadv.round.rounds import Rounds
 from mixadv.round.schedule import Schedule
 from mixadv.solvers.base import Solver
+from mixadv.solvers.weights import WeightsSolver
 
 
 class Game:
@@ -79,11 +80,14 @@ class Game:
         optimizer: Optimizer | None = None,
     ) -> None:
         solver = validate.solver_of(solver)
-        validate.check_game_arguments(model, solver, optimizer, seed, schedule)
+        validate.check_game_arguments(model, solver, site, optimizer, seed, schedule)
         self.solver = solver
         self.learner = solver.learner()
+        weights = solver if isinstance(solver, WeightsSolver) else None
+        played = solver.on_inputs
         read = Representation(model, solver.reads) if solver.reads else None
-        arena = Arena(model, solver, place(model, site), seed, optimizer, self.learner, read)
+        at, learner = place(model, site, played.perturbs), self.learner
+        arena = Arena(model, played, at, seed, optimizer, learner, read, weights)
         for module in solver.modules().values():
             assert optimizer is not None
             train(optimizer, module)
@@ -141,7 +145,8 @@ class Game:
         """Play a round up to the optimizer step; gradients are in `.grad` as after a backward.
 
         Args:
-            closure: runs the forward pass and returns the loss, or loss and predictions.
+            closure: runs the forward pass and returns the loss, or loss and predictions; or a list,
+                one for each micro-batch of an update; see `GameOptimizer.step`.
             backward: called with each objective in place of its `.backward()`
                 (`accelerator.backward`, `lambda loss: scaler.scale(loss).backward()`).
             check: validate this round as the first one is.
@@ -164,14 +169,8 @@ class Game:
         if backward is not None:
             validate.check_function("backward must be a function of a loss", backward)
         opened = self.rounds.open(closure, check, where, adversary, retain, groups)
-        with torch.enable_grad(), opened as stage:
-            total = torch.zeros(())
-            for objective, last in self.rounds.objectives(stage):
-                stage.passes.deliver(objective, backward)
-                total = total.to(objective) + objective.detach()
-                if last:
-                    break
-            return self.rounds.finish(stage, total, 1)
+        with torch.enable_grad(), opened as update:
+            return self.rounds.finish(update, next(update.turns(backward)), 1)
 
     def loss(
         self,
@@ -193,20 +192,16 @@ class Game:
             validate.check_closure(closure)
             return parse_output(closure()).objective
         self._refuse_replays()
-        with self.rounds.open(closure, check, where, adversary, retain, groups) as stage:
-            carried = Carried(stage.passes)
-            for objective, last in self.rounds.objectives(stage):
-                if last:
-                    result = carried.attach(objective)
-                    self.rounds.finish(stage, result.detach(), 1)
-                    return result
-                carried.add(objective, () if stage.played is None else stage.played.points)
-        raise AssertionError("unreachable: a round ends with a step or raises")
+        with self.rounds.open(closure, check, where, adversary, retain, groups) as update:
+            result = carried(update)
+            self.rounds.finish(update, result.detach(), 1)
+            return result
 
     def _refuse_replays(self) -> None:
-        if self.solver.replays_batch:
+        solver = self.rounds.arena.solver
+        if solver.replays_batch:
             raise GameError(
-                f"{type(self.solver).__name__} takes an optimizer step after each of its passes "
+                f"{type(solver).__name__} takes an optimizer step after each of its passes "
                 "over one batch, which a loop that owns the step cannot: call "
                 "optimizer.step(closure) of the wrapped optimizer."
             )
@@ -228,10 +223,10 @@ class Game:
             adversary: likewise.
             retain: likewise.
         """
-        goals = None if closure is None else Goals(closure, adversary, retain)
+        goals = None if closure is None else Goals(closure, adversary, retain, where)
         if goals is not None:
-            validate.check_goals(goals, self.solver, where)
-        return explain(self.rounds.arena, goals, where, self.outcome)
+            validate.check_goals(goals, self.rounds.arena.solver)
+        return explain(self.rounds.arena, goals, self.outcome)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.model import parallel
 from mixadv.model.closure import Closure
-from mixadv.model.masks import Where
 from mixadv.round import validate
 from mixadv.round.outcome import Outcome
 from mixadv.round.probing import plays_itself
@@ -148,25 +148,23 @@ class GameOptimizer(Optimizer):
 
     def step(  # pyright: ignore
         self,
-        closure: Closure | None = None,
+        closure: Closure | Sequence[Closure] | None = None,
         *,
         check: bool = False,
-        where: Where = None,
-        adversary: Closure | None = None,
-        retain: Closure | None = None,
-        groups: Tensor | None = None,
+        where: Any = None,
+        adversary: Any = None,
+        retain: Any = None,
+        groups: Any = None,
     ) -> Any:
         """Play a round and step; see the class.
 
         Args:
             closure: runs the forward pass and returns the loss, or loss and predictions; never
-                calls backward. None steps the base with the gradients there are.
+                calls backward. A list has one for each micro-batch of an update: a round on each,
+                their objectives averaged; other arguments are lists then. None steps the base.
             check: validate this round as the first one is.
-            where: where δ may act, for this round: a mask with the leading sizes of what the site
-                returns, one for each call, or a function of the call; None is at real tokens.
-                With `adversary`, one for each closure too: `{"closure": …, "adversary": …}`.
-            adversary: runs forward passes and returns what the adversary maximises: anything that
-                `closure` may return. One δ then acts in all calls of both; see `Game`.
+            where: where δ may act, for this round; see `Game.backward`.
+            adversary: returns what the adversary maximises; see `Game`.
             retain: returns what the learner minimises too, at δ = 0.
             groups: the group of each row, a LongTensor `[B]`, for a solver that weighs groups.
 
@@ -182,6 +180,8 @@ class GameOptimizer(Optimizer):
             return None
         with torch.enable_grad():
             result, rounds = None, self.game.round
+            if not callable(closure) and isinstance(closure, Sequence):
+                return self._round(closure, check, where, adversary, retain, groups)
             if self._closure_plays is None:
                 result, self._closure_plays = plays_itself(self.game.rounds, closure)
             elif self._closure_plays:
@@ -203,18 +203,16 @@ class GameOptimizer(Optimizer):
         alike = not self._compared and parallel.replicas_alike(game.rounds.arena.parameters())
         self._compared = True
         try:
-            with game.rounds.open(*goals) as stage:
+            with game.rounds.open(*goals) as update:
                 self.base.zero_grad()
                 total, steps = torch.zeros(()), 0
-                for objective, last in game.rounds.objectives(stage):
-                    stage.passes.deliver(objective, None)
-                    total = total.to(objective) + objective.detach()
-                    if last:
-                        self.base.step()
-                        self.base.zero_grad()
-                        stage.renew()
-                        steps += 1
-                outcome = game.rounds.finish(stage, total, steps)
+                for objective in update.turns(None):
+                    total = total.to(objective) + objective
+                    self.base.step()
+                    self.base.zero_grad()
+                    update.renew()
+                    steps += 1
+                outcome = game.rounds.finish(update, total, steps)
         except BaseException:
             if game.learner is not None:
                 game.learner.abandon()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.zoo import weighing_rows
+from tests.zoo import moving_inputs
 
 settings.register_profile(
     "fast",
@@ -25,8 +25,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 torch.set_num_threads(1)  # of a module's fixtures too, which are made before those of its tests
 
 
-TWINS = {"trades", "cvar", "chi_square"}  # ALUM's round; rows as group DRO weighs them
-OWN = ("test_rows", "test_images", "test_recomputation", "test_errors", "test_face", "test_pages")
+# ALUM's round; rows as group DRO weighs them; weights as AWP moves them
+TWINS = {"trades", "cvar", "chi_square", "sam", "asam"}
+OWN = (
+    *("test_rows", "test_images", "test_recomputation", "test_errors", "test_face", "test_pages"),
+    *("test_weights", "test_weights_distributed"),
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -52,6 +56,6 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _weighing_rows(request: pytest.FixtureRequest) -> Iterator[None]:
-    with weighing_rows(request.node.name):
+def _moving_inputs(request: pytest.FixtureRequest) -> Iterator[None]:
+    with moving_inputs(request.node.name):
         yield

@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 import mixadv
 from tests.worlds import classified
-from tests.zoo import CANNOT, ROWS, note_refusal, weighing_rows, wrapped
+from tests.zoo import CANNOT, MOVING, moving_inputs, note_refusal, wrapped
 
 Case = Callable[[int], Any]  # of the rank; a function of a module, or a partial one
 SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.make_solver(name) for name in mixadv.SOLVERS} | {
-    **ROWS,
+    **MOVING,
     "ensemble": mixadv.MAT(particles=2, play_as="ensemble", learner_temperature=1e-6, samples=2),
     "leap": mixadv.ALUM(direction="gauss_newton", sign="boundary"),
     "recomputed": mixadv.ALUM(direction="gauss_newton", recompute=True),
@@ -104,7 +104,7 @@ def _work(rank: int, cases: dict[str, Case], folder: str) -> None:
     for number, (name, case) in enumerate(cases.items()):
         said = Path(folder, f"{number}.{rank}")
         try:
-            with weighing_rows(name):
+            with moving_inputs(name):
                 reason = case(rank)
         except BaseException:
             said.write_text(traceback.format_exc())

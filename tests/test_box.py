@@ -17,7 +17,7 @@ import mixadv
 from mixadv import PGD, SOLVERS, Ascent
 from mixadv.maths.box import Room, project_into, room_around
 from mixadv.maths.geometry import NORMS, norms, project
-from tests.zoo import LABELS, Vision, wrapped
+from tests.zoo import ASCENDING, LABELS, Vision, wrapped
 
 BOX = (0.0, 1.0)
 EPS = 8 / 255
@@ -165,7 +165,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("ignore:.*noise floor")
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "textat"])
+@pytest.mark.parametrize("name", [name for name in ASCENDING if name != "textat"])
 def test_every_pass_of_every_solver_stays_in_the_box(name: str, setting: str):
     solver = in_box(name, **SETTINGS[setting])
     torch.manual_seed(0)

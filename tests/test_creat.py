@@ -70,7 +70,8 @@ def test_the_distance_of_half_precision_representations_is_more_than_rounding(si
     model, x = nn.Linear(8, 64, bias=False).bfloat16(), torch.randn(6, 8).bfloat16()
     solver = mixadv.CreAT(radius=size, start_size=size, unit="absolute")
     game = mixadv.Game(model, solver)
-    with game.rounds.open(lambda: model(x).float().square().mean()) as stage:
+    with game.rounds.open(lambda: model(x).float().square().mean()) as update:
+        (stage,) = update.stages
         q = stage.start(solver)
         _, _, (found,) = stage.payoffs(q, "loss", solver, deviation_weight=1e6)  # all that counts
         delta = q.points[0][0].detach().requires_grad_()

@@ -617,7 +617,8 @@ def test_predictions_per_token_are_averaged_over_the_real_ones_without_a_mask_to
             logits = model(padded)
             return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
 
-        with Game(model, PGD(payoff="js")).rounds.open(closure) as stage:
+        with Game(model, PGD(payoff="js")).rounds.open(closure) as update:
+            (stage,) = update.stages
             delta = F.pad(torch.ones(4, 5, 6).double(), (0, 0, 0, pads))
             q = mixadv.Strategy([delta[None]])
             payoffs.append(float(stage.divergence(q, "js").detach()))

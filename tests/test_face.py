@@ -55,6 +55,7 @@ FIXED = {
     "trades": {"particles"},
     "mart": ONE,
     "mat": set(),
+    **dict.fromkeys(("sam", "asam", "awp"), {f.name for f in fields(mixadv.Solver)} - {"radius"}),
     "group_dro": ONE,
     "cvar": ONE,
     "chi_square": ONE,

@@ -18,8 +18,8 @@ from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.opening import opening
 from tests.worlds import gradients
+from tests.zoo import ASCENDING, stepwise, wrapped
 from tests.zoo import ROWS as WEIGHING
-from tests.zoo import stepwise, wrapped
 
 ORDER = {"l1": 1, "l2": 2, "linf": float("inf")}
 ROWS = 6
@@ -175,7 +175,7 @@ def test_any_gradient_leaves_delta_in_its_ball_and_off_padding(ascent, dtype, gr
 
 
 @pytest.mark.filterwarnings("ignore:.*noise floor")
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("name", ASCENDING)
 @given(parameters=st.fixed_dictionaries(words), dtype=dtypes)
 def test_every_pass_of_every_solver_stays_in_the_ball(name, parameters, dtype):
     if not mixed(name):
@@ -200,7 +200,7 @@ def test_every_pass_of_every_solver_stays_in_the_ball(name, parameters, dtype):
         assert_inside(delta, mask, solver.radius * unit, solver.norm, solver.per)
 
 
-ONE_MOVE = {name: {"steps": 1} for name in mixadv.SOLVERS}
+ONE_MOVE = {name: {"steps": 1} for name in ASCENDING}
 ONE_MOVE |= {name: {"steps": 0} for name in STILL} | {name: {"steps": 2} for name in PASSES}
 ONE_MOVE |= {"freeat": {"steps": 1, "carry": True}}  # carries on what it moved to
 ONE_MOVE |= {"cat, δ shared by the places of a token": {"steps": 1, "shared": True}}
@@ -279,7 +279,7 @@ def train(solver=None, dtype=torch.float32, times=1.0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [n for n in mixadv.SOLVERS if n != "mart"])  # of another loss
+@pytest.mark.parametrize("name", [n for n in ASCENDING if n != "mart"])  # of another loss
 def test_radius_zero_is_plain_training(name, dtype):
     times = 2.0 if name == "fgm" else 1.0  # its clean and its adversarial loss coincide
     plain = train(dtype=dtype, times=times)
@@ -325,7 +325,7 @@ WHOLE = [list(range(ROWS))]
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("name", ASCENDING)
 def test_normalised_ascent_ignores_the_scale_of_the_loss(name, scale, reduction):
     solver = build(name, play_as="ensemble", deviation_weight=0.0)
     one, other = (play(solver, WHOLE, s, reduction)[0] for s in (1.0, scale))
@@ -343,7 +343,7 @@ ascents = pytest.mark.parametrize("words", ASCENTS.values(), ids=ASCENTS)
 
 @pytest.mark.parametrize("parts", [[[0], [1, 2, 3], [4, 5]], [[5, 2, 0, 4, 1, 3]]], ids=str)
 @ascents
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("name", ASCENDING)
 def test_play_ignores_how_the_batch_is_split_and_ordered(name, words, parts):
     extra = {"particles": 3, "play_as": "ensemble"} if mixed(name) else {}
     solver = build(name, unit="absolute", **words, **extra, **APART, **ALIKE)
@@ -355,7 +355,7 @@ def test_play_ignores_how_the_batch_is_split_and_ordered(name, words, parts):
 
 
 @ascents
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
+@pytest.mark.parametrize("name", ASCENDING)
 def test_pads_at_the_end_change_nothing(name, words):
     solver = build(name, **words)
     short, long = (play(solver, WHOLE, length=n) for n in (5, 8))

@@ -115,7 +115,8 @@ class Finite:
         """What the adversary's points earn against one model, and the model's expected loss."""
         self.choose(row)
         q = mixadv.Strategy([self.points], log_weights=log_weights[:, None])
-        with self.game.rounds.open(self.closure) as stage:
+        with self.game.rounds.open(self.closure) as update:
+            (stage,) = update.stages
             _, payoffs, _ = stage.payoffs(q, "loss", self.game.solver)
             return payoffs.mean(1), stage.loss(q).detach()
 

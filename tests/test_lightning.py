@@ -14,7 +14,7 @@ from torch.optim import AdamW, lr_scheduler
 from torch.utils.data import DataLoader
 
 import mixadv
-from tests.zoo import assert_same, or_refused, small, weighing_rows
+from tests.zoo import assert_same, moving_inputs, or_refused, small
 
 lightning: Any = pytest.importorskip("lightning")
 
@@ -206,7 +206,7 @@ def work(rank: int, folder: str, port: int) -> None:
     settings = {**settings, "use_distributed_sampler": False, "max_epochs": 1}
     for name in [name for name in mixadv.SOLVERS if name != "freeat"]:
         for way in ("automatic", "backward"):
-            with weighing_rows(name):
+            with moving_inputs(name):
                 module = Module(name, way)
                 module.solver = mixadv.CAT() if name == "cat" else module.solver
                 trainer(Path(folder), **settings).fit(module, batches(rank))

@@ -20,7 +20,7 @@ SECTIONS = {
     heading: dict(re.findall(r"^(Before|After):\n\n```python\n(.*?)^```", body, re.M | re.S))
     for heading, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S)
 }
-FGM, PGD, FREELB, SMART, NEFTUNE = SECTIONS
+FGM, PGD, FREELB, SMART, NEFTUNE, SAM = SECTIONS
 WHEN = ["Before", "After"]
 
 
@@ -88,8 +88,8 @@ def draws(monkeypatch: pytest.MonkeyPatch, draw: Callable[[Tensor], Tensor]) -> 
 
 
 def test_every_block_is_one_before_or_after():
-    assert [list(blocks) for blocks in SECTIONS.values()] == [WHEN] * 5
-    assert TEXT.count("```python") == 10
+    assert [list(blocks) for blocks in SECTIONS.values()] == [WHEN] * 6
+    assert TEXT.count("```python") == 12
 
 
 # Equal ---------------------------------------------------------------------------------------
@@ -105,6 +105,11 @@ def test_a_freelb_loop_is_the_game_on_a_padded_batch(monkeypatch: pytest.MonkeyP
     model, batch = text_rows(6, padded=True)
     draws(monkeypatch, lambda like: 2 * torch.rand_like(like) - 1)
     assert_same_step(*both(FREELB, model, batch), model)
+
+
+def test_two_steps_of_sam_are_the_game_on_a_padded_batch():
+    model, batch = text_rows(6, padded=True)
+    assert_same_step(*both(SAM, model, batch), model)
 
 
 def test_smart_pytorch_is_the_game_on_a_padded_batch(monkeypatch: pytest.MonkeyPatch):

@@ -115,7 +115,8 @@ def test_virtual_tokens_neither_move_nor_count(kind: str, family: str):
     assert lengths.shape == real.shape
     assert (lengths[real] > 0).all()
     assert not lengths[~real].any()
-    with game.rounds.open(p.closure()) as stage:
+    with game.rounds.open(p.closure()) as update:
+        (stage,) = update.stages
         mask = stage.clean().mask
     if family == "llama-causal":
         labelled = (p.batch["labels"] >= 0)[:, 1:]

@@ -18,7 +18,8 @@ each_reader = pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 
 
 def representation(game: mixadv.Game, closure) -> Tensor:
-    with game.rounds.open(closure) as stage:
+    with game.rounds.open(closure) as update:
+        (stage,) = update.stages
         return stage.clean().representation
 
 

@@ -10,13 +10,13 @@ import torch
 from torch.optim import AdamW
 
 import mixadv
-from tests.zoo import CANNOT, ROWS, WAYS, Player, assert_same, or_refused, play, player, small
+from tests.zoo import CANNOT, MOVING, WAYS, Player, assert_same, or_refused, play, player, small
 
 ROUNDS = 7
 MAT = {"particles": 2, "temperature": 0.01, "learner_temperature": 1e-4, "samples": 2}
 
 SOLVERS: dict[str, mixadv.Solver] = {name: mixadv.make_solver(name) for name in mixadv.SOLVERS} | {
-    **ROWS,
+    **MOVING,
     "raw Langevin with fresh dropout": mixadv.PGD(
         payoff="js", normalize="none", temperature=0.01, fresh_dropout=True
     ),

@@ -61,7 +61,8 @@ def evaluate(p: Player, closure: Any, payoff: str, route: str) -> tuple[Tensor, 
     torch.manual_seed(1)
     solver = MAT(particles=3, start="uniform", start_size=None)
     game = wrapped(p, solver).game
-    with game.rounds.open(closure) as stage:
+    with game.rounds.open(closure) as update:
+        (stage,) = update.stages
         stage.clean()
         q = stage.start(solver)
         return stage.payoffs(q, payoff, replace(solver, particle_batching=route))[1:]
@@ -130,7 +131,8 @@ def test_routes_agree_on_the_way_of_a_representation(family: str, route: str):
     p = double(family, dropout=False)
 
     def payoffs(deviation: float, route: str) -> tuple[Tensor, list[Tensor]]:
-        with wrapped(p, Away()).game.rounds.open(sharpness(p)) as stage:
+        with wrapped(p, Away()).game.rounds.open(sharpness(p)) as update:
+            (stage,) = update.stages
             stage.clean()
             q = stage.start(stage.arena.solver)
             ascent = Away(particle_batching=route)
@@ -151,7 +153,7 @@ def test_one_particle_is_played_alike_by_every_route(name: str, route: str):
     def rounds(route: str) -> list[Any]:
         p = small()
         one = {"particles": 1} if name == "mat" else {}
-        optimizer = wrapped(p, mixadv.make_solver(name, particle_batching=route, **one))
+        optimizer = wrapped(p, name, particle_batching=route, **one)
         losses = [optimizer.step(p.closure()) for _ in range(2)]
         return [losses, optimizer.game.strategy.points, list(p.model.parameters())]
 

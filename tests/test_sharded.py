@@ -42,7 +42,7 @@ from tests.processes import (
     whole,
 )
 from tests.worlds import classified
-from tests.zoo import weighing_rows, without_dropout
+from tests.zoo import moving_inputs, without_dropout
 
 ALL = ("words", "blocks.0", "blocks.1", "head")
 CHATS = [
@@ -175,7 +175,7 @@ def pickled(state: Any) -> Any:
 def nobody_waits(rank: int, names: tuple[str, ...]) -> None:
     """One process's payoff does not depend on δ, or is not finite: it passes as often."""
     for name in names:
-        with weighing_rows(name):
+        with moving_inputs(name):
             one_is_flat_and_then_not_finite(rank, name)
 
 

@@ -239,7 +239,8 @@ def test_predictions_count_where_the_loss_reads_them(task: str) -> None:
             kept[-1].logits.retain_grad()
         return kept[-1]
 
-    with mixadv.Game(model.eval(), mixadv.PGD(payoff="kl")).rounds.open(remembered) as stage:
+    with mixadv.Game(model.eval(), mixadv.PGD(payoff="kl")).rounds.open(remembered) as update:
+        (stage,) = update.stages
         counting = stage.clean().mask
     kept[-1].loss.backward()
     read = kept[-1].logits.grad.abs().sum(-1) > 0
@@ -250,7 +251,8 @@ def test_predictions_count_where_the_loss_reads_them(task: str) -> None:
 def test_of_an_answer_the_start_and_the_end_are_compared() -> None:
     model, closure = answers()
     game = mixadv.Game(model.eval().double(), mixadv.SMART(proximal_weight=0.0))
-    with game.rounds.open(closure) as stage:
+    with game.rounds.open(closure) as update:
+        (stage,) = update.stages
         q = stage.ascend("kl", game.solver)
         found = float(stage.divergence(q, "kl").detach())
         clean, moved = closure(), []

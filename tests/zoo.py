@@ -5,7 +5,9 @@ import copy
 import functools
 import gc
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -218,6 +220,16 @@ TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
 FAMILIES = [*TRANSFORMERS, "llama-causal", "vision"]
 ROWS = {n: mixadv.make_solver(n, steps=1) for n, s in mixadv.SOLVERS.items() if s().weighs}
 """Solvers that weigh rows, here with a δ that takes a step."""
+AROUND = {
+    solver.name: replace(solver, solver=mixadv.PGD())
+    for solver in map(mixadv.make_solver, mixadv.SOLVERS)
+    if solver.on_inputs is not solver
+}
+"""Solvers that move the weights, here around one that moves inputs."""
+ASCENDING = [name for name in mixadv.SOLVERS if name not in AROUND]
+"""Solvers whose words are those of their own ascent of δ; of the others it is the inner one's."""
+MOVING = ROWS | AROUND
+"""Solvers whose δ sits out by default, here with one."""
 USUAL = ("freelb", "smart", "mat")  # one of each kind: the loss, a divergence, mixed
 
 
@@ -307,7 +319,10 @@ CANNOT: dict[tuple[str, str], str] = {
     ("freeat", "backward"): _STEPS,
     ("freeat", "loss"): _STEPS,
     ("freeat", "Trainer"): _IN_TRAINER,
-    **{(name, "loss of shards"): _SHARDED for name in ("fgm", "freelb", "textat", "recomputed")},
+    **{
+        (name, "loss of shards"): _SHARDED
+        for name in ("fgm", "freelb", "textat", "recomputed", *AROUND)
+    },
     ("textat", "hidden layer"): _TOKENS,
     ("textat", "vision"): _TOKENS,
     ("cat", "reentrant"): _TWICE,
@@ -402,11 +417,13 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def weighing_rows(test: str) -> Iterator[None]:
-    """In a test named after a solver that weighs rows, play both adversaries on what it can play.
+def moving_inputs(test: str) -> Iterator[None]:
+    """In a test named after a solver whose δ sits out by default, play both its adversaries.
 
-    Cross-entropies stay one per sample, and δ, which sits out by default, takes a step.
+    Of one that weighs rows, δ takes a step, and cross-entropies stay one per sample; one that moves
+    the weights is put around PGD.
     """
+    named = {*re.findall(r"[a-z_0-9]+", test)}
     average = F.cross_entropy
 
     def each(*arguments: Any, reduction: str = "mean", **words: Any) -> Tensor:
@@ -414,15 +431,31 @@ def weighing_rows(test: str) -> Iterator[None]:
         return average(*arguments, reduction=reduction, **words)
 
     with contextlib.ExitStack() as stack:
-        if any(name in test for name in ROWS):
+        if not named.isdisjoint(ROWS):
             stack.enter_context(mock.patch.object(F, "cross_entropy", each))
             for name in ROWS:
                 defaults: Any = mixadv.SOLVERS[name].__init__.__kwdefaults__
                 stack.enter_context(mock.patch.dict(defaults, steps=1))
+        for name in named.intersection(AROUND):
+            defaults = mixadv.SOLVERS[name].__init__.__kwdefaults__
+            stack.enter_context(mock.patch.dict(defaults, solver=mixadv.PGD()))
         yield
 
 
 WAYS = ("step", "backward", "loss")
+
+
+def varied(solver: mixadv.Solver, **words: Any) -> mixadv.Solver:
+    """Return a solver that ascends in other words; of one around another, the inner one does."""
+    if solver.on_inputs is solver:
+        return replace(solver, **words)
+    return replace(solver, solver=replace(solver.on_inputs, **words))
+
+
+def _named(name: str, **words: Any) -> mixadv.Solver:
+    if name in AROUND:
+        return varied(AROUND[name] if words else mixadv.make_solver(name), **words)
+    return mixadv.make_solver(name, **words)
 
 
 def wrapped(
@@ -437,7 +470,7 @@ def wrapped(
 ) -> mixadv.GameOptimizer:
     """Return the optimizer of a game; `settings` are those of a solver that is named."""
     model = player.model if isinstance(player, Player) else player
-    made = mixadv.make_solver(solver, **settings) if isinstance(solver, str) else solver
+    made = solver if isinstance(solver, mixadv.Solver) else _named(solver, **settings)
     return mixadv.wrap(base(model.parameters(), lr=lr), model, made, site=site, schedule=schedule)
 
 

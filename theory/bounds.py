@@ -276,3 +276,8 @@ def langevin_variance(
 def mixed_risk(pure_risk: Real, classifiers: Real) -> Real:
     """M1: no mixture of K classifiers has a robust risk below the best one's, `pure`, over K."""
     return pure_risk / classifiers
+
+
+def first_order(smoothness: Real, radius: Real) -> Real:
+    """W1: how far below the worst weights of a ball one step of length ρ ends, `β·ρ²` at most."""
+    return smoothness * radius**2

@@ -127,7 +127,8 @@ class Adversarial(Base):
                 "The optimizer is wrapped already and brings its own solver, site and schedule: "
                 "leave out solver=, site= and schedule=, or give Trainer the bare optimizer."
             )
-        if made and made.game.site.targets[0][1] not in set(cast(nn.Module, self.model).modules()):
+        own = {*cast(nn.Module, self.model).parameters()}
+        if made and own.isdisjoint(made.game.model.parameters()):
             raise ValueError(
                 "The optimizer is wrapped for another model than Trainer's: wrap it with that one."
             )

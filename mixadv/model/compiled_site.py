@@ -19,14 +19,20 @@ from torch import Tensor, nn
 from mixadv.errors import GameError
 from mixadv.model.masks import told, where_in
 from mixadv.model.modules import compiled, find, is_input
+from mixadv.model.no_site import NoSite
 from mixadv.model.private_torch import is_mapped, more_graphs
 from mixadv.model.site import Site
 from mixadv.model.values import add, first_of, tokens_of, with_first
 from mixadv.model.visits import Call, Pass, Provide, recomputing
 
 
-def place(model: nn.Module, site: Any = None) -> Site:
-    """Return the site of a model, compiled or not; the arguments are those of `Site`."""
+def place(model: nn.Module, site: Any = None, acts: bool = True) -> Site:
+    """Return the site of a model, compiled or not; the arguments are those of `Site`.
+
+    Where nobody `acts` there is none, whatever `site` is.
+    """
+    if not acts:
+        return NoSite(model)
     kind = CompiledSite if compiled(model, find(model, site)) else Site
     return kind(model, site)
 

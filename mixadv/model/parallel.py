@@ -94,6 +94,28 @@ def is_spread(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor as one process would hold it, whose parts may be spread."""
+    spread: Any = tensor
+    return spread.full_tensor() if is_spread(tensor) else tensor
+
+
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """Return the sum of the squares of a tensor that may be spread, 0-d."""
+    return whole(torch.linalg.vector_norm(tensor)).square()  # in one pass, without a copy
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Average each tensor over the processes, in place; those that are spread are averaged."""
+    processes = world_size()
+    if processes == 1:
+        return
+    for tensor in tensors:
+        if not is_spread(tensor):
+            dist.all_reduce(tensor)
+            tensor.div_(processes)
+
+
 @contextmanager
 def swapped(model: nn.Module, weights: dict[Tensor, Tensor]) -> Iterator[None]:
     """Give parameters other values while the body runs; those found come back, bit for bit."""

@@ -133,6 +133,7 @@ class Replay:
         anew = self.fresh and not first
         if self.before is None:
             self.before = self._now()
+            self.begin = self.buffers.snapshot()  # another micro-batch may have been there
         else:
             self.buffers.put(self.begin)
             if not anew:
@@ -157,12 +158,15 @@ class Replay:
         drew = any(not torch.equal(begun, ended) for (_, begun), (_, ended) in pairs)
         return drew or not self.quiet
 
-    def renew(self) -> None:
-        """Move to where one plain forward would have left the random state: a new mask."""
+    def settle(self) -> None:
+        """Move to where one plain forward would have left the random state."""
         if self.after is not None:
             self._set(self.after)
+
+    def renew(self) -> None:
+        """Settle, and draw a new mask from there."""
+        self.settle()
         self.before = self.after = None
-        self.begin = self.kept
 
     def undo(self) -> None:
         """Put the random state and the buffers back to where the round found them."""
@@ -249,6 +253,17 @@ class Noise:
         """Seed the draws of a player for a round; `rank` only where ranks draw differently."""
         self._key = (self.seed, player, round, rank)
         self._generators.clear()
+
+    def state(self) -> dict[torch.device, Tensor]:
+        """Return where the draws are, by device."""
+        return {device: g.get_state() for device, g in self._generators.items()}
+
+    def go_on_from(self, state: dict[torch.device, Tensor]) -> None:
+        """Draw next what was drawn after `state` was returned, in the same round."""
+        self._generators.clear()
+        for device, found in state.items():
+            self._generators[device] = torch.Generator(device)
+            self._generators[device].set_state(found)
 
     def number(self, *of: str) -> int:
         """Return a number for something of the round that begun, always the same."""

@@ -49,7 +49,11 @@ class Opening(Strategy):
         """Return the start without gradients; what was not drawn yet is drawn without them."""
         if self._points:
             return super().detach()
-        return Opening(self._begin, self._size, self._scale, leaf=False)
+
+        def begin(index: int, call: Call) -> Tensor:
+            return self.point(index, call).detach()
+
+        return Opening(begin, self._size, self._scale, leaf=False)
 
 
 def opening(

@@ -40,7 +40,7 @@ def check_batching(arena: Arena, goals: Goals, memory: Memory, low: bool) -> fro
 
 def _stacks(arena: Arena, goals: Goals, memory: Memory, slack: float) -> bool:
     """Return whether small batches of particles may be stacked, in the modes there are."""
-    stage = Stage(arena, goals, memory)
+    stage = Stage(arena, goals, dict(memory))
     with no_trace(stage.passes):
         stage.clean()
         if not routes.few(stage.passes):
@@ -56,7 +56,7 @@ def _compare(arena: Arena, goals: Goals, memory: Memory, route: str, slack: floa
     """Raise GameError unless a route gives what one pass after another gives."""
     solver = arena.solver
     try:
-        stage = Stage(arena, goals, memory)
+        stage = Stage(arena, goals, dict(memory))
         with no_trace(stage.passes):
             stage.clean()
             drawn = stage.passes.replay.drew()

@@ -1,5 +1,6 @@
 """What the rounds of a game share: the model, where δ acts on it, and what was measured there."""
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from mixadv.model.scaling import KEY, Scaling
 from mixadv.model.site import Site
 from mixadv.players.learner import Learner
 from mixadv.solvers.base import Solver
+from mixadv.solvers.weights import WeightsSolver
 
 Memory = dict[str, Any]
 """What a solver keeps from round to round, by name: tensors, or lists of them."""
@@ -58,11 +60,18 @@ class Arena:
     optimizer: Optimizer | None = None  # the base, where the game knows it
     learner: Learner | None = None  # where the solver says what happens to θ after a step
     representation: Representation | None = None  # where the solver compares representations
+    weights: WeightsSolver | None = None  # whose adversary moves the weights, around the solver
     calibration: Calibration = Calibration()
     stateful: dict[Modes, list[Slot]] = field(default_factory=dict)  # buffers that passes change
 
     def __post_init__(self) -> None:
         self.reseed(self.seed)
+
+    def apart(self) -> "Arena":
+        """Return the same with draws of its own, which begin as those of the round do."""
+        other = copy.copy(self)
+        other.noise = copy.copy(self.noise)
+        return other
 
     def reseed(self, seed: int) -> None:
         """Draw for both players from another seed."""
@@ -85,7 +94,7 @@ class Arena:
         targets = [name if is_input(name) else module for name, module in self.site.targets]
         names, unit = self.site.names, self.calibration.unit
         self.site.close()
-        self.model, self.site = model, place(model, targets)
+        self.model, self.site = model, place(model, targets, self.solver.perturbs)
         if isinstance(unit, dict):  # a module that has several names may be found by another one
             renamed = zip(names, self.site.names, strict=True)
             unit = {new: unit[old] for old, new in renamed if old in unit}
@@ -110,6 +119,19 @@ class Arena:
         known = {id(p) for p in own}
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return own + [p for g in groups for p in g["params"] if id(p) not in known]
+
+    def displaced(self) -> list[Tensor]:
+        """Return the parameters that an adversary of weights moves, of those that are trained."""
+        assert self.weights is not None
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        held = {id(p) for g in groups for p in g["params"]}
+        return [
+            p
+            for p in self.parameters()
+            if p.requires_grad and (self.optimizer is None or id(p) in held)
+            if self.weights.moves(names.get(id(p), ""), p)
+        ]
 
     def named(self, weights: dict[Tensor, Tensor]) -> dict[str, Tensor]:
         """Return learner weights by the names of the model's parameters, in their number format."""

@@ -11,6 +11,7 @@ from mixadv.model import parallel, scaling
 from mixadv.model.contexts import without_autocast
 from mixadv.model.private_torch import after_backward
 from mixadv.round.passes import Passes
+from mixadv.round.update import Update
 
 _NOT_PASS_BY_PASS = (
     "Reentrant checkpointing cannot be differentiated pass by pass, which game.loss needs for {}: "
@@ -100,6 +101,13 @@ class Carried:
             solver = type(self.passes.arena.solver).__name__
             raise GameError(_NOT_PASS_BY_PASS.format(solver)) from error
 
+    def whole(self) -> Tensor:
+        """Return a loss that delivers what is carried, and has no pass of its own."""
+        zero = torch.zeros_like(self.value)
+        return _Carried.apply(  # pyright: ignore
+            zero, self.value, [*self.gradients.values()], lambda: None, *self.gradients
+        )
+
     def attach(self, objective: Tensor) -> Tensor:
         """Return a loss that delivers what is carried, and ends what its backward recomputes."""
         passes = self.passes
@@ -115,3 +123,26 @@ class Carried:
 
         value, gradients = self.value.to(objective), list(self.gradients.values())
         return _Carried.apply(objective, value, gradients, end, *self.gradients)  # pyright: ignore
+
+
+def carried(update: Update) -> Tensor:
+    """Return a loss that delivers the gradient of the first step of an update on one batch.
+
+    The last pass is left to the caller's backward, unless it was run at weights that are displaced:
+    its graph would not outlive their return.
+    """
+    if len(update.stages) > 1:
+        raise GameError(
+            "game.loss takes one closure: add up the loss of each micro-batch, or give the list of "
+            "them to game.backward or optimizer.step."
+        )
+    stage = update.stages[0]
+    earlier = Carried(stage.passes)
+    for objective, last in update.objectives():
+        if last and update.weights is None:
+            return earlier.attach(objective)
+        earlier.add(objective, () if stage.played is None else stage.played.points)
+        if last:
+            update.restore()
+            return earlier.whole()
+    raise AssertionError("unreachable: a round ends with a step or raises")

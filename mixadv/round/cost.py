@@ -14,8 +14,10 @@ from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.opening import Begin
 from mixadv.players.strategy import Rule, Strategy
+from mixadv.round.taped import Tape, Taped
 from mixadv.solvers.base import Solver
 from mixadv.solvers.play import Moves, Step
+from mixadv.solvers.weights import WeightsSolver
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,29 @@ def recomputes(solver: Solver) -> bool:
 
 
 def _rehearse(solver: Solver, general_sum: bool = False) -> tuple[Counts, "Rehearsal"]:
-    stage = Rehearsal(general_sum)
+    stage, tape = Rehearsal(general_sum), Tape()
+    if not isinstance(solver, WeightsSolver):
+        return _counted(solver, stage, stage), stage
+    solver, again = solver.on_inputs, Rehearsal(general_sum)
+    first = _counted(solver, stage, Taped(stage, tape.note))
+    second = _counted(solver, again, Taped(again, tape.repeat))
+    counts = Counts(
+        first.forwards + second.forwards,
+        first.delta_backwards + second.delta_backwards,
+        first.theta_backwards + second.theta_backwards,
+        first.branches + second.branches,
+        first.steps,
+        first.particles,
+    )
+    return counts, stage
+
+
+def _counted(solver: Solver, stage: "Rehearsal", moves: Moves) -> Counts:
+    """Return what a stage counts while a solver plays."""
     thetas = steps = 0
     alone = replace(solver, **dict.fromkeys(solver.modules()))  # they have nothing to act on
     try:
-        for move in alone.play(stage):
+        for move in alone.play(moves):
             thetas += 1
             if isinstance(move, Step):
                 steps += 1
@@ -88,8 +108,7 @@ def _rehearse(solver: Solver, general_sum: bool = False) -> tuple[Counts, "Rehea
     forwards = stage.forwards
     if solver.recompute:  # each pass that another follows is run again, for a backward of its own
         forwards, thetas = forwards + stage.branches - thetas, stage.branches
-    counts = Counts(forwards, stage.delta_backwards, thetas, stage.branches, steps, stage.particles)
-    return counts, stage
+    return Counts(forwards, stage.delta_backwards, thetas, stage.branches, steps, stage.particles)
 
 
 _ANSWERS = torch.zeros(2, dtype=torch.long)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixadv.model.masks import Where
 from mixadv.model.modules import is_input
 from mixadv.model.parallel import is_spread
 from mixadv.model.visits import positions
@@ -17,6 +16,7 @@ from mixadv.round.goals import Goals
 from mixadv.round.outcome import Outcome
 from mixadv.round.unit import mean_lengths, measure
 from mixadv.solvers.base import Solver
+from mixadv.solvers.weights import WeightsSolver
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,18 @@ class Explanation:
     positions: tuple[int, int] | None = None  # that δ acts on, of those at the site
     effective: float | None = None  # particles in the last round, None before one
     general_sum: bool = False
+    weights: WeightsSolver | None = None  # around the solver
+
+    @property
+    def on_inputs(self) -> bool:
+        """Whether an adversary moves the inputs."""
+        return self.solver.perturbs
 
     @property
     def radius(self) -> Units | None:
-        """Radius at the site; None without a ball, or while the unit is unknown."""
+        """Radius at the site; None without a ball or a δ, or while the unit is unknown."""
         radius = self.solver.radius
-        if radius is None or self.unit is None:
+        if radius is None or self.unit is None or not self.on_inputs:
             return None
         if isinstance(self.unit, dict):
             return {name: radius * unit for name, unit in self.unit.items()}
@@ -61,6 +67,11 @@ class Explanation:
         many = f"{learner.steps} Langevin samples per round"
         return f"mixed, {many}, temperature {learner.temperature:g}"
 
+    def _players(self) -> list[Solver]:
+        """Return who plays on the weights and on the inputs."""
+        outer = [] if self.weights is None else [self.weights]
+        return [*outer, *([self.solver] if self.on_inputs else [])]
+
     def __str__(self) -> str:
         s, p = self.solver, self.passes
         ball = "no ball" if s.radius is None else f"{s.radius:g}"
@@ -74,11 +85,15 @@ class Explanation:
         else:
             how = "measured" if self.measured else "estimated from the embedding's rows"
             unit = f"{worded(self.unit)} = mean L2 norm of a real token's output ({how})"
-        rows = {
-            "solver": f"{type(s).__name__} ({s.paper})",
+        inputs = {
             "site": ", ".join(map(_named, self.site)),
             "unit": unit,
             "radius": f"{ball} ({s.norm} per {s.per})",
+        }
+        rows = {
+            "solver": " around ".join(f"{type(x).__name__} ({x.paper})" for x in self._players()),
+            **({} if self.weights is None else {"weights": self.weights.described_ball()}),
+            **(inputs if self.on_inputs else {"site": "no δ: the inputs stay as they are"}),
             "adversary": self.adversary + ", a payoff of its own" * self.general_sum,
             "learner": self.learner,
             "passes": f"{p.forwards} forwards, {p.delta_backwards} backwards for δ, "
@@ -113,17 +128,15 @@ def _named(site: str) -> str:
 def explain(
     arena: Arena,
     goals: Goals | None,
-    where: Where = None,
     outcome: Outcome | None = None,
 ) -> Explanation:
     """Return the explanation of a game after a round that came to `outcome`; see `Game.explain`."""
-    closure = None if goals is None else goals.closure
     general_sum = goals is not None and goals.general_sum
     retains = goals is not None and goals.retain is not None
     solver, unit = arena.solver, arena.calibration.unit
     measured, play = unit is not None or solver.unit == "absolute", None
-    if closure is not None:
-        lengths, calls = measure(arena, closure, where)
+    if goals is not None and solver.perturbs:
+        lengths, calls = measure(arena, goals.closure, goals.where)
         play = (
             sum(int(positions(call.mask, call.shape)) for call in calls),
             sum(int(positions(None, call.shape)) for call in calls),
@@ -133,10 +146,10 @@ def explain(
     elif unit is None:
         unit = _estimated(arena)
     unit = 1.0 if solver.unit == "absolute" else unit
-    counts = count_passes(solver, general_sum, retains)
+    counts = count_passes(arena.weights or solver, general_sum, retains)
     particles = outcome and outcome.effective_particles
     effective = None if particles is None else float(particles)
-    found = unit, measured, counts, play, effective, general_sum
+    found = unit, measured, counts, play, effective, general_sum, arena.weights
     return Explanation(solver, arena.site.names, *found)
 
 

@@ -13,21 +13,19 @@ from torch import Tensor
 
 from mixadv.errors import GameError
 from mixadv.model import parallel
-from mixadv.model.closure import Reading, parse_output
+from mixadv.model.closure import Reading
 from mixadv.model.compiled_site import CompiledSite
 from mixadv.model.contexts import compute_dtype, gradients_kept, no_grad
-from mixadv.model.modules import unwrap
 from mixadv.model.replay import Noise
 from mixadv.model.scaling import KEY, Formats
-from mixadv.model.values import copying
 from mixadv.model.visits import Call
 from mixadv.players.opening import opening
 from mixadv.players.strategy import Strategy
-from mixadv.round import validate
 from mixadv.round.agreement import check_batching
 from mixadv.round.arena import Arena, Calibration, Memory
 from mixadv.round.carried import Carried
 from mixadv.round.cost import count_passes
+from mixadv.round.first_plain import TRIES, plain_pass
 from mixadv.round.gains import losses_of_samples
 from mixadv.round.goals import Goals, Whose
 from mixadv.round.layout import check_batch, find_batch, find_texts
@@ -49,8 +47,6 @@ from mixadv.round.stage import Stage
 from mixadv.round.unit import Lengths, mean_lengths, measuring, no_trace
 from mixadv.round.weighing import check_rows
 
-_TRIES = 8  # to find the scale of a loss in fp16
-
 # Where a start changes the predictions as much as rounding does, the gradient of the symmetric KL
 # there has a cosine of 0.1 to 0.5 with the exact one; at twice that change one of 0.8 to 0.95, at
 # five times one of 0.97 (MiniLM, fp32 and bf16 autocast).
@@ -71,11 +67,11 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
     """
     trial = copy.copy(arena)
     trial.calibration = replace(arena.calibration, scaling=None)
-    stage = Stage(trial, goals, memory)
+    stage = Stage(trial, goals, dict(memory))
     with no_trace(stage.passes):
         stage.passes.replay.fresh = False  # passes are compared
         with gradients_kept(trial.parameters()):
-            plain = _plain_pass(stage)
+            plain = plain_pass(stage)
         with trial.site.learning():
             with Formats() as formats:
                 zero, lengths, slopes = _pass_at_zero(stage)
@@ -108,21 +104,6 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, goals, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
-
-
-def _plain_pass(stage: Stage) -> Reading:
-    """Run the closure without the site's hooks."""
-    model = stage.arena.model
-    with stage.passes.replay.run(), copying(model):
-        reading = parse_output(stage.goals.closure(), (), unwrap(model))
-    loss = reading.loss.detach()
-    if not bool(loss.isfinite().all()):
-        raise GameError(
-            f"The first loss is {float(loss.mean())}: the model, its inputs or its labels are at "
-            "fault before any adversary acts. Check labels, learning rate and number format."
-        )
-    validate.check_depends(reading.loss)
-    return reading
 
 
 def _check_paid(reading: Reading) -> None:
@@ -177,7 +158,7 @@ def _measure_scaling(stage: Stage) -> list[Tensor]:
     leaves: list[Tensor] = []
     gradients: list[Tensor] = []
     with passes.frozen():
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             before = stage.memory.get(KEY)
             reading = passes.run(measuring([], leaves := []))
             values = losses_of_samples(reading)
@@ -202,7 +183,7 @@ def _measure_scaling(stage: Stage) -> list[Tensor]:
 
 def _measure_carried(stage: Stage) -> None:
     """Lower the scale until gradients of weights, which `game.loss` carries, are finite."""
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         before = stage.memory[KEY][0]
         Carried(stage.passes).add(stage.passes.run(nowhere).objective, ())
         if bool(before <= stage.memory[KEY][0]):

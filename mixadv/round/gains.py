@@ -10,6 +10,8 @@ from mixadv.maths.contrastive import directions
 from mixadv.maths.divergence import Divergence, divergence
 from mixadv.model.closure import Reading
 from mixadv.model.recompute import NO_GRADIENT
+from mixadv.model.visits import Call
+from mixadv.players.rows import of_rows
 from mixadv.players.strategy import Strategy
 
 Gains = Callable[[Reading, int], Tensor]
@@ -116,3 +118,10 @@ class Arrived:
             raise GameError(NO_GRADIENT.format("δ"))
         scale = self.samples / self.factor
         return [torch.zeros_like(x) if x.grad is None else x.grad * scale for x in q.points]
+
+
+def one_sample(reading: Reading, call: Call | None) -> bool:
+    """Return whether a loss `[1]` is that of one sample, and not of a batch."""
+    if reading.predictions is not None:
+        return len(reading.predictions) == 1
+    return call is not None and (call.shape[0] == 1 or of_rows(call.owners) is not None)

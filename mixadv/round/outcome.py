@@ -11,20 +11,24 @@ class Outcome:
     """What a round returns; tensors are detached and 0-d, and nothing is read from the device.
 
     Attributes:
-        objective: what the learner minimised, averaged over the round's optimizer steps, with what
-            it retained.
+        objective: what the learner minimised, averaged over the round's optimizer steps and
+            micro-batches, with what it retained: at the displaced weights, where an adversary
+            moves them.
         clean_loss: task loss of the first clean pass, where the solver runs one.
         retained: what `retain=` returned in the last step, at δ = 0.
         payoff: the adversary's payoff at the last points where it was evaluated.
         radius: mean norm of the δ played, in the solver's norm and in units of the site: of several
             calls the mean over them, each in the unit of its module.
+        displacement: L2 norm of v, by which an adversary of the weights moved them in the round's
+            last step, on this process.
         entropy: mean entropy of the strategies played in nats, 0 for pure ones.
         effective_particles: exp of it: 1 where the adversary plays pure, at most the particles.
         positions: tokens of the batch that δ could act on (coordinates, of an input without any).
         nonfinite: samples whose δ fell back to 0 at some step, for a gradient that is not finite.
         forwards: runs of the closures.
         delta_backwards: backwards with respect to δ alone.
-        theta_backwards: backwards that build the learner's gradients.
+        theta_backwards: backwards that build the learner's gradients, and those that an adversary
+            of the weights climbs by.
         steps: optimizer steps the round stands for.
         weights: "sample" or "batch": what the log-weights of a mixed strategy belong to.
         worst_group: number of the group that weighs most, where the adversary weighs groups.
@@ -40,6 +44,7 @@ class Outcome:
     retained: Tensor | None
     payoff: Tensor | None
     radius: Tensor | None
+    displacement: Tensor | None
     entropy: Tensor | None
     effective_particles: Tensor | None
     positions: Tensor | None

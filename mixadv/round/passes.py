@@ -24,6 +24,7 @@ from mixadv.players.ascent import Ascent
 from mixadv.players.rows import of_rows
 from mixadv.players.strategy import Strategy
 from mixadv.round.arena import Arena, Memory
+from mixadv.round.gains import one_sample
 from mixadv.round.goals import Goals, Whose
 from mixadv.round.labels import Labels
 
@@ -34,7 +35,7 @@ class Passes:
     def __init__(self, arena: Arena, goals: Goals, memory: Memory) -> None:
         self.arena = arena
         self.goals = goals
-        self.memory = dict(memory)  # which the round may change
+        self.memory = memory  # which the round changes
         slots = arena.stateful.get(arena.modes)
         fresh = arena.solver.fresh_dropout
         self.replay = Replay(arena.model, fresh, slots, lambda: arena.noise.number("masks"))
@@ -82,7 +83,8 @@ class Passes:
         self.forwards += copies
         if whose == "retain":  # at δ = 0, at the site or elsewhere
             return parse_output(result)
-        self._check_calls(current, whose)
+        if arena.solver.perturbs:
+            self._check_calls(current, whose)
         self._note_calls(current, copies)
         reading = parse_output(result, current.tokens(), unwrap(arena.model))
         reading = self._count_predictions(reading, copies) if own else reading
@@ -92,9 +94,10 @@ class Passes:
             reading = reading._replace(hidden=represents.take())
         if arena.calibration.scaling is not None:
             reading = reading.widened()
-        if reading.loss.shape == (1,) and not _one_sample(reading, current.calls[0]):
+        first = next(iter(current.calls), None)
+        if reading.loss.shape == (1,) and not one_sample(reading, first):
             reading = reading._replace(loss=reading.loss[0])
-        owners = of_rows(current.calls[0].owners)
+        owners = None if first is None else of_rows(first.owners)
         return reading._replace(samples=self._count(reading) // copies, owners=owners)
 
     def _count_predictions(self, reading: Reading, copies: int) -> Reading:
@@ -269,12 +272,16 @@ class Passes:
             (backward or torch.autograd.backward)(objective)
         self.theta_backwards += 1
 
-    def renew(self) -> None:
-        """Forget what belongs to the weights before the learner's step."""
+    def forget(self) -> None:
+        """Forget the graphs that belong to the weights there were."""
         self.cut.clear()
         self.kept.clear()
-        self.replay.renew()
         torch.clear_autocast_cache()  # of a checkpoint's recompute too
+
+    def renew(self) -> None:
+        """Forget what belongs to the weights before the learner's step."""
+        self.forget()
+        self.replay.renew()
 
     def undo(self) -> None:
         """Put random state and buffers back to where the round found them."""
@@ -285,13 +292,6 @@ class Passes:
         """Take the hooks away."""
         self.kept.clear()
         self.arena.site.detach()
-
-
-def _one_sample(reading: Reading, call: Call) -> bool:
-    """Return whether a loss `[1]` is that of one sample, and not of a batch."""
-    if reading.predictions is not None:
-        return len(reading.predictions) == 1
-    return call.shape[0] == 1 or of_rows(call.owners) is not None
 
 
 def nowhere(index: int, call: Call, output: Tensor) -> None:

@@ -1,12 +1,13 @@
 """Rounds, one after another: opening and closing them, and what is kept from one to the next."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from types import NoneType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,14 +21,16 @@ from mixadv.model.private_torch import version
 from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena, Memory
+from mixadv.round.first_plain import calibrate_plain
 from mixadv.round.first_round import calibrate
-from mixadv.round.goals import Goals
+from mixadv.round.goals import Goals, micro_batches
 from mixadv.round.outcome import Outcome
-from mixadv.round.retained import retaining
 from mixadv.round.schedule import Schedule
 from mixadv.round.stage import Stage
+from mixadv.round.update import Update, conclude
 from mixadv.round.weighing import check_groups
-from mixadv.solvers.play import Step
+from mixadv.solvers.play import Moves, Play
+from mixadv.solvers.weights import WeightsSolver
 
 _KINDS = {
     "round": int,
@@ -58,46 +61,62 @@ class Rounds:
     @contextmanager
     def open(
         self,
-        closure: Closure,
+        closure: Closure | Sequence[Closure],
         check: bool = False,
-        where: Where = None,
-        adversary: Closure | None = None,
-        retain: Closure | None = None,
-        groups: Tensor | None = None,
-    ) -> Iterator[Stage]:
-        """Open a round on closures, in which δ acts `where` it may and rows are of `groups`.
+        where: Any = None,
+        adversary: Any = None,
+        retain: Any = None,
+        groups: Any = None,
+    ) -> Iterator[Update]:
+        """Open a round on closures, in which δ acts `where` it may; on a list, a round for each.
 
-        After an exception buffers, random state, hooks and flags are as they were before.
+        After an exception weights that were displaced, buffers, random state, hooks and flags are
+        as they were before.
         """
         arena = self.arena
         if arena.learner is not None and arena.learner.swapped:
             raise GameError("A round within game.averaged() would be undone at its end.")
         if self.probing:
             self.probing.close()
-        check_groups(groups, arena.solver)
-        stage = self._begin(Goals(closure, adversary, retain, groups), check, where)
+        first = check or not arena.calibration.checked
+        micro = micro_batches(closure, adversary, retain, where, groups)
+        for goals in micro:
+            check_groups(goals.groups, arena.solver)
+        stages = self._begin(micro, check)
         try:
             if arena.learner is not None:
                 arena.learner.open_round()
                 self._check_others()
         except BaseException:
-            self._close(stage)
+            self._close(stages)
             raise
         found = self.updates, self._stepped
+        self.updates, self._stepped = self.updates + self._stepped, arena.optimizer is None
+        update = Update(arena, stages, *self._players(self.updates - 1), first)
         try:
-            self.updates, self._stepped = self.updates + self._stepped, arena.optimizer is None
-            yield stage
+            yield update
         except BaseException:
-            stage.passes.undo()
+            update.close()
+            for stage in reversed(stages):
+                stage.passes.undo()
             self.updates, self._stepped = found
             raise
         else:
-            self._learn_buffers(stage)
-            self.memory = stage.memory
-            stage.renew()
-            self.round += 1
+            update.close()
+            self._learn_buffers(stages[0])
+            self.memory = stages[0].memory
+            update.renew()
+            self.round += len(stages)
         finally:
-            self._close(stage)
+            self._close(stages)
+
+    def _players(self, update: int) -> tuple[Callable[[Moves], Play], WeightsSolver | None]:
+        """Return what plays on the inputs in an update, and who on the weights."""
+        schedule, arena = self.schedule, self.arena
+        weights = schedule.weights(arena.weights, update)
+        if arena.weights is not None:  # whose radius the schedule's is
+            schedule = replace(schedule, radius=None)
+        return partial(schedule.moves, arena.solver, update=update), weights
 
     @contextmanager
     def rehearse(
@@ -108,36 +127,41 @@ class Rounds:
         Whatever happens, buffers, random state, hooks and what the solver keeps are as they were.
         If the game was not checked yet it is now, and the unit is measured.
         """
-        stage = self._begin(Goals(closure, adversary), check=False, where=where)
+        (stage,) = self._begin([Goals(closure, adversary, where=where)], check=False)
         try:
             yield stage
             self._learn_buffers(stage)
         finally:
             stage.passes.undo()
-            self._close(stage)
+            self._close([stage])
 
-    def _begin(self, goals: Goals, check: bool, where: Where) -> Stage:
-        validate.check_goals(goals, self.arena.solver, where)
+    def _begin(self, micro: list[Goals], check: bool) -> list[Stage]:
+        for goals in micro:
+            validate.check_goals(goals, self.arena.solver)
         check_flag("Game", "check", check)
         if self.busy:
             raise GameError(
                 "A closure must not play a round itself: it runs the forward pass and returns the "
                 "loss (game.loss and game.backward call it)."
             )
-        self.arena.site.where = where
+        self.arena.site.where = micro[0].where
         if check or not self.arena.calibration.checked:
-            self._calibrate(goals)
-        stage = Stage(self.arena, goals, self.memory)
-        self.arena.noise.begin("adversary", self.round, parallel.rank())
+            self._calibrate(micro[0])
+        memory, stages = dict(self.memory), []
+        for number, goals in enumerate(micro):
+            arena = self.arena.apart() if number else self.arena
+            arena.noise.begin("adversary", self.round + number, parallel.rank())
+            stages.append(Stage(arena, goals, memory))
         self.busy = True
-        return stage
+        return stages
 
     def _calibrate(self, goals: Goals) -> None:
         model, solver = self.arena.model, self.arena.solver
         self.busy = True
         try:
             with parallel.local(model):
-                calibration = calibrate(self.arena, goals, self.memory)
+                checked = calibrate if solver.perturbs else calibrate_plain
+                calibration = checked(self.arena, goals, self.memory)
         except BaseException:
             self.arena.site.where = None
             raise
@@ -171,64 +195,16 @@ class Rounds:
         if not buffers.known:
             self.arena.stateful[self.arena.modes] = buffers.changed()
 
-    def _close(self, stage: Stage) -> None:
-        stage.passes.close()
+    def _close(self, stages: list[Stage]) -> None:
         self.arena.site.where = None
-        stage.played = None  # its start may refer to the stage: a cycle that would hold δ
+        for stage in stages:
+            stage.passes.close()
+            stage.played = None  # its start may refer to the stage: a cycle that would hold δ
         self.busy = False
 
-    def objectives(self, stage: Stage) -> Iterator[tuple[Tensor, bool]]:
-        """Yield the objectives of a round, each with whether an optimizer step follows it."""
-        solver, passes = self.arena.solver, stage.passes
-        play = self.schedule.moves(solver, stage, self.updates - 1)
-        stepped = False
-        try:
-            for move in retaining(stage, play, solver):
-                stepped = isinstance(move, Step)
-                objective = move.objective if isinstance(move, Step) else move
-                validate.check_objective(objective, solver)
-                for part, last in passes.cut.parts(objective, stepped, passes.run):
-                    validate.check_depends(part)
-                    yield part, last
-        finally:
-            play.close()
-        if not stepped:
-            raise GameError(
-                f"{type(solver).__name__}.play ended without a Step: the last pass before an "
-                "optimizer step is yielded as Step(objective)."
-            )
-
-    def finish(self, stage: Stage, objective: Tensor, steps: int) -> Outcome:
+    def finish(self, update: Update, objective: Tensor, steps: int) -> Outcome:
         """Note and return what a round came to, with the sum of its objectives, detached."""
-        q, solver = stage.played, self.arena.solver
-        radius = entropy = weights = None
-        if q is not None:
-            q = q.detach()
-            radius = q.length(solver.norm, solver.per)
-            entropy = q.entropy().mean().detach()
-            weights = "sample" if q.log_weights.shape[1] > 1 else "batch"
-        fallen = torch.stack([x.sum() for x in stage.fallen]).sum() if stage.fallen else None
-        self.strategy = q
-        self.outcome = Outcome(
-            objective=objective / steps,
-            clean_loss=stage.clean_loss,
-            retained=stage.retained,
-            payoff=stage.payoff,
-            radius=radius,
-            entropy=entropy,
-            effective_particles=None if entropy is None else entropy.exp(),
-            positions=None if q is None else q.positions(),
-            nonfinite=fallen,
-            forwards=stage.passes.forwards,
-            delta_backwards=stage.delta_backwards,
-            theta_backwards=stage.passes.theta_backwards,
-            steps=steps,
-            weights=weights,
-            general_sum=stage.goals.general_sum,
-            worst_group=None if stage.weights is None else stage.weights.worst_group,
-            worst_group_weight=None if stage.weights is None else stage.weights.worst_group_weight,
-            effective_rows=None if stage.weights is None else stage.weights.effective_rows,
-        )
+        self.strategy, self.outcome = conclude(update, objective, steps)
         return self.outcome
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from mixadv.checks import check_integer
 from mixadv.solvers.base import Solver
 from mixadv.solvers.play import Moves, Play, Step
+from mixadv.solvers.weights import WeightsSolver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class Schedule:
         start: updates of plain training before the adversary's first one.
         every: it plays each n-th update from there.
         radius: the solver's radius as a function of the updates since `start`; None leaves it. One
-            that a module defines pickles with the game, a lambda does not.
+            that a module defines pickles with the game, a lambda does not. Of a solver that moves
+            the weights it is theirs: where it is 0 the solver inside plays alone, at its own cost.
 
     Example:
         >>> warm_up = Schedule(start=2, every=3, radius=lambda update: min(0.2, 0.1 * update))
@@ -54,6 +56,15 @@ class Schedule:
         if self.radius is not None:
             solver = replace(solver, radius=self.radius(update - self.start))
         return solver.play(stage)
+
+    def weights(self, weights: WeightsSolver | None, update: int) -> WeightsSolver | None:
+        """Return the adversary of weights that plays in an update; `radius` is then its own."""
+        if weights is None or not self.plays(update):
+            return None
+        if self.radius is None:
+            return weights
+        radius = self.radius(update - self.start)
+        return replace(weights, radius=radius) if radius else None
 
 
 def _plain(stage: Moves, steps: int) -> Play:

@@ -1,5 +1,6 @@
 """One round of the game: what a solver plays on, and what it came to."""
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -248,6 +249,12 @@ class Stage(Moves):
         with no_grad():
             target = self.passes.run(nowhere, teacher).compared
         return clean.diverge(target.detach(), divergence(kind), over).mean()
+
+    def again(self) -> "Stage":
+        """Return a stage to play the same round once more, on the same passes."""
+        other = copy.copy(self)
+        other.arena, other.memory, other._clean = self.arena.apart(), dict(self.memory), None
+        return other
 
     def renew(self) -> None:
         """Forget what belongs to the weights before the learner's step."""

@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 from mixadv.checks import check_kinds
 from mixadv.errors import GameError
 from mixadv.model import parallel
-from mixadv.model.masks import Where
 from mixadv.round.cost import ascends, count_passes, recomputes
 from mixadv.round.goals import Goals
 from mixadv.round.schedule import Schedule
 from mixadv.solvers import SOLVERS, make_solver
 from mixadv.solvers.base import Solver
+from mixadv.solvers.weights import WeightsSolver
 
 
 def check_seed(seed: Any) -> None:
@@ -39,7 +39,9 @@ def check_units(unit: Any, names: Sequence[str], solver: Solver) -> None:
         )
 
 
-def check_game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, schedule: Any) -> None:
+def check_game_arguments(
+    model: Any, solver: Any, site: Any, optimizer: Any, seed: Any, schedule: Any
+) -> None:
     """Check the arguments of a game."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -68,6 +70,18 @@ def check_game_arguments(model: Any, solver: Any, optimizer: Any, seed: Any, sch
             "and backward per step; under a round its replicas drift apart. Leave it out."
         )
     check_spread(model)
+    if isinstance(solver, WeightsSolver) and not solver.shared and parallel.sharded(model):
+        raise ValueError(
+            f"{type(solver).__name__}: shared=False has each process displace the weights by "
+            "itself, and those that fully_shard has spread have one gradient and one value: "
+            "leave shared=True."
+        )
+    if site is not None and not solver.on_inputs.perturbs:
+        who = type(solver).__name__
+        raise ValueError(
+            f"{who} moves the weights alone, and site= says where inputs are moved: leave it out, "
+            f"or have both moved, {who}(solver=mixadv.PGD())."
+        )
     check_trained(model, solver, optimizer)
 
 
@@ -155,8 +169,9 @@ def check_closure(value: Any) -> None:
     )
 
 
-def check_goals(goals: Goals, solver: Solver, where: Where) -> None:
+def check_goals(goals: Goals, solver: Solver) -> None:
     """Check the closures of a round, and whether the solver plays them."""
+    where = goals.where
     check_closure(goals.closure)
     for name in ("adversary", "retain"):
         if getattr(goals, name) is not None:
@@ -169,6 +184,12 @@ def check_goals(goals: Goals, solver: Solver, where: Where) -> None:
                 f"where= has masks for {', '.join(map(repr, where)) or 'nothing'}, and this round "
                 f"plays {' and '.join(map(repr, sorted(names)))}: give one for each."
             )
+    if not solver.perturbs and not (where is None and goals.adversary is None):
+        word = "where" if goals.adversary is None else "adversary"
+        raise GameError(
+            f"{word}= is for an adversary on inputs, and in this game nobody moves them: leave it "
+            "out, or have them moved too, mixadv.SAM(solver=mixadv.PGD())."
+        )
     if not goals.general_sum:
         return
     who, curved = type(solver).__name__, solver.leaps or solver.sign == "boundary"

@@ -4,6 +4,7 @@ from typing import Any
 
 from mixadv.errors import build
 from mixadv.solvers.alum import ALUM
+from mixadv.solvers.awp import AWP
 from mixadv.solvers.base import WORDS, Solver
 from mixadv.solvers.cat import CAT
 from mixadv.solvers.chi_square import ChiSquare
@@ -18,6 +19,7 @@ from mixadv.solvers.mat import MAT
 from mixadv.solvers.noise import UniformNoise
 from mixadv.solvers.pgd import PGD
 from mixadv.solvers.r3f import R3F
+from mixadv.solvers.sam import ASAM, SAM
 from mixadv.solvers.smart import SMART
 from mixadv.solvers.textat import TextAT
 from mixadv.solvers.trades import TRADES
@@ -44,6 +46,9 @@ SOLVERS: dict[str, type[Solver]] = {
         GroupDRO,
         CVaR,
         ChiSquare,
+        SAM,
+        ASAM,
+        AWP,
     )
 }
 

@@ -22,6 +22,8 @@ from mixadv.solvers.play import Moves, Play
 WORDS = {
     "eps": "radius",
     "epsilon": "radius",
+    "rho": "radius",
+    "gamma": "radius",
     "alpha": "step_size",
     "lr": "step_size",
     "K": "steps",
@@ -60,6 +62,7 @@ class Solver(Ascent, ABC):
     replays_batch: ClassVar[bool] = False  # an optimizer step per pass: no loop can split a round
     differentiates_twice: ClassVar[bool] = False  # a pass of its own: once for δ, once for θ
     reads_labels: ClassVar[bool] = False  # of classes, beside the predictions
+    perturbs: ClassVar[bool] = True  # inputs: else there is no site
     own_payoff: ClassVar[str] = ""  # why no other payoff fits its ascent, where none does
     presets: ClassVar[Presets] = {}
 
@@ -127,6 +130,11 @@ class Solver(Ascent, ABC):
     def modules(self) -> dict[str, nn.Module]:
         """Return modules that are trained with the model and saved with the game, by field."""
         return {}
+
+    @property
+    def on_inputs(self) -> "Solver":
+        """The solver whose adversary plays on inputs: this one, or the one it is built around."""
+        return self
 
     @property
     def reads(self) -> Source | None:

@@ -43,7 +43,10 @@ def ours(work: Work, solver: mixadv.Solver) -> Player:
     optimizer.step(work.closure(WARM))
 
     def strategy() -> tuple[Tensor, Tensor]:
-        assert game.strategy is not None
+        if game.strategy is None:  # nobody moves the inputs
+            return torch.zeros_like(work.embed())[None], torch.ones(
+                1, 1, device=work.initial[0].device
+            )
         return game.strategy.unit * game.strategy.points[0], game.strategy.weights
 
     def kept() -> int:
@@ -170,6 +173,8 @@ CONTENDERS: dict[str, Contender] = {
     "smart, Gauss–Newton, K=2": row(smart(2, **_LEAP), rivals=_K3),
     "smart, bf16 ascent, K=3": row(smart(3, **_BF16), rivals=_K3),
     "smart-pytorch, K=3": row(smart(3), enter=smart_pytorch),
+    "sam": row(mixadv.SAM()),
+    "awp, K=3": row(mixadv.AWP(solver=mixadv.PGD(**_HALF))),
     "mat, 3 and 2": row(mat(), rivals=_MAT),
     "mat, recomputed": row(mat(recompute=True), rivals=_MAT),
     "mat, Gauss–Newton": row(mat(**_LEAP), rivals=_MAT),

@@ -1,0 +1,76 @@
+"""The gradient that an adversary of the weights ascends by, kept apart from the learner's."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mixadv.model import parallel, scaling
+from mixadv.model.contexts import without_autocast
+from mixadv.round.arena import Arena
+from mixadv.round.passes import Passes
+
+
+class Slope:
+    """∇θ J, collected pass by pass; `.grad` of the weights is not touched."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self._parameters = [p for p in arena.parameters() if p.requires_grad]
+        self._divided: dict[Tensor, Tensor] = {}  # what came in scaled, over its scale
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Put the learner's gradients aside while the body collects."""
+        learners = [p.grad for p in self._parameters]
+        try:
+            for parameter in self._parameters:
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, gradient in zip(self._parameters, learners, strict=True):
+                parameter.grad = gradient
+
+    def add(self, passes: Passes, objective: Tensor) -> None:
+        """Differentiate an objective, within `apart`.
+
+        By a whole backward, which sharded weights and reentrant checkpoints need, and which leaves
+        their gradients on the adversary's points and on passes that were cut off.
+        """
+        passes.theta_backwards += 1
+        scaled = self.arena.calibration.scaling is not None
+        scale = scaling.following(passes.memory, objective, 1) if scaled else None
+        weight = None if scale is None else scale.to(objective.dtype)
+        with without_autocast(objective):
+            torch.autograd.backward(objective, weight)
+        if scale is None:
+            return
+        found = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        if found:
+            scaling.follow(passes.memory, scale, [g for _, g in found], most=False)
+        for parameter, gradient in found:
+            part, before = scaling.divided(gradient, scale), self._divided.get(parameter)
+            self._divided[parameter] = part if before is None else before + part
+            parameter.grad = None
+
+    def take(self, weights: Sequence[Tensor], shared: bool) -> list[Tensor]:
+        """Return the gradient of each weight, within `apart`: dense, in at least fp32.
+
+        Args:
+            weights: those that move.
+            shared: average it over the processes.
+        """
+        gradients = [self._taken(weight) for weight in weights]
+        if shared:
+            parallel.average(gradients)
+        return gradients
+
+    def _taken(self, weight: Tensor) -> Tensor:
+        gradient, weight.grad = weight.grad, None
+        gradient = self._divided.pop(weight, gradient)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if gradient is None:
+            return torch.zeros_like(weight, dtype=wide)
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        return dense.detach().to(wide)
