@@ -50,6 +50,9 @@ ARMS: dict[str, Callable[[Words], mixadv.Solver | None]] = {
     BASELINE: lambda words: mixadv.PGD(**words),
     "TRADES": lambda words: mixadv.TRADES(**words, start_size=1e-3),
     "MART": lambda words: mixadv.MART(**words, start="normal", start_size=1e-3),
+    "TRADES+AWP": lambda words: mixadv.AWP(
+        solver=mixadv.TRADES(**words, start_size=1e-3), radius=0.005
+    ),
     "MAT": lambda words: mixadv.MAT(
         **words, divergence="kl", smoothness_weight=6.0, start_size=1e-3, learner_steps=1
     ),
