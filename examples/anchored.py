@@ -134,7 +134,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = script("anchored", "[options]", __doc__)
     add = parser.add_argument
     text = "of 16 sentences (default: %(default)s)"
-    add("--updates", type=positive, default=100, metavar="N", help=text)
+    add("--updates", type=positive, default=24, metavar="N", help=text)
     add("--rate", type=float, default=1e-4, metavar="R", help="of AdamW (default: 1e-4)")
     text = "of a sentence's ball, in lengths of a token's embedding (default: %(default)s)"
     add("--radius", type=float, default=1.0, metavar="E", help=text)

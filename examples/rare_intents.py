@@ -59,9 +59,8 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> Result:
     order = torch.randperm(len(y), generator=draw)
     kept = [order[y[order] == i][: KEPT[int(i in rare)]] for i in range(INTENTS)]
     x, y = x[torch.cat(kept)], y[torch.cat(kept)]
+    torch.manual_seed(seed)
     group, model = torch.isin(y, rare).long(), nn.Linear(x.shape[1], INTENTS)
-    nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)
     optimizer = mixadv.wrap(torch.optim.AdamW(model.parameters(), lr=0.02), model, solver)
     often = (
         1 / group.bincount()[group] if solver.grouped or arm == "balanced" else torch.ones(len(y))
