@@ -33,23 +33,31 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mixadv
+from common import arms as comparison
+from common.arms import Column, Result
 from common.command import entry
 from common.options import positive, script
-from common.results import append, digest, finished, over_seeds
-from common.tables import markdown
-from mixadv.robustness import image_accuracy, paired_t_test, pgd_attack
+from mixadv.robustness import image_accuracy, pgd_attack
 
 OUTPUT = Path(__file__).parent / "results" / "digits.jsonl"
 RATE, BATCH = 2e-3, 64
 PLAIN, BASELINE = "plain", "PGD-AT"
+COLUMNS = {
+    "clean": Column("clean"),
+    "robust": Column("robust"),
+    "robust, trained on": Column("train robust"),
+    "s": Column("seconds", 1, ".0f"),
+}
 Words = dict[str, Any]
-Result = dict[str, Any]
 
 ARMS: dict[str, Callable[[Words], mixadv.Solver | None]] = {
     PLAIN: lambda words: None,
     BASELINE: lambda words: mixadv.PGD(**words),
     "TRADES": lambda words: mixadv.TRADES(**words, start_size=1e-3),
     "MART": lambda words: mixadv.MART(**words, start="normal", start_size=1e-3),
+    "TRADES+AWP": lambda words: mixadv.AWP(
+        solver=mixadv.TRADES(**words, start_size=1e-3), radius=0.005
+    ),
     "MAT": lambda words: mixadv.MAT(
         **words, divergence="kl", smoothness_weight=6.0, start_size=1e-3, learner_steps=1
     ),
@@ -142,14 +150,11 @@ def measure(model: nn.Module, radius: float) -> dict[str, float]:
 
 
 def run(arm: str, seed: int, options: argparse.Namespace) -> Result:
-    """Return one line of the results."""
-    settings = settings_of(arm, seed, options)
+    """Return what an arm came to, and the seconds of one core that its training took."""
     begun = time.process_time()
     model = train(arm, seed, options)
     seconds = time.process_time() - begun
-    return {**settings, "key": digest(settings), "seconds": seconds} | measure(
-        model, options.radius
-    )
+    return {"seconds": seconds} | measure(model, options.radius)
 
 
 def settings_of(arm: str, seed: int, options: argparse.Namespace) -> Result:
@@ -161,61 +166,25 @@ def settings_of(arm: str, seed: int, options: argparse.Namespace) -> Result:
 
 def table(results: list[Result]) -> str:
     """Return a table of arms, for each length of training and ball."""
-    groups: dict[tuple[Any, ...], dict[str, dict[int, Result]]] = {}
-    for result in results:
-        setting = result["epochs"], result["radius"], result["steps"]
-        groups.setdefault(setting, {}).setdefault(result["arm"], {})[result["seed"]] = result
-    return "\n\n".join(_table(*setting, arms) for setting, arms in groups.items())
-
-
-def _table(epochs: int, radius: float, steps: int, arms: dict[str, dict[int, Result]]) -> str:
-    head = ["arm", "clean", "robust", f"robust, over {BASELINE}", "p", "robust, trained on"]
-    rows = []
-    for arm, seeds in arms.items():
-        columns = {
-            name: {seed: 100 * r[name] for seed, r in seeds.items()}
-            for name in ("clean", "robust", "train robust")
-        }
-        over, p = "–", "–"
-        if arm != BASELINE and len(seeds.keys() & arms.get(BASELINE, {}).keys()) > 1:
-            theirs = {seed: 100 * r["robust"] for seed, r in arms[BASELINE].items()}
-            found = paired_t_test(columns["robust"], theirs)
-            half = found.difference.high - found.difference.value
-            over, p = f"{found.difference.value:+.1f} ± {half:.1f}", f"{found.p:.2g}"
-        clean, robust, trained = (over_seeds(c.values()) for c in columns.values())
-        seconds = over_seeds([r["seconds"] for r in seeds.values()], ".0f")
-        rows.append([arm, clean, robust, over, p, trained, seconds, len(seeds)])
-    title = f"ε = {radius:g} in L∞, K = {steps}, {epochs} epochs:"
-    return f"{title}\n\n{markdown([*head, 's', 'seeds'], rows)}"
+    title = "ε = {radius:g} in L∞, K = {steps}, {epochs} epochs:".format_map
+    return comparison.tables(results, title, COLUMNS, ("robust", BASELINE))
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = script("digits", "[options]", __doc__)
     add = parser.add_argument
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="N")
     add("--epochs", type=positive, default=40, metavar="N", help="(default: %(default)s)")
     add("--radius", type=float, default=0.15, metavar="E", help="of the ball (default: 0.15)")
     add("--steps", type=positive, default=10, metavar="K", help="in training (default: 10)")
-    add("--output", type=Path, default=OUTPUT, metavar="FILE", help="(default: examples/results)")
-    add("--report", action="store_true", help="measure nothing, print the table")
+    comparison.options(parser, ARMS, OUTPUT, seeds=5)
     return parser.parse_args(argv)
 
 
 def work(options: argparse.Namespace) -> str:
     """Run what the command line asks for; return the table."""
-    if not options.report:
-        torch.set_num_threads(1)
-        known = finished(options.output)
-        for seed in options.seeds:
-            for arm in options.arms:
-                if digest(settings_of(arm, seed, options)) not in known:
-                    append(options.output, run(arm, seed, options))
-    results = list(finished(options.output).values())
-    if not results:
-        raise ValueError(f"{options.output} has no results yet: run without --report.")
-    return table(results)
+    torch.set_num_threads(1)
+    return table(comparison.results(options, settings_of, run))
 
 
 main = entry("digits", arguments, work)

@@ -15,6 +15,8 @@ cross entropy of similarities to frozen embeddings of the classes' names, `class
     logits = 100 * z @ class_names.T
     return F.cross_entropy(logits, labels), logits
 
+`site="input"` of `wrap` puts δ on the pixels of a CLIP, which has several embeddings.
+
 It costs what PGD costs (K + 1 forwards, K backwards for δ, 1 backward), a forward of the copy
 without gradients, and the copy's memory. At the start θ = θ_0 and δ = 0 is the one point where the
 distance has no slope: the ascent has to start elsewhere, as it does by default.

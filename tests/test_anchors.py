@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import mixadv
@@ -147,6 +148,119 @@ def test_supervised_it_is_pgd_on_similarities_to_frozen_names():
     optimizer = wrapped(model, PGD(**{**WORDS, "radius": 0.02}), torch.optim.Adam, lr=0.01)
     losses = [float(optimizer.step(closure)) for _ in range(60)]
     assert losses[-1] < losses[0] / 2
+
+
+# CLIP ----------------------------------------------------------------------------------------
+
+
+class Tower(nn.Module):
+    """CLIP's image tower, with the normalisation of pixels in it."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images: Tensor) -> Any:
+        return self.clip.get_image_features(pixel_values=(images - 0.45) / 0.27)
+
+
+def clip_of() -> tuple[Tower, Tensor]:
+    """Return a tiny CLIP in float64, and the frozen embeddings of three classes' names."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    size |= {"num_attention_heads": 2}
+    text = {**size, "vocab_size": 9, "max_position_embeddings": 4, "eos_token_id": 2}
+    eyes = {**size, "image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=eyes, projection_dim=8)
+    clip = transformers.CLIPModel(config).double().eval()
+    with torch.no_grad():
+        names = clip.get_text_features(torch.tensor([[1, 5, 2], [1, 6, 2], [1, 7, 2]]))
+    return Tower(clip), F.normalize(names.pooler_output, dim=-1)
+
+
+def photographs() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return torch.rand(12, 3, 8, 8, generator=draw, dtype=torch.float64), torch.arange(12) % 3
+
+
+def zero_shot(tower: Tower, images: Tensor, names: Tensor) -> Tensor:
+    return 100 * F.normalize(tower(images).pooler_output, dim=-1) @ names.T
+
+
+def test_tecoa_trains_the_image_tower_of_clip_against_the_frozen_names():
+    """Mao et al. 2023, eq. 3, by hand: sign steps up the contrastive loss, then one down it."""
+    tower, names = clip_of()
+    x, labels = photographs()
+    optimizer = wrapped(tower, PGD(**WORDS), torch.optim.SGD, lr=0.0, site="input")
+    noise = optimizer.game.rounds.arena.noise
+    noise.begin("adversary", 0, 0)
+    x_adv = torch.min(torch.max(x + 0.1 * noise("uniform", x), x - 0.1), x + 0.1).clamp(0, 1)
+    for _ in range(WORDS["steps"]):
+        x_adv.requires_grad_()
+        loss = F.cross_entropy(zero_shot(tower, x_adv, names), labels)
+        (slope,) = torch.autograd.grad(loss, [x_adv])
+        x_adv = x_adv.detach() + WORDS["step_size"] * slope.sign()
+        x_adv = torch.min(torch.max(x_adv, x - 0.1), x + 0.1).clamp(0, 1)
+    expected = F.cross_entropy(zero_shot(tower, x_adv, names), labels)
+    expected.backward()
+    slopes = {name: p.grad for name, p in tower.named_parameters() if p.grad is not None}
+    tower.zero_grad()
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logits = zero_shot(tower, x, names)
+        return F.cross_entropy(logits, labels), logits
+
+    outcome = optimizer.game.backward(closure)
+    torch.testing.assert_close(outcome.objective, expected.detach())
+    found = {name: p.grad for name, p in tower.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, slopes, rtol=1e-7, atol=1e-10)
+    assert found
+    assert not any("text" in name for name in found)
+
+
+def robust_accuracy(tower: Tower, names: Tensor) -> float:
+    x, labels = photographs()
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logits = zero_shot(tower, x, names)
+        return F.cross_entropy(logits, labels, reduction="none"), logits
+
+    strong = PGD(**{**WORDS, "radius": 0.02, "steps": 10, "step_size": 0.005})
+    x = x + mixadv.attack(tower, strong, closure, site="input").strategy.points[0][0]
+    return float((zero_shot(tower, x, names).argmax(1) == labels).double().mean())
+
+
+@pytest.mark.parametrize("way", ["FARE", "TeCoA"])
+def test_clip_becomes_robust_in_both_ways(way: str):
+    """FARE pulls its embeddings back to the frozen ones, TeCoA its zero-shot classes."""
+    tower, names = clip_of()
+    (x, labels), anchor = photographs(), Anchor(tower)
+    text = copy.deepcopy(tower.clip.text_model.state_dict())
+    strong = PGD(**{**WORDS, "radius": 0.02, "step_size": 0.01})
+
+    def moved() -> float:
+        return float(mixadv.attack(tower, strong, anchor(tower, x), site="input").loss.mean())
+
+    def supervised() -> tuple[Tensor, Tensor]:
+        logits = zero_shot(tower, x, names)
+        return F.cross_entropy(logits, labels), logits
+
+    closure = supervised if way == "TeCoA" else anchor(tower, x)
+    before, right = moved(), robust_accuracy(tower, names)
+    optimizer = wrapped(tower, strong, torch.optim.Adam, lr=3e-3, site="input")
+    for _ in range(40):
+        optimizer.step(closure)
+    if way == "FARE":
+        assert moved() < 0.7 * before
+    else:
+        assert robust_accuracy(tower, names) > right + 0.3
+    assert_same(tower.clip.text_model.state_dict(), text)
+
+
+def test_clip_whose_site_is_not_named_is_refused_in_words():
+    tower, _ = clip_of()
+    with pytest.raises(ValueError, match=r"3 embeddings.*site="):
+        wrapped(tower, PGD(**WORDS))
 
 
 # What encoders return ------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_rounds_have_the_passes_that_their_floor_counts(name):
     piece = Work(Setting("tiny", 2, 6))
     solver = CONTENDERS[name].solver(piece.coordinates)
     optimizer = mixadv.wrap(piece.adamw(), piece.model, solver)
-    optimizer.step(piece.closure())
+    contenders.step(piece, optimizer)
     outcome, counted = optimizer.outcome, count_passes(solver)
     assert outcome is not None
     for passes in ("forwards", "delta_backwards", "theta_backwards", "steps"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import digits
+from common.results import digest
 from mixadv.robustness import image_accuracy
 
 
@@ -67,7 +68,7 @@ def test_what_was_measured_has_all_arms_and_seeds():
     runs = {(r["arm"], r["epochs"]): set() for r in lines}
     for r in lines:
         runs[r["arm"], r["epochs"]].add(r["seed"])
-        assert digits.digest(digits.settings_of(r["arm"], r["seed"], Namespace(**r))) == r["key"]
+        assert digest(digits.settings_of(r["arm"], r["seed"], Namespace(**r))) == r["key"]
     for arm in ("plain", "PGD-AT", "TRADES", "MAT"):
         assert runs[arm, 40] == {0, 1, 2, 3, 4}
     assert digits.table(lines)
@@ -80,6 +81,7 @@ def test_every_arm_plays_in_the_box(arm: str):
     if solver is None:
         assert arm == digits.PLAIN
         return
+    solver = getattr(solver, "on_inputs", solver)
     assert (solver.norm, solver.unit, solver.box) == ("linf", "absolute", (0.0, 1.0))
     assert solver.radius == options.radius
     assert isinstance(digits.Network()(torch.zeros(2, 1, 8, 8)), torch.Tensor)

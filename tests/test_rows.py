@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import mixadv
 from mixadv.maths import row_weights
-from mixadv.robustness import DataError, accuracy_by_group, bootstrap, compare, evaluate
-from tests.test_evaluate import classifier, rows_of, word_tokenizer
+from mixadv.mixtures import Mixture
+from mixadv.robustness import DataError, Report, accuracy_by_group, bootstrap, compare, evaluate
+from tests.test_evaluate import ATTACK, classifier, rows_of, word_tokenizer
 from tests.test_game import no_reads
 from tests.worlds import gradients
 from tests.zoo import WAYS, Player, assert_same, fingerprint, small, wrapped
@@ -391,9 +392,9 @@ def test_groups_that_fit_no_rows_are_refused_and_leave_no_trace(case: str):
         optimizer.step(player.closure(), groups=groups)
     assert_same(fingerprint(player.model, optimizer), before)
     optimizer.step(player.closure(), groups=GROUPS)
-    if case not in ("beyond", "negative"):  # of which later rounds read nothing
-        with pytest.raises(mixadv.GameError, match=said):
-            optimizer.step(player.closure(), groups=groups)
+    check = case in ("beyond", "negative")  # of which later rounds read nothing unless told to
+    with pytest.raises(mixadv.GameError, match=said):
+        optimizer.step(player.closure(), groups=groups, check=check)
 
 
 def test_groups_are_refused_where_nobody_weighs_them():
@@ -478,6 +479,49 @@ def test_an_evaluation_has_each_group_and_compares_the_worst():
     assert "twins worst group %" in table
     assert f"{100 * min(own.values()):.1f}" in table
     assert json.loads(reports["one"].json())["clean"]["by group"] == found
+
+
+def test_worst_groups_are_told_under_each_attack_of_the_rows_attacked():
+    """Of a model by PGD and by words, of a mixture by its ways, from the records of each row."""
+    team = [f"t{i % 3}" for i in range(40)]
+    data = {**rows_of(0), "team": team}
+    how: dict[str, Any] = {"radii": (0.3,), "increase_radius": None, "steps": 2, "restarts": 1}
+    how |= {"attacks": {"similar": ATTACK}, "rows": 20, "groups": "team", "progress": False}
+    one = classifier(0)
+    reports = {
+        "one": evaluate(one, word_tokenizer(), data, **how),
+        "two": evaluate(Mixture([one, classifier(1)]), word_tokenizer(), data, **how),
+    }
+    for name, report in reports.items():
+        sections = report.sections
+        own = np.array(team)[sections["about"]["attacked"]]
+        words = sections["attacks"]["similar"]
+        right = [row["before"] == row["label"] == row["after"] for row in words["per row"]]
+        columns = {"under similar": (right, words["by group"])}
+        if name == "one":
+            pgd = sections["radii"]
+            columns["PGD 0.3"] = pgd["per row"]["correct"][1], pgd["by group"][1]
+        else:
+            [rows], [shares] = (
+                sections["mixture"]["per row"],
+                [sections["mixture"]["probabilities"]],
+            )
+            each = [np.array(rows["right"]) @ shares, *np.moveaxis(np.array(rows["settled"]), 2, 0)]
+            ways = ("a member drawn", "mean", "vote")
+            for way, column in enumerate(each):
+                worst = np.array(rows["worst"])[:, way, None]
+                there = np.take_along_axis(column, worst, 1)[:, 0]
+                found = sections["mixture"]["by group"][0][way]
+                columns[f"{ways[way]} within 0.3"] = there, found
+        for attack, (column, found) in columns.items():
+            means = {str(t): float(np.array(column)[own == t].mean()) for t in set(own)}
+            told = {t: x["accuracy"]["value"] for t, x in found["groups"].items()}
+            assert told == pytest.approx(means)
+            assert means[found["worst"]] == min(means.values())
+            assert f"{attack} worst group %" in compare({name: report})
+            assert attack in report.table().split("Accuracy of the worst group")[1]
+    again = Report(json.loads(reports["two"].json()))
+    assert again.markdown() == reports["two"].markdown()
 
 
 def test_groups_that_the_data_lack_are_refused_before_any_pass():

@@ -34,7 +34,8 @@ class Evaluation:
     Attributes:
         text: the column of the texts, or the two of pairs; None finds the usual ones.
         label: the column of labels, numbers of the model's or their names.
-        groups: the column of groups, by whose names accuracy is measured too; None has none.
+        groups: the column of groups, by whose names accuracy is measured too, clean and under each
+            attack; None has none.
         shifted: other sets of rows by name, like the data.
         attacks: by name.
         radii: of PGD, in units; 0 is always among them. None at all leaves it out.

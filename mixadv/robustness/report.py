@@ -147,8 +147,7 @@ def _tables(sections: Mapping[str, Any]) -> list[Table]:
     if "mixture" in sections:
         found += [mixture_tables.attacked(sections), mixture_tables.members(sections)]
     sets = _sets(sections)
-    grouped = [groups.table(sets)] if any("by group" in x for x in sets.values()) else []
-    return [_accuracy(sections), *grouped, *found]
+    return [_accuracy(sections), *groups.tables(sections, sets), *found]
 
 
 def _sets(sections: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,6 +255,8 @@ def _cells(sections: Mapping[str, Any]) -> dict[str, str]:
     for name, found in sections.get("attacks", {}).items():
         cells[f"under {name} %"] = share(found["accuracy_under_attack"])
         cells[f"{name} success %"] = _success(found)
+    for name, found in groups.worst_under(sections):
+        cells[f"{name} worst group %"] = share(found["accuracy"])
     if "exploitability" in sections:
         cells["exploitability ≥"] = number(sections["exploitability"]["gain"])
     return cells | mixture_tables.cells(sections)

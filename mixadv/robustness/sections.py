@@ -267,20 +267,21 @@ def unit(about: Mapping[str, Any]) -> str:
     return ("token norms of" if about["measured"] else "units of") + f" {number(about['unit'])}"
 
 
+def mixtures_of(section: Mapping[str, Any]) -> list[MixtureAccuracy]:
+    """Return what a section of a report holds of a mixture, at each radius."""
+    columns = ([np.array(own[name]) for name in MIXTURE] for own in section["per row"])
+    return [MixtureAccuracy(np.array(section["probabilities"]), *own) for own in columns]
+
+
 def _mixture(probabilities: Tensor, radii: Sequence[float], found: Sequence[Record]) -> Record:
     """Return the accuracies that the rows of a mixture sum up to, at each radius."""
-    shares, measured = probabilities.numpy(), []
-    for own in found:
-        measured.append(MixtureAccuracy(shares, *(np.array(own[name]) for name in MIXTURE)))
+    section = {"probabilities": probabilities.numpy(), "radii": radii, "per row": found}
+    measured = mixtures_of(section)
     return {
-        "probabilities": shares,
-        "radii": radii,
-        "accuracy": [
-            {name: _estimates(rows) for name, rows in own.under().items()} for own in measured
-        ],
+        **section,
+        "accuracy": [{n: _estimates(x) for n, x in own.under().items()} for own in measured],
         "alone": [[_estimates(x) for x in own.alone().swapaxes(0, 1)] for own in measured],
         "best": [own.best + 1 for own in measured],
-        "per row": found,
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mixadv
 from benchmark_parts import straightforward_mat
-from benchmark_parts.work import Work
+from benchmark_parts.work import LABELS, Work
 from mixadv.maths.divergence import symmetric_kl
 
 RADIUS = 0.2
@@ -40,7 +40,7 @@ def ours(work: Work, solver: mixadv.Solver) -> Player:
     optimizer = mixadv.wrap(work.adamw(), work.model, solver)
     game = optimizer.game
     game.rounds.arena.calibrate(unit=work.unit)
-    optimizer.step(work.closure(WARM))
+    step(work, optimizer, WARM)
 
     def strategy() -> tuple[Tensor, Tensor]:
         if game.strategy is None:  # nobody moves the inputs
@@ -54,7 +54,16 @@ def ours(work: Work, solver: mixadv.Solver) -> Player:
         weights = [getattr(game.learner, name, {}) for name in copies]
         return sum(map(_bytes, [*weights, game.rounds.memory]))
 
-    return Player(lambda rows: optimizer.step(work.closure(rows)), strategy, kept)
+    return Player(lambda rows: step(work, optimizer, rows), strategy, kept)
+
+
+def step(work: Work, optimizer: mixadv.GameOptimizer, rows: int | None = None) -> Tensor:
+    """Play a round on the first rows of the batch, whose groups are the labels."""
+    solver = optimizer.game.solver
+    if not solver.weighs:
+        return optimizer.step(work.closure(rows))
+    groups = work.rows(rows)["labels"] if solver.grouped else None
+    return optimizer.step(work.losses(rows), groups=groups)
 
 
 def smart_pytorch(work: Work, solver: Any) -> Player:
@@ -164,6 +173,11 @@ CONTENDERS: dict[str, Contender] = {
     "creat": row(mixadv.CreAT(step_size=RADIUS, **_BALL)),
     "vat": row(mixadv.VAT(**_BALL)),
     "alum": row(mixadv.ALUM(step_size=RADIUS, **_BALL)),
+    "trades": row(mixadv.TRADES(steps=1, step_size=RADIUS, **_BALL)),
+    "mart, K=3": row(mixadv.MART(**_HALF)),
+    "group DRO": row(mixadv.GroupDRO(groups=LABELS)),
+    "CVaR": row(mixadv.CVaR()),
+    "chi-square": row(mixadv.ChiSquare()),
     "smart": row(mixadv.SMART(step_size=RADIUS, **_BALL)),
     "smart, no teacher": row(smart(1), rivals=_K1),
     "smart, recomputed": row(smart(1, recompute=True), rivals=_K1),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -120,6 +121,16 @@ class Work:
         """Return what runs a forward pass, on the first rows of the batch."""
         batch = self.rows(rows)
         return lambda: self.model(**batch)
+
+    def losses(self, rows: int | None = None) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Return what runs the same pass for one loss per sample and logits."""
+        batch = self.rows(rows)
+
+        def closure() -> tuple[Tensor, Tensor]:
+            logits = self.model(**batch).logits
+            return F.cross_entropy(logits, batch["labels"], reduction="none"), logits
+
+        return closure
 
     def rows(self, number: int | None) -> dict[str, Tensor]:
         """Return the first rows of the batch; None for all."""
