@@ -40,6 +40,7 @@ from tests.processes import one_process
 from tests.substitution_zoo import word_tokenizer
 from tests.zoo import player
 
+NUMBER = r"\d+(?:\.\d+)?"
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
@@ -141,6 +142,27 @@ def test_every_python_block_runs_one_after_another(name: str):
         with warnings.catch_warnings(action="ignore"):  # Lightning's: few workers, no logger, …
             loop.fit(module, *2 * [torch.utils.data.DataLoader(variables["rows"], 4)])
         assert module.game.learner.rounds == 2
+
+
+def numbers(text: str) -> tuple[str, list[float]]:
+    """Return a text without its numbers, and these."""
+    return re.sub(NUMBER, "#", text), [float(found) for found in re.findall(NUMBER, text)]
+
+
+def test_get_started_prints_what_it_says(capsys: pytest.CaptureFixture[str]):
+    page = PAGES["docs/start.md"]
+    plain = "solver = mixadv.PGD(steps=3, radius=0, step_size=0.1)"
+    code = "\n".join(block for _, block in blocks(page, "python"))
+    explained, printed, of_plain = (block for _, block in blocks(page, "text"))
+    for program, said in (
+        (code, explained + printed),
+        (re.sub(r"(?m)^solver = .*$", plain, code), of_plain),
+    ):
+        exec(compile(program, "first.py", "exec"), {})
+        words, found = numbers(capsys.readouterr().out)
+        expected, close = numbers(said)
+        assert words.endswith(expected)
+        assert found[len(found) - len(close) :] == pytest.approx(close, rel=0.2, abs=0.05)
 
 
 def test_every_make_command_is_a_target():
