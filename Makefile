@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow matrix lint docs dist clean
+.PHONY: demo test slow matrix soak killed gpu lint docs dist clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,15 @@ slow: $(READY)
 matrix: $(READY)
 	$(BIN)/python -m tests.matrix
 	$(BIN)/python -m tests.families
+
+soak: $(READY)
+	$(BIN)/python -m tests.soak
+
+killed: $(READY)
+	$(BIN)/python -m tests.killed --solver mat freelb textat smart
+
+gpu: $(READY)
+	$(BIN)/python -m tests.gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

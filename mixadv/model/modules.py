@@ -176,7 +176,8 @@ def _encoders(model: nn.Module) -> list[Any]:
 def _input_embedding(holder: Any) -> Any:
     # The tied `shared` module of an encoder–decoder is never called: its encoder has its own.
     if getattr(getattr(holder, "config", None), "is_encoder_decoder", False):
-        holder = holder.get_encoder()
+        base = getattr(holder, "base_model", holder)  # the head has it since transformers 5
+        holder = (holder if hasattr(holder, "get_encoder") else base).get_encoder()
     return holder.get_input_embeddings()
 
 

@@ -4,6 +4,7 @@ Each is there in torch 2.13, with which the tests run. What another version move
 here.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 # Untyped on purpose: the stubs of torch list a part of this.
 _C: Any = torch._C
+
+_CHECKPOINT = inspect.unwrap(checkpoint).__code__
 
 KEEPING_BUFFERS: AbstractContextManager[Any] = functorch_config.patch(donated_buffer=False)
 """What to run a compiled pass in whose graph is differentiated more than once.
@@ -44,8 +47,20 @@ def saving_hook() -> Any:
 
     A checkpoint that is not reentrant places one around its block.
     """
-    hooks = _C._autograd._top_saved_tensors_default_hooks(True)
+    top = getattr(_C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:
+        return _block_of_checkpoint()
+    hooks = top(True)
     return None if hooks is None else hooks[0]
+
+
+def _block_of_checkpoint() -> Any:
+    """Return what runs the innermost block anew, None outside of any: for torch before 2.8."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not _CHECKPOINT:
+        frame = frame.f_back
+    runs = None if frame is None else frame.f_locals.get("gen")
+    return None if runs is None else runs.gi_frame.f_locals["recompute_fn"]
 
 
 def in_reentrant_checkpoint(grad: bool) -> bool:
@@ -99,7 +114,8 @@ def unmapped(tensor: Tensor | None) -> Tensor | None:
 def more_graphs(factor: int) -> AbstractContextManager[Any]:
     """Return what to run compiled code in that may have more graphs than torch's limit."""
     config: Any = torch._dynamo.config
-    return config.patch(recompile_limit=factor * config.recompile_limit)
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # of 2.6
+    return config.patch({name: factor * getattr(config, name)})
 
 
 def original(model: nn.Module) -> nn.Module | None:
