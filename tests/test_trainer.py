@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 import mixadv
 from tests.zoo import (
@@ -719,20 +721,45 @@ def test_several_devices_in_one_process_are_refused(
         trainer_of(tmp_path, mixadv.FreeLB())
 
 
-@pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
-def test_backends_that_own_the_gradients_are_refused(
-    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def prepared_with(monkeypatch: pytest.MonkeyPatch, flag: str, **state: Any) -> None:
+    """Have Trainers believe that a backend is on, and its Accelerator has a state."""
     prepare = Trainer.create_accelerator_and_postprocess
 
     def prepared(self: Any) -> None:
         prepare(self)
-        monkeypatch.setattr(type(self), f"is_{backend}_enabled", True, raising=False)
-        vars(self).pop(f"is_{backend}_enabled")
+        vars(self)[flag] = True
+        for name, value in state.items():
+            monkeypatch.setattr(self.accelerator.state, name, value, raising=False)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", prepared)
-    with pytest.raises(ValueError, match="train with DistributedDataParallel"):
+
+
+def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    prepared_with(monkeypatch, "is_deepspeed_enabled")
+    with pytest.raises(ValueError, match=r"DeepSpeed steps within.*fsdp=True"):
         trainer_of(tmp_path, mixadv.FreeLB())
+
+
+@pytest.mark.parametrize(
+    ("plugin", "changes", "why"),
+    [
+        ({"fsdp_version": 1}, {}, r"FSDP1 flattens.*\{'version': 2\}"),
+        ({"cpu_offload": CPUOffloadPolicy()}, {}, "leave cpu_offload out"),
+        (
+            {},
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+            "evaluate_average=False",
+        ),
+    ],
+    ids=["version", "offload", "best"],
+)
+def test_what_was_not_seen_under_fsdp_is_refused(
+    plugin: Any, changes: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    words = SimpleNamespace(**{"fsdp_version": 2, "cpu_offload": OffloadPolicy(), **plugin})
+    prepared_with(monkeypatch, "is_fsdp_enabled", fsdp_plugin=words)
+    with pytest.raises(ValueError, match=why):
+        trainer_of(tmp_path, mixadv.MAT(), **changes)
 
 
 def test_a_head_after_the_schedule_is_refused_at_construction(tmp_path: Path):

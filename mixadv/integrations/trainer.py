@@ -80,11 +80,10 @@ def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:
             f"Trainer sees {args.n_gpu} GPUs in one process and would use torch.nn.DataParallel, "
             "whose replicas would not receive δ: start it with torchrun."
         )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "DeepSpeed and FSDP own the gradients that a round computes before the loss is "
-            "returned: train with DistributedDataParallel (torchrun), or call game.backward in a "
-            "loop of your own."
+            "DeepSpeed steps within Accelerate's backward, and its optimizer holds flat copies of "
+            "the weights: a round has no place there. Shard with fsdp=True (FSDP2) instead."
         )
     if args.ddp_static_graph:
         raise ValueError(
@@ -126,6 +125,15 @@ def column_missing(name: str, column: Any, inputs: Iterable[str]) -> str:
     )
 
 
+def is_scaled(trainer: Trainer, items: Any) -> bool:
+    """Return whether the losses of accumulated micro-batches add up, and are not divided."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # Trainer's rule
+    if scaled is None:
+        by_model = trainer.model_accepts_loss_kwargs and items is not None
+        scaled = by_model or trainer.compute_loss_func is not None
+    return scaled
+
+
 class Share:
     """How large the loss of a micro-batch is beside its own mean over all processes.
 
@@ -143,11 +151,7 @@ class Share:
 
         `loss(items)` runs the model on the micro-batch, told of so many.
         """
-        steps = trainer.current_gradient_accumulation_steps
-        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # Trainer's rule
-        if scaled is None:
-            by_model = trainer.model_accepts_loss_kwargs and items is not None
-            scaled = by_model or trainer.compute_loss_func is not None
+        steps, scaled = trainer.current_gradient_accumulation_steps, is_scaled(trainer, items)
         processes = trainer.accelerator.num_processes
         if not (trainer.args.average_tokens_across_devices and scaled and items is not None):
             processes = 1

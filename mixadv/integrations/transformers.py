@@ -30,6 +30,7 @@ try:
     from transformers import Trainer
     from transformers.trainer import OPTIMIZER_NAME
 
+    from mixadv.integrations.fsdp import ShardedStates, check_fsdp, play
     from mixadv.integrations.trainer import (
         Rounds,
         Share,
@@ -58,7 +59,7 @@ LOGGED["entropy"] = "strategy_entropy"
 """Trainer's names for what a round comes to, by those of `Outcome`."""
 
 
-class Adversarial(Base):
+class Adversarial(ShardedStates, Base):
     """Mixin that makes any subclass of `Trainer` play a game; name it before the Trainer.
 
     A round is played per batch and one optimizer step follows: a MAT round closes every
@@ -136,6 +137,8 @@ class Adversarial(Base):
         self.site, self.schedule, self.evaluate_average = site, schedule, evaluate_average
         self._share = Share()
         check_playable(self, self.solver, self.averages)
+        if self.is_fsdp_enabled:
+            check_fsdp(self, self.averages)
         check_columns(where, groups, cast(nn.Module, self.model))
         self._besides = {m: copy.deepcopy(m.state_dict()) for m in self.solver.modules().values()}
         self.add_callback(Rounds(type(self).__name__, self._besides))
@@ -200,7 +203,7 @@ class Adversarial(Base):
 
         share = self._share.of_mean(self, inputs, items, loss_of)
         # Its own mean within the round, where divergences are means too; its share outside.
-        loss = self.game.loss(closure, where=where, groups=groups) * share
+        loss = play(self, closure, share, items, where=where, groups=groups)
         return (loss, outputs) if return_outputs else loss
 
     def forward_pass(
@@ -272,7 +275,7 @@ class Adversarial(Base):
         if learner is None or best is None or not self.averages:
             return
         saved = torch.load(
-            Path(best) / OPTIMIZER_NAME, map_location=self.args.device, weights_only=True
+            Path(best) / OPTIMIZER_NAME, map_location=self.args.device.type, weights_only=True
         )
         learner.load_average(saved[STATE_KEY]["learner"])
 

@@ -67,13 +67,14 @@ class Answers(NamedTuple):
 
 
 def told(result: Any, predictions: Tensor, contexts: Sequence[Mapping[str, Any]]) -> Answers | None:
-    """Return the labels of classes behind the logits, or that the model was called with.
+    """Return the labels of classes behind or beside the logits, or that the model was called with.
 
     Those of the model's call are read where there is one for each sample: of tokens it may foretell
     the next one.
     """
     behind = [*result[2:]] if isinstance(result, (tuple, list)) else []
-    called = [c.get("labels") for c in contexts] if predictions.dim() == 2 else []
+    named = [result, *contexts] if isinstance(result, Mapping) else contexts
+    called = [c.get("labels") for c in named] if predictions.dim() == 2 else []
     whole = (torch.int32, torch.int64)
     tensors = [x for x in (*behind, *called) if isinstance(x, Tensor) and x.dtype in whole]
     found = next((x for x in tensors if x.shape == predictions.shape[:-1]), None)

@@ -1,0 +1,110 @@
+"""Trainer's `fsdp=`: weights sharded by `fully_shard` through Accelerate.
+
+Gradients of sharded weights come of whole backwards, so a round delivers each of its passes at
+once, by Accelerate's backward, and Trainer gets a loss that has nothing left to deliver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from mixadv.errors import GameError
+from mixadv.integrations.trainer import game_of, is_scaled, wrapped
+from mixadv.optimizer import STATE_KEY
+
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object
+
+
+def check_fsdp(trainer: Trainer, averages: bool) -> None:
+    """Raise ValueError for what rounds were not seen to train with under FSDP."""
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "FSDP1 flattens the weights that a round handles one by one: set "
+            "fsdp_config={'version': 2}."
+        )
+    if type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy":
+        raise ValueError(
+            "Rounds were not tested with weights offloaded, which takes a GPU: leave cpu_offload "
+            "out of fsdp_config."
+        )
+    if averages and trainer.args.load_best_model_at_end:
+        raise ValueError(
+            "The average of sharded weights is saved by process, where load_best_model_at_end does "
+            "not find it: set evaluate_average=False, or leave load_best_model_at_end out."
+        )
+
+
+def play(
+    trainer: Trainer, closure: Callable[[], Any], share: Tensor | float, items: Any, **whom: Any
+) -> Tensor:
+    """Play a round and return the loss that Trainer calls backward on.
+
+    Args:
+        trainer: whose `accelerator` delivers the gradients of sharded weights.
+        closure: of one micro-batch.
+        share: of it among those that are accumulated; see `Share`.
+        items: what `compute_loss` was told of their number.
+        whom: `where=` and `groups=` of the round.
+    """
+    game = game_of(trainer.optimizer)
+    if not trainer.is_fsdp_enabled:
+        return game.loss(closure, **whom) * share
+    steps = 1 if is_scaled(trainer, items) else trainer.current_gradient_accumulation_steps
+
+    def backward(objective: Tensor) -> None:
+        trainer.accelerator.backward(objective * share / steps)
+
+    outcome = game.backward(closure, backward, **whom)
+    return outcome.objective.clone().requires_grad_() * share
+
+
+class ShardedStates(Base):
+    """Saves both players of sharded weights beside Trainer's checkpoint, a file per process.
+
+    Accelerate gathers the state of the base optimizer and knows nothing else that is in it.
+    """
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._base_alone():
+            super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled and (made := wrapped(self.optimizer)) is not None:
+            torch.save(made.state_dict()[STATE_KEY], self._players(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._base_alone():
+            super()._load_optimizer_and_scheduler(checkpoint)
+        made = wrapped(self.optimizer)
+        if not self.is_fsdp_enabled or checkpoint is None or made is None:
+            return
+        if not (file := self._players(checkpoint)).exists():
+            raise GameError(
+                f"{checkpoint} has no {file.name}, the players' state of this process: resume with "
+                "as many processes as saved it, and the mixin."
+            )
+        state = torch.load(file, map_location=self.args.device.type, weights_only=True)
+        made.load_state_dict({**made.base.state_dict(), STATE_KEY: state})
+
+    def _players(self, folder: str) -> Path:
+        return Path(folder) / f"players_{self.args.process_index}.pt"
+
+    @contextmanager
+    def _base_alone(self) -> Iterator[None]:
+        """Be the Trainer of the base optimizer, where weights are sharded."""
+        whole, made = self.optimizer, wrapped(self.optimizer)
+        if self.is_fsdp_enabled and made is not None:
+            self.optimizer = made.base
+        try:
+            yield
+        finally:
+            self.optimizer = whole

@@ -1,0 +1,216 @@
+"""sentence-transformers' Trainer plays a game: δ in each text, similarity scores as predictions."""
+
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import mixadv
+from tests.substitution_zoo import word_tokenizer
+from tests.test_trainer import (
+    alone,  # noqa: F401
+    logged,
+    settings,
+    weights,
+)
+from tests.zoo import assert_same, note_refusal
+
+pytest.importorskip("sentence_transformers", reason="its Trainer is what plays")
+
+from datasets import Dataset, disable_progress_bars
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+from mixadv.integrations.sentence_transformers import AdversarialSentenceTransformerTrainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*starts below the noise floor"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+disable_progress_bars()
+WORDS = ("film", "plot", "actor", "day")
+ROWS = [
+    {"anchor": f"the {noun} was {word}", "positive": f"a really {word} {noun} it was"[: 12 + 6 * i]}
+    for i, noun in enumerate(WORDS)
+    for word in ("good", "bad")
+]
+PAIRS = Dataset.from_list(ROWS)
+TRIPLETS = Dataset.from_list(
+    [row | {"negative": ROWS[(i + 3) % 8]["positive"]} for i, row in enumerate(ROWS)]
+)
+SCORED = Dataset.from_list([row | {"label": i / 8} for i, row in enumerate(ROWS)])
+TASKS: dict[str, tuple[Any, Dataset]] = {
+    "ranking": (losses.MultipleNegativesRankingLoss, PAIRS),
+    "hard negatives": (losses.MultipleNegativesRankingLoss, TRIPLETS),
+    "scores": (losses.CosineSimilarityLoss, SCORED),
+    "triplets": (losses.TripletLoss, TRIPLETS),
+}
+EMBEDDING: dict[str, Any] = {
+    "source": "1",
+    "representation": lambda found: found["sentence_embedding"],
+}
+
+
+@functools.cache
+def saved() -> Any:
+    """Return what a tiny encoder is made of."""
+    tokenizer = word_tokenizer()
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **size)
+    return tokenizer, config
+
+
+def encoder(folder: Path, dropout: float = 0.1) -> SentenceTransformer:
+    tokenizer, config = saved()
+    torch.manual_seed(0)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    transformers.BertModel(config).save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    modules = [Transformer(str(folder / "encoder")), Pooling(16)]
+    return SentenceTransformer(modules=modules, device="cpu")
+
+
+def trained(
+    folder: Path,
+    task: str,
+    solver: mixadv.Solver | None = None,
+    *,
+    dropout: float = 0.1,
+    given: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
+    """Return a Trainer that has trained, an adversarial one where there is a solver."""
+    kind, data = TASKS[task]
+    model = encoder(folder, dropout)
+    base = SentenceTransformerTrainer if solver is None else AdversarialSentenceTransformerTrainer
+    words: dict[str, Any] = {} if solver is None else {"solver": solver}
+    words = {"loss": kind(model), "train_dataset": data, **words, **(given or {})}
+    arguments = SentenceTransformerTrainingArguments(**settings(folder, **changes))
+    trainer = base(model, arguments, **words)
+    with warnings.catch_warnings(action="ignore"):  # of the model card
+        trainer.train()
+    return trainer
+
+
+_ONE_COLUMN = "choose divergence='squared_error'"
+_LABELS = "reads classes, and the scores of .* have none"
+COMPARE = ("vat", "r3f", "alum", "smart", "trades", "mat")
+CANNOT: dict[tuple[str, str], tuple[str, dict[str, Any] | None]] = {
+    **{("freeat", task): ("one step per batch", None) for task in TASKS},
+    **{(n, t): ("one for all", None) for n in ("group_dro", "cvar", "chi_square") for t in TASKS},
+    **{(n, t): ("give source='1'", EMBEDDING) for n in ("creat", "cat") for t in TASKS},
+    **{
+        (name, task): (_ONE_COLUMN, {"divergence": "squared_error"})
+        for name in COMPARE
+        for task in ("scores", "triplets")
+    },
+    **{("mart", task): (_LABELS, None) for task in ("scores", "triplets")},
+}
+
+
+LONG = [pytest.param(task, marks=pytest.mark.slow) for task in TASKS if task != "ranking"]
+
+
+@pytest.mark.parametrize("task", ["ranking", *LONG])
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_every_solver_trains_or_says_what_to_change(name: str, task: str, tmp_path: Path):
+    words: dict[str, Any] | None = {}
+    if (name, task) in CANNOT:
+        why, words = CANNOT[name, task]
+        with pytest.raises(ValueError, match=why) as caught:
+            trained(tmp_path, task, mixadv.make_solver(name), max_steps=1)
+        note_refusal(str(caught.value), changed=words is not None)
+    if words is None:
+        return
+    trainer = trained(tmp_path, task, mixadv.make_solver(name, **words), max_steps=1)
+    assert trainer.game.round == 1
+    assert logged(trainer, "radius")[0] > 0
+    before = encoder(tmp_path).parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
+
+
+@pytest.mark.parametrize("task", ["ranking", *LONG])
+def test_radius_zero_is_training_without_a_game(task: str, tmp_path: Path):
+    plain = trained(tmp_path, task)
+    trainer = trained(tmp_path, task, mixadv.PGD(radius=0))
+    assert_same(weights(trainer), weights(plain))
+    assert logged(trainer) == pytest.approx(logged(plain), rel=1e-6)
+    divergence = "symmetric_kl" if task in ("ranking", "hard negatives") else "squared_error"
+    solver = mixadv.ALUM(radius=0, divergence=divergence)
+    options: dict[str, Any] = {"dropout": 0.0, "optim": "sgd"}  # where columns are merged or not
+    plain, trainer = (trained(tmp_path, task, s, **options) for s in (None, solver))
+    torch.testing.assert_close(weights(trainer), weights(plain), rtol=1e-4, atol=1e-6)
+
+
+def test_both_texts_are_perturbed_each_by_its_own_and_padding_is_not(tmp_path: Path):
+    trainer = trained(tmp_path, "ranking", mixadv.FGM(), max_steps=1)
+    masks, points = [], trainer.game.strategy.points
+    torch.manual_seed(trainer.args.seed)
+    features, _ = trainer.collect_features(next(iter(trainer.get_train_dataloader())))
+    masks = [f["attention_mask"] for f in features]
+    assert len(points) == 2
+    for point, mask in zip(points, masks, strict=True):
+        assert point.shape[1:3] == mask.shape
+        assert torch.equal(point[0].any(-1).sum(), (mask > 0).sum())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_compared_is_what_the_loss_reads(task: str, tmp_path: Path):
+    """Its value is computed from the scores alone, by another formula."""
+    words = {"divergence": "squared_error"} if task in ("scores", "triplets") else {}
+    trainer = trained(tmp_path, task, mixadv.SMART(**words), max_steps=1, dropout=0.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        loss, found = trainer.forward_pass(trainer.model, dict(batch), None, True)
+    logits, rows = found["logits"], torch.arange(4)
+    if "labels" in found:
+        assert logits.shape == (4, 4 * (2 if task == "hard negatives" else 1))
+        torch.testing.assert_close(F.cross_entropy(logits, rows), loss)
+        assert torch.equal(found["labels"], rows)
+    elif task == "scores":
+        torch.testing.assert_close(F.mse_loss(logits[:, 0], batch["label"].float()), loss)
+    else:  # a distance in place of the cosine
+        assert logits.shape == (4, 2)
+        columns, _ = trainer.collect_features(batch)
+        a, p, _ = (trainer.model(dict(c))["sentence_embedding"].detach() for c in columns)
+        torch.testing.assert_close(logits[:, 0], F.cosine_similarity(a, p))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"where": "anchor"}, "takes columns for texts: give where= a function of the call"),
+        ({"loss": losses.CachedMultipleNegativesRankingLoss}, "use MultipleNegativesRankingLoss"),
+        (
+            {"loss": lambda m: losses.MultipleNegativesRankingLoss(m, gather_across_devices=True)},
+            "gather_across_devices=True is not tested",
+        ),
+    ],
+    ids=["where", "cached", "gathered"],
+)
+def test_what_cannot_be_played_is_refused(given: dict[str, Any], why: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=why):
+        trained(tmp_path, "ranking", mixadv.FreeLB(), given=given)
+
+
+def test_a_loss_without_scores_serves_solvers_that_need_none(tmp_path: Path):
+    """One text and the number of its class."""
+    data = Dataset.from_list([{"text": r["anchor"], "label": i % 2} for i, r in enumerate(ROWS)])
+    given = {"loss": losses.BatchAllTripletLoss, "train_dataset": data}
+    trainer = trained(tmp_path, "ranking", mixadv.FreeLB(), given=given)
+    assert trainer.game.round == 2
+    solver = mixadv.SMART(divergence="squared_error")
+    with pytest.raises(mixadv.GameError, match=r"SMART compares.*BatchAllTripletLoss embeds 1"):
+        trained(tmp_path, "ranking", solver, given=given)

@@ -1,0 +1,213 @@
+"""Trainer's `fsdp=` and Accelerate's FSDP2 on two processes train as replicas do.
+
+Accelerate turns FSDP on for GPUs alone: on CPUs its state is told that it is on, and all that
+follows is its own code and Trainer's.
+"""
+
+import os
+import warnings
+from functools import partial
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import mixadv
+
+pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mixadv.integrations.transformers import AdversarialTrainer
+from tests.processes import (
+    Net,
+    Verdict,
+    batches,
+    by_name,
+    closure,
+    found,
+    refusal,
+    start,
+    verdicts_of,
+    whole,
+)
+from tests.test_trainer import logged, trainer_of
+from tests.zoo import ROWS
+
+# Micro-batches have unlike numbers of tokens, and two make one optimizer step.
+OPTIONS: dict[str, Any] = {
+    "family": "llama-causal",
+    "rows": 12,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 2,
+    "optim": "sgd",  # an adaptive one would blow up rounding where a gradient is next to nothing
+    "learning_rate": 0.1,
+}
+SHARDED: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"},
+}
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+def shard(accelerator: Accelerator, **words: Any) -> None:
+    """Tell the state that accelerators of this process share that FSDP2 is on."""
+    PartialState().distributed_type = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **words)
+
+
+class Sharded(AdversarialTrainer):
+    """Shards on CPUs too."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        words = {k: v for k, v in self.args.fsdp_plugin_args.items() if k != "fsdp_version"}
+        shard(self.accelerator, **words)
+        self.is_fsdp_enabled = True
+
+
+def alone(rank: int) -> None:
+    """Be as Accelerate finds a process, and leave no accelerator's state to what follows."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # of a group there is
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def trainer_for(name: str, sharded: bool, **changes: Any) -> Any:
+    alone(dist.get_rank())
+    base = Sharded if sharded else AdversarialTrainer
+    options = OPTIONS | (SHARDED if sharded else {}) | changes
+    if name in ROWS:  # the harness has the loss of BERT be one for each row
+        options |= {"family": "bert"}
+        if sharded:
+            options |= {"fsdp_config": {"transformer_layer_cls_to_wrap": "BertLayer"}}
+    return trainer_of(Path(mkdtemp()), mixadv.make_solver(name), base=base, **options)
+
+
+def seen(trainer: Any) -> list[Any]:
+    """Return what training came to, whole on all processes."""
+    learner = trainer.game.learner
+    kept = [] if learner is None else [*learner.average.values(), *learner.teacher.values()]
+    weights = [*trainer.model.parameters(), *kept, torch.tensor(trainer.game.unit)]
+    return [whole(w).double() for w in weights]
+
+
+def trains(name: str, sharded: bool, **changes: Any) -> Any:
+    trainer = trainer_for(name, sharded, **changes)
+    with warnings.catch_warnings(action="ignore"):
+        trainer.train()
+        trainer.evaluate()  # at the average, where there is one
+    assert sharded == isinstance(next(trainer.model.parameters()), DTensor)
+    names = ("loss", "eval_loss", "radius", "grad_norm")
+    return [*seen(trainer), *(torch.tensor(logged(trainer, n)) for n in names)]
+
+
+# Cases ---------------------------------------------------------------------------------------
+
+
+def trainers_agree(rank: int, name: str, **changes: Any) -> str | None:
+    if mixadv.make_solver(name).replays_batch:
+        with pytest.raises(ValueError, match="Trainer takes one step per batch") as caught:
+            trainer_for(name, sharded=True)
+        return str(caught.value)
+    expected = trains(name, sharded=False)
+    torch.testing.assert_close(trains(name, sharded=True, **changes), expected, **CLOSE)
+    return None
+
+
+def resumed(rank: int, name: str) -> None:
+    """A checkpoint has both players of each process."""
+    folder = [mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder, 0)
+    saving = {"save_strategy": "steps", "save_steps": 1, "output_dir": folder[0], "max_steps": 3}
+    saving |= {"optim": "adamw_torch", "learning_rate": 1e-2}
+    uninterrupted = trainer_for(name, True, **saving)
+    with warnings.catch_warnings(action="ignore"):
+        uninterrupted.train()
+        again = trainer_for(name, True, **saving)
+        again.train(resume_from_checkpoint=f"{folder[0]}/checkpoint-1")
+        assert again.game.round == uninterrupted.game.round
+        torch.testing.assert_close(seen(again), seen(uninterrupted), **CLOSE)
+        Path(folder[0], f"checkpoint-1/players_{rank}.pt").unlink()
+        with pytest.raises(mixadv.GameError, match="as many processes as saved it"):
+            trainer_for(name, True, **saving).train(
+                resume_from_checkpoint=f"{folder[0]}/checkpoint-1"
+            )
+
+
+def accelerated(rank: int, name: str, way: str) -> str | None:
+    """The plugin alone, in a loop by hand, against replicas."""
+    solver = mixadv.make_solver(name)
+    results = []
+
+    def train(plugin: bool) -> None:
+        alone(rank)
+        model = Net()
+        if plugin:
+            accelerator = Accelerator(cpu=True)
+            shard(accelerator, transformer_cls_names_to_wrap="Block")
+            model, prepared = accelerator.prepare(model, start(model, solver))
+            optimizer = prepared.optimizer
+            backward = accelerator.backward
+        else:
+            model = DistributedDataParallel(model)
+            optimizer = prepared = start(model, solver)
+            backward = torch.autograd.backward
+        torch.manual_seed(100 + rank)
+        for ids, labels in batches(rank, 3):
+            run = closure(model, ids, labels)
+            if way == "step":
+                prepared.step(run)
+            else:
+                optimizer.game.backward(run, backward=backward)
+                prepared.step()
+                prepared.zero_grad()
+        results.append(found(optimizer))
+
+    if reason := refusal(solver, way, lambda: train(plugin=True)):
+        return reason
+    for plugin in (False, True):
+        train(plugin)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+    return None
+
+
+# Tests ---------------------------------------------------------------------------------------
+
+FEW = ("pgd", "freelb", "mat")
+CASES: dict[str, Any] = {
+    **by_name(trainers_agree, "trainer", FEW),
+    **by_name(accelerated, "accelerate", FEW, way="backward"),
+    "resumed": partial(resumed, name="mat"),
+}
+SLOW: dict[str, Any] = {
+    **by_name(trainers_agree, "trainer", mixadv.SOLVERS),
+    **by_name(accelerated, "backward", mixadv.SOLVERS, way="backward"),
+    **by_name(accelerated, "step", mixadv.SOLVERS, way="step"),
+    "resumed": partial(resumed, name="smart"),
+}
+
+verdicts = verdicts_of(CASES, "trainer_sharded")
+slow_verdicts = verdicts_of(SLOW, "trainer_sharded_slow")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes(case: str, verdicts: dict[str, Verdict]):
+    verdicts[case].hold()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+def test_every_solver_on_two_processes(case: str, slow_verdicts: dict[str, Verdict]):
+    slow_verdicts[case].hold()
