@@ -6,31 +6,34 @@ r3 and on all of them. Rows without a gold label are left out, and counted in th
     python examples/anli.py --train snli mnli anli_r1 anli_r2 anli_r3 --solver plain mat
     python examples/anli.py --train snli mnli --limit 20000 --epochs 1 --model roberta-base \
         --lr 2e-5 --bf16
+    python examples/anli.py --train snli --updates 4 --evaluate-rows 300    # a first look
     python examples/anli.py --train snli --data path/to/folders --max-length 64
     python examples/anli.py --report
 """
 
+from __future__ import annotations
+
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from datasets import Dataset, concatenate_datasets
-
-from common import command, data, metrics
-from common.data import Task
+from common import command
 from common.parameters import known
-from mixadv.robustness.data import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+
+    from common.data import Task
+
+    Splits = dict[str, dict[str, Dataset]]  # of data sets, by their names
 
 TEXTS = ("premise", "hypothesis")
 LABELS = ("entailment", "neutral", "contradiction")
 ROUNDS = ("r1", "r2", "r3")
 HUB = {"snli": "stanfordnlp/snli", "mnli": "nyu-mll/multi_nli", "anli": "facebook/anli"}
 TRAIN = ("snli", "mnli", *(f"anli_{r}" for r in ROUNDS))
-
-Splits = dict[str, dict[str, Dataset]]
-"""Splits of data sets, by their names."""
 
 
 def options(group: Any) -> None:
@@ -55,6 +58,11 @@ def settings(options: Namespace) -> dict[str, Any]:
 
 def load(options: Namespace) -> Task:
     """Return the training sets as one, and the rounds of ANLI."""
+    from datasets import concatenate_datasets
+
+    from common import data
+    from mixadv.robustness.data import DataError
+
     names = dict.fromkeys(options.train)
     read = from_folders(options.data, names) if options.data else from_hub(names)
     train, dropped = [], {}
@@ -76,12 +84,16 @@ def load(options: Namespace) -> Task:
 
 def from_folders(folder: str, train: Iterable[str]) -> Splits:
     """Return the splits of the training sets and of the rounds in a folder."""
+    from common import data
+
     names = dict.fromkeys([*train, *(f"anli_{r}" for r in ROUNDS)])
     return {name: data.from_folder(data.find(folder, name, itself=False)) for name in names}
 
 
 def from_hub(train: Iterable[str]) -> Splits:
     """Return the splits of the training sets and of the rounds from the hub."""
+    from common import data
+
     anli = data.from_hub(HUB["anli"])
     read = {f"anli_{r}": {s: anli[f"{s}_{r}"] for s in ("train", "dev", "test")} for r in ROUNDS}
     return read | {name: data.from_hub(HUB[name]) for name in train if name in HUB}
@@ -89,6 +101,10 @@ def from_hub(train: Iterable[str]) -> Splits:
 
 def rounds(read: Splits, split: str) -> Dataset | None:
     """Return the rows of a split of all rounds, with a column that names the round."""
+    from datasets import concatenate_datasets
+
+    from common import data
+
     found = []
     for r in ROUNDS:
         if split in read[f"anli_{r}"]:
@@ -99,6 +115,10 @@ def rounds(read: Splits, split: str) -> Dataset | None:
 
 def measure(predictions: np.ndarray, rows: Dataset) -> dict[str, float]:
     """Return the accuracy on all rows, and on those of each round."""
+    import numpy as np
+
+    from common import metrics
+
     labels = np.array(rows["label"])
     found = {"all": metrics.accuracy(predictions, labels)}
     if "round" in rows.column_names:

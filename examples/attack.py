@@ -7,36 +7,19 @@ was found on each row in a file of JSON for each model, so that a killed attack 
 when the same command comes again.
 
     python examples/glue.py --task sst2 --limit 2000 --save
-    python examples/attack.py --model runs/glue/sst2-*/last --task sst2 --neighbours builtin
+    python examples/attack.py --model runs/glue/sst2-*/last --task sst2 --attack builtin
     python examples/attack.py --model runs/glue/sst2-*/last --task sst2 --rows 300 \
-        --neighbours path/to/neighbours.jsonl --similarity 0.8
-    python examples/attack.py --model runs/intent/*/last --task intents --neighbours typos
+        --attack path/to/neighbours.jsonl --similarity 0.8
+    python examples/attack.py --model runs/intent/*/last --task intents --attack typos
 """
 
-import random
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import transformers
-
-import glue
 import intent
-from common import command, data, model
-from common.data import Task
-from common.options import positive, script
+from common.options import SOURCES, positive, script, where
 from common.results import EMBEDDED_MODEL
-from common.substitution import SOURCES, candidates
-from common.tables import markdown
-from mixadv.reports.kept import Kept
-from mixadv.tokens import Attack, Similarity, WordSubstitution, attack_summary
-
-STEP = 32  # rows attacked between two writes
-HEAD = ("model", "rows", "clean", "under attack", "success %", "words", "queries", "s/row")
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
@@ -44,26 +27,49 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     parser = script("attack", "--model FOLDER ... [options]", __doc__)
     add = parser.add_argument
     text = "fine-tuned classifiers, folders or hub names"
-    add("--model", nargs="+", required=True, metavar="FOLDER", help=text)
+    add("--model", nargs="+", type=where, required=True, metavar="FOLDER", help=text)
     text = "a task of glue.py or intent.py (default: intents, the embedded set)"
     add("--task", default=intent.EMBEDDED, metavar="NAME", help=text)
     add("--data", default="", metavar="FOLDER", help="of the task, as for its script")
     add("--split", default="", metavar="NAME", help="whose rows are attacked (default: test, dev)")
     add("--rows", type=positive, default=300, metavar="N", help="(default: %(default)s)")
     text = f"{SOURCES} (default: %(default)s)"
-    add("--neighbours", default="builtin", metavar="SOURCE", help=text)
-    text = "least cosine with the original; 0 reads no encoder (default: %(default)g)"
-    add("--similarity", type=float, default=0.9, metavar="COSINE", help=text)
+    add("--attack", "--neighbours", default="builtin", metavar="SOURCE", help=text)
+    text = "least cosine with the original sentence, by --encoder (default: no bound)"
+    add("--similarity", type=float, default=0.0, metavar="COSINE", help=text)
     text = "a sentence encoder for --similarity (default: %(default)s, the embedded one)"
     add("--encoder", default=EMBEDDED_MODEL, metavar="NAME", help=text)
     text = "of the words of a row may change (default: %(default)g)"
     add("--max-share", type=float, default=0.1, metavar="SHARE", help=text)
     text = "that may change in any row (default: %(default)s)"
     add("--min-words", type=int, default=4, metavar="WORDS", help=text)
-    add("--max-length", type=positive, default=128, metavar="TOKENS", help="(default: %(default)s)")
+    text = "that a model reads of a row (default: what it can)"
+    add("--max-length", type=positive, metavar="TOKENS", help=text)
     text = "folder of what was found (default: %(default)s)"
     add("--output", type=Path, default=Path("runs/attack"), metavar="FOLDER", help=text)
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import transformers
+
+import glue
+from common import command, data, model, substitution
+from common.data import Task
+from common.tables import markdown
+from mixadv.reports.kept import Kept
+from mixadv.tokens import Attack, Similarity, WordSubstitution, attack_summary
+
+STEP = 32  # rows attacked between two writes
+HEAD = ("model", "rows", "clean", "under attack", "success %", "words", "queries", "s/row")
 
 
 def load_task(options: Namespace) -> Task:
@@ -102,8 +108,8 @@ def load_attack(options: Namespace) -> WordSubstitution:
     if options.similarity:
         encoder, tokenizer, _ = model.pretrained(transformers.AutoModel, options.encoder)
         similarity = Similarity(encoder.to(model.device()), tokenizer, options.similarity)
-    return WordSubstitution(
-        candidates(options.neighbours),
+    return substitution.attack(
+        options.attack,
         max_share=options.max_share,
         min_words=options.min_words,
         similarity=similarity,
@@ -124,7 +130,7 @@ def run(name: str, options: Namespace, attack: WordSubstitution, task: Task) -> 
 
     settings = {"attack": attack, "texts": texts, "labels": labels}
     kept = Kept(options.output, {"model": victim, "tokenizer": tokenizer, **settings})
-    source = Path(options.neighbours.replace(":", "-")).name.split(".")[0]
+    source = Path(options.attack.replace(":", "-")).name.split(".")[0]
     return row(name, kept.rows(f"{options.task}-{source}", {}, len(texts), compute, STEP))
 
 
@@ -148,7 +154,8 @@ def work(options: Namespace) -> str:
     """Attack all models; return the table."""
     task, attack = load_task(options), load_attack(options)
     rows = [run(name, options, attack, task) for name in options.model]
-    return markdown(HEAD, rows)
+    name = Path(options.attack).name
+    return f"{markdown(HEAD, rows)}\n\n{substitution.described(name, attack)}"
 
 
 main = command.entry("attack", arguments, work)

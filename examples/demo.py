@@ -10,8 +10,22 @@ cores; a second call prints what the first one measured.
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--updates", type=int, default=80)
+    parser.add_argument("--attack-rows", type=int, default=144)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+from dataclasses import replace
 from typing import Any
 
 import intent
@@ -43,15 +57,6 @@ def picture(found: list[dict[str, Any]], path: Path) -> None:
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=80)
-    parser.add_argument("--attack-rows", type=int, default=144)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    return parser.parse_args(argv)
 
 
 def work(options: argparse.Namespace) -> str:

@@ -7,10 +7,23 @@ picture of what the methods do. Half a minute on one core.
 """
 
 import argparse
+from pathlib import Path
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="30 steps instead of 1000")
+    parser.add_argument("--output", type=Path, default=Path("runs/equilibrium"), metavar="FOLDER")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -168,14 +181,6 @@ def table(rows: list[Solved]) -> str:
         seconds = f"{row.seconds:.1f}"
         lines.append([row.name, row.method, value, f"{row.known.value:g}", found, bound, seconds])
     return markdown(head, lines)
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="30 steps instead of 1000")
-    parser.add_argument("--output", type=Path, default=Path("runs/equilibrium"), metavar="FOLDER")
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> list[Solved]:

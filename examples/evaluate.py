@@ -24,26 +24,9 @@ the models, as mixtures of one: what a mixture is worth beside a model of equal 
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
-import transformers
-
-from common import command, mixtures, model
-from common.options import Members, Named, positive, script
-from common.substitution import SOURCES, candidates
-from mixadv.mixtures import Mixture
-from mixadv.reports.kept import write
-from mixadv.robustness import (
-    Report,
-    compare,
-    evaluate,
-    pictures,
-    read_rows,
-    text_batches,
-    token_norm,
-)
-from mixadv.robustness.sections import drawn
-from mixadv.tokens import WordSubstitution
+from common.options import SOURCES, Members, Named, positive, script, where
+from common.results import EMBEDDED_MODEL
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
@@ -51,7 +34,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     parser = script("evaluate", "--model FOLDER ... --data FILE [options]", __doc__)
     add = parser.add_argument
     text = "fine-tuned classifiers, folders or hub names"
-    add("--model", nargs="+", required=True, metavar="FOLDER", help=text)
+    add("--model", nargs="+", type=where, required=True, metavar="FOLDER", help=text)
     text = (
         "mixtures: models whose members are all alike, as a pattern that matches them or under one "
         "NAME several times; or a folder that Mixture.save_pretrained wrote, into which the model "
@@ -65,7 +48,10 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     text = "the column of the texts, or the two of pairs (default: the usual ones)"
     add("--text", nargs="+", metavar="COLUMN", help=text)
     add("--label", default="label", metavar="COLUMN", help="(default: %(default)s)")
-    text = f"attacks by word substitution; replacements come from {SOURCES}"
+    text = (
+        f"attacks by word substitution; replacements come from {SOURCES}. They are those of "
+        "attack.py at its defaults"
+    )
     add("--attack", nargs="+", default=[], metavar="SOURCE", help=text)
     text = "of PGD, in units (default: 0.05 0.1 0.2)"
     add("--radii", nargs="*", type=float, default=[0.05, 0.1, 0.2], metavar="RADIUS", help=text)
@@ -73,7 +59,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--increase-radius", type=float, default=0.1, metavar="RADIUS", help=text)
     text = (
         "the model whose mean token norm is the unit of all, so that all are perturbed in the same "
-        f"balls (default: the first; {model.EMBEDDED_MODEL} is the embedded encoder, untrained)"
+        f"balls (default: the first; {EMBEDDED_MODEL} is the embedded encoder, untrained)"
     )
     add("--unit-of", default="", metavar="MODEL", help=text)
     add("--steps", type=positive, default=10, metavar="K", help="of an ascent (default: 10)")
@@ -87,6 +73,30 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     text = "folder of the reports (default: %(default)s)"
     add("--output", type=Path, default=Path("runs/evaluate"), metavar="FOLDER", help=text)
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+from typing import Any
+
+import transformers
+
+from common import command, mixtures, model
+from common.substitution import attack, described
+from mixadv.mixtures import Mixture
+from mixadv.reports.kept import write
+from mixadv.robustness import (
+    Report,
+    compare,
+    evaluate,
+    pictures,
+    read_rows,
+    text_batches,
+    token_norm,
+)
+from mixadv.robustness.sections import drawn
+from mixadv.tokens import WordSubstitution
 
 
 def shortened(names: list[str], parts: int) -> dict[str, str]:
@@ -118,7 +128,7 @@ def unit(options: Namespace, labels: Any, columns: dict[str, Any]) -> float | No
 def attacks(options: Namespace) -> dict[str, WordSubstitution]:
     """Return the attacks by word substitution, by name."""
     named = shortened(options.attack, 1).items()
-    return {short: WordSubstitution(candidates(name)) for short, name in named}
+    return {short: attack(name) for short, name in named}
 
 
 class Reports:
@@ -161,20 +171,21 @@ class Reports:
 
 def work(options: Namespace) -> str:
     """Evaluate all models and mixtures; return the table."""
-    models, reports = shortened(options.model, 2), Reports(options)
+    models, reports, made = shortened(options.model, 2), Reports(options), attacks(options)
     if twice := models.keys() & options.mixture.keys():
         raise ValueError(f"--mixture {twice.pop()} has the name of a model: name it otherwise.")
     for short, name in models.items():
         found, tokenizer = model.load_classifier(name)
         alone = Mixture([found]) if options.mixture else None
-        reports.add(short, found, tokenizer, mixture=alone, attacks=attacks(options))
+        reports.add(short, found, tokenizer, mixture=alone, attacks=made)
     for name, folders in options.mixture.items():
-        reports.add(name, *mixtures.load(folders), attacks=attacks(options))
+        reports.add(name, *mixtures.load(folders), attacks=made)
     table = compare(reports.found)
     write(options.output / "compared.md", table)
     sections = {name: report.sections for name, report in reports.found.items()}
     pictures.save(sections, options.output)
-    return table.rstrip()
+    told = "\n".join(described(name, attack) for name, attack in made.items())
+    return f"{table.rstrip()}\n\n{told}".rstrip()
 
 
 main = command.entry("evaluate", arguments, work)

@@ -11,36 +11,40 @@ mnli on the matched rows (dev) and on the mismatched ones. All are times 100 in 
     python examples/glue.py --report
 """
 
+from __future__ import annotations
+
 import sys
 from argparse import Namespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from datasets import Dataset
-
-from common import command, data, metrics
-from common.data import Task
+from common import command
 from common.parameters import known
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+
+    from common.data import Task
 
 
 class Glue(NamedTuple):
-    """A task of the benchmark: the columns of its texts, its labels, its metrics."""
+    """A task of the benchmark: the columns of its texts, its labels, the names of its metrics."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] | None
-    metrics: dict[str, metrics.Metric]
+    metrics: tuple[str, ...]
 
 
-ACCURACY = {"accuracy": metrics.accuracy}
-F1 = {"F1": metrics.f1, "accuracy": metrics.accuracy}
+ACCURACY = ("accuracy",)
+F1 = ("F1", "accuracy")
 TWO_SENTENCES = ("sentence1", "sentence2")
 ENTAILMENT = ("entailment", "not_entailment")
 
 TASKS = {
-    "cola": Glue(("sentence",), ("unacceptable", "acceptable"), {"Matthews": metrics.matthews}),
+    "cola": Glue(("sentence",), ("unacceptable", "acceptable"), ("Matthews",)),
     "sst2": Glue(("sentence",), ("negative", "positive"), ACCURACY),
     "mrpc": Glue(TWO_SENTENCES, ("not_equivalent", "equivalent"), F1),
-    "stsb": Glue(TWO_SENTENCES, None, {"Pearson": metrics.pearson, "Spearman": metrics.spearman}),
+    "stsb": Glue(TWO_SENTENCES, None, ("Pearson", "Spearman")),
     "qqp": Glue(("question1", "question2"), ("not_duplicate", "duplicate"), F1),
     "mnli": Glue(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ACCURACY),
     "qnli": Glue(("question", "sentence"), ENTAILMENT, ACCURACY),
@@ -68,6 +72,11 @@ def settings(options: Namespace) -> dict[str, Any]:
 
 def load(options: Namespace) -> Task:
     """Return the task with its rows."""
+    import numpy as np
+
+    from common import data
+    from common.metrics import METRICS
+
     name, glue = options.task, TASKS[options.task]
     if options.data:
         splits = data.from_folder(data.find(options.data, name))
@@ -76,7 +85,7 @@ def load(options: Namespace) -> Task:
 
     def measure(predictions: np.ndarray, rows: Dataset) -> dict[str, float]:
         labels = np.array(rows["label"])
-        return {metric: of(predictions, labels) for metric, of in glue.metrics.items()}
+        return {metric: METRICS[metric](predictions, labels) for metric in glue.metrics}
 
     return data.task(name, splits, glue.texts, glue.labels, measure)
 

@@ -11,20 +11,23 @@ intents, whose test sentences have adversarial twins.
     python examples/intent.py --report
 """
 
+from __future__ import annotations
+
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from datasets import ClassLabel, Dataset
-
-from common import command, data, metrics
-from common.data import Task
+from common import command
 from common.options import positive
 from common.parameters import known
-from mixadv.robustness.data import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+
+    from common.data import Task
 
 EMBEDDED = "intents"
 HUB = {"banking77": ("PolyAI/banking77",), "clinc150": ("clinc/clinc_oos", "plus")}
@@ -56,6 +59,8 @@ def settings(options: Namespace) -> dict[str, Any]:
 
 def load(options: Namespace) -> Task:
     """Return the task with its rows."""
+    from common import data
+
     name, source = settings(options)["task"], options.data
     if name == EMBEDDED and not source:
         splits = data.from_folder(Path(__file__).parent / "data" / EMBEDDED)
@@ -70,6 +75,11 @@ def load(options: Namespace) -> Task:
 
 def classification(name: str, splits: Mapping[str, Dataset]) -> Task:
     """Return the task of texts with labels of any names, numbered in their order."""
+    import numpy as np
+    from datasets import Dataset
+
+    from common import data, metrics
+
     texts = {split: _values(rows, TEXT, f"{name}, {split}") for split, rows in splits.items()}
     labels = {split: _values(rows, LABEL, f"{name}, {split}") for split, rows in splits.items()}
     order = _numbering(name, labels)
@@ -95,6 +105,8 @@ def classification(name: str, splits: Mapping[str, Dataset]) -> Task:
 
 def _numbering(name: str, labels: Mapping[str, list[Any]]) -> dict[Any, int]:
     """Return the numbers of the labels of the training rows; other splits may hold no others."""
+    from mixadv.robustness.data import DataError
+
     for split, column in labels.items():
         for i, label in enumerate(column, 1):
             if not isinstance(label, (str, int)):
@@ -116,6 +128,10 @@ def _numbering(name: str, labels: Mapping[str, list[Any]]) -> dict[Any, int]:
 
 def _values(rows: Dataset, names: tuple[str, ...], where: str) -> list[Any]:
     """Return the first of these columns that the rows have; labels by name if they have one."""
+    from datasets import ClassLabel
+
+    from mixadv.robustness.data import DataError
+
     for name in names:
         if name in rows.column_names:
             feature, values = rows.features[name], rows[name][:]

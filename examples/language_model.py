@@ -34,14 +34,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from common.command import entry
-from common.language import policy, shown, trigger
-from common.language.training import RESULTS, Setting, once
+from common.language import EXPERIMENTS as NAMES
+from common.language import Setting
 from common.options import positive, script
-from common.parameters import known
-from common.results import finished
 
-EXPERIMENTS: dict[str, Any] = {"trigger": trigger, "policy": policy}
 OWN = {"experiment", "arm", "seed"}
 
 
@@ -49,7 +45,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     """Parse the command line."""
     parser = script("language_model", "[trigger|policy] [options]", __doc__)
     add = parser.add_argument
-    add("experiment", nargs="?", choices=list(EXPERIMENTS), help="which; without one both")
+    add("experiment", nargs="?", choices=NAMES, help="which; without one both")
     add("--arms", nargs="+", default=[], metavar="NAME", help="how it is trained (default: all)")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="(default: 0)")
     texts = {
@@ -73,6 +69,18 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--output", type=Path, default=Path("runs/language_model"), metavar="FOLDER", help=text)
     add("--report", action="store_true", help="show what there is, and draw the curves")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+from common.command import entry
+from common.language import policy, shown, trigger
+from common.language.training import RESULTS, once
+from common.parameters import known
+from common.results import finished
+
+EXPERIMENTS: dict[str, Any] = dict(zip(NAMES, (trigger, policy), strict=True))
 
 
 def settings(options: Namespace) -> list[Setting]:

@@ -4,6 +4,10 @@ Without a saddle point, [[a, b], [c, d]] with s = a − b − c + d is worth (a�
 row is played with probability (d − c)/s, the first column with (d − b)/s. Here s = 7.
 """
 
+import argparse
+
+argparse.ArgumentParser(description=__doc__).parse_args()  # --help explains, and plays nothing
+
 from mixadv.games import MatrixGame, solve
 
 game = MatrixGame([[3, -1], [-2, 1]])  # what the learner pays

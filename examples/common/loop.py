@@ -100,9 +100,11 @@ class Training(Trainer, TrainerCallback):
         self.encode = model.Encoder(
             self.tokenizer, run.max_length, task.labels is None, args.device
         )
-        self.evaluator = Evaluator(run, task, network, self.encode, self.game, self.part)
-        self.progress = Progress()
         self.shown = args.process_index == 0 and not keeping.silent
+        self.evaluator = Evaluator(
+            run, task, network, self.encode, self.game, self.part, self.shown
+        )
+        self.progress = Progress()
         self.writer: Any = None
 
     def optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
@@ -346,7 +348,10 @@ def arguments(run: Run, keeping: Keeping, folder: str) -> TrainingArguments:
 
 def chosen_rows(run: Run, task: Task) -> tuple[data.Dataset, dict[str, data.Dataset]]:
     """Return the rows that a run trains on and those it is evaluated on."""
-    return data.choose(task, run.seed, hold_out=run.hold_out, shots=run.shots, limit=run.limit)
+    train, splits = data.choose(
+        task, run.seed, hold_out=run.hold_out, shots=run.shots, limit=run.limit
+    )
+    return train, {n: data.at_most(rows, run.evaluate_rows) for n, rows in splits.items()}
 
 
 def player(run: Run, task: Task) -> mixadv.Solver | None:

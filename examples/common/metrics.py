@@ -46,3 +46,12 @@ pearson = _correlation(lambda predictions, labels: stats.pearsonr(predictions, l
 """The linear correlation."""
 spearman = _correlation(lambda predictions, labels: stats.spearmanr(predictions, labels).statistic)
 """The correlation of ranks."""
+
+METRICS: dict[str, Metric] = {
+    "accuracy": accuracy,
+    "F1": f1,
+    "Matthews": matthews,
+    "Pearson": pearson,
+    "Spearman": spearman,
+}
+"""Metrics by the names that tables give them."""

@@ -1,26 +1,33 @@
-"""The options that the scripts share, and their manual."""
+"""The options that the scripts share, and their manual.
+
+Nothing here imports torch, unless the manual is printed: a mistake is answered at once.
+"""
 
 import argparse
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from glob import glob
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NoReturn
 
-import mixadv
-from common.parameters import PLAIN
-from common.results import Run
-from common.substitution import SOURCES
-from mixadv.players.ascent import Ascent
+from common.results import PLAIN, Run
 
 WIDTH = 100  # of the manual
+SOURCES = (
+    "builtin (a small table of everyday words), typos, mlm:NAME (a masked language model), or a "
+    "FILE of JSON lines with word and neighbors, also as .jsonl.gz"
+)
+"""Where the candidates of a word substitution come from, by name."""
 EPILOG = """
 solvers, for --solver, and what each takes besides the parameters of all:
 {solvers}
 
 parameters of all solvers but plain, for --set and --config:
 {shared}
+
+weights, for --evaluate:
+  mean is kept by {means}; mixture by {mixtures}, with --set samples=R.
 
 results:
   Each run adds one JSON line to OUTPUT/results.jsonl: its settings, the metrics of each split for
@@ -32,11 +39,46 @@ results:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a mistake with one line."""
+    """A parser that answers a mistake with one line.
+
+    Attributes:
+        ending: makes the end of the manual, when it is printed.
+    """
+
+    ending: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        """Return the manual."""
+        if self.ending is not None:
+            self.epilog = self.ending()
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake and exit."""
         self.exit(2, f"{Path(self.prog).stem}: {message}\n")
+
+
+def where(name: str) -> str:
+    """Return the name of a model; raise for a path that leads nowhere, before a hub is asked.
+
+    Names of hub models have at most one slash, and no folder here is called as their owner is.
+    """
+    if Path(name).expanduser().exists():
+        return name
+    if has_magic(name):
+        raise argparse.ArgumentTypeError(f"nothing matches the pattern {name}{_there(name)}")
+    here = "/" in name and Path(Path(name).parts[0]).is_dir()
+    if not name or name[0] in "./~" or name.count("/") > 1 or here:
+        raise argparse.ArgumentTypeError(f"there is no {name}{_there(name)}")
+    return name
+
+
+def _there(name: str) -> str:
+    """Return what is where a path still leads."""
+    whole = Path(name).expanduser()
+    known = next((path for path in whole.parents if path.is_dir()), Path())
+    held = sorted(path.name for path in known.iterdir() if not path.name.startswith("."))
+    return f"; {known} holds {', '.join(held[:8])}{', …' if held[8:] else ''}."
 
 
 class Named(argparse.Action):
@@ -60,10 +102,13 @@ class Named(argparse.Action):
 
     def split(self, parser: Any, given: str, option: str | None) -> tuple[str, list[str]]:
         """Return the name, and what the pattern matches; itself where that is nothing."""
-        name, _, where = given.partition("=")
-        if not (name and where) or "/" in name:
+        name, _, path = given.partition("=")
+        if not (name and path) or "/" in name:
             parser.error(f"{option} {given}: write {self.metavar}, a name without /.")
-        return name, sorted(glob(where)) or [where]
+        try:
+            return name, sorted(glob(path)) or [where(path)]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{option} {given}: {error}")
 
 
 class Members(Named):
@@ -103,6 +148,9 @@ def script(
 
 def _epilog() -> str:
     """Return the manual's end, with the solvers and parameters that there are."""
+    import mixadv
+    from mixadv.players.ascent import Ascent
+
     shared = [f.name for f in fields(Ascent)]
 
     def wrapped(words: Iterable[str], indent: int) -> str:
@@ -115,13 +163,13 @@ def _epilog() -> str:
         own = [f"{f.name}={f.default}" for f in fields(solver) if f.name not in shared]
         lines.append(f"  {name:8} {solver.summary}")
         lines += [wrapped(own, 11)] if own else []
-    return EPILOG.format(solvers="\n".join(lines), shared=wrapped(shared, 2))
-
-
-def _keepers(kept: str) -> str:
-    """Return the names of the solvers that have a parameter for something they keep."""
-    names = [n for n, s in mixadv.SOLVERS.items() if kept in {f.name for f in fields(s)}]
-    return ", ".join(names)
+    own = {name: {f.name for f in fields(solver)} for name, solver in mixadv.SOLVERS.items()}
+    means, mixtures = (
+        ", ".join(name for name in own if kept in own[name]) for kept in ("average", "samples")
+    )
+    return EPILOG.format(
+        solvers="\n".join(lines), shared=wrapped(shared, 2), means=means, mixtures=mixtures
+    )
 
 
 def parser(
@@ -135,14 +183,15 @@ def parser(
         own: adds the script's own options to a group.
         defaults: of settings, where they are not those of `Run`.
     """
-    parser = script(name, "[options]", manual, _epilog(), column=28)
+    parser = script(name, "[options]", manual, column=28)
+    parser.ending = _epilog
     default = {f.name: f.default for f in fields(Run)} | defaults
 
     group = parser.add_argument_group("task and model")
     own(group)
     add = group.add_argument
     text = "a hub model or a folder with one (default: %(default)s, the embedded encoder)"
-    add("--model", default=default["model"], metavar="NAME", help=text)
+    add("--model", type=where, default=default["model"], metavar="NAME", help=text)
     _solver(parser)
     _training(parser, default)
     _evaluation(parser)
@@ -217,9 +266,7 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation").add_argument
     text = (
         "the weights that are evaluated and saved: the last; their running mean over training; or "
-        "the mixture of the last R samples of them, which averages predictions. The mean is kept "
-        f"by {_keepers('average')}, samples by {_keepers('samples')} with --set samples=R "
-        "(default: last)"
+        "the mixture of the last R samples of them, which averages predictions (default: last)"
     )
     add("--evaluate", choices=["last", "mean", "mixture"], default="last", help=text)
     text = (
@@ -227,6 +274,8 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
         "metric on the held-out rows, without --hold-out on dev"
     )
     add("--evaluate-every", type=positive, default=0, metavar="N", help=text)
+    text = "rows of each split to evaluate on, drawn the same for all runs (default: all)"
+    add("--evaluate-rows", type=positive, default=0, metavar="N", help=text)
     text = (
         "measure the metrics under PGD in embedding space too, in L2 balls of these radii, in "
         "token norms of the untrained encoder; on test, without one on dev"

@@ -1,25 +1,28 @@
-"""Names and values from the command line: solvers, and their hyper-parameters."""
+"""Names and values from the command line: solvers, and their hyper-parameters.
+
+What takes seconds to import is imported where it is needed: a wrong name is answered before.
+"""
+
+from __future__ import annotations
 
 import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-import mixadv
 from common.results import PLAIN
-from mixadv.errors import nearest
 
-TABLES = TypeAdapter(dict[str, dict[str, Any]], config=ConfigDict(strict=True))
-"""What a file of hyper-parameters holds: a table for each solver."""
+if TYPE_CHECKING:
+    import mixadv
 
 
 def known(option: str, name: str, names: Iterable[str], besides: str = "") -> None:
     """Raise unless the name is one of those known."""
     names = list(names)
     if name not in names:
+        from mixadv.errors import nearest
+
         raise ValueError(
             f"{option} {name}: there is none of this name.{nearest(name, names)} "
             f"There are {', '.join(names)}{besides}."
@@ -36,6 +39,8 @@ def parameters(
         settings: NAME=VALUE for all, SOLVER.NAME=VALUE for one; values are read as JSON.
         config: a file with a table for each solver; `settings` go before it.
     """
+    import mixadv
+
     for solver in solvers:
         known("--solver", solver, [PLAIN, *mixadv.SOLVERS])
     tables = _tables(config) if config else {}
@@ -68,6 +73,11 @@ def _value(text: str) -> Any:
 
 def _tables(path: Path) -> dict[str, dict[str, Any]]:
     """Return the tables of a file of hyper-parameters, checked."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    import mixadv
+
+    kind = TypeAdapter(dict[str, dict[str, Any]], config=ConfigDict(strict=True))
     if not path.is_file():
         raise ValueError(f"--config {path}: there is no such file.")
     try:
@@ -76,7 +86,7 @@ def _tables(path: Path) -> dict[str, dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     try:
-        tables = TABLES.validate_python(read)
+        tables = kind.validate_python(read)
     except ValidationError as error:
         found = error.errors()[0]
         where = ".".join(map(str, found["loc"])) or "it"
@@ -93,6 +103,8 @@ def _tables(path: Path) -> dict[str, dict[str, Any]]:
 def _build(solver: str, given: dict[str, Any], where: str) -> mixadv.Solver | None:
     if solver == PLAIN:
         return None
+    import mixadv
+
     try:
         return mixadv.make_solver(solver, **given)
     except (TypeError, ValueError) as error:

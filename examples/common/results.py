@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from common.tables import markdown
-from mixadv.robustness.statistics import t_interval
 
 PLAIN = "plain"
 EMBEDDED_MODEL = "minilm"
-LATER = {"substitute": 0.0, "neighbours": "", "every": 1, "share": 1.0, "label_smoothing": 0.0}
+LATER = {
+    "substitute": 0.0,
+    "neighbours": "",
+    "every": 1,
+    "share": 1.0,
+    "label_smoothing": 0.0,
+    "evaluate_rows": 0,
+}
 """Settings that came later: a run without them has the key, and the result, that it had before."""
 
 
@@ -50,11 +56,12 @@ class Run:
         attack_rows: 0 attacks the whole split.
         substitute: fraction of the training rows that get a copy with words replaced, made anew
             before each epoch but the first.
-        neighbours: where the words come from, see `common.substitution.SOURCES`.
+        neighbours: where the words come from, see `common.options.SOURCES`.
         every: updates of which the solver plays one; the others are plain.
         share: of the rows of a batch that the solver plays on; the others are plain. A divergence
             is then of these rows alone, and weighs as much less.
         label_smoothing: probability that the task loss spreads over all labels.
+        evaluate_rows: of each split, drawn the same for all runs; 0 evaluates on all.
     """
 
     task: str
@@ -85,6 +92,7 @@ class Run:
     every: int = 1
     share: float = 1.0
     label_smoothing: float = 0.0
+    evaluate_rows: int = 0
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "accumulate": 1, "max_length": 3, "updates": 0, "hold_out": 0}
@@ -93,6 +101,7 @@ class Run:
             "limit": 0,
             "evaluate_every": 0,
             "attack_rows": 0,
+            "evaluate_rows": 0,
             "seed": 0,
             "every": 1,
         }
@@ -242,6 +251,8 @@ def _plain(value: Any) -> str:
 
 def over_seeds(values: Iterable[float], digits: str = ".1f") -> str:
     """Return the mean and, of several values, the half width of Student's 95 % interval."""
+    from mixadv.robustness.statistics import t_interval
+
     values = list(values)
     if not values:
         return "–"

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 
 from common import data, model
+from common.options import SOURCES
 from common.results import Run
 from mixadv.tokens import (
     Candidates,
@@ -24,10 +25,6 @@ from mixadv.tokens import (
 from mixadv.tokens.substitution.constraints import portion
 
 BUILTIN = Path(__file__).parent.parent / "data" / "neighbours" / "neighbours.jsonl"
-SOURCES = (
-    "builtin (a small table of everyday words), typos, mlm:NAME (a masked language model), or a "
-    "FILE of JSON lines with word and neighbors, also as .jsonl.gz"
-)
 
 
 def candidates(name: str) -> Candidates:
@@ -37,6 +34,25 @@ def candidates(name: str) -> Candidates:
     if name.startswith("mlm:"):
         return MaskedCandidates(*model.load_masked(name.removeprefix("mlm:")))
     return SimilarWords(_table(BUILTIN if name == "builtin" else Path(name)))
+
+
+def attack(source: str, **limits: Any) -> WordSubstitution:
+    """Return what all scripts mean by an attack of a name, a source of candidates.
+
+    Args:
+        source: see `SOURCES`.
+        limits: of `WordSubstitution`, where they are not its defaults.
+    """
+    return WordSubstitution(candidates(source), **limits)
+
+
+def described(name: str, attack: WordSubstitution) -> str:
+    """Return in a line what an attack may do, to stand below its results."""
+    alike = "no bound on the similarity of the sentences"
+    if attack.similarity is not None:
+        alike = f"sentences of a cosine of at least {attack.similarity.min_cosine:g}"
+    most = f"{100 * attack.max_share:g} % of the words of a row, or {attack.min_words} if more"
+    return f"Attack {name}: at most {most}; {alike}."
 
 
 def _table(path: Path) -> Neighbours:

@@ -18,8 +18,21 @@ start, without the learner's clean pass, which all ways need; and what is kept o
 """
 
 import argparse
-import statistics
 import sys
+
+import _above  # noqa: F401
+from ascents_asked import asked
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return asked(argv, __doc__.splitlines()[0], "runs/ascents_tried")
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,13 +43,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import _above  # noqa: F401
 import directions
 import mixadv
 from common import command, data
 from common.loop import Training
 from common.tables import markdown
-from directions import RADII, arguments, trained
+from directions import RADII, trained
 
 PAYOFF = "symmetric_kl"
 Batch = dict[str, Tensor]
@@ -245,7 +257,7 @@ def work(options: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 2 for what it cannot run."""
-    options = arguments(argv, __doc__.splitlines()[0], "runs/ascents_tried")
+    options = arguments(argv)
     return command.answer("ascents_tried", lambda: work(options))
 
 

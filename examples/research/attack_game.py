@@ -11,43 +11,13 @@ duality gap, and the value by linear programming for comparison.
     python examples/research/attack_game.py --mat 8 --updates 60 --neighbours typos
 """
 
-import json
-import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from tqdm.auto import tqdm
 
 import _above  # noqa: F401
-import attack
 import intent
-from common import command
-from common.data import Task
-from common.loop import Keeping, Training
-from common.options import positive, script
-from common.results import EMBEDDED_MODEL, Run
-from common.substitution import SOURCES, candidates
-from common.tables import markdown
-from mixadv.tokens import (
-    dropout_masks,
-    learner_samples,
-    single_substitutions,
-    solve_games,
-    substitution_game,
-)
-from mixadv.tokens.substitution.game import Classifier, Equilibrium, SubstitutionGame
-from theory import oracles
-
-NAMES = ("pure_adversary_value", "guaranteed", "value", "worst", "pure_learner_value")
-HEAD = (
-    "learners", "texts", "adversary: best single", "mixture", "value by LP",
-    "learner: mixture", "best row", "largest gap", "helps adversary, %", "helps learner, %",
-)  # fmt: skip
-LENGTH = 128  # tokens of a text; the rest is cut, as in training
-HELPS = 0.001  # in probability, from which a mixture is said to help
+from common.options import SOURCES, positive, script, where
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
@@ -55,7 +25,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     parser = script("attack_game", "[options]", __doc__)
     add = parser.add_argument
     text = "fine-tuned classifiers, folders or hub names: a row each, or with --dropout a game each"
-    add("--model", nargs="+", default=[], metavar="FOLDER", help=text)
+    add("--model", nargs="+", type=where, default=[], metavar="FOLDER", help=text)
     text = "rows are N dropout masks of each --model"
     add("--dropout", type=positive, default=0, metavar="N", help=text)
     text = "rows are the last N samples of MAT, trained on the task's training rows"
@@ -74,6 +44,51 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     text = "add a JSON line per game to a file"
     add("--output", type=Path, metavar="FILE", help=text)
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+import json
+import shutil
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+import attack
+from common import command
+from common.data import Task
+from common.loop import Keeping, Training
+from common.results import EMBEDDED_MODEL, Run
+from common.substitution import candidates
+from common.tables import markdown
+from mixadv.tokens import (
+    dropout_masks,
+    learner_samples,
+    single_substitutions,
+    solve_games,
+    substitution_game,
+)
+from mixadv.tokens.substitution.game import Classifier, Equilibrium, SubstitutionGame
+from theory import oracles
+
+NAMES = ("pure_adversary_value", "guaranteed", "value", "worst", "pure_learner_value")
+HEAD = (
+    "learners", "texts", "columns", "adversary: best single", "mixture", "value by LP",
+    "learner: mixture", "best row", "largest gap", "helps adversary, %", "helps learner, %",
+)  # fmt: skip
+LENGTH = 128  # tokens of a text; the rest is cut, as in training
+READ = """\
+columns: texts that the adversary chooses from, the original among them, fewest to most.
+Values are probabilities of a wrong answer, means over the texts: what the adversary is sure of with
+one text and with its mixture, the value of the game, the most that the learner's mixture and its
+best row lose. helps: games in which a mixture is worth more than the best single choice."""
+ALONE = (
+    "texts have one column, the original: no word of theirs has a candidate, and all five values "
+    "of their games are equal. Another --neighbours, as typos, has candidates for more words."
+)
+HELPS = 0.001  # in probability, from which a mixture is said to help
 
 
 def learners(options: Namespace, task: Task) -> dict[str, tuple[list[Classifier], Any]]:
@@ -119,8 +134,10 @@ def row(name: str, games: list[SubstitutionGame], found: list[Equilibrium]) -> l
     learner = np.mean([one.pure_learner_value - one.worst > HELPS for one in found])
     numbers = [mean["pure_adversary_value"], mean["guaranteed"], exact]
     numbers += [mean["worst"], mean["pure_learner_value"]]
+    columns = sorted(game.payoff.shape[1] for game in games)
     return [
-        name, str(len(games)), *[f"{number:.4f}" for number in numbers],
+        name, str(len(games)), f"{columns[0]} to {columns[-1]}",
+        *[f"{number:.4f}" for number in numbers],
         f"{max(one.gap for one in found):.1e}", f"{100 * adversary:.0f}", f"{100 * learner:.0f}",
     ]  # fmt: skip
 
@@ -129,18 +146,20 @@ def work(options: Namespace) -> str:
     """Play and solve; return the table."""
     task, source = attack.load_task(options), candidates(options.neighbours)
     texts, labels = attack.chosen(options, task)
+    played = [single_substitutions(text, source, max_texts=options.columns) for text in texts]
     lines = []
     for name, (rows, tokenizer) in learners(options, task).items():
         games = []
-        for text, label in zip(tqdm(texts, desc=name, disable=None), labels, strict=True):
-            columns = single_substitutions(text, source, max_texts=options.columns)
+        for columns, label in zip(tqdm(played, desc=name, disable=None), labels, strict=True):
             game = substitution_game(rows, tokenizer, columns, label, max_length=LENGTH)
             games.append(game)
         found = solve_games(games)
         lines.append(row(name, games, found))
         if options.output:
             write(options.output, name, options, games, found)
-    return markdown(HEAD, lines)
+    few = sum(len(columns) == 1 for columns in played)
+    warning = f"\n\n{few} of {len(texts)} {ALONE}" if few else ""
+    return f"{markdown(HEAD, lines)}\n\n{READ}{warning}"
 
 
 def write(

@@ -20,28 +20,58 @@ checked to compute the same, in float64.
 """
 
 import argparse
+from pathlib import Path
+
+import _above  # noqa: F401
+from benchmark_parts import EMBEDDED, MODELS
+from common.options import script
+
+OUTPUT = Path(__file__).parent.parent / "results"
+SIZES, QUICK = ["16x128", "64x24"], ["4x24"]
+
+
+def asked() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = script("benchmark", "[options]", __doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="4×24 tokens, 3 rounds")
+    add("--sizes", nargs="+", metavar="BxN", help=f"batch x length (default: {' '.join(SIZES)})")
+    add("--model", choices=[*MODELS, EMBEDDED], default="bert", help="(default: %(default)s)")
+    add("--dropout", type=float, default=0.0, metavar="P", help="(default: %(default)g)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
+    add("--threads", type=int, default=1, help="(default: %(default)s)")
+    add("--rounds", type=int, metavar="N", help="(default: 5)")
+    add("--rows", nargs="+", default=[], metavar="NAME", help="(default: all of one particle)")
+    text = "folder of benchmark.jsonl, .md and .png (default: examples/results)"
+    add("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=text)
+    text = "leave out settings whose rows have as many rounds in benchmark.jsonl already"
+    add("--resume", action="store_true", help=text)
+    add("--report", action="store_true", help="measure nothing, print tables and draw the picture")
+    add("--scaling", action="store_true", help="measure how cost grows instead")
+    return parser
+
+
+if __name__ == "__main__":
+    asked().parse_args()  # a mistake is answered before the imports below, which take seconds
+
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of each start
 
 import torch
 from tqdm import tqdm
 
-import _above  # noqa: F401
 from benchmark_parts import checks, picture, results, scaling
 from benchmark_parts.contenders import CONTENDERS
 from benchmark_parts.measure import BLOCKS, measure
-from benchmark_parts.work import EMBEDDED, MODELS, PARTS, Setting
-from common.options import script
+from benchmark_parts.work import PARTS, Setting
 
-OUTPUT = Path(__file__).parent.parent / "results"
-SIZES, QUICK = ["16x128", "64x24"], ["4x24"]
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler tells of each start
+
+
 TINY = 64
 """Tokens of a batch up to which the tiny model stands in for BERT."""
 
@@ -91,22 +121,7 @@ def rows(options: argparse.Namespace) -> list[str]:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = script("benchmark", "[options]", __doc__)
-    add = parser.add_argument
-    add("--quick", action="store_true", help="4×24 tokens, 3 rounds")
-    add("--sizes", nargs="+", metavar="BxN", help=f"batch x length (default: {' '.join(SIZES)})")
-    add("--model", choices=[*MODELS, EMBEDDED], default="bert", help="(default: %(default)s)")
-    add("--dropout", type=float, default=0.0, metavar="P", help="(default: %(default)g)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
-    add("--threads", type=int, default=1, help="(default: %(default)s)")
-    add("--rounds", type=int, metavar="N", help="(default: 5)")
-    add("--rows", nargs="+", default=[], metavar="NAME", help="(default: all of one particle)")
-    text = "folder of benchmark.jsonl, .md and .png (default: examples/results)"
-    add("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=text)
-    text = "leave out settings whose rows have as many rounds in benchmark.jsonl already"
-    add("--resume", action="store_true", help=text)
-    add("--report", action="store_true", help="measure nothing, print tables and draw the picture")
-    add("--scaling", action="store_true", help="measure how cost grows instead")
+    parser = asked()
     options = parser.parse_args(argv)
     options.rounds = options.rounds or (3 if options.quick else 5)
     try:

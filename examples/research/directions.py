@@ -12,9 +12,22 @@ got less likely, the rows whose label changes, and the time over one gradient st
 """
 
 import argparse
+import sys
+
+import _above  # noqa: F401
+from ascents_asked import asked
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    return asked(argv, __doc__.splitlines()[0], "runs/directions")
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +36,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import _above  # noqa: F401
 import glue
 import intent
 import mixadv
@@ -49,24 +61,6 @@ ASCENTS: dict[str, dict[str, Any]] = {
     }.items()
 }
 BASELINE = next(iter(ASCENTS))
-
-
-def arguments(
-    argv: list[str] | None = None, about: str = "", output: str = "runs/directions"
-) -> argparse.Namespace:
-    """Parse the command line of a script: what it is about, and where its rows go."""
-    parser = argparse.ArgumentParser(description=about or __doc__.splitlines()[0])
-    parser.add_argument("--task", default="intents", help="of examples/intent.py or glue.py")
-    parser.add_argument("--data", default="", help="a folder with the task, as for those")
-    parser.add_argument("--updates", type=int, default=80)
-    parser.add_argument("--limit", type=int, default=0, help="training rows; 0 takes all")
-    parser.add_argument("--shots", type=int, default=0, help="training rows of each label")
-    parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--rows", type=int, default=128, help="held out, to play on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(output))
-    parser.add_argument("--report", action="store_true", help="what there is in OUTPUT")
-    return parser.parse_args(argv)
 
 
 def trained(options: argparse.Namespace) -> tuple[Training, list[dict[str, torch.Tensor]]]:

@@ -11,17 +11,36 @@ count, but the minute is for all.
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+import _above  # noqa: F401
+
+RESULTS = Path(__file__).parent.parent / "results" / "games_compared.jsonl"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small games, once, ten seconds each")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for a solver")
+    parser.add_argument("--repeats", type=int, default=3, help="of which the median counts")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="results, as JSON lines")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
 import json
 import math
 import multiprocessing
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +48,10 @@ import psutil
 import threadpoolctl
 import torch
 
-import _above  # noqa: F401
 from common.tables import markdown
 from peers import CONTENDERS, Array, Contender, relative_gap
 
 Size = tuple[int, int, int]
-RESULTS = Path(__file__).parent.parent / "results" / "games_compared.jsonl"
 SIZES = [(1, 10, 10), (1, 100, 100), (1, 1000, 1000), (1000, 10, 10)]
 QUICK = [(1, 4, 5), (3, 4, 4)]
 MEMORY = 8 * 2**30
@@ -150,16 +167,6 @@ def table(results: Iterable[dict[str, Any]]) -> str:
         found.setdefault((result["solver"], aim), {})[size] = cell
     rows = [[*solver, *(cells.get(size, "") for size in sizes)] for solver, cells in found.items()]
     return markdown(["solver", "stops at", *sizes], rows)
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small games, once, ten seconds each")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for a solver")
-    parser.add_argument("--repeats", type=int, default=3, help="of which the median counts")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="results, as JSON lines")
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

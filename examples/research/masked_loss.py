@@ -4,14 +4,50 @@ All models get the same rows and the same masks, and each its own worst perturba
 masked-LM loss in L2 balls around the embeddings of a row, in token norms of the first model. The
 interval is Student's at 95 %, over rows; differences to the first model are paired by row.
 
+    python examples/pretrain.py --objective mlm
+    python examples/pretrain.py --objective alum
+    python examples/research/masked_loss.py runs/pretrain/mlm/model runs/pretrain/alum/model
     python examples/research/masked_loss.py runs/pretrain/mlm/model runs/pretrain/alum/model \
         --data path/to/texts --split test --radii 0 0.5 1 2
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+import _above  # noqa: F401
+from common.options import positive, script, where
+from common.pretraining import PYDOC
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = script("masked_loss", "MODEL ... [options]", __doc__, column=28)
+    add = parser.add_argument
+    add(
+        "models",
+        nargs="+",
+        type=where,
+        metavar="MODEL",
+        help="folders or hub models, with one tokenizer",
+    )
+    text = "as for pretrain.py (default: %(default)s)"
+    add("--data", default=PYDOC, metavar="SOURCE", help=text)
+    add("--split", default="test", help="where the data have several (default: %(default)s)")
+    add("--rows", type=positive, default=256, metavar="N", help="(default: %(default)s)")
+    add("--length", type=positive, default=64, metavar="TOKENS", help="(default: %(default)s)")
+    text = "of the balls; 0 is no attack (default: 0 0.5 1)"
+    add("--radii", nargs="+", type=float, default=[0.0, 0.5, 1.0], metavar="RADIUS", help=text)
+    add("--batch-size", type=positive, default=16, metavar="ROWS", help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE", help="add the results to a file, as JSON lines")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +58,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorForLanguageModeling
 
-import _above  # noqa: F401
 import mixadv
 from common import model as finetuning
 from common.command import answer
 from common.evaluation import mean_token_norm
-from common.options import positive, script
 from common.pretraining import corpus
 from common.pretraining.tasks import encoder
 from common.tables import markdown
@@ -50,24 +84,6 @@ class Rows(NamedTuple):
     loss: np.ndarray
     hits: np.ndarray
     masked: np.ndarray
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = script("masked_loss", "MODEL ... [options]", __doc__, column=28)
-    add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="folders or hub models, with one tokenizer")
-    text = "as for pretrain.py (default: %(default)s)"
-    add("--data", default=corpus.PYDOC, metavar="SOURCE", help=text)
-    add("--split", default="test", help="where the data have several (default: %(default)s)")
-    add("--rows", type=positive, default=256, metavar="N", help="(default: %(default)s)")
-    add("--length", type=positive, default=64, metavar="TOKENS", help="(default: %(default)s)")
-    text = "of the balls; 0 is no attack (default: 0 0.5 1)"
-    add("--radii", nargs="+", type=float, default=[0.0, 0.5, 1.0], metavar="RADIUS", help=text)
-    add("--batch-size", type=positive, default=16, metavar="ROWS", help="(default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
-    add("--output", type=Path, metavar="FILE", help="add the results to a file, as JSON lines")
-    return parser.parse_args(argv)
 
 
 def batches(options: argparse.Namespace, tokenizer: Any) -> list[Batch]:
@@ -139,7 +155,11 @@ def compare(options: argparse.Namespace) -> str:
             found, vocabulary = batches(options, tokenizer), tokenizer.get_vocab()
             unit = mean_token_norm(model, on(model.device, found[0]))
         elif tokenizer.get_vocab() != vocabulary:
-            raise ValueError(f"{name} has another tokenizer than {options.models[0]}.")
+            raise ValueError(
+                f"{name} has another tokenizer than {options.models[0]}, and their losses are of "
+                "other tokens: pre-train both on one text with one --vocabulary, or the one with "
+                "--tokenizer of the other."
+            )
         for radius in options.radii:
             rows = measure(model, found, radius * unit)
             base = first.setdefault(radius, rows)

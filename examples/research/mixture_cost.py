@@ -11,34 +11,14 @@ trained: time and size do not depend on it.
 """
 
 import argparse
-import copy
-import json
-import statistics
 import sys
-from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
-
-import peft
-import torch
-from tqdm import tqdm
 
 import _above  # noqa: F401
-from benchmark_parts.measure import timed
-from benchmark_parts.results import Spread, ratio
-from benchmark_parts.work import EMBEDDED, MODELS, Part, load
+from benchmark_parts import EMBEDDED, MODELS
 from common.options import positive, script
-from common.tables import markdown
-from mixadv.mixtures import Adapter, Mixture
 
 OUTPUT = Path(__file__).parent.parent / "results" / "mixture_cost.jsonl"
-WAYS = ("mean", "draw", "vote")
-RANK = 8
-"""Of the adapters, on queries and values; the head of each member is its own."""
-HEAD = ["members", "of", "MB", *WAYS]
-Result = dict[str, Any]
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,6 +36,34 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=OUTPUT, metavar="FILE", help="(default: examples/results)")
     add("--report", action="store_true", help="measure nothing, print the table")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+import copy
+import json
+import statistics
+from collections.abc import Iterable
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import peft
+import torch
+from tqdm import tqdm
+
+from benchmark_parts.measure import timed
+from benchmark_parts.results import Spread, ratio
+from benchmark_parts.work import Part, load
+from common.tables import markdown
+from mixadv.mixtures import Adapter, Mixture
+
+WAYS = ("mean", "draw", "vote")
+RANK = 8
+"""Of the adapters, on queries and values; the head of each member is its own."""
+HEAD = ["members", "of", "MB", *WAYS]
+Result = dict[str, Any]
 
 
 def of_weights(model: Any, members: int) -> Mixture:

@@ -23,24 +23,13 @@ same seed; a mixture classifies by its mean there.
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from tqdm.auto import tqdm
 
 import _above  # noqa: F401
-import intent
-from common import command
 from common.options import positive, script
-from common.results import EMBEDDED_MODEL, append, digest, finished
-from common.tables import markdown
-from mixadv.robustness import read_rows, t_interval, text_batches, token_norm
-from mixing.measure import TYPOS, WAYS, Measure
-from mixing.train import Bench
+from common.results import EMBEDDED_MODEL
 
 TRAINED = ("smart", "mat", "mat-3", "mat-5", "lora-3", "lora-5", "boosted-3", "boosted-5")
-SHOWN = ("trained", "clean", "EoT-PGD", "ARC", "transfer", "worst of all", TYPOS)
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
@@ -64,6 +53,25 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--output", type=Path, default=Path("runs/mixtures"), metavar="FOLDER")
     add("--report", action="store_true", help="print the table of OUTPUT/results.jsonl and stop")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+import intent
+from common import command
+from common.results import append, digest, finished
+from common.tables import markdown
+from mixadv.robustness import read_rows, t_interval, text_batches, token_norm
+from mixing.measure import TYPOS, WAYS, Measure
+from mixing.train import Bench
+
+SHOWN = ("trained", "clean", "EoT-PGD", "ARC", "transfer", "worst of all", TYPOS)
 
 
 def work(options: Namespace) -> str:

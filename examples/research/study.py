@@ -13,43 +13,57 @@ and pictures.
     python examples/research/study.py examples/research/study/study.toml --report
 """
 
-import fcntl
-import re
-import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
 from pathlib import Path
 
 import _above  # noqa: F401
-from common import command, loop, model
 from common.options import positive, script
+
+
+def ending() -> str:
+    """Return the end of the manual: the keys of a study."""
+    from studying.reading import keys
+
+    return keys()
+
+
+def arguments(argv: list[str] | None = None) -> Namespace:
+    """Parse the command line."""
+    parser = script("study", "STUDY [options]", __doc__)
+    parser.ending = ending
+    add = parser.add_argument
+    add("study", type=Path, metavar="STUDY", help="a TOML file; results are written beside it")
+    text = "in place of the hub: a folder with a folder for each data set, as for the other scripts"
+    add("--data", default="", metavar="FOLDER", help=text)
+    text = "jobs at a time (default: one on each GPU, without one on each core)"
+    add("--workers", type=positive, metavar="N", help=text)
+    text = "folder of checkpoints and models (default: %(default)s)"
+    add("--runs", type=Path, default=Path("runs/study"), metavar="FOLDER", help=text)
+    add("--report", action="store_true", help="write report.md of the results that there are")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+import fcntl
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+
+from common import command, loop, model
 from common.results import append, finished
 from common.substitution import candidates
 from mixadv.robustness import data
 from studying import pool
 from studying.measure import measure, other
 from studying.plan import Results, Study, measurable
-from studying.reading import keys, read
+from studying.reading import read
 from studying.render import render
 from studying.work import load, sizes, train
-
-
-def arguments(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line."""
-    parser = script("study", "STUDY [options]", __doc__, keys())
-    add = parser.add_argument
-    add("study", type=Path, metavar="STUDY", help="a TOML file; results are written beside it")
-    text = "in place of the hub: a folder with a folder for each data set, as for the other scripts"
-    add("--data", default="", metavar="FOLDER", help=text)
-    text = "jobs at a time (default: one on each GPU, without one on each core)"
-    add("--workers", type=positive, default=pool.devices(), metavar="N", help=text)
-    text = "folder of checkpoints and models (default: %(default)s)"
-    add("--runs", type=Path, default=Path("runs/study"), metavar="FOLDER", help=text)
-    add("--report", action="store_true", help="write report.md of the results that there are")
-    return parser.parse_args(argv)
 
 
 def check(study: Study, options: Namespace, results: Results) -> None:
@@ -116,7 +130,7 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
                 else:
                     lost.add(run.key)
 
-    with closing(pool.side_by_side(ready, options.workers)) as found:
+    with closing(pool.side_by_side(ready, options.workers or pool.devices())) as found:
         for result in found:
             result["machine"] = pool.machine()
             append(path, result)

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from common.language import Setting
 from common.language.gcg import SearchedSuffix, nanogcg
 from common.language.mixed import expected, members
 from common.language.rows import SYSTEM, Row, batches, column, read
-from common.language.training import Learner, Setting, learner, load, pgd, player, train
+from common.language.training import Learner, learner, load, pgd, player, train
 from mixadv.mixtures import Adapter, Mixture
 from mixadv.robustness import (
     EmbeddingAttack,

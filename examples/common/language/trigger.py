@@ -16,8 +16,9 @@ import peft
 from torch import Tensor
 
 import mixadv
+from common.language import Setting
 from common.language.rows import SYSTEM, Row, batches, column, read
-from common.language.training import Learner, Setting, learner, load, pgd, player, train
+from common.language.training import Learner, learner, load, pgd, player, train
 from mixadv.robustness.generation import judged, says
 from mixadv.tokens import ChatBatch, latent_at, latent_dpo, preference_batches
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from common import data
+from common.pretraining import PYDOC
 from mixadv.robustness.data import DataError
 from mixadv.tokens import Words
 
-PYDOC = "pydoc"
 EVERY = 10  # each tenth document is held out where a corpus has no split for it
 TOGETHER = 64  # paragraphs that are read as one text
 

@@ -4,15 +4,13 @@ import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, AutoTokenizer, BertConfig
 
 from common import model as finetuning
 from common.model import quiet
+from common.pretraining import TINY
 from common.results import EMBEDDED_MODEL
 
-TINY = "tiny"
 SIZE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZE |= {"intermediate_size": 512, "max_position_embeddings": 512}
 
@@ -31,7 +29,9 @@ class Source(NamedTuple):
     folder: str | None
 
 
-def find(name: str, from_scratch: bool, vocabulary: int, texts: list[str], learned: Path) -> Source:
+def find(
+    name: str, from_scratch: bool, vocabulary: int, texts: list[str], shared: str = ""
+) -> Source:
     """Return the tokenizer and shape of a model.
 
     Args:
@@ -39,8 +39,7 @@ def find(name: str, from_scratch: bool, vocabulary: int, texts: list[str], learn
         from_scratch: whether its weights are drawn anew.
         vocabulary: size of the tokenizer of "tiny", learned on the texts.
         texts: to train on.
-        learned: folder of the tokenizer that this run learned before it was killed; learning one
-            again would break ties another way.
+        shared: a model whose tokenizer "tiny" takes in place of learning one.
 
     Raises:
         ValueError: if there is no such model.
@@ -51,7 +50,8 @@ def find(name: str, from_scratch: bool, vocabulary: int, texts: list[str], learn
     try:
         with quiet():
             if name == TINY:
-                tokenizer = _learned(where, vocabulary, texts, learned)
+                like = AutoTokenizer.from_pretrained(finetuning.path(shared) if shared else where)
+                tokenizer = like if shared else _learned(like, vocabulary, texts)
                 config = BertConfig(vocab_size=len(tokenizer), **SIZE)
                 return Source(tokenizer, config, None)
             tokenizer = AutoTokenizer.from_pretrained(where)
@@ -86,11 +86,21 @@ def build(source: Source, kind: Any, config: Any = None) -> tuple[Any, list[str]
     return built, [name for name, _ in built.named_parameters() if name in missing]
 
 
-def _learned(like: str, vocabulary: int, texts: list[str], folder: Path) -> Any:
-    """Return a tokenizer of the texts, the same on all processes."""
-    if folder.is_dir():
-        return AutoTokenizer.from_pretrained(folder)
-    made = None
-    if PartialState().is_main_process:
-        made = AutoTokenizer.from_pretrained(like).train_new_from_iterator(texts, vocabulary)
-    return broadcast_object_list([made])[0]
+def _learned(like: Any, vocabulary: int, texts: list[str]) -> Any:
+    """Return a tokenizer of the texts, the same for the same texts.
+
+    Ties between pairs of pieces are broken by the numbers of the pieces, and those that are met
+    inside words would be numbered in the order of a hash table, which differs from process to
+    process. They are named beforehand, in order, as if they were special.
+    """
+    read = like.backend_tokenizer
+    words = (
+        word
+        for text in texts
+        for word, _ in read.pre_tokenizer.pre_tokenize_str(read.normalizer.normalize_str(text))
+    )
+    inside = [f"##{letter}" for letter in sorted({letter for word in words for letter in word[1:]})]
+    made = like.train_new_from_iterator(
+        texts, vocabulary, new_special_tokens=inside, show_progress=False
+    )
+    return type(like)(vocab=made.get_vocab(), model_max_length=like.model_max_length)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from common import model as finetuning
-from common.pretraining import corpus, models
+from common.pretraining import OBJECTIVES, TINY, corpus, models
 from common.pretraining.corpus import Corpus
 from common.pretraining.objectives import ORDER, Detection, Masked, Objective, guess
 from common.results import EMBEDDED_MODEL
@@ -33,8 +33,7 @@ from mixadv.tokens import (
     substitute_words,
 )
 
-TOKENIZER = "tokenizer"  # the folder of it in that of the run
-GENERATOR = "generator"  # likewise, in that of the model
+GENERATOR = "generator"  # the folder of it in that of the model
 WORDS_PER_TOKEN = 0.7  # of running English, so that few pieces are cut
 
 
@@ -88,7 +87,7 @@ def _source(options: Namespace, texts: Corpus) -> models.Source:
         options.from_scratch,
         options.vocabulary,
         texts.train,
-        options.output / TOKENIZER,
+        options.tokenizer,
     )
     least = source.tokenizer.num_special_tokens_to_add(pair=True) + 2
     most = min(
@@ -183,7 +182,7 @@ def detection(options: Namespace, texts: Corpus) -> Task:
     """
     source = _source(options, texts)
     config = source.config
-    if options.model == models.TINY:
+    if options.model == TINY:
         size = {**models.SIZE, "embedding_size": models.SIZE["hidden_size"]}
         config = ElectraConfig(vocab_size=config.vocab_size, **size)
     if config.model_type != "electra":
@@ -229,7 +228,7 @@ def similar_words(path: str) -> Neighbours:
     return Neighbours.from_encoder(encoder, tokenizer)
 
 
-OBJECTIVES = {"mlm": masked, "alum": masked, "electra": detection, "macbert": correction}
+TASKS = dict(zip(OBJECTIVES, (masked, masked, detection, correction), strict=True))
 """What makes the task of an objective, by its name."""
 
 SOLVER = {"alum": "alum"}

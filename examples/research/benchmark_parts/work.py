@@ -9,13 +9,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from benchmark_parts import EMBEDDED, MODELS
 from common import model as embedded
 
-MODELS = {  # layers, hidden size, heads, words
-    "bert": (6, 384, 12, 30522),
-    "tiny": (2, 64, 4, 1000),
-}
-EMBEDDED = "embedded"
 LABELS = 2
 PARTS = ("F", "A", "S", "O", "N")
 """Of a round; see `Work.parts`."""
