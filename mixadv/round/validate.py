@@ -101,6 +101,7 @@ def check_trained(model: nn.Module, solver: Solver, optimizer: Any) -> None:
 def check_held(model: nn.Module, solver: Solver, optimizer: Any) -> None:
     """Check that an optimizer holds the weights of a model, not copies as DeepSpeed gives it."""
     learner = solver.learner()
+    parallel.reshard(model)  # which lists gathered weights else
     own = {id(p) for p in model.parameters()}
     held = [p for g in optimizer.param_groups for p in g["params"]]
     if not any(id(p) in own for p in held):
