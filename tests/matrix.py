@@ -34,6 +34,8 @@ INTERRUPTED = "test_an_interrupted_round_leaves_no_trace"
 COMPILED = "compiled_rounds_equal_plain_ones_and_compile_no_more"
 
 TWO = "test_two_processes"
+SHARDED = "test_trainer_sharded.py::test_every_solver_on_two_processes"
+TRAINS = "test_sentence_transformers.py::test_every_solver_trains_or_says_what_to_change"
 SCALED = "test_a_scaled_gradient_is_that_of_full_precision_within_rounding"
 OVERFLOWS = "test_a_step_that_overflows_is_left_out_and_nothing_else"
 BY_HAND = "test_training_is_that_of_the_loop_written_by_hand"
@@ -64,6 +66,20 @@ WAYS: dict[str, list[str]] = {
     "DDP, `game.loss`": [f"test_distributed.py::{TWO}[loss: {{solver}}]"],
     "FSDP2, `step(closure)`": [f"test_sharded.py::{TWO}[step: {{solver}}]"],
     "FSDP2, `game.loss`": [f"test_sharded.py::{TWO}[loss: {{solver}}]"],
+    "FSDP2 by Accelerate, `step(closure)`": [
+        f"test_trainer_sharded.py::{SHARDED}[step: {{solver}}]"
+    ],
+    "FSDP2 by Accelerate, `game.backward`": [
+        f"test_trainer_sharded.py::{SHARDED}[backward: {{solver}}]"
+    ],
+    "FSDP2 by Trainer's `fsdp=`": [f"test_trainer_sharded.py::{SHARDED}[trainer: {{solver}}]"],
+    "tensor parallelism": ["test_sharded.py::test_tensor_parallelism_is_refused[{solver}]"],
+    "sentence-transformers, rankings": [
+        f"test_sentence_transformers.py::{TRAINS}[{{solver}}-ranking]"
+    ],
+    "sentence-transformers, scores": [
+        f"test_sentence_transformers.py::{TRAINS}[{{solver}}-scores]"
+    ],
     "bf16 autocast": [f"test_precision.py::test_{AUTOCAST}[{{solver}}]"],
     "fp16 autocast, GradScaler": [
         f"test_fp16.py::{test}[{{solver}}-*-cpu]" for test in (SCALED, OVERFLOWS)

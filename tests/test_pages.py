@@ -37,6 +37,7 @@ from mixadv.round.cost import count_passes
 from tests.chat_zoo import chatting, speaking
 from tests.pages import ALL, FENCE, GENERATED, PAGES, ROOT, TABLES, marked
 from tests.processes import one_process
+from tests.sentence_zoo import PAIRS, encoder
 from tests.substitution_zoo import word_tokenizer
 from tests.zoo import player
 
@@ -101,6 +102,15 @@ def prelude() -> dict[str, Any]:
     }
 
 
+def sentences() -> dict[str, Any]:
+    """Return what a page on sentence-transformers takes for granted."""
+    from sentence_transformers import SentenceTransformerTrainingArguments
+
+    quiet: Any = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "max_steps": 1}
+    arguments = SentenceTransformerTrainingArguments("sentences", **quiet)
+    return {"encoder": encoder(Path()), "pairs": PAIRS, "sentence_arguments": arguments}
+
+
 def commands(program: str) -> list[list[str]]:
     """Return the arguments of each call of a program, in shell blocks and code spans."""
     shell = [block for _, block in blocks(ALL, "bash", "sh", "shell", "console")]
@@ -131,6 +141,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_every_python_block_runs_one_after_another(name: str):
     variables = {} if name == "docs/start.md" else prelude()
+    if name == "docs/howto/trainer.md":
+        variables |= sentences()
     for line, block in blocks(PAGES[name], "python"):
         exec(compile("\n" * line + block, name, "exec"), variables)
     assert all(p.isfinite().all() for p in variables["model"].parameters())

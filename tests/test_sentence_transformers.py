@@ -1,6 +1,5 @@
 """sentence-transformers' Trainer plays a game: δ in each text, similarity scores as predictions."""
 
-import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 
 import mixadv
-from tests.substitution_zoo import word_tokenizer
 from tests.test_trainer import (
     alone,  # noqa: F401
     logged,
@@ -24,14 +21,13 @@ pytest.importorskip("sentence_transformers", reason="its Trainer is what plays")
 
 from datasets import Dataset, disable_progress_bars
 from sentence_transformers import (
-    SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from mixadv.integrations.sentence_transformers import AdversarialSentenceTransformerTrainer
+from tests.sentence_zoo import PAIRS, ROWS, encoder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*starts below the noise floor"),
@@ -40,13 +36,6 @@ pytestmark = [
 ]
 
 disable_progress_bars()
-WORDS = ("film", "plot", "actor", "day")
-ROWS = [
-    {"anchor": f"the {noun} was {word}", "positive": f"a really {word} {noun} it was"[: 12 + 6 * i]}
-    for i, noun in enumerate(WORDS)
-    for word in ("good", "bad")
-]
-PAIRS = Dataset.from_list(ROWS)
 TRIPLETS = Dataset.from_list(
     [row | {"negative": ROWS[(i + 3) % 8]["positive"]} for i, row in enumerate(ROWS)]
 )
@@ -61,25 +50,6 @@ EMBEDDING: dict[str, Any] = {
     "source": "1",
     "representation": lambda found: found["sentence_embedding"],
 }
-
-
-@functools.cache
-def saved() -> Any:
-    """Return what a tiny encoder is made of."""
-    tokenizer = word_tokenizer()
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **size)
-    return tokenizer, config
-
-
-def encoder(folder: Path, dropout: float = 0.1) -> SentenceTransformer:
-    tokenizer, config = saved()
-    torch.manual_seed(0)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    transformers.BertModel(config).save_pretrained(folder / "encoder")
-    tokenizer.save_pretrained(folder / "encoder")
-    modules = [Transformer(str(folder / "encoder")), Pooling(16)]
-    return SentenceTransformer(modules=modules, device="cpu")
 
 
 def trained(

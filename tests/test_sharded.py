@@ -31,6 +31,7 @@ from tests.processes import (
     closure,
     found,
     judge,
+    one_process,
     play,
     refusal,
     replicated,
@@ -42,7 +43,7 @@ from tests.processes import (
     whole,
 )
 from tests.worlds import classified
-from tests.zoo import moving_inputs, without_dropout
+from tests.zoo import moving_inputs, note_refusal, weighing_rows, without_dropout
 
 ALL = ("words", "blocks.0", "blocks.1", "head")
 CHATS = [
@@ -307,6 +308,17 @@ verdicts = verdicts_of(CASES, "sharded")
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes(case: str, verdicts: dict[str, Verdict]):
     verdicts[case].hold()
+
+
+@pytest.mark.parametrize("name", mixadv.SOLVERS)
+def test_tensor_parallelism_is_refused(name: str, tmp_path: Any):
+    """Processes that share a batch would each draw another δ for it."""
+    with one_process(tmp_path):
+        mesh = init_device_mesh("cpu", (1,))
+        model = parallelize_module(Net(), mesh, {"head": ColwiseParallel()})
+        with pytest.raises(ValueError, match=r"2 weights are DTensors.*another δ") as caught:
+            mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, name)
+    note_refusal(str(caught.value))
 
 
 @pytest.mark.slow

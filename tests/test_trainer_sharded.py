@@ -88,7 +88,7 @@ def trainer_for(name: str, sharded: bool, **changes: Any) -> Any:
     alone(dist.get_rank())
     base = Sharded if sharded else AdversarialTrainer
     options = OPTIONS | (SHARDED if sharded else {}) | changes
-    if name in ROWS:  # the harness has the loss of BERT be one for each row
+    if name in (*ROWS, "mart"):  # whose loss the harness has be one for each row, or shows labels
         options |= {"family": "bert"}
         if sharded:
             options |= {"fsdp_config": {"transformer_layer_cls_to_wrap": "BertLayer"}}

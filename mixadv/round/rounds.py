@@ -157,6 +157,8 @@ class Rounds:
 
     def _calibrate(self, goals: Goals) -> None:
         model, solver = self.arena.model, self.arena.solver
+        if self.arena.optimizer is not None:
+            validate.check_held(model, solver, self.arena.optimizer)
         self.busy = True
         try:
             with parallel.local(model):

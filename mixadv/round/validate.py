@@ -109,12 +109,21 @@ def check_trained(model: nn.Module, solver: Solver, optimizer: Any) -> None:
             "rate is scheduled already: wrap the optimizer before the scheduler is made."
         )
     check_base_optimizer(optimizer)
+    check_held(model, solver, optimizer)
+
+
+def check_held(model: nn.Module, solver: Solver, optimizer: Any) -> None:
+    """Check that an optimizer holds the weights of a model, not copies as DeepSpeed gives it."""
+    learner = solver.learner()
+    parallel.reshard(model)  # which lists gathered weights else
     own = {id(p) for p in model.parameters()}
     held = [p for g in optimizer.param_groups for p in g["params"]]
     if not any(id(p) in own for p in held):
         raise ValueError(
             f"The optimizer holds {len(held)} parameters and none of the {len(own)} of this "
-            f"{type(model).__name__}: build it from the parameters of the model that is trained."
+            f"{type(model).__name__}: build it from the parameters of the model that is trained. "
+            "(DeepSpeed gives an optimizer flat copies of them: there use a solver that does not "
+            "move the weights, such as mixadv.FreeLB(), by mixadv.Game alone.)"
         )
     outside = [p for p in held if id(p) not in own and p.requires_grad]
     if outside and learner is not None and (learner.ema_decay is not None or learner.keeps_samples):
@@ -141,6 +150,18 @@ def check_solver(solver: Any) -> None:
 
 def check_spread(model: nn.Module) -> None:
     """Check how weights are spread over processes."""
+    if any(type(m).__name__ == "DeepSpeedEngine" for m in model.modules()):
+        raise TypeError(
+            "A backward through DeepSpeed's engine reduces gradients, the adversary's too: give "
+            "the game engine.module and call that in the closure, then "
+            "engine.backward(game.loss(closure)) and engine.step()."
+        )
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(
+            "The weights are partitioned by DeepSpeed ZeRO-3, which counts each backward through "
+            "its engine as one of training: a round would train on wrong gradients. Use stage 1 or "
+            "2, or shard with torch.distributed.fsdp.fully_shard."
+        )
     old = "FullyShardedDataParallel"
     if any(type(m).__name__ == old for m in model.modules()):
         raise TypeError(

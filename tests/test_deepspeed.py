@@ -1,0 +1,128 @@
+"""DeepSpeed ZeRO 1 and 2 train as replicas do, with two processes; where it is installed.
+
+pip install deepspeed  # DS_BUILD_OPS=0: nothing is compiled
+"""
+
+import importlib.util
+import os
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mixadv
+from tests.processes import Net, Verdict, batches, by_name, verdicts_of
+from tests.zoo import ROWS
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
+PLAYED = [
+    name
+    for name in mixadv.SOLVERS
+    if mixadv.make_solver(name).learner() is None and name not in ("freeat", *ROWS)
+]
+
+
+def engine_of(model: nn.Module, optimizer: Any, stage: int) -> Any:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__.update(dict.fromkeys(__compatible_ops__, False))  # compiled when asked for
+    names = {"RANK": torch.distributed.get_rank(), "WORLD_SIZE": 2}
+    names["LOCAL_RANK"] = names["RANK"]
+    os.environ |= {name: str(value) for name, value in names.items()}
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def trains_as_replicas_do(rank: int, name: str, stage: int) -> None:
+    warnings.simplefilter("ignore")  # of DeepSpeed
+    seen = []
+    for zero in (False, True):
+        net = Net().float()
+        base = torch.optim.AdamW(net.parameters(), lr=0.01)
+        engine = engine_of(net, base, stage) if zero else DistributedDataParallel(net)
+        model = engine.module if zero else engine
+        game, objectives = mixadv.Game(model, mixadv.make_solver(name)), []
+        torch.manual_seed(100 + rank)
+        for number, (ids, labels) in enumerate(batches(rank, 4)):
+
+            def run(ids: Any = ids, labels: Any = labels, model: Any = model) -> Any:
+                logits = model(ids)
+                return F.cross_entropy(logits, labels), logits, labels
+
+            loss = game.loss(run)
+            objectives.append(loss.detach())
+            if zero:
+                engine.backward(loss)
+                engine.step()
+                continue
+            (loss / 2).backward()
+            if number % 2:
+                base.step()
+                base.zero_grad()
+        seen.append([*objectives, *(p.detach().clone() for p in net.parameters())])
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+    assert (seen[0][-1] - Net().float().head.bias).abs().max() > 5e-3
+
+
+def others_are_refused(rank: int) -> None:
+    warnings.simplefilter("ignore")
+    net = Net().float()
+    optimizer = mixadv.wrap(torch.optim.AdamW(net.parameters()), net, mixadv.SMART())
+    engine = engine_of(net, optimizer, 1)
+    with pytest.raises(TypeError, match=r"engine\.backward\(game\.loss\(closure\)\)"):
+        mixadv.Game(engine, mixadv.PGD())
+    ids, labels = next(batches(rank, 1))
+    with pytest.raises(ValueError, match="DeepSpeed gives an optimizer flat copies"):
+        optimizer.game.loss(lambda: (F.cross_entropy(net(ids), labels), net(ids)))
+    net = Net().float()
+    engine_of(net, torch.optim.AdamW(net.parameters()), 3)
+    with pytest.raises(ValueError, match=r"ZeRO-3.*Use stage 1 or 2"):
+        mixadv.Game(net, mixadv.PGD())
+
+
+CASES: dict[str, Any] = {
+    **by_name(partial(trains_as_replicas_do, stage=1), "stage 1", PLAYED),
+    **by_name(partial(trains_as_replicas_do, stage=2), "stage 2", PLAYED),
+    "others": others_are_refused,
+}
+verdicts = verdicts_of(CASES, "deepspeed")
+
+
+@installed
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes(case: str, verdicts: dict[str, Verdict]):
+    verdicts[case].hold()
+
+
+def test_what_is_deepspeeds_is_told_by_its_marks():
+    """Without it installed: an engine by its name, weights of ZeRO-3 by what they carry."""
+    engine = type("DeepSpeedEngine", (nn.Linear,), {})(2, 2)
+    with pytest.raises(TypeError, match=r"give the game engine\.module"):
+        mixadv.Game(engine, mixadv.PGD())
+    model = nn.Linear(2, 2)
+    vars(model.weight)["ds_id"] = 0
+    with pytest.raises(ValueError, match=r"ZeRO-3.*fully_shard"):
+        mixadv.Game(model, mixadv.PGD())
+
+
+def test_an_optimizer_that_lost_the_weights_is_told_of_in_the_first_round():
+    model = nn.Linear(2, 2)
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters()), model, mixadv.MAT())
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(6))]  # as DeepSpeed does
+    with pytest.raises(ValueError, match="holds 1 parameters and none of the 2"):
+        optimizer.step(lambda: (model(torch.eye(2)).sum(), model(torch.eye(2))))
