@@ -63,6 +63,12 @@ from mixadv.reports.kept import Kept
 from mixadv.robustness.data import DataError
 
 SPLITS = ("train", "dev")
+READ = """\
+neurons: the fewest that lack at most --tolerance of the accuracy of all. The rest is accuracy on
+held-out words, in percent, of probes that read: all neurons; top, the smallest set; random, as many
+drawn at random; last, as many of those ranked last. control: all neurons, where each word has one
+label drawn at random, which tells what a probe learns by heart; selectivity: all minus control.
+shuffled: tags shuffled; majority: the most frequent tag, always."""
 Tagged = tuple[list[list[str]], list[list[str]]]
 
 
@@ -135,7 +141,7 @@ def work(options: Namespace) -> str:
         draw(found, options.output / f"{name}.png")
     compare(analyses, "layer", options.output / "layers.png")
     compare(analyses, "tag", options.output / "tags.png")
-    return f"{table(analyses)}\n\n{counts(analyses)}"
+    return f"{table(analyses)}\n\n{READ}\n\n{counts(analyses)}"
 
 
 main = command.entry("neurons", arguments, work)

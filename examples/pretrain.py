@@ -125,6 +125,12 @@ from common.pretraining import corpus, curves, tasks
 from common.pretraining.trainer import AdversarialPretrainingTrainer, PretrainingTrainer
 from common.tables import markdown
 
+READ = "Of held-out rows, before training and after it; curves.png has what is between."
+OF_ELECTRA = (
+    "\nAUC tells replaced tokens from others: it may fall again while both players learn, for the "
+    "generator's replacements become harder to tell. loss is the discriminator's; that of training "
+    "is the generator's plus 50 times it."
+)
 LOGGED = 100  # points of the training loss in a curve
 
 
@@ -194,7 +200,8 @@ def train(options: argparse.Namespace) -> str:
     if trainer.is_world_process_zero():
         task.save(output / "model")
         title = f"{options.objective}, {options.model} on {Path(options.data).name}"
-        curves.draw(found, task.objective.chance, title, output / "curves.png")
+        objective = task.objective
+        curves.draw(found, objective.chance, title, output / "curves.png", objective.minimised)
         log.write_text(json.dumps(found, indent=1))
     return table(found)
 
@@ -284,7 +291,8 @@ def table(log: list[dict[str, Any]]) -> str:
     ]
     guesses = [chance["chance"].get(name) for name in names]
     cells = ["–" if guess is None else f"{guess:.3f}" for guess in guesses]
-    return markdown(["step", *names], [*lines, ["chance", *cells]])
+    rows = markdown(["step", *names], [*lines, ["chance", *cells]])
+    return f"{rows}\n\n{READ}{OF_ELECTRA if 'AUC' in names else ''}"
 
 
 main = entry("pretrain", arguments, train)

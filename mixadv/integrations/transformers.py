@@ -67,9 +67,11 @@ class Adversarial(ShardedStates, Base):
     one batch: what a solver adds to the loss is weighted as the loss is. At radius 0 training is
     Trainer's own, scale of the loss included.
 
-    Trainer's log gets what the last round came to, read from the device only then: `clean_loss`,
-    `payoff`, `radius`, `strategy_entropy` and `nonfinite`, and of rows that are weighed the
-    `worst_group`, `worst_group_weight` and `effective_rows`; its `loss` is the objective.
+    Trainer's log gets what the last round came to, read from the device only then: `clean_loss` at
+    δ = 0; `payoff`, the loss or the divergence that the adversary was paid, in nats; `radius`, the
+    mean length of the δ played in the units of the solver's own radius; `strategy_entropy` in nats,
+    `effective_particles` and `nonfinite` rows; and of rows that are weighed the `worst_group`,
+    `worst_group_weight` and `effective_rows`. Its `loss` is the objective.
 
     Evaluation and prediction run at the average of the learner where the solver keeps one, and
     `load_best_model_at_end` loads the weights that were evaluated. Checkpoints hold the live

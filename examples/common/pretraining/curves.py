@@ -11,7 +11,13 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def draw(log: list[dict[str, Any]], chance: Numbers, title: str, path: Path) -> None:
+def draw(
+    log: list[dict[str, Any]],
+    chance: Numbers,
+    title: str,
+    path: Path,
+    minimised: str = "training loss",
+) -> None:
     """Draw a panel for the training loss and one for each held-out metric.
 
     Args:
@@ -19,9 +25,10 @@ def draw(log: list[dict[str, Any]], chance: Numbers, title: str, path: Path) -> 
         chance: the metrics without learning; a dashed line.
         title: of the picture.
         path: of the file.
+        minimised: what the training loss is.
     """
     held = [entry for entry in log if "eval_loss" in entry]
-    panels = {"training loss": [(e["step"], e["loss"]) for e in log if "loss" in e]}
+    panels = {minimised: [(e["step"], e["loss"]) for e in log if "loss" in e]}
     for name in metrics(held[0]) if held else []:
         panels[f"held-out {name}"] = [(e["step"], e[f"eval_{name}"]) for e in held]
     figure, axes = plt.subplots(
@@ -30,7 +37,7 @@ def draw(log: list[dict[str, Any]], chance: Numbers, title: str, path: Path) -> 
     for axis, (name, points) in zip(axes[0], panels.items(), strict=True):
         axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
         known = chance.get(name.removeprefix("held-out "))
-        if known is not None and name != "training loss":
+        if known is not None and name != minimised:
             axis.axhline(known, linestyle="--", color="0.5", label="chance")
             axis.legend(frameon=False)
         axis.set(title=name, xlabel="step")

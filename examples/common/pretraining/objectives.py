@@ -26,7 +26,10 @@ class Objective:
     Attributes:
         collator: makes a batch of rows.
         chance: what the held-out metrics are without learning, where that is known.
+        minimised: what the loss of training is, for its curve.
     """
+
+    minimised = "training loss"
 
     def __init__(self, collator: Any, chance: Numbers) -> None:
         self.collator = collator
@@ -69,6 +72,8 @@ class Masked(Objective):
 
 class Detection(Objective):
     """Replaced-token detection: which tokens a generator has sampled."""
+
+    minimised = "training loss:\ngenerator + 50 × discriminator"
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         """Return both players' losses."""
