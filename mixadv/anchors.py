@@ -41,13 +41,14 @@ from mixadv.model.modules import unwrap
 class Anchor:
     """A frozen copy of an encoder, and the distance from it as a closure.
 
-    The copy is in evaluation mode, never trained, and no part of the encoder: save it by
-    `anchor.state_dict()` beside the game's, or build it again from where training began.
+    Use it to make an encoder robust without labels, so that its embeddings stay where they were.
+    The copy is in evaluation mode, is never trained, and is not part of the encoder. Save it by
+    `anchor.state_dict()`, or build it again from the weights that training began with.
 
     Args:
-        encoder: to copy, as it stands.
-        read: called with what the encoder returns, gives embeddings `[B, ...]`; None takes the
-            tensor itself, or the `image_embeds` or `pooler_output` of an output of transformers.
+        encoder: the encoder to copy, with its present weights.
+        read: a function that returns embeddings `[B, ...]` from what the encoder returns. None
+            takes the tensor itself, or `image_embeds` or `pooler_output` of an output.
 
     Example:
         >>> import mixadv

@@ -51,16 +51,16 @@ class BestResponse(NamedTuple):
 def best_response(
     game: Game, closure: Closure, *, where: Where = None, adversary: Closure | None = None
 ) -> BestResponse:
-    """Return where projected ascent ends, and the model's predictions there.
+    """Find a strong δ by projected ascent; return it, and the model's predictions there.
 
-    It is played in the words of the game's solver: its payoff, steps, ball and start; of several
-    particles each sample gets the one that gains most. What a solver does besides (a perturbation
-    of tokens, of representations) is for training alone.
+    The ascent has the payoff, steps, ball and start of the game's solver. If there are several
+    particles, each sample gets the one that gains most. What a solver does besides (perturbations
+    of tokens or of representations) is for training only.
 
-    An approximate best response: what it reaches is a lower bound of what an adversary could. The
-    learner is left alone: no gradients, no step, and the draws of later rounds are what they would
-    have been. Called again it gives the same answer; another start needs a game with another
-    `seed`. Put the model in evaluation mode first.
+    The response is approximate: what it reaches is a lower bound on what an adversary could reach.
+    The learner is unchanged: no gradients, no step, and later rounds draw the same random numbers.
+    A second call gives the same answer; another start needs a game with another `seed`. Put the
+    model in evaluation mode first.
 
     Args:
         game: on the model to attack, with the solver whose ascent is played.
@@ -100,13 +100,14 @@ def attack(
     where: Where = None,
     adversary: Closure | None = None,
 ) -> BestResponse:
-    """Attack a model as it stands: `best_response` without a game of one's own.
+    """Attack a model on one batch: `best_response` without a game of your own.
 
-    The model is attacked in evaluation mode, in which it is put meanwhile; nothing stays on it.
+    Use it to measure robustness. The model is put into evaluation mode for the attack, and left
+    unchanged.
 
     Args:
-        model: to attack.
-        solver: whose ascent is played.
+        model: the model to attack.
+        solver: its ascent is the attack, such as `PGD(steps=10)`.
         closure: runs the forward pass and returns the loss, or loss and predictions.
         site: where δ acts; None finds the input embedding that the encoder calls.
         seed: of the start.

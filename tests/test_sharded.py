@@ -43,7 +43,7 @@ from tests.processes import (
     whole,
 )
 from tests.worlds import classified
-from tests.zoo import moving_inputs, note_refusal, weighing_rows, without_dropout
+from tests.zoo import moving_inputs, note_refusal, without_dropout
 
 ALL = ("words", "blocks.0", "blocks.1", "head")
 CHATS = [

@@ -232,9 +232,9 @@ def combine(each: Tensor, probabilities: Tensor, how: How, seed: int = 0) -> Ten
 
 
 def mixture_of(game: Game) -> Mixture:
-    """Return the mixture of the learner samples that a game keeps (`samples=`), all alike.
+    """Return the mixture, with equal probabilities, of the samples of θ that a game keeps.
 
-    The samples are copied: training may go on.
+    MAT keeps as many as its `samples=` says. They are copied, so training can continue.
 
     Raises:
         GameError: if it keeps none.

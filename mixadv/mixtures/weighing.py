@@ -48,17 +48,17 @@ class Weighing(NamedTuple):
 def weigh(
     errors: Any, *, least: float = 0.0, steps: int = 20_000, tolerance: float = 1e-7
 ) -> Weighing:
-    """Return the probabilities of members that make the error under the worst attack least.
+    """Return the probabilities of members that minimise the error under the worst attack.
 
-    By restarted mirror prox, which stops where the gap is within the tolerance. A member alone is
-    played where it is no worse than the mixture found.
+    It runs restarted mirror prox until the duality gap is within the tolerance. If one member alone
+    is no worse than the mixture, it returns that member.
 
     Args:
         errors: A, `[M, N]`: how often each member errs under each attack, or any other loss.
-        least: members whose share would be below are dropped, the largest never, and the others
-            weighed anew; the gap, which is that among all members, says what it cost.
-        steps: at most.
-        tolerance: of the duality gap.
+        least: members whose share is below this are dropped (never the largest), and the others
+            are weighed again. The gap, which is that among all members, says what this cost.
+        steps: the largest number of steps.
+        tolerance: the duality gap to reach.
 
     Example:
         >>> found = weigh([[1.0, 0.0], [0.0, 1.0]])  # each member loses to an attack of its own

@@ -92,11 +92,11 @@ def pgd(
 def arc(play: MixturePlay, ascent: Ascent, standing: Standing, classes: int) -> Strategy:
     """Return where the attack of randomised classifiers ends (Dbouk and Shanbhag 2022, alg. 2).
 
-    Member by member, the likeliest first, δ steps over the nearest boundary of the member, so far
-    as linearisation tells, as much as is needed; the step is kept in rows that stand no better
-    after it. Of linear members the nearest boundary is found exactly, and if one member that is
-    right can be made wrong within the ball, expected accuracy falls. Other than in the released
-    code, rounds after the first take steps that shrink, as those of `pgd` do.
+    For one member after another, the likeliest first, δ steps just over the member's nearest
+    boundary, found by linearisation. A row keeps the step unless its expected accuracy rises. For
+    linear members the nearest boundary is exact: if any member that is right can be made wrong
+    within the ball, expected accuracy falls. Unlike the released code, rounds after the first take
+    steps that shrink, as those of `pgd` do.
 
     Of classes it looks at those of a member's top logits, the label's among them.
     """

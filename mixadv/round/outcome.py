@@ -1,4 +1,4 @@
-"""What a round comes to."""
+"""What a round returns."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,16 +15,16 @@ class Outcome:
             micro-batches, with what it retained: at the displaced weights, where an adversary
             moves them.
         clean_loss: task loss of the first clean pass, where the solver runs one.
-        retained: what `retain=` returned in the last step, at δ = 0.
-        payoff: the adversary's payoff at the last points where it was evaluated.
+        retained: the loss that `retain=` returned in the last step, at δ = 0.
+        payoff: the adversary's payoff where it was last evaluated: a loss, or a divergence in nats.
         radius: mean norm of the δ played, in the solver's norm and in units of the site: of several
             calls the mean over them, each in the unit of its module.
         displacement: L2 norm of v, by which an adversary of the weights moved them in the round's
             last step, on this process.
         entropy: mean entropy of the strategies played in nats, 0 for pure ones.
-        effective_particles: exp of it: 1 where the adversary plays pure, at most the particles.
-        positions: tokens of the batch that δ could act on (coordinates, of an input without any).
-        nonfinite: samples whose δ fell back to 0 at some step, for a gradient that is not finite.
+        effective_particles: exp of the entropy: 1 for a pure strategy, at most M.
+        positions: tokens of the batch that δ could act on (coordinates of an input without tokens).
+        nonfinite: samples whose δ fell back to 0 at some step because its gradient was not finite.
         forwards: runs of the closures.
         delta_backwards: backwards with respect to δ alone.
         theta_backwards: backwards that build the learner's gradients, and those that an adversary
@@ -35,8 +35,8 @@ class Outcome:
         worst_group_weight: its weight, between 1/G and 1.
         effective_rows: of a batch whose rows are weighed: exp of the entropy of their weights, at
             most the rows there are.
-        general_sum: whether the adversary had a payoff of its own: then the gap between payoff and
-            objective bounds nothing, for neither player's loss is the other's gain.
+        general_sum: whether the adversary had a payoff of its own. If so, the gap between payoff
+            and objective is no bound, because neither player's loss is the other's gain.
     """
 
     objective: Tensor

@@ -11,7 +11,7 @@ from mixadv.solvers.weights import WeightsSolver
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Rounds of plain training among those that are played.
+    """Say when the adversary plays, and within what radius; other updates are plain training.
 
     Counted in updates: rounds, those of micro-batches that share an optimizer step as one (a game
     beside an optimizer it does not know counts every round). A round that is not played takes as

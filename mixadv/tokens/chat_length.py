@@ -9,14 +9,14 @@ from mixadv.tokens.chat import IGNORED, ChatBatch
 
 
 def shortened(batch: ChatBatch, max_length: int) -> tuple[ChatBatch, Tensor]:
-    """Return chats of at most so many tokens each, and which rows were cut, `[B]`.
+    """Cut chats to a number of tokens; return them, and which rows were cut, `[B]`.
 
-    Tokens are taken from the end, which is the answer's: prompts stay whole, so that what δ acts on
-    stays too, and batches of one prompt go on to agree there.
+    Tokens are removed from the end of the answer. Prompts stay whole, so δ acts on the same tokens,
+    and the batches of chosen and rejected answers still agree there.
 
     Args:
         batch: padded on the right.
-        max_length: in tokens, the template's among them.
+        max_length: in tokens, including those of the template.
 
     Raises:
         ValueError: for a row whose prompt leaves no room for its answer; for padding on the left.

@@ -56,13 +56,13 @@ def capo(
     """Return the goals of CAPO on a batch; see the file's docstring.
 
     Args:
-        model: as for `continuous_at`, and
-        chosen: likewise, and
-        rejected: likewise, and
-        others: likewise, and
-        utility: likewise.
-        reference: the model that is not to be left; None is the model with its adapters off.
-        beta: 1/(2β) is the margin, in nats a token, that is aimed at.
+        model: a causal language model that returns logits.
+        chosen: prompts with the answers that the learner wants.
+        rejected: the same prompts with those that the adversary wants.
+        others: prompts and answers on which nothing is to change; None leaves them out.
+        utility: weight of `others`.
+        reference: the model to stay close to; None is the model with its adapters off.
+        beta: sets the margin to aim for, which is 1/(2β), in nats per token.
 
     Raises:
         ValueError: without a reference, for a model without adapters.

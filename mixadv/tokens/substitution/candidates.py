@@ -92,14 +92,14 @@ class SimilarWords(_ByWord):
 
 @dataclass(frozen=True)
 class Typos(_ByWord):
-    """Misspellings by one slip inside a word: its first and last letters stay.
+    """Misspell a word by one slip; its first and last letters stay.
 
-    Two letters are swapped, one is left out, or a key beside it is hit after it or in its place (of
-    a Latin keyboard); words of fewer than four letters are left alone.
+    Two letters are swapped, one is left out, or a neighbouring key of a Latin keyboard is hit, in
+    its place or after it. Words of fewer than four letters stay as they are.
 
     Attributes:
-        max_candidates: of a word, drawn from all its slips.
-        seed: of the draw, which depends on it and on the word alone.
+        max_candidates: the number of misspellings of a word, drawn from all there are.
+        seed: of the draw, which depends on the seed and the word only.
 
     Example:
         >>> Typos(max_candidates=3)([Words("great film")], [0])

@@ -45,7 +45,7 @@ def budget(words: int, max_share: float, min_words: int) -> int:
 
 
 def portion(count: int, share: float) -> int:
-    """Return how many a share of so many is, rounded up.
+    """Return a share of a number, rounded up.
 
     Example:
         >>> portion(100, 0.07), portion(101, 0.07)

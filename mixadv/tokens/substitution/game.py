@@ -153,14 +153,15 @@ def single_substitutions(
     column: int = 1,
     seed: int = 0,
 ) -> tuple[Text, ...]:
-    """Return the text and what replacing one of its words makes of it.
+    """Return the text, and every text that replaces one of its words.
 
     Args:
         text: a string, or a pair of them.
         candidates: where replacements come from.
-        max_texts: returned, the original among them; drawn by the seed where there are more.
-        protected: lower-case words that stay.
-        similarity: with the original, or `None` for any.
+        max_texts: the number of texts returned, the original included. If there are more, they are
+            drawn by the seed.
+        protected: lower-case words that are never replaced.
+        similarity: a bound on the similarity with the original, or `None` for no bound.
         column: of a pair, the text whose words are replaced.
         seed: of the draw.
 
