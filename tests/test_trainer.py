@@ -728,8 +728,8 @@ def prepared_with(monkeypatch: pytest.MonkeyPatch, flag: str, **state: Any) -> N
     def prepared(self: Any) -> None:
         prepare(self)
         vars(self)[flag] = True
-        for name, value in state.items():
-            monkeypatch.setattr(self.accelerator.state, name, value, raising=False)
+        if state:  # in place of one that all Accelerators share
+            self.accelerator.state = SimpleNamespace(**state)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", prepared)
 

@@ -26,7 +26,9 @@ else:
 
 
 def check_fsdp(trainer: Trainer, averages: bool) -> None:
-    """Raise ValueError for what rounds were not seen to train with under FSDP."""
+    """Raise ValueError for what rounds were not seen to train with under FSDP, where it is used."""
+    if not trainer.is_fsdp_enabled:
+        return
     plugin: Any = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(

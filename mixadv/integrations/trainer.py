@@ -16,7 +16,14 @@ from mixadv.model import parallel
 from mixadv.model.contexts import no_grad
 from mixadv.model.replay import Replay
 from mixadv.optimizer import GameOptimizer
+from mixadv.round.outcome import Outcome
 from mixadv.solvers.base import Solver
+
+_ROWS = ("worst_group", "worst_group_weight", "effective_rows")
+_PLAYED = ("clean_loss", "payoff", "radius", "effective_particles", "nonfinite", *_ROWS)
+LOGGED = {name: name for name in _PLAYED}
+LOGGED["entropy"] = "strategy_entropy"
+"""Trainer's names for what a round comes to, by those of `Outcome`."""
 
 
 class Rounds(TrainerCallback):
@@ -64,6 +71,12 @@ def game_of(optimizer: Any) -> Game:
     if made is None:
         raise GameError("The game is made with the optimizer, when training begins.")
     return made.game
+
+
+def logged(outcome: Outcome) -> dict[str, float]:
+    """Return what a round came to, by Trainer's names."""
+    found = outcome.as_dict()
+    return {LOGGED[k]: float(v) for k, v in found.items() if k in LOGGED and v is not None}
 
 
 def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:

@@ -38,6 +38,7 @@ try:
         check_playable,
         column_missing,
         game_of,
+        logged,
         wrapped,
     )
 except ImportError as error:
@@ -50,13 +51,6 @@ if TYPE_CHECKING:
     Base = Trainer
 else:
     Base = object
-
-
-_ROWS = ("worst_group", "worst_group_weight", "effective_rows")
-_PLAYED = ("clean_loss", "payoff", "radius", "effective_particles", "nonfinite", *_ROWS)
-LOGGED = {name: name for name in _PLAYED}
-LOGGED["entropy"] = "strategy_entropy"
-"""Trainer's names for what a round comes to, by those of `Outcome`."""
 
 
 class Adversarial(ShardedStates, Base):
@@ -139,8 +133,7 @@ class Adversarial(ShardedStates, Base):
         self.site, self.schedule, self.evaluate_average = site, schedule, evaluate_average
         self._share = Share()
         check_playable(self, self.solver, self.averages)
-        if self.is_fsdp_enabled:
-            check_fsdp(self, self.averages)
+        check_fsdp(self, self.averages)
         check_columns(where, groups, cast(nn.Module, self.model))
         self._besides = {m: copy.deepcopy(m.state_dict()) for m in self.solver.modules().values()}
         self.add_callback(Rounds(type(self).__name__, self._besides))
@@ -252,8 +245,7 @@ class Adversarial(ShardedStates, Base):
         """Log what the last round came to beside the training loss."""
         made = wrapped(self.optimizer)
         if "loss" in logs and made is not None and made.outcome is not None:
-            found = made.outcome.as_dict()
-            logs |= {LOGGED[k]: float(v) for k, v in found.items() if k in LOGGED and v is not None}
+            logs |= logged(made.outcome)
         super().log(logs, *arguments, **keywords)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
