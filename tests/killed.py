@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import mixadv
 from tests.processes import CLASSES, LENGTH, WAIT, WORDS, closure, replicated, start
-from tests.zoo import weighing_rows
+from tests.zoo import moving_inputs
 
 EVERY = 3
 """Rounds from one checkpoint to the next."""
@@ -53,7 +53,7 @@ def live(rank: int, name: str, folder: Path, begun: int, until: int, life: float
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=WAIT)
-    with weighing_rows(name):
+    with moving_inputs(name):
         model = replicated()
         optimizer = start(model, mixadv.make_solver(name))
         torch.manual_seed(rank)

@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 import mixadv
-from tests.zoo import CANNOT, WAYS, play, small, weighing_rows, wrapped
+from tests.zoo import CANNOT, WAYS, moving_inputs, play, small, wrapped
 
 SOLVERS: dict[str, dict[str, Any]] = {name: {} for name in mixadv.SOLVERS}
 SOLVERS["mat"] = {"samples": 2, "particles": 2, "average": "uniform"}
@@ -84,7 +84,7 @@ def soaked(name: str, rounds: int, note: Callable[[], object] = lambda: None) ->
     such as the allocator, come and go.
     """
     looks = []
-    with weighing_rows(name):
+    with moving_inputs(name):
         run = Run(name)
         run.footprint()  # which itself makes a few objects once
         for _ in range(10):

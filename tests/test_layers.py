@@ -82,3 +82,13 @@ def test_a_solver_that_needs_values_is_not_counted_and_told_why():
         mixadv.GameError, match=r"passes of Greedy cannot be counted.*no_such_thing"
     ):
         mixadv.Game(small().model, Greedy()).explain()
+
+
+def test_the_core_imports_torch_and_nothing_else():
+    """What is slow to import is imported where it is used."""
+    program = (
+        "import sys, torch; before = {*sys.modules}; import mixadv; "
+        "print(*sorted({m.split('.')[0] for m in {*sys.modules} - before}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["mixadv"], done.stdout + done.stderr

@@ -1,7 +1,7 @@
 """What is asked of torch by names that it keeps to itself; no other file uses such names.
 
-Each is there in torch 2.13, with which the tests run. What another version moves or drops is mended
-here.
+Each is there in torch 2.13, with which the tests run. What another version moves or drops, from 2.7
+on, is mended here.
 """
 
 import inspect
