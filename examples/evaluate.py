@@ -180,12 +180,12 @@ def work(options: Namespace) -> str:
         reports.add(short, found, tokenizer, mixture=alone, attacks=made)
     for name, folders in options.mixture.items():
         reports.add(name, *mixtures.load(folders), attacks=made)
-    table = compare(reports.found)
-    write(options.output / "compared.md", table)
+    told = "\n".join(described(name, attack) for name, attack in made.items())
+    table = f"{compare(reports.found).rstrip()}\n\n{told}".rstrip()
+    write(options.output / "compared.md", table + "\n")
     sections = {name: report.sections for name, report in reports.found.items()}
     pictures.save(sections, options.output)
-    told = "\n".join(described(name, attack) for name, attack in made.items())
-    return f"{table.rstrip()}\n\n{told}".rstrip()
+    return table
 
 
 main = command.entry("evaluate", arguments, work)

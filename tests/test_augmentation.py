@@ -336,7 +336,9 @@ def test_the_script_attacks_and_goes_on_where_it_was(
 ):
     argv = attacks(folder, victim, tmp_path / "whole")
     assert script.main(argv) == 0
-    head, line = cells(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("Attack table.jsonl: at most 10 % of the words")
+    head, line, *_ = cells(out)
     assert head == list(script.HEAD)
     assert line[:2] == [victim, "40"]
     [file] = (tmp_path / "whole").iterdir()

@@ -1100,7 +1100,7 @@ ARGUMENTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "too many shots": (["--shots", "13"], ("13 shots", "12", "label")),
     "too many held out": (["--hold-out", "36"], ("36 held-out rows", "nothing of 36")),
     "too long": (["--max-length", "81"], ("max_length is 81", "80 tokens")),
-    "no such model": (["--model", "./nowhere"], ("model ./nowhere", "cannot be loaded")),
+    "no such model": (["--model", "./nowhere"], ("--model", "there is no ./nowhere")),
     "no such folder": (["--data", "./nowhere"], ("no folder ./nowhere",)),
     "no such data set": (["--data", "nowhere"], ("nowhere", "hub")),
 }

@@ -475,7 +475,8 @@ def test_wrong_text_is_answered_with_one_line(tmp_path: Path):
             ["--objective", "alum", "--set", "smoothness_wieght=1"],
             "Did you mean 'smoothness_weight'?",
         ),
-        (["--model", "/nowhere"], "cannot be loaded"),
+        (["--model", "nowhere"], "cannot be loaded"),
+        (["--model", "minilm", "--tokenizer", "roberta-base"], "--tokenizer is for tiny"),
         (["--objective", "macbert", "--neighbours", "/nowhere.jsonl"], "/nowhere.jsonl"),
     ],
 )

@@ -78,7 +78,7 @@ def _there(name: str) -> str:
     whole = Path(name).expanduser()
     known = next((path for path in whole.parents if path.is_dir()), Path())
     held = sorted(path.name for path in known.iterdir() if not path.name.startswith("."))
-    return f"; {known} holds {', '.join(held[:8])}{', …' if held[8:] else ''}."
+    return f"; {known} holds {', '.join(held[:8])}{', …' if held[8:] else '.'}"
 
 
 class Named(argparse.Action):
