@@ -10,23 +10,23 @@ Adversary, K_δ steps on M particles δ_m with weights w on the simplex:
 Learner, K_θ samples of the wrapped optimizer's step on ℓ + λ·ℓ_s, each with noise √(2·lr·τ_θ)·ξ:
     a ← β·a + (1−β)·θ,   then   θ_{t+1} = β'·θ_t + (1−β')·a
 
-with s the spread of the payoffs of a sample over its particles, so that one η_w serves payoffs of
-any size, or s = 1 (`mirror_unit="absolute"`: the paper, and most of the theory). The former prefers
-the better particle as much where payoffs hardly differ; by the latter both players can come to rest
-where they do not differ at all.
+Here s is the spread of a sample's payoffs over its particles, so one η_w suits payoffs of any size.
+With `mirror_unit="absolute"` s is 1, as in the paper and most of the theory. The relative unit
+prefers the better particle even if payoffs hardly differ. With the absolute one both players can
+come to rest where payoffs are equal.
 
-The strategy is played as its damped mean Σ_m w_m d_m (the paper, one pass), as the ensemble
-Σ_m w_m ℓ_s(X + δ_m) (M passes), or by a draw for each sample, anew in every learner step: in
-expectation the ensemble, for one pass. β damps the mean alone: an ensemble or a draw plays
-particles where they stand, since points between them need not earn what they do (M2 in
+The strategy is played in one of three ways: as its damped mean Σ_m w_m d_m (the paper, one pass);
+as the ensemble Σ_m w_m ℓ_s(X + δ_m) (M passes); or by drawing a particle for each sample in every
+learner step, which is the ensemble in expectation, for one pass. β damps the mean only. An ensemble
+or a draw plays the particles themselves, because points between them may have a lower payoff (M2 in
 theory/statements.md).
 
-The particles are where the M chains end (`points="last"`), or all K_δ + 1 points of each
-(`"path"`), weighed in one mirror step by what the ascent was paid there; no pass is run for the
-last ones, which are weighed as the points that they ascended from. Each round begins with equal
-weights: a particle starts anew with each batch, so that a weight carried over stands for no point.
-Carried over they add up, to 1.1 effective particles of 2 on the mean of 400 rounds, and play is
-easier to exploit, by 0.91 in place of 0.81 in the matching pennies of tests/test_mixed_defaults.py.
+The particles are the ends of the M chains (`points="last"`), or all K_δ + 1 points of each
+(`"path"`), weighted in one mirror step by the payoffs that the ascent has computed. The last points
+take the weights of the points before them, so no pass is needed. Each round starts with equal
+weights, because its particles start anew. Weights that are carried over add up instead: to 1.1
+effective particles of 2, on the mean of 400 rounds, with an exploitability of 0.91 in place of 0.81
+in the matching pennies of tests/test_mixed_defaults.py.
 
 By default ∇ℓ_s is taken as a direction, of length 1 per sample, as the released code does;
 `normalize="none"` is the raw drift of Langevin dynamics. θ follows the Gibbs law for plain SGD
