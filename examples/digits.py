@@ -12,7 +12,7 @@ images held out; ± is Student's 95 % interval over seeds.
 
 What is in examples/results is an illustration at equal updates, 40 epochs: training has not
 converged there (PGD-AT of seed 0 goes from 71.0 to 74.6 robust in 80), MAT takes smaller steps by
-its damping, and no rate or weight was tuned for any arm.
+its damping, and no rate or weight was tuned for any arm; γ of AWP is the published one.
 
 A run that has a line in OUTPUT is not repeated: a killed command goes on when it is given again.
 """

@@ -71,6 +71,7 @@ def test_what_was_measured_has_all_arms_and_seeds():
         assert digest(digits.settings_of(r["arm"], r["seed"], Namespace(**r))) == r["key"]
     for arm in ("plain", "PGD-AT", "TRADES", "MAT"):
         assert runs[arm, 40] == {0, 1, 2, 3, 4}
+    assert all(0 in runs[arm, epochs] for arm in digits.ARMS for epochs in (40, 80))
     assert digits.table(lines)
 
 

@@ -27,6 +27,7 @@ import masked_loss
 import mixadv
 import mixture_cost
 import pretrain
+import rare_intents
 from benchmark_parts import results as benchmark_results
 from benchmark_parts.contenders import CONTENDERS
 from common.language import shown
@@ -235,8 +236,9 @@ def test_the_table_of_masked_losses_is_that_of_the_results():
     assert masked_loss.table([json.loads(line) for line in lines]) in ALL
 
 
-def test_the_tables_of_digits_are_those_of_the_results():
-    assert digits.table(list(finished(digits.OUTPUT).values())) in ALL
+@pytest.mark.parametrize("script", [digits, rare_intents])
+def test_the_tables_of_arms_are_those_of_the_results(script: Any):
+    assert script.table(list(finished(script.OUTPUT).values())) in ALL
 
 
 @pytest.mark.parametrize("objective", ["mlm", "alum", "electra", "macbert"])
