@@ -91,4 +91,5 @@ def test_the_core_imports_torch_and_nothing_else():
         "print(*sorted({m.split('.')[0] for m in {*sys.modules} - before}))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["mixadv"], done.stdout + done.stderr
+    assert "mixadv" in done.stdout, done.stderr
+    assert {*done.stdout.split()} <= {"mixadv", "torch", "typing_extensions"}
