@@ -729,7 +729,7 @@ def prepared_with(monkeypatch: pytest.MonkeyPatch, flag: str, **state: Any) -> N
         prepare(self)
         vars(self)[flag] = True
         for name, value in state.items():
-            monkeypatch.setattr(self.accelerator.state, name, value, raising=False)
+            setattr(self.accelerator.state, name, value)  # which `alone` resets
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", prepared)
 
