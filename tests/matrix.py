@@ -66,20 +66,12 @@ WAYS: dict[str, list[str]] = {
     "DDP, `game.loss`": [f"test_distributed.py::{TWO}[loss: {{solver}}]"],
     "FSDP2, `step(closure)`": [f"test_sharded.py::{TWO}[step: {{solver}}]"],
     "FSDP2, `game.loss`": [f"test_sharded.py::{TWO}[loss: {{solver}}]"],
-    "FSDP2 by Accelerate, `step(closure)`": [
-        f"test_trainer_sharded.py::{SHARDED}[step: {{solver}}]"
-    ],
-    "FSDP2 by Accelerate, `game.backward`": [
-        f"test_trainer_sharded.py::{SHARDED}[backward: {{solver}}]"
-    ],
-    "FSDP2 by Trainer's `fsdp=`": [f"test_trainer_sharded.py::{SHARDED}[trainer: {{solver}}]"],
+    "FSDP2 by Accelerate, `step(closure)`": [f"{SHARDED}[step: {{solver}}]"],
+    "FSDP2 by Accelerate, `game.backward`": [f"{SHARDED}[backward: {{solver}}]"],
+    "FSDP2 by Trainer's `fsdp=`": [f"{SHARDED}[trainer: {{solver}}]"],
     "tensor parallelism": ["test_sharded.py::test_tensor_parallelism_is_refused[{solver}]"],
-    "sentence-transformers, rankings": [
-        f"test_sentence_transformers.py::{TRAINS}[{{solver}}-ranking]"
-    ],
-    "sentence-transformers, scores": [
-        f"test_sentence_transformers.py::{TRAINS}[{{solver}}-scores]"
-    ],
+    "sentence-transformers, rankings": [f"{TRAINS}[{{solver}}-ranking]"],
+    "sentence-transformers, scores": [f"{TRAINS}[{{solver}}-scores]"],
     "bf16 autocast": [f"test_precision.py::test_{AUTOCAST}[{{solver}}]"],
     "fp16 autocast, GradScaler": [
         f"test_fp16.py::{test}[{{solver}}-*-cpu]" for test in (SCALED, OVERFLOWS)
