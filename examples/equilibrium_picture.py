@@ -58,8 +58,8 @@ def draw(rows: list[Solved], path: Path) -> None:
     finite, line = ([r for r in rows if r.name == name] for name in _first(rows, 2))
     clouds = particles(line[0].known, line[0].solution.steps[-1])
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(9, 6))
-        figure.subplots_adjust(0.035, 0.075, 0.915, 0.865, wspace=0.42, hspace=0.36)
+        figure, axes = plt.subplots(2, 3, figsize=(9.6, 6))
+        figure.subplots_adjust(0.035, 0.075, 0.9, 0.865, wspace=0.58, hspace=0.36)
         pure_corners(axes[0, 0], finite[0].known)
         mixed_weights(axes[0, 1], finite[0].known)
         pure_points(axes[1, 0], line[0].known)
