@@ -14,10 +14,36 @@ A run that has a line in OUTPUT is not repeated: a killed command goes on when i
 """
 
 import argparse
-import json
-import random
 import sys
 from pathlib import Path
+
+from common import arms
+from common.options import positive, script
+
+HERE = Path(__file__).parent
+OUTPUT, INTENTS = HERE / "results" / "anchored.jsonl", HERE / "data" / "intents"
+NAMES = FROZEN, *_, TOLD = "as it is", "noise", "PGD", "misspelt"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = script("anchored", "[options]", __doc__)
+    add = parser.add_argument
+    text = "of 16 sentences (default: %(default)s)"
+    add("--updates", type=positive, default=24, metavar="N", help=text)
+    add("--rate", type=float, default=1e-4, metavar="R", help="of AdamW (default: 1e-4)")
+    text = "of a sentence's ball, in lengths of a token's embedding (default: %(default)s)"
+    add("--radius", type=float, default=1.0, metavar="E", help=text)
+    add("--part", choices=["dev", "test"], default="test", help="to ask (default: test)")
+    arms.options(parser, NAMES, OUTPUT, seeds=3)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+import json
+import random
 from typing import Any
 
 import torch
@@ -27,18 +53,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mixadv
-from common import arms
 from common.arms import Column, Result
 from common.command import entry
 from common.model import path
-from common.options import positive, script
 from common.results import EMBEDDED_MODEL
 from mixadv.anchors import Anchor, distances
 from mixadv.tokens import Typos, Words
 
-HERE = Path(__file__).parent
-OUTPUT, INTENTS = HERE / "results" / "anchored.jsonl", HERE / "data" / "intents"
-FROZEN, TOLD = "as it is", "misspelt"
 SOLVERS: dict[str, Any] = {
     FROZEN: lambda radius: None,
     "noise": lambda radius: mixadv.UniformNoise(radius=radius),
@@ -127,20 +148,6 @@ def table(results: list[Result]) -> str:
     columns = {n: Column(n) for n in ("clean", "misspelt", "typo twins", "substitution twins")}
     columns["cosine, misspelt"] = Column("cosine", 1, ".3f")
     return arms.tables(results, title, columns, ("misspelt", FROZEN))
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = script("anchored", "[options]", __doc__)
-    add = parser.add_argument
-    text = "of 16 sentences (default: %(default)s)"
-    add("--updates", type=positive, default=24, metavar="N", help=text)
-    add("--rate", type=float, default=1e-4, metavar="R", help="of AdamW (default: 1e-4)")
-    text = "of a sentence's ball, in lengths of a token's embedding (default: %(default)s)"
-    add("--radius", type=float, default=1.0, metavar="E", help=text)
-    add("--part", choices=["dev", "test"], default="test", help="to ask (default: test)")
-    arms.options(parser, SOLVERS, OUTPUT, seeds=3)
-    return parser.parse_args(argv)
 
 
 def work(options: argparse.Namespace) -> str:

@@ -19,9 +19,31 @@ A run that has a line in OUTPUT is not repeated: a killed command goes on when i
 
 import argparse
 import sys
+from pathlib import Path
+
+from common import arms as comparison
+from common.options import positive, script
+
+OUTPUT = Path(__file__).parent / "results" / "digits.jsonl"
+NAMES = PLAIN, BASELINE, *_ = "plain", "PGD-AT", "TRADES", "MART", "TRADES+AWP", "MAT"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = script("digits", "[options]", __doc__)
+    add = parser.add_argument
+    add("--epochs", type=positive, default=40, metavar="N", help="(default: %(default)s)")
+    add("--radius", type=float, default=0.15, metavar="E", help="of the ball (default: 0.15)")
+    add("--steps", type=positive, default=10, metavar="K", help="in training (default: 10)")
+    comparison.options(parser, NAMES, OUTPUT, seeds=5)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,15 +55,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mixadv
-from common import arms as comparison
 from common.arms import Column, Result
 from common.command import entry
-from common.options import positive, script
 from mixadv.robustness import image_accuracy, pgd_attack
 
-OUTPUT = Path(__file__).parent / "results" / "digits.jsonl"
 RATE, BATCH = 2e-3, 64
-PLAIN, BASELINE = "plain", "PGD-AT"
 COLUMNS = {
     "clean": Column("clean"),
     "robust": Column("robust"),
@@ -168,17 +186,6 @@ def table(results: list[Result]) -> str:
     """Return a table of arms, for each length of training and ball."""
     title = "ε = {radius:g} in L∞, K = {steps}, {epochs} epochs:".format_map
     return comparison.tables(results, title, COLUMNS, ("robust", BASELINE))
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = script("digits", "[options]", __doc__)
-    add = parser.add_argument
-    add("--epochs", type=positive, default=40, metavar="N", help="(default: %(default)s)")
-    add("--radius", type=float, default=0.15, metavar="E", help="of the ball (default: 0.15)")
-    add("--steps", type=positive, default=10, metavar="K", help="in training (default: 10)")
-    comparison.options(parser, ARMS, OUTPUT, seeds=5)
-    return parser.parse_args(argv)
 
 
 def work(options: argparse.Namespace) -> str:

@@ -13,9 +13,31 @@ A run that has a line in OUTPUT is not repeated: a killed command goes on when i
 """
 
 import argparse
-import functools
 import sys
 from pathlib import Path
+
+from common import arms
+from common.options import positive, script
+
+OUTPUT = Path(__file__).parent / "results" / "rare_intents.jsonl"
+NAMES = PLAIN, *_ = "plain", "balanced", "GroupDRO", "GroupDRO, sizes", "CVaR", "ChiSquare"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = script("rare_intents", "[options]", __doc__)
+    text = "of 32 sentences (default: %(default)s)"
+    parser.add_argument("--updates", type=positive, default=100, metavar="N", help=text)
+    text = "to ask (default: test)"
+    parser.add_argument("--part", choices=["dev", "test"], default="test", help=text)
+    arms.options(parser, NAMES, OUTPUT, seeds=5)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +45,11 @@ from torch import Tensor, nn
 
 import mixadv
 from anchored import Sentences, rows
-from common import arms
 from common.arms import Column, Result
 from common.command import entry
-from common.options import positive, script
 from mixadv.robustness import accuracy_by_group
 
-OUTPUT = Path(__file__).parent / "results" / "rare_intents.jsonl"
-PLAIN, INTENTS, KEPT = "plain", 16, (24, 3)
+INTENTS, KEPT = 16, (24, 3)
 MEAN = mixadv.CVaR(level=1.0)  # of all rows: plain training
 SIZES = {"counts": tuple(count * INTENTS // 2 for count in KEPT), "size_adjustment": 10.0}
 SOLVERS: dict[str, mixadv.Solver] = {
@@ -91,17 +110,6 @@ def table(results: list[Result]) -> str:
     columns = {name: Column(name) for name in ("mean", "worst group", "worst intent")}
     title = "{updates} updates, {part}:".format_map
     return arms.tables(results, title, columns, ("worst group", PLAIN))
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = script("rare_intents", "[options]", __doc__)
-    text = "of 32 sentences (default: %(default)s)"
-    parser.add_argument("--updates", type=positive, default=100, metavar="N", help=text)
-    text = "to ask (default: test)"
-    parser.add_argument("--part", choices=["dev", "test"], default="test", help=text)
-    arms.options(parser, SOLVERS, OUTPUT, seeds=5)
-    return parser.parse_args(argv)
 
 
 def work(options: argparse.Namespace) -> str:

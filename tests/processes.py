@@ -255,7 +255,7 @@ def found(optimizer: mixadv.GameOptimizer) -> list[Tensor]:
     kept += [] if game.learner is None else game.learner.samples
     table = [game.rounds.memory["table"]] if "table" in game.rounds.memory else []
     weights = [*game.rounds.arena.parameters(), *(w for part in kept for w in part.values())]
-    return [whole(w) for w in [*weights, *table, torch.tensor(game.unit)]]
+    return [whole(w) for w in [*weights, *table, torch.tensor(game.unit or 0.0)]]
 
 
 def assert_equal_on_all(tensors: list[Tensor]) -> None:

@@ -109,4 +109,4 @@ def test_it_trains_and_compares(
 
 def test_the_rows_go_to_a_folder_of_their_own():
     assert directions.arguments([]).output == Path("runs/directions")
-    assert directions.arguments([], "", "runs/other").output == Path("runs/other")
+    assert tried.arguments([]).output == Path("runs/ascents_tried")

@@ -17,7 +17,6 @@ SCRIPTS = sorted(
     for folder in ("examples", "examples/research")
     for path in (ROOT / folder).glob("*.py")
     if "--help" in path.read_text() or '__name__ == "__main__"' in path.read_text()
-    if path.name != "digits.py"
 )
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "scipy", "sklearn", "pydantic")
 

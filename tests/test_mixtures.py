@@ -161,7 +161,7 @@ def test_what_is_no_mixture_is_refused(make, message: str):
 
 def test_a_mixture_has_no_output_of_its_own():
     mixture = three("models")
-    with pytest.raises(mixadv.GameError, match="No member of the mixture is in play"):
+    with pytest.raises(mixadv.GameError, match="only while one of its members is in play"):
         mixture(X)
     with pytest.raises(mixadv.GameError, match="leave it"), mixture.member(0), mixture.member(1):
         pass

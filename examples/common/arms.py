@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from common.results import append, digest, finished, over_seeds
 from common.tables import markdown
-from mixadv.robustness.statistics import paired_t_test
 
 Result = dict[str, Any]
 Seeds = Mapping[int, Result]
@@ -108,6 +107,8 @@ def _table(
 
 def _difference(column: Column, own: Seeds, theirs: Seeds) -> tuple[str, str]:
     """Return by how much an arm differs, seed by seed, and p of Student's paired test."""
+    from mixadv.robustness.statistics import paired_t_test
+
     if len(own.keys() & theirs.keys()) < 2:
         return "–", "–"
     found = paired_t_test(column.of(own), column.of(theirs))

@@ -9,29 +9,17 @@ rounds are left out.
 """
 
 import argparse
-import json
 import re
 import sys
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import _above  # noqa: F401
-from benchmark_parts.contenders import CONTENDERS, ours
-from benchmark_parts.measure import seconds
-from benchmark_parts.results import ratio
-from benchmark_parts.work import Part, Setting, Work
 from common.options import positive, script
-from common.tables import markdown
 
 OUTPUT = Path(__file__).parent.parent / "results"
 SIZES = ["1x128", "4x128", "16x128", "64x128"]
 ROWS = ["pgd, K=3", "smart, no teacher", "mat, 3 and 2"]
 TINY = 64  # tokens of a batch up to which the model is tiny, as in benchmark.py
-WARM_UP = 3
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,15 +29,32 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sizes", nargs="+", metavar="BxN", default=SIZES, help="(default: %(default)s)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
     add("--rounds", type=positive, default=7, metavar="N", help="(default: %(default)s)")
-    add("--rows", nargs="+", default=ROWS, choices=list(CONTENDERS), metavar="NAME")
+    add("--rows", nargs="+", default=ROWS, metavar="NAME", help="as of benchmark.py")
     add("--output", type=Path, default=OUTPUT, metavar="FOLDER", help="of compiled.jsonl")
     options = parser.parse_args(argv)
     for size in options.sizes:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
             parser.error(f"a size is batch x length, such as 16x128, got {size}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
     return options
+
+
+if __name__ == "__main__":
+    arguments()  # a mistake is answered before the imports below, which take seconds
+
+import json
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmark_parts.contenders import CONTENDERS, ours
+from benchmark_parts.measure import seconds
+from benchmark_parts.results import ratio
+from benchmark_parts.work import Part, Setting, Work
+from common.tables import markdown
+
+WARM_UP = 3
 
 
 def measure(setting: Setting, name: str, rounds: int) -> dict[str, Any]:
@@ -79,9 +84,22 @@ def table(results: list[dict[str, Any]]) -> str:
     return markdown(["row", "tokens", "on", "compiled ÷ plain"], rows)
 
 
+def _check(options: argparse.Namespace) -> None:
+    unknown = [name for name in options.rows if name not in CONTENDERS]
+    if unknown:
+        raise ValueError(f"there is no row {unknown[0]!r}, there are {', '.join(CONTENDERS)}.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here.")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure what is not known yet, and print the table."""
     options = arguments(argv)
+    try:
+        _check(options)
+    except ValueError as error:
+        print(f"compiled: {error}", file=sys.stderr)
+        return 2
     torch.set_num_threads(1)
     path = options.output / "compiled.jsonl"
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -74,11 +74,7 @@ class Rounds:
         as they were before.
         """
         arena = self.arena
-        if arena.learner is not None and arena.learner.swapped:
-            raise GameError("A round within game.averaged() would be undone at its end.")
-        if self.probing:
-            self.probing.close()
-        first = check or not arena.calibration.checked
+        first = self._asked_to_check(check)
         micro = micro_batches(closure, adversary, retain, where, groups)
         for goals in micro:
             check_groups(goals.groups, arena.solver)
@@ -110,6 +106,16 @@ class Rounds:
         finally:
             self._close(stages)
 
+    def _asked_to_check(self, check: bool) -> bool:
+        """Return whether the round to open is checked as the first one is."""
+        check_flag("Game", "check", check)
+        learner = self.arena.learner
+        if learner is not None and learner.swapped:
+            raise GameError("A round within game.averaged() would be undone at its end.")
+        if self.probing:
+            self.probing.close()
+        return check or not self.arena.calibration.checked
+
     def _players(self, update: int) -> tuple[Callable[[Moves], Play], WeightsSolver | None]:
         """Return what plays on the inputs in an update, and who on the weights."""
         schedule, arena = self.schedule, self.arena
@@ -138,7 +144,6 @@ class Rounds:
     def _begin(self, micro: list[Goals], check: bool) -> list[Stage]:
         for goals in micro:
             validate.check_goals(goals, self.arena.solver)
-        check_flag("Game", "check", check)
         if self.busy:
             raise GameError(
                 "A closure must not play a round itself: it runs the forward pass and returns the "
