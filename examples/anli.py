@@ -73,7 +73,7 @@ def load(options: Namespace) -> Task:
         train.append(data.check(read[name]["train"], f"{name}, train", TEXTS, LABELS))
         dropped[name] = len(read[name]["train"]) - len(train[-1])
     splits = {split: rounds(read, split) for split in ("dev", "test")}
-    return Task(
+    return data.Task(
         name="anli",
         train=concatenate_datasets(train),
         splits={split: rows for split, rows in splits.items() if rows is not None},
