@@ -61,7 +61,6 @@ def load(options: Namespace) -> Task:
     from datasets import concatenate_datasets
 
     from common import data
-    from common.data import Task
     from mixadv.robustness.data import DataError
 
     names = dict.fromkeys(options.train)

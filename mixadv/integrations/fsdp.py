@@ -18,6 +18,8 @@ from transformers import Trainer
 from mixadv.errors import GameError
 from mixadv.integrations.trainer import game_of, is_scaled, wrapped
 from mixadv.optimizer import STATE_KEY
+from mixadv.solvers.base import Solver
+from mixadv.solvers.weights import WeightsSolver
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -25,7 +27,7 @@ else:
     Base = object
 
 
-def check_fsdp(trainer: Trainer, averages: bool) -> None:
+def check_fsdp(trainer: Trainer, solver: Solver, averages: bool) -> None:
     """Raise ValueError for what rounds were not seen to train with under FSDP, where it is used."""
     if not trainer.is_fsdp_enabled:
         return
@@ -39,6 +41,12 @@ def check_fsdp(trainer: Trainer, averages: bool) -> None:
         raise ValueError(
             "Rounds were not tested with weights offloaded, which takes a GPU: leave cpu_offload "
             "out of fsdp_config."
+        )
+    moves_weights = isinstance(solver, WeightsSolver)
+    if moves_weights and trainer.args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "An adversary of the weights needs the gradient of each batch, and sharded weights "
+            "get theirs with the last that is accumulated: set gradient_accumulation_steps=1."
         )
     if averages and trainer.args.load_best_model_at_end:
         raise ValueError(

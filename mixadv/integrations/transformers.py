@@ -133,7 +133,7 @@ class Adversarial(ShardedStates, Base):
         self.site, self.schedule, self.evaluate_average = site, schedule, evaluate_average
         self._share = Share()
         check_playable(self, self.solver, self.averages)
-        check_fsdp(self, self.averages)
+        check_fsdp(self, self.solver, self.averages)
         check_columns(where, groups, cast(nn.Module, self.model))
         self._besides = {m: copy.deepcopy(m.state_dict()) for m in self.solver.modules().values()}
         self.add_callback(Rounds(type(self).__name__, self._besides))

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from mixadv.errors import GameError
 from mixadv.model import parallel, scaling
 from mixadv.model.contexts import without_autocast
 from mixadv.round.arena import Arena
@@ -61,6 +62,12 @@ class Slope:
             weights: those that move.
             shared: average it over the processes.
         """
+        if weights and all(w.grad is None and w not in self._divided for w in weights):
+            raise GameError(
+                "No weight that the adversary moves got a gradient. Under fully_shard keep "
+                "model.set_requires_gradient_sync(True), and give all micro-batches of an update "
+                "at once: optimizer.step([functools.partial(loss, batch) for batch in batches])."
+            )
         gradients = [self._taken(weight) for weight in weights]
         if shared:
             parallel.average(gradients)
