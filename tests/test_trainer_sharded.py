@@ -78,6 +78,7 @@ class Sharded(AdversarialTrainer):
 def alone(rank: int) -> None:
     """Be as Accelerate finds a process, and leave no accelerator's state to what follows."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    names |= {"OMP_NUM_THREADS": 1}  # of which Accelerate warns where it is not set
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # of a group there is
     AcceleratorState._reset_state(reset_partial_state=True)
