@@ -26,6 +26,7 @@ import games_compared
 import masked_loss
 import mixadv
 import mixture_cost
+import mixtures
 import pretrain
 import rare_intents
 from benchmark_parts import results as benchmark_results
@@ -239,6 +240,13 @@ def test_the_table_of_masked_losses_is_that_of_the_results():
 @pytest.mark.parametrize("script", [digits, rare_intents])
 def test_the_tables_of_arms_are_those_of_the_results(script: Any):
     assert script.table(list(finished(script.OUTPUT).values())) in ALL
+
+
+def test_the_tables_of_mixtures_are_those_of_the_results():
+    folder = ROOT / "examples" / "results" / "mixtures"
+    found = list(finished(folder / "results.jsonl").values())
+    assert marked("mixtures", ALL) == mixtures.table(found)
+    assert marked("mixtures_paired", ALL) == mixtures.paired(found)
 
 
 @pytest.mark.parametrize("objective", ["mlm", "alum", "electra", "macbert"])

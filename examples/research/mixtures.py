@@ -151,7 +151,7 @@ def table(results: Iterable[dict[str, Any]]) -> str:
 def paired(results: Iterable[dict[str, Any]], to: str = "smart") -> str:
     """Return means of differences to one of those trained, in points, with t-intervals over seeds.
 
-    Seeds that both have count; what shares fewer than two seeds is left out.
+    Seeds that both have count; what shares fewer than three seeds is left out.
     """
     found: dict[tuple[str, str], dict[int, Any]] = {}
     for result in results:
@@ -160,7 +160,7 @@ def paired(results: Iterable[dict[str, Any]], to: str = "smart") -> str:
     for (task, method), seeds in found.items():
         others = found.get((task, to), {})
         both = sorted(seeds.keys() & others.keys())
-        if method == to or len(both) < 2:
+        if method == to or len(both) < 3:
             continue
         way = WAYS.index("mean")
         cells = [
