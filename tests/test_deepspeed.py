@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mixadv
 from tests.processes import Net, Verdict, batches, by_name, verdicts_of
-from tests.zoo import ROWS
+from tests.zoo import AROUND, ROWS
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
@@ -25,7 +25,7 @@ installed = pytest.mark.skipif(
 PLAYED = [
     name
     for name in mixadv.SOLVERS
-    if mixadv.make_solver(name).learner() is None and name not in ("freeat", *ROWS)
+    if mixadv.make_solver(name).learner() is None and name not in ("freeat", *ROWS, *AROUND)
 ]
 
 
