@@ -558,7 +558,7 @@ def test_the_registry_tells_name_paper_and_summary(name: str):
     assert 10 < len(cls.summary) < 80
     assert "\n" not in cls.summary
     assert cls.__name__ in mixadv.__all__
-    assert eval(repr(built), {cls.__name__: cls}) == built
+    assert eval(repr(built), vars(mixadv).copy()) == built
     with pytest.raises(AttributeError):
         built.radius = 1.0
 

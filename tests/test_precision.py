@@ -120,6 +120,7 @@ def test_autocast_within_the_closure_is_autocast_around_the_rounds(name: str, wa
     assert_same(*weights)
 
 
+@pytest.mark.filterwarnings("ignore:.*moves the weights by less")  # in bf16
 @pytest.mark.filterwarnings("ignore:.*noise floor")
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_weights_in_bf16_are_trained_like_those_of_full_precision_within_rounding(
@@ -221,6 +222,7 @@ def test_a_gradient_that_overflows_under_autocast_costs_its_own_sample(name: str
 # Low-precision models ----------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*moves the weights by less")  # in bf16
 @pytest.mark.filterwarnings("ignore:.*noise floor")  # of CAT's small radius in bf16
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
@@ -266,6 +268,7 @@ def test_gradients_of_half_precision_models_are_normalised_without_overflow(expo
 # The noise floor ---------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*moves the weights by less")  # in bf16
 @pytest.mark.parametrize("how", ["autocast", "model"])
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 def test_a_radius_that_bf16_swallows_is_warned_of(name: str, how: str) -> None:

@@ -14,9 +14,7 @@ from mixadv.maths.divergence import divergence
 from mixadv.solvers.base import DivergenceSolver
 from tests.worlds import classified, played
 from tests.zoo import (
-    ROWS as WEIGHING,
-)
-from tests.zoo import (
+    AROUND,
     SIZE,
     VOCABULARY,
     bart_config,
@@ -25,6 +23,9 @@ from tests.zoo import (
     text_batch,
     without_dropout,
     wrapped,
+)
+from tests.zoo import (
+    ROWS as WEIGHING,
 )
 
 ROWS = 4
@@ -379,6 +380,7 @@ def test_sentence_transformers_play(tmp_path: Any) -> None:
     for name in mixadv.SOLVERS:
         words = {"steps": 1} if name in WEIGHING else {}
         words = embedding if name in ("cat", "creat") else words
+        words |= {"solver": mixadv.PGD()} if name in AROUND else {}
         optimizer = wrapped(model, mixadv.make_solver(name, **words))
 
         def closure(name: str = name) -> Any:
