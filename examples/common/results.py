@@ -249,14 +249,16 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def over_seeds(values: Iterable[float], digits: str = ".1f") -> str:
-    """Return the mean and, of several values, the half width of Student's 95 % interval."""
+def over_seeds(values: Iterable[float], digits: str = ".1f", sign: str = "") -> str:
+    """Return the mean and, of several values, the half width of Student's 95 % interval.
+
+    `sign` is "+" for differences.
+    """
     from mixadv.robustness.statistics import t_interval
 
     values = list(values)
     if not values:
         return "–"
     found = t_interval(values)
-    if len(values) == 1:
-        return f"{found.value:{digits}}"
-    return f"{found.value:{digits}} ± {found.high - found.value:{digits}}"
+    mean = f"{found.value:{sign}{digits}}"
+    return mean if len(values) == 1 else f"{mean} ± {found.high - found.value:{digits}}"

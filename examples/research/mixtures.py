@@ -65,9 +65,9 @@ from tqdm.auto import tqdm
 
 import intent
 from common import command
-from common.results import append, digest, finished
+from common.results import append, digest, finished, over_seeds
 from common.tables import markdown
-from mixadv.robustness import read_rows, t_interval, text_batches, token_norm
+from mixadv.robustness import read_rows, text_batches, token_norm
 from mixing.measure import TYPOS, WAYS, Measure
 from mixing.train import Bench
 
@@ -135,15 +135,14 @@ SETTINGS = (
 
 def table(results: Iterable[dict[str, Any]]) -> str:
     """Return means with t-intervals over seeds."""
-    found: dict[tuple[str, str], dict[int, Any]] = {}
-    for result in results:
-        found.setdefault((result["task"], result["trained"]), {})[result["seed"]] = result["ways"]
-    rows = []
+    found, rows = _by_seed(results), []
     for (task, method), seeds in found.items():
         for way, name in enumerate(WAYS):
             if way and "-" not in method:
                 continue  # of one model all are alike
-            cells = [_cell([ways[shown][way] for ways in seeds.values()]) for shown in SHOWN]
+            cells = [
+                over_seeds(100 * ways[shown][way] for ways in seeds.values()) for shown in SHOWN
+            ]
             rows.append([task, method, len(seeds), name if "-" in method else "itself", *cells])
     return markdown(["task", "trained", "seeds", "classifies by", *(f"{s} %" for s in SHOWN)], rows)
 
@@ -153,10 +152,7 @@ def paired(results: Iterable[dict[str, Any]], to: str = "smart") -> str:
 
     Seeds that both have count; what shares fewer than three seeds is left out.
     """
-    found: dict[tuple[str, str], dict[int, Any]] = {}
-    for result in results:
-        found.setdefault((result["task"], result["trained"]), {})[result["seed"]] = result["ways"]
-    rows = []
+    found, rows = _by_seed(results), []
     for (task, method), seeds in found.items():
         others = found.get((task, to), {})
         both = sorted(seeds.keys() & others.keys())
@@ -164,7 +160,9 @@ def paired(results: Iterable[dict[str, Any]], to: str = "smart") -> str:
             continue
         way = WAYS.index("mean")
         cells = [
-            _cell([seeds[s][shown][way] - others[s][shown][way] for s in both], "+")
+            over_seeds(
+                (100 * (seeds[s][shown][way] - others[s][shown][way]) for s in both), sign="+"
+            )
             for shown in SHOWN[1:]
         ]
         rows.append([task, method, len(both), *cells])
@@ -172,10 +170,12 @@ def paired(results: Iterable[dict[str, Any]], to: str = "smart") -> str:
     return markdown(heads, rows) if rows else ""
 
 
-def _cell(values: list[float], sign: str = "") -> str:
-    found = t_interval([100 * value for value in values])
-    spread = f" ± {found.high - found.value:.1f}" if len(values) > 1 else ""
-    return f"{found.value:{sign}.1f}{spread}"
+def _by_seed(results: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[int, Any]]:
+    """Return accuracies by task and by what was trained, then by seed."""
+    found: dict[tuple[str, str], dict[int, Any]] = {}
+    for result in results:
+        found.setdefault((result["task"], result["trained"]), {})[result["seed"]] = result["ways"]
+    return found
 
 
 main = command.entry("mixtures", arguments, work)
