@@ -1,6 +1,7 @@
 """Adversaries of weights: the definition by hand, where nothing may be left, many micro-batches."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -628,6 +629,26 @@ def test_only_what_is_trained_and_chosen_moves():
             game.backward(looking)
             away = {n for n, w in seen[-1].items() if not torch.equal(w, found[n])}
             assert away == {n for n in moves if not (frozen and "words" in n)}
+
+
+def test_the_memory_of_the_copy_is_held_and_follows_the_weights():
+    model = Words()
+    game = mixadv.Game(model, mixadv.SAM(radius=0.4))
+    closure = partial(loss_of, model, *batch())
+    held = []
+    for _ in range(2):
+        game.backward(closure)
+        held.append({id(w): c.data_ptr() for w, c in game.rounds.arena.away.copies.items()})
+    assert held[0] == held[1]
+    assert not pickle.loads(pickle.dumps(game)).rounds.arena.away.copies
+    model.zero_grad()
+    model.head = nn.Linear(WIDTH, CLASSES).double()  # others there now, of the same shapes
+    with torch.no_grad():
+        model.words.weight.data = model.words.weight.data.repeat(2, 1)
+    found = fingerprint(model)["weights"]
+    game.backward(closure)
+    assert_same(fingerprint(model)["weights"], found)
+    assert {id(w) for w in game.rounds.arena.away.copies} == set(map(id, model.parameters()))
 
 
 def of_the_head(name: str, parameter: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Weights that are moved in place and put back, bit for bit."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,41 +13,62 @@ class Displaced:
     """The weights of a model, away from where the learner has them or not.
 
     They move in place, so that compiled, checkpointed and sharded models compute with them, and the
-    optimizer knows no others. Where they were is kept in a copy, which is all the memory it takes.
+    optimizer knows no others. Where they were is kept in one copy. Its memory is held from round to
+    round: to get it anew each time takes longer than to fill it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._found: dict[Tensor, Tensor] = {}
+    def __init__(self) -> None:
+        self.copies: dict[Tensor, Tensor] = {}
+        self._moved: list[Tensor] = []
 
     @torch.no_grad()
-    def move(self, weights: Sequence[Tensor], displacements: Iterable[Tensor]) -> Tensor:
-        """Add a displacement to each weight, and return the L2 norm of all they moved, 0-d.
+    def move(
+        self, model: nn.Module, weights: Sequence[Tensor], displacements: Iterable[Tensor]
+    ) -> Tensor:
+        """Add a displacement to each weight of a model; return the L2 norm of all they moved, 0-d.
 
         A sum is rounded once, to the number format of its weight.
         """
-        parallel.reshard(self._model)
+        parallel.reshard(model)
+        now = {id(weight) for weight in weights}
+        self.copies = {w: c for w, c in self.copies.items() if id(w) in now}
         squares = []
         for weight, displacement in zip(weights, displacements, strict=True):
-            found = self._found[weight] = weight.detach().clone()
+            found = self._copy(weight)
+            self._moved.append(weight)
             if weight.dtype == displacement.dtype:
                 weight.add_(displacement)
                 squares.append(parallel.sum_of_squares(displacement))
             else:  # rounded
                 weight.copy_(found + displacement)
                 squares.append(parallel.sum_of_squares((weight - found).to(displacement.dtype)))
-        parallel.reshard(self._model)
+        parallel.reshard(model)
         return torch.stack(squares).sum().sqrt()
 
+    def _copy(self, weight: Tensor) -> Tensor:
+        """Return a copy of a weight, in the memory of the last one where it fits."""
+        kept = self.copies.get(weight)
+        if kept is None or _kind(kept) != _kind(weight):
+            kept = self.copies[weight] = torch.empty_like(weight)
+        return kept.copy_(weight)
+
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put the weights back to where they were found, if they are away."""
-        if not self._found:
+    def restore(self, model: nn.Module) -> None:
+        """Put the weights of a model back to where they were found, if they are away."""
+        if not self._moved:
             return
-        parallel.reshard(self._model)
-        for weight, found in self._found.items():
-            weight.copy_(found)
-        self._found.clear()
+        parallel.reshard(model)
+        for weight in self._moved:
+            weight.copy_(self.copies[weight])
+        self._moved.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"copies": {}, "_moved": []}
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """Return what a tensor has to have in common with another to hold its values."""
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 class Rounding:

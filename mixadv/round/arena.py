@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from mixadv.model import parallel, walk
 from mixadv.model.compiled_site import place
+from mixadv.model.displaced import Displaced
 from mixadv.model.modules import is_input
 from mixadv.model.replay import Noise, Slot
 from mixadv.model.representation import Representation
@@ -63,6 +64,7 @@ class Arena:
     weights: WeightsSolver | None = None  # whose adversary moves the weights, around the solver
     calibration: Calibration = Calibration()
     stateful: dict[Modes, list[Slot]] = field(default_factory=dict)  # buffers that passes change
+    away: Displaced = field(default_factory=Displaced)  # weights, while an adversary moves them
 
     def __post_init__(self) -> None:
         self.reseed(self.seed)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixadv.errors import GameError
 from mixadv.model import parallel
-from mixadv.model.displaced import Displaced, Rounding
+from mixadv.model.displaced import Rounding
 from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena
@@ -59,7 +59,6 @@ class Update:
         self.weights = weights
         self._arena = arena
         self._check = check
-        self._displaced = Displaced(arena.model)
         self._plays: list[Play] = []
         self._first: list[Parts] = []
         self._again = [] if weights is None else [stage.again() for stage in stages]
@@ -106,7 +105,7 @@ class Update:
 
     def restore(self) -> None:
         """Put displaced weights back."""
-        self._displaced.restore()
+        self._arena.away.restore(self._arena.model)
 
     def renew(self) -> None:
         """Forget what belongs to the weights before the learner's step."""
@@ -155,7 +154,7 @@ class Update:
         rounding = Rounding()
         if self._check:
             displacements = rounding.watch(moved, displacements)
-        self.displacement = self._displaced.move(moved, displacements)
+        self.displacement = arena.away.move(arena.model, moved, displacements)
         if self._check and weights.radius and (lost := rounding.share()) > _ROUNDED:
             warnings.warn(
                 f"{type(weights).__name__} moves the weights by less than their number format "

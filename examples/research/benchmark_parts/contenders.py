@@ -52,7 +52,8 @@ def ours(work: Work, solver: mixadv.Solver) -> Player:
     def kept() -> int:
         copies = ("backup", "mean", "average", "teacher")
         weights = [getattr(game.learner, name, {}) for name in copies]
-        return sum(map(_bytes, [*weights, game.rounds.memory]))
+        arena = game.rounds.arena
+        return sum(map(_bytes, [*weights, arena.away.copies, game.rounds.memory]))
 
     return Player(lambda rows: step(work, optimizer, rows), strategy, kept)
 
