@@ -275,7 +275,7 @@ def untouched(game: Game) -> Iterator[None]:
     """Put back what a round's play and the check before the first one change in a game."""
     rounds = game.rounds
     found = rounds.arena.calibration, rounds.memory
-    heads = [Buffers(module) for module in game.rounds.arena.solver.modules().values()]
+    heads = [Buffers(module.modules()) for module in game.rounds.arena.solver.modules().values()]
     # A loader draws from the random state when closures are made of its batches.
     random = torch.get_rng_state()
     try:

@@ -190,7 +190,7 @@ class Share:
         if self.divides is not None:
             return self.divides
         model: Any = trainer.model
-        losses, replay = [], Replay(model)
+        losses, replay = [], Replay([*model.modules()])
         for count in (items, 2 * items):
             with replay.run(), no_grad():
                 losses.append(loss(count).detach().mean())

@@ -229,10 +229,9 @@ def placeholders(model: nn.Module) -> list[int]:
 
 
 def without_placeholders(
-    mask: Tensor | None, model: nn.Module, output: Tensor, entered: Any
+    mask: Tensor | None, places: Sequence[int], output: Tensor, entered: Any
 ) -> Tensor | None:
-    """Return the mask without ids whose embeddings a model overwrites, by those of images, say."""
-    places = placeholders(model)
+    """Return the mask without `placeholders`, whose embeddings a model overwrites."""
     if not places or not is_whole(entered) or entered.shape != output.shape[:2]:
         return mask
     text = entered != places[0]

@@ -45,7 +45,7 @@ def local(model: nn.Module) -> Iterator[None]:
     DistributedDataParallel decides in the forward whether the backward will reduce.
     """
     with ExitStack() as stack:
-        for module in modules(model):
+        for module in modules(model) if dist.is_initialized() else []:
             if isinstance(module, DistributedDataParallel):
                 stack.enter_context(module.no_sync())
         yield

@@ -120,8 +120,7 @@ def more_graphs(factor: int) -> AbstractContextManager[Any]:
 
 def original(model: nn.Module) -> nn.Module | None:
     """Return the module that `torch.compile` has wrapped in a model, None elsewhere."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else None
+    return model._modules.get("_orig_mod")  # of an attribute that is not there torch asks for long
 
 
 def is_compiled(module: nn.Module) -> bool:

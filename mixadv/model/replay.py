@@ -9,7 +9,7 @@ a spectral norm.
 import hashlib
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,7 +98,7 @@ class Replay:
     """Random state and buffers of one round.
 
     Args:
-        model: whose buffers, and the devices it is on.
+        modules: of the model, each once: their buffers, and the devices they are on.
         fresh: draw a new dropout mask in every pass.
         slots: of buffers that passes change, as for `Buffers`.
         seed: returns that of the masks which are new. They come from a stream of their own, for the
@@ -107,15 +107,15 @@ class Replay:
 
     def __init__(
         self,
-        model: nn.Module,
+        modules: Sequence[nn.Module],
         fresh: bool = False,
         slots: list[Slot] | None = None,
         seed: Callable[[], int] = int,
     ) -> None:
-        self.devices = accelerators(tensors(model))
+        self.devices = accelerators(tensors(modules))
         self.fresh = fresh
         self.seed = seed
-        self.buffers = Buffers(model, slots)
+        self.buffers = Buffers(modules, slots)
         self.begin = self.kept = self.buffers.found  # of the first forward since the last step
         self.found = self._now()
         self.before: RandomStates | None = None
@@ -197,10 +197,10 @@ class Buffers:
     returned, all are watched and compared.
     """
 
-    def __init__(self, model: nn.Module, slots: list[Slot] | None = None) -> None:
+    def __init__(self, modules: Iterable[nn.Module], slots: list[Slot] | None = None) -> None:
         self.known = slots is not None
         if slots is None:
-            named = [(m, n, b) for m in model.modules() for n, b in m._buffers.items()]
+            named = [(m, n, b) for m in modules for n, b in m._buffers.items()]
             slots = [(m, n) for m, n, b in named if b is not None and not b.is_meta]
         self.slots = slots
         self.found = self.snapshot()

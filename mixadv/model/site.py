@@ -20,6 +20,7 @@ from mixadv.model.masks import (
     Where,
     batch_is_second,
     owners,
+    placeholders,
     real_tokens,
     told,
     where_in,
@@ -71,6 +72,7 @@ class Site:
         self._turned: dict[nn.Module, bool] = {}
         self._masks: list[Tensor | None] = []
         self._copies = 1
+        self._places: list[int] = []  # ids whose embeddings the model overwrites
         self._still: dict[str, list[bool]] = {}  # of the last pass of each closure
 
     @property
@@ -111,6 +113,7 @@ class Site:
         """Register the hooks, once."""
         if self._handles:
             return
+        self._places = placeholders(self._inner)  # once a round: configurations answer slowly
         for name, module in self.targets:
             if is_input(name):
                 self._pre(module, functools.partial(self._at_input, name))
@@ -163,15 +166,12 @@ class Site:
         for features in [v for v in arguments.values() if isinstance(v, Mapping)]:
             arguments = {**features, **arguments}  # as of sentence-transformers, in one argument
         usable = isinstance(mask := arguments.get("attention_mask"), Tensor) and mask.dim() == 2
-        inherited = self._masks[-1] if self._masks else None
-        if not self._masks:
-            self.current.within = []
-        if not self._masks or module is self._inner:
-            self.current.context = arguments
-        self.current.within.append({k: arguments[k] for k in PER_TOKEN if k in arguments})
         if outermost := not self._masks:
             self.current.enter()
-        self._masks.append(mask if usable else inherited)
+        if outermost or module is self._inner:
+            self.current.context = arguments
+        self.current.within.append({k: arguments[k] for k in PER_TOKEN if k in arguments})
+        self._masks.append(mask if usable else None if outermost else self._masks[-1])
         return (copies(args), copies(kwargs)) if outermost else None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -280,7 +280,7 @@ class Site:
         inputs = self.current.context if at_input else {}
         embeddings = [m for _, m in self.targets if isinstance(m, nn.Embedding)]
         mask = real_tokens(output, self._masks[::-1], inputs, entered, embeddings)
-        mask = without_placeholders(mask, self._inner, output, entered)
+        mask = without_placeholders(mask, self._places, output, entered)
         if mask is None:
             return None
         mask = (mask > 0).to(torch.promote_types(output.dtype, torch.float32))

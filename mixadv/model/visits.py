@@ -96,6 +96,7 @@ class Pass:
 
     def enter(self) -> None:
         """Begin a call of the model."""
+        self.within = []
         if self.shared:
             self._first = len(self.visits)
 

@@ -4,7 +4,7 @@ A round asks several times, and of a small model that was a tenth of its cost. N
 one round to the next: modules come and go, and weights are replaced.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -21,15 +21,15 @@ def modules(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def parameters(model: nn.Module) -> list[Tensor]:
-    """Return the parameters of a model, each once."""
-    held = [p for m in modules(model) for p in m._parameters.values() if p is not None]
+def parameters(listed: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the parameters of modules, each once."""
+    held = [p for m in listed for p in m._parameters.values() if p is not None]
     return list({id(p): p for p in held}.values())
 
 
-def tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters and buffers of a model; those that are shared several times."""
-    for module in modules(model):
+def tensors(listed: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of modules; those that are shared several times."""
+    for module in listed:
         for held in (module._parameters, module._buffers):
             for tensor in held.values():
                 if tensor is not None:

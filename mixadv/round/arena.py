@@ -1,6 +1,7 @@
 """What the rounds of a game share: the model, where δ acts on it, and what was measured there."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,12 +113,15 @@ class Arena:
     @property
     def modes(self) -> Modes:
         """Which modules are in training mode."""
-        return tuple(m.training for m in walk.modules(self.model))
+        return modes_of(walk.modules(self.model))
 
-    def parameters(self) -> list[Tensor]:
-        """Return the parameters of the model, and those the optimizer trains besides."""
+    def parameters(self, modules: Iterable[nn.Module] | None = None) -> list[Tensor]:
+        """Return the parameters of the model, and those the optimizer trains besides.
+
+        `modules` are those of the model, where they are known.
+        """
         parallel.reshard(self.model)
-        own = walk.parameters(self.model)
+        own = walk.parameters(modules or walk.modules(self.model))
         known = {id(p) for p in own}
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return own + [p for g in groups for p in g["params"] if id(p) not in known]
@@ -140,6 +144,11 @@ class Arena:
         parallel.reshard(self.model)
         named = self.model.named_parameters()
         return {name: weights[p].to(p.dtype) for name, p in named if p in weights}
+
+
+def modes_of(modules: Iterable[nn.Module]) -> Modes:
+    """Return which modules are in training mode."""
+    return tuple(m.training for m in modules)
 
 
 def train(optimizer: Optimizer, module: nn.Module) -> None:

@@ -20,10 +20,11 @@ from mixadv.model.private_torch import KEEPING_BUFFERS
 from mixadv.model.recompute import Cut
 from mixadv.model.replay import Replay
 from mixadv.model.visits import Call, Pass, Provide
+from mixadv.model.walk import modules
 from mixadv.players.ascent import Ascent
 from mixadv.players.rows import of_rows
 from mixadv.players.strategy import Strategy
-from mixadv.round.arena import Arena, Memory
+from mixadv.round.arena import Arena, Memory, modes_of
 from mixadv.round.gains import one_sample
 from mixadv.round.goals import Goals, Whose
 from mixadv.round.labels import Labels
@@ -36,11 +37,12 @@ class Passes:
         self.arena = arena
         self.goals = goals
         self.memory = memory  # which the round changes
-        slots = arena.stateful.get(arena.modes)
+        listed = modules(arena.model)  # once: passes are many
+        slots = arena.stateful.get(modes_of(listed))
         fresh = arena.solver.fresh_dropout
-        self.replay = Replay(arena.model, fresh, slots, lambda: arena.noise.number("masks"))
+        self.replay = Replay(listed, fresh, slots, lambda: arena.noise.number("masks"))
         self.cut = Cut()
-        self.parameters = arena.parameters()  # listed once: passes are many
+        self.parameters = arena.parameters(listed)
         self.calls: list[Call] = []  # that δ is made for
         self.seen: list[tuple[str, Tensor]] = []  # site and x of each, where there is a box
         self.kept: list[Pass] = []  # that a backward may come back to

@@ -21,7 +21,7 @@ def plays_itself(rounds: Rounds, closure: Closure) -> tuple[Any, bool]:
     """
     validate.check_closure(closure)
     model = rounds.arena.model
-    replay, before, nodes = Replay(model), rounds.round, sequence_number()
+    replay, before, nodes = Replay([*model.modules()]), rounds.round, sequence_number()
     with gradients_kept(rounds.arena.parameters()) as release:
         try:
             with ExitStack() as rounds.probing:
