@@ -298,6 +298,7 @@ def test_normalisation_inside_of_the_model_is_all_that_is_asked():
     optimizer = mixadv.wrap(optimizer, model, solver)
     losses = [optimizer.step(lambda: F.cross_entropy(model(images), labels)) for _ in range(20)]
     assert optimizer.game.explain().site == ["input"]
+    assert "x + δ in [0, 1]" in str(optimizer.game.explain())
     assert losses[-1] < losses[0]
 
 

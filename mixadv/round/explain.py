@@ -89,6 +89,7 @@ class Explanation:
             "site": ", ".join(map(_named, self.site)),
             "unit": unit,
             "radius": f"{ball} ({s.norm} per {s.per})",
+            **({} if s.box is None else {"box": "x + δ in [{:g}, {:g}]".format(*s.box)}),
         }
         rows = {
             "solver": " around ".join(f"{type(x).__name__} ({x.paper})" for x in self._players()),
