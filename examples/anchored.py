@@ -7,7 +7,7 @@ training sentence nearest to a test sentence, in an index that is never embedded
 same intent? Test sentences are clean, misspelt, or twins by hand: of typos (64), of words (80).
 
     python examples/anchored.py                            # all arms, 3 seeds of training
-    python examples/anchored.py --arms PGD --radius 2 --part dev --seeds 100
+    python examples/anchored.py --arms PGD --radius 0.3 --part dev --seeds 100
     python examples/anchored.py --report                   # the table of what was measured
 
 A run that has a line in OUTPUT is not repeated: a killed command goes on when it is given again.
@@ -33,7 +33,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--updates", type=positive, default=24, metavar="N", help=text)
     add("--rate", type=float, default=1e-4, metavar="R", help="of AdamW (default: 1e-4)")
     text = "of a sentence's ball, in lengths of a token's embedding (default: %(default)s)"
-    add("--radius", type=float, default=1.0, metavar="E", help=text)
+    add("--radius", type=float, default=0.1, metavar="E", help=text)
     add("--part", choices=["dev", "test"], default="test", help="to ask (default: test)")
     arms.options(parser, NAMES, OUTPUT, seeds=3)
     return parser.parse_args(argv)

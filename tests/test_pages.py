@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+import anchored
 import common
 import digits
 import directions
@@ -237,7 +238,7 @@ def test_the_table_of_masked_losses_is_that_of_the_results():
     assert masked_loss.table([json.loads(line) for line in lines]) in ALL
 
 
-@pytest.mark.parametrize("script", [digits, rare_intents])
+@pytest.mark.parametrize("script", [anchored, digits, rare_intents])
 def test_the_tables_of_arms_are_those_of_the_results(script: Any):
     assert script.table(list(finished(script.OUTPUT).values())) in ALL
 
