@@ -45,7 +45,8 @@ def local(model: nn.Module) -> Iterator[None]:
     DistributedDataParallel decides in the forward whether the backward will reduce.
     """
     with ExitStack() as stack:
-        for module in modules(model) if dist.is_initialized() else []:
+        spread = dist.is_available() and dist.is_initialized()  # without which nothing is
+        for module in modules(model) if spread else []:
             if isinstance(module, DistributedDataParallel):
                 stack.enter_context(module.no_sync())
         yield

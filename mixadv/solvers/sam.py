@@ -1,5 +1,5 @@
 """SAM and ASAM: the gradient at the worst weights of a ball around those there are.
-Foret et al. 2021, arXiv:2010.01412, eq. 2–3; adaptive: Kwon et al. 2021, arXiv:2102.11600, Alg. 1.
+Foret et al. 2021, arXiv:2010.01412; adaptive: Kwon et al. 2021, arXiv:2102.11600.
 
     SAM    v = ρ·g / ‖g‖,                 g = ∇θ J(θ)
     ASAM   v = ρ·T²g / ‖T g‖,             T = |θ| + η
@@ -17,7 +17,7 @@ When: where the loss is to be flat in the weights: label noise, small data, visi
 from scratch. What it costs: two plain steps, and one copy of the weights.
 
 m-SAM: a displacement for each micro-batch, found by one call of `game.backward` or `game.loss` for
-each, generalises better than one for a large batch (section 4.1 of the paper). For one of the whole
+each, generalises better than one for a large batch, the paper found. For one of the whole
 update give all its micro-batches at once: `optimizer.step([partial(loss, b) for b in batches])`.
 Every n-th update alone: `mixadv.Schedule(every=n)`.
 
