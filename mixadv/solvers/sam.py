@@ -17,9 +17,9 @@ When: where the loss is to be flat in the weights: label noise, small data, visi
 from scratch. What it costs: two plain steps, and one copy of the weights.
 
 m-SAM: a displacement for each micro-batch, found by one call of `game.backward` or `game.loss` for
-each, generalises better than one for a large batch, the paper found. For one of the whole
-update give all its micro-batches at once: `optimizer.step([partial(loss, b) for b in batches])`.
-Every n-th update alone: `mixadv.Schedule(every=n)`.
+each, generalises better than one for a large batch, the paper found. For one of the whole update
+give all its micro-batches at once: `optimizer.step([partial(loss, b) for b in batches])`. Every
+n-th update alone: `mixadv.Schedule(every=n)`.
 
 Published: github.com/google-research/sam (JAX; one displacement for each device unless
 `sync_perturbations` is set: `shared=False` here); github.com/SamsungLabs/ASAM, whose T scales the
