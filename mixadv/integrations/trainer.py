@@ -15,6 +15,7 @@ from mixadv.game import Game
 from mixadv.model import parallel
 from mixadv.model.contexts import no_grad
 from mixadv.model.replay import Replay
+from mixadv.model.walk import modules
 from mixadv.optimizer import GameOptimizer
 from mixadv.round.outcome import Outcome
 from mixadv.solvers.base import Solver
@@ -190,7 +191,7 @@ class Share:
         if self.divides is not None:
             return self.divides
         model: Any = trainer.model
-        losses, replay = [], Replay([*model.modules()])
+        losses, replay = [], Replay(modules(model))
         for count in (items, 2 * items):
             with replay.run(), no_grad():
                 losses.append(loss(count).detach().mean())

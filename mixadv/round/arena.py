@@ -1,7 +1,7 @@
 """What the rounds of a game share: the model, where δ acts on it, and what was measured there."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,7 +115,7 @@ class Arena:
         """Which modules are in training mode."""
         return modes_of(walk.modules(self.model))
 
-    def parameters(self, modules: Iterable[nn.Module] | None = None) -> list[Tensor]:
+    def parameters(self, modules: Sequence[nn.Module] | None = None) -> list[Tensor]:
         """Return the parameters of the model, and those the optimizer trains besides.
 
         `modules` are those of the model, where they are known.

@@ -9,6 +9,7 @@ from mixadv.model.contexts import gradients_kept
 from mixadv.model.private_torch import sequence_number
 from mixadv.model.replay import Replay
 from mixadv.model.values import copying
+from mixadv.model.walk import modules
 from mixadv.round import validate
 from mixadv.round.rounds import Rounds
 
@@ -21,7 +22,7 @@ def plays_itself(rounds: Rounds, closure: Closure) -> tuple[Any, bool]:
     """
     validate.check_closure(closure)
     model = rounds.arena.model
-    replay, before, nodes = Replay([*model.modules()]), rounds.round, sequence_number()
+    replay, before, nodes = Replay(modules(model)), rounds.round, sequence_number()
     with gradients_kept(rounds.arena.parameters()) as release:
         try:
             with ExitStack() as rounds.probing:
