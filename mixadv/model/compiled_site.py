@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.model.masks import placeholders, told, where_in
+from mixadv.model.masks import told, where_in
 from mixadv.model.modules import compiled, find, is_input
 from mixadv.model.no_site import NoSite
 from mixadv.model.private_torch import is_mapped, more_graphs
@@ -88,15 +88,11 @@ class CompiledSite(Site):
             finally:
                 self._slots = []
 
-    def attach(self) -> None:
-        """Register the hooks, once."""
-        if self._handles:
-            return
+    def _register(self) -> None:
         if self._learning:
-            super().attach()
+            super()._register()
             self._handles.append(self.model.register_forward_hook(self._learn, prepend=True))
             return
-        self._places = placeholders(self._inner)
         self._pre(self.model, self._fill)
         for name, _ in self.targets:
             if is_input(name):  # hooks of the compiled model itself run outside of the graph

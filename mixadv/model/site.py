@@ -111,16 +111,17 @@ class Site:
 
     def attach(self) -> None:
         """Register the hooks, once."""
-        if self._handles:
-            return
-        self._places = placeholders(self._inner)  # once a round: configurations answer slowly
+        if not self._handles:
+            self._places = placeholders(self._inner)  # once a round: configurations answer slowly
+            self._register()
+
+    def _register(self) -> None:
         for name, module in self.targets:
             if is_input(name):
                 self._pre(module, functools.partial(self._at_input, name))
-            else:
-                self._pre(module, self._note_number)
-                hook = module.register_forward_hook(self._at_output, with_kwargs=True)
-                self._handles.append(hook)
+                continue
+            self._pre(module, self._note_number)
+            self._handles.append(module.register_forward_hook(self._at_output, with_kwargs=True))
         for module in around(self.model, [m for _, m in self.targets]):
             self._pre(module, self._enter)
             self._handles.append(module.register_forward_hook(self._leave))
@@ -143,8 +144,7 @@ class Site:
 
     def forget(self, passes: list[Pass]) -> None:
         """Give up passes whose round is over: a traceback may keep them alive."""
-        over = {id(current) for current in passes}
-        self._alive = [ref for ref in self._alive if id(ref()) not in over]
+        self._alive = [ref for ref in self._alive if ref() not in passes]
 
     def prune(self) -> None:
         """Forget passes that no graph can recompute any more."""
