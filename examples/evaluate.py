@@ -13,8 +13,8 @@ the models, as mixtures of one: what a mixture is worth beside a model of equal 
     python examples/intent.py --solver plain freelb --save
     python examples/evaluate.py --model runs/intent/*/last --data examples/data/intents/test.jsonl \
         --shifted twins=examples/data/intents/adversarial.jsonl --attack builtin typos
-    python examples/evaluate.py --model runs/intent/smart-0-*/last --mixture \
-        mat='runs/intent/mat-*/last' --data examples/data/intents/test.jsonl --rows 100
+    python examples/evaluate.py --model runs/intent/intents-smart-0-*/last --mixture \
+        mat='runs/intent/intents-mat-*/last' --data examples/data/intents/test.jsonl --rows 100
     python examples/evaluate.py --model runs/glue/sst2-*/last --data path/to/sst2/dev.jsonl \
         --shifted advglue=path/to/adv_sst2.jsonl --text sentence --rows 500 --unit-of minilm
     python examples/evaluate.py --model runs/glue/mnli-*/last --data path/to/mnli/dev.jsonl \

@@ -6,7 +6,7 @@ package gguf, and written once as safetensors of 16 bits into runs/smollm2, 270 
 already is not fetched again. Then `--model smollm2` is this model in language_model.py.
 
     python examples/smollm2.py
-    python examples/language_model.py trigger --solver plain noise lat
+    python examples/language_model.py trigger --arms plain noise lat
 """
 
 import argparse
