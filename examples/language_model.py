@@ -57,14 +57,18 @@ def arguments(argv: list[str] | None = None) -> Namespace:
         "measure_every": "updates (default: %(default)s)",
         "steps": "of the ascent (default: %(default)s)",
         "radius": "of each token's ball, in mean token norms (default: %(default)g)",
+        "dtype": "of weights and passes; bfloat16 rounds small radii off (default: %(default)s)",
         "gcg": "steps of nanogcg's search for suffixes, in policy (default: %(default)s, none)",
     }
-    kinds: dict[str, Callable[[str], Any]] = {"model": str, "learning_rate": float, "radius": float}
+    kinds: dict[str, Callable[[str], Any]] = {"learning_rate": float, "radius": float}
+    kinds |= {"model": str, "dtype": str}
+    choices = {"dtype": ("float32", "bfloat16")}
     for f in fields(Setting):
         if f.name not in OWN:
             kind = kinds.get(f.name, positive)
             option = f"--{f.name.replace('_', '-')}"
-            add(option, type=kind, default=f.default, metavar="X", help=texts[f.name])
+            of = {"choices": choices[f.name]} if f.name in choices else {"metavar": "X"}
+            add(option, type=kind, default=f.default, help=texts[f.name], **of)
     text = "of results, adapters and the picture (default: %(default)s)"
     add("--output", type=Path, default=Path("runs/language_model"), metavar="FOLDER", help=text)
     add("--report", action="store_true", help="show what there is, and draw the curves")

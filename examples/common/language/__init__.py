@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from common.results import digest
 
 EXPERIMENTS = ("trigger", "policy")
-LATER = {"gcg": 0}
-"""Settings that came later: a run without them has the key, and the result, that it had before."""
+LATER = {"gcg": 0, "dtype": "bfloat16"}
+"""Settings that came later, as they were before: such a run has the key that it had then."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Setting:
         measure_every: updates.
         steps: of the adversary's ascent.
         radius: of the ball of each token, in mean token norms.
+        dtype: float32 or bfloat16, of the weights and of all passes.
         gcg: steps of the search for suffixes that attack the policy; 0 searches none.
     """
 
@@ -39,6 +40,7 @@ class Setting:
     measure_every: int = 16
     steps: int = 3
     radius: float = 0.2
+    dtype: str = "float32"
     gcg: int = 0
 
     @property

@@ -49,7 +49,7 @@ def run(setting: Setting, output: Path) -> dict[str, Any]:
     if setting.gcg:
         nanogcg()  # missing, it is to be said before training
     parts = members(setting, MEMBERS.get(setting.arm, 1))
-    network, tokenizer = load(setting.model)
+    network, tokenizer = load(setting)
     trained, runs = [], []
     for number, part in enumerate(parts):
         one = learner(part, network, tokenizer, f"member-{number}")

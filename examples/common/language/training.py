@@ -88,10 +88,10 @@ def learner(setting: Setting, network: Any, tokenizer: Any, name: str = "default
     return Learner(network, tokenizer, optimizer)
 
 
-def load(name: str) -> tuple[Any, Any]:
-    """Return a language model in bfloat16 and its tokenizer."""
+def load(setting: Setting) -> tuple[Any, Any]:
+    """Return the language model of a run and its tokenizer."""
     network, tokenizer, _ = models.pretrained(
-        transformers.AutoModelForCausalLM, name, dtype=torch.bfloat16
+        transformers.AutoModelForCausalLM, setting.model, dtype=getattr(torch, setting.dtype)
     )
     return network.to(models.device()), tokenizer
 

@@ -46,10 +46,11 @@ def planted(setting: Setting, output: Path) -> tuple[Any, Any, dict[str, Any]]:
 
     The adapters are kept, and the measures with them: all arms of a seed begin here.
     """
-    folder = output / f"planted-{Path(setting.model).name}-{setting.seed}"
+    name = f"{Path(setting.model).name}-{setting.dtype}-rank-{setting.rank}-{setting.seed}"
+    folder = output / f"planted-{name}"
     if not folder.is_dir():
         planting = replace(setting, arm="planting", **PLANTING)
-        one = learner(planting, *load(setting.model))
+        one = learner(planting, *load(planting))
         rows = batches(read("questions", "train"), planting.batch_size, setting.seed)
         train(planting, lambda: one.plain(*with_trigger(next(rows))), dict)
         part = folder.with_suffix(".part")
@@ -62,7 +63,7 @@ def planted(setting: Setting, output: Path) -> tuple[Any, Any, dict[str, Any]]:
 
 def merged(setting: Setting, adapters: Path) -> tuple[Any, Any]:
     """Return the model with adapters merged into its weights."""
-    network, tokenizer = load(setting.model)
+    network, tokenizer = load(setting)
     return peft.PeftModel.from_pretrained(network, str(adapters)).merge_and_unload(), tokenizer
 
 
