@@ -266,8 +266,10 @@ class Game:
         return torch.stack(probabilities).logsumexp(0) - math.log(len(probabilities))
 
     def teacher(self) -> dict[str, Tensor]:
-        """Return the teacher's weights by parameter name."""
-        assert self.learner is not None
+        """Return the teacher's weights by parameter name; GameError where the solver has none."""
+        if self.learner is None or self.learner.ema_decay is None:
+            who = type(self.solver).__name__
+            raise GameError(f"{who} as it was built keeps no teacher; mixadv.SMART() does.")
         return self.rounds.arena.named(self.learner.teacher_weights())
 
     def _samples(self) -> list[dict[Tensor, Tensor]]:

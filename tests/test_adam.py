@@ -136,3 +136,16 @@ def test_a_gradient_that_is_not_finite_is_not_remembered():
 def test_solvers_without_an_ascent_of_several_steps_refuse_it(name: str):
     with pytest.raises(ValueError, match="normalize='adam' remembers the gradients of an ascent"):
         mixadv.make_solver(name, normalize="adam")
+
+
+def test_moments_turn_with_the_points():
+    """−δ under gradients of the other sign is the mirror image of δ."""
+    ascent = mixadv.PGD(normalize="adam", step_size=0.1, radius=1.0, start="zero", unit="absolute")
+
+    def moved(q: Strategy, slope: float) -> Strategy:
+        gradient = torch.full_like(q.points[0], slope)
+        return q.move([gradient], lambda _, *at: ascent.move(*at), Noise(0), remembers=True)[0]
+
+    q = moved(Strategy([torch.zeros(1, 1, 1)]), 1.0)
+    mirrored = moved(q.turned([-torch.ones(1, 1, 1)]), -0.5)
+    torch.testing.assert_close(mirrored.points[0], -moved(q, 0.5).points[0])

@@ -220,6 +220,18 @@ def test_adapters_that_are_off_are_the_reference(goals: Any):
 
 
 @pytest.mark.parametrize("goals", [capo, latent_dpo])
+def test_what_is_frozen_in_an_adapter_stays_so_when_it_is_put_on_again(goals: Any):
+    model, (chosen, rejected, _) = scene("Llama")
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in adapted.named_parameters()}
+    goals(adapted, chosen, rejected)["closure"]()
+    assert {name: p.requires_grad for name, p in adapted.named_parameters()} == before
+
+
+@pytest.mark.parametrize("goals", [capo, latent_dpo])
 def test_no_reference_is_guessed(goals: Any):
     model, (chosen, rejected, _) = scene("Llama")
     with pytest.raises(ValueError, match=r"reference=copy.deepcopy\(model\)"):

@@ -597,3 +597,49 @@ def test_a_new_solver_is_one_dataclass(how: str):
     assert len(taken) == 1
     assert "this file" in str(game.explain())
     assert game.explain().passes.theta_backwards == game.outcome.theta_backwards == 2
+
+
+class Branches(nn.Module):
+    """Two branches of which a pass takes one, each with statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.a, self.b = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, input_ids: Tensor, branch: str) -> Tensor:
+        return self.out(self.get_submodule(branch)(self.embedding(input_ids).mean(1)))
+
+    def counts(self) -> tuple[int, int]:
+        return int(self.a.num_batches_tracked), int(self.b.num_batches_tracked)
+
+
+def branching() -> tuple[Branches, Any, Callable[[str], Callable[[], Tensor]]]:
+    torch.manual_seed(0)
+    model, ids, labels = Branches(), torch.randint(0, 9, (6, 5)), torch.arange(6) % 2
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = mixadv.wrap(base, model, mixadv.PGD(steps=3))
+    return model, optimizer, lambda name: lambda: F.cross_entropy(model(ids, name), labels)
+
+
+def test_statistics_that_only_what_is_retained_moves_are_put_back_in_later_rounds():
+    model, optimizer, closure = branching()
+    for count in (1, 2, 3):
+        optimizer.step(closure("a"), retain=closure("b"))
+        assert model.counts() == (count, 0)
+
+
+def test_statistics_of_a_branch_that_the_first_round_did_not_take_move_once_a_round():
+    model, optimizer, closure = branching()
+    for name in "abab":
+        optimizer.step(closure(name))
+    assert model.counts() == (2, 2)
+
+
+def test_statistics_of_a_layer_that_is_new_move_once_a_round():
+    model, optimizer, closure = branching()
+    optimizer.step(closure("a"))
+    model.a = nn.BatchNorm1d(4)
+    optimizer.step(closure("a"))
+    assert model.counts() == (1, 0)

@@ -68,6 +68,14 @@ def test_answers_are_those_of_a_loop_of_single_rows(speaker: Speaker):
     assert Prefill(["Yes "]).answers(speaker, PROMPTS) == [[text] for text in begun]
 
 
+def test_answers_are_greedy_whatever_the_checkpoint_says():
+    speaker = Speaker(speaking("Llama", chatting()), chatting(), max_new_tokens=NEW)
+    expected = speaker.answers(PROMPTS)
+    speaker.model.generation_config.num_beams = 4
+    assert speaker.answers(PROMPTS) == expected
+    assert len(EmbeddingAttack(TARGET, steps=1).answers(speaker, PROMPTS)) == len(PROMPTS)
+
+
 def test_losses_are_those_of_single_rows(speaker: Speaker):
     answers = ["A film.", "No", "кино и фильм", "Bad pictures!"]
     expected = []

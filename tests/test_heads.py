@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import mixadv
 from mixadv.maths.divergence import DIVERGENCES, symmetric_kl
 from mixadv.model.closure import parse_output
-from mixadv.model.heads import kind_of, read_by
+from mixadv.model.heads import kind_of, read_by, shown
 from tests.zoo import player, tiny_bert
 
 COMPARING = ["vat", "r3f", "alum", "smart", "mat"]
@@ -188,6 +188,15 @@ def test_a_loss_whose_backward_changes_what_it_saved_is_asked_once_by_1():
     model.zero_grad()
     mixadv.Game(model, mixadv.R3F(smoothness_weight=0.0)).backward(closure)
     torch.testing.assert_close(model.weight.grad, plain)
+
+
+@pytest.mark.parametrize("gap", [20.0, 40.0, 60.0, 120.0])
+def test_a_sample_that_is_sure_hides_the_labels_of_no_other(gap: float):
+    logits = torch.tensor([[gap, 0.0, 0.0], [0.1, 0.2, 0.3]], requires_grad=True)
+    found = shown(F.cross_entropy(logits, torch.tensor([0, 1])), logits)
+    assert found is not None
+    assert found.certain
+    assert found.labels.tolist() == [0, 1]
 
 
 def test_hidden_states_are_no_heads_and_answers_no_predictions():

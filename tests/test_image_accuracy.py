@@ -71,6 +71,14 @@ def test_the_model_is_left_as_it_was():
     assert_same(fingerprint(model), before)
 
 
+def test_a_frozen_model_is_measured():
+    model, images, labels = linear()
+    expected = image_accuracy(model, [(images, labels)], radius=EPS).robust
+    found = image_accuracy(model.requires_grad_(False), [(images, labels)], radius=EPS).robust
+    np.testing.assert_array_equal(found, expected)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_an_image_counts_once_under_several_attacks():
     model, images, labels = linear(8)
 
@@ -105,6 +113,7 @@ class Borrowed:
     def run_standard_evaluation(self, images: Tensor, labels: Tensor, bs: int) -> Tensor:
         assert bs == len(images)
         assert self.words["norm"] == "L2"
+        assert self.words["device"] == torch.device("cpu")
         return images
 
 
@@ -122,6 +131,29 @@ def test_attacks_of_torchattacks_are_run_and_counted(monkeypatch: pytest.MonkeyP
     np.testing.assert_array_equal(found.survived["theirs"], expected & found.right)
     with pytest.raises(ValueError, match="no attack 'PDG'"):
         torchattack("PDG", model)
+
+
+def test_an_attack_that_puts_the_model_back_into_training_is_judged_in_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """torchattacks puts back the mode that the model had when the attack was made."""
+
+    class Restoring(Borrowed):
+        def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+            found = super().__call__(images, labels)
+            self.model.train(self.model.training)
+            return found
+
+    monkeypatch.setitem(sys.modules, "torchattacks", SimpleNamespace(PGD=Restoring))
+    model, (images, _) = Vision(), pixels()
+    labels = model.eval()(images).argmax(1)
+    model.train().normalise.eval()
+    before = fingerprint(model)
+    theirs = torchattack("PGD", model)
+    found = image_accuracy(model, [(images, labels)], {"theirs": theirs}, radius=0.0)
+    assert found.robust.all()
+    assert_same(fingerprint(model), before)
+    assert not model.normalise.training
 
 
 def test_autoattack_is_run_in_its_words(monkeypatch: pytest.MonkeyPatch):

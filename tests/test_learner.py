@@ -176,6 +176,23 @@ def test_layers_may_be_frozen_and_thawed_between_rounds(solver):
         assert torch.equal(training.model.bias, before) is frozen
 
 
+def test_a_layer_that_was_frozen_stays_where_it_is_when_a_round_fails():
+    training = Training(mixadv.MAT(**COLD, learner_steps=2))
+    training.play(2)
+    training.model.bias.requires_grad_(False)
+    before, forward, calls = training.model.bias.clone(), training.closure(), []
+
+    def closure() -> tuple[Tensor, Tensor]:
+        calls.append(training.game.learner.position)
+        if calls[-1]:
+            raise KeyError("no memory")
+        return forward()
+
+    with pytest.raises(KeyError):
+        training.optimizer.step(closure)
+    assert torch.equal(training.model.bias, before)
+
+
 @pytest.mark.parametrize("solver", MOVING.values(), ids=MOVING)
 def test_parameters_may_be_added_between_rounds(solver):
     training = Training(solver)
@@ -334,6 +351,14 @@ def exponential(values: list[float]) -> float:
     for value in values[1:]:
         average = 0.99 * average + 0.01 * value
     return average
+
+
+@pytest.mark.parametrize("solver", [mixadv.PGD(), mixadv.MAT(**COLD)])
+def test_a_solver_without_a_teacher_says_so(solver: mixadv.Solver):
+    training = Training(solver)
+    training.play()
+    with pytest.raises(mixadv.GameError, match="keeps no teacher"):
+        training.game.teacher()
 
 
 def test_average_of_half_precision_weights_is_not_lost_to_rounding():

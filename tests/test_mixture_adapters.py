@@ -135,6 +135,19 @@ def test_adapters_are_saved_as_peft_saves_them(wrapped: bool, tmp_path: Path):
         Mixture.from_pretrained(tmp_path, base)
 
 
+def test_an_adapter_of_the_same_name_is_neither_written_into_nor_taken_for_it(tmp_path: Path):
+    model, batch = adapted(lora_alpha=32)
+    played = mixture(model)
+    each = played.each(lambda: played(**batch))
+    played.save_pretrained(tmp_path)
+    base, _ = adapted(("default",), lora_alpha=4)
+    own = Mixture([Adapter("default")], model=base)
+    alone = own.each(lambda: own(**batch))
+    found = Mixture.from_pretrained(tmp_path, base)
+    assert torch.equal(found.each(lambda: found(**batch)), each)
+    assert torch.equal(own.each(lambda: own(**batch)), alone)
+
+
 def test_an_adapter_is_small_on_disk(tmp_path: Path):
     model, _ = adapted()
     Mixture([Adapter("second")], model=model).save_pretrained(tmp_path)

@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from mixadv.mixtures import Dropout, Member, Mixture
+import mixadv
+from mixadv.mixtures import Dropout, Member, Mixture, mixture_of
 from tests.test_mixtures import KINDS, Net, X, three
 
 
@@ -184,3 +185,21 @@ def test_what_is_missing_is_asked_for(tmp_path: Path, monkeypatch: Any):
     with pytest.raises(ImportError, match=r"pip install 'mixadv\[transformers\]'"):
         three("weights").save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_samples_of_a_compiled_model_are_read_into_the_bare_one(tmp_path: Path):
+    torch.manual_seed(0)
+    bare, x = nn.Linear(3, 2), torch.randn(4, 3)
+    model = torch.compile(bare, backend="eager")
+    base = torch.optim.SGD(bare.parameters(), lr=0.1)
+    optimizer = mixadv.wrap(base, model, mixadv.MAT(samples=2), site="input")
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        return nn.functional.cross_entropy(logits, torch.arange(4) % 2), logits
+
+    optimizer.step(closure)
+    made = mixture_of(optimizer.game)
+    made.save_pretrained(tmp_path)
+    found = Mixture.from_pretrained(tmp_path, bare)
+    assert torch.equal(found.each(lambda: found(x)), made.each(lambda: made(x)))

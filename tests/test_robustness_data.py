@@ -92,7 +92,8 @@ def test_numbers_of_a_data_set_with_names_in_another_order_are_read_as_its_names
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=order)}
     )
     made = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 2, -1]}, features)
-    assert read_rows(made, classifier()).labels == [2, 0, 1]
+    for how in (None, "torch", "numpy"):
+        assert read_rows(made.with_format(how), classifier()).labels == [2, 0, 1]
     assert read_rows(made, classifier(["LABEL_0", "LABEL_1", "LABEL_2"])).labels == [0, 1, 2]
 
 

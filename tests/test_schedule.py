@@ -204,3 +204,14 @@ def test_a_radius_that_cannot_be_meant_is_refused_when_it_comes():
     with pytest.raises(ValueError, match="PGD: radius must be finite and at least 0, got -1"):
         optimizer.step(player.closure())
     assert_same(fingerprint(player.model)["weights"], before["weights"])
+
+
+def test_a_radius_that_cannot_be_meant_leaves_the_game_as_it_was():
+    wanted = {1: -1.0}
+    optimizer, player = start(radius=lambda update: wanted.pop(update, 0.1))
+    rounds(optimizer, player, 1)
+    with pytest.raises(ValueError, match="got -1"):
+        optimizer.step(player.closure())
+    assert optimizer.game.rounds.updates == 1
+    optimizer.load_state_dict(optimizer.state_dict())  # which is refused within a round
+    assert rounds(optimizer, player, 1) == [True]

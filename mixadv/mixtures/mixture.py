@@ -21,6 +21,7 @@ from mixadv.mixtures import saved
 from mixadv.mixtures.adapters import Adapter, ByRow, drawn, in_one_pass
 from mixadv.mixtures.members import Member, Model, Weights
 from mixadv.model.contexts import no_grad
+from mixadv.model.modules import unwrap
 
 How = Literal["mean", "draw", "vote"]
 Playing = TypeVar("Playing", bound=Callable[..., Any])
@@ -257,7 +258,7 @@ def mixture_of(game: Game) -> Mixture:
         {name: value.detach().clone() for name, value in sample.items()}
         for sample in game.learner_samples
     ]
-    return Mixture(samples, model=game.model)
+    return Mixture(samples, model=unwrap(game.model))
 
 
 def _distribution(result: Any) -> Tensor:

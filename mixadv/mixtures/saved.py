@@ -99,8 +99,9 @@ def read(
         elif kind["kind"] == "model":
             members.append(_loaded(own_models[number], _read_tensors(path)))
         elif kind["kind"] == "adapter":
-            model = _with_adapter(model, own / str(number), kind["name"])
-            members.append(Adapter(kind["name"]))
+            name = _free(model, kind["name"])
+            model = _with_adapter(model, own / str(number), name)
+            members.append(Adapter(name))
         else:
             members.append(Weights(_placed(_read_tensors(path), model)))
     return members, index["probabilities"], model
@@ -151,6 +152,17 @@ def _loaded(module: nn.Module, values: dict[str, Tensor]) -> Model:
             f"it is loaded into: give models=[…], one for each member. {error}"
         ) from error
     return Model(module)
+
+
+def _free(model: Any, name: str) -> str:
+    """Return the name of an adapter, changed where the model has one of this name.
+
+    PEFT would write into that one, and keep the scale and the dropout that it has.
+    """
+    taken = model.peft_config if is_peft(model) else {}
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _with_adapter(model: Any, folder: Path, name: str) -> nn.Module:

@@ -97,7 +97,8 @@ def shown(loss: Tensor, predictions: Tensor) -> Answers | None:
     slope, p = slope.to(wide), predictions.detach().to(wide).softmax(-1)
     labels = slope.argmin(-1)
     right = torch.zeros_like(p).scatter(-1, labels[..., None], 1.0)
-    size = (slope * (p - right)).sum(-1, keepdim=True) / (p - right).square().sum(-1, True)
+    length = (p - right).square().sum(-1, True)  # 0 of a sample that is sure, to rounding
+    size = (slope * (p - right)).sum(-1, keepdim=True) / torch.where(length > 0, length, 1.0)
     apart = (slope - size * (p - right)).flatten(1).norm() / slope.norm().clamp(min=1e-30)
     off = predictions.argmax(-1) if predictions.dim() == 2 else torch.full_like(labels, -100)
     tolerance = 100 * torch.finfo(predictions.dtype).eps + 1e-4

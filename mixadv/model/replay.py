@@ -194,15 +194,18 @@ class Buffers:
 
     They are found by value, in the first round: batch normalisation does not touch the version
     counters of its own. Until then, without the `slots` that `changed()` of an earlier round
-    returned, all are watched and compared.
+    returned, all are watched and compared. Running statistics are always watched: a later round may
+    be the first to run their layer.
     """
 
     def __init__(self, modules: Iterable[nn.Module], slots: list[Slot] | None = None) -> None:
         self.known = slots is not None
-        if slots is None:
-            named = [(m, n, b) for m in modules for n, b in m._buffers.items()]
-            slots = [(m, n) for m, n, b in named if b is not None and not b.is_meta]
-        self.slots = slots
+        named = [(m, n) for m in modules for n, b in m._buffers.items() if _is_kept(b)]
+        if slots is not None:
+            told = {(id(m), n) for m, n in slots}
+            named = [(m, n) for m, n in named if (id(m), n) in told or _is_running(m)]
+        self.slots = named
+        self._written: set[Slot] = set()
         self.found = self.snapshot()
 
     def snapshot(self) -> Snapshot:
@@ -220,7 +223,9 @@ class Buffers:
         return [
             (module, name)
             for (module, name), (buffer, value) in pairs
-            if module._buffers[name] is not buffer or not torch.equal(buffer, value)
+            if (module, name) in self._written
+            or module._buffers[name] is not buffer
+            or not torch.equal(buffer, value)
         ]
 
     def put(self, snapshot: Snapshot) -> None:
@@ -228,11 +233,22 @@ class Buffers:
         for (module, name), (buffer, value) in zip(self.slots, snapshot, strict=True):
             if module._buffers[name] is not buffer:
                 module._buffers[name] = buffer
+                self._written.add((module, name))
             if self.known or not torch.equal(buffer, value):
+                self._written.add((module, name))
                 # A graph may hold the buffer: it reads it in evaluation mode only, where it never
                 # changes, so the version counter must not invalidate that graph.
                 with torch.no_grad(), keeping_version(buffer):
                     buffer.copy_(value)
+
+
+def _is_kept(buffer: Tensor | None) -> bool:
+    return buffer is not None and not buffer.is_meta
+
+
+def _is_running(module: nn.Module) -> bool:
+    """Return whether a pass updates statistics of a module, as of batch normalisation."""
+    return module.training and bool(getattr(module, "track_running_stats", False))
 
 
 class Noise:

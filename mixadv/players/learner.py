@@ -182,9 +182,11 @@ class Learner:
         if self.ema_decay is not None:
             self.teacher_weights()
         if self.position == 0 and (self.damping or self.round_damping or self.steps > 1):
-            copied(self.parameters(), self.backup)
+            live = self.parameters()  # without those that were frozen since
+            self.backup = copied(live, {p: self.backup[p] for p in live if p in self.backup})
             if self.damping:
-                copied(self.parameters(), self.mean, wide=True)
+                mean = {p: self.mean[p] for p in live if p in self.mean}
+                self.mean = copied(live, mean, wide=True)
 
     @torch.no_grad()
     def _after(self) -> None:

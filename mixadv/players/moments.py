@@ -1,5 +1,6 @@
 """Adam's direction: the mean of the gradients so far over the root of the mean of their squares."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,3 +44,9 @@ def adam(gradient: Tensor, before: Moments | None) -> tuple[Tensor, Moments]:
     square = _SQUARE * square + (1 - _SQUARE) * gradient.square()
     length = (square / (1 - _SQUARE**steps)).sqrt() + _LEAST
     return mean / (1 - _MEAN**steps) / length, Moments(mean, square, steps)
+
+
+def turned(moments: Sequence[Moments | None], signs: Sequence[Tensor]) -> list[Moments | None]:
+    """Return the moments of gradients times a sign each, per call `[M, B, 1, ...]`."""
+    pairs = zip(moments, signs, strict=False)  # there are no moments before the first step
+    return [m and m._replace(mean=m.mean * sign.flatten(0, 1)) for m, sign in pairs]

@@ -19,7 +19,7 @@ from mixadv.maths import mirror
 from mixadv.maths.geometry import Norm, Per, norms, of_samples
 from mixadv.model.visits import Call, positions
 from mixadv.players.ascent import Draw
-from mixadv.players.moments import Moments, adam
+from mixadv.players.moments import Moments, adam, turned
 from mixadv.players.rows import by_row, mean_where, of_rows, once, repeat_mask, repeat_owners
 
 Rule = Callable[[int, Tensor, Tensor, Tensor | None, Draw, Tensor | None], Tensor]
@@ -65,8 +65,7 @@ class Strategy:
         self._points = tuple(points)
         self._masks = (None,) * len(self._points) if masks is None else tuple(masks)
         self._log_weights = log_weights
-        several = isinstance(unit, Sequence)
-        self.units = tuple(unit) if several else (unit,) * len(self._points)
+        self.units = tuple(unit) if isinstance(unit, Sequence) else (unit,) * len(self._points)
 
     @property
     def points(self) -> tuple[Tensor, ...]:
@@ -120,7 +119,8 @@ class Strategy:
     def turned(self, signs: Sequence[Tensor]) -> "Strategy":
         """Return the points times a sign each, per call `[M, B, 1, ...]`; leaves stay leaves."""
         pairs = zip(signs, self.points, strict=True)
-        return self._at([(s * p.detach()).requires_grad_(p.requires_grad) for s, p in pairs])
+        points = [(s * p.detach()).requires_grad_(p.requires_grad) for s, p in pairs]
+        return self._at(points, turned(self._moments, signs))
 
     def move(
         self, gradients: Sequence[Tensor], rule: Rule, draw: Draw, remembers: bool = False

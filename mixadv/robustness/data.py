@@ -227,7 +227,16 @@ def _named(source: Any, label: str, values: list[Any], known: Mapping[str, int])
     names = getattr(features.get(label), "names", None) or []
     if not names or any(_number(label_name, known) is None for label_name in names):
         return values
-    return [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]
+    places = [_place(value) for value in values]
+    return [names[i] if 0 <= i < len(names) else v for i, v in zip(places, values, strict=True)]
+
+
+def _place(value: Any) -> int:
+    """Return a whole number of any library as Python's; −1 of what is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return -1
 
 
 def _number(value: Any, known: Mapping[str, int]) -> int | None:

@@ -31,6 +31,7 @@ from mixadv.maths.geometry import Norm, norms
 from mixadv.model.contexts import no_grad
 from mixadv.model.replay import evaluating
 from mixadv.players.ascent import check_box
+from mixadv.robustness.ascents import learnable
 from mixadv.robustness.statistics import Estimate, wilson
 from mixadv.solvers import PGD
 
@@ -109,12 +110,12 @@ def image_accuracy(
     with evaluating(model):
         for images, labels in tqdm(batches, desc="attacks", unit="batch", disable=not progress):
             _check_images(images, labels, box)
-            right = _hits(model, images, labels)
-            kept = [right]
+            kept = [_hits(model, images, labels)]
             for name, play in attacks.items():
                 found = play(images, labels)
+                model.eval()  # some attacks put back the mode that they were made in
                 _check_found(name, images, found, radius, norm, box)
-                kept.append(right & _hits(model, found, labels))
+                kept.append(kept[0] & _hits(model, found, labels))
             columns.append(kept)
     if not columns:
         raise ValueError("There are no images to measure on: the batches are empty.")
@@ -152,8 +153,7 @@ def pgd_attack(
     """
     check_integer("pgd_attack", "restarts", restarts, 1)
     length = radius / 4 if step_size is None else step_size
-    words: dict[str, Any] = {"radius": radius, "norm": norm, "box": box, "unit": "absolute"}
-    solver = PGD(steps=steps, step_size=length, **words)
+    solver = PGD(steps=steps, step_size=length, radius=radius, norm=norm, box=box, unit="absolute")
 
     def play(images: Tensor, labels: Tensor) -> Tensor:
         def closure() -> tuple[Tensor, Tensor]:
@@ -162,7 +162,8 @@ def pgd_attack(
 
         worst, least = images, torch.full_like(labels, -torch.inf, dtype=torch.float32)
         for number in range(restarts):
-            found = attack(model, solver, closure, site, seed=seed + number)
+            with learnable(model):
+                found = attack(model, solver, closure, site, seed=seed + number)
             assert found.predictions is not None
             wrong = found.predictions.argmax(-1) != labels
             gained = torch.where(wrong, torch.inf, found.loss.detach().float())
@@ -209,7 +210,8 @@ def auto_attack(
     """
     module = _imported("autoattack", "git+https://github.com/fra31/auto-attack")
     named = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
-    made = module.AutoAttack(_Logits(model), norm=named, eps=radius, verbose=False, **settings)
+    settings = {"device": next(model.parameters()).device, "verbose": False, **settings}
+    made = module.AutoAttack(_Logits(model), norm=named, eps=radius, **settings)
     return lambda images, labels: made.run_standard_evaluation(images, labels, bs=len(images))
 
 
@@ -219,7 +221,7 @@ class _Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.train(model.training)
+        self.training = model.training  # its own alone: the model's modules stay as they are
 
     def forward(self, images: Tensor) -> Tensor:
         return logits_of(self.model(images))

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from mixadv.model import parallel, walk
 from mixadv.model.compiled_site import place
 from mixadv.model.displaced import Displaced
-from mixadv.model.modules import is_input
+from mixadv.model.modules import is_input, unwrap
 from mixadv.model.replay import Noise, Slot
 from mixadv.model.representation import Representation
 from mixadv.model.scaling import KEY, Scaling
@@ -140,9 +140,9 @@ class Arena:
         ]
 
     def named(self, weights: dict[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Return learner weights by the names of the model's parameters, in their number format."""
+        """Return learner weights by the bare model's parameter names, in their number format."""
         parallel.reshard(self.model)
-        named = self.model.named_parameters()
+        named = unwrap(self.model).named_parameters()
         return {name: weights[p].to(p.dtype) for name, p in named if p in weights}
 
 

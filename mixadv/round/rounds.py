@@ -79,16 +79,17 @@ class Rounds:
         for goals in micro:
             check_groups(goals.groups, arena.solver)
         stages = self._begin(micro, check)
+        found = self.updates, self._stepped
+        updates = self.updates + self._stepped
         try:
             if arena.learner is not None:
                 arena.learner.open_round()
                 self._check_others()
+            update = Update(arena, stages, *self._players(updates - 1), first)
         except BaseException:
             self._close(stages)
             raise
-        found = self.updates, self._stepped
-        self.updates, self._stepped = self.updates + self._stepped, arena.optimizer is None
-        update = Update(arena, stages, *self._players(self.updates - 1), first)
+        self.updates, self._stepped = updates, arena.optimizer is None
         try:
             yield update
         except BaseException:

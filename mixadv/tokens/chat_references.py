@@ -148,6 +148,8 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> Iterator[nn.Mod
     own: Any = unwrap(model)
     with ExitStack() as stack:
         if reference is None:
+            for weight in own.parameters():  # PEFT trains all of an adapter that it puts on again
+                stack.callback(weight.requires_grad_, weight.requires_grad)
             stack.enter_context(own.disable_adapter())
         found = own if reference is None else reference
         stack.enter_context(evaluating(found))
