@@ -15,7 +15,7 @@ from tests.zoo import moving_inputs
 
 settings.register_profile(
     "fast",
-    max_examples=30,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
@@ -25,8 +25,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 torch.set_num_threads(1)  # of a module's fixtures too, which are made before those of its tests
 
 
-# ALUM's round; rows as group DRO weighs them; weights as AWP moves them
-TWINS = {"trades", "cvar", "chi_square", "sam", "asam"}
+# ALUM's round, with steps and without; rows as group DRO weighs them; weights as AWP moves them
+TWINS = {"trades", "r3f", "cvar", "chi_square", "sam", "asam"}
 OWN = (
     *("test_rows", "test_images", "test_recomputation", "test_errors", "test_face", "test_pages"),
     *("test_weights", "test_weights_distributed"),

@@ -167,9 +167,10 @@ def long(model: nn.Module, rows: int, weight: float = 1.0) -> Callable[[], Tenso
 
 
 @pytest.mark.filterwarnings("ignore:.*noise floor")
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("weight", [1.0, 1e-4])
-@pytest.mark.parametrize("rows", [4, 64])
+@pytest.mark.parametrize(
+    ("rows", "weight", "steps"),
+    [(4, 1e-4, 3), (64, 1.0, 1), pytest.param(64, 1e-4, 3, marks=pytest.mark.slow)],
+)
 def test_a_gradient_that_shrinks_on_its_way_to_delta_neither_vanishes_nor_overflows(
     rows: int, weight: float, steps: int
 ) -> None:

@@ -129,11 +129,14 @@ PLACES = {
     **dict.fromkeys(["before backward=", "after backward="], lambda name, how: how == "backward"),
     "optimizer": lambda name, how: how == "step",
 }
+WHEN = {("step", 1): (), ("loss", 1): ()} | dict.fromkeys(
+    [("step", 0), ("backward", 1)], pytest.mark.slow
+)
 CASES = [
-    (name, place, how, rounds)
+    pytest.param(name, place, how, rounds, marks=marks)
     for name in mixadv.SOLVERS
     for place, reached in PLACES.items()
-    for how, rounds in (("step", 0), ("step", 1), ("backward", 1), ("loss", 1))
+    for (how, rounds), marks in WHEN.items()
     if (name, how) not in CANNOT and reached(name, how)
 ]
 

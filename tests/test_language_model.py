@@ -283,7 +283,7 @@ def test_a_search_without_its_package_is_refused_before_training(
 
 
 def test_a_search_is_a_setting_of_its_own_and_none_is_the_run_of_before():
-    plain = Setting("policy", "sft", 0)
+    plain = Setting("policy", "sft", 0, dtype="bfloat16")
     assert plain.key == "policy-sft-0-cb27459549"
     assert Setting("policy", "sft", 0, gcg=2).key != plain.key
 

@@ -137,7 +137,7 @@ def test_automatic_optimization_clips_accumulates_and_schedules(name: str, tmp_p
         assert_same(outcome(module), outcome(other))
 
 
-@pytest.mark.parametrize("way", ["backward", "step"])
+@pytest.mark.parametrize("way", ["backward", pytest.param("step", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", mixadv.SOLVERS)
 @or_refused()
 def test_manual_optimization_plays_the_same_rounds(name: str, way: str, tmp_path: Path) -> None:
