@@ -15,11 +15,12 @@ other questions undo. --gcg 20 adds suffixes that nanogcg searches for on the tr
 (pip install --no-deps nanogcg==0.3.0); a step takes about 7 seconds of one core for each prompt.
 
 The model is SmolLM2-135M-Instruct with LoRA adapters; python examples/smollm2.py fetches it. An
-update of 4 rows takes about 1.4 seconds of one CPU core without an adversary, 5 with 3 steps of
-ascent, 8 with two answers; weights are in bfloat16, so that small radii are noise, which the first
-round warns of. Each run adds one JSON line to OUTPUT/results.jsonl, and one that has a
-line is not repeated. ContinuousAT is called CAT by its authors; `mixadv.CAT` and --solver cat of
-the other scripts are contrastive adversarial training.
+update of 4 rows takes about 2.5 seconds of one CPU core without an adversary, 10 with 3 steps of
+ascent, 20 with two answers. In bfloat16 (--dtype) it takes half, where the processor has
+instructions for it; small radii are noise then, which the first round warns of. Each run adds one
+JSON line to OUTPUT/results.jsonl, and one that has a line is not repeated. ContinuousAT is called
+CAT by its authors; `mixadv.CAT` and --solver cat of the other scripts are contrastive adversarial
+training.
 
     python examples/smollm2.py
     python examples/language_model.py trigger --seeds 0 1 2

@@ -71,7 +71,8 @@ def test_answers_are_those_of_a_loop_of_single_rows(speaker: Speaker):
 def test_answers_are_greedy_whatever_the_checkpoint_says():
     speaker = Speaker(speaking("Llama", chatting()), chatting(), max_new_tokens=NEW)
     expected = speaker.answers(PROMPTS)
-    speaker.model.generation_config.num_beams = 4
+    asked = speaker.model.generation_config
+    asked.num_beams, asked.num_return_sequences = 4, 2
     assert speaker.answers(PROMPTS) == expected
     assert len(EmbeddingAttack(TARGET, steps=1).answers(speaker, PROMPTS)) == len(PROMPTS)
 

@@ -54,7 +54,7 @@ FEW = {"trigger": ["plain", "away", "targeted", "dpo"], "policy": ["sft", "mixat
 ALL = {"trigger": [*trigger.ARMS], "policy": [*policy.ARMS]}
 
 
-@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # bf16, random weights
+@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # random weights
 @pytest.mark.parametrize("arms", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_both_experiments_run_once(
     arms: dict[str, list[str]],
@@ -151,6 +151,7 @@ def ended(arm: str, seed: int, **more: Any) -> dict[str, Any]:
         "experiment": "trigger",
         "arm": arm,
         "seed": seed,
+        "dtype": "float32",
         "curve": [{"update": 0, **rows}, {"update": 2, **rows, **more}],
     }
 
@@ -170,6 +171,13 @@ def test_lines_of_before_show_that_the_subject_was_not_judged():
     assert "seeds" not in found["new"][5]
 
 
+def test_runs_of_another_number_format_are_an_arm_of_their_own():
+    lines = [ended("lat", 0), {**ended("lat", 0), "dtype": "bfloat16"}]
+    found = shown.tables(lines)
+    assert "| lat | 2 |" in found
+    assert "| lat, bfloat16 | 2 |" in found
+
+
 # The mixture -----------------------------------------------------------------------------------
 
 
@@ -187,7 +195,7 @@ def test_members_take_as_many_updates_as_one_model_does(updates: int, count: int
     assert found[0].seed == seed
 
 
-@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # bf16, random weights
+@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # random weights
 def test_each_member_is_trained_and_attacked_by_itself(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     """Training one moves no other, and no report is of another member than the one attacked."""
     fit, measure = policy.fit, policy.GenerationEvaluation.measure
@@ -247,7 +255,7 @@ def policy_run(tiny: Path, **more: Any) -> dict[str, Any]:
     return policy.run(Setting("policy", "sft", 0, model=str(tiny), updates=1, **more), tiny.parent)
 
 
-@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # bf16, random weights
+@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")  # random weights
 def test_what_the_search_finds_is_put_behind_its_prompt(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -293,7 +301,7 @@ def test_attacks_that_some_runs_lack_have_a_column_all_the_same():
     for arm, more in (("old", {}), ("new", {"gcg": {"per row": {"success": [True]}}})):
         kept = {"refusal": {"per row": {"refused": [False]}}, "utility": {"loss": {"value": 1.0}}}
         part = {"attacks": {"none": {"per row": {"success": [False]}}, **more}, **kept}
-        about = {"experiment": "policy", "arm": arm, "seed": 0}
+        about = {"experiment": "policy", "arm": arm, "seed": 0, "dtype": "float32"}
         lines.append({**about, "policy": part, "undone": part})
     table = shown.tables(lines).split("\n")[2::2]
     old, new = ([cell.strip() for cell in line.split("|")] for line in table)

@@ -201,8 +201,9 @@ class Mixture(nn.Module):
 
         Args:
             folder: of the mixture.
-            model: that the members change; adapters are loaded into it, and whole models into
-                copies of it. It is not needed where `models` are given for all members.
+            model: that the members change; adapters are loaded into it, under another name where
+                theirs is taken, and whole models into copies of it. It is not needed where `models`
+                are given for all members.
             models: one for each member that is a whole model, in whose place its weights are put.
 
         Raises:

@@ -122,6 +122,7 @@ class Speaker:
                 **batch.inputs,
                 do_sample=False,
                 num_beams=1,
+                num_return_sequences=1,
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
                 use_cache=True,

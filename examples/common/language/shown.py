@@ -26,7 +26,8 @@ def by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
     """Return the results of each arm, of all its seeds."""
     found = defaultdict(list)
     for result in results:
-        found[result["arm"]].append(result)
+        dtype = result.get("dtype", "bfloat16")  # of results of before it could be chosen
+        found[result["arm"] + (f", {dtype}" if dtype != "float32" else "")].append(result)
     return dict(found)
 
 
@@ -37,7 +38,7 @@ def _trigger(results: Sequence[Result]) -> str:
     rows = []
     for arm, runs in {"(planted)": results, **by_arm(results)}.items():
         point = 0 if arm == "(planted)" else -1
-        ends = {r["seed"]: r["curve"][point] for r in runs}.values()
+        ends = {(r["seed"], r.get("dtype")): r["curve"][point] for r in runs}.values()
         rows.append(
             [
                 arm,
