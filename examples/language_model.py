@@ -16,11 +16,11 @@ other questions undo. --gcg 20 adds suffixes that nanogcg searches for on the tr
 
 The model is SmolLM2-135M-Instruct with LoRA adapters; python examples/smollm2.py fetches it. An
 update of 4 rows takes about 2.5 seconds of one CPU core without an adversary, 10 with 3 steps of
-ascent, 20 with two answers. In bfloat16 (--dtype) it takes half, where the processor has
-instructions for it; small radii are noise then, which the first round warns of. Each run adds one
-JSON line to OUTPUT/results.jsonl, and one that has a line is not repeated. ContinuousAT is called
-CAT by its authors; `mixadv.CAT` and --solver cat of the other scripts are contrastive adversarial
-training.
+ascent, 20 with two answers. bfloat16 (--dtype) is faster where the processor has instructions for
+it, and much slower where it has none; small radii are noise in it, which the first round warns of.
+Each run adds one JSON line to OUTPUT/results.jsonl, and one that has a line is not repeated.
+ContinuousAT is called CAT by its authors; `mixadv.CAT` and --solver cat of the other scripts are
+contrastive adversarial training.
 
     python examples/smollm2.py
     python examples/language_model.py trigger --seeds 0 1 2
