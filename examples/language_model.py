@@ -61,8 +61,12 @@ def arguments(argv: list[str] | None = None) -> Namespace:
         "dtype": "of weights and passes; bfloat16 rounds small radii off (default: %(default)s)",
         "gcg": "steps of nanogcg's search for suffixes, in policy (default: %(default)s, none)",
     }
-    kinds: dict[str, Callable[[str], Any]] = {"learning_rate": float, "radius": float}
-    kinds |= {"model": str, "dtype": str}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "model": str,
+        "dtype": str,
+        "learning_rate": float,
+        "radius": float,
+    }
     choices = {"dtype": ("float32", "bfloat16")}
     for f in fields(Setting):
         if f.name not in OWN:

@@ -15,7 +15,7 @@ from tests.zoo import moving_inputs
 
 settings.register_profile(
     "fast",
-    max_examples=20,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

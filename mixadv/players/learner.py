@@ -33,6 +33,7 @@ from mixadv.players.weights import (
     check_shapes,
     copied,
     move_toward,
+    renewed,
 )
 
 Damping = float | Literal["uniform"]
@@ -183,10 +184,9 @@ class Learner:
             self.teacher_weights()
         if self.position == 0 and (self.damping or self.round_damping or self.steps > 1):
             live = self.parameters()  # without those that were frozen since
-            self.backup = copied(live, {p: self.backup[p] for p in live if p in self.backup})
+            self.backup = renewed(live, self.backup)
             if self.damping:
-                mean = {p: self.mean[p] for p in live if p in self.mean}
-                self.mean = copied(live, mean, wide=True)
+                self.mean = renewed(live, self.mean, wide=True)
 
     @torch.no_grad()
     def _after(self) -> None:

@@ -1,6 +1,6 @@
 """Weights kept beside the live ones, by parameter: copies, means, and their place in a state."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ def copied(
         elif renew:
             into[parameter].copy_(parameter)
     return into
+
+
+def renewed(parameters: Sequence[Tensor], before: Weights, wide: bool = False) -> Weights:
+    """Copy parameters as `copied` does, in the memory of copies before; no others are kept."""
+    return copied(parameters, {p: before[p] for p in parameters if p in before}, wide)
 
 
 def move_toward(live: Weights, goal: Weights, weight: float, keep: Tensor | None) -> None:

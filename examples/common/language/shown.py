@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from common.language import LATER
 from common.results import over_seeds
 from common.tables import markdown
 from mixadv.reports.shown import COLOURS, DASH, figure, share
@@ -26,9 +27,14 @@ def by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
     """Return the results of each arm, of all its seeds."""
     found = defaultdict(list)
     for result in results:
-        dtype = result.get("dtype", "bfloat16")  # of results of before it could be chosen
+        dtype = _dtype(result)
         found[result["arm"] + (f", {dtype}" if dtype != "float32" else "")].append(result)
     return dict(found)
+
+
+def _dtype(result: Result) -> str:
+    """Return the number format of a run, also of one of before it could be chosen."""
+    return {**LATER, **result}["dtype"]
 
 
 def _trigger(results: Sequence[Result]) -> str:
@@ -38,7 +44,7 @@ def _trigger(results: Sequence[Result]) -> str:
     rows = []
     for arm, runs in {"(planted)": results, **by_arm(results)}.items():
         point = 0 if arm == "(planted)" else -1
-        ends = {(r["seed"], r.get("dtype")): r["curve"][point] for r in runs}.values()
+        ends = {(r["seed"], _dtype(r)): r["curve"][point] for r in runs}.values()
         rows.append(
             [
                 arm,
