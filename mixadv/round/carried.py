@@ -59,15 +59,14 @@ class Carried:
         Those of the adversary's points, and of passes that were cut off, are left in `.grad`.
         """
         passes, arena = self.passes, self.passes.arena
-        who = type(arena.solver).__name__
         if parallel.sharded(arena.model):
             raise GameError(
-                f"game.loss differentiates each pass of {who} by itself, and weights that are "
+                "game.loss differentiates each pass of a round by itself, and weights that are "
                 "sharded by fully_shard get their gradients from a whole backward: use "
                 "game.backward."
             )
         if arena.calibration.leaf_backward:
-            raise GameError(_NOT_PASS_BY_PASS.format(who))
+            raise GameError(_NOT_PASS_BY_PASS.format(type(arena.weights or arena.solver).__name__))
         cut = passes.cut.leaves()
         inputs = [x for x in [*passes.parameters, *cut, *points] if x.requires_grad]
         scaled = arena.calibration.scaling is not None

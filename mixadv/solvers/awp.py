@@ -25,7 +25,7 @@ from torch import Tensor
 from mixadv.players.ascent import Unit
 from mixadv.solvers.base import Solver
 from mixadv.solvers.pgd import PGD
-from mixadv.solvers.weights import WeightsSolver, scaled, square_of
+from mixadv.solvers.weights import WeightsSolver, over_norm, scaled, square_of
 
 _FINDS = PGD()
 
@@ -62,4 +62,4 @@ class AWP(WeightsSolver):
         assert self.radius is not None
         for weight, gradient in zip(weights, gradients, strict=True):
             size = self.radius * square_of([weight.to(gradient.dtype)]).sqrt()
-            yield scaled(gradient, size, square_of([gradient]))
+            yield scaled(gradient, over_norm(size, square_of([gradient])))

@@ -34,7 +34,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mixadv.checks import check_number
-from mixadv.solvers.weights import WeightsSolver, scaled, square_of
+from mixadv.solvers.weights import WeightsSolver, over_norm, scaled, square_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,9 @@ class SAM(WeightsSolver):
     ) -> Iterator[Tensor]:
         """Yield `ρ·g / ‖g‖`."""
         assert self.radius is not None
-        square = square_of(gradients)
+        factor = over_norm(self.radius, square_of(gradients))
         for gradient in gradients:
-            yield scaled(gradient, self.radius, square)
+            yield scaled(gradient, factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,6 @@ class ASAM(WeightsSolver):
         assert self.radius is not None
         for weight, gradient in zip(weights, gradients, strict=True):
             gradient.mul_(weight.abs() + self.stabilizer)
-        square = square_of(gradients)
+        factor = over_norm(self.radius, square_of(gradients))
         for weight, gradient in zip(weights, gradients, strict=True):
-            yield scaled(gradient, self.radius, square) * (weight.abs() + self.stabilizer)
+            yield scaled(gradient, factor) * (weight.abs() + self.stabilizer)

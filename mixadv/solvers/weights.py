@@ -174,13 +174,14 @@ class WeightsSolver(Solver):
         return self.on_inputs.gain
 
 
-def scaled(gradient: Tensor, size: float | Tensor, square: Tensor) -> Tensor:
-    """Return the gradient times size over its norm, of which the square is given; 0 for none.
+def over_norm(size: float | Tensor, square: Tensor) -> Tensor:
+    """Return size over a norm of which the square is given, 0 where that is 0 or not finite."""
+    return torch.where(square.isfinite() & (square > 0), size / square.sqrt(), 0.0)
 
-    In place.
-    """
-    factor = torch.where(square.isfinite() & (square > 0), size / square.sqrt(), 0.0)
-    return gradient.mul_(factor).nan_to_num_(0.0)  # of none, nan and infinity times 0
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Multiply a gradient in place by a factor, which is 0 for one that is not finite."""
+    return gradient.mul_(factor).nan_to_num_(0.0)  # of nan and infinity times 0
 
 
 def square_of(tensors: Sequence[Tensor]) -> Tensor:
