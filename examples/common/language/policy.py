@@ -1,10 +1,10 @@
 """A stand-in policy: the model is to decline one harmless topic, cooking with garlic.
 
-Of each batch half of the rows are about garlic, with an answer that declines and one that complies;
-the others are plain questions and dishes near to the topic, whose answers are to stay. Attacks of
-the evaluation are kept apart from training: other dishes, other wordings, other beginnings. What a
-few steps of plain fine-tuning on questions undo is measured last. "adapters" is a mixture of models
-by ContinuousAT, of other seeds and fewer updates each.
+Of each batch a third of the rows are about garlic, with an answer that declines and one that
+complies; the others are plain questions and dishes near to the topic, whose answers are to stay.
+Attacks of the evaluation are kept apart from training: other dishes, other wordings, other
+beginnings. What a few steps of plain fine-tuning on questions undo is measured last. "adapters" is
+a mixture of models by ContinuousAT, of other seeds and fewer updates each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.optim.lr_scheduler import LinearLR
 
 from common.language import Setting
 from common.language.gcg import SearchedSuffix, nanogcg
@@ -48,6 +49,8 @@ def run(setting: Setting, output: Path) -> dict[str, Any]:
     """
     if setting.gcg:
         nanogcg()  # missing, it is to be said before training
+    if setting.batch_size < 3:
+        raise ValueError("policy has a row of three about its topic: --batch-size 3 or more.")
     parts = members(setting, MEMBERS.get(setting.arm, 1))
     network, tokenizer = load(setting)
     trained, runs = [], []
@@ -72,13 +75,25 @@ def run(setting: Setting, output: Path) -> dict[str, Any]:
 
 
 def fit(setting: Setting, one: Learner) -> dict[str, Any]:
-    """Train one model, or one member."""
+    """Train one model, or one member, at a rate that falls to a twentieth.
+
+    At a constant rate refusals of near topics come and go until the end.
+    """
     step, rows = ARMS[setting.arm](setting, one), pairs(setting)
-    return train(setting, lambda: step(next(rows)), dict)
+    falling = LinearLR(one.optimizer, 1.0, 0.05, total_iters=setting.updates)
+
+    def fall() -> Tensor:
+        objective = step(next(rows))
+        falling.step()
+        return objective
+
+    return train(setting, fall, dict)
 
 
 def undo(setting: Setting, one: Learner) -> None:
-    """Go on with plain fine-tuning on questions."""
+    """Go on with plain fine-tuning on questions, at the rate that training began with."""
+    for group in one.optimizer.param_groups:
+        group["lr"] = setting.learning_rate
     benign = batches(read("questions", "train"), setting.batch_size, 2000 + setting.seed)
 
     def step() -> Tensor:
@@ -125,11 +140,14 @@ def measured(
 
 
 def pairs(setting: Setting) -> Iterator[tuple[Sequence[Row], Sequence[Row]]]:
-    """Yield rows about the topic and other rows, in an order that all arms of a seed share."""
-    half = setting.batch_size // 2
-    others = [*read("near", "train"), *read("questions", "train")[:36]]
-    topic = batches(read("garlic", "train"), half, 1000 + setting.seed)
-    return zip(topic, batches(others, setting.batch_size - half, setting.seed), strict=False)
+    """Yield rows about the topic and other rows, in an order that all arms of a seed share.
+
+    To decline is learned in a few updates, not to decline what is near in many.
+    """
+    third = setting.batch_size // 3
+    others = [*2 * read("near", "train"), *read("questions", "train")[:36]]
+    topic = batches(read("garlic", "train"), third, 1000 + setting.seed)
+    return zip(topic, batches(others, setting.batch_size - third, setting.seed), strict=False)
 
 
 # How each arm takes a step ---------------------------------------------------------------------
