@@ -28,7 +28,8 @@ _PLAIN = (
     "at first, wrap with schedule=mixadv.Schedule(start=...)."
 )
 
-_NO_ROUND = "step() without a closure plays no round of adversary=, retain= or groups=: give one."
+_NO_ROUND = "step() without a closure plays no round of {}=: give one."
+_PLAYED = "The closure plays its round itself, where step has no use for {0}=: give {0}= there."
 
 _DRIFTING = (
     "The processes had the same weights before this step, and have others each after it: gradients "
@@ -171,9 +172,12 @@ class GameOptimizer(Optimizer):
         Returns:
             The round's objective, 0-d and detached; None without a closure.
         """
+        of_round = {"where": where, "adversary": adversary, "retain": retain, "groups": groups}
+        asked = [name for name, value in of_round.items() if value is not None]
+        asked += ["check"] if check else []
         if closure is None:
-            if any(goal is not None for goal in (adversary, retain, groups)):
-                raise GameError(_NO_ROUND)
+            if asked:
+                raise GameError(_NO_ROUND.format(asked[0]))
             if self.game.round == 0:
                 warnings.warn(_PLAIN, stacklevel=2)
             self.base.step()
@@ -194,6 +198,8 @@ class GameOptimizer(Optimizer):
                     )
             if not self._closure_plays:
                 return self._round(closure, check, where, adversary, retain, groups)
+            if asked:
+                raise GameError(_PLAYED.format(asked[0]))
             self.base.step()
             return result
 

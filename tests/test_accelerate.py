@@ -142,3 +142,10 @@ def test_a_game_beside_an_optimizer_is_registered_for_checkpoints(
         return [weights(player), game.state_dict(), torch.get_rng_state()]
 
     assert_resumes(accelerator, tmp_path, begin, train)
+
+
+def test_an_optimizer_that_was_prepared_is_refused(accelerator: Any):
+    player = small()
+    prepared = accelerator.prepare(AdamW(player.model.parameters()))
+    with pytest.raises(TypeError, match=r"AcceleratedOptimizer was prepared .* wrap that one firs"):
+        mixadv.wrap(prepared, player.model, mixadv.FGM())

@@ -235,6 +235,22 @@ def test_bases_that_need_a_closure_are_refused():
         wrapped(base=torch.optim.LBFGS)
 
 
+def test_what_belongs_to_a_round_is_not_ignored_where_step_plays_none():
+    optimizer, player = wrapped(mixadv.FGM())
+    optimizer.game.backward(player.closure())
+    for given in ({"where": torch.ones(2)}, {"check": True}, {"adversary": player.closure()}):
+        with pytest.raises(mixadv.GameError, match=rf"plays no round of {next(iter(given))}="):
+            optimizer.step(**given)
+
+    def closure() -> Tensor:
+        loss = optimizer.game.loss(player.closure())
+        loss.backward()
+        return loss
+
+    with pytest.raises(mixadv.GameError, match=r"plays its round itself.*give retain= there"):
+        optimizer.step(closure, retain=player.closure())
+
+
 def test_a_step_without_closure_is_the_bases_with_the_learners_moves():
     """Damping β' leaves the share 1 − β' of the base's step: θ − (1 − β')·lr·g."""
     solver = mixadv.MAT(

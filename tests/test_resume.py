@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import AdamW
 
 import mixadv
@@ -216,12 +217,18 @@ def test_a_table_of_another_vocabulary_is_refused():
         run.rounds(1)
 
 
-@pytest.mark.parametrize(("why", "words"), [("another solver", "PGD"), ("another model", "holds")])
+@pytest.mark.parametrize(
+    ("why", "words"),
+    [("another solver", "PGD"), ("another model", "holds"), ("another head", "head has other")],
+)
 def test_a_checkpoint_that_does_not_fit_changes_nothing(why: str, words: str):
-    solver = mixadv.MAT(samples=1)
+    head = why == "another head"
+    solver = mixadv.CAT(head=nn.Linear(3, 3)) if head else mixadv.MAT(samples=1)
     state = copy.deepcopy(Run(solver, seed=0).rounds(2).optimizer.state_dict())
     if why == "another model":
         state["mixadv"]["learner"]["average"][0] = torch.zeros(3)
+    if head:
+        solver = mixadv.CAT(head=nn.Linear(3, 4))
     run = Run(mixadv.PGD() if why == "another solver" else solver, seed=1).rounds(1)
     before = run.state()
     with pytest.raises(ValueError, match=f"checkpoint.*{words}"):

@@ -164,11 +164,19 @@ def test_what_is_compared_is_what_the_loss_reads(task: str, tmp_path: Path):
         ({"where": "anchor"}, "takes columns for texts: give where= a function of the call"),
         ({"loss": losses.CachedMultipleNegativesRankingLoss}, "use MultipleNegativesRankingLoss"),
         (
+            {
+                "loss": lambda m: losses.MatryoshkaLoss(
+                    m, losses.CachedMultipleNegativesRankingLoss(m), [16, 8]
+                )
+            },
+            "use MultipleNegativesRankingLoss",
+        ),
+        (
             {"loss": lambda m: losses.MultipleNegativesRankingLoss(m, gather_across_devices=True)},
             "gather_across_devices=True is not tested",
         ),
     ],
-    ids=["where", "cached", "gathered"],
+    ids=["where", "cached", "cached within another", "gathered"],
 )
 def test_what_cannot_be_played_is_refused(given: dict[str, Any], why: str, tmp_path: Path):
     with pytest.raises(ValueError, match=why):

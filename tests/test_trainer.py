@@ -236,6 +236,42 @@ def test_a_model_that_ignores_the_number_of_items_keeps_loss_and_divergence_in_p
     torch.testing.assert_close(train(2), train(1), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "solver", [mixadv.CVaR(level=1.0), STILL[0]], ids=["CVaR of all rows", "PGD"]
+)
+def test_losses_of_rows_in_micro_batches_are_those_of_one_batch(
+    solver: mixadv.Solver, tmp_path: Path
+):
+    """Trainer divides none of them, and the mean over rows is the game's."""
+
+    def train(size: int, micro: int) -> Any:
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro}
+        given = {"compute_loss_func": loss_of_each}
+        return trained(tmp_path, solver, given=given, **ONCE, **options)
+
+    one, three = train(8, 1), train(3, 3)  # 3 + 3 + 2 rows
+    torch.testing.assert_close(weights(three), weights(one), rtol=1e-4, atol=1e-6)
+    assert logged(three) == pytest.approx(logged(one), rel=1e-4)
+
+
+def test_a_loss_that_is_told_of_no_items_keeps_loss_and_divergence_in_proportion(tmp_path: Path):
+    """Where labels have another name Trainer counts nothing, and adds up what it is given."""
+
+    def mean(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+        assert num_items_in_batch is None
+        return outputs.logits.logsumexp(-1).mean()
+
+    data = [{k: v for k, v in row.items() if k != "labels"} for row in rows_of(text_batch(8))]
+    given = {"compute_loss_func": mean, "train_dataset": data, "eval_dataset": data}
+
+    def train(micro: int) -> list[Tensor]:
+        options = {"per_device_train_batch_size": 8 // micro, "learning_rate": 0.1 / micro}
+        options |= {"gradient_accumulation_steps": micro}
+        return weights(trained(tmp_path, STILL[1], given=given, **ONCE, **options))
+
+    torch.testing.assert_close(train(2), train(1), rtol=1e-4, atol=1e-6)
+
+
 def test_a_micro_batch_without_labels_adds_nothing_and_breaks_nothing(tmp_path: Path):
     batch = text_batch(8)
     batch["labels"] = batch["input_ids"].clone()
@@ -575,6 +611,57 @@ def test_evaluation_and_prediction_run_at_the_average(tmp_path: Path):
     torch.testing.assert_close(model(**batch).logits, torch.tensor(predicted))
 
 
+class Weighted(Trainer):
+    """A Trainer that leaves what it does not use to the stock one, as they are often written."""
+
+    def compute_loss(  # pyright: ignore
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any
+    ) -> Any:
+        found = super().compute_loss(model, inputs, return_outputs, **more)
+        return (2 * found[0], found[1]) if return_outputs else 2 * found
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        super().create_optimizer()
+
+
+def test_a_trainer_may_take_the_number_of_items_among_others(tmp_path: Path):
+    """And may keep the optimizer that it makes to itself."""
+    made = type("Mixed", (Adversarial, Weighted), {})
+    trainer = trained(tmp_path, at_zero("pgd"), base=made)
+    twice, once = logged(trainer)[0], plainly("one batch")[1][0]
+    assert trainer.game.round == 2
+    assert twice == pytest.approx(2 * once, rel=0.2)
+    assert trainer.evaluate()["eval_loss"] > 1.5 * once
+
+
+def test_best_weights_of_a_plain_checkpoint_are_loaded_without_an_average(tmp_path: Path):
+    """A run that began plain and was better then: what was evaluated are its live weights."""
+    options = {**BEST, "lr_scheduler_type": "constant"}
+    best = weights(trained(tmp_path, None, **options))
+    wrong = [{**row, "labels": (row["labels"] + 1) % 3} for row in rows_of(text_batch(8))]
+    given = {"train_dataset": wrong}
+    trainer = trainer_of(tmp_path, mixadv.MAT(), given=given, **{**options, "max_steps": 4})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_model_checkpoint.endswith("-2")
+    assert_same(weights(trainer), best)
+    assert not trainer.game.learner.average
+
+
+def test_the_best_weights_begin_a_round_of_their_own(tmp_path: Path):
+    """The run ends within a round of the learner, at other weights than those loaded."""
+    options = {**BEST, "max_steps": 5, "learning_rate": 0.5, "optim": "sgd"}
+    wrong = [{**row, "labels": (row["labels"] + 1) % 3} for row in rows_of(text_batch(8))]
+    solver = mixadv.MAT(learner_steps=2, learner_temperature=0.0)
+    trainer = trained(tmp_path, solver, given={"train_dataset": wrong}, **options)
+    assert not trainer.state.best_model_checkpoint.endswith("-5")
+    best = weights(trainer)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 0.0
+    trainer.args.max_steps, trainer.args.load_best_model_at_end = 1, False
+    trainer.train()
+    assert_same(weights(trainer), best)
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_the_best_weights_are_those_that_were_evaluated_best(average: bool, tmp_path: Path):
     options = {**BEST, "learning_rate": 0.05, "max_steps": 6}
@@ -884,6 +971,16 @@ def test_where_that_is_no_column_of_the_game_is_refused(
 ):
     with pytest.raises(kind, match=said):
         trainer_of(tmp_path, mixadv.PGD(), given={"where": where})
+
+
+def test_an_argument_that_an_adapter_hides_is_the_models_all_the_same(tmp_path: Path):
+    peft = pytest.importorskip("peft", reason="adapters are PEFT's")
+    for task in (None, "SEQ_CLS"):
+        config = peft.LoraConfig(r=2, target_modules=["query"], task_type=task)
+        given = {"model": peft.get_peft_model(player("bert").model, config)}
+        for where in ("attention_mask", "token_type_ids"):
+            with pytest.raises(ValueError, match="argument of the model, which would not get it"):
+                trainer_of(tmp_path, mixadv.PGD(), given={**given, "where": where})
 
 
 # Rows that are weighed ----------------------------------------------------------------------------

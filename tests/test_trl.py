@@ -59,11 +59,10 @@ def trained(
 ) -> Any:
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False}
     trainer = base(
-        model=player("llama-causal").model,
         args=SFTConfig(**settings(folder, **(options | changes))),
         train_dataset=DATA,
         processing_class=tokenizer(),
-        **(given or {}),
+        **{"model": player("llama-causal").model, **(given or {})},
     )
     trainer.train()
     return trainer
@@ -164,3 +163,31 @@ def test_adapters_are_trained_and_nothing_else(tmp_path: Path):
     lora = [p for n, p in trainer.model.named_parameters() if "lora_B" in n]
     assert lora
     assert all(bool(p.any()) for p in lora)
+
+
+def test_experts_are_balanced_as_by_sft(tmp_path: Path):
+    """The loss that balances them is averaged over micro-batches, the other divided by tokens."""
+
+    def train(base: Any, solver: mixadv.Solver | None) -> Any:
+        config = transformers.MixtralConfig(
+            vocab_size=99,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            pad_token_id=PAD,
+            router_aux_loss_coef=1.0,
+        )
+        torch.manual_seed(0)
+        given = {"model": transformers.MixtralForCausalLM(config)}
+        given |= {} if solver is None else {"solver": solver}
+        return trained(tmp_path, base, given, max_steps=1, optim="sgd", learning_rate=0.1)
+
+    plain = train(SFTTrainer, None)
+    adversarial = train(AdversarialSFTTrainer, mixadv.ALUM(radius=0))
+    ours, theirs = (t.state.log_history[0]["loss"] for t in (adversarial, plain))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    for own, other in zip(adversarial.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)

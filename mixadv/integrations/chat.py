@@ -123,6 +123,11 @@ class AdversarialChatTrainer(Adversarial, Trainer):
     ) -> None:
         if keywords.get("where") is not None:
             raise ValueError("δ acts at the tokens of what the user wrote: leave where= out.")
+        for name in ("groups", "compute_loss_func"):
+            if keywords.get(name) is not None:
+                raise ValueError(
+                    f"Losses are those of goals=, which take no {name}=: leave it out."
+                )
         check_function("goals must be a function of the model and three batches", goals)
         self.goals = goals
         if train_dataset is not None:
@@ -138,6 +143,10 @@ class AdversarialChatTrainer(Adversarial, Trainer):
         self._cut: Tensor | None = None  # answers since the last log, on this process
         super().__init__(*arguments, train_dataset=train_dataset, **keywords)
         _check_unpacked(self.args)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                "Losses are those of goals=, without label smoothing: label_smoothing_factor=0."
+            )
         self.args.remove_unused_columns = False  # the model gets none of them
 
     def compute_loss(

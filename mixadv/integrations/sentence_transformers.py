@@ -81,21 +81,14 @@ class AdversarialSentenceTransformerTrainer(Adversarial, SentenceTransformerTrai
                 )
         for loss in self.loss.values() if isinstance(self.loss, dict) else [self.loss]:
             self._check_loss(loss)
+            while isinstance(inner := getattr(loss, "loss", None), nn.Module):
+                _check_whole(inner)  # as within MatryoshkaLoss
+                loss = inner
 
     def _check_loss(self, loss: nn.Module) -> None:
         """Raise ValueError for a loss that cannot be played, or not by the solver."""
         who, kind, compares = type(self.solver).__name__, type(loss).__name__, self.solver.compares
-        if isinstance(loss, _CACHED):
-            raise ValueError(
-                f"{kind} embeds under no_grad and again in its backward, where the adversary gets "
-                f"no gradient: use {kind.removeprefix('Cached')}, with "
-                "gradient_checkpointing=True where memory is short."
-            )
-        if getattr(loss, "gather_across_devices", False):
-            raise ValueError(
-                "gather_across_devices=True is not tested under a round, whose passes would gather "
-                "embeddings each: leave it out, and negatives are those of one process."
-            )
+        _check_whole(loss)
         numbers = compares is not None and not isinstance(loss, losses.MultipleNegativesRankingLoss)
         if numbers and self.solver.reads_labels:
             raise ValueError(
@@ -158,3 +151,19 @@ class AdversarialSentenceTransformerTrainer(Adversarial, SentenceTransformerTrai
             return {"logits": logits, "labels": torch.arange(len(first), device=first.device)}
         model: Any = self.accelerator.unwrap_model(self.model)
         return {"logits": torch.stack([model.similarity_pairwise(first, o) for o in others], -1)}
+
+
+def _check_whole(loss: nn.Module) -> None:
+    """Raise ValueError for a loss that embeds its batch in parts, or that of other processes."""
+    kind = type(loss).__name__
+    if isinstance(loss, _CACHED):
+        raise ValueError(
+            f"{kind} embeds under no_grad and again in its backward, where the adversary gets "
+            f"no gradient: use {kind.removeprefix('Cached')}, with "
+            "gradient_checkpointing=True where memory is short."
+        )
+    if getattr(loss, "gather_across_devices", False):
+        raise ValueError(
+            "gather_across_devices=True is not tested under a round, whose passes would gather "
+            "embeddings each: leave it out, and negatives are those of one process."
+        )

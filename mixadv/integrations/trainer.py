@@ -123,8 +123,10 @@ def check_columns(where: Any, groups: Any, model: nn.Module) -> None:
             "groups must be the name of a column of the batch that numbers the group of each row, "
             f"got {type(groups).__name__}: put it into the data set."
         )
+    base: Any = getattr(model, "get_base_model", lambda: model)()  # whose arguments PEFT hides
+    taken = {name for m in (model, base) for name in inspect.signature(m.forward).parameters}
     for name, column in {"where": where, "groups": groups}.items():
-        if isinstance(column, str) and column in inspect.signature(model.forward).parameters:
+        if isinstance(column, str) and column in taken:
             raise ValueError(
                 f"{name}={column!r} is an argument of the model, which would not get it: put a "
                 f"copy into the data set under a name of its own, such as {name!r}."
@@ -157,32 +159,42 @@ class Share:
 
     def __init__(self) -> None:
         self.divides: bool | None = None  # the loss by the number of items, where that is known
+        self.by_row = False  # the loss is one for each row, whose mean is the game's
+        self.of_rows: Tensor | float = 1.0  # what is left of that mean beside the other rows'
 
     def of_mean(
         self, trainer: Trainer, inputs: dict[str, Any], items: Any, loss: Callable[[Any], Tensor]
     ) -> Tensor | float:
         """Return the share of a micro-batch, of those that have so many items together.
 
-        `loss(items)` runs the model on the micro-batch, told of so many.
+        `loss(items)` runs the model on the micro-batch, told of so many. Of one loss for each row
+        the game takes the mean, which nobody divides: by what is left in `of_rows`.
         """
+        self.of_rows = 1.0
         steps, scaled = trainer.current_gradient_accumulation_steps, is_scaled(trainer, items)
         processes = trainer.accelerator.num_processes
         if not (trainer.args.average_tokens_across_devices and scaled and items is not None):
             processes = 1
         if steps * processes == 1 or not scaled:
             return 1.0
-        if items is None:
-            return 1 / steps
-        if self.divides is False:  # on all processes, so that none waits below for the others
+        if items is None:  # a function of the loss that is told of none returns a mean
+            return 1 / steps if getattr(trainer, "loss_is_scaled_for_ga", None) else 1.0
+        if self.divides is False and not self.by_row:  # on all processes: none waits below
             return float(processes)
         own = trainer._get_num_items_in_batch([inputs], trainer.args.device)
         if own is None:
             return 1 / steps
-        if not self._find_out(trainer, items, loss):
-            return float(processes)
-        return torch.as_tensor(own).clamp(min=1) / items
+        part = torch.as_tensor(own).clamp(min=1) / items
+        labels: Tensor = inputs["labels"]
+        if self._find_out(trainer, items, loss, len(labels)):
+            return part
+        if self.by_row:  # where labels are of tokens, rows are not what is counted
+            self.of_rows = (part if labels.dim() == 1 else 1 / steps) / processes
+        return float(processes)
 
-    def _find_out(self, trainer: Trainer, items: Any, loss: Callable[[Any], Tensor]) -> bool:
+    def _find_out(
+        self, trainer: Trainer, items: Any, loss: Callable[[Any], Tensor], rows: int
+    ) -> bool:
         """Return whether the loss is divided by the number of items it is told.
 
         Many models return the mean whatever they are told, and Trainer adds up the means. Asked of
@@ -194,8 +206,10 @@ class Share:
         losses, replay = [], Replay(modules(model))
         for count in (items, 2 * items):
             with replay.run(), no_grad():
-                losses.append(loss(count).detach().mean())
+                losses.append(loss(count).detach())
         replay.undo()
+        self.by_row = losses[0].shape == (rows,)
+        losses = [each.mean() for each in losses]
         divides = float(losses[1].abs()) < 0.75 * float(losses[0].abs())
         # A loss of 0, where nothing is labelled, says nothing; all processes have to know, for
         # those that ask again run the model again.

@@ -154,6 +154,7 @@ class Adversarial(ShardedStates, Base):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Create the Trainer's optimizer and wrap it, unless it is."""
         made = super().create_optimizer() if model is None else super().create_optimizer(model)
+        made = self.optimizer if made is None else made
         if wrapped(made) is None:
             for module, untrained in self._besides.items():  # of a model made anew, too
                 module.load_state_dict(untrained)
@@ -174,7 +175,7 @@ class Adversarial(ShardedStates, Base):
         items, where, given = num_items_in_batch, self.where, inputs
         inputs = self._for_model(inputs)
         if not torch.is_grad_enabled():
-            return super().compute_loss(model, inputs, return_outputs, items)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=items)
         for name, column in {"where": where, "groups": self.groups}.items():
             if isinstance(column, str) and column not in given:
                 raise GameError(column_missing(name, column, inputs))
@@ -198,7 +199,7 @@ class Adversarial(ShardedStates, Base):
 
         share = self._share.of_mean(self, inputs, items, loss_of)
         # Its own mean within the round, where divergences are means too; its share outside.
-        loss = play(self, closure, share, items, where=where, groups=groups)
+        loss = play(self, closure, share * self._share.of_rows, items, where=where, groups=groups)
         return (loss, outputs) if return_outputs else loss
 
     def forward_pass(
@@ -215,7 +216,8 @@ class Adversarial(ShardedStates, Base):
         Returns:
             The Trainer's loss, and the outputs or None.
         """
-        found: Any = super().compute_loss(model, inputs, outputs, items)
+        # By its name, as Trainer passes it: a Trainer may take it as one of **keywords.
+        found: Any = super().compute_loss(model, inputs, outputs, num_items_in_batch=items)
         return found if outputs else (found, None)
 
     def _follow(self, model: nn.Module) -> None:
@@ -271,7 +273,8 @@ class Adversarial(ShardedStates, Base):
         saved = torch.load(
             Path(best) / OPTIMIZER_NAME, map_location=self.args.device.type, weights_only=True
         )
-        learner.load_average(saved[STATE_KEY]["learner"])
+        played = saved.get(STATE_KEY)  # of a run that began plain it may be none
+        learner.load_average(None if played is None else played["learner"])
 
 
 class AdversarialTrainer(Adversarial, Trainer):

@@ -277,10 +277,16 @@ class Learner:
         self.samples = samples[-self.most_samples :] if self.keeps_samples else []
 
     @torch.no_grad()
-    def load_average(self, state: dict[str, Any]) -> None:
-        """Load the average of what `state_dict` returned, into the live weights too."""
-        self.check_state(state)
-        self.average = by_parameter(state["average"], self.parameters(trainable=False))
+    def load_average(self, state: dict[str, Any] | None) -> None:
+        """Load the average of what `state_dict` returned, into the live weights too.
+
+        None has no average. The round that was open is over: it belongs to the weights there were.
+        """
+        average = {}
+        if state is not None:
+            self.check_state(state)
+            average = by_parameter(state["average"], self.parameters(trainable=False))
+        self.average, self.position = average, 0
         for parameter, value in self.average.items():
             parameter.copy_(value)
 

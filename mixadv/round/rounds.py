@@ -233,6 +233,16 @@ class Rounds:
         check_kinds("game", {"memory": {}, "modules": {}, "updates": 0, **state}, _KINDS)
         validate.check_seed(state["seed"])
         validate.check_units(state["unit"], self.arena.site.names, self.arena.solver)
+        own, saved = self.arena.solver.modules(), state.get("modules", {})
+        for name in own.keys() & saved.keys():
+            shapes, found = (
+                {k: v.shape for k, v in w.items()} for w in (own[name].state_dict(), saved[name])
+            )
+            if shapes != found:
+                raise ValueError(
+                    f"The checkpoint's {name} has other weights than the solver's, "
+                    f"{found} in place of {shapes}: build the solver as it was."
+                )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""

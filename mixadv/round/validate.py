@@ -231,6 +231,11 @@ def check_base_optimizer(optimizer: Any) -> None:
         )
     if hasattr(optimizer, "game"):
         raise TypeError("The optimizer is wrapped already: wrap its .base.")
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):  # as Accelerate's
+        raise TypeError(
+            f"{type(optimizer).__name__} was prepared around another optimizer: wrap that one "
+            "first, and have the wrapped one prepared, as by accelerator.prepare(model, wrapped)."
+        )
     if _asks_for_closure(optimizer):
         raise TypeError(
             f"{type(optimizer).__name__} runs the model between the two halves of its step, and a "
