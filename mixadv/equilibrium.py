@@ -81,7 +81,8 @@ def best_response(
         torch.Size([2, 2])
     """
     check_game(game)
-    with torch.enable_grad(), game.rounds.rehearse(closure, where, adversary) as stage:
+    rehearsal = game.rounds.rehearse(closure, where, adversary)
+    with torch.inference_mode(False), torch.enable_grad(), rehearsal as stage:
         strategy = stage.ascend(game.rounds.arena.solver.gain, game.rounds.arena.solver)
         with no_grad():
             if strategy.size > 1:
@@ -103,7 +104,8 @@ def attack(
     """Attack a model on one batch: `best_response` without a game of your own.
 
     Use it to measure robustness. The model is put into evaluation mode for the attack, and left
-    unchanged.
+    unchanged. The point is where the ascent ends, which longer or more steps need not improve: the
+    worst of several seeds is a stronger attack.
 
     Args:
         model: the model to attack.
@@ -127,6 +129,8 @@ def attack(
         >>> bool(mixadv.attack(model, solver, closure).loss > clean)
         True
     """
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to attack.")
     still = torch.optim.SGD(model.parameters(), lr=0.0)  # a learner part would ask for one
     game = Game(model, solver, site, seed=seed, optimizer=still)
     try:
@@ -178,7 +182,7 @@ def exploitability(
     check_game(game)
     ascent, response = _stronger(game.rounds.arena.solver, steps, restarts, adversary is not None)
     check_level("exploitability", level)
-    with torch.enable_grad(), untouched(game):
+    with torch.inference_mode(False), torch.enable_grad(), untouched(game):
         pairs = _paired(closures, adversary)
         found = [_measure(game, where, ascent, restarts, *pair) for pair in pairs]
     if not found:

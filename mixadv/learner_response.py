@@ -97,7 +97,7 @@ def learner_exploitability(
     """
     held_out = list(each_closure(closures))
     _check(game, len(held_out), steps, rate, level)
-    with torch.enable_grad(), untouched(game):
+    with torch.inference_mode(False), torch.enable_grad(), untouched(game):
         played = [_strategy(game, closure) for closure in held_out]
         pairs = list(zip(held_out, played, strict=True))
         learnt, judged = pairs[::2], pairs[1::2]

@@ -76,6 +76,11 @@ def wrap(
     return GameOptimizer(optimizer, game)
 
 
+def _given(**of_round: Any) -> str | None:
+    """Return the name of the first that is not None."""
+    return next((name for name, value in of_round.items() if value is not None), None)
+
+
 def _of_base(name: str) -> property:
     """Return a property that is the base's own, live also after it loads a checkpoint."""
 
@@ -172,36 +177,42 @@ class GameOptimizer(Optimizer):
         Returns:
             The round's objective, 0-d and detached; None without a closure.
         """
-        of_round = {"where": where, "adversary": adversary, "retain": retain, "groups": groups}
-        asked = [name for name, value in of_round.items() if value is not None]
-        asked += ["check"] if check else []
+        asked = _given(where=where, adversary=adversary, retain=retain, groups=groups)
+        asked = "check" if check else asked
         if closure is None:
             if asked:
-                raise GameError(_NO_ROUND.format(asked[0]))
+                raise GameError(_NO_ROUND.format(asked))
             if self.game.round == 0:
                 warnings.warn(_PLAIN, stacklevel=2)
             self.base.step()
             return None
+        goals = (closure, check, where, adversary, retain, groups)
         with torch.enable_grad():
-            result, rounds = None, self.game.round
             if not callable(closure) and isinstance(closure, Sequence):
-                return self._round(closure, check, where, adversary, retain, groups)
-            if self._closure_plays is None:
-                result, self._closure_plays = plays_itself(self.game.rounds, closure)
-            elif self._closure_plays:
-                result = closure()
-                if result is not None and self.game.round == rounds:
-                    raise GameError(
-                        "This closure returned a loss and played no round, where earlier ones "
-                        "played theirs themselves or did nothing: call game.loss in it, or wrap "
-                        "another optimizer for steps that play."
-                    )
+                return self._round(*goals)
+            result = self._played_by(closure)
             if not self._closure_plays:
-                return self._round(closure, check, where, adversary, retain, groups)
+                return self._round(*goals)
             if asked:
-                raise GameError(_PLAYED.format(asked[0]))
+                raise GameError(_PLAYED.format(asked))
             self.base.step()
             return result
+
+    def _played_by(self, closure: Closure) -> Any:
+        """Return what a closure returns that plays its rounds itself; find out whether it does."""
+        if self._closure_plays is None:
+            result, self._closure_plays = plays_itself(self.game.rounds, closure)
+            return result
+        if not self._closure_plays:
+            return None
+        rounds, result = self.game.round, closure()
+        if result is not None and self.game.round == rounds:
+            raise GameError(
+                "This closure returned a loss and played no round, where earlier ones "
+                "played theirs themselves or did nothing: call game.loss in it, or wrap "
+                "another optimizer for steps that play."
+            )
+        return result
 
     def _round(self, *goals: Any) -> Tensor:
         """Play a round and step, on the arguments of `Rounds.open`."""

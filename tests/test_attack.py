@@ -34,6 +34,11 @@ def test_it_raises_the_loss_within_the_ball():
     assert max(n.max() for n in found.strategy.norms()) <= 0.5 + 1e-9
 
 
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(ValueError, match="Tanh has no parameters"):
+        mixadv.attack(torch.nn.Tanh(), mixadv.PGD(), lambda: torch.zeros(()))
+
+
 def test_it_moves_where_it_is_said_alone():
     one = player("bert", rows=4)
     one.model.eval()

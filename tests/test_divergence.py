@@ -76,6 +76,20 @@ def test_never_negative_and_zero_only_where_predictions_agree(name, pair):
     assert DIVERGENCES[name](clean, clean.clone()).abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("name", ["kl", "js"])
+def test_a_class_that_one_rules_out_counts_for_the_other_alone(name):
+    """p = (½, ½, 0), q = (¼, ¼, ½): KL(p ‖ q) = log 2, and the mean of both is no 0."""
+    clean = torch.tensor([0.0, 0.0, -torch.inf], requires_grad=True)
+    perturbed = torch.tensor([0.0, 0.0, math.log(2)], requires_grad=True)
+    value = DIVERGENCES[name](perturbed, clean)
+    p, q = (torch.tensor(x) for x in ([0.5, 0.5], [0.25, 0.25]))
+    m = (p + q) / 2
+    js = 0.5 * ((p * (p / m).log()).sum() + (q * (q / m).log()).sum() + 0.5 * math.log(2))
+    assert value.item() == pytest.approx({"kl": math.log(2), "js": float(js)}[name])
+    gradients = torch.autograd.grad(value, [clean, perturbed])
+    assert all(g.isfinite().all() for g in gradients)
+
+
 @pytest.mark.parametrize("name", SOFTMAX)
 @given(pair=logits, out=st.sets(st.integers(0, 4)))
 def test_classes_that_both_rule_out_count_nothing(name, pair, out):

@@ -89,6 +89,11 @@ def test_strategies_may_be_tensors_of_a_continuous_set():
     assert found.gap <= 0.05
     assert found.lower - 1e-9 <= 2 <= found.upper + 1e-9
     assert mean(found.rows, found.learner).tolist() == pytest.approx([0, 0], abs=0.05)
+    stacked: Any = torch.stack(start)
+    again = double_oracle(
+        lambda x, y: (x - y).square().sum(), mean, corner, stacked, stacked, tolerance=0.05
+    )
+    assert again.gap == found.gap
 
 
 def test_responses_that_find_nothing_end_the_game_of_what_is_known():

@@ -389,6 +389,13 @@ def test_a_write_that_breaks_leaves_no_half_of_a_file(tmp_path, monkeypatch):
     assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
 
 
+def test_it_can_be_asked_in_inference_mode():
+    model, mixture = classifier(), Mixture([classifier()])
+    with torch.inference_mode():
+        found = measured(model, mixture=mixture)
+    assert found.sections == measured(model, mixture=mixture).sections
+
+
 # Refusals --------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -399,6 +406,7 @@ REFUSED = {
     "steps": ({"steps": 0}, ValueError, "steps must be at least 1"),
     "seed": ({"seed": "one"}, TypeError, "seed"),
     "unit": ({"unit": -1.0}, ValueError, "unit must be"),
+    "no unit": ({"unit": 0}, ValueError, "unit=0 makes every radius 0"),
     "empty": ({"shifted": {"twins": []}}, DataError, "twins holds no rows"),
     "label": (
         {"shifted": {"twins": [{"text": "a", "label": "unheard"}]}},

@@ -73,6 +73,8 @@ def test_answers_are_greedy_whatever_the_checkpoint_says():
     expected = speaker.answers(PROMPTS)
     asked = speaker.model.generation_config
     asked.num_beams, asked.num_return_sequences = 4, 2
+    asked.repetition_penalty, asked.no_repeat_ngram_size, asked.min_length = 1.5, 2, 40
+    asked.return_dict_in_generate = True
     assert speaker.answers(PROMPTS) == expected
     assert len(EmbeddingAttack(TARGET, steps=1).answers(speaker, PROMPTS)) == len(PROMPTS)
 

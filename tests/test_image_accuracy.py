@@ -63,6 +63,61 @@ def test_more_restarts_find_no_less_and_stay_in_ball_and_box(norm: Any, radius: 
     assert found.right.all()
 
 
+@pytest.mark.parametrize("margin", [1.0, 20.0, 60.0])
+def test_a_sure_model_is_no_more_robust_than_an_unsure_one(margin: float):
+    """The gradient p − 1 of its loss would round to 0, and no step go anywhere."""
+    model, images, labels = linear()
+    with torch.no_grad():
+        largest = model(images).diff(dim=1).abs().max()
+        for parameter in model.parameters():
+            parameter.mul_(margin / largest)
+        labels = model(images).argmax(1)
+    expected = exactly_robust(model, images, labels, 0.1).numpy()
+    assert 0 < expected.sum() < len(expected)
+    found = image_accuracy(model, [(images, labels)], radius=0.1)
+    np.testing.assert_array_equal(found.robust, expected)
+
+
+@pytest.mark.filterwarnings("ignore:PGD starts below the noise floor")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_images_of_half_precision_are_attacked_up_to_its_rounding(dtype: torch.dtype, norm: Any):
+    torch.manual_seed(0)
+    model, (images, labels) = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), pixels()
+    attack = pgd_attack(model.to(dtype), radius=EPS, norm=norm, steps=3, restarts=1)
+    batch = (images.to(dtype), labels % 2)
+    assert image_accuracy(model, [batch], {"PGD": attack}, radius=EPS, norm=norm).right.shape == (
+        6,
+    )
+
+
+def test_a_box_in_units_of_a_normalisation_holds_what_is_at_its_ends():
+    """Its ends are fractions, which images hold in fp32 alone."""
+    images, labels = pixels()
+    images[:, :, 0, 0], images[:, :, 0, 1] = 0, 1
+    ends = (0 - 0.1307) / 0.3081, (1 - 0.1307) / 0.3081
+    found = image_accuracy(Vision(), [((images - 0.1307) / 0.3081, labels)], radius=EPS, box=ends)
+    assert len(found.right) == 6
+
+
+class Positioned(nn.Module):
+    """A model of patches, whose positions are an embedding: no input of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.positions = nn.Conv2d(1, 8, 4, 4), nn.Embedding(4, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patch(x).flatten(2).transpose(1, 2)
+        return self.head((patches + self.positions(torch.arange(4))).tanh().mean(1))
+
+
+def test_images_are_attacked_where_they_enter_and_not_at_an_embedding():
+    images, labels = pixels()
+    assert len(image_accuracy(Positioned(), [(images, labels)], radius=EPS).robust) == 6
+
+
 def test_the_model_is_left_as_it_was():
     torch.manual_seed(0)
     model, (images, labels) = Vision().train(), pixels()
@@ -202,5 +257,11 @@ def test_what_cannot_be_measured_is_refused():
         image_accuracy(model, [(images, labels[1:])], radius=EPS)
     with pytest.raises(ValueError, match=r"logits \[B, C\]"):
         image_accuracy(nn.Identity(), [(images, labels)], radius=EPS)
+    for wrong in (torch.full_like(labels, -100), labels + 3):
+        with pytest.raises(ValueError, match="labels must be numbers from 0 to 2"):
+            image_accuracy(model, [(images, wrong)], radius=EPS)
+    one = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    with pytest.raises(ValueError, match="logits are of one class"):
+        image_accuracy(one, [(images, 0 * labels)], radius=EPS)
     with pytest.raises(ValueError, match="restarts"):
         pgd_attack(model, radius=EPS, restarts=0)

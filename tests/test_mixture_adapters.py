@@ -86,9 +86,10 @@ def test_rows_drawn_in_one_pass_are_those_of_the_members(seed: int):
     assert (each[0] - each[1]).abs().max() > 1e-3  # the adapters differ
 
 
-def test_what_peft_refuses_in_one_pass_is_drawn_member_by_member():
+@pytest.mark.parametrize("how", [{"use_dora": True}, {"modules_to_save": ["pooler", "classifier"]}])
+def test_what_peft_refuses_in_one_pass_is_drawn_member_by_member(how: dict[str, Any]):
     """It leaves its hooks behind where it refuses: the next prediction would be of their rows."""
-    model, batch = adapted(use_dora=True)
+    model, batch = adapted(**how)
     played = mixture(model)
     before = trace(model)
     found = played.predict(lambda: played(**batch), "draw", seed=3)

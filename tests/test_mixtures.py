@@ -72,6 +72,27 @@ def test_predictions_are_those_of_the_members(kind: str):
     assert all(any(torch.equal(row, e[i]) for e in each) for i, row in enumerate(drawn))
 
 
+@pytest.mark.parametrize("how", ["mean", "vote", "draw"])
+def test_predictions_per_token_are_those_of_each_token(how: Any):
+    """As many rows as members: weights must not be taken for those of rows."""
+    mixture, x = three("models"), torch.randn(3, 2, 3)
+    found = mixture.predict(lambda: mixture(x), how)
+    if how == "draw":  # a row's tokens have one member
+        each = mixture.each(lambda: mixture(x))
+        assert all(any(torch.equal(row, e[i]) for e in each) for i, row in enumerate(found))
+        return
+    flat = mixture.predict(lambda: mixture(x.flatten(0, 1)), how)
+    torch.testing.assert_close(found.flatten(0, 1), flat)
+    torch.testing.assert_close(found.sum(-1), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_what_is_no_classifier_has_no_prediction(shape: tuple[int, ...]):
+    mixture = three("models")
+    with pytest.raises(ValueError, match=r"logits \[B, C\] of two or more, got \[5"):
+        mixture.predict(lambda: mixture(X).mean(-1).view(shape))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_as_a_classifier_is_the_mean_of_the_predictions(kind: str):
     mixture = three(kind)
@@ -110,6 +131,10 @@ def test_probabilities_are_numbers_divided_by_their_sum(values: list[float]):
     mixture = Mixture([{}, {}, {}], values, model=nn.Linear(1, 1))
     assert abs(float(mixture.probabilities.sum()) - 1) < 1e-12
     assert (mixture.probabilities >= 0).all()
+
+
+def test_large_numbers_are_probabilities_too():
+    assert Mixture([Net(), Net()], [1e308, 1e308]).probabilities.tolist() == [0.5, 0.5]
 
 
 def test_masks_drawn_anew_are_others():

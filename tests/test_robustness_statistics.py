@@ -112,6 +112,19 @@ def test_a_function_can_be_the_statistic():
     assert bootstrap(values, np.median, resamples=100) == named
 
 
+def test_wilsons_interval_is_of_no_other_statistic():
+    def errors(values, axis=-1):
+        return 1 - np.mean(values, axis=axis)
+
+    for found in (
+        bootstrap([True] * 20, errors),
+        bootstrap_difference([True] * 20, [True, False] * 10, errors),
+    ):
+        assert np.isnan(found.low)
+        assert np.isnan(found.high)
+    assert bootstrap([True] * 20, errors).value == 0
+
+
 @pytest.mark.parametrize("correct", [True, False])
 @pytest.mark.parametrize("rows", [1, 7, 60])
 def test_an_accuracy_of_one_or_nothing_has_wilsons_interval(correct, rows):

@@ -95,7 +95,7 @@ def double_oracle(
     """
     check_number("double_oracle", "tolerance", tolerance)
     check_integer("double_oracle", "rounds", rounds, 1)
-    if not rows or not columns or tolerance == 0:
+    if not len(rows) or not len(columns) or tolerance == 0:  # a tensor's rows, too
         raise ValueError(
             "double_oracle starts from at least one row and one column, and ends at a tolerance "
             f"above 0, got {len(rows)}, {len(columns)} and {tolerance!r}."

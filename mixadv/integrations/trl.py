@@ -52,19 +52,21 @@ class AdversarialSFTTrainer(Adversarial, SFTTrainer):
         # Where SFTTrainer computes the loss from logits, it runs the model again for its metrics.
         if outputs or self.compute_loss_func is not None or self.label_smoother is not None:
             found: Any = Trainer.compute_loss(self, model, inputs, True, items)
+            loss, result = found
             own = self.compute_loss_func is None and self.label_smoother is None
-            return self._auxiliary_as_sft(*found, items) if own and self.aux_loss_enabled else found
+            if own and self.aux_loss_enabled and items is not None:
+                loss = loss - self._more_of_auxiliary() * result["aux_loss"]
+            return loss, result
         self._total_train_tokens = self._counted
         return super().forward_pass(model, inputs, items, False)
 
-    def _auxiliary_as_sft(self, loss: Tensor, outputs: Any, items: Any) -> tuple[Tensor, Any]:
-        """Weigh the load-balancing loss of experts in the model's loss as SFTTrainer does.
+    def _more_of_auxiliary(self) -> float:
+        """Return how much more of the load-balancing loss of experts Trainer adds than SFTTrainer.
 
-        It averages it over micro-batches, where the rest is divided by the items of all of them;
-        Trainer multiplies both by the number of processes.
+        SFTTrainer averages it over micro-batches, where the rest is divided by the items of them
+        all; Trainer adds it whole, and multiplies both by the number of processes.
         """
-        if items is None:
-            return loss, outputs
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        more = processes - 1 / self.current_gradient_accumulation_steps
-        return loss - more * self.router_aux_loss_coef * outputs["aux_loss"], outputs
+        return self.router_aux_loss_coef * (
+            processes - 1 / self.current_gradient_accumulation_steps
+        )

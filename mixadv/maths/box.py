@@ -45,6 +45,19 @@ class Room(NamedTuple):
         return type(self)(*(x.repeat(times, *[1] * (x.dim() - 1)) for x in self))
 
 
+def within(x: Tensor, box: tuple[float, float]) -> bool:
+    """Return whether all values lie in a box, up to a few roundings of their number format.
+
+    Its ends are fractions where images are normalised, and the images at them are rounded.
+
+    Example:
+        >>> within((torch.tensor([0.0, 1.0]) - 0.4) / 0.3, (-0.4 / 0.3, 0.6 / 0.3))
+        True
+    """
+    slack = 2 * torch.finfo(x.dtype).eps * float(x.abs().max())
+    return box[0] - slack <= float(x.min()) <= float(x.max()) <= box[1] + slack
+
+
 def room_around(x: Tensor, box: tuple[float, float], unit: float = 1.0) -> Room:
     """Return how far each coordinate of x may move within a box, in units of length.
 

@@ -46,6 +46,11 @@ def _both(perturbed: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
     return p, q
 
 
+def _relative(p: Tensor, q: Tensor) -> Tensor:
+    """Return `p log(p/q)` of log-probabilities, class by class; 0 where p rules a class out."""
+    return p.exp() * (p.clamp_min(NEVER) - q)
+
+
 def kl(perturbed: Tensor, clean: Tensor) -> Tensor:
     """Return `KL(clean ‖ perturbed)` per prediction.
 
@@ -54,7 +59,7 @@ def kl(perturbed: Tensor, clean: Tensor) -> Tensor:
         200.0
     """
     p, q = _both(perturbed, clean)
-    return (p.exp() * (p - q)).sum(-1)
+    return _relative(p, q).sum(-1)
 
 
 def symmetric_kl(perturbed: Tensor, clean: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def js(perturbed: Tensor, clean: Tensor) -> Tensor:
     """Return the Jensen–Shannon divergence per prediction (nats, at most log 2)."""
     p, q = _both(perturbed, clean)
     m = torch.logaddexp(p, q) - math.log(2)
-    return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
+    return 0.5 * (_relative(p, m) + _relative(q, m)).sum(-1)
 
 
 def bernoulli(perturbed: Tensor, clean: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class Mixture(nn.Module):
         return self._playing[0](*args, **kwargs)
 
     def each(self, forward: Callable[[], Any]) -> Tensor:
-        """Return the probabilities that each member gives, `[M, B, C]`.
+        """Return the probabilities that each member gives, `[M, B, C]`; of tokens `[M, B, n, C]`.
 
         Args:
             forward: calls the mixture; returns logits `[B, C]`, or an output that holds them.
@@ -131,7 +131,7 @@ class Mixture(nn.Module):
         return torch.stack(found)
 
     def predict(self, forward: Callable[[], Any], how: How = "mean", *, seed: int = 0) -> Tensor:
-        """Return the probabilities of classes, `[B, C]`.
+        """Return the probabilities of classes, `[B, C]`; of tokens `[B, n, C]`.
 
         Args:
             forward: calls the mixture; returns logits `[B, C]`, or an output that holds them.
@@ -158,8 +158,8 @@ class Mixture(nn.Module):
         try:
             with no_grad(), self._in_play(rows.playing()):
                 found = _distribution(forward())
-        except ValueError:  # merged weights, DoRA, or inputs whose rows are not the encoder's
-            return None
+        except (ValueError, TypeError):  # merged weights, DoRA, whole heads beside the adapters,
+            return None  # or inputs whose rows are not the encoder's
         return found if rows.rows == [len(found)] else None
 
     def weighed(self, probabilities: Sequence[float] | Tensor) -> Mixture:
@@ -219,7 +219,7 @@ def combine(each: Tensor, probabilities: Tensor, how: How, seed: int = 0) -> Ten
     """Return what a mixture predicts `[B, C]`, of the probabilities that each member gives.
 
     Args:
-        each: `[M, B, C]`.
+        each: `[M, B, C]`, or of tokens `[M, B, n, C]`.
         probabilities: of members, `[M]`.
         how: as in `Mixture.predict`.
         seed: of the draw.
@@ -229,8 +229,7 @@ def combine(each: Tensor, probabilities: Tensor, how: How, seed: int = 0) -> Ten
         return each[members, torch.arange(each.shape[1], device=each.device)]
     if how == "vote":
         each = nn.functional.one_hot(each.argmax(-1), each.shape[-1]).to(each.dtype)
-    weights = probabilities.to(each)
-    return (weights[:, None, None] * each).sum(0)
+    return (probabilities.to(each).view(-1, *[1] * (each.dim() - 1)) * each).sum(0)
 
 
 def mixture_of(game: Game) -> Mixture:
@@ -264,6 +263,11 @@ def mixture_of(game: Game) -> Mixture:
 
 def _distribution(result: Any) -> Tensor:
     logits = result if isinstance(result, Tensor) else result.logits
+    if logits.dim() < 2 or logits.shape[-1] < 2:
+        raise ValueError(
+            "A mixture predicts probabilities of classes, of logits [B, C] of two or more, got "
+            f"{list(logits.shape)}: call it within mixture.member(m), and average its outputs."
+        )
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
 
 
@@ -290,4 +294,5 @@ def _normalised(values: Sequence[float] | Tensor | None, count: int) -> Tensor:
             f"probabilities must be {count} numbers that are not negative and not all 0, one for "
             f"each member, got {found.tolist()}."
         )
+    found = found / found.max()  # whose sum is finite
     return found / found.sum()

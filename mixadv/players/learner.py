@@ -278,15 +278,11 @@ class Learner:
 
     @torch.no_grad()
     def load_average(self, state: dict[str, Any] | None) -> None:
-        """Load the average of what `state_dict` returned, into the live weights too.
-
-        None has no average. The round that was open is over: it belongs to the weights there were.
-        """
-        average = {}
+        """Load the average of what `state_dict` returned, None has none, and use it as weights."""
+        self.position, self.average = 0, {}  # an open round is of the weights there were
         if state is not None:
             self.check_state(state)
-            average = by_parameter(state["average"], self.parameters(trainable=False))
-        self.average, self.position = average, 0
+            self.average = by_parameter(state["average"], self.parameters(trainable=False))
         for parameter, value in self.average.items():
             parameter.copy_(value)
 

@@ -53,10 +53,17 @@ def ascents_of(
     for radius in radii:
         check_number(who, "radius", radius)
     if unit is not None:
-        check_number(who, "unit", unit)
+        check_unit(who, unit)
     batches = list(batches)
     scale = token_norm(model, batches) if unit is None else unit
     return [Ascent(steps=steps, radius=scale * r, unit="absolute") for r in radii], batches
+
+
+def check_unit(who: str, unit: float) -> None:
+    """Raise unless radii can be measured in the unit."""
+    check_number(who, "unit", unit)
+    if unit == 0:
+        raise ValueError(f"{who}: unit=0 makes every radius 0: leave it out to measure it.")
 
 
 def play(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mixadv.checks import check_integer, check_number
@@ -15,6 +16,7 @@ from mixadv.mixtures import Mean, Mixture
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
 from mixadv.reports.kept import Kept, as_json, digest
+from mixadv.robustness.ascents import check_unit
 from mixadv.robustness.data import DataError, Rows, read_rows
 from mixadv.robustness.groups import with_groups
 from mixadv.robustness.report import Report
@@ -86,7 +88,7 @@ class Evaluation:
         for radius in (*self.radii, 0.0 if self.increase_radius is None else self.increase_radius):
             check_number("evaluate", "a radius", radius)
         if self.unit is not None:
-            check_number("evaluate", "unit", self.unit)
+            check_unit("evaluate", self.unit)
         for name, attack in self.attacks.items():
             if not isinstance(attack, WordSubstitution):
                 raise TypeError(
@@ -122,7 +124,7 @@ class Evaluation:
         by = Measured(model, tokenizer, kept, self.batch_size, self.max_length)
         places = drawn(sets[CLEAN], self.rows, self.seed)
         under = Attacked(by, sets[CLEAN], places, self.seed)
-        with evaluating(model):
+        with torch.inference_mode(False), evaluating(model):
             about = self._about(under)
             found = {"about": about, CLEAN: by.predictions(CLEAN, sets[CLEAN])}
             if self.shifted:

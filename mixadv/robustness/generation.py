@@ -15,6 +15,21 @@ from mixadv.model.contexts import no_grad
 from mixadv.model.replay import evaluating
 from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch
 
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "guidance_scale": 1.0,
+    "return_dict_in_generate": False,
+    "use_cache": True,
+}
+"""The likeliest token each time, whatever a checkpoint's generation_config says. A penalty of
+repetitions would count the padding too, and the answer depend on the prompts beside it."""
+
 Judge = Callable[[str, str], bool]
 """Whether the answer to a prompt is what is looked for: `judge(prompt, answer)`."""
 
@@ -120,12 +135,9 @@ class Speaker:
         with evaluating(model), no_grad(), added(model, delta):
             ids = model.generate(
                 **batch.inputs,
-                do_sample=False,
-                num_beams=1,
-                num_return_sequences=1,
+                **GREEDY,
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-                use_cache=True,
             )
         new = ids[:, batch.input_ids.shape[1] :]
         return self.tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -20,18 +20,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mixadv.checks import check_integer, check_number
 from mixadv.equilibrium import attack
+from mixadv.maths.box import within
 from mixadv.maths.geometry import Norm, norms
+from mixadv.maths.likelihood import label_losses
 from mixadv.model.contexts import no_grad
 from mixadv.model.replay import evaluating
 from mixadv.players.ascent import check_box
 from mixadv.robustness.ascents import learnable
+from mixadv.robustness.predictions import check_labels
 from mixadv.robustness.statistics import Estimate, wilson
 from mixadv.solvers import PGD
 
@@ -132,7 +134,7 @@ def pgd_attack(
     steps: int = 20,
     step_size: float | None = None,
     restarts: int = 5,
-    site: Any = None,
+    site: Any = "input",
     seed: int = 0,
 ) -> ImageAttack:
     """Return projected gradient ascent of the cross entropy, the worst of several random starts.
@@ -148,7 +150,7 @@ def pgd_attack(
         steps: of each ascent.
         step_size: None is a quarter of the radius.
         restarts: random starts.
-        site: None is the model's own input.
+        site: where the model takes the images: its own input.
         seed: of the starts.
     """
     check_integer("pgd_attack", "restarts", restarts, 1)
@@ -158,7 +160,7 @@ def pgd_attack(
     def play(images: Tensor, labels: Tensor) -> Tensor:
         def closure() -> tuple[Tensor, Tensor]:
             logits = logits_of(model(images))
-            return F.cross_entropy(logits.float(), labels, reduction="none"), logits
+            return label_losses(logits.float(), labels), logits
 
         worst, least = images, torch.full_like(labels, -torch.inf, dtype=torch.float32)
         for number in range(restarts):
@@ -247,7 +249,9 @@ def _imported(module: str, package: str) -> Any:
 
 def _hits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with no_grad():
-        return logits_of(model(images)).argmax(-1) == labels
+        logits = logits_of(model(images))
+    check_labels(labels, logits.shape[1])
+    return logits.argmax(-1) == labels
 
 
 def _check_images(images: Tensor, labels: Tensor, box: tuple[float, float] | None) -> None:
@@ -257,7 +261,7 @@ def _check_images(images: Tensor, labels: Tensor, box: tuple[float, float] | Non
         return
     check_box("image_accuracy", box)
     least, most = float(images.min()), float(images.max())
-    if not box[0] <= least <= most <= box[1]:
+    if not within(images, box):
         raise ValueError(
             f"Images have values from {least:.3g} to {most:.3g}, outside of box={box}: normalise "
             "inside of the model, and give it pixels."
@@ -276,12 +280,17 @@ def _check_found(
     if not isinstance(found, Tensor) or found.shape != images.shape:
         what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"The attack {name!r} must return {list(images.shape)}, got {what}.")
-    farthest = float(norms((found - images).detach().float(), norm).max())
-    if not farthest <= radius * (1 + _ROUNDING) + 1e-6:
+    farthest = float(norms((found.float() - images.float()).detach(), norm).max())
+    sizes = {"linf": 1.0, "l2": images[0].numel() ** 0.5, "l1": float(images[0].numel())}
+    if not farthest <= radius * (1 + _ROUNDING) + 1e-6 + _rounding(found) * sizes[norm]:
         raise ValueError(
             f"The attack {name!r} moved an image by {farthest:.4g} in {norm}, and the ball has the "
             f"radius {radius:.4g}: give it the same one."
         )
-    ends = box or (-torch.inf, torch.inf)
-    if not ends[0] <= float(found.min()) <= float(found.max()) <= ends[1]:
+    if box is not None and not within(found, box):
         raise ValueError(f"The attack {name!r} left the box {box}: what it found is no image.")
+
+
+def _rounding(images: Tensor) -> float:
+    """Return by how much one rounding to their number format moves a value of images."""
+    return torch.finfo(images.dtype).eps / 2 * float(images.abs().max())

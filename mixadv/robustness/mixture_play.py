@@ -95,9 +95,9 @@ class MixturePlay:
         Returns:
             `[K, B]`, and for each call at the site `[K, B, ...]`.
         """
-        leaves = [point.detach().clone().requires_grad_() for point in q.points]
         found = []
         with _stage(self.mixture, self.game, self.batch, drawn) as stage:
+            leaves = [point.detach().clone().requires_grad_() for point in q.points]
             values = of(stage.passes.run(_at(leaves)))
             for number, row in enumerate(values):
                 for leaf in leaves:
@@ -166,8 +166,6 @@ def _zero(stage: Stage, batch: Batch) -> Strategy:
     """Return δ = 0 at the calls of a clean pass, if that is what the batch promises."""
     clean = stage.clean()
     check_reading(batch, clean.loss, logits_of(clean))
-    if logits_of(clean).shape[1] < 2:
-        raise ValueError("The logits are of one class, and there is no other to be mistaken for.")
     for call in stage.calls:
         if call.shape[0] != len(batch.rows):
             raise ValueError(

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from mixadv.checks import check_integer
 from mixadv.game import Game
+from mixadv.maths.likelihood import label_losses
 from mixadv.model.contexts import no_grad
 from mixadv.model.replay import evaluating
 from mixadv.robustness.data import DataError, Rows
@@ -49,8 +49,9 @@ def text_batches(
     """Return the batches of rows, on the model's device, the longest texts first.
 
     Rows of similar length are together, so that little is padded; what does not fit in memory
-    breaks at once. The loss is cross-entropy in fp64 (fp32 where there is none): in the format of
-    the logits that of a sure prediction is 0, and no perturbation would be seen to raise it.
+    breaks at once. The loss is cross-entropy in fp64 (fp32 where there is none), in the form of
+    `mixadv.maths.likelihood`: else that of a sure prediction is 0, and no perturbation would be
+    seen to raise it.
 
     Args:
         model: returns logits `[B, C]`, by themselves or as `.logits`.
@@ -220,7 +221,7 @@ def _closure(
     def closure() -> tuple[Tensor, Tensor]:
         output = model(**encoding)
         logits = getattr(output, "logits", output)
-        return F.cross_entropy(logits.to(wide), labels, reduction="none"), logits
+        return label_losses(logits.to(wide), labels), logits
 
     return closure
 
@@ -236,10 +237,17 @@ def check_reading(batch: Batch, losses: Tensor, logits: Tensor) -> None:
         )
     if batch.labels.shape != (count,):
         raise ValueError(f"{count} rows have labels of shape {list(batch.labels.shape)}.")
-    if bool(((batch.labels < 0) | (batch.labels >= logits.shape[1])).any()):
+    check_labels(batch.labels, logits.shape[1])
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise ValueError unless labels are those of the classes that a model has, of two or more."""
+    if classes < 2:
+        raise ValueError("The logits are of one class, and there is no other to be mistaken for.")
+    if bool(((labels < 0) | (labels >= classes)).any()):
         raise ValueError(
-            f"labels must be numbers from 0 to {logits.shape[1] - 1}, the model's classes; got "
-            f"{int(batch.labels.min())} to {int(batch.labels.max())}."
+            f"labels must be numbers from 0 to {classes - 1}, the model's classes; got "
+            f"{int(labels.min())} to {int(labels.max())}."
         )
 
 

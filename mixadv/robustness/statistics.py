@@ -52,9 +52,9 @@ def bootstrap(
 
     A resample draws as many of the samples as there are, with replacement; the interval is that of
     the percentiles (Efron 1979). Where all values are equal every resample is the same, and the
-    interval would be a point: for an accuracy (Boolean values, all true or all false) it is
-    Wilson's then, for other values it is that point. A single value that is not Boolean has no
-    interval.
+    interval would be a point: for an accuracy (the mean of Booleans, all true or all false) it is
+    Wilson's then, for another statistic of Booleans there is none, for other values it is that
+    point. A single value that is not Boolean has no interval.
 
     Args:
         values: `[N]`, numbers or Booleans.
@@ -73,7 +73,8 @@ def bootstrap(
         >>> print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap([True] * 20)))
         1.00 [0.84, 1.00]
     """
-    return _bootstrap([_values(values)], _named(statistic), level, resamples, seed)
+    accuracy = statistic == "mean"
+    return _bootstrap([_values(values)], _named(statistic), accuracy, level, resamples, seed)
 
 
 def bootstrap_difference(
@@ -101,7 +102,8 @@ def bootstrap_difference(
     def difference(x: NDArray[Any], y: NDArray[Any], axis: int = -1) -> Any:
         return statistic_of(x, axis=axis) - statistic_of(y, axis=axis)
 
-    return _bootstrap([_values(a), _values(b)], difference, level, resamples, seed)
+    sets, accuracy = [_values(a), _values(b)], statistic == "mean"
+    return _bootstrap(sets, difference, accuracy, level, resamples, seed)
 
 
 def wilson(values: ArrayLike, level: float = 0.95) -> Estimate:
@@ -207,6 +209,7 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 def _bootstrap(
     sets: Sequence[NDArray[Any]],
     statistic: Callable[..., Any],
+    accuracy: bool,
     level: float,
     resamples: int,
     seed: int,
@@ -218,7 +221,8 @@ def _bootstrap(
     constant = [bool((x == x[0]).all()) for x in sets]
     if all(x.dtype == bool for x in sets):
         if any(constant):
-            return _of_accuracies(sets, value, level)
+            unknown = Estimate(value, math.nan, math.nan)  # resamples are alike
+            return _of_accuracies(sets, value, level) if accuracy else unknown
     elif min(map(len, sets)) == 1:
         return Estimate(value, math.nan, math.nan)
     elif all(constant):

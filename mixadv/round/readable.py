@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mixadv.errors import GameError
+from mixadv.maths.box import within
 from mixadv.maths.divergence import divergence
 from mixadv.model import parallel
 from mixadv.model.closure import Reading
@@ -82,8 +83,8 @@ def check_box(stage: Stage) -> None:
         )
     least = min(float(x.min()) for _, x in stage.passes.seen)
     most = max(float(x.max()) for _, x in stage.passes.seen)
-    outside = not box[0] <= least <= most <= box[1]
-    if not parallel.agreed(not outside, stage.passes.parameters[0]):
+    inside = all(within(x, box) for _, x in stage.passes.seen)
+    if not parallel.agreed(inside, stage.passes.parameters[0]):
         raise GameError(
             f"The site {arena.site.names} returns values from {least:.3g} to {most:.3g}, and "
             f"box={box}: δ would move them from outside of it. Normalise inside of the model, so "
