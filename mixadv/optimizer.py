@@ -178,7 +178,7 @@ class GameOptimizer(Optimizer):
             The round's objective, 0-d and detached; None without a closure.
         """
         asked = _given(where=where, adversary=adversary, retain=retain, groups=groups)
-        asked = "check" if check else asked
+        asked = asked if check is False else "check"
         if closure is None:
             if asked:
                 raise GameError(_NO_ROUND.format(asked))
@@ -190,7 +190,7 @@ class GameOptimizer(Optimizer):
         with torch.enable_grad():
             if not callable(closure) and isinstance(closure, Sequence):
                 return self._round(*goals)
-            result = self._played_by(closure)
+            result = None if asked and self._closure_plays else self._played_by(closure)
             if not self._closure_plays:
                 return self._round(*goals)
             if asked:

@@ -260,8 +260,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "texts to retain": ({"retain_dataset": [{"text": "Ice"}]}, ValueError, "has no 'prompt'"),
     "goals": ({"goals": "lat"}, TypeError, "goals must be a function"),
     "where": ({"where": "where"}, ValueError, "leave where= out"),
-    "groups": ({"groups": "group"}, ValueError, "take no groups="),
-    "a loss": ({"compute_loss_func": print}, ValueError, "take no compute_loss_func="),
+    "groups": ({"groups": "group"}, ValueError, "without groups="),
+    "a loss": ({"compute_loss_func": print}, ValueError, "without compute_loss_func="),
     "smoothing": ({"how": {"label_smoothing_factor": 0.1}}, ValueError, "without label smoothing"),
     "no tokens": ({"max_length": 1}, ValueError, "max_length must be at least 2"),
     "a length beside a collator": (

@@ -254,6 +254,24 @@ def test_losses_of_rows_in_micro_batches_are_those_of_one_batch(
     assert logged(three) == pytest.approx(logged(one), rel=1e-4)
 
 
+def test_losses_of_rows_that_are_told_of_no_items_are_those_of_one_batch(tmp_path: Path):
+    """Where labels have another name."""
+
+    def each(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+        return outputs.logits.logsumexp(-1)
+
+    data = [{k: v for k, v in row.items() if k != "labels"} for row in rows_of(text_batch(8))]
+    given = {"compute_loss_func": each, "train_dataset": data, "eval_dataset": data}
+
+    def train(micro: int) -> Any:
+        options = {"per_device_train_batch_size": 8 // micro, "gradient_accumulation_steps": micro}
+        return trained(tmp_path, mixadv.CVaR(level=1.0), given=given, **ONCE, **options)
+
+    one, four = train(1), train(4)
+    torch.testing.assert_close(weights(four), weights(one), rtol=1e-4, atol=1e-6)
+    assert logged(four) == pytest.approx(logged(one), rel=1e-4)
+
+
 def test_a_loss_that_is_told_of_no_items_keeps_loss_and_divergence_in_proportion(tmp_path: Path):
     """Where labels have another name Trainer counts nothing, and adds up what it is given."""
 
@@ -647,11 +665,12 @@ def test_best_weights_of_a_plain_checkpoint_are_loaded_without_an_average(tmp_pa
     assert not trainer.game.learner.average
 
 
-def test_the_best_weights_begin_a_round_of_their_own(tmp_path: Path):
+@pytest.mark.parametrize("average", ["uniform", None])
+def test_the_best_weights_begin_a_round_of_their_own(average: Any, tmp_path: Path):
     """The run ends within a round of the learner, at other weights than those loaded."""
     options = {**BEST, "max_steps": 5, "learning_rate": 0.5, "optim": "sgd"}
     wrong = [{**row, "labels": (row["labels"] + 1) % 3} for row in rows_of(text_batch(8))]
-    solver = mixadv.MAT(learner_steps=2, learner_temperature=0.0)
+    solver = mixadv.MAT(learner_steps=2, learner_temperature=0.0, average=average)
     trainer = trained(tmp_path, solver, given={"train_dataset": wrong}, **options)
     assert not trainer.state.best_model_checkpoint.endswith("-5")
     best = weights(trainer)

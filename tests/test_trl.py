@@ -165,7 +165,8 @@ def test_adapters_are_trained_and_nothing_else(tmp_path: Path):
     assert all(bool(p.any()) for p in lora)
 
 
-def test_experts_are_balanced_as_by_sft(tmp_path: Path):
+@pytest.mark.parametrize("asked", [None, 0.5])
+def test_experts_are_balanced_as_by_sft(asked: float | None, tmp_path: Path):
     """The loss that balances them is averaged over micro-batches, the other divided by tokens."""
 
     def train(base: Any, solver: mixadv.Solver | None) -> Any:
@@ -183,7 +184,8 @@ def test_experts_are_balanced_as_by_sft(tmp_path: Path):
         torch.manual_seed(0)
         given = {"model": transformers.MixtralForCausalLM(config)}
         given |= {} if solver is None else {"solver": solver}
-        return trained(tmp_path, base, given, max_steps=1, optim="sgd", learning_rate=0.1)
+        how: Any = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
+        return trained(tmp_path, base, given, **how, router_aux_loss_coef=asked)
 
     plain = train(SFTTrainer, None)
     adversarial = train(AdversarialSFTTrainer, mixadv.ALUM(radius=0))

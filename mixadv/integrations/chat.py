@@ -123,11 +123,6 @@ class AdversarialChatTrainer(Adversarial, Trainer):
     ) -> None:
         if keywords.get("where") is not None:
             raise ValueError("δ acts at the tokens of what the user wrote: leave where= out.")
-        for name in ("groups", "compute_loss_func"):
-            if keywords.get(name) is not None:
-                raise ValueError(
-                    f"Losses are those of goals=, which take no {name}=: leave it out."
-                )
         check_function("goals must be a function of the model and three batches", goals)
         self.goals = goals
         if train_dataset is not None:
@@ -143,6 +138,9 @@ class AdversarialChatTrainer(Adversarial, Trainer):
         self._cut: Tensor | None = None  # answers since the last log, on this process
         super().__init__(*arguments, train_dataset=train_dataset, **keywords)
         _check_unpacked(self.args)
+        for name in ("groups", "compute_loss_func"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"Losses are those of goals=, without {name}=: leave it out.")
         if self.args.label_smoothing_factor:
             raise ValueError(
                 "Losses are those of goals=, without label smoothing: label_smoothing_factor=0."

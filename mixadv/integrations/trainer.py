@@ -168,7 +168,7 @@ class Share:
         """Return the share of a micro-batch, of those that have so many items together.
 
         `loss(items)` runs the model on the micro-batch, told of so many. Of one loss for each row
-        the game takes the mean, which nobody divides: by what is left in `of_rows`.
+        the game takes the mean. Trainer does not divide it; `of_rows` does.
         """
         self.of_rows = 1.0
         steps, scaled = trainer.current_gradient_accumulation_steps, is_scaled(trainer, items)
@@ -177,8 +177,13 @@ class Share:
             processes = 1
         if steps * processes == 1 or not scaled:
             return 1.0
-        if items is None:  # a function of the loss that is told of none returns a mean
-            return 1 / steps if getattr(trainer, "loss_is_scaled_for_ga", None) else 1.0
+        if items is None and getattr(trainer, "loss_is_scaled_for_ga", None):
+            return 1 / steps
+        if items is None:  # a function of the loss that is told of none returns a mean, or rows
+            rows = next(len(x) for x in inputs.values() if isinstance(x, Tensor))
+            self._find_out(trainer, 1, lambda _: loss(None), rows)
+            self.of_rows = 1 / steps if self.by_row else 1.0
+            return 1.0
         if self.divides is False and not self.by_row:  # on all processes: none waits below
             return float(processes)
         own = trainer._get_num_items_in_batch([inputs], trainer.args.device)

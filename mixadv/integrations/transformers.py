@@ -268,13 +268,15 @@ class Adversarial(ShardedStates, Base):
         """Load the best weights as they were evaluated: at their average, where there was one."""
         super()._load_best_model()
         learner, best = self.game.learner, self.state.best_model_checkpoint
-        if learner is None or best is None or not self.averages:
+        if learner is None or best is None:
+            return
+        learner.position = 0  # an open round is of the weights there were
+        if not self.averages:
             return
         saved = torch.load(
             Path(best) / OPTIMIZER_NAME, map_location=self.args.device.type, weights_only=True
         )
-        played = saved.get(STATE_KEY)  # of a run that began plain it may be none
-        learner.load_average(None if played is None else played["learner"])
+        learner.load_average(saved.get(STATE_KEY, {}).get("learner"))  # none, where it was plain
 
 
 class AdversarialTrainer(Adversarial, Trainer):

@@ -51,22 +51,28 @@ class AdversarialSFTTrainer(Adversarial, SFTTrainer):
         """Run one pass; the arguments are those of `Adversarial.forward_pass`."""
         # Where SFTTrainer computes the loss from logits, it runs the model again for its metrics.
         if outputs or self.compute_loss_func is not None or self.label_smoother is not None:
+            own = self.compute_loss_func is None and self.label_smoother is None
+            if own and self.aux_loss_enabled:
+                inputs = {**inputs, "output_router_logits": True}
             found: Any = Trainer.compute_loss(self, model, inputs, True, items)
             loss, result = found
-            own = self.compute_loss_func is None and self.label_smoother is None
-            if own and self.aux_loss_enabled and items is not None:
-                loss = loss - self._more_of_auxiliary() * result["aux_loss"]
+            if own and self.aux_loss_enabled:
+                loss = loss - self._more_of_auxiliary(items) * result["aux_loss"]
             return loss, result
         self._total_train_tokens = self._counted
         return super().forward_pass(model, inputs, items, False)
 
-    def _more_of_auxiliary(self) -> float:
+    def _more_of_auxiliary(self, items: Tensor | int | None) -> float:
         """Return how much more of the load-balancing loss of experts Trainer adds than SFTTrainer.
 
         SFTTrainer averages it over micro-batches, where the rest is divided by the items of them
-        all; Trainer adds it whole, and multiplies both by the number of processes.
+        all, by the coefficient of its arguments; Trainer adds it whole, by the one that the model
+        was made with, and multiplies both by the number of processes.
         """
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return self.router_aux_loss_coef * (
-            processes - 1 / self.current_gradient_accumulation_steps
-        )
+        across = items is not None and self.args.average_tokens_across_devices
+        model: Any = self.accelerator.unwrap_model(self.model)
+        base = getattr(model, "get_base_model", lambda: model)()
+        added = getattr(base, "router_aux_loss_coef", self.router_aux_loss_coef)
+        added *= self.accelerator.num_processes if across else 1
+        steps = 1 if items is None else self.current_gradient_accumulation_steps
+        return added - self.router_aux_loss_coef / steps

@@ -279,10 +279,11 @@ class Learner:
     @torch.no_grad()
     def load_average(self, state: dict[str, Any] | None) -> None:
         """Load the average of what `state_dict` returned, None has none, and use it as weights."""
-        self.position, self.average = 0, {}  # an open round is of the weights there were
+        average = {}
         if state is not None:
             self.check_state(state)
-            self.average = by_parameter(state["average"], self.parameters(trainable=False))
+            average = by_parameter(state["average"], self.parameters(trainable=False))
+        self.average = average
         for parameter, value in self.average.items():
             parameter.copy_(value)
 

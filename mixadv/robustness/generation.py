@@ -22,13 +22,14 @@ GREEDY: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
-    "min_new_tokens": 0,
+    "min_new_tokens": None,
     "guidance_scale": 1.0,
     "return_dict_in_generate": False,
     "use_cache": True,
 }
-"""The likeliest token each time, whatever a checkpoint's generation_config says. A penalty of
-repetitions would count the padding too, and the answer depend on the prompts beside it."""
+"""The likeliest token each time, whatever beams, penalties or lengths a checkpoint asks for. A
+penalty of repetitions would count the padding too, and the answer depend on the prompts beside it.
+Tokens that it suppresses or forces stay so."""
 
 Judge = Callable[[str, str], bool]
 """Whether the answer to a prompt is what is looked for: `judge(prompt, answer)`."""

@@ -28,7 +28,7 @@ from mixadv.checks import check_integer, check_number
 from mixadv.equilibrium import attack
 from mixadv.maths.box import within
 from mixadv.maths.geometry import Norm, norms
-from mixadv.maths.likelihood import label_losses
+from mixadv.maths.likelihood import label_margins
 from mixadv.model.contexts import no_grad
 from mixadv.model.replay import evaluating
 from mixadv.players.ascent import check_box
@@ -139,7 +139,8 @@ def pgd_attack(
 ) -> ImageAttack:
     """Return projected gradient ascent of the cross entropy, the worst of several random starts.
 
-    The ascent is that of training, `mixadv.PGD` played by `mixadv.attack`. Of each image the first
+    The ascent is that of training, `mixadv.PGD` played by `mixadv.attack`, of
+    `mixadv.maths.likelihood.label_margins`, which grow with the loss. Of each image the first
     end that is misclassified is returned, else the one of the largest loss.
 
     Args:
@@ -160,7 +161,7 @@ def pgd_attack(
     def play(images: Tensor, labels: Tensor) -> Tensor:
         def closure() -> tuple[Tensor, Tensor]:
             logits = logits_of(model(images))
-            return label_losses(logits.float(), labels), logits
+            return label_margins(logits.float(), labels), logits
 
         worst, least = images, torch.full_like(labels, -torch.inf, dtype=torch.float32)
         for number in range(restarts):
@@ -280,17 +281,13 @@ def _check_found(
     if not isinstance(found, Tensor) or found.shape != images.shape:
         what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"The attack {name!r} must return {list(images.shape)}, got {what}.")
-    farthest = float(norms((found.float() - images.float()).detach(), norm).max())
-    sizes = {"linf": 1.0, "l2": images[0].numel() ** 0.5, "l1": float(images[0].numel())}
-    if not farthest <= radius * (1 + _ROUNDING) + 1e-6 + _rounding(found) * sizes[norm]:
+    moved = (found.float() - images.float()).detach().abs()
+    rounding = torch.finfo(found.dtype).eps / 2 * found.detach().float().abs()
+    farthest = float(norms((moved - rounding).clamp_min(0), norm).max())
+    if not farthest <= radius * (1 + _ROUNDING) + 1e-6:
         raise ValueError(
             f"The attack {name!r} moved an image by {farthest:.4g} in {norm}, and the ball has the "
             f"radius {radius:.4g}: give it the same one."
         )
     if box is not None and not within(found, box):
         raise ValueError(f"The attack {name!r} left the box {box}: what it found is no image.")
-
-
-def _rounding(images: Tensor) -> float:
-    """Return by how much one rounding to their number format moves a value of images."""
-    return torch.finfo(images.dtype).eps / 2 * float(images.abs().max())

@@ -73,7 +73,7 @@ def bootstrap(
         >>> print("{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap([True] * 20)))
         1.00 [0.84, 1.00]
     """
-    accuracy = statistic == "mean"
+    accuracy = statistic in ("mean", np.mean)
     return _bootstrap([_values(values)], _named(statistic), accuracy, level, resamples, seed)
 
 
@@ -102,7 +102,7 @@ def bootstrap_difference(
     def difference(x: NDArray[Any], y: NDArray[Any], axis: int = -1) -> Any:
         return statistic_of(x, axis=axis) - statistic_of(y, axis=axis)
 
-    sets, accuracy = [_values(a), _values(b)], statistic == "mean"
+    sets, accuracy = [_values(a), _values(b)], statistic in ("mean", np.mean)
     return _bootstrap(sets, difference, accuracy, level, resamples, seed)
 
 

@@ -66,7 +66,7 @@ class Carried:
                 "game.backward."
             )
         if arena.calibration.leaf_backward:
-            raise GameError(_NOT_PASS_BY_PASS.format(type(arena.weights or arena.solver).__name__))
+            raise GameError(self._not_pass_by_pass())
         cut = passes.cut.leaves()
         inputs = [x for x in [*passes.parameters, *cut, *points] if x.requires_grad]
         scaled = arena.calibration.scaling is not None
@@ -97,8 +97,11 @@ class Carried:
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
-            solver = type(self.passes.arena.solver).__name__
-            raise GameError(_NOT_PASS_BY_PASS.format(solver)) from error
+            raise GameError(self._not_pass_by_pass()) from error
+
+    def _not_pass_by_pass(self) -> str:
+        arena = self.passes.arena
+        return _NOT_PASS_BY_PASS.format(type(arena.weights or arena.solver).__name__)
 
     def whole(self) -> Tensor:
         """Return a loss that delivers what is carried, and has no pass of its own."""

@@ -236,7 +236,8 @@ class Rounds:
         own, saved = self.arena.solver.modules(), state.get("modules", {})
         for name in own.keys() & saved.keys():
             shapes, found = (
-                {k: v.shape for k, v in w.items()} for w in (own[name].state_dict(), saved[name])
+                {k: getattr(v, "shape", None) for k, v in dict(w or {}).items()}
+                for w in (own[name].state_dict(), saved[name])
             )
             if shapes != found:
                 raise ValueError(
