@@ -139,9 +139,8 @@ def pgd_attack(
 ) -> ImageAttack:
     """Return projected gradient ascent of the cross entropy, the worst of several random starts.
 
-    The ascent is that of training, `mixadv.PGD` played by `mixadv.attack`, of
-    `mixadv.maths.likelihood.label_margins`, which grow with the loss. Of each image the first
-    end that is misclassified is returned, else the one of the largest loss.
+    `mixadv.attack` plays `mixadv.PGD` for `mixadv.maths.likelihood.label_margins`, which grow with
+    the loss. Of each image the first end that is wrong is returned, else that of the largest loss.
 
     Args:
         model: to attack, as for `image_accuracy`.
