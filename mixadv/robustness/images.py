@@ -33,7 +33,7 @@ from mixadv.model.contexts import no_grad
 from mixadv.model.replay import evaluating
 from mixadv.players.ascent import check_box
 from mixadv.robustness.ascents import learnable
-from mixadv.robustness.predictions import check_labels
+from mixadv.robustness.predictions import check_labels, check_several
 from mixadv.robustness.statistics import Estimate, wilson
 from mixadv.solvers import PGD
 
@@ -250,6 +250,7 @@ def _imported(module: str, package: str) -> Any:
 def _hits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with no_grad():
         logits = logits_of(model(images))
+    check_several(logits.shape[1])
     check_labels(labels, logits.shape[1])
     return logits.argmax(-1) == labels
 

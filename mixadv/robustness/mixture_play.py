@@ -19,7 +19,7 @@ from mixadv.model.visits import Call, Provide
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.robustness.ascents import game_on, learnable, start
-from mixadv.robustness.predictions import Batch, check_reading
+from mixadv.robustness.predictions import Batch, check_reading, check_several
 from mixadv.round.stage import Stage
 
 CHOSEN, JUDGED, CLIMBED = 0, 1, 2
@@ -166,6 +166,7 @@ def _zero(stage: Stage, batch: Batch) -> Strategy:
     """Return δ = 0 at the calls of a clean pass, if that is what the batch promises."""
     clean = stage.clean()
     check_reading(batch, clean.loss, logits_of(clean))
+    check_several(logits_of(clean).shape[1])
     for call in stage.calls:
         if call.shape[0] != len(batch.rows):
             raise ValueError(

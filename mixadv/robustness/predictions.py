@@ -240,10 +240,14 @@ def check_reading(batch: Batch, losses: Tensor, logits: Tensor) -> None:
     check_labels(batch.labels, logits.shape[1])
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise ValueError unless labels are those of the classes that a model has, of two or more."""
+def check_several(classes: int) -> None:
+    """Raise ValueError for a model of one class."""
     if classes < 2:
         raise ValueError("The logits are of one class, and there is no other to be mistaken for.")
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise ValueError unless labels are those of the classes that a model has."""
     if bool(((labels < 0) | (labels >= classes)).any()):
         raise ValueError(
             f"labels must be numbers from 0 to {classes - 1}, the model's classes; got "
