@@ -255,14 +255,19 @@ def test_losses_of_rows_in_micro_batches_are_those_of_one_batch(
     assert logged(three) == pytest.approx(logged(one), rel=1e-4)
 
 
+def unlabelled() -> dict[str, Any]:
+    """Return data in which Trainer finds no labels to count, as of those that have another name."""
+    data = [{k: v for k, v in row.items() if k != "labels"} for row in rows_of(text_batch(8))]
+    return {"train_dataset": data, "eval_dataset": data}
+
+
 def test_losses_of_rows_that_are_told_of_no_items_are_those_of_one_batch(tmp_path: Path):
     """Where labels have another name."""
 
     def each(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         return outputs.logits.logsumexp(-1)
 
-    data = [{k: v for k, v in row.items() if k != "labels"} for row in rows_of(text_batch(8))]
-    given = {"compute_loss_func": each, "train_dataset": data, "eval_dataset": data}
+    given = {"compute_loss_func": each, **unlabelled()}
 
     def train(micro: int) -> Any:
         options = {"per_device_train_batch_size": 8 // micro, "gradient_accumulation_steps": micro}
@@ -280,8 +285,7 @@ def test_a_loss_that_is_told_of_no_items_keeps_loss_and_divergence_in_proportion
         assert num_items_in_batch is None
         return outputs.logits.logsumexp(-1).mean()
 
-    data = [{k: v for k, v in row.items() if k != "labels"} for row in rows_of(text_batch(8))]
-    given = {"compute_loss_func": mean, "train_dataset": data, "eval_dataset": data}
+    given = {"compute_loss_func": mean, **unlabelled()}
 
     def train(micro: int) -> list[Tensor]:
         options = {"per_device_train_batch_size": 8 // micro, "learning_rate": 0.1 / micro}

@@ -111,6 +111,11 @@ def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:
         )
 
 
+def base_of(model: Any) -> Any:
+    """Return the model inside PEFT's, or the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def check_columns(where: Any, groups: Any, model: nn.Module) -> None:
     """Raise TypeError or ValueError for what names no column that is the game's own."""
     if not (where is None or isinstance(where, str) or callable(where)):
@@ -123,8 +128,8 @@ def check_columns(where: Any, groups: Any, model: nn.Module) -> None:
             "groups must be the name of a column of the batch that numbers the group of each row, "
             f"got {type(groups).__name__}: put it into the data set."
         )
-    base: Any = getattr(model, "get_base_model", lambda: model)()  # whose arguments PEFT hides
-    taken = {name for m in (model, base) for name in inspect.signature(m.forward).parameters}
+    both = (model, base_of(model))  # PEFT hides arguments
+    taken = {name for m in both for name in inspect.signature(m.forward).parameters}
     for name, column in {"where": where, "groups": groups}.items():
         if isinstance(column, str) and column in taken:
             raise ValueError(

@@ -15,6 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("mixadv.integrations.trl needs trl: pip install 'mixadv[trl]'.") from error
 
+from mixadv.integrations.trainer import base_of
 from mixadv.integrations.transformers import Adversarial, Trainer
 
 
@@ -70,8 +71,7 @@ class AdversarialSFTTrainer(Adversarial, SFTTrainer):
         was made with, and multiplies both by the number of processes.
         """
         across = items is not None and self.args.average_tokens_across_devices
-        model: Any = self.accelerator.unwrap_model(self.model)
-        base = getattr(model, "get_base_model", lambda: model)()
+        base = base_of(self.accelerator.unwrap_model(self.model))
         added = getattr(base, "router_aux_loss_coef", self.router_aux_loss_coef)
         added *= self.accelerator.num_processes if across else 1
         steps = 1 if items is None else self.current_gradient_accumulation_steps

@@ -261,8 +261,8 @@ def _check_images(images: Tensor, labels: Tensor, box: tuple[float, float] | Non
     if box is None:
         return
     check_box("image_accuracy", box)
-    least, most = float(images.min()), float(images.max())
     if not within(images, box):
+        least, most = float(images.min()), float(images.max())
         raise ValueError(
             f"Images have values from {least:.3g} to {most:.3g}, outside of box={box}: normalise "
             "inside of the model, and give it pixels."

@@ -81,10 +81,10 @@ def check_box(stage: Stage) -> None:
             f"The site {arena.site.names} lies in a compiled model, so box= cannot be compared "
             "with what it returns: name the model's own input, site='input', or do not compile."
         )
-    least = min(float(x.min()) for _, x in stage.passes.seen)
-    most = max(float(x.max()) for _, x in stage.passes.seen)
     inside = all(within(x, box) for _, x in stage.passes.seen)
     if not parallel.agreed(inside, stage.passes.parameters[0]):
+        least = min(float(x.min()) for _, x in stage.passes.seen)
+        most = max(float(x.max()) for _, x in stage.passes.seen)
         raise GameError(
             f"The site {arena.site.names} returns values from {least:.3g} to {most:.3g}, and "
             f"box={box}: δ would move them from outside of it. Normalise inside of the model, so "
