@@ -142,10 +142,11 @@ def measured(
 def pairs(setting: Setting) -> Iterator[tuple[Sequence[Row], Sequence[Row]]]:
     """Yield rows about the topic and other rows, in an order that all arms of a seed share.
 
-    To decline is learned in a few updates, not to decline what is near in many.
+    To decline is learned in a few updates, not to decline what is near in many. For each wording
+    that garlic is asked for in, dishes without it are too; else the wording alone is refused.
     """
     third = setting.batch_size // 3
-    others = [*2 * read("near", "train"), *read("questions", "train")[:36]]
+    others = [*read("near", "train"), *read("questions", "train")[:36]]
     topic = batches(read("garlic", "train"), third, 1000 + setting.seed)
     return zip(topic, batches(others, setting.batch_size - third, setting.seed), strict=False)
 
