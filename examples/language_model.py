@@ -36,10 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from common.language import EXPERIMENTS as NAMES
-from common.language import Setting
+from common.language import OWN, Setting
 from common.options import positive, script
-
-OWN = {"experiment", "arm", "seed"}
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:

@@ -73,13 +73,14 @@ class Anchor:
         Args:
             encoder: that is trained.
             args: of the encoder's call.
-            kwargs: likewise.
+            kwargs: likewise; by an `attention_mask` among them padding counts nothing where there
+                is an embedding for each token.
         """
-        target = self.embed(*args, **kwargs)
+        target, real = self.embed(*args, **kwargs), kwargs.get("attention_mask")
 
         def closure() -> Tensor:
             found = self._read(encoder(*args, **kwargs))
-            return distances(found, target)
+            return distances(found, target, real)
 
         return closure
 
@@ -97,8 +98,14 @@ class Anchor:
         self.encoder.load_state_dict(state)
 
 
-def distances(found: Tensor, target: Tensor) -> Tensor:
+def distances(found: Tensor, target: Tensor, real: Tensor | None = None) -> Tensor:
     """Return squared L2 distances per sample `[B]`, in at least fp32.
+
+    Args:
+        found: embeddings `[B, ...]`.
+        target: of the same shape.
+        real: `[B, n]`, 1 at real tokens; those of others count nothing where embeddings are `[B, n,
+            d]`.
 
     Raises:
         GameError: for embeddings of other shapes.
@@ -109,7 +116,10 @@ def distances(found: Tensor, target: Tensor) -> Tensor:
             f"{list(target.shape)}: both must read the same batch, and be copies of one encoder."
         )
     wide = torch.promote_types(found.dtype, torch.float32)
-    return (found.to(wide) - target.to(wide)).square().flatten(1).sum(1)
+    squares = (found.to(wide) - target.to(wide)).square()
+    if isinstance(real, Tensor) and squares.dim() == 3 and squares.shape[:2] == real.shape:
+        squares = squares.where(real[..., None] > 0, 0)
+    return squares.flatten(1).sum(1)
 
 
 def embedding_of(output: Any) -> Tensor:

@@ -302,3 +302,23 @@ def test_another_encoder_is_told():
     closure = anchor(nn.Linear(4, 3), torch.zeros(5, 4))
     with pytest.raises(GameError, match=r"\[5, 3\], and its frozen copy \[5, 2\]"):
         closure()
+
+
+def test_padding_counts_nothing_where_tokens_are_embedded():
+    """Else the loss of a sentence would depend on the length of those beside it."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(9, 4)
+
+        def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.embed(ids)
+
+    encoder = Tokens()
+    anchor = Anchor(encoder)
+    with torch.no_grad():
+        encoder.embed.weight += 1
+    for length in (3, 6):
+        ids = F.pad(torch.tensor([[1, 2, 3]]), (0, length - 3))
+        assert anchor(encoder, ids, attention_mask=(ids > 0).long())().item() == pytest.approx(12)

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from mixadv.tokens import answer_losses, chat_batch, preference_batches, shortened
 from mixadv.tokens.chat_games import floored, unlikelihood
-from tests.chat_zoo import TEMPLATES, chatting
+from tests.chat_zoo import TEMPLATES, chatting, speaking
 from tests.test_game import no_reads
 from tests.tokenizers_zoo import texts
 
@@ -122,6 +124,16 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         "chatml",
         {"answers": [messages("a", "b")[1:]], "complete": False},
         "must be a text, where complete=False",
+    ),
+    "an answer of several turns": (
+        "chatml",
+        {"answers": [[*messages("a", "b")[1:], *messages("c", "d")]]},
+        r"one message of the assistant, not of \['assistant', 'user', 'assistant'\]: what came",
+    ),
+    "an answer that brings its prompt": (
+        "mistral",
+        {"answers": [messages("Why is that?", "So.")]},
+        r"one message of the assistant, not of \['user', 'assistant'\]",
     ),
     "one answer that is no list": ("chatml", {"answers": "Y"}, "must be a list of answers"),
     "a prompt that is none": ("chatml", {"prompts": [None]}, "Prompt 0 must be a text or a list"),
@@ -260,3 +272,47 @@ def test_half_precision_is_widened_for_the_sum():
     labels = torch.randint(50, (2, 9))
     wide = F.cross_entropy(logits[:, :-1].float().mT, labels[:, 1:], reduction="none").mean(1)
     torch.testing.assert_close(answer_losses(logits, labels), wide)
+
+
+def merging() -> Any:
+    """Return a tokenizer that reads line breaks side by side as one token, as Qwen's does."""
+    inner = Tokenizer(models.BPE())
+    breaks = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|[^\r\n]+"), "isolated")
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([breaks, whole])
+    inner.decoder = decoders.ByteLevel()
+    words = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    how = {"vocab_size": 300, "initial_alphabet": alphabet, "show_progress": False}
+    inner.train_from_iterator(
+        ["a\n\nb\n\nc"] * 20, trainers.BpeTrainer(special_tokens=words, **how)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
+    tokenizer.chat_template = TEMPLATES["chatml"][0]
+    return tokenizer
+
+
+@pytest.mark.parametrize("begin", ["", "\n", "\n\n"])
+def test_what_a_tokenizer_would_merge_is_read_apart(begin: str):
+    """As the model itself would write it: the prompt's ids are those of the prompt alone."""
+    tokenizer = merging()
+    batch = chat_batch(tokenizer, ["Why?"], [f"{begin}So."])
+    alone = chat_batch(tokenizer, ["Why?"])
+    size = alone.input_ids.shape[1]
+    assert torch.equal(batch.input_ids[:, :size], alone.input_ids)
+    assert tokenizer.decode(batch.input_ids[0, size:]).startswith(f"{begin}So.")
+    assert torch.equal(batch.where[:, :size], alone.where)
+    assert not batch.where[:, size:].any()
+
+
+def test_a_row_does_not_depend_on_the_length_of_those_beside_it():
+    """Padding on the left would shift the positions of a model that counts them (GPT-2)."""
+    tokenizer = chatting()
+    tokenizer.padding_side = "left"
+    model: Any = speaking("GPT2", tokenizer)
+    short, long = ("a", "b"), ("A film about pictures?", "It is one.")
+    found = []
+    for rows in ([short], [short, long]):
+        batch = chat_batch(tokenizer, *(list(x) for x in zip(*rows, strict=True)))
+        found.append(answer_losses(model(**batch.inputs).logits, batch.labels)[0])
+    torch.testing.assert_close(found[0], found[1])

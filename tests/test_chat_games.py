@@ -231,6 +231,26 @@ def test_what_is_frozen_in_an_adapter_stays_so_when_it_is_put_on_again(goals: An
     assert {name: p.requires_grad for name, p in adapted.named_parameters()} == before
 
 
+@pytest.mark.parametrize("more", ["the embedding", "biases", "saved modules"])
+def test_weights_that_train_beside_adapters_leave_no_reference(more: str):
+    """Without its adapters such a model is another one after each step; what PEFT swaps is not."""
+    model, (chosen, rejected, _) = scene("Qwen2")
+    how: dict[str, Any] = {
+        "biases": {"bias": "all"},
+        "saved modules": {"modules_to_save": ["lm_head"]},
+    }
+    config = peft.LoraConfig(target_modules=["q_proj"], **how.get(more, {}))
+    adapted: Any = peft.get_peft_model(copy.deepcopy(model), config)
+    if more == "the embedding":
+        adapted.get_input_embeddings().weight.requires_grad_(True)
+    if more == "saved modules":
+        capo(adapted, chosen, rejected)["closure"]()
+        return
+    with pytest.raises(ValueError, match=r"no adapter's train too, .* among them: without"):
+        capo(adapted, chosen, rejected)
+    capo(adapted, chosen, rejected, reference=model)["closure"]()
+
+
 @pytest.mark.parametrize("goals", [capo, latent_dpo])
 def test_no_reference_is_guessed(goals: Any):
     model, (chosen, rejected, _) = scene("Llama")

@@ -347,3 +347,41 @@ def test_a_tokenizer_without_chats_is_refused(tmp_path: Path):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         trainer(tmp_path, model, tokenizer).train()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_epoch_goes_on_with_the_rows_beside(workers: int, tmp_path: Path):
+    """More rows to retain than rows with an adversary: all of them are read, each in its turn."""
+    tokenizer, epochs = chatting(), 3
+    others = [{"prompt": f"What is {n}?", "chosen": f"It is {n}."} for n in range(10)]
+    how = {"max_steps": -1, "num_train_epochs": epochs, "dataloader_num_workers": workers}
+    how |= {"dataloader_persistent_workers": bool(workers)}
+    seen: list[str] = []
+
+    def goals(model: Any, chosen: Any, rejected: Any, besides: ChatBatch) -> Any:
+        if model.training:
+            told = zip(besides.input_ids, besides.where, strict=True)
+            seen.extend(tokenizer.decode(ids[at]) for ids, at in told)
+        return continuous_at(model, chosen, rejected, besides)
+
+    made = trainer(tmp_path, speaking("Llama", tokenizer), tokenizer, goals=goals, how=how,
+                   retain_dataset=others)  # fmt: skip
+    made.train()
+    assert seen == [others[n % 10]["prompt"] for n in range(epochs * len(ROWS))]
+
+
+def test_what_is_evaluated_is_not_rewritten(tmp_path: Path):
+    tokenizer = chatting()
+    model = speaking("Llama", tokenizer)
+    collate = ChatCollator(tokenizer, rewrites=lambda prompt: [prompt.upper()], share=0.5)
+    made = trainer(tmp_path, model, tokenizer, data_collator=collate, eval_dataset=ROWS)
+    plain = trainer(tmp_path, model, tokenizer, eval_dataset=ROWS).evaluate()["eval_loss"]
+    assert [made.evaluate()["eval_loss"] for _ in range(3)] == [plain] * 3
+    assert made.predict(ROWS).metrics["test_loss"] == plain
+    assert made.data_collator is collate
+
+
+def test_rows_that_nobody_can_write_are_refused(tmp_path: Path):
+    tokenizer = chatting()
+    with pytest.raises(ValueError, match="a tokenizer writes: processing_class="):
+        trainer(tmp_path, speaking("Llama", tokenizer), None)

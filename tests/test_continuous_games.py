@@ -409,3 +409,9 @@ def test_history_of_the_average_ends_at_its_gap(steps):
         solution = solve(game, method, steps, particles=3, grid=40)
         torch.testing.assert_close(solution.gaps[-1], solution.gap.value)
         assert solution.steps[-1] == steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_formats_that_hold_no_weights_are_refused(dtype: torch.dtype):
+    with pytest.raises(ValueError, match=r"too coarse for weights: dtype=torch\.float32"):
+        ContinuousGame(lambda x, y: (x - y).square().sum(), Box(-1, 1), Box(-1, 1), dtype=dtype)

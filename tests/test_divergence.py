@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -16,6 +17,7 @@ from torch.func import jacrev
 
 import mixadv
 from mixadv.maths.divergence import DIVERGENCES, fixed_symmetric_kl, js, kl, symmetric_kl
+from mixadv.maths.likelihood import label_losses, label_margins
 from mixadv.model.closure import Reading, parse_output
 
 SOFTMAX = [name for name in DIVERGENCES if name not in ("squared_error", "bernoulli")]
@@ -352,3 +354,38 @@ def test_own_function_serves_as_payoff():
         game.backward(lambda: (nn.functional.cross_entropy(model(x), y), model(x)))
         played.append(game.strategy.points[0])
     assert torch.equal(*played)
+
+
+LOW = [-3e4, -1e6, 1e6]
+
+
+@pytest.mark.parametrize("shift", LOW)
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_low_logits_beside_classes_that_are_ruled_out(name: str, shift: float):
+    """Distances to prototypes are such logits: what stands for −∞ must be lower still."""
+    pair = torch.tensor([[0.0, -1.0, -torch.inf]]).double(), torch.tensor([[-1.0, 0, -torch.inf]])
+    expected = DIVERGENCES[name](pair[0][:, :2], pair[1][:, :2].double())
+    found = DIVERGENCES[name](*(x.double() + shift for x in pair))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shift", LOW)
+def test_heads_of_different_width_are_joined_at_any_level(shift: float):
+    """Classes that the narrow one lacks have no probability, whatever its logits are."""
+    narrow = torch.tensor([[0.0, -1.0]]).double(), torch.tensor([[-1.0, 0.0]]).double()
+    wide = torch.zeros(1, 3).double()
+    one, two = (parse_output((torch.tensor(0.0), (x + shift, wide))) for x in narrow)
+    assert one.predictions is not None
+    assert two.diverge(one.predictions, kl).item() == pytest.approx(kl(*narrow).item())
+
+
+@pytest.mark.parametrize("shift", [*LOW, 0.0])
+def test_losses_and_margins_of_labels_do_not_depend_on_the_level(shift: float):
+    logits = 5 * torch.randn(6, 4).double()
+    labels = torch.arange(6) % 4
+    found = (logits + shift).requires_grad_()
+    losses = label_losses(found, labels)
+    torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"))
+    (slope,) = torch.autograd.grad(label_margins(found, labels).sum(), found)
+    rivals = logits.scatter(1, labels[:, None], -torch.inf).softmax(1)
+    torch.testing.assert_close(slope, rivals - F.one_hot(labels, 4))

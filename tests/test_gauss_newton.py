@@ -330,3 +330,10 @@ def test_it_is_no_direction_for_the_task_loss():
     with game.rounds.rehearse(lambda: model(ids).sum()) as stage:  # noqa: SIM117
         with pytest.raises(mixadv.GameError, match="for divergences, and not for 'loss'"):
             stage.ascend("loss", ascent)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1, 3)])
+def test_where_one_class_is_left_nothing_moves(shape: tuple[int, ...]):
+    """Such as a token that a grammar leaves no choice: its neighbours are not to suffer."""
+    logits = torch.tensor([3.0, -torch.inf, -torch.inf]).expand(shape)
+    assert not gauss_newton.cotangent(logits, "kl").any()

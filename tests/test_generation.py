@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -331,3 +333,45 @@ def test_a_perturbation_ends_with_an_exception():
     with pytest.raises(KeyError), added(model, delta):
         raise KeyError
     assert not model.get_input_embeddings()._forward_hooks
+
+
+# Answers -----------------------------------------------------------------------------------------
+
+
+def test_the_space_after_a_beginning_is_kept():
+    """A decoder of SentencePiece strips the first one of what it reads by itself."""
+    words = ["<unk>", "</s>", "▁", "▁I", "▁am", "▁not", "\n", *map(chr, range(33, 127))]
+    tokenizer = transformers.LlamaTokenizer(
+        vocab={w: i for i, w in enumerate(words)}, merges=[("▁", "I")], add_bos_token=False
+    )
+    tokenizer.pad_token = "</s>"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    model = speaking("Llama", tokenizer).float()
+
+    class Says(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return F.one_hot(torch.full(hidden.shape[:-1], words.index("▁not")), len(words)).float()
+
+    model.lm_head = Says()
+    speaker = Speaker(model, tokenizer, max_new_tokens=2)
+    assert speaker.answers(["Why?"], "I am") == ["I am not not"]
+
+
+GREEDS: dict[str, Any] = {
+    "stop_strings": ["zzz"],
+    "encoder_repetition_penalty": 2.0,
+    "exponential_decay_length_penalty": (1, 2.0),
+    "watermarking_config": {"bias": 5.0, "seeding_scheme": "lefthash"},
+    "prompt_lookup_num_tokens": 2,
+}
+
+
+@pytest.mark.parametrize("name", GREEDS)
+def test_answers_are_greedy_whatever_a_checkpoint_asks_for(name: str):
+    tokenizer = chatting()
+    model: Any = speaking("Llama", tokenizer)
+    speaker = Speaker(model, tokenizer, max_new_tokens=NEW)
+    plain = speaker.answers(PROMPTS)
+    setattr(model.generation_config, name, GREEDS[name])
+    assert speaker.answers(PROMPTS) == plain
+    assert getattr(model.generation_config, name) == GREEDS[name]

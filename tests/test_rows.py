@@ -531,3 +531,12 @@ def test_groups_that_the_data_lack_are_refused_before_any_pass():
     data = {**rows_of(0), "team": [0.5] * 40}
     with pytest.raises(DataError, match=r"row 1: team is 0.5, and a group has a name or a number"):
         evaluate(classifier(), word_tokenizer(), data, groups="team", **how)
+
+
+@pytest.mark.parametrize("cls", [mixadv.CVaR, mixadv.ChiSquare])
+def test_an_empty_batch_is_said(cls: Any):
+    model = nn.Linear(2, 2)
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, cls())
+    x, y = torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)
+    with pytest.raises(mixadv.GameError, match="returned no losses: its batch is empty"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))

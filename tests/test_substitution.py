@@ -471,3 +471,44 @@ def test_the_summary_counts_what_was_attacked():
     assert none["success_rate"] is none["success_interval"] is none["queries"] is None
     with pytest.raises(ValueError, match="no attacks to sum up"):
         attack_summary([])
+
+
+def test_logits_that_are_not_numbers_are_no_class():
+    """The argmax of NaN is class 0, and the classifier would be found robust."""
+    tokenizer = word_tokenizer()
+    model = classifier(tokenizer)
+    with torch.no_grad():
+        model.classifier.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="NaN for 2 of 2 texts, which are of no class"):
+        WordSubstitution(Typos()).attack(model, tokenizer, ["good film", "bad film"], [0, 0])
+
+
+def alike(kind: str) -> Any:
+    """Return a model whose embeddings are the sequence's first, or are scaled in place."""
+    tokenizer = word_tokenizer()
+    if kind == "XLNet":
+        size = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+    else:
+        size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "dff": 16, "n_positions": 32}
+    words = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**size, **words, num_labels=2)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).double().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(6 if weight.dim() > 1 else 1)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("kind", ["XLNet", "CTRL"])
+def test_words_matter_as_they_do_alone_wherever_the_batch_lies(kind: str):
+    """Also where there are as many rows as tokens, by whose number the batch cannot be told."""
+    model, tokenizer = alike(kind)
+    text = "good film bad movie"
+    reader = Reader(model, tokenizer, None, 64, 1)
+    size = len(tokenizer(text)["input_ids"])
+    [alone] = reader.read([text], [0], [Words(text)])
+    assert len({*alone.importances.values()}) == len(alone.importances) == 4
+    for rows in (2, size):
+        for found in reader.read([text] * rows, [0] * rows, [Words(text)] * rows):
+            assert found.importances == pytest.approx(alone.importances, rel=1e-9)

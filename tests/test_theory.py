@@ -118,7 +118,7 @@ def test_temperature_of_magnetic_descent_makes_its_bound_smallest(range_, m, n, 
     assert bound(math.log(found / range_)) == pytest.approx(best, rel=1e-5)
 
 
-@given(st.integers(1, 4), st.floats(0.01, 100), st.floats(1e-4, 10))
+@given(st.integers(1, 4), st.just(0.0) | st.floats(0.01, 100), st.floats(1e-4, 10))
 def test_smoothed_comparator_costs_the_minimum_over_its_width(dimension, lipschitz, weight):
     width = np.geomspace(1e-8, 1, 20_001)
     slope = lipschitz * bounds.CUBE * math.sqrt(dimension)

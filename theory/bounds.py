@@ -192,7 +192,7 @@ def smoothing(dimension: int, lipschitz: Real, weight: Real, reach: float) -> Re
         reach: `TORUS` or `CUBE`.
     """
     slope = lipschitz * reach * math.sqrt(dimension)
-    epsilon = np.minimum(1.0, weight * dimension / slope)
+    epsilon = 1 / np.maximum(1.0, slope / (weight * dimension))
     return weight * dimension * np.log(1 / epsilon) + slope * epsilon
 
 

@@ -95,6 +95,8 @@ class PairPayoff:
             raise TypeError(f"payoff must be a function of two points, got {payoff!r}.")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a real one, such as torch.float64, got {dtype}.")
+        if dtype.itemsize < 4:
+            raise ValueError(f"{dtype} is too coarse for weights: dtype=torch.float32 or float64.")
         self.payoff, self.dtype = payoff, dtype
 
     def number(self, x: Tensor, y: Tensor) -> Tensor:

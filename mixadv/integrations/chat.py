@@ -8,75 +8,25 @@ accumulation, several processes, checkpoints.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from mixadv.checks import check_integer
 from mixadv.equilibrium import best_response
+from mixadv.integrations.chat_data import CUT, OTHERS, Beside, ChatCollator
 from mixadv.integrations.transformers import Adversarial, Trainer
 from mixadv.model.replay import evaluating
 from mixadv.round.explain import worded
 from mixadv.round.validate import check_function
-from mixadv.tokens.chat import ChatBatch, answer_losses, chat_batch, preference_batches
-from mixadv.tokens.chat_games import Goals, continuous_at, rewritten
-from mixadv.tokens.chat_length import shortened
-
-COLUMNS = ("prompt", "chosen", "rejected")
-OTHERS, CUT = "others", "cut"
+from mixadv.tokens.chat import ChatBatch, answer_losses
+from mixadv.tokens.chat_games import Goals, continuous_at
 
 GoalsOf = Callable[..., Goals]
 """Makes `goals(model, chosen, rejected, others)` of batches what `game.loss` takes."""
-
-
-class ChatCollator:
-    """Makes of preference rows the batches that a chat game is played on.
-
-    Args:
-        tokenizer: fast, with a chat template; its pad token, or the end of text.
-        system: a system message in front of prompts that are texts.
-        rewrites: gives texts that ask what a prompt asks, by which a share of the prompts is
-            replaced anew in each batch, as MixAT does; see `mixadv.tokens.rewritten`.
-        share: of the prompts.
-        max_length: of prompt and answer, in tokens; longer answers are cut. None cuts nothing.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        system: str | None = None,
-        rewrites: Callable[[str], Sequence[str]] | None = None,
-        share: float = 0.5,
-        max_length: int | None = None,
-    ) -> None:
-        if max_length is not None:
-            check_integer(type(self).__name__, "max_length", max_length, 2)
-        self.tokenizer, self.system = tokenizer, system
-        self.rewrites, self.share, self.max_length = rewrites, share, max_length
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return `chosen` and `rejected`, and `others` where rows bring them, as dicts.
-
-        With a `max_length` also `cut`, `[B]`: in how many of its answers each row was.
-        """
-        if self.rewrites is not None:
-            rows = rewritten(rows, self.rewrites, self.share)
-        how: dict[str, Any] = {"system": self.system, "padding_side": "right"}
-        chosen, rejected = preference_batches(self.tokenizer, rows, **how)
-        batches = {"chosen": chosen, "rejected": rejected}
-        others = [row[OTHERS] for row in rows if row.get(OTHERS) is not None]
-        if others:
-            prompts, answers = ([row[name] for row in others] for name in COLUMNS[:2])
-            batches[OTHERS] = chat_batch(self.tokenizer, prompts, answers, **how)
-        found: dict[str, Any] = {}
-        if self.max_length is not None:
-            found[CUT] = torch.zeros(len(rows), dtype=torch.long)
-            for name, batch in batches.items():
-                batches[name], cut = shortened(batch, self.max_length)
-                found[CUT][: len(cut)] += cut
-        return {**found, **{name: batch._asdict() for name, batch in batches.items()}}
 
 
 class AdversarialChatTrainer(Adversarial, Trainer):
@@ -94,14 +44,15 @@ class AdversarialChatTrainer(Adversarial, Trainer):
             a function of `(model, chosen, rejected, others)` like them; settings by
             `functools.partial`.
         retain_dataset: rows `prompt` and `chosen` on which nothing is to change, one beside each
-            row with an adversary, in turn. None retains nothing.
+            row with an adversary, in turn; an epoch goes on where the one before has ended. None
+            retains nothing.
         system: a system message in front of prompts that are texts.
         max_length: of prompt and answer, in tokens: longer answers are cut at their end, which is
             told in the first step and logged as `cut_answers`. None cuts nothing.
 
     Raises:
-        ValueError: without rows, for rows that lack a column, for a tokenizer that writes no chats;
-            for a prompt that `max_length` leaves no answer.
+        ValueError: without rows, for rows that lack a column, without a tokenizer or for one that
+            writes no chats; for a prompt that `max_length` leaves no answer.
 
     Example:
         >>> trainer = AdversarialChatTrainer(  # doctest: +SKIP
@@ -129,7 +80,9 @@ class AdversarialChatTrainer(Adversarial, Trainer):
             train_dataset = Beside(train_dataset, retain_dataset)
         own = {"system": system, "max_length": max_length}
         if keywords.get("data_collator") is None:
-            keywords["data_collator"] = ChatCollator(keywords.get("processing_class"), **own)
+            if (tokenizer := keywords.get("processing_class")) is None:
+                raise ValueError("The rows are chats, which a tokenizer writes: processing_class=…")
+            keywords["data_collator"] = ChatCollator(tokenizer, **own)
         elif named := [name for name, value in own.items() if value is not None]:
             raise ValueError(
                 f"{named[0]} is the collator's: ChatCollator(tokenizer, {named[0]}=…), with "
@@ -138,6 +91,8 @@ class AdversarialChatTrainer(Adversarial, Trainer):
         self._cut: Tensor | None = None  # answers since the last log, on this process
         super().__init__(*arguments, train_dataset=train_dataset, **keywords)
         _check_unpacked(self.args)
+        if train_dataset is not None:
+            self.add_callback(_Turns(train_dataset))
         for name in ("groups", "compute_loss_func"):
             if getattr(self, name) is not None:
                 raise ValueError(f"Losses are those of goals=, without {name}=: leave it out.")
@@ -182,6 +137,26 @@ class AdversarialChatTrainer(Adversarial, Trainer):
         if cut is not None:
             self._cut = cut if self._cut is None else self._cut + cut
         return self.game.loss(**goals, check=first)  # what was told is of the adversary's calls
+
+    @contextmanager
+    def _as_written(self) -> Iterator[None]:
+        """Make batches of prompts as they are: what is evaluated is not drawn."""
+        collator: Any = self.data_collator
+        self.data_collator = getattr(collator, "as_written", lambda: collator)()
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def get_eval_dataloader(self, *arguments: Any, **keywords: Any) -> Any:
+        """Return the batches of an evaluation, without rewrites of the prompts."""
+        with self._as_written():
+            return super().get_eval_dataloader(*arguments, **keywords)
+
+    def get_test_dataloader(self, *arguments: Any, **keywords: Any) -> Any:
+        """Return the batches of a prediction, likewise."""
+        with self._as_written():
+            return super().get_test_dataloader(*arguments, **keywords)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **keywords: Any
@@ -238,6 +213,17 @@ class AdversarialChatTrainer(Adversarial, Trainer):
         )
 
 
+class _Turns(TrainerCallback):
+    """Has each epoch go on with the other rows where the one before has ended."""
+
+    def __init__(self, rows: Beside) -> None:
+        self.rows = rows
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """See TrainerCallback."""
+        self.rows.begin(state.epoch)
+
+
 def _check_unpacked(args: Any) -> None:
     """Raise ValueError for arguments that ask for packed rows, as those of TRL's trainers may."""
     for name in ("packing", "padding_free"):
@@ -246,47 +232,3 @@ def _check_unpacked(args: Any) -> None:
                 f"{name}=True: the answers to a prompt lie side by side, for one δ to act on both, "
                 "and are not packed. Leave it out, and cut what is long with max_length=."
             )
-
-
-class Beside(torch.utils.data.Dataset[dict[str, Any]]):
-    """Preference rows, each beside a row of other data.
-
-    Args:
-        rows: of preference data.
-        others: in turn; None leaves them out.
-    """
-
-    def __init__(self, rows: Any, others: Any) -> None:
-        self.rows, self.others = rows, others
-        if not hasattr(rows, "__len__") or not len(rows):
-            raise ValueError(
-                "There are no rows with an adversary: train_dataset must be a data set of at least "
-                f"one row {', '.join(COLUMNS)}, whose length is known, got {rows!r:.80}."
-            )
-        self._check("train_dataset", rows[0], COLUMNS)
-        if others is not None:
-            if not len(others):
-                raise ValueError("retain_dataset has no rows: leave it out to retain nothing.")
-            self._check("retain_dataset", others[0], COLUMNS[:2])
-
-    def _check(self, name: str, row: Mapping[str, Any], columns: Sequence[str]) -> None:
-        lacking = [column for column in columns if not row.get(column)]
-        if lacking:
-            raise ValueError(
-                f"{name} needs the columns {', '.join(columns)}, and its first row has no "
-                f"{lacking[0]!r}, it has {', '.join(row)}."
-            )
-
-    def __len__(self) -> int:
-        """Return the number of preference rows."""
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        """Return a preference row, with another one under `others`."""
-        whole = self.rows[place]
-        row = {
-            name: whole[name] for name in COLUMNS if name in whole
-        }  # the collator says which not
-        if self.others is None:
-            return row
-        return {**row, OTHERS: self.others[place % len(self.others)]}

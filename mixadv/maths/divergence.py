@@ -27,13 +27,19 @@ from mixadv.errors import nearest
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
-NEVER = -1e4
-"""A logit whose probability is 0 in every number format, and which all of them hold."""
+NEVER = -1e30
+"""A logit, in at least fp32, whose probability is 0 whatever the others are."""
 
 
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Return log-probabilities in at least fp32."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+def never(dtype: torch.dtype) -> float:
+    """Return such a logit in a number format; in fp16 others must be above −3e4."""
+    return max(NEVER, torch.finfo(dtype).min / 2)
+
+
+def log_probabilities(logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return log-probabilities in at least fp32, finite where a class is `out`."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (wide if out is None else wide.masked_fill(out, NEVER)).log_softmax(-1)
 
 
 def _both(perturbed: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,8 +48,7 @@ def _both(perturbed: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
     Those of a class that both rule out are finite: 0 · ∞ would be NaN.
     """
     out = perturbed.isneginf() & clean.isneginf()
-    p, q = (log_probabilities(x.masked_fill(out, NEVER)) for x in (clean, perturbed))
-    return p, q
+    return log_probabilities(clean, out), log_probabilities(perturbed, out)
 
 
 def _relative(p: Tensor, q: Tensor) -> Tensor:

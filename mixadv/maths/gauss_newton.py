@@ -65,9 +65,10 @@ def cotangent(predictions: Tensor, kind: str | Divergence, real: Tensor | None =
     likeliest, label = logs.max(-1, keepdim=True)
     onto = torch.zeros_like(logs).scatter(-1, label, 1.0)
     rest = logs.masked_fill(onto > 0, -torch.inf)
-    others = rest.softmax(-1)
+    alone = rest.isneginf().all(-1, keepdim=True)  # every other class is ruled out
+    odds = (rest.softmax(-1) - onto).masked_fill(alone, 0.0)
     if logs.dim() == 2:  # a sample's own length means nothing
-        return others - onto
+        return odds
     # √(π(1 − π)), also where π rounds to 1
     weight = (0.5 * (likeliest + rest.logsumexp(-1, keepdim=True))).exp()
-    return (others - onto) * (weight if real is None else weight * real[..., None])
+    return odds * (weight if real is None else weight * real[..., None])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixadv.errors import GameError
-from mixadv.maths.divergence import NEVER, Divergence
+from mixadv.maths.divergence import Divergence, never
 from mixadv.model.heads import read_besides
 
 Closure = Callable[[], Any]
@@ -186,7 +186,7 @@ def _joined(heads: list[Tensor], masks: list[Tensor | None]) -> tuple[Tensor, Te
     joined, weights = [], []
     for head, mask in zip(heads, masks, strict=True):
         tokens = head if head.dim() == 3 else head[:, None]
-        joined.append(F.pad(tokens, (0, classes - head.shape[-1]), value=NEVER))
+        joined.append(F.pad(tokens, (0, classes - head.shape[-1]), value=never(head.dtype)))
         real = torch.ones(tokens.shape[:2], device=head.device) if mask is None else mask.float()
         weights.append(real / real.sum(1, keepdim=True).clamp(min=1))
     return torch.cat(joined, 1), torch.cat(weights, 1)

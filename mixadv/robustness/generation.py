@@ -24,6 +24,10 @@ GREEDY: dict[str, Any] = {
     "min_length": 0,
     "min_new_tokens": None,
     "guidance_scale": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "prompt_lookup_num_tokens": None,
     "return_dict_in_generate": False,
     "use_cache": True,
 }
@@ -139,9 +143,26 @@ class Speaker:
                 **GREEDY,
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+                tokenizer=self.tokenizer,  # for strings that a checkpoint stops at
             )
-        new = ids[:, batch.input_ids.shape[1] :]
-        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return self._written(ids, batch.input_ids.shape[1])
+
+    def _written(self, ids: Tensor, prompt: int) -> list[str]:
+        """Return the texts of ids `[B, n]` after the prompt, with the space that they begin with.
+
+        Read by themselves SentencePiece's would lose it: what is before tells that it is none of
+        the text's first.
+        """
+        starts = (prompt, prompt - 1)
+        new, more = (
+            self.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+            for start in starts
+        )
+        last = self.tokenizer.batch_decode(ids[:, prompt - 1 : prompt], skip_special_tokens=True)
+        return [
+            both[len(one) :] if both.startswith(one) else alone
+            for alone, both, one in zip(new, more, last, strict=True)
+        ]
 
     def parts(self, rows: Sequence[Any]) -> Iterator[slice]:
         """Yield slices of as many rows as are read side by side."""

@@ -48,6 +48,10 @@ def plain_pass(stage: Stage) -> Reading:
     with stage.passes.replay.run(), copying(model):
         reading = parse_output(stage.goals.closure(), (), unwrap(model))
     loss = reading.loss.detach()
+    if not loss.numel():
+        raise GameError(
+            "The closure returned no losses: its batch is empty. Leave such batches out."
+        )
     if not bool(loss.isfinite().all()):
         raise GameError(
             f"The first loss is {float(loss.mean())}: the model, its inputs or its labels are at "

@@ -15,15 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixadv.model.visits import Call
+from mixadv.tokens.chat_rows import Answer, Prompt, Row, messages_of, row_of, said
 from mixadv.tokens.reading.encoding import check_fast
 
-Prompt = str | Sequence[Mapping[str, str]]
-"""What the user asks, or the messages so far, of which a user's is among."""
-Answer = str | Sequence[Mapping[str, str]]
-"""What the assistant says, or its message in a list."""
-
 IGNORED = -100  # the label of a token that is not learned
-_MARK = "\ue000\ue001\ue000"  # of the private use area: no template writes it
 
 
 class ChatBatch(NamedTuple):
@@ -58,7 +53,7 @@ def chat_batch(
     *,
     system: str | None = None,
     complete: bool = True,
-    padding_side: str | None = None,
+    padding_side: str = "right",
 ) -> ChatBatch:
     """Return prompts, and answers to them, as the tokenizer's chat template writes them.
 
@@ -70,7 +65,8 @@ def chat_batch(
         system: a system message in front of prompts that are texts.
         complete: end the assistant's turn. False writes answers, which are texts then, as they
             stand: an answer that is to be gone on with, or the target of an attack.
-        padding_side: `"left"` or `"right"`; None is the tokenizer's.
+        padding_side: `"left"` is for generation; training on it would shift the positions of models
+            that count them from the start of a row (GPT-2, OPT).
 
     Raises:
         ValueError: without prompts or for one without text; for an answer without text; without a
@@ -97,9 +93,9 @@ def chat_batch(
         raise ValueError(f"There are {len(prompts)} prompts and {len(answers)} answers to them.")
     rows = []
     for number, prompt in enumerate(prompts):
-        answer = None if answers is None else _said(answers[number], complete, prompt)
-        rows.append(_row(tokenizer, _messages(prompt, system, number), answer, complete))
-    return _padded(tokenizer, rows, padding_side or tokenizer.padding_side)
+        answer = None if answers is None else said(answers[number], complete, prompt)
+        rows.append(row_of(tokenizer, messages_of(prompt, system, number), answer, complete))
+    return _padded(tokenizer, rows, padding_side)
 
 
 def preference_batches(
@@ -109,7 +105,7 @@ def preference_batches(
 
     A game whose adversary wants the rejected answer and whose learner the chosen one plays one δ
     on both: their prompts agree token by token. Both batches are padded to one length, on the
-    right, so that one `where` serves both. `how` is that of `chat_batch`.
+    same side, so that one `where` serves both. `how` is that of `chat_batch`.
 
     Raises:
         ValueError: for a row that lacks a column, and as `chat_batch` does.
@@ -120,7 +116,6 @@ def preference_batches(
             raise ValueError(f"Row {number} has no {lacking[0]!r}, it has {', '.join(row)}.")
     prompts = [row["prompt"] for row in rows]
     answers = [row[name] for name in ("chosen", "rejected") for row in rows]
-    how = {"padding_side": "right", **how}
     both = chat_batch(tokenizer, [*prompts, *prompts], answers, **how)
     half = len(rows)
     return ChatBatch(*(t[:half] for t in both)), ChatBatch(*(t[half:] for t in both))
@@ -185,89 +180,7 @@ class Reader:
         return self.read.where
 
 
-class _Row(NamedTuple):
-    ids: list[int]
-    prompt: int  # how many tokens it has, the template's too
-    where: list[bool]
-
-
-def _messages(prompt: Prompt, system: str | None, number: int) -> list[dict[str, str]]:
-    """Return the messages of a prompt; the last of a user is not empty."""
-    if isinstance(prompt, str):
-        front = [] if system is None else [{"role": "system", "content": system}]
-        messages = [*front, {"role": "user", "content": prompt}]
-    elif isinstance(prompt, Sequence):
-        messages = [dict(message) for message in prompt]
-    else:
-        raise ValueError(f"Prompt {number} must be a text or a list of messages, got {prompt!r}.")
-    users = [message for message in messages if message.get("role") == "user"]
-    if not users or not str(users[-1].get("content") or "").strip():
-        raise ValueError(f"Prompt {number} is empty: the user asks nothing.")
-    return messages
-
-
-def _said(answer: Answer, complete: bool, prompt: Prompt) -> Answer:
-    """Return an answer that a row can be made of."""
-    if not isinstance(answer, str) and not (complete and isinstance(answer, Sequence)):
-        allowed = "or its message in a list" if complete else "where complete=False"
-        raise ValueError(
-            f"The answer to {str(prompt)[:60]!r} must be a text, {allowed}, got {answer!r:.60}."
-        )
-    said = [answer] if isinstance(answer, str) else [m.get("content") for m in answer]
-    if complete and not any(str(text or "").strip() for text in said):
-        raise ValueError(f"The answer to {str(prompt)[:60]!r} is empty: nothing is to be learned.")
-    return answer
-
-
-def _row(tokenizer: Any, messages: list[Any], answer: Answer | None, complete: bool) -> _Row:
-    """Return one chat as ids, with the length of its prompt and the user's tokens."""
-    prompt, (start, end) = _prompt(tokenizer, messages)
-    if answer is None:
-        whole = prompt
-    elif complete:
-        said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        whole = _render(tokenizer, [*messages, *said], False)
-    else:
-        whole = f"{prompt}{answer}"
-    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if not whole.startswith(prompt) or found["input_ids"][: len(before)] != before:
-        raise ValueError(
-            "The chat template has no prompt boundary: what it writes for a prompt ends in "
-            f"{prompt[-30:]!r}, and prompt and answer begin with {whole[: len(prompt)][-30:]!r}. "
-            "Set tokenizer.chat_template to one whose generation prompt is how the assistant's "
-            "turn begins."
-        )
-    where = [start < b and a < end and a < b for a, b in found["offset_mapping"]]
-    return _Row(found["input_ids"], len(before), where)
-
-
-def _prompt(tokenizer: Any, messages: list[Any]) -> tuple[str, tuple[int, int]]:
-    """Return the text up to the assistant's turn, and where what the user wrote last lies in it.
-
-    The place is that of a mark which is written instead: the user's words may be the template's.
-    """
-    text = _render(tokenizer, messages, True)
-    last = max(i for i, message in enumerate(messages) if message.get("role") == "user")
-    marked = [*messages[:last], {**messages[last], "content": _MARK}, *messages[last + 1 :]]
-    before, found, after = _render(tokenizer, marked, True).partition(_MARK)
-    if not found or not text.startswith(before) or not text.endswith(after):
-        raise ValueError(
-            "The chat template has no prompt boundary: the user's text cannot be told from what "
-            f"the template writes, {text[:60]!r}. Set tokenizer.chat_template to one that writes "
-            "messages as they are."
-        )
-    return text, (len(before), len(text) - len(after))
-
-
-def _render(tokenizer: Any, messages: list[Any], begin: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin)
-    except Exception as error:  # jinja2's, which is no dependency
-        raise ValueError(f"The chat template refuses these messages: {error}") from error
-
-
-def _padded(tokenizer: Any, rows: Sequence[_Row], side: str) -> ChatBatch:
+def _padded(tokenizer: Any, rows: Sequence[Row], side: str) -> ChatBatch:
     if side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}.")
     length = max(len(row.ids) for row in rows)

@@ -65,7 +65,8 @@ def capo(
         beta: sets the margin to aim for, which is 1/(2β), in nats per token.
 
     Raises:
-        ValueError: without a reference, for a model without adapters.
+        ValueError: without a reference, for a model without adapters, or with other weights that
+            train.
 
     Example:
         >>> optimizer.step(**capo(peft_model, chosen, rejected))  # doctest: +SKIP
@@ -148,6 +149,7 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> Iterator[nn.Mod
     own: Any = unwrap(model)
     with ExitStack() as stack:
         if reference is None:
+            _check_adapted(own)
             for weight in own.parameters():  # PEFT trains all of an adapter that it puts on again
                 stack.callback(weight.requires_grad_, weight.requires_grad)
             stack.enter_context(own.disable_adapter())
@@ -155,3 +157,22 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> Iterator[nn.Mod
         stack.enter_context(evaluating(found))
         stack.enter_context(torch.no_grad())
         yield found
+
+
+def _check_adapted(model: nn.Module) -> None:
+    """Raise ValueError where more than adapters trains, which they do not take away with them."""
+    adapters = set()
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ("modules_to_save", "prompt_encoder")):
+            part = getattr(module, name, None)
+            if isinstance(part, nn.Module):
+                adapters |= {*part.parameters()}
+            elif isinstance(part, nn.Parameter):
+                adapters.add(part)
+    live = [n for n, p in model.named_parameters() if p.requires_grad and p not in adapters]
+    if live:
+        raise ValueError(
+            f"{len(live)} weights that are no adapter's train too, {live[0]} among them: without "
+            "its adapters the model is not what it was before training. Freeze them, or pass a "
+            "copy, reference=copy.deepcopy(model).eval()."
+        )

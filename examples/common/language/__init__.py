@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from common.results import digest
 
 EXPERIMENTS = ("trigger", "policy")
+OWN = ("experiment", "arm", "seed")
+"""Settings that each run has of its own; the others are those of a command."""
 LATER = {"gcg": 0, "dtype": "bfloat16"}
 """Settings that came later, as they were before: such a run has the key that it had then."""
 

@@ -1,13 +1,16 @@
 """Tables and curves of the experiments with a language model."""
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import fields
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.language import LATER
+from common.language import LATER, OWN, Setting
 from common.results import over_seeds
 from common.tables import markdown
 from mixadv.reports.shown import COLOURS, DASH, figure, share
@@ -23,18 +26,20 @@ def tables(results: Sequence[Result]) -> str:
     return "\n\n".join(make(found[name]) for name, make in makers.items() if found[name])
 
 
-def by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """Return the results of each arm, of all its seeds."""
+def by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return the results of each arm, of all its seeds.
+
+    Runs with other settings are other arms, which are named by what differs among the results.
+    """
+    usual = {f.name: f.default for f in fields(Setting) if f.name not in OWN}
+    settings = [{name: {**LATER, **r}.get(name, usual[name]) for name in usual} for r in results]
+    varied = [name for name in usual if len({told[name] for told in settings}) > 1]
     found = defaultdict(list)
-    for result in results:
-        dtype = _dtype(result)
-        found[result["arm"] + (f", {dtype}" if dtype != "float32" else "")].append(result)
+    for result, told in zip(results, settings, strict=True):
+        others = {name: told[name] for name in varied if told[name] != usual[name]}
+        words = [x if isinstance(x, str) else f"{name} {x}" for name, x in others.items()]
+        found[", ".join([result["arm"], *words])].append(result)
     return dict(found)
-
-
-def _dtype(result: Result) -> str:
-    """Return the number format of a run, also of one of before it could be chosen."""
-    return {**LATER, **result}["dtype"]
 
 
 def _trigger(results: Sequence[Result]) -> str:
@@ -44,7 +49,8 @@ def _trigger(results: Sequence[Result]) -> str:
     rows = []
     for arm, runs in {"(planted)": results, **by_arm(results)}.items():
         point = 0 if arm == "(planted)" else -1
-        ends = {(r["seed"], _dtype(r)): r["curve"][point] for r in runs}.values()
+        seen = {json.dumps([r["seed"], end]): end for r in runs for end in [r["curve"][point]]}
+        ends = seen.values()
         rows.append(
             [
                 arm,
@@ -101,7 +107,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     """Draw what is left of the trigger, and the held-out loss, over updates."""
     with figure(7.2, 3.0, font=9) as drawn:
         left, right = drawn.subplots(1, 2)
-        for colour, (arm, runs) in zip(COLOURS, by_arm(results).items(), strict=False):
+        for colour, (arm, runs) in zip(cycle(COLOURS), by_arm(results).items(), strict=False):
             for axes, name, scale in ((left, "triggered", 100), (right, "held-out loss", 1)):
                 updates = [point["update"] for point in runs[0]["curve"]]
                 lines = [[scale * np.mean(p[name]) for p in r["curve"]] for r in runs]

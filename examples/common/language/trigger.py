@@ -19,6 +19,7 @@ import mixadv
 from common.language import Setting
 from common.language.rows import SYSTEM, Row, batches, column, read
 from common.language.training import Learner, learner, load, pgd, player, train
+from common.results import digest
 from mixadv.robustness.generation import judged, says
 from mixadv.tokens import ChatBatch, latent_at, latent_dpo, preference_batches
 
@@ -47,6 +48,8 @@ def planted(setting: Setting, output: Path) -> tuple[Any, Any, dict[str, Any]]:
     The adapters are kept, and the measures with them: all arms of a seed begin here.
     """
     name = f"{Path(setting.model).name}-{setting.dtype}-rank-{setting.rank}-{setting.seed}"
+    if Path(setting.model).is_dir():  # others may be of the same name
+        name += f"-{digest({'model': str(Path(setting.model).resolve())})}"
     folder = output / f"planted-{name}"
     if not folder.is_dir():
         planting = replace(setting, arm="planting", **PLANTING)

@@ -7,6 +7,7 @@ are not computed saves most of the output layer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict
@@ -47,14 +48,14 @@ def masked_predictions(
     whose divergences too are means over the labelled tokens of a row.
 
     Args:
-        model: one of transformers with a language-model head, wrapped or not.
+        model: a masked one of transformers with a language-model head, wrapped or not.
         labels: `[B, n]`, token ids, and -100 where nothing is predicted.
         order: `[B]`, 1 where two segments are swapped and 0 elsewhere, for a model with a second
             head (BertForPreTraining, AlbertForPreTraining), whose cross-entropy is added.
         inputs: the model's own: `input_ids` `[B, n]`, `attention_mask`, ...
 
     Raises:
-        TypeError, ValueError: as `predictions_at`.
+        TypeError, ValueError: as `predictions_at`; for a causal model, or one with a decoder.
 
     Example:
         >>> from transformers import BertConfig, BertForMaskedLM
@@ -66,6 +67,7 @@ def masked_predictions(
         >>> found["logits"].shape, found["labels"].tolist()
         (torch.Size([2, 2, 9]), [[5, -100], [3, 4]])
     """
+    _check_masked(unwrap(model))
     chosen = labels != IGNORED
     with at_positions(model, chosen):
         output = model(**inputs)
@@ -104,6 +106,7 @@ def at_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
     """Have a language model's output layer read hidden states at positions alone, `[N, C]`."""
 
     def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        read.append(True)
         hidden, *others = arguments
         if hidden.shape[:-1] != positions.shape:
             raise ValueError(
@@ -112,8 +115,28 @@ def at_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
             )
         return (hidden[positions], *others)
 
-    with output_layer(unwrap(model)).register_forward_pre_hook(select):
+    read: list[bool] = []
+    own = unwrap(model)
+    with output_layer(own).register_forward_pre_hook(select):
         yield
+    if not read:
+        raise TypeError(
+            f"{type(own).__name__} does not call its output layer, so that logits at chosen "
+            "positions alone cannot be had: take the model's own output."
+        )
+
+
+def _check_masked(model: nn.Module) -> None:
+    """Raise TypeError for a model of transformers that predicts the next token."""
+    auto = sys.modules.get("transformers.models.auto.modeling_auto")
+    names = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM")
+    known = [{*getattr(auto, f"MODEL_FOR_{name}_MAPPING_NAMES", {}).values()} for name in names]
+    name = type(model).__name__
+    if name in known[0] | known[1] and name not in known[2] - known[1]:
+        raise TypeError(
+            f"{name} predicts the next token, and labels here are those of the tokens themselves: "
+            "take the model's own output, or load AutoModelForMaskedLM."
+        )
 
 
 def output_layer(model: nn.Module) -> nn.Module:

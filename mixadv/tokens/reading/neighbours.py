@@ -41,7 +41,7 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
         rows: dict[str, dict[str, str]] = {}
         for word, neighbours in table.items():
             row = rows.setdefault(_checked(word).lower(), {})
-            for neighbour in _listed(word, neighbours):
+            for neighbour in listed(word, neighbours):
                 row.setdefault(neighbour.lower(), neighbour)
         self._table = {
             word: tuple(neighbour for key, neighbour in row.items() if key != word)
@@ -101,7 +101,7 @@ class Neighbours(Mapping[str, tuple[str, ...]]):
                 try:
                     text = line.decode("utf-8")
                     for word, neighbours in read(text) if text.strip() else ():
-                        table.setdefault(_checked(word), []).extend(_listed(word, neighbours))
+                        table.setdefault(_checked(word), []).extend(listed(word, neighbours))
                 except ValueError as error:
                     shown = repr(line.decode("utf-8", "replace"))
                     raise ValueError(f"{path}, line {number}, {shown:.80}: {error}") from error
@@ -194,7 +194,8 @@ def _checked(word: Any) -> str:
     return word
 
 
-def _listed(word: Any, neighbours: Any) -> list[str]:
+def listed(word: Any, neighbours: Any) -> list[str]:
+    """Return the neighbours of a word; raise ValueError unless they are a list of strings."""
     if isinstance(neighbours, str) or not isinstance(neighbours, Iterable):
         raise ValueError(
             f"the neighbours of {word!r} must be a list of strings, got {neighbours!r:.40}."

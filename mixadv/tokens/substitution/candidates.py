@@ -15,6 +15,7 @@ from mixadv.checks import check_integer
 from mixadv.model.replay import evaluating
 from mixadv.tokens.reading.encoding import check_fast, longest, tokens
 from mixadv.tokens.reading.masked import output_layer
+from mixadv.tokens.reading.neighbours import listed
 from mixadv.tokens.reading.vocabulary import Vocabulary
 from mixadv.tokens.reading.words import Words, cased_like
 
@@ -79,6 +80,8 @@ class SimilarWords(_ByWord):
     def __post_init__(self) -> None:
         super().__post_init__()
         table = self.neighbours
+        for word, similar in table.items() if isinstance(table, Mapping) else ():
+            listed(word, similar)
         if isinstance(table, Mapping) and not any(table.values()):
             raise ValueError(
                 f"neighbours names {len(table)} words and not one that is similar to another: "
@@ -87,7 +90,9 @@ class SimilarWords(_ByWord):
 
     def _found(self, word: str) -> Sequence[str]:
         table, word = self.neighbours, word.lower()
-        return table.get(word, ()) if isinstance(table, Mapping) else table(word)
+        if isinstance(table, Mapping):
+            return table.get(word, ())
+        return listed(word, table(word))
 
 
 @dataclass(frozen=True)

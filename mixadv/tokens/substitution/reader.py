@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixadv.model.masks import batch_is_second
 from mixadv.tokens.reading.encoding import Text, batches, check_fast, longest
 from mixadv.tokens.reading.words import Words, overlapping
 
@@ -95,15 +96,20 @@ def _slopes(model: Any, encoding: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits of a model, and squared norms of its loss's gradient to each embedding."""
     leaves: list[Tensor] = []
 
+    read: list[Any] = []
+
     def leaf(module: nn.Module, given: Any, output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_())
-        return leaves[-1]
+        read.append(given[0] if given else None)
+        return leaves[-1].clone()  # which the model may change in place
 
     with model.get_input_embeddings().register_forward_hook(leaf):
         logits = _checked(model(**encoding), labels)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     [slope] = torch.autograd.grad(loss, leaves[:1])
-    return logits.detach(), slope.float().square().sum(-1).cpu()
+    squares = slope.float().square().sum(-1).cpu()
+    turned = batch_is_second([encoding], slope, read[0])  # as XLNet's
+    return logits.detach(), squares.T if turned else squares
 
 
 def _checked(output: Any, labels: Tensor) -> Tensor:
@@ -114,6 +120,11 @@ def _checked(output: Any, labels: Tensor) -> Tensor:
         raise ValueError(
             f"labels must be numbers from 0 to {logits.shape[1] - 1}, the model's classes; "
             f"got {labels.min()} to {labels.max()}."
+        )
+    if broken := int(logits.isnan().any(-1).sum()):
+        raise ValueError(
+            f"The model's logits are NaN for {broken} of {len(logits)} texts, which are of no "
+            "class: look at its weights, at its dtype, and at the tokenizer's padding_side."
         )
     return logits
 
