@@ -73,8 +73,8 @@ class Anchor:
         Args:
             encoder: that is trained.
             args: of the encoder's call.
-            kwargs: likewise; by an `attention_mask` among them padding counts nothing where there
-                is an embedding for each token.
+            kwargs: likewise. With an `attention_mask`, padding does not count where each token has
+                an embedding.
         """
         target, real = self.embed(*args, **kwargs), kwargs.get("attention_mask")
 

@@ -135,6 +135,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         {"answers": [messages("Why is that?", "So.")]},
         r"one message of the assistant, not of \['user', 'assistant'\]",
     ),
+    "no message at all": ("chatml", {"answers": [[]]}, r"not of \[\]: give a text, or"),
+    "a message of nobody": ("chatml", {"answers": [[{"content": "So."}]]}, "give a text, or"),
     "one answer that is no list": ("chatml", {"answers": "Y"}, "must be a list of answers"),
     "a prompt that is none": ("chatml", {"prompts": [None]}, "Prompt 0 must be a text or a list"),
     "a side": ("chatml", {"padding_side": "up"}, "'left' or 'right', got 'up'"),

@@ -355,6 +355,7 @@ def test_the_space_after_a_beginning_is_kept():
     model.lm_head = Says()
     speaker = Speaker(model, tokenizer, max_new_tokens=2)
     assert speaker.answers(["Why?"], "I am") == ["I am not not"]
+    assert speaker.answers(["Why?"]) == ["not not"]
 
 
 GREEDS: dict[str, Any] = {

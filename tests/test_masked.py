@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,7 +225,7 @@ REFUSED = {
         "MobileBertConfig",
         "MobileBertForMaskedLM",
         {**SIZE, "embedding_size": 8, "intra_bottleneck_size": 16},
-        "does not call its output layer",
+        "did not call its output layer",
     ),
 }
 
@@ -236,3 +237,12 @@ def test_models_whose_loss_is_another_are_refused(case: str):
     built = getattr(transformers, model)(getattr(transformers, config)(**size))
     with pytest.raises(TypeError, match=message):
         masked_predictions(built, **batch(0))
+
+
+def test_adapters_hide_no_causal_model():
+    config = transformers.GPT2Config(**SMALLEST, vocab_size=WORDS)
+    adapted = peft.get_peft_model(
+        transformers.GPT2LMHeadModel(config), peft.LoraConfig(fan_in_fan_out=True)
+    )
+    with pytest.raises(TypeError, match="predicts the next token"):
+        masked_predictions(adapted, **batch(0))

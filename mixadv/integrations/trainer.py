@@ -99,7 +99,7 @@ def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:
             "DeepSpeed steps within Accelerate's backward, and its optimizer holds flat copies of "
             "the weights: a round has no place there. Shard with fsdp=True (FSDP2) instead."
         )
-    if args.ddp_static_graph:
+    if getattr(args, "ddp_static_graph", False):  # which transformers 4 has not
         raise ValueError(
             "ddp_static_graph=True expects one forward and backward per step; under a round the "
             "replicas drift apart. Leave it out."

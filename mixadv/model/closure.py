@@ -87,8 +87,8 @@ class Reading(NamedTuple):
         if self.answers is None:
             raise GameError(
                 "This solver reads labels of classes. The closure did not return them, and the "
-                "loss does not show them, as the cross entropy of one tensor of logits would: "
-                "return (loss, logits [B, C], labels [B])."
+                "loss does not show them, as the cross entropy of logits of three classes or more "
+                "would: return (loss, logits [B, C], labels [B])."
             )
         return self.answers
 

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_DIFFER = 0.01
-"""By how much two probabilities have to differ to tell a cross entropy from a smoothed one."""
 _LIMIT = 100  # nodes between a loss and the predictions it reads
 _LOSSES = {
     "BinaryCrossEntropy": "bernoulli",
@@ -89,10 +87,10 @@ def shown(loss: Tensor, predictions: Tensor) -> Answers | None:
         ∂ℓ/∂z = c·(p − e_y),     c > 0 for each prediction
 
     so that the label is the one class whose logit the loss would raise. It is certain where the
-    gradient has this form: not under label smoothing, where the sign turns once p_y is large. Of
-    two classes every gradient has it, and c has to be that of all samples of a label. A sample
-    whose prediction is sure has none and keeps its answer; a token without one does not count. None
-    where the loss was not computed from this very tensor.
+    gradient has this form: not under label smoothing, where the sign turns once p_y is large, and
+    never of two classes, where every gradient has it. A sample whose prediction is sure has none
+    and keeps its answer; a token without one does not count. None where the loss was not computed
+    from this very tensor.
     """
     slope = _slope(loss, predictions)
     if slope is None:
@@ -104,26 +102,10 @@ def shown(loss: Tensor, predictions: Tensor) -> Answers | None:
     length = (p - right).square().sum(-1, True)  # 0 of a sample that is sure, to rounding
     size = (slope * (p - right)).sum(-1, keepdim=True) / torch.where(length > 0, length, 1.0)
     counted = (slope != 0).any(-1)
-    told = True
-    if p.shape[-1] == 2:
-        size, told = _by_label(size, length * counted[..., None], labels)
     apart = (slope - size * (p - right)).flatten(1).norm() / slope.norm().clamp(min=1e-30)
     off = predictions.argmax(-1) if predictions.dim() == 2 else torch.full_like(labels, -100)
     tolerance = 100 * torch.finfo(predictions.dtype).eps + 1e-4
-    return Answers(torch.where(counted, labels, off), (apart <= tolerance) & told)
-
-
-def _by_label(size: Tensor, length: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean size of each of two labels, and whether others would have shown.
-
-    They do where predictions of one label differ: smoothing would give each a size of its own.
-    """
-    onto = torch.nn.functional.one_hot(labels, 2)
-    weights = (onto * length).flatten(0, -2)
-    means = (weights * size.flatten()[:, None]).sum(0) / weights.sum(0).clamp(min=1e-30)
-    wrong = (weights / 2).sqrt()  # 1 − p_y
-    least = wrong.masked_fill(weights == 0, torch.inf).amin(0)
-    return means[labels][..., None], (wrong.amax(0) - least).max() > _DIFFER
+    return Answers(torch.where(counted, labels, off), (apart <= tolerance) & (p.shape[-1] > 2))
 
 
 def _slope(loss: Tensor, predictions: Tensor) -> Tensor | None:

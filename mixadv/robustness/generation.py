@@ -110,7 +110,9 @@ class Speaker:
         for part in self.parts(prompts):
             asked = prompts[part]
             batch = self.read(asked, [begin] * len(asked), complete=False, padding_side="left")
-            found += [begin + text for text in self.generate(batch)]
+            ids = self._ids(batch, None)
+            texts = self._after(ids, batch) if begin else self._new(ids, batch)
+            found += [begin + text for text in texts]
         return found
 
     def losses(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -135,34 +137,38 @@ class Speaker:
             batch: of rows that end where the model begins.
             delta: `[B, n, d]`, added to their embeddings.
         """
+        return self._new(self._ids(batch, delta), batch)
+
+    def _ids(self, batch: ChatBatch, delta: Tensor | None) -> Tensor:
+        """Return the ids of rows with those that the model goes on with."""
         model: Any = self.model
         pad = self.tokenizer.pad_token_id
         with evaluating(model), no_grad(), added(model, delta):
-            ids = model.generate(
+            return model.generate(
                 **batch.inputs,
                 **GREEDY,
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
                 tokenizer=self.tokenizer,  # for strings that a checkpoint stops at
             )
-        return self._written(ids, batch.input_ids.shape[1])
 
-    def _written(self, ids: Tensor, prompt: int) -> list[str]:
-        """Return the texts of ids `[B, n]` after the prompt, with the space that they begin with.
+    def _new(self, ids: Tensor, batch: ChatBatch) -> list[str]:
+        """Return the texts of new ids alone."""
+        new = ids[:, batch.input_ids.shape[1] :]
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
 
-        Read by themselves SentencePiece's would lose it: what is before tells that it is none of
-        the text's first.
+    def _after(self, ids: Tensor, batch: ChatBatch) -> list[str]:
+        """Return the texts of new ids with the space that they begin with.
+
+        SentencePiece's decoders strip it from what they read alone. Read with the token before, it
+        is kept.
         """
-        starts = (prompt, prompt - 1)
-        new, more = (
-            self.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
-            for start in starts
+        last = ids[:, batch.input_ids.shape[1] - 1 :]
+        both, before = (
+            self.tokenizer.batch_decode(x, skip_special_tokens=True) for x in (last, last[:, :1])
         )
-        last = self.tokenizer.batch_decode(ids[:, prompt - 1 : prompt], skip_special_tokens=True)
-        return [
-            both[len(one) :] if both.startswith(one) else alone
-            for alone, both, one in zip(new, more, last, strict=True)
-        ]
+        read = zip(both, before, self._new(ids, batch), strict=True)
+        return [x[len(one) :] if x.startswith(one) else alone for x, one, alone in read]
 
     def parts(self, rows: Sequence[Any]) -> Iterator[slice]:
         """Yield slices of as many rows as are read side by side."""

@@ -8,10 +8,11 @@ with f the predicted probabilities: samples that are misclassified clean weigh m
 term. The adversary climbs the closure's loss by PGD. Use it where robust accuracy is what counts,
 and labels are right: what is labelled wrongly weighs most.
 
-Labels are read from the loss, where that is the cross entropy of the logits, as its gradient shows
-(`mixadv.model.heads.shown`); else, as under label smoothing, the closure returns `(loss, logits,
-labels)`, with labels below 0 where none counts. Predictions per token count one by one, `[B, n,
-C]`. The first term of the BCE is the closure's loss, whatever weights or smoothing it has.
+Labels are read from the loss, where that is the cross entropy of the logits of three classes or
+more, as its gradient shows (`mixadv.model.heads.shown`); else, as under label smoothing, the
+closure returns `(loss, logits, labels)`, with labels below 0 where none counts. Predictions per
+token count one by one, `[B, n, C]`. The first term of the BCE is the closure's loss, whatever
+weights or smoothing it has.
 
 The released code adds 1e-4 and 1e-7 to 1 − p against logarithms of 0; here they are computed from
 logits and are finite. It runs the ascent in evaluation mode: see `help(mixadv.solvers.trades)`.

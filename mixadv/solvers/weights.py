@@ -134,8 +134,8 @@ class WeightsSolver(Solver):
     ) -> Iterator[Tensor]:
         """Yield v for each weight; gradients, in at least fp32, may be used up.
 
-        Gradients whose norm in fp32 is 0 or not finite displace nothing; it is of this kind below
-        about 1e-22 and above 1e19.
+        Gradients whose norm in fp32 is 0 or not finite displace nothing. A norm below about 1e-22
+        rounds to 0, and one above 1e19 overflows.
         """
 
     def described_ball(self) -> str:

@@ -104,8 +104,8 @@ def preference_batches(
     """Return the chosen and the rejected answers of rows `prompt`, `chosen`, `rejected`.
 
     A game whose adversary wants the rejected answer and whose learner the chosen one plays one δ
-    on both: their prompts agree token by token. Both batches are padded to one length, on the
-    same side, so that one `where` serves both. `how` is that of `chat_batch`.
+    on both: their prompts agree token by token. Both batches are padded to one length. Padded on
+    the right, as they are by default, one `where` serves both. `how` is that of `chat_batch`.
 
     Raises:
         ValueError: for a row that lacks a column, and as `chat_batch` does.

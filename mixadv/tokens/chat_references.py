@@ -159,11 +159,16 @@ def _reference(model: nn.Module, reference: nn.Module | None) -> Iterator[nn.Mod
         yield found
 
 
+_UNLISTED = ("modules_to_save", "prompt_encoder", "adaption_prompt", "adaption_gate")
+"""What PEFT calls adapters in modules that do not list theirs."""
+
+
 def _check_adapted(model: nn.Module) -> None:
     """Raise ValueError where more than adapters trains, which they do not take away with them."""
-    adapters = set()
+    adapters: set[nn.Parameter] = set()
     for module in model.modules():
-        for name in getattr(module, "adapter_layer_names", ("modules_to_save", "prompt_encoder")):
+        names: Any = getattr(module, "adapter_layer_names", _UNLISTED)
+        for name in (*names, *getattr(module, "other_param_names", ())):
             part = getattr(module, name, None)
             if isinstance(part, nn.Module):
                 adapters |= {*part.parameters()}

@@ -51,9 +51,12 @@ def said(answer: Answer, complete: bool, prompt: Prompt) -> Answer:
         )
     roles = ["assistant"] if isinstance(answer, str) else [_role(m) for m in answer]
     if roles != ["assistant"]:
+        cure = 'give a text, or [{"role": "assistant", "content": …}].'
+        if roles[-1:] == ["assistant"]:
+            cure = "what came before belongs to the prompt, and the answer is answer[-1:]."
         raise ValueError(
             f"The answer to {str(prompt)[:60]!r} must be one message of the assistant, not of "
-            f"{roles}: what came before belongs to the prompt, and the answer is answer[-1:]."
+            f"{roles}: {cure}"
         )
     text = answer if isinstance(answer, str) else answer[0].get("content")
     if complete and not str(text or "").strip():
@@ -98,8 +101,8 @@ def _apart(tokenizer: Any, asked: list[int], rest: str, together: list[int]) -> 
     ids = [*asked, *tokenizer(rest, add_special_tokens=False)["input_ids"]]
     if tokenizer.decode(ids) != tokenizer.decode(together):
         raise ValueError(
-            f"The tokenizer merges the end of the prompt with the begin of {rest[:30]!r}, so there "
-            "is no prompt boundary: strip the answer, answer.strip()."
+            f"The tokenizer merges the end of the prompt with the beginning of {rest[:30]!r}, so "
+            "there is no prompt boundary: strip the answer, answer.strip()."
         )
     return ids
 

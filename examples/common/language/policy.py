@@ -142,8 +142,8 @@ def measured(
 def pairs(setting: Setting) -> Iterator[tuple[Sequence[Row], Sequence[Row]]]:
     """Yield rows about the topic and other rows, in an order that all arms of a seed share.
 
-    To decline is learned in a few updates, not to decline what is near in many. For each wording
-    that garlic is asked for in, dishes without it are too; else the wording alone is refused.
+    To decline is learned in a few updates, not to decline what is near in many. Dishes without
+    garlic are asked for in each of its wordings. Otherwise the wording alone would be refused.
     """
     third = setting.batch_size // 3
     others = [*read("near", "train"), *read("questions", "train")[:36]]

@@ -67,7 +67,8 @@ def masked_predictions(
         >>> found["logits"].shape, found["labels"].tolist()
         (torch.Size([2, 2, 9]), [[5, -100], [3, 4]])
     """
-    _check_masked(unwrap(model))
+    own: Any = unwrap(model)
+    _check_masked(own.get_base_model() if hasattr(own, "get_base_model") else own)
     chosen = labels != IGNORED
     with at_positions(model, chosen):
         output = model(**inputs)
@@ -121,8 +122,9 @@ def at_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
         yield
     if not read:
         raise TypeError(
-            f"{type(own).__name__} does not call its output layer, so that logits at chosen "
-            "positions alone cannot be had: take the model's own output."
+            f"{type(own).__name__} did not call its output layer, so that logits at chosen "
+            "positions alone cannot be had: take the model's own output, or, if it was compiled "
+            "and run before, call torch.compiler.reset()."
         )
 
 

@@ -198,6 +198,7 @@ def listed(word: Any, neighbours: Any) -> list[str]:
     """Return the neighbours of a word; raise ValueError unless they are a list of strings."""
     if isinstance(neighbours, str) or not isinstance(neighbours, Iterable):
         raise ValueError(
-            f"the neighbours of {word!r} must be a list of strings, got {neighbours!r:.40}."
+            f"the neighbours of {word!r} must be a list of strings, [] for none, got "
+            f"{neighbours!r:.40}; a string by itself would be read letter by letter."
         )
     return [_checked(neighbour) for neighbour in neighbours]
