@@ -105,7 +105,8 @@ def seen(trainer: Any) -> list[Any]:
 
 def trains(name: str, sharded: bool, **changes: Any) -> Any:
     trainer = trainer_for(name, sharded, **changes)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         trainer.train()
         trainer.evaluate()  # at the average, where there is one
     assert sharded == isinstance(next(trainer.model.parameters()), DTensor)
@@ -136,7 +137,8 @@ def resumed(rank: int, name: str) -> None:
     saving = {"save_strategy": "steps", "save_steps": 1, "output_dir": folder[0], "max_steps": 3}
     saving |= {"optim": "adamw_torch", "learning_rate": 1e-2}
     uninterrupted = trainer_for(name, True, **saving)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         uninterrupted.train()
         again = trainer_for(name, True, **saving)
         again.train(resume_from_checkpoint=f"{folder[0]}/checkpoint-1")
