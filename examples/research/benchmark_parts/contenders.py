@@ -67,6 +67,27 @@ def step(work: Work, optimizer: mixadv.GameOptimizer, rows: int | None = None) -
     return optimizer.step(work.losses(rows), groups=groups)
 
 
+def noise_by_hand(work: Work, solver: Any) -> Player:
+    """Return noise in the ball as a training loop would add it, without a check of anything."""
+    optimizer, played = work.adamw(), []
+
+    def play(rows: int | None) -> None:
+        ids = work.rows(rows)["input_ids"]  # no token is padding
+        noise = 2 * torch.rand(*ids.shape, work.embedding.embedding_dim, device=ids.device) - 1
+        share = torch.rand(len(ids), 1, 1, device=ids.device)
+        played[:] = [solver.radius * work.unit * share * noise / _lengths(noise)]
+        optimizer.zero_grad()
+        hook = work.embedding.register_forward_hook(lambda module, ids, out: out + played[0])
+        work.closure(rows)().loss.backward()
+        hook.remove()
+        optimizer.step()
+
+    def strategy() -> tuple[Tensor, Tensor]:
+        return played[0][None], torch.ones(1, 1, device=played[0].device)
+
+    return Player(play, strategy, lambda: 0)
+
+
 def smart_pytorch(work: Work, solver: Any) -> Player:
     """Return the `smart-pytorch` package with its own losses, on the ball that all play in.
 
@@ -163,7 +184,8 @@ _ENSEMBLE = mat(steps=1, learner_steps=1, particles=4, play_as="ensemble")
 _HALF: dict[str, Any] = {"radius": RADIUS, "step_size": RADIUS / 2}
 
 CONTENDERS: dict[str, Contender] = {
-    "noise": row(mixadv.UniformNoise(**_BALL)),
+    "noise": row(mixadv.UniformNoise(**_BALL), rivals=("noise by hand",)),
+    "noise by hand": row(mixadv.UniformNoise(**_BALL), enter=noise_by_hand),
     "r3f": row(mixadv.R3F(**_BALL)),
     "fgm": row(mixadv.FGM(**_BALL)),
     "cat": Contender(lambda n: mixadv.CAT(radius=RADIUS / n**0.5)),
