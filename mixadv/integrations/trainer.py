@@ -14,6 +14,7 @@ from mixadv.errors import GameError
 from mixadv.game import Game
 from mixadv.model import parallel
 from mixadv.model.contexts import no_grad
+from mixadv.model.modules import base_of
 from mixadv.model.replay import Replay
 from mixadv.model.walk import modules
 from mixadv.optimizer import GameOptimizer
@@ -109,11 +110,6 @@ def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:
             f"{who} is evaluated at the average of its weights, which is saved with the optimizer: "
             "with load_best_model_at_end set save_only_model=False, or evaluate_average=False."
         )
-
-
-def base_of(model: Any) -> Any:
-    """Return the model inside PEFT's, or the model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_columns(where: Any, groups: Any, model: nn.Module) -> None:

@@ -15,8 +15,8 @@ try:
 except ImportError as error:
     raise ImportError("mixadv.integrations.trl needs trl: pip install 'mixadv[trl]'.") from error
 
-from mixadv.integrations.trainer import base_of
 from mixadv.integrations.transformers import Adversarial, Trainer
+from mixadv.model.modules import base_of
 
 
 class AdversarialSFTTrainer(Adversarial, SFTTrainer):

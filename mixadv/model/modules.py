@@ -97,6 +97,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def base_of(model: Any) -> Any:
+    """Return the model inside PEFT's, or the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def find(model: nn.Module, site: Any) -> list[tuple[str, nn.Module]]:
     """Return the modules that a `site=` argument means, each with its name; see `Site`."""
     if isinstance(site, (list, tuple)):

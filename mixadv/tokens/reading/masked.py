@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypedDict
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import NotRequired
 
-from mixadv.model.modules import unwrap
+from mixadv.model.modules import base_of, unwrap
 
 IGNORED = -100
 """The label of a position that is not predicted, as in transformers."""
@@ -67,8 +68,12 @@ def masked_predictions(
         >>> found["logits"].shape, found["labels"].tolist()
         (torch.Size([2, 2, 9]), [[5, -100], [3, 4]])
     """
-    own: Any = unwrap(model)
-    _check_masked(own.get_base_model() if hasattr(own, "get_base_model") else own)
+    kind = type(base_of(unwrap(model)))
+    if _foretells(kind):
+        raise TypeError(
+            f"{kind.__name__} predicts the next token, and labels here are those of the tokens "
+            "themselves: take the model's own output, or load AutoModelForMaskedLM."
+        )
     chosen = labels != IGNORED
     with at_positions(model, chosen):
         output = model(**inputs)
@@ -128,17 +133,15 @@ def at_positions(model: nn.Module, positions: Tensor) -> Iterator[None]:
         )
 
 
-def _check_masked(model: nn.Module) -> None:
-    """Raise TypeError for a model of transformers that predicts the next token."""
+@cache  # a closure asks in each pass
+def _foretells(kind: type) -> bool:
+    """Return whether a class of transformers predicts the next token."""
     auto = sys.modules.get("transformers.models.auto.modeling_auto")
-    names = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM")
-    known = [{*getattr(auto, f"MODEL_FOR_{name}_MAPPING_NAMES", {}).values()} for name in names]
-    name = type(model).__name__
-    if name in known[0] | known[1] and name not in known[2] - known[1]:
-        raise TypeError(
-            f"{name} predicts the next token, and labels here are those of the tokens themselves: "
-            "take the model's own output, or load AutoModelForMaskedLM."
-        )
+    causal, answering, masked = (
+        {*getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).values()}
+        for task in ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM")
+    )
+    return kind.__name__ in answering | (causal - masked)
 
 
 def output_layer(model: nn.Module) -> nn.Module:

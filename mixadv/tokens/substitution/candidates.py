@@ -80,9 +80,11 @@ class SimilarWords(_ByWord):
     def __post_init__(self) -> None:
         super().__post_init__()
         table = self.neighbours
-        for word, similar in table.items() if isinstance(table, Mapping) else ():
+        if not isinstance(table, Mapping):
+            return
+        for word, similar in table.items():
             listed(word, similar)
-        if isinstance(table, Mapping) and not any(table.values()):
+        if not any(table.values()):
             raise ValueError(
                 f"neighbours names {len(table)} words and not one that is similar to another: "
                 "nothing could be replaced."

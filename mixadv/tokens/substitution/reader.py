@@ -95,7 +95,6 @@ class Reader:
 def _slopes(model: Any, encoding: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits of a model, and squared norms of its loss's gradient to each embedding."""
     leaves: list[Tensor] = []
-
     read: list[Any] = []
 
     def leaf(module: nn.Module, given: Any, output: Tensor) -> Tensor:
