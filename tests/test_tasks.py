@@ -389,7 +389,9 @@ def test_sentence_transformers_play(tmp_path: Any) -> None:
             a, b = (model(dict(features))["sentence_embedding"] for features in pairs)
             similarity = 20 * F.normalize(a) @ F.normalize(b).T
             how = "none" if name in WEIGHING else "mean"
-            return F.cross_entropy(similarity, torch.arange(2), reduction=how), similarity
+            labels = torch.arange(2)
+            value = F.cross_entropy(similarity, labels, reduction=how)
+            return (value, similarity, labels) if name == "mart" else (value, similarity)
 
         optimizer.step(closure)
         for point, features in zip(optimizer.game.strategy.points, pairs, strict=True):
