@@ -41,10 +41,7 @@ def solver_page(solver: type[Solver]) -> str:
     text = inspect.getdoc(inspect.getmodule(solver)) or ""
     head, _, rest = text.partition("\n\n")
     p = count_passes(solver())
-    passes = (
-        f"{p.forwards} forwards, {p.delta_backwards} backwards for δ, {p.theta_backwards} "
-        f"backwards, {p.steps} optimizer steps: {p.plain_steps:.1f} plain steps"
-    )
+    passes = f"{p}: {p.plain_steps:.1f} plain steps"
     published = "".join(
         f"- `{model}`: {', '.join(f'`{task}`' for task in tasks)}\n"
         for model, tasks in solver.presets.items()
@@ -74,7 +71,7 @@ def markdown(text: str) -> str:
             blocks.append("```\n")
         indented = starts or (indented and not line.strip())
         blocks.append(line[4:] if indented else line)
-    return "\n".join([*blocks, "```"] if indented else blocks)
+    return re.sub(r"\n+```\n", "\n```\n", "\n".join([*blocks, "```"] if indented else blocks))
 
 
 def write_solver_pages(app: Any) -> None:

@@ -1,5 +1,6 @@
 """Settings that all tests share."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 torch.set_num_threads(1)  # of a module's fixtures too, which are made before those of its tests
 
 
+if not torch.cuda.is_available():  # the seeds of devices to come are kept with a stack each
+    torch.cuda.manual_seed_all = lambda seed: None
+
+
 # ALUM's round, with steps and without; rows as group DRO weighs them; weights as AWP moves them
 TWINS = {"trades", "r3f", "cvar", "chi_square", "sam", "asam"}
 OWN = (
@@ -47,6 +52,13 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder that the workers of a session share."""
     mine = tmp_path_factory.getbasetemp()
     return mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """Leave what is loaded out of later collections, of which Trainer makes one per run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -153,12 +153,27 @@ def verdict(tests: list[str], seen: Recorder, reasons: list[str]) -> str:
     said = {REFUSED.get(test) for test in tests}
     if len(said) > 1:
         raise SystemExit(f"one cell with several verdicts, make a way of each: {tests}")
-    (reason,) = said
-    if reason is None:
+    (said_so,) = said
+    if said_so is None:
         return "✔"
+    reason = in_general(said_so)
     if reason not in reasons:
         reasons.append(reason)
     return f"{'✔' if CHANGED.issuperset(tests) else '–'}{reasons.index(reason) + 1}"
+
+
+def in_general(reason: str) -> str:
+    """Return what was said of one solver, module and shape as it is said of others."""
+    names = "|".join(solver.__name__ for solver in mixadv.SOLVERS.values())
+    for said, general in (
+        (rf"^({names})\b(?= (compares|reads a|weighs))", "This solver"),
+        (r"(by|of which) '\w+',? ?(?=which|is always)", r"\1 the default divergence, "),
+        (r"\bsite \['[\w.]+'\]", "site"),
+        (r" at '\w+'(?= must)", ""),
+        (r", got \[[\d, ]+\]", ""),
+    ):
+        reason = re.sub(said, general, reason)
+    return reason.replace("divergence, is", "divergence is")
 
 
 def table(seen: Recorder) -> str:
@@ -171,7 +186,7 @@ def table(seen: Recorder) -> str:
     lines += [
         "",
         f"✔ tested, –n refused with reason n, ✔n plays with the change named in n; "
-        f"{len(seen.passed)} tests passed to say so.",
+        f"{len(seen.passed):,} tests check this table.",
         "",
     ]
     lines += [f"{n}. {reason}" for n, reason in enumerate(reasons, 1)]

@@ -38,6 +38,16 @@ class Counts:
         """
         return (self.forwards + self.delta_backwards + 2 * self.branches) / 3
 
+    def __str__(self) -> str:
+        forwards = _several(self.forwards, "forward")
+        backwards = f"{_several(self.delta_backwards, 'backward')} for δ"
+        steps = _several(self.steps, "optimizer step")
+        return f"{forwards}, {backwards}, {self.theta_backwards} for the weights, {steps}"
+
+
+def _several(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
 
 def count_passes(solver: Solver, general_sum: bool = False, retains: bool = False) -> Counts:
     """Return the passes of a round.

@@ -72,6 +72,11 @@ class Explanation:
         outer = [] if self.weights is None else [self.weights]
         return [*outer, *([self.solver] if self.on_inputs else [])]
 
+    @property
+    def _read(self) -> str:
+        """Return whose length the unit is."""
+        return "the input" if all(map(is_input, self.site)) else "a real token's output"
+
     def __str__(self) -> str:
         s, p = self.solver, self.passes
         ball = "no ball" if s.radius is None else f"{s.radius:g}"
@@ -81,10 +86,10 @@ class Explanation:
             unit = "1 (absolute)"
         elif self.unit is None:
             each = " at each" * (len(self.site) > 1)
-            unit = f"mean L2 norm of a real token's output{each}, measured at the first round"
+            unit = f"mean L2 norm of {self._read}{each}, measured at the first round"
         else:
             how = "measured" if self.measured else "estimated from the embedding's rows"
-            unit = f"{worded(self.unit)} = mean L2 norm of a real token's output ({how})"
+            unit = f"{worded(self.unit)} = mean L2 norm of {self._read} ({how})"
         inputs = {
             "site": ", ".join(map(_named, self.site)),
             "unit": unit,
@@ -97,8 +102,7 @@ class Explanation:
             **(inputs if self.on_inputs else {"site": "no δ: the inputs stay as they are"}),
             "adversary": self.adversary + ", a payoff of its own" * self.general_sum,
             "learner": self.learner,
-            "passes": f"{p.forwards} forwards, {p.delta_backwards} backwards for δ, "
-            f"{p.theta_backwards} backwards, {p.steps} optimizer steps",
+            "passes": str(p),
             "cost": f"about {p.plain_steps:.1f} plain steps",
         }
         if self.general_sum:

@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -255,15 +256,18 @@ def _asks_for_closure(optimizer: Optimizer) -> bool:
     Its signature does not say so: they assert it, in a step of two halves. It cannot be tried, for
     another optimizer would step.
     """
-    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
-        return True
+    halves = hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
+    return halves or _asserts_closure(type(optimizer).step)
+
+
+@lru_cache
+def _asserts_closure(step: Callable[..., Any]) -> bool:
     try:
-        source = inspect.getsource(type(optimizer).step)
+        source = inspect.getsource(step)
     except (OSError, TypeError):  # no source, as in a notebook that is gone
         return False
-    return (
-        re.search(r"assert closure\b|if (closure is None|not closure):\s+raise", source) is not None
-    )
+    asserts = r"assert closure\b|if (closure is None|not closure):\s+raise"
+    return re.search(asserts, source) is not None
 
 
 def check_reentrant(model: nn.Module, solver: Solver) -> None:

@@ -34,7 +34,8 @@ _FINDS = PGD()
 class AWP(WeightsSolver):
     """The gradient where inputs and weights are both perturbed, the weights matrix by matrix.
 
-    Passes around PGD: K + 2 forwards, K backwards for δ, 2 backwards.
+    Use it around PGD or TRADES where robust accuracy falls while training goes on. Passes around
+    PGD: K + 2 forwards, K backwards for δ, 2 backwards.
 
     Attributes:
         solver: finds δ; None is the plain loss.

@@ -41,8 +41,9 @@ from mixadv.solvers.weights import WeightsSolver, over_norm, scaled, square_of
 class SAM(WeightsSolver):
     """The gradient at the end of one step of the weights up the objective, of length ρ.
 
-    Passes: 2 forwards and 2 backwards around the plain loss, else twice the learner's passes of the
-    inner solver, and its ascent.
+    Use it where the minimum is to be flat: noisy labels, few rows, vision models trained from
+    scratch. Passes: 2 forwards and 2 backwards around the plain loss, else twice the learner's
+    passes of the inner solver, and its ascent.
     """
 
     name: ClassVar[str] = "sam"
@@ -64,7 +65,7 @@ class SAM(WeightsSolver):
 class ASAM(WeightsSolver):
     """SAM whose ball is as wide in each coordinate as the weight there is large.
 
-    Passes: those of SAM.
+    Use it as SAM, where layers differ in scale. Passes: those of SAM.
 
     Attributes:
         stabilizer: η, added to the size of each weight.

@@ -117,7 +117,7 @@ def panel(axes: Any, title: str, rows: list[Point]) -> None:
     axes.set_ylim(lowest - 0.1 * highest, 1.15 * highest)  # room for names
     axes.set_xlim(0, 1.12 * max(p.cost for p in rows))
     axes.set_title(title, loc="left", fontsize=9, weight="bold")
-    axes.set(xlabel="cost of a round, in ordinary steps", ylabel="symmetric KL reached, nats")
+    axes.set(xlabel="cost of a round, in plain steps", ylabel="symmetric KL reached, nats")
 
 
 def bottom(rows: list[Point]) -> float:
