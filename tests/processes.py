@@ -55,11 +55,11 @@ class Verdict(NamedTuple):
     wrong: str  # an empty text for nothing
     refused: str  # the reason of a case that was refused, and has to be
 
-    def hold(self) -> None:
-        """Fail where something went wrong; note a refusal."""
+    def hold(self, changed: bool = False) -> None:
+        """Fail where something went wrong; note a refusal, or what was `changed` for it."""
         assert not self.wrong, self.wrong
         if self.refused:
-            note_refusal(self.refused)
+            note_refusal(self.refused, changed)
 
 
 def judge(cases: dict[str, Case], folder: Path) -> dict[str, Verdict]:
