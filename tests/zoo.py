@@ -400,7 +400,22 @@ def fingerprint(model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
 
 def assert_same(one: Any, other: Any) -> None:
     """Assert that two nested structures of tensors and numbers agree bit for bit."""
-    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    if not _equal(one, other):  # a tenth of the time of what follows, which says where
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether two structures are equal; False where this cannot tell."""
+    if type(one) is not type(other):
+        return False
+    if type(one) in (Tensor, nn.Parameter):
+        told = one.dtype, one.device, one.layout, torch.strided
+        return told == (other.dtype, other.device, other.layout, one.layout) and one.equal(other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return isinstance(one, (bool, int, float)) and one == other
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
