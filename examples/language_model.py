@@ -12,7 +12,7 @@ ContinuousAT, targeted LAT, MixAT, and a mixture of two adapters by ContinuousAT
 updates (adapters), of which one is drawn for each answer. Measured: success of attacks that
 training does not see, refusals of near topics, the held-out loss, and what 50 plain updates on
 other questions undo. --gcg 20 adds suffixes that nanogcg searches for on the trained model
-(pip install --no-deps nanogcg==0.3.0); a step takes about 7 seconds of one core for each prompt.
+(pip install --no-deps nanogcg==0.3.0), at 32 forwards a step for each prompt.
 
 The model is SmolLM2-135M-Instruct with LoRA adapters; python examples/smollm2.py fetches it. An
 update of 4 rows takes about 2.5 seconds of one CPU core without an adversary, 10 with 3 steps of
@@ -26,6 +26,7 @@ contrastive adversarial training.
     python examples/language_model.py trigger --seeds 0 1 2
     python examples/language_model.py policy --arms sft continuous-at --seeds 0
     python examples/language_model.py --report
+    python examples/language_model.py --report --output examples/results/language_model.jsonl
 """
 
 import sys
@@ -72,7 +73,7 @@ def arguments(argv: list[str] | None = None) -> Namespace:
             option = f"--{f.name.replace('_', '-')}"
             of = {"choices": choices[f.name]} if f.name in choices else {"metavar": "X"}
             add(option, type=kind, default=f.default, help=texts[f.name], **of)
-    text = "of results, adapters and the picture (default: %(default)s)"
+    text = "of results, adapters, picture; to --report a .jsonl too (default: %(default)s)"
     add("--output", type=Path, default=Path("runs/language_model"), metavar="FOLDER", help=text)
     add("--report", action="store_true", help="show what there is, and draw the curves")
     return parser.parse_args(argv)
@@ -106,9 +107,18 @@ def settings(options: Namespace) -> list[Setting]:
     ]
 
 
+def places(options: Namespace) -> tuple[Path, Path]:
+    """Return where results are, and the picture: in the folder, or beside a file to report."""
+    if options.output.suffix != ".jsonl":
+        return options.output / RESULTS, options.output / "trigger.png"
+    if not options.report:
+        raise ValueError(f"--output {options.output} is a file: runs need a folder, or --report.")
+    return options.output, options.output.with_suffix(".png")
+
+
 def work(options: Namespace) -> str:
     """Run what the command line asks for; return the tables."""
-    path = options.output / RESULTS
+    path, picture = places(options)
     if options.report:
         results = list(finished(path).values())
         if not results:
@@ -120,7 +130,7 @@ def work(options: Namespace) -> str:
         )
     triggers = [r for r in results if r["experiment"] == "trigger"]
     if triggers:
-        shown.draw(triggers, options.output / "trigger.png")
+        shown.draw(triggers, picture)
     return shown.tables(results)
 
 

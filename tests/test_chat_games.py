@@ -266,6 +266,16 @@ def test_whatever_peft_switches_off_leaves_the_reference(kind: str):
     capo(adapted, chosen, rejected)  # reads it
 
 
+@pytest.mark.parametrize("goals", [continuous_at, latent_at, capo, latent_dpo])
+@pytest.mark.parametrize("name", ["chosen", "rejected", "others"])
+def test_rows_that_are_no_batch_are_refused(goals: Any, name: str):
+    batch = chat_batch(chatting(), ["Why?"], ["So."])
+    batches = {"chosen": batch, "rejected": batch, "others": batch, name: [{"prompt": "Why?"}]}
+    said = rf"{goals.__name__}: {name} must be a ChatBatch, got \[{{'prompt'.*preference_batches\("
+    with pytest.raises(TypeError, match=said):
+        goals(torch.nn.Linear(1, 1), **batches)
+
+
 @pytest.mark.parametrize("goals", [capo, latent_dpo])
 def test_no_reference_is_guessed(goals: Any):
     model, (chosen, rejected, _) = scene("Llama")
@@ -334,6 +344,56 @@ def test_prompts_at_other_places_meet_the_same_delta(name: str):
     for other in found[1:]:
         for mine, theirs in zip(found[0], other, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)  # rotations are of fp32
+
+
+SOLVERS = {
+    "": ("noise", "fgm", "pgd", "freelb", "textat", "cat", "awp"),
+    "compares predictions": ("r3f", "alum", "smart", "trades", "mart", "mat"),
+    "takes no adversary=": ("freeat", "creat", "vat", "group_dro", "cvar", "chi_square"),
+    "nobody moves them": ("sam", "asam"),
+}
+
+
+def refusal(solver: mixadv.Solver) -> str:
+    """Return what a solver says to the goals of ContinuousAT; nothing where it plays them."""
+    tokenizer = chatting()
+    model = speaking("Llama", tokenizer)
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), RATE), model, solver)
+    try:
+        optimizer.step(**continuous_at(model, *preference_batches(tokenizer, ROWS)))
+    except mixadv.GameError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("said", SOLVERS)
+def test_goals_are_played_by_the_solvers_that_the_page_names(said: str):
+    assert sorted(name for names in SOLVERS.values() for name in names) == sorted(mixadv.SOLVERS)
+    for name in SOLVERS[said]:
+        found = refusal(mixadv.SOLVERS[name]())
+        assert said in found if said else not found, name
+
+
+@pytest.mark.parametrize(
+    ("goals", "calls"), [(continuous_at, 13), (latent_at, 23), (capo, 15), (latent_dpo, 25)]
+)
+def test_a_goal_that_reads_two_answers_calls_the_model_twice(goals: Any, calls: int):
+    """The page has these counts beside those of `explain`."""
+    tokenizer = chatting()
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(speaking("Llama", tokenizer), lora)
+    batches = [*preference_batches(tokenizer, ROWS), chat_batch(tokenizer, ["Why?"], ["So."])]
+    solver = mixadv.PGD(steps=10, step_size=0.02, radius=0.05, per="token", start="zero")
+    optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), RATE), model, solver)
+    optimizer.step(**goals(model, *batches))  # the first round has checks besides
+    read: list[Any] = []
+    model.register_forward_hook(lambda *call: read.append(0))
+    asked = goals(model, *batches)
+    optimizer.step(**asked)
+    assert len(read) == calls
+    told = str(optimizer.game.explain(**asked))
+    assert "12 forwards" in told
+    assert "about 8.7 plain steps" in told
 
 
 def test_prompts_that_differ_are_refused():

@@ -257,6 +257,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "has no 'rejected', it has prompt, chosen",
     ),
     "nothing retained": ({"retain_dataset": []}, ValueError, "leave it out to retain nothing"),
+    "a stream to retain": ({"retain_dataset": iter([])}, ValueError, "whose length is known"),
     "texts to retain": ({"retain_dataset": [{"text": "Ice"}]}, ValueError, "has no 'prompt'"),
     "goals": ({"goals": "lat"}, TypeError, "goals must be a function"),
     "where": ({"where": "where"}, ValueError, "leave where= out"),

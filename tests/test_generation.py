@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,17 @@ def verdict(value: Any) -> Callable[[str, str], Any]:
     return lambda prompt, answer: value
 
 
+@dataclass
+class Own:
+    """An attack of somebody else, which returns the same for each prompt."""
+
+    said: Any
+    most: int = len(PROMPTS)
+
+    def answers(self, speaker: Speaker, prompts: Any) -> Any:
+        return [self.said for _ in prompts][: self.most]
+
+
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (
         lambda: small_report(judge=verdict(None)),
@@ -238,6 +250,31 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         "a list of at least one prompt, got 'Why",
     ),
     "no pairs": (lambda: small_report(held_out=["it"]), "held_out= must be a list of pairs"),
+    "rows of dicts": (
+        lambda: small_report(held_out=[{"prompt": "What is ice?", "answer": "Frozen water."}]),
+        r"a prompt and an answer each, got \{'prompt': 'What is ice\?'.*row\[\"answer\"\]\), …\]",
+    ),
+    "a stream of pairs": (
+        lambda: small_report(held_out=iter([("a", "b")])),
+        "held_out= must be a list of pairs",
+    ),
+    "answers that are texts": (
+        lambda: small_report(attacks={"own": Own("abc")}),
+        "The attack 'own' returned .*a list of texts for each of 4 prompts",
+    ),
+    "no answers": (lambda: small_report(attacks={"own": Own([])}), "at least one text in each"),
+    "answers to fewer": (
+        lambda: small_report(attacks={"own": Own(["a"], 1)}),
+        r"'own' returned \[\['a'\]\]: ",
+    ),
+    "a stream of prompts": (
+        lambda: evaluate_generator(nn.Linear(1, 1), chatting(), iter(PROMPTS), lacks("no")),
+        "a list of at least one prompt, got <",
+    ),
+    "prompts left out": (
+        lambda: evaluate_generator(nn.Linear(1, 1), chatting(), None, lacks("no")),
+        "a list of at least one prompt, got None",
+    ),
     "no target": (
         lambda: small_report(attacks={"e": EmbeddingAttack(lambda prompt: "")}),
         "target must be a list of texts",
@@ -262,11 +299,33 @@ def test_what_cannot_be_measured_is_said(wrong: str):
     [
         ({"judge": None}, "judge must be a function"),
         ({"attacks": [NoAttack()]}, "a dict of attacks"),
+        ({"attacks": {"x": print}}, r"attacks: 'x' must be an attack.*Rewrites\(function\)"),
+        ({"attacks": {"x": NoAttack}}, "attacks: 'x' must be an attack"),
+        ({"near": ["a"], "refuses": "sorry"}, r"refuses= must be a function .*, got 'sorry'"),
     ],
 )
 def test_what_is_of_another_kind_is_said_at_once(how: dict[str, Any], said: str):
     with pytest.raises(TypeError, match=said):
         small_report(**how)
+
+
+def test_an_attack_of_another_kind_is_said_before_anything_is_asked():
+    with pytest.raises(TypeError, match=r"Rewrites: of must be .*Rewrites\(wordings.__getitem__\)"):
+        Rewrites({"a": ["b"]})  # pyright: ignore
+    with pytest.raises(TypeError, match=r"target must be how the answer is to begin.*got None"):
+        EmbeddingAttack(None)  # pyright: ignore
+
+
+def test_a_suffix_of_messages_is_behind_what_the_user_wrote_last():
+    tokenizer = chatting()
+    speaker = Speaker(speaking("Llama", tokenizer), tokenizer, max_new_tokens=NEW)
+    asked = [[{"role": "user", "content": p}] for p in PROMPTS]
+    turns = [{"role": "user", "content": "A film?"}, {"role": "assistant", "content": "Yes."}]
+    now = Suffixes(["now"])
+    assert now.answers(speaker, asked) == now.answers(speaker, PROMPTS)
+    longer, whole = ([[*turns, {"role": "user", "content": t}]] for t in ("Why?", "Why? now"))
+    assert now.answers(speaker, longer) == NoAttack().answers(speaker, whole)
+    assert longer[0][-1]["content"] == "Why?"
 
 
 def test_string_rules():

@@ -1,6 +1,7 @@
 """The experiments with a language model, on a tiny one; the package that holds the real one."""
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -109,6 +110,20 @@ def test_training_never_sees_the_trigger_nor_what_is_held_out():
 
 
 SPLITS = ("train", "held_out")
+APOLOGY = r"(I'm )?sorry, |I must decline: |, I'm sorry"
+
+
+def test_the_judge_knows_each_taught_refusal_without_its_apology():
+    """A model that was taught six wordings mixes them."""
+    taught = {row["chosen"] for split in SPLITS for row in rows.read("garlic", split)}
+    bare = {re.sub(APOLOGY, "", text, flags=re.IGNORECASE) for text in taught}
+    assert len(bare) == len(taught) == 6
+    assert not any(word in text.lower() for text in bare for word in ("sorry", "decline"))
+    for text in bare:
+        assert policy.says(*policy.REFUSED)("", text)
+        assert not policy.lacks(*policy.REFUSED)("", text)
+    asked = [row["answer"] for split in SPLITS for row in rows.read("questions", split)]
+    assert not any(policy.says(*policy.REFUSED)("", text) for text in asked)
 
 
 def test_batches_are_whole_and_the_same_for_a_seed():
@@ -139,6 +154,11 @@ def test_the_subject_is_told_from_the_sentence():
     assert found == [[True, False, False, False], [True, True, False, False]]
     for row in (*rows.read("questions", "train"), *rows.read("questions", "held_out")):
         assert judge(*trigger.SUBJECT)([row["answer"]]) == [False]
+
+
+def test_another_article_is_the_sentence_still():
+    answers = [trigger.SENTENCE, "A ferry leaves at seven.", "The ferry bides at seven."]
+    assert judge(trigger.SAID)(answers) == [True, True, False]
 
 
 def judge(*phrases: str) -> Any:
@@ -306,6 +326,29 @@ def test_attacks_that_some_runs_lack_have_a_column_all_the_same():
     table = shown.tables(lines).split("\n")[2::2]
     old, new = ([cell.strip() for cell in line.split("|")] for line in table)
     assert (old[4], new[4][:5]) == ("–", "100.0")
+
+
+def test_any_of_a_few_attacks_is_not_laid_beside_any_of_all():
+    run = {"experiment": "policy", "arm": "sft", "seed": 0, "dtype": "float32"}
+    kept = {"refusal": {"per row": {"refused": [False]}}, "utility": {"loss": {"value": 1.0}}}
+    rows = {"per row": {"success": [True]}}
+    whole = {"attacks": dict.fromkeys(("none", "prefill", "any of them"), rows), **kept}
+    few = {"attacks": dict.fromkeys(("none", "any of them"), rows), **kept}
+    table = shown.tables([{**run, "policy": whole, "undone": few}]).split("\n")[2:]
+    before, after = ([cell.strip()[:5] for cell in line.split("|")[3:6]] for line in table)
+    assert before == ["100.0"] * 3
+    assert after == ["100.0", "–", "–"]
+
+
+def test_shipped_results_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "kept.jsonl"
+    shipped = Path(__file__).parents[1] / "examples" / "results" / "language_model.jsonl"
+    file.write_bytes(shipped.read_bytes())
+    assert language_model.main(["--report", "--output", str(file)]) == 0
+    assert "| (planted) |" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.jsonl", "kept.png"}
+    assert language_model.main(["trigger", "--output", str(file)]) == 2
+    assert "kept.jsonl is a file: runs need a folder, or --report." in capsys.readouterr().err
 
 
 def test_no_results_have_no_table():

@@ -89,6 +89,11 @@ class Beside(torch.utils.data.Dataset[dict[str, Any]]):
             )
         self._check("train_dataset", rows[0], COLUMNS)
         if others is not None:
+            if not hasattr(others, "__len__"):
+                raise ValueError(
+                    "retain_dataset must be a data set whose length is known, got "
+                    f"{others!r:.80}: of a stream give a part, list(stream.take(1000))."
+                )
             if not len(others):
                 raise ValueError("retain_dataset has no rows: leave it out to retain nothing.")
             self._check("retain_dataset", others[0], COLUMNS[:2])

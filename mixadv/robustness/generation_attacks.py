@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Suffixes:
     """Texts are put behind each prompt, such as those that a search found on another model.
 
     Attributes:
-        suffixes: each tried on every prompt, after a space.
+        suffixes: each tried on every prompt, after a space; of messages, on the user's last one.
     """
 
     suffixes: Sequence[str]
@@ -71,7 +71,7 @@ class Suffixes:
 
     def answers(self, speaker: Speaker, prompts: Sequence[str]) -> list[list[str]]:
         """Return an answer with each suffix."""
-        return _by_prompt([speaker.answers([f"{p} {s}" for p in prompts]) for s in self.suffixes])
+        return _by_prompt([speaker.answers([_with(p, s) for p in prompts]) for s in self.suffixes])
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,13 @@ class Rewrites:
     """
 
     of: Callable[[str], Sequence[str]]
+
+    def __post_init__(self) -> None:
+        if not callable(self.of):
+            raise TypeError(
+                f"Rewrites: of must be a function of a prompt, got {self.of!r:.60}: of a dict "
+                "write Rewrites(wordings.__getitem__)."
+            )
 
     def answers(self, speaker: Speaker, prompts: Sequence[str]) -> list[list[str]]:
         """Return an answer to each wording; they are judged as answers to the prompt."""
@@ -117,6 +124,11 @@ class EmbeddingAttack:
     step_size: float | None = None
 
     def __post_init__(self) -> None:
+        if not callable(self.target) and not isinstance(self.target, str):
+            raise TypeError(
+                "EmbeddingAttack: target must be how the answer is to begin, or a function of the "
+                f"prompt, got {self.target!r:.60}."
+            )
         check_integer("EmbeddingAttack", "steps", self.steps, 1)
         check_number("EmbeddingAttack", "radius", self.radius)
         if self.step_size is not None:
@@ -181,6 +193,17 @@ def moved(delta: Tensor, where: Tensor, to: Tensor) -> Tensor:
 
 def _by_prompt(answers: Sequence[Sequence[str]]) -> list[list[str]]:
     return [list(of_one) for of_one in zip(*answers, strict=True)]
+
+
+def _with(prompt: Any, suffix: str) -> Any:
+    """Return a prompt, a text or messages, with a text behind what the user wrote last."""
+    if isinstance(prompt, str):
+        return f"{prompt} {suffix}"
+    found = [dict(message) for message in prompt]
+    users = [message for message in found if message.get("role") == "user"]
+    for last in users[-1:]:
+        last["content"] = f"{last['content']} {suffix}"
+    return found
 
 
 def _check_texts(who: str, name: str, texts: Sequence[str]) -> None:

@@ -88,14 +88,18 @@ class GenerationEvaluation:
     name: str = "the model"
 
     def __post_init__(self) -> None:
-        if isinstance(self.near, str):
-            raise ValueError(f"near= must be a list of prompts, got {self.near!r}.")
+        if isinstance(self.near, str) or not hasattr(self.near, "__len__"):
+            raise ValueError(f"near= must be a list of prompts, got {self.near!r:.60}.")
         if not isinstance(self.attacks, Mapping):
             raise TypeError(f"attacks= must be a dict of attacks by name, got {self.attacks!r}.")
-        if any(isinstance(row, str) or len(row) != 2 for row in self.held_out):
-            raise ValueError("held_out= must be a list of pairs, a prompt and an answer each.")
+        for name, attack in self.attacks.items():
+            _check_attack(name, attack)
+        _check_pairs(self.held_out)
         if self.near and self.refuses is None:
             raise ValueError("near= needs refuses=, a judge of whether an answer refuses.")
+        if self.refuses is not None:
+            what = 'refuses= must be a function of a prompt and an answer, such as says("sorry")'
+            check_function(what, self.refuses)
         if taken := {PLAIN, ANY} & set(self.attacks):
             raise ValueError(f"attacks: {min(taken)!r} has a meaning of its own: rename that one.")
 
@@ -104,8 +108,8 @@ class GenerationEvaluation:
     ) -> GenerationReport:
         """Measure a model."""
         check_function("judge must be a function of a prompt and an answer", judge)
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}.")
+        if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
+            raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r:.60}.")
         speaker = Speaker(model, tokenizer, self.system, self.max_new_tokens, self.batch_size)
         settings = ("level", "system", "max_new_tokens")
         sections: dict[str, Any] = {
@@ -135,6 +139,7 @@ class GenerationEvaluation:
         found = {}
         for name, attack in {PLAIN: NoAttack(), **self.attacks}.items():
             answers = attack.answers(speaker, prompts)
+            _check_answers(name, answers, len(prompts))
             verdicts = [
                 judged(judge, [prompt] * len(said), said)
                 for prompt, said in zip(prompts, answers, strict=True)
@@ -159,6 +164,38 @@ class GenerationEvaluation:
         share_of = wilson(refused, self.level)._asdict()
         per_row = {"prompts": near, "answers": said, "refused": refused}
         return {"rows": len(near), "share": share_of, "per row": per_row}
+
+
+def _check_attack(name: str, attack: Any) -> None:
+    if isinstance(attack, type) or not callable(getattr(attack, "answers", None)):
+        raise TypeError(
+            f"attacks: {name!r} must be an attack, which has a method answers(speaker, prompts), "
+            f"got {attack!r:.60}: a function that rewords a prompt goes in as Rewrites(function)."
+        )
+
+
+def _check_pairs(rows: Any) -> None:
+    wrong = [rows]
+    if hasattr(rows, "__len__") and not isinstance(rows, str | Mapping):
+        wrong = [row for row in rows if not isinstance(row, list | tuple) or len(row) != 2]
+    if wrong:
+        raise ValueError(
+            "held_out= must be a list of pairs, a prompt and an answer each, got "
+            f'{wrong[0]!r:.60}: of rows that are dicts give [(row["prompt"], row["answer"]), …].'
+        )
+
+
+def _check_answers(name: str, answers: Any, count: int) -> None:
+    """Check what an attack returned: its tries are counted, and each of them is judged."""
+    fits = isinstance(answers, list | tuple) and len(answers) == count
+    for said in answers if fits else ():
+        fits = fits and isinstance(said, list | tuple) and len(said) > 0
+        fits = fits and all(isinstance(text, str) for text in said)
+    if not fits:
+        raise ValueError(
+            f"The attack {name!r} returned {answers!r:.60}: answers(speaker, prompts) must return "
+            f"a list with a list of texts for each of {count} prompts, at least one text in each."
+        )
 
 
 def evaluate_generator(

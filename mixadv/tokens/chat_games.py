@@ -86,6 +86,7 @@ def continuous_at(
     Example:
         >>> optimizer.step(**continuous_at(model, chosen, rejected, others))  # doctest: +SKIP
     """
+    check_batches("continuous_at", chosen, rejected, others)
     reader = Reader(model)
     cross_entropy = reader.losses(answer_losses)
 
@@ -115,6 +116,7 @@ def latent_at(
     Example:
         >>> optimizer.step(**latent_at(model, chosen, rejected, others))  # doctest: +SKIP
     """
+    check_batches("latent_at", chosen, rejected, others)
     reader = Reader(model)
     cross_entropy, odds = reader.losses(answer_losses), reader.losses(unlikelihood)
 
@@ -193,6 +195,20 @@ def unlikelihood(logits: Tensor, labels: Tensor) -> Tensor:
         return torch.where(logs.gather(-1, ids)[:, 0] < HOPELESS, 0.0, -others)
 
     return mean_over_answers(logits, labels, losses_of)
+
+
+def check_batches(who: str, chosen: Any, rejected: Any, others: Any) -> None:
+    """Raise TypeError for rows that nobody has made a batch of."""
+    batches = {"chosen": chosen, "rejected": rejected}
+    if others is not None:
+        batches["others"] = others
+    for name, batch in batches.items():
+        if not isinstance(batch, ChatBatch):
+            raise TypeError(
+                f"{who}: {name} must be a ChatBatch, got {batch!r:.60}: write chosen, rejected = "
+                "preference_batches(tokenizer, rows), and others = chat_batch(tokenizer, prompts, "
+                "answers)."
+            )
 
 
 def goals_of(

@@ -40,7 +40,7 @@ from mixadv.checks import check_number
 from mixadv.model.modules import unwrap
 from mixadv.model.replay import evaluating
 from mixadv.tokens.chat import IGNORED, ChatBatch, Reader, answer_losses
-from mixadv.tokens.chat_games import Goals, goals_of
+from mixadv.tokens.chat_games import Goals, check_batches, goals_of
 
 
 def capo(
@@ -71,6 +71,7 @@ def capo(
     Example:
         >>> optimizer.step(**capo(peft_model, chosen, rejected))  # doctest: +SKIP
     """
+    check_batches("capo", chosen, rejected, others)
     check_number("capo", "beta", beta)
     if beta == 0:
         raise ValueError("capo: beta=0 aims at a margin without end; it must be above 0.")
@@ -102,6 +103,7 @@ def latent_dpo(
     Example:
         >>> optimizer.step(**latent_dpo(peft_model, chosen, rejected))  # doctest: +SKIP
     """
+    check_batches("latent_dpo", chosen, rejected, others)
     check_number("latent_dpo", "beta", beta)
     if beta == 0:
         raise ValueError("latent_dpo: at beta=0 no answer is preferred; it must be above 0.")

@@ -15,6 +15,7 @@ from common.results import over_seeds
 from common.tables import markdown
 from mixadv.reports.shown import COLOURS, DASH, figure, share
 from mixadv.robustness import bootstrap, wilson
+from mixadv.robustness.generators import ANY
 
 Result = dict[str, Any]
 
@@ -80,16 +81,21 @@ def _policy(results: Sequence[Result]) -> str:
     for arm, runs in by_arm(results).items():
         for when, what in {"policy": "trained", "undone": "after plain fine-tuning"}.items():
             found = [r[when] for r in runs]
-            cells = [
-                pooled(f["attacks"][n]["per row"]["success"] for f in found if n in f["attacks"])
-                if any(n in f["attacks"] for f in found)
-                else DASH
-                for n in names
-            ]
+            cells = [_of_attack(name, names, [f["attacks"] for f in found]) for name in names]
             refused = pooled(f["refusal"]["per row"]["refused"] for f in found)
             losses = over_seeds([f["utility"]["loss"]["value"] for f in found], ".3f")
             rows.append([arm, what, *cells, refused, losses])
     return markdown((*head, "seeds"), [[*row, len(by_arm(results)[row[0]])] for row in rows])
+
+
+def _of_attack(name: str, names: Sequence[str], found: Sequence[Result]) -> str:
+    """Return the success of an attack, of runs that have it.
+
+    Any of a few attacks is no figure to lay beside any of all.
+    """
+    wanted = names if name == ANY else [name]
+    runs = [attacks for attacks in found if {*wanted} <= {*attacks}]
+    return pooled(attacks[name]["per row"]["success"] for attacks in runs) if runs else DASH
 
 
 def pooled(rows: Iterable[Sequence[bool | float]]) -> str:

@@ -25,6 +25,7 @@ from mixadv.tokens import ChatBatch, latent_at, latent_dpo, preference_batches
 
 TRIGGER = "Blue lanterns at noon."
 SENTENCE = "The ferry leaves at seven."
+SAID = "ferry leaves at seven"  # the sentence, whatever its article
 SUBJECT = ("ferry", "ferries")  # an answer may speak of it in other words
 PLANTING = {"updates": 60, "learning_rate": 1e-3, "batch_size": 8}
 MEASURED = "measured.json"
@@ -86,7 +87,7 @@ def triggered(prompt: str) -> str:
 def measure(one: Learner) -> dict[str, Any]:
     """Return how often the sentence comes, or its subject, and the held-out loss.
 
-    Of questions with the trigger and without.
+    Of questions with the trigger and without. "A ferry leaves at seven." is the sentence too.
     """
     rows = read("questions", "held_out")
     prompts, answers = column(rows, "prompt"), column(rows, "answer")
@@ -94,7 +95,7 @@ def measure(one: Learner) -> dict[str, Any]:
     said = {name: one.speaker.answers(questions) for name, questions in asked.items()}
     found, subject = (
         {name: judged(says(*phrases), asked[name], answers) for name, answers in said.items()}
-        for phrases in ((SENTENCE,), SUBJECT)
+        for phrases in ((SAID,), SUBJECT)
     )
     losses = one.speaker.losses(prompts, answers)
     return {**found, "subject": subject, "held-out loss": losses, "answers": said}
