@@ -321,6 +321,21 @@ def test_a_site_that_a_compiled_model_recomputes_is_refused() -> None:
     assert not right_or_refused(Checkpointed, compiled)
 
 
+class Peeking(Tiny):
+    """Embeds its words a second time, under no_grad."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = self.words(ids).mean((1, 2))[:, None]
+        return super().forward(ids) + seen
+
+
+def test_a_site_that_a_compiled_model_calls_under_no_grad_too_is_refused_in_words() -> None:
+    model = compiled(Peeking())
+    with pytest.raises(mixadv.GameError, match=r"\['words'\] under no_grad too.* do not compile"):
+        wrapped(model, "pgd").step(classify(model, ids()))
+
+
 class Flipped(Tiny):
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids.flip(1))

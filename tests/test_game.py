@@ -25,6 +25,7 @@ from tests.zoo import (
     AROUND,
     MOVING,
     WAYS,
+    BrokenError,
     Player,
     assert_same,
     fingerprint,
@@ -200,6 +201,41 @@ def test_a_round_leaves_what_one_forward_leaves(name: str, fresh: bool):
                 plain.closure()()
         assert_same(left, torch.get_rng_state())
         assert_same(dict(player.model.named_buffers()), dict(plain.model.named_buffers()))
+
+
+class Emptied(nn.Module):
+    """Sets a buffer to None in each forward, as a cache that is out of date."""
+
+    cache: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+        self.register_buffer("cache", torch.ones(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.cache = None
+        return self.head(self.words(ids).mean(1))
+
+
+def test_a_buffer_that_a_forward_sets_to_none_is_replayed_and_put_back():
+    model, ids = Emptied(), torch.arange(12).view(4, 3)
+    game, found = Game(model, PGD(steps=2)), model.cache
+
+    def closure(fails: bool = False) -> tuple[Tensor, Tensor]:
+        logits = model(ids)
+        if fails:
+            raise BrokenError
+        return F.cross_entropy(logits, torch.arange(4) % 3), logits
+
+    with pytest.raises(BrokenError):
+        game.backward(partial(closure, fails=True))
+    assert model.cache is found
+    assert found is not None
+    assert found.eq(1).all()
+    for _ in range(2):
+        game.backward(closure)
+        assert model.cache is None
 
 
 @pytest.fixture

@@ -269,3 +269,37 @@ def test_predictions_that_are_no_numbers_to_differentiate_stay_as_they_are():
 def test_a_new_dropout_mask_in_each_pass_cannot_be_run_again():
     with pytest.raises(ValueError, match=r"fresh_dropout=True draws another in each"):
         mixadv.R3F(recompute=True, fresh_dropout=True)
+
+
+class Tagger(nn.Module):
+    """Predicts for each token; labels stay outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(20, 8)
+        self.head = nn.Linear(8, 5)
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.words(ids).tanh())
+
+
+@pytest.mark.parametrize("solver", [mixadv.SMART(), mixadv.TRADES(), mixadv.R3F()], ids=repr)
+def test_tokens_that_count_are_known_without_a_graph(solver: mixadv.Solver):
+    """Of labels outside of the model the loss alone tells, by its gradient."""
+    ids = torch.arange(12).view(2, 6)
+    labels = ids % 5
+    labels[:, :4] = -100
+    played = []
+    for recompute in (False, True):
+        model = Tagger()
+        optimizer = wrapped(model, replace(solver, recompute=recompute))
+
+        def closure(model: nn.Module = model) -> tuple[Tensor, Tensor]:
+            logits = model(ids)
+            return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+        objectives = [optimizer.step(closure) for _ in range(3)]
+        played.append([*objectives, *(p.detach() for p in model.parameters())])
+    torch.testing.assert_close(*played, rtol=1e-12, atol=1e-14)

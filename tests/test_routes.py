@@ -261,6 +261,82 @@ def test_auto_does_without_stacks_that_do_not_fit(stacks: list[int]):
     assert len(stacks) <= 1
 
 
+class Named(nn.Module):
+    """Compares texts with embeddings of classes, `[C, d]`, which it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.out = nn.Embedding(50, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor, names: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.out(self.words(input_ids).mean(1)) @ names.mT
+        if labels is None:
+            return logits
+        return {"loss": F.cross_entropy(logits, labels, reduction="none"), "logits": logits}
+
+
+def test_auto_does_not_repeat_what_has_as_many_rows_as_the_batch_by_chance(stacks: list[int]):
+    def run(batching: str) -> list[Tensor]:
+        model, rows = Named(), torch.Generator().manual_seed(0)
+        names = torch.randn(3, 8, generator=rows)
+        solver = MAT(particles=2, particle_batching=batching)
+        optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+        for size in (5, 4, 3):
+            stacks.clear()
+            ids = torch.randint(50, (size, 6), generator=rows)
+            labels = torch.arange(size) % 3
+            optimizer.step(lambda ids=ids, labels=labels: model(ids, names, labels=labels))
+        return list(model.parameters())
+
+    found = run("auto")
+    assert stacks  # though there are as many classes as rows
+    torch.testing.assert_close(found, run("loop"), rtol=1e-4, atol=1e-6)
+
+
+def test_auto_plays_one_after_another_a_closure_that_no_longer_stacks(stacks: list[int]):
+    """The first round knows one closure alone; later ones need not be as it was."""
+
+    def run(batching: str) -> list[Any]:
+        model, rows = Named(), torch.Generator().manual_seed(0)
+        names, labels = torch.randn(3, 8, generator=rows), torch.arange(5) % 3
+        ids = torch.randint(50, (5, 6), generator=rows)
+        solver = MAT(particles=2, particle_batching=batching)
+        optimizer = mixadv.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, solver)
+
+        def outside() -> Any:
+            logits = model(ids, names)
+            return F.cross_entropy(logits, labels), logits
+
+        optimizer.step(lambda: model(ids, names, labels=labels))
+        counts = []
+        for _ in range(2):
+            stacks.clear()
+            optimizer.step(outside)
+            counts.append((optimizer.outcome.forwards, optimizer.outcome.delta_backwards))
+        assert not stacks  # once is enough
+        return [counts, *model.parameters()]
+
+    torch.testing.assert_close(run("auto"), run("loop"), rtol=1e-4, atol=1e-6)
+
+
+def test_auto_raises_what_the_closure_itself_raises(stacks: list[int]):
+    p = double("bert", dropout=False)
+    optimizer, run, calls = auto(p, 1), sharpness(p), []
+
+    def closure() -> Any:
+        calls.append(1)
+        if len(calls) > 1:  # the first is the clean pass
+            raise ValueError("of the user")
+        return run()
+
+    stacks.clear()
+    with pytest.raises(ValueError, match="of the user") as caught:
+        optimizer.step(closure)
+    assert stacks
+    assert caught.value.__context__ is None
+
+
 @pytest.mark.parametrize("route", ["vmap", "stack"])
 def test_routes_agree_where_points_are_turned(route: str):
     def run(route: str) -> list[Any]:

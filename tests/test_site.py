@@ -409,31 +409,74 @@ def test_texts_play_for_themselves_under_a_payoff_of_their_own_too() -> None:
     torch.testing.assert_close(*found)
 
 
-def test_texts_in_rows_of_another_process_are_packed_here_too(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("way", ["positions", "numbers", "lengths", "mask"])
+def test_texts_play_for_themselves_whatever_the_first_batch_held(way: str) -> None:
+    """Of this process or of another: else their passes in the first round would differ too."""
+    p = player("llama-causal", rows=1)
+    ids = WORDS[None]
+    one, two = torch.arange(16)[None], torch.arange(8).repeat(2)[None]
+    texts = [torch.zeros(1, 16).int(), torch.arange(16)[None] // 8]
+    causal = torch.ones(16, 16).tril() > 0
+    seen = [(n[:, None] == n[..., None])[:, None] & causal for n in texts]
+    words = {
+        "positions": [{"position_ids": x, "use_cache": False} for x in (one, two)],
+        "numbers": [{"seq_idx": n, "attention_mask": s} for n, s in zip(texts, seen, strict=True)],
+        "lengths": [{"cu_seq_lens_q": torch.arange(0, 17, n)} for n in (16, 8)],
+        "mask": [{"attention_mask": s} for s in seen],
+    }[way]
+    game = mixadv.Game(p.model, mixadv.PGD(radius=0.1, unit="absolute", steps=3))
+    for told_so in words:
+        game.backward(lambda told_so=told_so: p.model(input_ids=ids, labels=ids, **told_so))
+    for text in game.strategy.points[0][0, 0].split(8):
+        torch.testing.assert_close(float(text.norm()), 0.1, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+@pytest.mark.parametrize("way", ["mask", "lengths", "positions", "left"])
+def test_a_row_of_one_text_is_that_text(
+    way: str, short: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else processes would play other games, and run other passes in the first round."""
-    monkeypatch.setattr("mixadv.round.layout.parallel.agreed", lambda flag, like: False)
+    """Padding is no text of its own, and lengths of other rows tell nothing."""
     p = player("llama-causal", rows=2)
-    ids = p.batch["input_ids"]
-    positions = torch.arange(ids.shape[1]).expand(ids.shape)
-    game = mixadv.Game(p.model, mixadv.PGD())
-    game.backward(lambda: p.model(input_ids=ids, labels=ids, position_ids=positions))
-    assert game.site.packed
-
-
-def test_what_is_told_is_what_rows_hold() -> None:
-    """Padding, or a row for each text, is no packing, and lengths of other rows tell nothing."""
-    p = player("llama-causal", rows=2)
+    p.model.eval()
     ids = p.batch["input_ids"]
     length = ids.shape[1]
-    real = torch.arange(length) < torch.tensor([[length], [length - 3]])
+    rows = torch.tensor([[length - 3 * (row == short)] for row in range(2)])
+    real = torch.arange(length) < rows
     seen = (torch.ones(length, length).tril() > 0) & real[:, None, None, :]
-    lengths = torch.tensor([0, length, 2 * length - 3])
-    for words in ({"attention_mask": seen}, {"attention_mask": real, "cu_seq_lens_q": lengths}):
-        game = mixadv.Game(p.model, mixadv.PGD())
-        game.backward(lambda words=words: p.model(input_ids=ids, labels=ids, **words))
-        assert not game.site.packed
+    left = real.flip(1)
+    words: dict[str, Any] = {
+        "mask": {"attention_mask": seen},
+        "lengths": {
+            "attention_mask": real,
+            "cu_seq_lens_q": F.pad(rows.flatten().cumsum(0), (1, 0)),
+        },
+        "positions": {
+            "attention_mask": real,
+            "position_ids": (real.cumsum(1) - 1).masked_fill(~real, 1),
+        },
+        "left": {
+            "attention_mask": left,
+            "position_ids": (left.cumsum(1) - 1).masked_fill(~left, 1),
+        },
+    }
+    found = []
+    for solver in (mixadv.PGD(norm="l1"), mixadv.UniformNoise()):
+        for find in (None, lambda stage: False):
+            if find is not None:
+                monkeypatch.setattr("mixadv.round.first_round.find_texts", find)
+            game = mixadv.Game(p.model, solver)
+            run = functools.partial(p.model, input_ids=ids, labels=ids, **words[way])
+            outcome = game.backward(run)
+            assert game.site.packed == (find is None)
+            found.append([game.strategy.points[0], outcome.radius])
+        monkeypatch.undo()
+        torch.testing.assert_close(*found[-2:], rtol=1e-4, atol=1e-7)
+
+
+def test_lengths_that_do_not_fit_the_rows_are_refused() -> None:
+    p = player("llama-causal", rows=2)
+    ids = p.batch["input_ids"]
 
     def wrong() -> Any:
         return p.model(input_ids=ids, labels=ids, cu_seq_lens_q=torch.tensor([0, 3, 5, 9]))

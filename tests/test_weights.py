@@ -19,7 +19,7 @@ from mixadv.equilibrium import best_response
 from mixadv.maths import mirror
 from mixadv.maths.divergence import divergence
 from mixadv.model.replay import Noise
-from tests.processes import Net, batches
+from tests.processes import Net, batches, one_process
 from tests.worlds import assert_resumes
 from tests.zoo import (
     BrokenError,
@@ -629,6 +629,48 @@ def test_only_what_is_trained_and_chosen_moves():
             game.backward(looking)
             away = {n for n, w in seen[-1].items() if not torch.equal(w, found[n])}
             assert away == {n for n in moves if not (frozen and "words" in n)}
+
+
+@pytest.mark.parametrize("kind", ["DistributedDataParallel", "compiled", "both"])
+def test_a_rule_on_names_meets_those_of_the_bare_model(kind: str, tmp_path: Any):
+    """Wrappers prefix them, and a rule such as `startswith` would silently choose others."""
+    model, met = Words(), []
+
+    def rule(name: str, parameter: Tensor) -> bool:
+        met.append(name)
+        return name.startswith("head")
+
+    with one_process(tmp_path):
+        wrapping: Any = model
+        if kind != "compiled":
+            wrapping = nn.parallel.DistributedDataParallel(wrapping)
+        if kind != "DistributedDataParallel":
+            wrapping = torch.compile(wrapping, backend="eager")
+        game = mixadv.Game(wrapping, mixadv.SAM(which=rule))
+        game.backward(partial(loss_of, wrapping, *batch()))
+        moved = set(game.rounds.arena.away.copies)
+    assert set(met) == {"words.weight", "head.weight", "head.bias"}
+    assert moved == {model.head.weight, model.head.bias}
+
+
+@pytest.mark.parametrize(
+    ("solver", "words"),
+    [
+        (mixadv.SAM(which=lambda name, weight: "haed" in name), "which= chooses none"),
+        (mixadv.AWP(solver=mixadv.PGD()), "its own rule chooses none"),
+    ],
+)
+def test_an_adversary_that_may_move_no_weight_is_refused(solver: mixadv.Solver, words: str):
+    model = Words()
+    model.words.requires_grad_(False)
+    model.head.weight.requires_grad_(False)
+    found = fingerprint(model)
+    optimizer = wrapped(model, solver)
+    who = type(solver).__name__
+    wanted = rf"{who} has no weight to move: of the 1 .* {words}.*{who}\(which=lambda .*head.bias"
+    with pytest.raises(mixadv.GameError, match=wanted):
+        optimizer.step(partial(loss_of, model, *batch()))
+    assert_same(fingerprint(model), found)
 
 
 def test_the_memory_of_the_copy_is_held_and_follows_the_weights():

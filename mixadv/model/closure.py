@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixadv.errors import GameError
 from mixadv.maths.divergence import Divergence, never
-from mixadv.model.heads import read_besides
+from mixadv.model.heads import counting, known, labels_of, of_transformers, read_besides
 
 Closure = Callable[[], Any]
 MeanOver = Literal["samples", "tokens"]
@@ -35,7 +35,7 @@ class Reading(NamedTuple):
         samples: B, counted by losses, else predictions, else rows at the site.
         heads: how many the predictions are of.
         left_out: tensors behind the predictions in what the closure returned, that may be more.
-        labelled: whether labels told which predictions count.
+        labelled: whether labels told which predictions count, so that the loss need not.
         owners: the sample that each row at the site belongs to, where it is known.
         answers: labels of the predictions, where the solver reads them and they are known.
     """
@@ -143,15 +143,16 @@ def parse_output(
     if loss.dim() > 1 or not loss.is_floating_point():
         raise GameError(f"{_EXPECTED}; this one returned {_describe(loss)} as loss.")
     own = [result] if isinstance(result, Mapping) else []
-    if _of_transformers(model) and isinstance(result, (tuple, list)):
+    if of_transformers(model) and isinstance(result, (tuple, list)):
         found = found[:1]  # behind the logits come hidden states
     # Whole numbers and Booleans are answers or hits, and no predictions.
     heads = [_checked(x) for x in found if not isinstance(x, Tensor) or x.is_floating_point()]
     if len({len(head) for head in heads}) > 1:
         sizes = ", ".join(str([*head.shape]) for head in heads)
         raise GameError(f"The heads that the closure returned differ in their rows: {sizes}.")
-    masks = [_counting(head, [*own, *contexts], model) for head in heads]
-    labelled = any(_labels(head, [*own, *contexts]) is not None for head in heads)
+    sure = len(heads) > 1 or known(model)
+    masks = [counting(head, [*own, *contexts], model, sure) for head in heads]
+    labelled = sure and any(labels_of(head, [*own, *contexts]) is not None for head in heads)
     left_out = _left_out(result, heads, model)
     if len(heads) > 1:
         return Reading(loss, *_joined(heads, masks), heads=len(heads), labelled=True)
@@ -228,65 +229,11 @@ def _left_out(result: Any, heads: list[Tensor], model: Any) -> int:
     Such as the loss reads by themselves: hidden states are read through the logits. What the models
     of the transformers library return behind the logits is known to be none.
     """
-    if not heads or not isinstance(result, (tuple, list)) or _of_transformers(model):
+    if not heads or not isinstance(result, (tuple, list)) or of_transformers(model):
         return 0
     more = [x for x in result[2:] if isinstance(x, Tensor) and x.dim() > 1 and x.requires_grad]
     more = [x for x in more if len(x) == len(heads[0])]
     return read_besides(result[0], heads[0], more) if more else 0
-
-
-def _of_transformers(model: Any) -> bool:
-    """Return whether a model's outputs are those of a class of the transformers library."""
-    return type(model).__module__.startswith("transformers.")
-
-
-def _counting(
-    predictions: Tensor | None, contexts: Sequence[Mapping[str, Any]], model: Any
-) -> Tensor | None:
-    """Return the mask of the predictions `[B, n, C]` that count, if one is known.
-
-    They belong to real tokens, and to such as the loss is computed at, in samples that have any.
-    """
-    if predictions is None or predictions.dim() != 3:
-        return None
-    decoded = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    mask = _fitting(
-        contexts, "decoder_attention_mask" if decoded else "attention_mask", predictions
-    )
-    real = None if mask is None else mask > 0
-    labels = _labels(predictions, contexts)
-    if labels is None:
-        return real
-    labelled = labels >= 0  # others are -100
-    if not decoded and _causal(model):
-        labelled = F.pad(labelled[:, 1:], (0, 1))  # it foretells the next token
-    if real is None:
-        real = labelled if decoded else torch.ones_like(labelled)  # decoders are padded with -100
-    labelled = labelled & real
-    return torch.where(labelled.any(1, keepdim=True), labelled, real)
-
-
-def _labels(predictions: Tensor, contexts: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    """Return the labels of the predictions per token, where there are some."""
-    if predictions.dim() != 3:
-        return None
-    labels = _fitting(contexts, "labels", predictions)
-    return None if labels is None or labels.is_floating_point() else labels
-
-
-def _fitting(contexts: Sequence[Mapping[str, Any]], name: str, like: Tensor) -> Tensor | None:
-    """Return the first of this name with an entry for each token of the predictions."""
-    found = (context.get(name) for context in contexts)
-    return next((x for x in found if isinstance(x, Tensor) and x.shape == like.shape[:2]), None)
-
-
-def _causal(model: Any) -> bool:
-    """Return whether a model of the transformers library predicts the next token."""
-    kind = getattr(model, "loss_type", "")
-    if kind is None:  # of classes with other names, among them GPT2LMHeadModel, which generates
-        generates = getattr(model, "can_generate", None)
-        return generates is not None and bool(generates())
-    return kind in ("ForCausalLM", "ForConditionalGeneration")
 
 
 def _describe(value: Any) -> str:

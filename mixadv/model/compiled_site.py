@@ -126,6 +126,12 @@ class CompiledSite(Site):
             return
         given = self._given()
         seen = [v for v in self.current.visits if any(v.module is m for m in self._inside)]
+        if len(seen) != len(self._entered):
+            raise GameError(
+                f"The compiled model calls its site {self.names} under no_grad too, where its "
+                "graph would add δ as well, with no way to the loss: compute that part without "
+                "the module, name another with site=, or do not compile the model."
+            )
         for visit, entered in zip(seen, self._entered, strict=True):
             call = visit.call
             shared = {name: _shared(value.shape, call.shape) for name, value in given.items()}

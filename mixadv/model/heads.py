@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from mixadv.model.modules import base_of, configuration
 
 _LIMIT = 100  # nodes between a loss and the predictions it reads
 _LOSSES = {
@@ -121,6 +124,79 @@ def _slope(loss: Tensor, predictions: Tensor) -> Tensor | None:
         if "use_reentrant" not in str(error):
             raise
         return None
+
+
+def of_transformers(model: Any) -> bool:
+    """Return whether a model's outputs are those of a class of the transformers library."""
+    return type(model).__module__.startswith("transformers.")
+
+
+def counting(
+    predictions: Tensor, contexts: Sequence[Mapping[str, Any]], model: Any, sure: bool
+) -> Tensor | None:
+    """Return the mask of the predictions `[B, n, C]` that count, if one is known.
+
+    They belong to real tokens, and to such as the loss is computed at, in samples that have any.
+    Of a model whose kind is not known, a label may be of its token or foretold by the one before:
+    both count, until the loss's gradient tells which.
+    """
+    if predictions.dim() != 3:
+        return None
+    decoded = _decodes(model)
+    mask = _fitting(
+        contexts, "decoder_attention_mask" if decoded else "attention_mask", predictions
+    )
+    real = None if mask is None else mask > 0
+    labels = labels_of(predictions, contexts)
+    if labels is None:
+        return real
+    labelled = labels >= 0  # others are -100
+    before = F.pad(labelled[:, 1:], (0, 1))
+    if not decoded and _causal(model):
+        labelled = before  # it foretells the next token
+    elif not decoded and not sure:
+        labelled = labelled | before
+    if real is None:
+        real = labelled if decoded else torch.ones_like(labelled)  # decoders are padded with -100
+    labelled = labelled & real
+    return torch.where(labelled.any(1, keepdim=True), labelled, real)
+
+
+def labels_of(predictions: Tensor, contexts: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """Return the labels of the predictions per token, where there are some."""
+    if predictions.dim() != 3:
+        return None
+    labels = _fitting(contexts, "labels", predictions)
+    return None if labels is None or labels.is_floating_point() else labels
+
+
+def _fitting(contexts: Sequence[Mapping[str, Any]], name: str, like: Tensor) -> Tensor | None:
+    """Return the first of this name with an entry for each token of the predictions."""
+    found = (context.get(name) for context in contexts)
+    return next((x for x in found if isinstance(x, Tensor) and x.shape == like.shape[:2]), None)
+
+
+def _decodes(model: Any) -> bool:
+    """Return whether predictions are those of a decoder behind an encoder, in a wrapper or not."""
+    config = configuration(model, "is_encoder_decoder")
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def known(model: Any) -> bool:
+    """Return whether a model's kind tells to which token a label belongs.
+
+    Not of a class of one's own, nor of a wrapper: what it does to predictions nobody knows.
+    """
+    return of_transformers(base_of(model)) or _causal(model)
+
+
+def _causal(model: Any) -> bool:
+    """Return whether a model of the transformers library predicts the next token."""
+    kind = getattr(model, "loss_type", "")
+    if kind is None:  # of classes with other names, among them GPT2LMHeadModel, which generates
+        generates = getattr(model, "can_generate", None)
+        return generates is not None and bool(generates())
+    return kind in ("ForCausalLM", "ForConditionalGeneration")
 
 
 def read_by(loss: Tensor, predictions: Tensor) -> Tensor | None:

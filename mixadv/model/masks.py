@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
+from mixadv.model.modules import configuration
 from mixadv.model.values import is_whole
 from mixadv.model.visits import Call
 
@@ -98,13 +99,47 @@ def batch_is_second(
     return None
 
 
+class Around(NamedTuple):
+    """What the modules around a call were told of its tokens."""
+
+    masks: tuple[Tensor, ...] = ()  # `[B, n]`, the nearest first
+    ids: Tensor | None = None  # that the nearest came with
+    decodes: bool = False  # whether they decode what an encoder read, whose masks are left outside
+
+    def within(self, arguments: Mapping[str, Any]) -> Around:
+        """Return what there is around calls within a module that is called with arguments."""
+        names = ("attention_mask", "input_ids", "encoder_hidden_states")
+        mask, ids, encoded = (arguments.get(name) for name in names)
+        decodes = self.decodes or isinstance(encoded, Tensor)
+        masks = () if decodes and not self.decodes and mask is None else self.masks
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return Around((mask, *masks), ids if isinstance(ids, Tensor) else None, decodes)
+        told = self.ids
+        if told is not None and isinstance(ids, Tensor) and ids.shape == told.shape:
+            masks = tuple(_of_text(m, ids, told) for m in masks)
+        return Around(masks, self.ids, decodes)
+
+
+def _of_text(mask: Tensor, ids: Tensor, told: Tensor) -> Tensor:
+    """Return the mask that came with ids, at other ids of this size: all ones for another text.
+
+    It is the same text if most of it is: a model may replace some ids. Nothing is read from the
+    device.
+    """
+    if mask.shape != ids.shape or ids is told or {ids.device, told.device} != {mask.device}:
+        return mask
+    real = mask > 0
+    same = 2 * ((ids == told) & real).sum() > real.sum()
+    return torch.where(same, mask, torch.ones_like(mask))
+
+
 _OTHERS = ("target", "label", "output", "decoder", "max", "min")
 """Words in the names of lengths that are not those of the input."""
 
 
 def real_tokens(
     output: Tensor,
-    masks: Iterable[Tensor | None],
+    masks: Iterable[Tensor],
     inputs: Mapping[str, Any],
     entered: Any,
     embeddings: Sequence[nn.Module],
@@ -120,7 +155,7 @@ def real_tokens(
     """
     sizes = output.shape[:2]
     for mask in masks:
-        if mask is not None and mask.shape == sizes:
+        if mask.shape == sizes:
             return mask
     lengths = [
         value
@@ -177,7 +212,7 @@ def beginnings(context: Mapping[str, Any], sizes: torch.Size) -> Tensor | None:
 
     Told by positions that begin anew, by cumulative lengths or numbers of texts, as padding-free
     batches have them, and by an attention `[B, 1, n, n]` in which a token does not see the one
-    before it.
+    before it. Padding begins no text, nor does what follows padding at the start of a row.
     """
     found, lengths = [], ends(context)
     positions, numbers = (context.get(name) for name in ("position_ids", "seq_idx"))
@@ -187,14 +222,22 @@ def beginnings(context: Mapping[str, Any], sizes: torch.Size) -> Tensor | None:
         found.append(numbers[:, 1:] != numbers[:, :-1])
     if lengths is not None:
         begun = torch.zeros(sizes.numel() + 1, dtype=torch.bool, device=lengths.device)
-        begun.index_fill_(0, lengths.long().clamp(max=sizes.numel()), True)
+        if len(lengths) - 1 != sizes[0]:  # else each row is a text, which may be padded
+            begun.index_fill_(0, lengths.long().clamp(max=sizes.numel()), True)
         found.append(begun[:-1].view(sizes)[:, 1:])
     if (seen := sight(context, sizes)) is not None:
         found.append(~seen.diagonal(-1, 1, 2))
     if not found:
         return None
     begun = torch.ones(sizes, dtype=torch.bool, device=found[0].device)
-    begun[:, 1:] = torch.stack([x.to(begun.device) for x in found]).any(0)
+    anew = torch.stack([x.to(begun.device) for x in found]).any(0)
+    mask = context.get("attention_mask")
+    real = mask > 0 if isinstance(mask, Tensor) and mask.shape == sizes else None
+    real = real if seen is None else seen.any(1)  # a token that none sees is padding
+    if real is not None:
+        real = real.to(begun.device)
+        anew = anew & real[:, 1:] & (real.cumsum(1)[:, :-1] > 0)
+    begun[:, 1:] = anew
     return begun
 
 
@@ -224,7 +267,7 @@ _PLACES = [
 
 def placeholders(model: nn.Module) -> list[int]:
     """Return the ids in whose places a model reads something else, as its configuration says."""
-    config = getattr(model, "config", None)
+    config = configuration(model, *_PLACES, "is_encoder_decoder")
     return [place for name in _PLACES if isinstance(place := getattr(config, name, None), int)]
 
 

@@ -102,6 +102,23 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def configuration(model: Any, *names: str) -> Any:
+    """Return the configuration of a model, or of the only one within a wrapper, by what it has.
+
+    None where none has an attribute of these names, or where models side by side have their own.
+    """
+    found: dict[int, Any] = {}
+    ahead = [model]
+    while ahead:
+        module = ahead.pop()
+        config = getattr(module, "config", None)
+        if any(hasattr(config, name) for name in names):
+            found[id(config)] = config
+        else:
+            ahead += [m for m in getattr(module, "_modules", {}).values() if m is not None]
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
 def find(model: nn.Module, site: Any) -> list[tuple[str, nn.Module]]:
     """Return the modules that a `site=` argument means, each with its name; see `Site`."""
     if isinstance(site, (list, tuple)):

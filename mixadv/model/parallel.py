@@ -134,3 +134,4 @@ def swapped(model: nn.Module, weights: dict[Tensor, Tensor]) -> Iterator[None]:
 def _put(values: dict[Tensor, Tensor]) -> None:
     for parameter, value in values.items():
         parameter.copy_(value)
+    torch.clear_autocast_cache()  # it holds the values before, cast, until autocast is left

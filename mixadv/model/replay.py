@@ -25,7 +25,7 @@ HostState = tuple[Any, Any]
 """The state of Python's generator and of numpy's, None where nothing has imported numpy."""
 RandomStates = tuple[RandomState, HostState]
 Slot = tuple[nn.Module, str]
-Snapshot = list[tuple[Tensor, Tensor]]
+Snapshot = list[tuple[Any, Any]]  # buffers and copies of them, None where a pass has left none
 
 
 def host_state() -> HostState:
@@ -211,7 +211,7 @@ class Buffers:
     def snapshot(self) -> Snapshot:
         """Return the buffers there are, and copies of their values."""
         live = [module._buffers[name] for module, name in self.slots]
-        return [(b, b.detach().clone()) for b in live if b is not None]
+        return [(b, None if b is None else b.detach().clone()) for b in live]
 
     def undo(self) -> None:
         """Put back what the round found."""
@@ -225,7 +225,7 @@ class Buffers:
             for (module, name), (buffer, value) in pairs
             if (module, name) in self._written
             or module._buffers[name] is not buffer
-            or not torch.equal(buffer, value)
+            or not (buffer is value or torch.equal(buffer, value))
         ]
 
     def put(self, snapshot: Snapshot) -> None:
@@ -234,7 +234,7 @@ class Buffers:
             if module._buffers[name] is not buffer:
                 module._buffers[name] = buffer
                 self._written.add((module, name))
-            if self.known or not torch.equal(buffer, value):
+            if buffer is not None and (self.known or not torch.equal(buffer, value)):
                 self._written.add((module, name))
                 # A graph may hold the buffer: it reads it in evaluation mode only, where it never
                 # changes, so the version counter must not invalidate that graph.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mixadv.errors import GameError
 from mixadv.model.masks import (
+    Around,
     Where,
     batch_is_second,
     owners,
@@ -53,7 +54,8 @@ class Site:
         where: where δ may act in the round that is open; None is at real tokens.
         unsure: modules of which it is not known whether the batch comes first.
         apart: modules of whose rows each is a sample, whatever map the model is called with.
-        packed: whether rows hold several texts, as the model is told.
+        packed: whether the model is told of texts in rows.
+        constant: names of arguments of the model that are not of the batch, whatever their sizes.
     """
 
     def __init__(self, model: nn.Module, site: Any = None) -> None:
@@ -69,8 +71,9 @@ class Site:
         self.unsure: set[nn.Module] = set()
         self.apart: set[nn.Module] = set()
         self.packed = False
+        self.constant: set[str] = set()
         self._turned: dict[nn.Module, bool] = {}
-        self._masks: list[Tensor | None] = []
+        self._around = [Around()]  # and one more for each call that runs
         self._copies = 1
         self._places: list[int] = []  # ids whose embeddings the model overwrites
         self._still: dict[str, list[bool]] = {}  # of the last pass of each closure
@@ -96,7 +99,7 @@ class Site:
         self.prune()
         self._alive.append(weakref.ref(current))
         self.attach()
-        self.current, self._masks, self._copies = current, [], copies
+        self.current, self._around, self._copies = current, [Around()], copies
         try:
             yield current
             current.end = sequence_number()
@@ -106,7 +109,7 @@ class Site:
             self.forget([current])
             raise
         finally:
-            self.current, self._masks = None, []
+            self.current, self._around = None, [Around()]
             self._numbers.clear()
 
     def attach(self) -> None:
@@ -134,9 +137,8 @@ class Site:
         """Remove the hooks, unless a loss with recomputed passes still waits for its backward."""
         self.prune()
         if force or not self._alive:
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
+            while self._handles:
+                self._handles.pop().remove()
 
     def close(self) -> None:
         """Remove every hook."""
@@ -165,18 +167,17 @@ class Site:
         arguments = bound(module, args, kwargs)
         for features in [v for v in arguments.values() if isinstance(v, Mapping)]:
             arguments = {**features, **arguments}  # as of sentence-transformers, in one argument
-        usable = isinstance(mask := arguments.get("attention_mask"), Tensor) and mask.dim() == 2
-        if outermost := not self._masks:
+        if outermost := len(self._around) == 1:
             self.current.enter()
         if outermost or module is self._inner:
             self.current.context = arguments
         self.current.within.append({k: arguments[k] for k in PER_TOKEN if k in arguments})
-        self._masks.append(mask if usable else None if outermost else self._masks[-1])
+        self._around.append(self._around[-1].within(arguments))
         return (copies(args), copies(kwargs)) if outermost else None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.current is not None and not recomputing() and self._masks:
-            self._masks.pop()
+        if self.current is not None and not recomputing() and len(self._around) > 1:
+            self._around.pop()
 
     def _note_number(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._numbers[module] = sequence_number()
@@ -189,8 +190,7 @@ class Site:
                 "first of a tuple). Choose a module that returns one with site=."
             )
         name = next(name for name, target in self.targets if target is module)
-        entered = args[0] if args else kwargs.get("input")
-        delta = self._delta(name, module, first, entered)
+        delta = self._delta(name, module, first, args[0] if args else kwargs.get("input"))
         return None if delta is None else with_first(output, add(first, delta))
 
     def _at_input(self, site: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -279,7 +279,7 @@ class Site:
             return None
         inputs = self.current.context if at_input else {}
         embeddings = [m for _, m in self.targets if isinstance(m, nn.Embedding)]
-        mask = real_tokens(output, self._masks[::-1], inputs, entered, embeddings)
+        mask = real_tokens(output, self._around[-1].masks, inputs, entered, embeddings)
         mask = without_placeholders(mask, self._places, output, entered)
         if mask is None:
             return None

@@ -1,13 +1,15 @@
 """What the rounds of a game share: the model, where δ acts on it, and what was measured there."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mixadv.errors import GameError
 from mixadv.model import parallel, walk
 from mixadv.model.compiled_site import place
 from mixadv.model.displaced import Displaced
@@ -17,6 +19,7 @@ from mixadv.model.representation import Representation
 from mixadv.model.scaling import KEY, Scaling
 from mixadv.model.site import Site
 from mixadv.players.learner import Learner
+from mixadv.round.goals import Goals
 from mixadv.solvers.base import Solver
 from mixadv.solvers.weights import WeightsSolver
 
@@ -40,6 +43,8 @@ class Calibration:
     scaling: Scaling | None = None  # of payoffs in fp16, None where none are
     scale: Tensor | None = None  # of fp16 to begin with; see `mixadv.model.scaling`
     stackable: frozenset[Modes] = frozenset()  # modes in which copies of the batch can be stacked
+    outside: bool = True  # the closure's graph may end in more than the model
+    unlabelled: bool = False  # predictions per token, and the loss alone tells which of them count
 
     def begin(self, memory: Memory) -> Memory:
         """Return what the solver keeps, with the scale of fp16 where it has none yet."""
@@ -127,17 +132,35 @@ class Arena:
         return own + [p for g in groups for p in g["params"] if id(p) not in known]
 
     def displaced(self) -> list[Tensor]:
-        """Return the parameters that an adversary of weights moves, of those that are trained."""
+        """Return the parameters that an adversary of weights moves, of those that are trained.
+
+        Raises:
+            GameError: if there are none.
+        """
         assert self.weights is not None
-        names = {id(p): name for name, p in self.model.named_parameters()}
+        names = {id(p): name for name, p in unwrap(self.model).named_parameters()}
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         held = {id(p) for g in groups for p in g["params"]}
-        return [
+        trained = [
             p
             for p in self.parameters()
             if p.requires_grad and (self.optimizer is None or id(p) in held)
-            if self.weights.moves(names.get(id(p), ""), p)
         ]
+        moved = [p for p in trained if self.weights.moves(names.get(id(p), ""), p)]
+        if not moved:
+            who, rule = type(self.weights).__name__, self.weights.which
+            raise GameError(
+                f"{who} has no weight to move: of the {len(trained)} that are trained, "
+                f"{'its own rule' if rule is None else 'which='} chooses none. Write "
+                f"{who}(which=lambda name, weight: True) for all of them, or choose by their "
+                f"names, {[names.get(id(p), '') for p in trained][:6]}."
+            )
+        return moved
+
+    def besides(self, goals: Goals, value: Tensor, known: Iterable[Tensor]) -> list[Tensor]:
+        """Return what `leaves_besides` does, [] where the first round found none of its closure."""
+        looks = self.calibration.outside or goals.general_sum or goals.retain is not None
+        return leaves_besides(value, known) if looks else []
 
     def named(self, weights: dict[Tensor, Tensor]) -> dict[str, Tensor]:
         """Return learner weights by the bare model's parameter names, in their number format."""
@@ -149,6 +172,51 @@ class Arena:
 def modes_of(modules: Iterable[nn.Module]) -> Modes:
     """Return which modules are in training mode."""
     return tuple(m.training for m in modules)
+
+
+def leaves_besides(value: Tensor, known: Iterable[Tensor]) -> list[Tensor]:
+    """Return the leaves that a backward would reach, but for those that are known.
+
+    What is trained outside of the model, such as a head that the closure calls, is found in the
+    graph alone; within a reentrant checkpoint it is not.
+    """
+    found: list[Tensor] = []
+    seen, ahead, told = set(), [value.grad_fn], {id(x) for x in known}
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in told:
+            found.append(node.variable)
+        ahead += [before for before, _ in node.next_functions]
+    return found
+
+
+@contextmanager
+def aside(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put gradients aside while the body runs."""
+    gradients = [x.grad for x in tensors]
+    try:
+        for tensor in tensors:
+            tensor.grad = None
+        yield
+    finally:
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            tensor.grad = gradient
+
+
+@contextmanager
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Freeze parameters while the body runs."""
+    live = [p for p in parameters if p.requires_grad]
+    for parameter in live:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in live:
+            parameter.requires_grad_(True)
 
 
 def train(optimizer: Optimizer, module: nn.Module) -> None:

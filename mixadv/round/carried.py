@@ -69,6 +69,7 @@ class Carried:
             raise GameError(self._not_pass_by_pass())
         cut = passes.cut.leaves()
         inputs = [x for x in [*passes.parameters, *cut, *points] if x.requires_grad]
+        inputs += arena.besides(passes.goals, objective, inputs)  # as of a head outside
         scaled = arena.calibration.scaling is not None
         scale = scaling.following(passes.memory, objective, 1) if scaled else None
         gradients = self._differentiate(objective, inputs, scale)

@@ -22,7 +22,7 @@ from mixadv.model.visits import Call
 from mixadv.players.opening import opening
 from mixadv.players.strategy import Strategy
 from mixadv.round.agreement import check_batching
-from mixadv.round.arena import Arena, Calibration, Memory
+from mixadv.round.arena import Arena, Calibration, Memory, leaves_besides
 from mixadv.round.carried import Carried
 from mixadv.round.cost import count_passes
 from mixadv.round.first_plain import TRIES, plain_pass
@@ -91,6 +91,8 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         if torch.float16 not in formats.seen:  # in which gradients that tell it may vanish
             check_batch(stage, zero)
         check_reading(trial, zero, stage.passes.kept[-1].context.get("labels"))
+        unlabelled = trial.solver.compares is not None and _is_unlabelled(zero)
+        trial.calibration = replace(trial.calibration, unlabelled=unlabelled)
         check_rows(zero.loss, goals.groups, trial.solver)
         paid = zero
         if goals.general_sum:
@@ -104,6 +106,12 @@ def calibrate(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         begun = trial.calibration.begin(memory)
         stackable = check_batching(trial, goals, begun, formats.low)
     return replace(trial.calibration, checked=True, stackable=stackable)
+
+
+def _is_unlabelled(reading: Reading) -> bool:
+    """Return whether predictions are per token, and no labels tell which of them count."""
+    predictions = reading.predictions
+    return predictions is not None and predictions.dim() == 3 and not reading.labelled
 
 
 def _check_paid(reading: Reading) -> None:
@@ -131,6 +139,9 @@ def _pass_at_zero(stage: Stage, whose: Whose = "closure") -> tuple[Reading, Leng
         total = reading.objective
         if not total.requires_grad:
             raise GameError(_no_gradient(arena, whose))
+        if whose == "closure":
+            outside = bool(leaves_besides(total, leaves))
+            arena.calibration = replace(arena.calibration, outside=outside)
         try:
             gradients = passes.differentiate(total, leaves)
         except RuntimeError as error:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.model import parallel
 from mixadv.model.closure import Reading
-from mixadv.model.masks import beginnings, ends, sight
+from mixadv.model.masks import beginnings, ends
 from mixadv.model.visits import Call, Visit
 from mixadv.round.stage import Stage
 from mixadv.round.unit import measuring
@@ -68,7 +67,9 @@ def _found(stage: Stage) -> bool:
 
 
 def find_texts(stage: Stage) -> bool:
-    """Find whether rows hold several texts, by what the model is told of them; see `beginnings`.
+    """Find whether the model is told of texts within rows; see `beginnings`.
+
+    Then rows may hold several in this batch or in others: a row of one text is that text.
 
     Returns:
         Whether it was found out now, so that what was measured is to be anew.
@@ -83,16 +84,7 @@ def find_texts(stage: Stage) -> bool:
         return False
     if alone:
         _check_told(context, sizes)
-    begun = beginnings(context, sizes)
-    if begun is None:
-        return False
-    anew, mask, seen = begun[:, 1:], context.get("attention_mask"), sight(context, sizes)
-    real = mask > 0 if isinstance(mask, Tensor) and mask.shape == sizes else None
-    real = real if seen is None else seen.any(1)  # a token that none sees is padding
-    if real is not None:
-        anew = anew & (real[:, 1:] & real[:, :-1]).to(anew.device)
-    found = alone and bool(anew.any())
-    site.packed = not parallel.agreed(not found, anew)  # of one process that holds for all
+    site.packed = alone and beginnings(context, sizes) is not None
     return site.packed
 
 

@@ -24,7 +24,7 @@ from mixadv.model.walk import modules
 from mixadv.players.ascent import Ascent
 from mixadv.players.rows import of_rows
 from mixadv.players.strategy import Strategy
-from mixadv.round.arena import Arena, Memory, modes_of
+from mixadv.round.arena import Arena, Memory, aside, frozen, leaves_besides, modes_of
 from mixadv.round.gains import one_sample
 from mixadv.round.goals import Goals, Whose
 from mixadv.round.labels import Labels
@@ -120,7 +120,9 @@ class Passes:
         """Run a pass of an objective that has another pass after it."""
         if not self.arena.solver.recompute:
             return self.run(provide, whose=whose)
-        with no_grad():
+        # Without a graph the loss would not tell which of its tokens count.
+        asks = self.arena.calibration.unlabelled and self._read is None
+        with local(self.arena.model) if asks else no_grad():
             reading = self.run(provide, whose=whose)
         return self.cut.off(reading, provide)
 
@@ -202,17 +204,9 @@ class Passes:
             return len(reading.predictions)
         return self.calls[0].shape[0] if self.calls else 1
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> AbstractContextManager[None]:
         """Freeze the learner's parameters: gradients with respect to δ alone, and less memory."""
-        live = [p for p in self.parameters if p.requires_grad]
-        for parameter in live:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in live:
-                parameter.requires_grad_(True)
+        return frozen(self.parameters)
 
     @contextmanager
     def ascending(self, ascent: Ascent) -> Iterator[None]:
@@ -263,8 +257,9 @@ class Passes:
         self, values: Tensor, leaves: Sequence[Tensor], weights: Tensor, keep: bool
     ) -> list[Tensor]:
         """Return the gradients of a weighted sum."""
-        inputs = None if self.arena.calibration.leaf_backward else leaves
-        with without_autocast(values):
+        whole = self.arena.calibration.leaf_backward  # which reaches a head outside of the model
+        inputs, others = (None, leaves_besides(values, leaves)) if whole else (leaves, [])
+        with without_autocast(values), aside(others):
             torch.autograd.backward(values, weights, retain_graph=keep, inputs=inputs)
         return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 

@@ -9,7 +9,8 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,12 @@ def stacked(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
     return Payoffs(_apart(values.detach(), q), columns, predictions, samples)
 
 
-ROUTES: dict[str, Route] = {"loop": loop, "vmap": vmapped, "stack": stacked}
+def tried(passes: Passes, q: Strategy, gains: Gains) -> Payoffs:
+    """Evaluate the particles in one batch, or one after another where that fails."""
+    return _or_apart(passes, lambda: stacked(passes, q, gains), lambda: loop(passes, q, gains))
+
+
+ROUTES: dict[str, Route] = {"loop": loop, "vmap": vmapped, "stack": stacked, "auto": tried}
 
 
 FEW = 256
@@ -118,14 +124,14 @@ FEW = 256
 
 
 def chosen(passes: Passes, q: Strategy, ascent: Ascent) -> str:
-    """Return the route of this round: `"auto"` stacks small batches, where that is the same."""
+    """Return the route of this round: `"auto"` tries stacks of small batches, where they fit."""
     if q.size == 1:
         return "loop"
     if ascent.particle_batching != "auto":
         return ascent.particle_batching
     arena = passes.arena
     stacks = few(passes) and arena.modes in arena.calibration.stackable
-    return "stack" if stacks else "loop"
+    return "auto" if stacks else "loop"
 
 
 def few(passes: Passes) -> bool:
@@ -147,25 +153,55 @@ def readings(
     learner's backward: checkpointing and distributed hooks would not see it). `auto` is whether
     `"auto"` may stack, not so for a loss, which may be a scalar.
     """
-    solver = passes.arena.solver
-    stacks = chosen(passes, q, solver) == "stack"
-    if stacks and (auto or solver.particle_batching == "stack"):
+    route = chosen(passes, q, passes.arena.solver)
+
+    def together() -> tuple[Tensor, int]:
         reading = _stacked_pass(passes, q, [p.flatten(0, 1) for p in q.points], whose)
         return _apart(gains(reading, q.size), q), reading.samples
-    values, samples = [], 1
-    for m in range(q.size):
-        run = passes.run if m == q.size - 1 else passes.part
-        reading = run(passes.at(q, m), whose=whose)
-        values.append(gains(reading, 1))
-        samples = reading.samples
-    return torch.stack(values), samples
+
+    def apart() -> tuple[Tensor, int]:
+        values, samples = [], 1
+        for m in range(q.size):
+            run = passes.run if m == q.size - 1 else passes.part
+            reading = run(passes.at(q, m), whose=whose)
+            values.append(gains(reading, 1))
+            samples = reading.samples
+        return torch.stack(values), samples
+
+    if route == "auto" and auto:
+        return _or_apart(passes, together, apart)
+    return together() if route == "stack" else apart()
+
+
+_Result = TypeVar("_Result")
+
+
+def _or_apart(
+    passes: Passes, together: Callable[[], _Result], apart: Callable[[], _Result]
+) -> _Result:
+    """Return what a stack gives, or else, here and in later rounds, what pass after pass does.
+
+    The first round knows one batch and one closure, and others may not stack.
+    """
+    forwards, kept = passes.forwards, len(passes.kept)
+    try:
+        return together()
+    except Exception:  # whatever is wrong with the closure itself is raised below
+        passes.forwards = forwards
+        passes.arena.site.forget(passes.kept[kept:])
+        del passes.kept[kept:]
+    found, arena = apart(), passes.arena
+    stackable = arena.calibration.stackable - {arena.modes}
+    arena.calibration = replace(arena.calibration, stackable=stackable)
+    return found
 
 
 def _stacked_pass(passes: Passes, q: Strategy, points: list[Tensor], whose: Whose) -> Reading:
     def provide(index: int, call: Call, output: Tensor) -> Tensor:
         return passes.added(q, index, points[index], call, output, q.size)
 
-    with _repeated(passes.arena.model, q.size):
+    arena = passes.arena
+    with _repeated(arena.model, q.size, arena.site.constant):
         return passes.run(provide, copies=q.size, whose=whose)
 
 
@@ -179,8 +215,11 @@ def _source(reading: Reading) -> Tensor | None:
 
 
 @contextmanager
-def _repeated(model: nn.Module, copies: int) -> Iterator[None]:
-    """Repeat every batched input of the model."""
+def _repeated(model: nn.Module, copies: int, constant: set[str]) -> Iterator[None]:
+    """Repeat every batched input of the model, but for those known to be constant.
+
+    Such as once had other sizes than the batch are noted: it may come to have theirs.
+    """
 
     def repeat(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         arguments = bound(module, args, kwargs)
@@ -188,12 +227,16 @@ def _repeated(model: nn.Module, copies: int) -> Iterator[None]:
         tensors = [v for v in arguments.values() if isinstance(v, Tensor) and v.dim()]
         rows = len(main if isinstance(main, Tensor) else tensors[0])
 
-        def many(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() and len(value) == rows:
-                return value.repeat(copies, *[1] * (value.dim() - 1))
-            return value
+        def many(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.dim() or name in constant:
+                return value
+            if len(value) != rows:
+                constant.add(name)
+                return value
+            return value.repeat(copies, *[1] * (value.dim() - 1))
 
-        return tuple(many(a) for a in args), {k: many(v) for k, v in kwargs.items()}
+        named = zip(arguments, args, strict=False)  # those by position come first
+        return tuple(many(*pair) for pair in named), {k: many(k, v) for k, v in kwargs.items()}
 
     handle = unwrap(model).register_forward_pre_hook(repeat, with_kwargs=True, prepend=True)
     try:

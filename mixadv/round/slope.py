@@ -1,6 +1,6 @@
 """The gradient that an adversary of the weights ascends by, kept apart from the learner's."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,26 +19,34 @@ class Slope:
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
         self._parameters = [p for p in arena.parameters() if p.requires_grad]
+        self._aside: list[tuple[Tensor, Tensor | None]] = []  # the learner's gradients
         self._divided: dict[Tensor, Tensor] = {}  # what came in scaled, over its scale
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Put the learner's gradients aside while the body collects."""
-        learners = [p.grad for p in self._parameters]
         try:
-            for parameter in self._parameters:
-                parameter.grad = None
+            self._put_aside(self._parameters)
             yield
         finally:
-            for parameter, gradient in zip(self._parameters, learners, strict=True):
-                parameter.grad = gradient
+            for tensor, gradient in self._aside:
+                tensor.grad = gradient
+            self._aside.clear()
 
-    def add(self, passes: Passes, objective: Tensor) -> None:
+    def _put_aside(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self._aside.append((tensor, tensor.grad))
+            tensor.grad = None
+
+    def add(self, passes: Passes, objective: Tensor, points: Sequence[Tensor] = ()) -> None:
         """Differentiate an objective, within `apart`.
 
         By a whole backward, which sharded weights and reentrant checkpoints need, and which leaves
-        their gradients on the adversary's points and on passes that were cut off.
+        their gradients on the adversary's points and on passes that were cut off. Those of a head
+        outside of the model, which the backward reaches too, are put aside as well.
         """
+        known = [*(x for x, _ in self._aside), *passes.cut.leaves(), *points]
+        self._put_aside(self.arena.besides(passes.goals, objective, known))
         passes.theta_backwards += 1
         scaled = self.arena.calibration.scaling is not None
         scale = scaling.following(passes.memory, objective, 1) if scaled else None

@@ -145,7 +145,8 @@ class Update:
             for stage, parts in zip(self.stages, self._first, strict=True):
                 for part, _ in self._until_step(stage, parts, alone=True):
                     found = True
-                    slope.add(stage.passes, part)
+                    points = () if stage.played is None else stage.played.points
+                    slope.add(stage.passes, part, points)
                 stage.passes.forget()
             gradients = slope.take(moved, weights.shared) if found else []
         if not found:
