@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import command
 from common.parameters import known
+from common.places import rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,9 +51,10 @@ def options(group: Any) -> None:
 
 def settings(options: Namespace) -> dict[str, Any]:
     """Return what a run has of its own."""
-    if not options.data:
-        for name in options.train:
-            known("--train", name, TRAIN, ", and with --data its folders")
+    for name in options.train if not options.data else ():
+        known("--train", name, TRAIN, ", and with --data its folders")
+    for name in folders(options.train) if options.data else ():
+        rows_of(options.data, name, itself=False)
     return {"task": "anli", "train": tuple(options.train)}
 
 
@@ -86,8 +88,12 @@ def from_folders(folder: str, train: Iterable[str]) -> Splits:
     """Return the splits of the training sets and of the rounds in a folder."""
     from common import data
 
-    names = dict.fromkeys([*train, *(f"anli_{r}" for r in ROUNDS)])
-    return {name: data.from_folder(data.find(folder, name, itself=False)) for name in names}
+    return {n: data.from_folder(data.find(folder, n, itself=False)) for n in folders(train)}
+
+
+def folders(train: Iterable[str]) -> list[str]:
+    """Return the names of the folders that hold the training sets and the rounds."""
+    return list(dict.fromkeys([*train, *(f"anli_{r}" for r in ROUNDS)]))
 
 
 def from_hub(train: Iterable[str]) -> Splits:

@@ -18,12 +18,15 @@ from argparse import Namespace
 from pathlib import Path
 
 import intent
-from common.options import SOURCES, positive, script, where
+from common.command import entry, refuse_mistakes
+from common.options import positive, script
+from common.places import SOURCES, check_words, where
 from common.results import EMBEDDED_MODEL
+from common.tasks import script_of
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line."""
+    """Parse the command line; raise ValueError for a task or words that are not there."""
     parser = script("attack", "--model FOLDER ... [options]", __doc__)
     add = parser.add_argument
     text = "fine-tuned classifiers, folders or hub names"
@@ -47,11 +50,14 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--max-length", type=positive, metavar="TOKENS", help=text)
     text = "folder of what was found (default: %(default)s)"
     add("--output", type=Path, default=Path("runs/attack"), metavar="FOLDER", help=text)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    script_of(options.task).settings(options)
+    check_words(options.attack, "--attack")
+    return options
 
 
 if __name__ == "__main__":
-    arguments()  # a mistake is answered before the imports below, which take seconds
+    refuse_mistakes("attack", arguments)  # before the imports below, which take seconds
 
 import random
 import time
@@ -61,8 +67,7 @@ from typing import Any
 
 import transformers
 
-import glue
-from common import command, data, model, substitution
+from common import data, model, substitution
 from common.data import Task
 from common.tables import markdown
 from mixadv.reports.kept import Kept
@@ -74,8 +79,7 @@ HEAD = ("model", "rows", "clean", "under attack", "success %", "words", "queries
 
 def load_task(options: Namespace) -> Task:
     """Return the task, of glue.py or of intent.py."""
-    script = glue if options.task in glue.TASKS else intent
-    task = script.load(options)
+    task = script_of(options.task).load(options)
     if task.labels is None:
         raise ValueError(f"{task.name} is a regression: an attack changes predicted labels.")
     return task
@@ -158,7 +162,7 @@ def work(options: Namespace) -> str:
     return f"{markdown(HEAD, rows)}\n\n{substitution.described(name, attack)}"
 
 
-main = command.entry("attack", arguments, work)
+main = entry("attack", arguments, work)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from common.options import SOURCES, Members, Named, positive, script, where
+from common.command import entry, refuse_mistakes
+from common.options import Members, Named, positive, script
+from common.places import SOURCES, a_file, check_words, where
 from common.results import EMBEDDED_MODEL
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line."""
+    """Parse the command line; raise ValueError for files that are not there."""
     parser = script("evaluate", "--model FOLDER ... --data FILE [options]", __doc__)
     add = parser.add_argument
     text = "fine-tuned classifiers, folders or hub names"
@@ -72,17 +74,22 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--max-length", type=positive, metavar="TOKENS", help="(default: what the model reads)")
     text = "folder of the reports (default: %(default)s)"
     add("--output", type=Path, default=Path("runs/evaluate"), metavar="FOLDER", help=text)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for path in (options.data, *options.shifted.values()):
+        a_file(path)
+    for source in options.attack:
+        check_words(source, "--attack")
+    return options
 
 
 if __name__ == "__main__":
-    arguments()  # a mistake is answered before the imports below, which take seconds
+    refuse_mistakes("evaluate", arguments)  # before the imports below, which take seconds
 
 from typing import Any
 
 import transformers
 
-from common import command, mixtures, model
+from common import mixtures, model
 from common.substitution import attack, described
 from mixadv.mixtures import Mixture
 from mixadv.reports.kept import write
@@ -188,7 +195,7 @@ def work(options: Namespace) -> str:
     return table
 
 
-main = command.entry("evaluate", arguments, work)
+main = entry("evaluate", arguments, work)
 
 
 if __name__ == "__main__":

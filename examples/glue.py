@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import command
 from common.parameters import known
+from common.places import rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +68,8 @@ def options(group: Any) -> None:
 def settings(options: Namespace) -> dict[str, Any]:
     """Return what a run on the task has of its own."""
     known("--task", options.task, TASKS)
+    if options.data:
+        rows_of(options.data, options.task)
     return {}
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from common import command
 from common.options import positive
 from common.parameters import known
+from common.places import is_here, rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +55,8 @@ def settings(options: Namespace) -> dict[str, Any]:
     name = options.task or (Path(options.data).absolute().name if options.data else EMBEDDED)
     if not options.data:
         known("--task", name, [EMBEDDED, *HUB], ", and those of --data")
+    elif is_here(options.data):
+        rows_of(options.data, name)
     return {"task": name}
 
 
@@ -66,7 +69,7 @@ def load(options: Namespace) -> Task:
         splits = data.from_folder(Path(__file__).parent / "data" / EMBEDDED)
     elif not source:
         splits = data.from_hub(*HUB[name])
-    elif Path(source).expanduser().is_dir() or source[0] in "./~" or source.count("/") > 1:
+    elif is_here(source):
         splits = data.from_folder(data.find(source, name))
     else:
         splits = data.from_hub(source)

@@ -16,13 +16,14 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from common.command import entry, refuse_mistakes
 from common.options import Named, positive, script
 
 HUB = "universal_dependencies:en_ewt"
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line."""
+    """Parse the command line; raise ValueError for data that are not there."""
     parser = script("neurons", "--model NAME=FOLDER ... [options]", __doc__)
     add = parser.add_argument
     text = "models, each with a name for the tables"
@@ -45,18 +46,21 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--batch-size", type=positive, default=32, metavar="N", help="sentences in a pass")
     text = "folder of analyses and pictures (default: %(default)s)"
     add("--output", type=Path, default=Path("runs/neurons"), metavar="FOLDER", help=text)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if not (Path(options.data).expanduser().is_dir() or ":" in options.data):
+        raise ValueError(f"There is no folder {options.data}; a hub data set is given as {HUB}.")
+    return options
 
 
 if __name__ == "__main__":
-    arguments()  # a mistake is answered before the imports below, which take seconds
+    refuse_mistakes("neurons", arguments)  # before the imports below, which take seconds
 
 from typing import Any
 
 import transformers
 from tqdm.auto import tqdm
 
-from common import command, data, model
+from common import data, model
 from mixadv.neurons import NeuronAnalysis, activations, analyse_neurons
 from mixadv.neurons.analysis import compare, counts, draw, table
 from mixadv.reports.kept import Kept
@@ -74,12 +78,8 @@ Tagged = tuple[list[list[str]], list[list[str]]]
 
 def load_data(where: str) -> dict[str, Tagged]:
     """Return words and tags of the sentences of train and dev."""
-    if Path(where).expanduser().is_dir():
-        splits = data.from_folder(Path(where).expanduser())
-    elif ":" in where:
-        splits = data.from_hub(*where.split(":", 1))
-    else:
-        raise DataError(f"There is no folder {where}; a hub data set is given as {HUB}.")
+    folder = Path(where).expanduser()
+    splits = data.from_folder(folder) if folder.is_dir() else data.from_hub(*where.split(":", 1))
     missing = [split for split in SPLITS if split not in splits]
     if missing:
         raise DataError(f"{where} has no {missing[0]}, it has {', '.join(splits) or 'no rows'}.")
@@ -144,7 +144,7 @@ def work(options: Namespace) -> str:
     return f"{table(analyses)}\n\n{READ}\n\n{counts(analyses)}"
 
 
-main = command.entry("neurons", arguments, work)
+main = entry("neurons", arguments, work)
 
 
 if __name__ == "__main__":

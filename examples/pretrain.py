@@ -20,19 +20,24 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.options import positive, script, where
-from common.parameters import PLAIN, known, parameters
+from common.command import entry, refuse_mistakes
+from common.options import positive, script
+from common.parameters import build, parameters
+from common.places import where
 from common.pretraining import OBJECTIVES, PYDOC, TINY
+from common.pretraining.asked import adversary, check
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line; raise ValueError for what cannot be run."""
     parser = script("pretrain", "[options]", __doc__, column=28)
     _text_and_model(parser)
     _adversary(parser)
     _training(parser)
     _output(parser)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    check(options)
+    return options
 
 
 def _text_and_model(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +114,7 @@ def _output(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    arguments()  # a mistake is answered before the imports below, which take seconds
+    refuse_mistakes("pretrain", arguments)  # before the imports below, which take seconds
 
 import json
 from typing import Any
@@ -120,7 +125,6 @@ from accelerate.utils import set_seed
 from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 import mixadv
-from common.command import entry
 from common.pretraining import corpus, curves, tasks
 from common.pretraining.trainer import AdversarialPretrainingTrainer, PretrainingTrainer
 from common.tables import markdown
@@ -134,45 +138,15 @@ OF_ELECTRA = (
 LOGGED = 100  # points of the training loss in a curve
 
 
-def check(options: argparse.Namespace) -> None:
-    """Raise ValueError for what cannot be run, as far as no data are needed."""
-    known("--objective", options.objective, OBJECTIVES)
-    if not 0 < options.lr < float("inf"):
-        raise ValueError(f"--lr must be positive, got {options.lr}.")
-    if not 0 <= options.warmup < 1:
-        raise ValueError(f"--warmup must be a share in [0, 1), got {options.warmup}.")
-    if not options.curriculum >= 0:
-        raise ValueError(f"--curriculum must be at least 0, got {options.curriculum}.")
-    if not 0 <= options.substitute <= 1:
-        raise ValueError(f"--substitute must be a share in [0, 1], got {options.substitute}.")
-    if options.tokenizer and options.model != TINY:
-        raise ValueError(f"--tokenizer is for {TINY}: {options.model} has one of its own.")
-    if options.only_new and (options.from_scratch or options.model == TINY):
-        raise ValueError("--only-new is for a checkpoint: from scratch all parameters are new.")
-
-
 def player(options: argparse.Namespace) -> mixadv.Solver | None:
     """Return who plays against the learner; None for nobody."""
-    chosen = options.solver or tasks.SOLVER.get(options.objective, PLAIN)
-    if chosen == PLAIN:
-        if options.curriculum or options.set:
-            raise ValueError("--curriculum and --set are for an adversary: choose a --solver.")
-        return None
-    if options.objective == "electra":
-        raise ValueError(
-            "--solver is for mlm, alum and macbert: the adversary of electra is its generator, "
-            "which replaces tokens."
-        )
-    solver = mixadv.make_solver(chosen, **parameters([chosen], options.set, None)[chosen])
-    if solver.replays_batch:
-        raise ValueError(f"--solver {chosen} steps several times on a batch; Trainer steps once.")
-    return solver
+    solver = adversary(options)
+    return build(solver, parameters([solver], options.set, None)[solver])
 
 
 def train(options: argparse.Namespace) -> str:
     """Train as the command line asks; return the table of held-out metrics."""
     PartialState(cpu=not torch.accelerator.is_available())
-    check(options)
     solver = player(options)
     options.output = options.output or Path("runs/pretrain") / options.objective
     output: Path = options.output

@@ -11,11 +11,13 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from common.command import entry, refuse_mistakes
 from common.options import positive, script
+from common.parameters import PLAIN, check_solver
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line."""
+    """Parse the command line; raise ValueError for a solver that cannot be played."""
     parser = script("trainer", "[options]", __doc__)
     add = parser.add_argument
     text = "plain, or names as of the other scripts, one training for each (default: plain freelb)"
@@ -24,11 +26,14 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--steps", type=positive, default=60, metavar="N", help=text)
     text = "folder of what Trainer writes (default: %(default)s)"
     add("--output", type=Path, default=Path("runs/trainer"), metavar="FOLDER", help=text)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for name in options.solver:
+        check_solver(name, of_trainer=True)
+    return options
 
 
 if __name__ == "__main__":
-    arguments()  # a mistake is answered before the imports below, which take seconds
+    refuse_mistakes("trainer", arguments)  # before the imports below, which take seconds
 
 from typing import Any
 
@@ -38,8 +43,6 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 import intent
 import mixadv
 from common import model
-from common.command import entry
-from common.parameters import PLAIN, known
 from common.results import EMBEDDED_MODEL, Run
 from mixadv.integrations.transformers import AdversarialTrainer
 
@@ -55,7 +58,7 @@ def losses(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
 
 
 def trainer_of(name: str, task: Any, options: Namespace) -> Trainer:
-    """Return the Trainer of a solver, of a new head; raise ValueError for one it cannot play."""
+    """Return the Trainer of a solver, of a new head."""
     args = TrainingArguments(
         f"{options.output}/{name}", max_steps=options.steps, warmup_steps=options.steps // 10,
         learning_rate=4e-4, per_device_train_batch_size=16, per_device_eval_batch_size=64,
@@ -76,8 +79,6 @@ def trainer_of(name: str, task: Any, options: Namespace) -> Trainer:
 
 def work(options: Namespace) -> str:
     """Train with each solver; return a table of accuracies."""
-    for name in options.solver:
-        known("--solver", name, [PLAIN, *mixadv.SOLVERS])
     task = intent.load(intent.arguments([]))
     trainers = {name: trainer_of(name, task, options) for name in options.solver}
     table = ["".join(f"{head:>12}" for head in ["solver", *task.splits])]

@@ -10,6 +10,8 @@ import pytest
 import attack
 import evaluate
 import masked_loss
+import mixadv
+from common import parameters
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
@@ -28,15 +30,77 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], check=False, **how)
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_a_mistake_is_refused_before_libraries_are_imported(path: Path):
-    done = python("-X", "importtime", str(path), "--no-such-option")
+def refused(path: Path, *arguments: str) -> str:
+    """Return what a script answers to a mistake, before it imports what takes seconds."""
+    done = python("-X", "importtime", str(path), *arguments)
     *imported, last = done.stderr.strip().splitlines()
     assert done.returncode == 2, done.stderr[-2000:]
-    assert "no-such-option" in last or "required" in last, last
     named = {line.rpartition("|")[2].strip() for line in imported if "import time" in line}
     assert "argparse" in named
     assert not named & {*HEAVY, "mixadv"}
+    return last
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_mistake_is_refused_before_libraries_are_imported(path: Path):
+    last = refused(path, "--no-such-option")
+    assert "no-such-option" in last or "required" in last, last
+
+
+NAME = "there is none of this name. "
+MISTAKES = {
+    "glue.py --task nope": f"--task nope: {NAME}",
+    "glue.py --solver frelb": f"--solver frelb: {NAME}Did you mean 'freelb'?",
+    "glue.py --solver mat --set matt.steps=3": f"matt: {NAME}Did you mean 'mat'?",
+    "glue.py --solver mat --config nope.toml": "--config nope.toml: there is no such file.",
+    "glue.py --solver mat --lr 0": "learning_rate must be positive, got 0.0.",
+    "glue.py --data nope": "There is no folder nope; . holds ",
+    "glue.py --data examples/data": "no folder cola or cola_subset.",
+    "intent.py --task nope": f"--task nope: {NAME}",
+    "intent.py --solver nope": f"--solver nope: {NAME}",
+    "intent.py --data ./nope": "There is no folder ./nope; . holds ",
+    "anli.py --train snil": f"--train snil: {NAME}Did you mean 'snli'?",
+    "anli.py --solver nope": f"--solver nope: {NAME}",
+    "anli.py --data nope": "There is no folder nope; . holds ",
+    "trainer.py --solver nope": f"--solver nope: {NAME}Did you mean 'noise'? There are plain, ",
+    "trainer.py --solver plain freeat": "choose another solver, such as freelb.",
+    "pretrain.py --objective nope": f"--objective nope: {NAME}",
+    "pretrain.py --solver nope": f"--solver nope: {NAME}",
+    "pretrain.py --solver freeat": "choose another solver, such as freelb.",
+    "pretrain.py --solver freelb --set steps": "--set steps: write NAME=VALUE",
+    "pretrain.py --data nope.txt": "There is no file nope.txt; . holds ",
+    "pretrain.py --data examples/nope": "There is no file examples/nope; examples holds ",
+    "pretrain.py --substitute 0.1 --neighbours nope": "There is no file nope; . holds ",
+    "neurons.py --model a=minilm --data nope": "There is no folder nope; a hub data set is given",
+    "attack.py --model minilm --task nope": f"--task nope: {NAME}",
+    "attack.py --model minilm --task sst2 --data nope": "There is no folder nope; . holds ",
+    "attack.py --model minilm --attack nope": "--attack nope: there is no such file. There are ",
+    "evaluate.py --model minilm --data nope": "There is no file nope; . holds ",
+    "evaluate.py --model minilm --data README.md --shifted a=b": "There is no file b; . holds ",
+    "evaluate.py --model minilm --data README.md --attack b": "--attack b: there is no such file.",
+    "research/directions.py --task nope": f"--task nope: {NAME}",
+    "research/ascents_tried.py --data ./nope": "There is no folder ./nope; . holds ",
+    "research/attack_game.py --mat 2 --task nope": f"--task nope: {NAME}",
+    "research/attack_game.py --mat 2 --neighbours nope": "--neighbours nope: there is no such file",
+    "research/attack_game.py": "Name the learners: --model FOLDER ..., or --mat N.",
+    "research/masked_loss.py minilm --data nope.txt": "There is no file nope.txt; . holds ",
+    "research/mixtures.py --task nope": f"--task nope: {NAME}",
+    "research/study.py nope.toml": "There is no study nope.toml.",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_name_that_is_not_there_is_refused_before_libraries_are_imported(line: str):
+    script, *arguments = line.split()
+    last = refused(ROOT / "examples" / script, *arguments)
+    assert last.startswith(f"{Path(script).stem}: ")
+    assert MISTAKES[line] in last
+
+
+def test_the_solvers_that_are_known_before_the_library_are_those_of_the_library():
+    assert sorted(parameters.SOLVERS) == sorted(mixadv.SOLVERS)
+    replaying = [name for name, solver in mixadv.SOLVERS.items() if solver.replays_batch]
+    assert replaying == parameters.REPLAYING
 
 
 MODELS = {

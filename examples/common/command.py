@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import results
 from common.options import parser
-from common.parameters import check_evaluation, parameters
+from common.parameters import check, parameters
 from common.results import PLAIN, Run
 
 if TYPE_CHECKING:
@@ -45,23 +45,21 @@ class Script:
         return parser(self.name, self.manual, self.options, self.defaults).parse_args(argv)
 
     def runs(self, options: argparse.Namespace) -> list[Run]:
-        """Return the runs that the command line asks for, checked as far as no data are needed."""
+        """Return the runs that the command line asks for, checked as far as no data are read."""
         names = {f.name for f in fields(Run)}
         given = {name: value for name, value in vars(options).items() if name in names}
         given |= {"radii": tuple(options.radii), **self.settings(options)}
         if options.updates:
             given["epochs"] = 0.0
         found = []
-        for solver, chosen in parameters(options.solver, options.set, options.config).items():
-            check_evaluation(solver, chosen, options.evaluate)
+        chosen = parameters(options.solver, options.set, options.config)
+        for solver, own in chosen.items():
             alone = solver != PLAIN or len(options.solver) == 1
-            given |= {
-                "solver": solver,
-                "parameters": chosen,
-                "every": options.every if alone else 1,
-            }
+            given |= {"solver": solver, "parameters": own}
+            given |= {"every": options.every if alone else 1}
             given |= {"share": options.share if alone else 1.0}
             found += [Run(**given, seed=seed) for seed in options.seeds]
+        check(chosen, options.config, options.evaluate)  # last: it imports what takes seconds
         return found
 
     def work(self, options: argparse.Namespace) -> str:
@@ -72,11 +70,11 @@ class Script:
             if not found:
                 raise ValueError(f"{path} has no results yet: run without --report, or --output.")
             return results.table(found)
-        runs = self.runs(options)
         if options.save and options.evaluate == "mixture":
             raise ValueError(
                 "--save saves one model, and a mixture is several: evaluate last or mean."
             )
+        runs = self.runs(options)
         from common import loop
 
         keeping = loop.Keeping(
@@ -89,16 +87,25 @@ class Script:
         return entry(self.name, self.arguments, self.work)(argv)
 
 
+Arguments = Callable[[list[str] | None], argparse.Namespace]
+"""Parses a command line, this process's own for None; raises ValueError for what cannot be run."""
+
+
+def refuse_mistakes(name: str, arguments: Arguments) -> None:
+    """Answer a command line that cannot be run, and end; called above imports that take seconds."""
+    try:
+        arguments(None)
+    except (ValueError, OSError) as error:
+        sys.exit(_refuse(name, error))
+
+
 def entry(
-    name: str,
-    arguments: Callable[[list[str] | None], argparse.Namespace],
-    work: Callable[[argparse.Namespace], str],
+    name: str, arguments: Arguments, work: Callable[[argparse.Namespace], str]
 ) -> Callable[..., int]:
     """Return the `main` of a script: it runs the command line, and returns 2 for what it cannot."""
 
     def main(argv: list[str] | None = None) -> int:
-        options = arguments(argv)
-        return answer(name, lambda: work(options))
+        return answer(name, lambda: work(arguments(argv)))
 
     return main
 
@@ -110,12 +117,17 @@ def answer(name: str, job: Callable[[], str]) -> int:
     except Exception as error:
         if not _refusal(error):
             raise
-        said = " ".join([str(error), *getattr(error, "__notes__", ())])
-        print(f"{name}: {' '.join(said.split())}", file=sys.stderr)
-        return 2
+        return _refuse(name, error)
     if _first_process():
         print(text)
     return 0
+
+
+def _refuse(name: str, error: Exception) -> int:
+    """Say in one line what cannot be run; return the status of that."""
+    said = " ".join([str(error), *getattr(error, "__notes__", ())])
+    print(f"{name}: {' '.join(said.split())}", file=sys.stderr)
+    return 2
 
 
 def _refusal(error: Exception) -> bool:

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 from datasets import Dataset
 
+from common.places import rows_of
 from mixadv.robustness.data import UNLABELLED, DataError
 
 datasets.disable_progress_bars()
@@ -86,13 +87,10 @@ def from_file(path: Path) -> Dataset:
 
 def find(folder: str, name: str, itself: bool = True) -> Path:
     """Return the folder of a data set in a folder: NAME, NAME_subset, or the folder `itself`."""
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise DataError(f"There is no folder {folder}.")
-    for candidate in (root / name, root / f"{name}_subset", *([root] if itself else [])):
-        if any(candidate.glob("*.jsonl")) or any(candidate.glob("*.jsonl.gz")):
-            return candidate
-    raise DataError(f"{folder} holds no JSON lines of {name}: no folder {name} or {name}_subset.")
+    try:
+        return rows_of(folder, name, itself)
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 # Checking --------------------------------------------------------------------------------------

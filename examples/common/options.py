@@ -7,18 +7,14 @@ import argparse
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from glob import glob, has_magic
+from glob import glob
 from pathlib import Path
 from typing import Any, NoReturn
 
+from common.places import SOURCES, where
 from common.results import PLAIN, Run
 
 WIDTH = 100  # of the manual
-SOURCES = (
-    "builtin (a small table of everyday words), typos, mlm:NAME (a masked language model), or a "
-    "FILE of JSON lines with word and neighbors, also as .jsonl.gz"
-)
-"""Where the candidates of a word substitution come from, by name."""
 EPILOG = """
 solvers, for --solver, and what each takes besides the parameters of all:
 {solvers}
@@ -58,29 +54,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{Path(self.prog).stem}: {message}\n")
 
 
-def where(name: str) -> str:
-    """Return the name of a model; raise for a path that leads nowhere, before a hub is asked.
-
-    Names of hub models have at most one slash, and no folder here is called as their owner is.
-    """
-    if Path(name).expanduser().exists():
-        return name
-    if has_magic(name):
-        raise argparse.ArgumentTypeError(f"nothing matches the pattern {name}{_there(name)}")
-    here = "/" in name and Path(Path(name).parts[0]).is_dir()
-    if not name or name[0] in "./~" or name.count("/") > 1 or here:
-        raise argparse.ArgumentTypeError(f"there is no {name}{_there(name)}")
-    return name
-
-
-def _there(name: str) -> str:
-    """Return what is where a path still leads."""
-    whole = Path(name).expanduser()
-    known = next((path for path in whole.parents if path.is_dir()), Path())
-    held = sorted(path.name for path in known.iterdir() if not path.name.startswith("."))
-    return f"; {known} holds {', '.join(held[:8])}{', …' if held[8:] else '.'}"
-
-
 class Named(argparse.Action):
     """Gathers values of the form NAME=WHERE by their names, which become parts of file names.
 
@@ -100,7 +73,7 @@ class Named(argparse.Action):
             found[name] = matching[0]
         setattr(namespace, self.dest, found)
 
-    def split(self, parser: Any, given: str, option: str | None) -> tuple[str, list[str]]:
+    def split(self, parser: Parser, given: str, option: str | None) -> tuple[str, list[str]]:
         """Return the name, and what the pattern matches; itself where that is nothing."""
         name, _, path = given.partition("=")
         if not (name and path) or "/" in name:

@@ -56,7 +56,7 @@ class Run:
         attack_rows: 0 attacks the whole split.
         substitute: fraction of the training rows that get a copy with words replaced, made anew
             before each epoch but the first.
-        neighbours: where the words come from, see `common.options.SOURCES`.
+        neighbours: where the words come from, see `common.places.SOURCES`.
         every: updates of which the solver plays one; the others are plain.
         share: of the rows of a batch that the solver plays on; the others are plain. A divergence
             is then of these rows alone, and weighs as much less.

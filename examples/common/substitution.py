@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 
 from common import data, model
-from common.options import SOURCES
+from common.places import check_words
 from common.results import Run
 from mixadv.tokens import (
     Candidates,
@@ -28,19 +28,20 @@ BUILTIN = Path(__file__).parent.parent / "data" / "neighbours" / "neighbours.jso
 
 
 def candidates(name: str) -> Candidates:
-    """Return the source of candidates of a name, see `SOURCES`."""
+    """Return the source of candidates of a name, see `common.places.SOURCES`."""
     if name == "typos":
         return Typos()
     if name.startswith("mlm:"):
         return MaskedCandidates(*model.load_masked(name.removeprefix("mlm:")))
-    return SimilarWords(_table(BUILTIN if name == "builtin" else Path(name)))
+    check_words(name)
+    return SimilarWords(Neighbours.read(BUILTIN if name == "builtin" else name))
 
 
 def attack(source: str, **limits: Any) -> WordSubstitution:
     """Return what all scripts mean by an attack of a name, a source of candidates.
 
     Args:
-        source: see `SOURCES`.
+        source: see `common.places.SOURCES`.
         limits: of `WordSubstitution`, where they are not its defaults.
     """
     return WordSubstitution(candidates(source), **limits)
@@ -53,13 +54,6 @@ def described(name: str, attack: WordSubstitution) -> str:
         alike = f"sentences of a cosine of at least {attack.similarity.min_cosine:g}"
     most = f"{100 * attack.max_share:g} % of the words of a row, or {attack.min_words} if more"
     return f"Attack {name}: at most {most}; {alike}."
-
-
-def _table(path: Path) -> Neighbours:
-    """Return a table of similar words."""
-    if not path.is_file():
-        raise ValueError(f"--neighbours {path}: there is no such file. There are {SOURCES}.")
-    return Neighbours.read(path)
 
 
 class Source:

@@ -22,15 +22,16 @@ import sys
 
 import _above  # noqa: F401
 from ascents_asked import asked
+from common.command import entry, refuse_mistakes
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line; raise ValueError for a task that is not there."""
     return asked(argv, __doc__.splitlines()[0], "runs/ascents_tried")
 
 
 if __name__ == "__main__":
-    arguments()  # a mistake is answered before the imports below, which take seconds
+    refuse_mistakes("ascents_tried", arguments)  # before the imports below, which take seconds
 
 import statistics
 import time
@@ -45,7 +46,7 @@ from tqdm import tqdm
 
 import directions
 import mixadv
-from common import command, data
+from common import data
 from common.loop import Training
 from common.tables import markdown
 from directions import RADII, trained
@@ -255,10 +256,7 @@ def work(options: argparse.Namespace) -> str:
     return table(rows)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 2 for what it cannot run."""
-    options = arguments(argv)
-    return command.answer("ascents_tried", lambda: work(options))
+main = entry("ascents_tried", arguments, work)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,14 @@ from pathlib import Path
 
 import _above  # noqa: F401
 import intent
-from common.options import SOURCES, positive, script, where
+from common.command import entry, refuse_mistakes
+from common.options import positive, script
+from common.places import SOURCES, check_words, where
+from common.tasks import script_of
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line."""
+    """Parse the command line; raise ValueError for learners, a task or words that are not there."""
     parser = script("attack_game", "[options]", __doc__)
     add = parser.add_argument
     text = "fine-tuned classifiers, folders or hub names: a row each, or with --dropout a game each"
@@ -43,11 +46,18 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--limit", type=positive, default=0, metavar="N", help="training rows of MAT")
     text = "add a JSON line per game to a file"
     add("--output", type=Path, metavar="FILE", help=text)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    script_of(options.task).settings(options)
+    check_words(options.neighbours)
+    if not (options.mat or options.model):
+        raise ValueError("Name the learners: --model FOLDER ..., or --mat N.")
+    if len(options.model) == 1 and not (options.mat or options.dropout):
+        raise ValueError("One checkpoint is one row: give several, or --dropout N.")
+    return options
 
 
 if __name__ == "__main__":
-    arguments()  # a mistake is answered before the imports below, which take seconds
+    refuse_mistakes("attack_game", arguments)  # before the imports below, which take seconds
 
 import json
 import shutil
@@ -57,7 +67,6 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import attack
-from common import command
 from common.data import Task
 from common.loop import Keeping, Training
 from common.results import EMBEDDED_MODEL, Run
@@ -104,8 +113,6 @@ def learners(options: Namespace, task: Task) -> dict[str, tuple[list[Classifier]
         assert training.game is not None
         rows = learner_samples(training.game)
         return {f"{len(rows)} samples of MAT": (rows, training.tokenizer)}
-    if not options.model:
-        raise ValueError("Name the learners: --model FOLDER ..., or --mat N.")
     loaded = (attack.load_victim(name, task.labels or ()) for name in options.model)
     found = [(victim.cpu(), tokenizer) for victim, tokenizer in loaded]
     if options.dropout:
@@ -116,8 +123,6 @@ def learners(options: Namespace, task: Task) -> dict[str, tuple[list[Classifier]
             )
             for name, (victim, tokenizer) in zip(options.model, found, strict=True)
         }
-    if len(found) == 1:
-        raise ValueError("One checkpoint is one row: give several, or --dropout N.")
     vocabularies = {json.dumps(tokenizer.get_vocab(), sort_keys=True) for _, tokenizer in found}
     if len(vocabularies) > 1:
         raise ValueError(
@@ -175,10 +180,7 @@ def write(
             file.write(json.dumps(line) + "\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 2 for what it cannot run."""
-    options = arguments(argv)
-    return command.answer("attack_game", lambda: work(options))
+main = entry("attack_game", arguments, work)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,17 @@ import argparse
 import sys
 
 import _above  # noqa: F401
-from ascents_asked import asked
+from ascents_asked import asked, task_asked
+from common.command import entry, refuse_mistakes
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line; raise ValueError for a task that is not there."""
     return asked(argv, __doc__.splitlines()[0], "runs/directions")
 
 
 if __name__ == "__main__":
-    arguments()  # a mistake is answered before the imports below, which take seconds
+    refuse_mistakes("directions", arguments)  # before the imports below, which take seconds
 
 import json
 import statistics
@@ -36,10 +37,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import glue
-import intent
 import mixadv
-from common import command, data
+from common import data
 from common.loop import Keeping, Training
 from common.results import Run
 from common.tables import markdown
@@ -65,10 +64,8 @@ BASELINE = next(iter(ASCENTS))
 
 def trained(options: argparse.Namespace) -> tuple[Training, list[dict[str, torch.Tensor]]]:
     """Return a trained model, and batches of rows that it has not seen."""
-    script = glue if options.task in glue.TASKS else intent
-    given = ["--task", options.task] if options.task != intent.EMBEDDED else []
-    given += ["--data", options.data] if options.data else []
-    task = script.load(script.arguments(given))
+    script, given = task_asked(options)
+    task = script.load(given)
     same = ("task", "data", "updates", "limit", "shots", "seed")
     words: dict[str, Any] = {name: getattr(options, name) for name in same}
     run = Run(**words, epochs=0.0, hold_out=options.rows, learning_rate=options.lr)
@@ -180,10 +177,7 @@ def work(options: argparse.Namespace) -> str:
     return table(rows)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 2 for what it cannot run."""
-    options = arguments(argv)
-    return command.answer("directions", lambda: work(options))
+main = entry("directions", arguments, work)
 
 
 if __name__ == "__main__":

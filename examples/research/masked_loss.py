@@ -16,12 +16,14 @@ import sys
 from pathlib import Path
 
 import _above  # noqa: F401
-from common.options import positive, script, where
+from common.command import entry, refuse_mistakes
+from common.options import positive, script
+from common.places import check_text, where
 from common.pretraining import PYDOC
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line; raise ValueError for a text that is not there."""
     parser = script("masked_loss", "MODEL ... [options]", __doc__, column=28)
     add = parser.add_argument
     add(
@@ -41,11 +43,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=16, metavar="ROWS", help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="add the results to a file, as JSON lines")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    check_text(options.data)
+    return options
 
 
 if __name__ == "__main__":
-    arguments()  # a mistake is answered before the imports below, which take seconds
+    refuse_mistakes("masked_loss", arguments)  # before the imports below, which take seconds
 
 import json
 from typing import Any, NamedTuple
@@ -60,7 +64,6 @@ from transformers import DataCollatorForLanguageModeling
 
 import mixadv
 from common import model as finetuning
-from common.command import answer
 from common.evaluation import mean_token_norm
 from common.pretraining import corpus
 from common.pretraining.tasks import encoder
@@ -192,10 +195,7 @@ def _cell(value: Any, digits: int) -> str:
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 2 for what it cannot run."""
-    options = arguments(argv)
-    return answer("masked_loss", lambda: compare(options))
+main = entry("masked_loss", arguments, compare)
 
 
 if __name__ == "__main__":

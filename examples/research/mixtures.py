@@ -26,20 +26,23 @@ from argparse import Namespace
 from pathlib import Path
 
 import _above  # noqa: F401
+import intent
+from common.command import entry, refuse_mistakes
 from common.options import positive, script
+from common.places import where
 from common.results import EMBEDDED_MODEL
 
 TRAINED = ("smart", "mat", "mat-3", "mat-5", "lora-3", "lora-5", "boosted-3", "boosted-5")
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line."""
+    """Parse the command line; raise ValueError for a task that is not there."""
     parser = script("mixtures", "[options]", __doc__)
     add = parser.add_argument
     add("--task", default="intents", metavar="NAME", help="as of intent.py (default: %(default)s)")
     add("--data", default="", metavar="SOURCE", help="as of intent.py")
     text = "a hub model or a folder with one (default: the embedded encoder)"
-    add("--model", default=EMBEDDED_MODEL, metavar="NAME", help=text)
+    add("--model", type=where, default=EMBEDDED_MODEL, metavar="NAME", help=text)
     add("--only", nargs="+", choices=TRAINED, default=TRAINED, help="(default: all)")
     add("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="(default: 0)")
     add("--shots", type=positive, default=5, help="rows of each label (default: %(default)s)")
@@ -52,19 +55,25 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     add("--steps", type=positive, default=5, help="of ascents (default: %(default)s)")
     add("--output", type=Path, default=Path("runs/mixtures"), metavar="FOLDER")
     add("--report", action="store_true", help="print the table of OUTPUT/results.jsonl and stop")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if not options.report:
+        intent.settings(task_asked(options))
+    return options
+
+
+def task_asked(options: Namespace) -> Namespace:
+    """Return the options that name the task in intent.py."""
+    return intent.arguments(["--task", options.task, "--data", options.data])
 
 
 if __name__ == "__main__":
-    arguments()  # a mistake is answered before the imports below, which take seconds
+    refuse_mistakes("mixtures", arguments)  # before the imports below, which take seconds
 
 from collections.abc import Iterable
 from typing import Any
 
 from tqdm.auto import tqdm
 
-import intent
-from common import command
 from common.results import append, digest, finished, over_seeds
 from common.tables import markdown
 from mixadv.robustness import read_rows, text_batches, token_norm
@@ -78,7 +87,7 @@ def work(options: Namespace) -> str:
     """Train and measure what has no line yet; return the table."""
     path = options.output / "results.jsonl"
     if not options.report:
-        task = intent.load(intent.arguments(["--task", options.task, "--data", options.data]))
+        task = intent.load(task_asked(options))
         todo = [(name, seed) for name in options.only for seed in options.seeds]
         for name, seed in tqdm(todo, desc="mixtures", disable=None):
             if (key := _key(options, name, seed)) not in finished(path):
@@ -178,7 +187,7 @@ def _by_seed(results: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[in
     return found
 
 
-main = command.entry("mixtures", arguments, work)
+main = entry("mixtures", arguments, work)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import _above  # noqa: F401
+from common.command import answer, refuse_mistakes
 from common.options import positive, script
+from common.places import a_folder
 
 
 def ending() -> str:
@@ -29,7 +31,7 @@ def ending() -> str:
 
 
 def arguments(argv: list[str] | None = None) -> Namespace:
-    """Parse the command line."""
+    """Parse the command line; raise ValueError for a study or data that are not there."""
     parser = script("study", "STUDY [options]", __doc__)
     parser.ending = ending
     add = parser.add_argument
@@ -41,11 +43,16 @@ def arguments(argv: list[str] | None = None) -> Namespace:
     text = "folder of checkpoints and models (default: %(default)s)"
     add("--runs", type=Path, default=Path("runs/study"), metavar="FOLDER", help=text)
     add("--report", action="store_true", help="write report.md of the results that there are")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if not options.study.is_file():
+        raise ValueError(f"There is no study {options.study}.")
+    if options.data and not options.report:
+        a_folder(options.data)
+    return options
 
 
 if __name__ == "__main__":
-    arguments()  # a mistake is answered before the imports below, which take seconds
+    refuse_mistakes("study", arguments)  # before the imports below, which take seconds
 
 import fcntl
 import re
@@ -54,7 +61,7 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 
-from common import command, loop, model
+from common import loop, model
 from common.results import append, finished
 from common.substitution import candidates
 from mixadv.robustness import data
@@ -178,18 +185,17 @@ def command_of(path: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 2 for what it cannot run."""
-    options = arguments(argv)
 
     def job() -> str:
         try:
-            return run(options)
+            return run(arguments(argv))
         except BrokenProcessPool as error:
             raise ValueError(
                 "A job was killed, perhaps for want of memory: take fewer --workers. What is "
                 "finished is kept; the same command goes on."
             ) from error
 
-    return command.answer("study", job)
+    return answer("study", job)
 
 
 if __name__ == "__main__":

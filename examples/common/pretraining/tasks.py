@@ -230,6 +230,3 @@ def similar_words(path: str) -> Neighbours:
 
 TASKS = dict(zip(OBJECTIVES, (masked, masked, detection, correction), strict=True))
 """What makes the task of an objective, by its name."""
-
-SOLVER = {"alum": "alum"}
-"""Who plays where an objective names its adversary."""

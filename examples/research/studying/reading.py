@@ -28,8 +28,6 @@ def read(path: Path) -> Study:
     Raises:
         ValueError: if it cannot be read, or says what is not known.
     """
-    if not path.is_file():
-        raise ValueError(f"There is no study {path}.")
     try:
         return TypeAdapter(Study).validate_python(tomllib.loads(path.read_text()))
     except ValidationError as error:
