@@ -47,8 +47,14 @@ class Anchor:
 
     Args:
         encoder: the encoder to copy, with its present weights.
-        read: a function that returns embeddings `[B, ...]` from what the encoder returns. None
-            takes the tensor itself, or `image_embeds` or `pooler_output` of an output.
+        read: a function that returns embeddings `[B, ...]` from what the encoder returns: those
+            that its users read. None takes the tensor itself, or `image_embeds` or `pooler_output`
+            of an output; the latter not beside `last_hidden_state`, for a CLIP is read by the one,
+            and a BERT mostly by the mean of the other. Of a SentenceTransformer:
+            `lambda output: output["sentence_embedding"]`.
+
+    Raises:
+        TypeError: for an encoder that is no module.
 
     Example:
         >>> import mixadv
@@ -64,6 +70,11 @@ class Anchor:
     """
 
     def __init__(self, encoder: nn.Module, read: Callable[[Any], Tensor] | None = None) -> None:
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(
+                f"Anchor copies an encoder, a torch.nn.Module, got {encoder!r:.80}: give the "
+                "model, and what is done with its output as read=lambda output: …"
+            )
         self.encoder = copy.deepcopy(unwrap(encoder)).eval().requires_grad_(False)
         self._read = read or embedding_of
 
@@ -130,11 +141,21 @@ def embedding_of(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor) and output.dim() > 1:
         return output
-    pooled = getattr(output, "image_embeds", None)
-    pooled = getattr(output, "pooler_output", None) if pooled is None else pooled
-    if isinstance(pooled, Tensor):
+    projected, pooled = (getattr(output, name, None) for name in ("image_embeds", "pooler_output"))
+    if isinstance(projected, Tensor):
+        return projected
+    if isinstance(pooled, Tensor) and getattr(output, "last_hidden_state", None) is None:
         return pooled
+    lead = f"The encoder returns {type(output).__name__}, and Anchor does not know "
+    if isinstance(pooled, Tensor):
+        raise GameError(
+            f"{lead}which of its embeddings are used. Say so, of an image tower or a [CLS] token:\n"
+            "    Anchor(encoder, read=lambda output: output.pooler_output)\n"
+            "of tokens, whose mean is used (give the call its attention_mask):\n"
+            "    Anchor(encoder, read=lambda output: output.last_hidden_state)"
+        )
     raise GameError(
-        f"The encoder returns {type(output).__name__}, and Anchor does not know where its "
-        "embeddings are: give it a function that returns them, read=lambda output: …"
+        f"{lead}where its embeddings are: give it a function that returns them, "
+        "read=lambda output: …, of a SentenceTransformer "
+        "read=lambda output: output['sentence_embedding']."
     )

@@ -31,7 +31,7 @@ def build(
 ) -> Any:
     """Return what the registry has under a name, a dataclass, made with the parameters.
 
-    `words` has our names by those that others give to the same.
+    `words` has our names by those that others give to the same, with a dot where ours is a class.
 
     Raises:
         ValueError: for an unknown name or hyper-parameter, with the nearest one.
@@ -52,8 +52,9 @@ def unknown_parameter(
     known = [f.name for f in fields(cls) if f.init]
     for parameter in parameters:
         if parameter not in known:
-            ours = words.get(parameter)
-            meant = f" Here it is {ours!r}." if ours in known else nearest(parameter, known)
+            ours = words.get(parameter, "")
+            there = ours in known or "." in ours  # a class of its own
+            meant = f" Here it is {ours!r}." if there else nearest(parameter, known)
             lead = f"{cls.__name__} has no hyper-parameter {parameter!r}."
             return f"{lead}{meant} It has {', '.join(known)}."
     return None

@@ -234,7 +234,7 @@ def robust_accuracy(tower: Tower, names: Tensor) -> float:
 def test_clip_becomes_robust_in_both_ways(way: str):
     """FARE pulls its embeddings back to the frozen ones, TeCoA its zero-shot classes."""
     tower, names = clip_of()
-    (x, labels), anchor = photographs(), Anchor(tower)
+    (x, labels), anchor = photographs(), Anchor(tower, read=lambda output: output.pooler_output)
     text = copy.deepcopy(tower.clip.text_model.state_dict())
     strong = PGD(**{**WORDS, "radius": 0.02, "step_size": 0.01})
 
@@ -279,6 +279,24 @@ def test_embeddings_are_read_from_outputs(name: str):
     model, (x, _) = Output(), pixels(dtype=torch.float64)
     read = Anchor(model.inner)(model.inner, x)()
     assert_same(Anchor(model)(model, x)(), read)
+
+
+def test_one_of_two_embeddings_is_not_chosen_in_silence():
+    """Retrieval reads the mean of a BERT's tokens, zero-shot classes what a CLIP pooled."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=12, num_hidden_layers=1, **size)
+    model, ids = transformers.BertModel(config).eval(), torch.randint(1, 12, (4, 5))
+    with pytest.raises(GameError, match=r"(?s)which.*output\.pooler_output.*last_hidden_state\)"):
+        Anchor(model)(model, ids)
+    for name in ("pooler_output", "last_hidden_state"):
+        anchor = Anchor(model, read=lambda output, name=name: output[name])
+        assert_same(anchor.embed(ids), model(ids)[name])
+
+
+def test_what_is_no_encoder_cannot_be_anchored():
+    with pytest.raises(TypeError, match=r"torch.nn.Module, got <function.*read=lambda"):
+        Anchor(photographs)  # pyright: ignore[reportArgumentType]
 
 
 def test_tokens_are_read_by_a_function():

@@ -149,6 +149,15 @@ VALUES: Refusals = {
         "carrying": (lambda: FreeAT(carry=1), "FreeAT | carry | True or False | 1"),
         "sharing": (lambda: CAT(shared=None), "CAT | shared | True or False | None"),
         "excluded tokens": (lambda: TextAT(exclude=[0]), "exclude | tuple | [0]"),
+        "SAM of other packages": (
+            lambda: mixadv.SAM(small().model.parameters(), SGD, rho=0.05, lr=0.1),
+            "no optimizer | mixadv.wrap(torch.optim.SGD(model.parameters(), lr=…), model, "
+            "mixadv.SAM(radius=0.05))",
+        ),
+        "adaptive SAM": (lambda: mixadv.SAM(adaptive=True), "'adaptive' | 'mixadv.ASAM'"),
+        "β of TRADES": (lambda: mixadv.TRADES(beta=6.0), "'beta' | 'smoothness_weight'"),
+        "β of MART": (lambda: mixadv.MART(beta=6.0), "'beta' | 'smoothness_weight'"),
+        "by place": (lambda: PGD(0.1), "PGD | by name | mixadv.PGD(radius=0.1)"),
         "source": (lambda: CreAT(source=3), "CreAT | source | name | 3"),
         "representation": (lambda: CAT(representation=3), "CAT | representation | 3"),
         "two CAT steps": (lambda: CAT(**{"steps": 2}), "CAT | 'steps'"),

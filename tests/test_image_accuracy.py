@@ -228,6 +228,15 @@ def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch):
         auto_attack(Vision(), radius=EPS)
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_attack_that_returns_what_requires_gradients_is_not_warned_of():
+    """As APGD of torchattacks does."""
+    model, (images, labels) = Vision(), pixels()
+    attack = lambda x, y: x.clone().requires_grad_()  # noqa: E731
+    found = image_accuracy(model, [(images, labels)], {"it": attack}, radius=EPS)
+    np.testing.assert_array_equal(found.robust, found.right)
+
+
 # What is refused -----------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -266,3 +275,33 @@ def test_what_cannot_be_measured_is_refused():
         image_accuracy(one, [(images, 0 * labels)], radius=EPS)
     with pytest.raises(ValueError, match="restarts"):
         pgd_attack(model, radius=EPS, restarts=0)
+
+
+def test_what_is_given_in_another_form_is_told_which_to_write():
+    model, (images, labels) = Vision(), pixels()
+    attack: Any = pgd_attack(model, radius=EPS, steps=1, restarts=1)
+    with pytest.raises(TypeError, match=r'by name, got list: write \{"PGD": attack\}'):
+        image_accuracy(model, [(images, labels)], [attack], radius=EPS)  # pyright: ignore
+    with pytest.raises(TypeError, match="'PGD' must be a function"):
+        image_accuracy(model, [(images, labels)], {"PGD": 3}, radius=EPS)  # pyright: ignore
+    for wrong in ((images, labels), (images[:2], labels[:2]), [{"images": images}]):
+        with pytest.raises(
+            TypeError, match=r"pair of tensors .* give batches as \[\(images, labels"
+        ):
+            image_accuracy(model, wrong, radius=EPS)  # pyright: ignore
+    with pytest.raises(TypeError, match=r"torch.uint8: give images.float\(\) / 255"):
+        image_accuracy(model, [((255 * images).byte(), labels)], radius=EPS)
+    for wrong in (labels.float(), labels > 0):
+        with pytest.raises(TypeError, match=r"whole numbers.*labels.long\(\)"):
+            image_accuracy(model, [(images, wrong)], radius=EPS)
+    with pytest.raises(ValueError, match=r"'it' returned torch\.int64"):
+        image_accuracy(model, [(images, labels)], {"it": lambda x, y: x.long()}, radius=EPS)
+    with pytest.raises(TypeError, match="radius must be a number, got None"):
+        pgd_attack(model, radius=None)  # pyright: ignore
+
+
+def test_labels_of_fewer_bits_are_measured_alike():
+    model, images, labels = linear(8)
+    expected = image_accuracy(model, [(images, labels)], radius=EPS).robust
+    found = image_accuracy(model, [(images, labels.to(torch.int32))], radius=EPS).robust
+    np.testing.assert_array_equal(found, expected)

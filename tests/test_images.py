@@ -245,6 +245,17 @@ def test_shown_or_told_labels_are_the_same(more: str):
     assert_same(*found)
 
 
+def test_a_label_beyond_the_classes_is_told():
+    model, x, y = seen()
+
+    def closure() -> tuple[Tensor, ...]:
+        logits = model(x)
+        return OTHERS["smoothed"](logits, y), logits, y + 1
+
+    with pytest.raises(GameError, match=rf"label {LABELS}, and .* from 0 to {LABELS - 1}"):
+        wrapped(model, MART(**WORDS)).step(closure)
+
+
 # Published rows ------------------------------------------------------------------------------
 
 IMAGES = [

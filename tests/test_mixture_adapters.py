@@ -188,3 +188,15 @@ def test_what_has_no_such_adapter_is_refused():
         Mixture([Adapter("fourth")], model=model)
     with pytest.raises(ValueError, match=r"needs a peft\.PeftModel"):
         Mixture([Adapter("default")], model=nn.Linear(1, 1))
+
+
+def test_a_base_that_is_read_into_stays_in_training(tmp_path: Path):
+    """PEFT puts the whole model in evaluation mode, which is the caller's."""
+    model, _ = adapted()
+    mixture(model).save_pretrained(tmp_path)
+    base = player("bert", rows=8)[0].train()
+    base.dropout.eval()
+    Mixture.from_pretrained(tmp_path, base)
+    assert base.training
+    assert base.bert.encoder.training
+    assert not base.dropout.training

@@ -1,6 +1,7 @@
 """Mixtures of members: what is in play, what is predicted, and that nothing is left behind."""
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,88 @@ def test_a_draw_is_by_the_probabilities():
     drawn = mixture.predict(lambda: mixture(rows), "draw")
     found = torch.stack([(drawn == e).all(-1).double().mean() for e in each])
     torch.testing.assert_close(found, mixture.probabilities, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_around_all_members_does_not_predict_by_the_first(kind: str):
+    """Its casts of the weights outlive a swap of their values."""
+    mixture = three(kind)
+    plain = mixture.each(lambda: mixture(X))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(mixture.each(lambda: mixture(X)), plain, atol=0.02, rtol=0)
+        torch.testing.assert_close(Mean(mixture)(X).exp(), mixture.predict(lambda: mixture(X)))
+
+
+def test_autocast_around_an_average_does_not_predict_by_the_live_weights():
+    model = Net().eval()
+    base = torch.optim.SGD(model.parameters(), lr=5.0)
+    optimizer = mixadv.wrap(base, model, mixadv.MAT(average="uniform"))
+
+    def closure() -> tuple[Tensor, Tensor]:
+        logits = model(X)
+        return nn.functional.cross_entropy(logits, torch.arange(5) % 4), logits
+
+    for _ in range(3):
+        optimizer.step(closure)
+    with torch.no_grad(), optimizer.game.averaged():
+        average = model(X)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        live = model(X)
+        with optimizer.game.averaged():
+            torch.testing.assert_close(model(X).float(), average, atol=0.05, rtol=0.05)
+        assert torch.equal(model(X), live)
+    assert not torch.allclose(live.float(), average, atol=0.5)
+
+
+def test_masks_seed_no_generator_whose_state_does_not_come_back(monkeypatch: pytest.MonkeyPatch):
+    """`torch.manual_seed` seeds every accelerator, and that of the model alone is put back."""
+    mixture, seeded = three("masks"), []
+    drawn = mixture.each(lambda: mixture(X))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    assert torch.equal(mixture.each(lambda: mixture(X)), drawn)
+    assert not seeded
+
+
+RETURNED: dict[str, Any] = {
+    "a pair": lambda logits: (torch.zeros(()), logits),
+    "a dict": lambda logits: {"logits": logits},
+    "a dict with a loss": lambda logits: {"loss": torch.zeros(()), "logits": logits},
+    "an output": lambda logits: SimpleNamespace(loss=None, logits=logits),
+    "a pair with an output": lambda logits: (torch.zeros(()), SimpleNamespace(logits=logits)),
+}
+
+
+@pytest.mark.parametrize("what", RETURNED)
+def test_what_closures_return_is_read_by_mixtures_too(what: str):
+    class Wrapped(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.net = Net(seed)
+
+        def forward(self, x: Tensor) -> Any:
+            return RETURNED[what](self.net(x))
+
+    mixture, told = three("models"), Mixture([Wrapped(s) for s in (1, 2, 3)], [1, 2, 3])
+    expected = mixture.predict(lambda: mixture(X))
+    found = mixture.predict(lambda: RETURNED[what](mixture(X)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(Mean(told)(X).exp(), expected)
+
+
+@pytest.mark.parametrize("result", [torch.zeros(()), {"loss": torch.zeros(())}, (X,), None])
+def test_what_holds_no_logits_is_refused_in_words(result: Any):
+    mixture = three("models")
+    with pytest.raises(
+        (ValueError, mixadv.GameError), match=r"\(loss, logits\)|loss and logits|\[B"
+    ):
+        mixture.predict(lambda: result)
+
+
+def test_probabilities_lie_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        found = Mixture([{}, {}], model=nn.Linear(1, 1)), Mixture([{}, {}], [1, 3], model=Net())
+    assert [m.probabilities.tolist() for m in found] == [[0.5, 0.5], [0.25, 0.75]]
 
 
 @given(st.lists(st.floats(0, 10), min_size=3, max_size=3).filter(lambda values: sum(values) > 1e-3))

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 import mixadv
+from mixadv.anchors import Anchor
 from tests.test_trainer import (
     alone,  # noqa: F401
     logged,
     settings,
     weights,
 )
-from tests.zoo import assert_same, note_refusal
+from tests.zoo import assert_same, note_refusal, wrapped
 
 pytest.importorskip("sentence_transformers", reason="its Trainer is what plays")
 
@@ -192,3 +193,17 @@ def test_a_loss_without_scores_serves_solvers_that_need_none(tmp_path: Path):
     solver = mixadv.SMART(divergence="squared_error")
     with pytest.raises(mixadv.GameError, match=r"SMART compares.*BatchAllTripletLoss embeds 1"):
         trained(tmp_path, "ranking", solver, given=given)
+
+
+def test_an_encoder_is_anchored_where_retrieval_reads(tmp_path: Path):
+    model, texts = encoder(tmp_path, dropout=0.0), [row["anchor"] for row in ROWS]
+    anchor = Anchor(model, read=lambda output: output["sentence_embedding"])
+    words = model.tokenize(texts)
+    target = torch.from_numpy(model.encode(texts))
+    torch.testing.assert_close(anchor.embed(dict(words)), target)
+    optimizer = wrapped(model, "pgd", torch.optim.Adam, lr=0.01)
+    assert optimizer.step(anchor(model, dict(words))) > 0
+    torch.testing.assert_close(anchor.embed(dict(words)), target)
+    assert not torch.allclose(torch.from_numpy(model.encode(texts)), target, atol=1e-3)
+    with pytest.raises(mixadv.GameError, match=r"output\['sentence_embedding'\]"):
+        Anchor(model).embed(dict(words))

@@ -54,7 +54,7 @@ def within(x: Tensor, box: tuple[float, float]) -> bool:
         >>> within((torch.tensor([0.0, 1.0]) - 0.4) / 0.3, (-0.4 / 0.3, 0.6 / 0.3))
         True
     """
-    slack = 2 * torch.finfo(x.dtype).eps * max(map(abs, box))
+    x, slack = x.detach(), 2 * torch.finfo(x.dtype).eps * max(map(abs, box))
     return box[0] - slack <= float(x.min()) <= float(x.max()) <= box[1] + slack
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.mixtures.mixture import Mixture
+from mixadv.mixtures.reading import logits_in
 from mixadv.model.contexts import no_grad
 from mixadv.tokens.substitution.reader import Several
 
@@ -52,7 +53,7 @@ class Mean(nn.Module, Several):
         for _, module in self.parts():
             with no_grad():
                 output = module(*args, **kwargs)
-            logits = getattr(output, "logits", output)
+            logits = logits_in(output)
             found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         each = torch.stack(found).log_softmax(-1)
         weights = self.mixture.probabilities.to(each).log()

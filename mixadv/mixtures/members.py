@@ -107,7 +107,9 @@ class Dropout(Member):
 
         def before(module: nn.Module, args: Any) -> None:
             found.append(random_state(devices))
-            torch.manual_seed(self.seed)
+            # Not torch.manual_seed, which seeds accelerators too whose state does not come back.
+            generators = [torch.Generator(d) for d in (torch.device("cpu"), *devices)]
+            set_random_state([(g.device, g.manual_seed(self.seed).get_state()) for g in generators])
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             set_random_state(found.pop())

@@ -20,6 +20,7 @@ from mixadv.game import Game
 from mixadv.mixtures import saved
 from mixadv.mixtures.adapters import Adapter, ByRow, drawn, in_one_pass
 from mixadv.mixtures.members import Member, Model, Weights
+from mixadv.mixtures.reading import probabilities_in
 from mixadv.model.contexts import no_grad
 from mixadv.model.modules import unwrap
 
@@ -122,19 +123,20 @@ class Mixture(nn.Module):
         """Return the probabilities that each member gives, `[M, B, C]`; of tokens `[M, B, n, C]`.
 
         Args:
-            forward: calls the mixture; returns logits `[B, C]`, or an output that holds them.
+            forward: calls the mixture; returns logits `[B, C]`, an output that holds them, or what
+                a closure of a game does, such as `(loss, logits)`.
         """
         found = []
         for number in range(len(self)):
             with no_grad(), self.member(number):
-                found.append(_distribution(forward()))
+                found.append(probabilities_in(forward()))
         return torch.stack(found)
 
     def predict(self, forward: Callable[[], Any], how: How = "mean", *, seed: int = 0) -> Tensor:
         """Return the probabilities of classes, `[B, C]`; of tokens `[B, n, C]`.
 
         Args:
-            forward: calls the mixture; returns logits `[B, C]`, or an output that holds them.
+            forward: as in `each`.
             how: `"mean"` of the members' probabilities, by π; `"draw"` a member for each row, by
                 π, and give its probabilities (of LoRA adapters in one pass); `"vote"`, the share by
                 π of the members whose likeliest class it is.
@@ -157,7 +159,7 @@ class Mixture(nn.Module):
         rows = ByRow(self.model, members, partial(drawn, self.probabilities, seed))
         try:
             with no_grad(), self._in_play(rows.playing()):
-                found = _distribution(forward())
+                found = probabilities_in(forward())
         except (ValueError, TypeError):  # merged weights, DoRA, whole heads beside the adapters,
             return None  # or inputs whose rows are not the encoder's
         return found if rows.rows == [len(found)] else None
@@ -261,16 +263,6 @@ def mixture_of(game: Game) -> Mixture:
     return Mixture(samples, model=unwrap(game.model))
 
 
-def _distribution(result: Any) -> Tensor:
-    logits = result if isinstance(result, Tensor) else result.logits
-    if logits.dim() < 2 or logits.shape[-1] < 2:
-        raise ValueError(
-            "A mixture predicts probabilities of classes, of logits [B, C] of two or more, got "
-            f"{list(logits.shape)}: call it within mixture.member(m), and average its outputs."
-        )
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-
-
 def _member(value: Any) -> Member:
     if isinstance(value, Member):
         return value
@@ -286,8 +278,8 @@ def _member(value: Any) -> Member:
 
 def _normalised(values: Sequence[float] | Tensor | None, count: int) -> Tensor:
     if values is None:
-        return torch.full((count,), 1 / count, dtype=torch.float64)
-    found = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+        return torch.full((count,), 1 / count, dtype=torch.float64, device="cpu")
+    found = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     usable = found.shape == (count,) and bool(found.isfinite().all() and (found >= 0).all())
     if not usable or float(found.sum()) == 0:
         raise ValueError(

@@ -173,14 +173,15 @@ def _with_adapter(model: Any, folder: Path, name: str) -> nn.Module:
             f"{folder} has no adapter, which {INDEX} names: the mixture was not copied whole."
         )
     if is_peft(model):
-        with evaluating(model):  # it would stay in evaluation mode
+        with evaluating(model):  # it would stay in evaluation mode, here and below
             model.load_adapter(str(found[0].parent), name)
         return model
     try:
         import peft
     except ImportError as error:
         raise ImportError(f"The mixture of {folder} has adapters: pip install peft.") from error
-    return peft.PeftModel.from_pretrained(model, str(found[0].parent), name)
+    with evaluating(model):
+        return peft.PeftModel.from_pretrained(model, str(found[0].parent), name)
 
 
 def _index(folder: Path) -> dict[str, Any]:

@@ -26,21 +26,18 @@ from tqdm.auto import tqdm
 
 from mixadv.checks import check_integer, check_number
 from mixadv.equilibrium import attack
-from mixadv.maths.box import within
-from mixadv.maths.geometry import Norm, norms
+from mixadv.maths.geometry import Norm
 from mixadv.maths.likelihood import label_margins
 from mixadv.model.contexts import no_grad
 from mixadv.model.replay import evaluating
-from mixadv.players.ascent import check_box
 from mixadv.robustness.ascents import learnable
+from mixadv.robustness.image_checks import check_attacks, check_found, pair_of
 from mixadv.robustness.predictions import check_labels, check_several
 from mixadv.robustness.statistics import Estimate, wilson
 from mixadv.solvers import PGD
 
 ImageAttack = Callable[[Tensor, Tensor], Tensor]
 """`attack(images [B, ...], labels [B])`: the images that it found, in the ball and the box."""
-
-_ROUNDING = 1e-5  # of a ball, in fp32
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +92,8 @@ def image_accuracy(
         progress: whether to show a bar.
 
     Raises:
+        TypeError: for attacks without names; for batches that are not pairs of real images and of
+            whole numbers.
         ValueError: for images outside of the box; without a batch; for an attack that leaves ball
             or box, or returns something else than images, by its name.
 
@@ -108,15 +107,16 @@ def image_accuracy(
     check_number("image_accuracy", "radius", radius)
     if attacks is None:
         attacks = {"PGD": pgd_attack(model, radius=radius, norm=norm, box=box)}
+    check_attacks(attacks)
     columns: list[list[Tensor]] = []
     with evaluating(model):
-        for images, labels in tqdm(batches, desc="attacks", unit="batch", disable=not progress):
-            _check_images(images, labels, box)
+        for batch in tqdm(batches, desc="attacks", unit="batch", disable=not progress):
+            images, labels = pair_of(batch, box)
             kept = [_hits(model, images, labels)]
             for name, play in attacks.items():
                 found = play(images, labels)
                 model.eval()  # some attacks put back the mode that they were made in
-                _check_found(name, images, found, radius, norm, box)
+                check_found(name, images, found, radius, norm, box)
                 kept.append(kept[0] & _hits(model, found, labels))
             columns.append(kept)
     if not columns:
@@ -153,6 +153,7 @@ def pgd_attack(
         site: where the model takes the images: its own input.
         seed: of the starts.
     """
+    check_number("pgd_attack", "radius", radius)
     check_integer("pgd_attack", "restarts", restarts, 1)
     length = radius / 4 if step_size is None else step_size
     solver = PGD(steps=steps, step_size=length, radius=radius, norm=norm, box=box, unit="absolute")
@@ -253,41 +254,3 @@ def _hits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     check_several(logits.shape[1])
     check_labels(labels, logits.shape[1])
     return logits.argmax(-1) == labels
-
-
-def _check_images(images: Tensor, labels: Tensor, box: tuple[float, float] | None) -> None:
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{len(images)} images have labels of shape {list(labels.shape)}.")
-    if box is None:
-        return
-    check_box("image_accuracy", box)
-    if not within(images, box):
-        least, most = float(images.min()), float(images.max())
-        raise ValueError(
-            f"Images have values from {least:.3g} to {most:.3g}, outside of box={box}: normalise "
-            "inside of the model, and give it pixels."
-        )
-
-
-def _check_found(
-    name: str,
-    images: Tensor,
-    found: Any,
-    radius: float,
-    norm: Norm,
-    box: tuple[float, float] | None,
-) -> None:
-    """Raise ValueError unless an attack returned images in the ball and the box."""
-    if not isinstance(found, Tensor) or found.shape != images.shape:
-        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"The attack {name!r} must return {list(images.shape)}, got {what}.")
-    moved = (found.float() - images.float()).detach().abs()
-    rounding = torch.finfo(found.dtype).eps / 2 * found.detach().float().abs()
-    farthest = float(norms((moved - rounding).clamp_min(0), norm).max())
-    if not farthest <= radius * (1 + _ROUNDING) + 1e-6:
-        raise ValueError(
-            f"The attack {name!r} moved an image by {farthest:.4g} in {norm}, and the ball has the "
-            f"radius {radius:.4g}: give it the same one."
-        )
-    if box is not None and not within(found, box):
-        raise ValueError(f"The attack {name!r} left the box {box}: what it found is no image.")

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ WORDS = {
     "epsilon": "radius",
     "rho": "radius",
     "gamma": "radius",
+    "beta": "smoothness_weight",
+    "adaptive": "mixadv.ASAM",
     "alpha": "step_size",
     "lr": "step_size",
     "K": "steps",
@@ -74,11 +76,11 @@ class Solver(Ascent, ABC):
     def __new__(cls, *arguments: Any, **parameters: Any) -> Self:
         """Answer a word of papers or of other code with ours for the same."""
         wrong = unknown_parameter(cls, parameters, WORDS)
-        if wrong:  # unless the class has an __init__ of its own
+        if arguments or wrong:  # unless the class has an __init__ of its own
             try:
                 inspect.signature(cls.__init__).bind(None, *arguments, **parameters)
             except TypeError:
-                raise TypeError(wrong) from None
+                raise TypeError(_by_place(cls) if arguments else wrong) from None
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -223,6 +225,18 @@ class DivergenceSolver(Solver):
     def gain(self) -> str | Divergence:
         """What the adversary maximises."""
         return self.divergence
+
+
+def _by_place(cls: type[Solver]) -> str:
+    """Return what to write in place of `SAM(model.parameters(), torch.optim.SGD, rho=0.05)`."""
+    own = {field.name for field in fields(cls) if field.init}
+    length = getattr(cls, "radius", None)
+    named = "" if length is None or "radius" not in own else f"radius={length:g}"
+    return (
+        f"{cls.__name__} is no optimizer, and takes its hyper-parameters by name. Write "
+        f"mixadv.wrap(torch.optim.SGD(model.parameters(), lr=…), model, mixadv.{cls.__name__}"
+        f"({named}))."
+    )
 
 
 def refuse_memory(solver: Solver) -> None:
