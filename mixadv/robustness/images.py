@@ -13,6 +13,7 @@ normalisation inside; it is in evaluation mode meanwhile and left as it was.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -92,15 +93,13 @@ def image_accuracy(
         progress: whether to show a bar.
 
     Raises:
-        TypeError: for attacks without names; for batches that are not pairs of real images and of
-            whole numbers.
-        ValueError: for images outside of the box; without a batch; for an attack that leaves ball
-            or box, or returns something else than images, by its name.
+        TypeError: for attacks without names; batches of other things than images and labels.
+        ValueError: for images outside of the box; no batch; what an attack should not return.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-        >>> images, labels = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 0, 1])
-        >>> found = image_accuracy(model, [(images, labels)], radius=8 / 255)
+        >>> batch = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 0, 1])
+        >>> found = image_accuracy(model, [batch], radius=8 / 255)
         >>> found.robust.sum() <= found.right.sum()
         np.True_
     """
@@ -123,6 +122,11 @@ def image_accuracy(
         raise ValueError("There are no images to measure on: the batches are empty.")
     right, *survived = (torch.cat(parts).cpu().numpy() for parts in zip(*columns, strict=True))
     return ImageAccuracy(right, dict(zip(attacks, survived, strict=True)), radius)
+
+
+def _margins(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits_of(model(images))
+    return label_margins(logits.float(), labels), logits
 
 
 def pgd_attack(
@@ -159,10 +163,7 @@ def pgd_attack(
     solver = PGD(steps=steps, step_size=length, radius=radius, norm=norm, box=box, unit="absolute")
 
     def play(images: Tensor, labels: Tensor) -> Tensor:
-        def closure() -> tuple[Tensor, Tensor]:
-            logits = logits_of(model(images))
-            return label_margins(logits.float(), labels), logits
-
+        closure = functools.partial(_margins, model, images, labels)
         worst, least = images, torch.full_like(labels, -torch.inf, dtype=torch.float32)
         for number in range(restarts):
             with learnable(model):
