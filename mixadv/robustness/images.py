@@ -98,8 +98,7 @@ def image_accuracy(
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-        >>> batch = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 0, 1])
-        >>> found = image_accuracy(model, [batch], radius=8 / 255)
+        >>> found = image_accuracy(model, [(torch.rand(4, 16), torch.arange(4) % 2)], radius=0.1)
         >>> found.robust.sum() <= found.right.sum()
         np.True_
     """
