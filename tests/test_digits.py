@@ -34,6 +34,38 @@ def test_the_script_trains_measures_and_goes_on(tmp_path: Path, capsys: Any, mon
         assert f"| {arm} |" in table
 
 
+def test_targeted_rows_are_of_their_own(tmp_path: Path, capsys: Any, monkeypatch: Any):
+    """With a stand-in for torchattacks, which puts another image in the place of each."""
+    asked: list[dict[str, Any]] = []
+
+    def torchattack(name: str, model: torch.nn.Module, **settings: Any) -> Any:
+        asked.append({"name": name, **settings})
+        return lambda x, y: x.roll(1, 0)
+
+    monkeypatch.setattr(digits, "data", lambda data=digits.data: [x[:96] for x in data()])
+    monkeypatch.setattr(digits, "pgd_attack", lambda model, radius: lambda x, y: x)
+    monkeypatch.setattr(digits, "torchattack", torchattack)
+    monkeypatch.setattr(digits, "find_spec", lambda name: name)
+    output = tmp_path / "digits.jsonl"
+    argv = ["--epochs", "30", "--radius", "1", "--seeds", "0", "--arms", "plain"]
+    argv += ["--output", str(output)]
+    for more in ([], ["--targeted"], ["--targeted"]):
+        assert digits.main([*argv, *more]) == 0
+    plain, targeted = map(json.loads, output.read_text().splitlines())
+    assert asked == [{"name": "APGDT", "eps": 1.0, "steps": 20}]
+    assert (plain["clean"], plain["robust"]) == (targeted["clean"], targeted["robust"])
+    assert targeted["worst"] < targeted["robust"] == targeted["clean"]  # under PGD alone
+    told = capsys.readouterr().out.split("\n\n")[-2:]
+    assert told[0] == "ε = 1 in L∞, K = 10, 30 epochs, under PGD and targeted APGD:"
+    assert f"| {100 * targeted['robust']:.1f} | {100 * targeted['worst']:.1f} |" in told[1]
+
+
+def test_a_package_that_is_not_there_is_named(tmp_path: Path, capsys: Any, monkeypatch: Any):
+    monkeypatch.setattr(digits, "find_spec", lambda name: None)
+    assert digits.main(["--targeted", "--output", str(tmp_path / "none.jsonl")]) == 2
+    assert "pip install --no-deps torchattacks==3.5.1" in capsys.readouterr().err
+
+
 def test_nothing_measured_is_told(tmp_path: Path, capsys: Any):
     assert digits.main(["--report", "--output", str(tmp_path / "none.jsonl")]) == 2
     assert "has no results yet" in capsys.readouterr().err
@@ -68,7 +100,8 @@ def test_what_was_measured_has_all_arms_and_seeds():
     runs = {(r["arm"], r["epochs"]): set() for r in lines}
     for r in lines:
         runs[r["arm"], r["epochs"]].add(r["seed"])
-        assert digest(digits.settings_of(r["arm"], r["seed"], Namespace(**r))) == r["key"]
+        options = Namespace(**{"targeted": False, **r})
+        assert digest(digits.settings_of(r["arm"], r["seed"], options)) == r["key"]
     for arm in ("plain", "PGD-AT", "TRADES", "MAT"):
         assert runs[arm, 40] == {0, 1, 2, 3, 4}
     assert all(0 in runs[arm, epochs] for arm in digits.ARMS for epochs in (40, 80))

@@ -112,6 +112,39 @@ def test_two_steps_of_sam_are_the_game_on_a_padded_batch():
     assert_same_step(*both(SAM, model, batch), model)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(("cast", "error"), [(Tensor.float, 3e-8), (Tensor.double, 1e-12)])
+def test_sam_of_pytorch_optimizer_is_the_game(
+    monkeypatch: pytest.MonkeyPatch, cast: Callable[[Tensor], Tensor], error: float, adaptive: bool
+):
+    """Over ten steps of SGD with momentum, in float64."""
+    package = pytest.importorskip("pytorch_optimizer")
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    start, ours = copy.deepcopy(theirs), copy.deepcopy(theirs)
+    rows, labels = torch.randn(12, 5).double(), torch.arange(12) % 3
+    sgd = {"lr": 0.1, "momentum": 0.9}
+    optimizer = package.SAM(
+        theirs.parameters(), torch.optim.SGD, rho=0.3, adaptive=adaptive, perturb_eps=0.0, **sgd
+    )
+    solver = mixadv.ASAM(radius=0.3, stabilizer=0.0) if adaptive else mixadv.SAM(radius=0.3)
+    game = mixadv.wrap(torch.optim.SGD(ours.parameters(), **sgd), ours, solver)
+    for _ in range(10):
+        game.step(lambda: nn.functional.cross_entropy(ours(rows), labels))
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(theirs(rows), labels).backward()
+
+    # It casts its norms by Tensor.float: ‖g‖ has the rounding of fp32, about 1e-7 of it. So has ρ.
+    monkeypatch.setattr(Tensor, "float", cast)
+    for _ in range(10):
+        backward()
+        optimizer.step(backward)
+    expected, found = (step({"model": model}, start) for model in (theirs, ours))
+    torch.testing.assert_close(found, expected, rtol=0, atol=error)
+
+
 def test_smart_pytorch_is_the_game_on_a_padded_batch(monkeypatch: pytest.MonkeyPatch):
     model, batch = text_rows(6, padded=True)
     draws(monkeypatch, torch.randn_like)
