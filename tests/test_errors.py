@@ -154,6 +154,7 @@ VALUES: Refusals = {
             "no optimizer | mixadv.wrap(torch.optim.SGD(model.parameters(), lr=…), model, "
             "mixadv.SAM(radius=0.05))",
         ),
+        "a solver inside, by place": (lambda: mixadv.AWP(mixadv.PGD()), "AWP(solver=…)"),
         "adaptive SAM": (lambda: mixadv.SAM(adaptive=True), "'adaptive' | 'mixadv.ASAM'"),
         "β of TRADES": (lambda: mixadv.TRADES(beta=6.0), "'beta' | 'smoothness_weight'"),
         "β of MART": (lambda: mixadv.MART(beta=6.0), "'beta' | 'smoothness_weight'"),

@@ -326,6 +326,9 @@ def test_a_suffix_of_messages_is_behind_what_the_user_wrote_last():
     longer, whole = ([[*turns, {"role": "user", "content": t}]] for t in ("Why?", "Why? now"))
     assert now.answers(speaker, longer) == NoAttack().answers(speaker, whole)
     assert longer[0][-1]["content"] == "Why?"
+    for prompt in (turns[1:], [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]):
+        with pytest.raises(ValueError, match="text that the user wrote last"):
+            now.answers(speaker, [prompt])
 
 
 def test_string_rules():

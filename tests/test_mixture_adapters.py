@@ -196,7 +196,8 @@ def test_a_base_that_is_read_into_stays_in_training(tmp_path: Path):
     mixture(model).save_pretrained(tmp_path)
     base = player("bert", rows=8)[0].train()
     base.dropout.eval()
-    Mixture.from_pretrained(tmp_path, base)
+    found = Mixture.from_pretrained(tmp_path, base)
+    assert found.model.training
     assert base.training
     assert base.bert.encoder.training
     assert not base.dropout.training

@@ -110,6 +110,20 @@ def test_reentrant_checkpoints_leave_no_gradient_of_an_ascent_on_a_head_outside(
     torch.testing.assert_close(other, one)
 
 
+def test_a_head_that_a_later_closure_calls_first_is_found():
+    torch.manual_seed(0)
+    encoder, head = Encoder(), nn.Linear(8, 3)
+    game, fresh = (mixadv.Game(encoder, mixadv.FreeLB(radius=0.0)) for _ in range(2))
+    game.loss(micro_batch(lambda ids: encoder(ids)[:, :3], 0)).backward()
+    found = []
+    for each in (game, fresh):
+        head.weight.grad = None
+        each.loss(micro_batch(lambda ids: head(encoder(ids)), 1)).backward()
+        assert head.weight.grad is not None
+        found.append(head.weight.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_a_frozen_head_outside_stays_without_a_gradient():
     torch.manual_seed(0)
     encoder, head = Encoder(), nn.Linear(8, 3).requires_grad_(False)

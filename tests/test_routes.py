@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -310,9 +311,11 @@ def test_auto_plays_one_after_another_a_closure_that_no_longer_stacks(stacks: li
 
         optimizer.step(lambda: model(ids, names, labels=labels))
         counts = []
-        for _ in range(2):
+        for round in range(2):
             stacks.clear()
-            optimizer.step(outside)
+            tries = batching == "auto" and round == 0
+            with pytest.warns(match="one after another") if tries else nullcontext():
+                optimizer.step(outside)
             counts.append((optimizer.outcome.forwards, optimizer.outcome.delta_backwards))
         assert not stacks  # once is enough
         return [counts, *model.parameters()]

@@ -431,6 +431,31 @@ def test_texts_play_for_themselves_whatever_the_first_batch_held(way: str) -> No
         torch.testing.assert_close(float(text.norm()), 0.1, rtol=1e-5, atol=0)
 
 
+def test_rows_that_are_mapped_to_samples_stay_one_sample_where_positions_are_told() -> None:
+    class Reader(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = torch.nn.Embedding(20, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, ids: Tensor, position_ids: Tensor, segments: Tensor) -> Tensor:
+            rows = self.out(self.words(ids).mean(1).tanh())
+            return torch.zeros(2, 2).index_add(0, segments, rows)
+
+    model, segments = Reader(), torch.tensor([0, 0, 1])
+    ids = torch.arange(12).view(3, 4)
+    places = torch.arange(4).expand(3, 4)
+    game = mixadv.Game(model, mixadv.PGD(radius=0.1, unit="absolute"))
+
+    def closure() -> Any:
+        logits = model(ids, position_ids=places, segments=segments)
+        return torch.nn.functional.cross_entropy(logits, torch.arange(2), reduction="none"), logits
+
+    game.backward(closure)
+    delta = game.strategy.points[0][0]
+    for own in (delta[:2], delta[2:]):
+        assert float(own.norm()) == pytest.approx(0.1, rel=1e-4)
+
+
 @pytest.mark.parametrize("short", [0, 1])
 @pytest.mark.parametrize("way", ["mask", "lengths", "positions", "left"])
 def test_a_row_of_one_text_is_that_text(

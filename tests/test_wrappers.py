@@ -119,6 +119,30 @@ def test_a_wrapped_decoder_is_not_padded_as_its_encoder_is(make: Any):
     assert counted(Wrap(make()), batch) == [[1] * 6, [1] * 4 + [0] * 2]
 
 
+def test_an_encoder_alone_in_a_wrapper_is_no_decoder():
+    class Tag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.out = bart().get_encoder(), nn.Linear(16, 3)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            read = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+            return self.out(read.last_hidden_state)
+
+    torch.manual_seed(0)
+    model, batch = Tag(), padded()
+    labels = batch.pop("labels") % 3
+
+    def closure() -> Any:
+        logits = model(**batch)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+    with mixadv.Game(model, mixadv.R3F()).rounds.open(closure) as update:
+        mask = update.stages[0].clean().mask
+    assert mask is not None
+    assert torch.equal(mask > 0, batch["attention_mask"] > 0)
+
+
 def test_places_of_images_are_left_alone_in_a_wrapper():
     class Reader(nn.Module):
         def __init__(self) -> None:

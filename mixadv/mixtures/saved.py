@@ -180,8 +180,12 @@ def _with_adapter(model: Any, folder: Path, name: str) -> nn.Module:
         import peft
     except ImportError as error:
         raise ImportError(f"The mixture of {folder} has adapters: pip install peft.") from error
+    known = set(model.modules())
     with evaluating(model):
-        return peft.PeftModel.from_pretrained(model, str(found[0].parent), name)
+        adapted = peft.PeftModel.from_pretrained(model, str(found[0].parent), name)
+    for part in set(adapted.modules()) - known:
+        part.training = model.training
+    return adapted
 
 
 def _index(folder: Path) -> dict[str, Any]:

@@ -177,9 +177,15 @@ def _fitting(contexts: Sequence[Mapping[str, Any]], name: str, like: Tensor) -> 
 
 
 def _decodes(model: Any) -> bool:
-    """Return whether predictions are those of a decoder behind an encoder, in a wrapper or not."""
+    """Return whether predictions are those of a decoder behind an encoder, in a wrapper or not.
+
+    A wrapper may hold the encoder alone, whose configuration is that of both.
+    """
     config = configuration(model, "is_encoder_decoder")
-    return bool(getattr(config, "is_encoder_decoder", False))
+    if config is None or not config.is_encoder_decoder:
+        return False
+    own = getattr(base_of(model), "config", None) is config
+    return own or any(name.endswith("decoder") for name, _ in model.named_modules())
 
 
 def known(model: Any) -> bool:

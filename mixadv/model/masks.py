@@ -176,7 +176,10 @@ _SEGMENTS = ("batch", "segments", "segment_ids", "graph_ids", "batch_index")
 
 
 def owners(
-    context: Mapping[str, Any], shape: torch.Size, device: torch.device, packed: bool = False
+    context: Mapping[str, Any],
+    shape: torch.Size,
+    device: torch.device | None = None,
+    packed: bool = False,
 ) -> Tensor | None:
     """Return the sample that each of the rows at the site belongs to, where the model is told.
 
@@ -192,7 +195,7 @@ def owners(
         if name in whole and whole[name].shape == (rows,):
             return whole[name].long()
     for ids in whole.values():
-        if ids.dim() > 2 and ids.shape[:2].numel() == rows:
+        if ids.dim() > 2 and ids.shape[1] > 1 and ids.shape[:2].numel() == rows:
             return torch.arange(rows, device=device) // ids.shape[1]
     return None
 

@@ -201,8 +201,12 @@ def _with(prompt: Any, suffix: str) -> Any:
         return f"{prompt} {suffix}"
     found = [dict(message) for message in prompt]
     users = [message for message in found if message.get("role") == "user"]
-    for last in users[-1:]:
-        last["content"] = f"{last['content']} {suffix}"
+    if not users or not isinstance(users[-1].get("content"), str):
+        raise ValueError(
+            "Suffixes stand behind the text that the user wrote last, and these messages have "
+            f"none: {prompt!r:.120}. Give messages of a user whose content is a text."
+        )
+    users[-1]["content"] += f" {suffix}"
     return found
 
 

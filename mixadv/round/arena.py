@@ -146,6 +146,11 @@ class Arena:
             for p in self.parameters()
             if p.requires_grad and (self.optimizer is None or id(p) in held)
         ]
+        if not trained:
+            raise GameError(
+                f"{type(self.weights).__name__} has no weight to move: none is trained. Set "
+                "requires_grad, and give the optimizer the weights of this model."
+            )
         moved = [p for p in trained if self.weights.moves(names.get(id(p), ""), p)]
         if not moved:
             who, rule = type(self.weights).__name__, self.weights.which
@@ -158,9 +163,13 @@ class Arena:
         return moved
 
     def besides(self, goals: Goals, value: Tensor, known: Iterable[Tensor]) -> list[Tensor]:
-        """Return what `leaves_besides` does, [] where the first round found none of its closure."""
-        looks = self.calibration.outside or goals.general_sum or goals.retain is not None
-        return leaves_besides(value, known) if looks else []
+        """Return what `leaves_besides` does, [] where there is nothing to look for.
+
+        That is where an optimizer is wrapped, which tells what is trained, and the closure of the
+        first round had nothing else: a look takes a millisecond or two.
+        """
+        others = self.optimizer is None or goals.general_sum or goals.retain is not None
+        return leaves_besides(value, known) if others or self.calibration.outside else []
 
     def named(self, weights: dict[Tensor, Tensor]) -> dict[str, Tensor]:
         """Return learner weights by the bare model's parameter names, in their number format."""

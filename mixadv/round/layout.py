@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixadv.errors import GameError
 from mixadv.model.closure import Reading
-from mixadv.model.masks import beginnings, ends
+from mixadv.model.masks import beginnings, ends, owners
 from mixadv.model.visits import Call, Visit
 from mixadv.round.stage import Stage
 from mixadv.round.unit import measuring
@@ -69,7 +69,8 @@ def _found(stage: Stage) -> bool:
 def find_texts(stage: Stage) -> bool:
     """Find whether the model is told of texts within rows; see `beginnings`.
 
-    Then rows may hold several in this batch or in others: a row of one text is that text.
+    Then rows may hold several in this batch or in others: a row of one text is that text. Where
+    rows are mapped to samples, each sample is one.
 
     Returns:
         Whether it was found out now, so that what was measured is to be anew.
@@ -84,7 +85,8 @@ def find_texts(stage: Stage) -> bool:
         return False
     if alone:
         _check_told(context, sizes)
-    site.packed = alone and beginnings(context, sizes) is not None
+    told = beginnings(context, sizes) is not None and owners(context, sizes) is None
+    site.packed = alone and told
     return site.packed
 
 

@@ -52,6 +52,7 @@ class Passes:
         self._still: dict[Whose, list[bool]] = {}  # which calls of a first pass ran under no_grad
         self._labels = Labels(check=not arena.calibration.checked)
         self._read: Tensor | None = None  # which predictions the loss reads
+        self._asked = False  # the loss, which may not tell
 
     def run(
         self,
@@ -110,7 +111,7 @@ class Passes:
         if predictions.dim() != 3 or reading.labelled:
             return reading
         if self._read is None:
-            self._read = read_by(reading.loss, predictions)
+            self._read, self._asked = read_by(reading.loss, predictions), True
         if self._read is None:
             return reading
         read = self._read.repeat(copies, 1)
@@ -121,7 +122,7 @@ class Passes:
         if not self.arena.solver.recompute:
             return self.run(provide, whose=whose)
         # Without a graph the loss would not tell which of its tokens count.
-        asks = self.arena.calibration.unlabelled and self._read is None
+        asks = self.arena.calibration.unlabelled and not self._asked
         with local(self.arena.model) if asks else no_grad():
             reading = self.run(provide, whose=whose)
         return self.cut.off(reading, provide)

@@ -7,6 +7,7 @@
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -186,11 +187,17 @@ def _or_apart(
     forwards, kept = passes.forwards, len(passes.kept)
     try:
         return together()
-    except Exception:  # whatever is wrong with the closure itself is raised below
+    except Exception as error:  # whatever is wrong with the closure itself is raised below
+        failed = f"{type(error).__name__}: {error}"
         passes.forwards = forwards
         passes.arena.site.forget(passes.kept[kept:])
         del passes.kept[kept:]
     found, arena = apart(), passes.arena
+    warnings.warn(
+        f"Particles in one batch failed ({failed:.200}), and are played one after another from "
+        "now on. particle_batching='loop' does so without trying.",
+        stacklevel=2,
+    )
     stackable = arena.calibration.stackable - {arena.modes}
     arena.calibration = replace(arena.calibration, stackable=stackable)
     return found

@@ -5,7 +5,7 @@ from typing import Any
 from mixadv.errors import build
 from mixadv.solvers.alum import ALUM
 from mixadv.solvers.awp import AWP
-from mixadv.solvers.base import WORDS, Solver
+from mixadv.solvers.base import Solver
 from mixadv.solvers.cat import CAT
 from mixadv.solvers.chi_square import ChiSquare
 from mixadv.solvers.creat import CreAT
@@ -67,4 +67,5 @@ def make_solver(name: str, **parameters: Any) -> Solver:
         >>> make_solver("freelb", steps=2).steps
         2
     """
-    return build("solver", SOLVERS, name, parameters, WORDS)
+    words = SOLVERS[name].words if name in SOLVERS else None
+    return build("solver", SOLVERS, name, parameters, words)

@@ -25,7 +25,6 @@ WORDS = {
     "rho": "radius",
     "gamma": "radius",
     "beta": "smoothness_weight",
-    "adaptive": "mixadv.ASAM",
     "alpha": "step_size",
     "lr": "step_size",
     "K": "steps",
@@ -67,6 +66,7 @@ class Solver(Ascent, ABC):
     perturbs: ClassVar[bool] = True  # inputs: else there is no site
     own_payoff: ClassVar[str] = ""  # why no other payoff fits its ascent, where none does
     presets: ClassVar[Presets] = {}
+    words: ClassVar[dict[str, str]] = WORDS
 
     particles: int = field(default=1, init=False)
     direction: Direction = field(default="gradient", init=False)
@@ -75,12 +75,12 @@ class Solver(Ascent, ABC):
 
     def __new__(cls, *arguments: Any, **parameters: Any) -> Self:
         """Answer a word of papers or of other code with ours for the same."""
-        wrong = unknown_parameter(cls, parameters, WORDS)
+        wrong = unknown_parameter(cls, parameters, cls.words)
         if arguments or wrong:  # unless the class has an __init__ of its own
             try:
                 inspect.signature(cls.__init__).bind(None, *arguments, **parameters)
             except TypeError:
-                raise TypeError(_by_place(cls) if arguments else wrong) from None
+                raise TypeError(_by_place(cls, *arguments[:1]) if arguments else wrong) from None
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -227,9 +227,11 @@ class DivergenceSolver(Solver):
         return self.divergence
 
 
-def _by_place(cls: type[Solver]) -> str:
+def _by_place(cls: type[Solver], first: Any) -> str:
     """Return what to write in place of `SAM(model.parameters(), torch.optim.SGD, rho=0.05)`."""
     own = {field.name for field in fields(cls) if field.init}
+    if isinstance(first, Solver) and "solver" in own:
+        return f"{cls.__name__} takes the solver inside by name: write {cls.__name__}(solver=…)."
     length = getattr(cls, "radius", None)
     named = "" if length is None or "radius" not in own else f"radius={length:g}"
     return (

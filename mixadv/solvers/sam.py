@@ -34,6 +34,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mixadv.checks import check_number
+from mixadv.solvers.base import WORDS
 from mixadv.solvers.weights import WeightsSolver, over_norm, scaled, square_of
 
 
@@ -50,6 +51,7 @@ class SAM(WeightsSolver):
     paper: ClassVar[str] = "Foret et al. 2021, arXiv:2010.01412"
     summary: ClassVar[str] = "the gradient at the worst weights within a ball"
     ball: ClassVar[str] = "in L2, all weights together"
+    words: ClassVar[dict[str, str]] = {**WORDS, "adaptive": "mixadv.ASAM"}
 
     def displacements(
         self, weights: Sequence[Tensor], gradients: Sequence[Tensor]
