@@ -17,9 +17,9 @@ def test_a_solver_shows_what_differs_from_its_defaults():
     assert repr(mixadv.Ascent(steps=2, norm="linf")) == "Ascent(steps=2, norm='linf')"
 
 
-@pytest.mark.parametrize("name", mixadv.solvers.WORDS)
+@pytest.mark.parametrize("name", mixadv.solvers.base.WORDS)
 def test_words_of_others_are_answered_with_ours(name: str):
-    ours = mixadv.solvers.WORDS[name]
+    ours = mixadv.solvers.base.WORDS[name]
     solvers = {n: s for n, s in mixadv.SOLVERS.items() if ours in s.__dataclass_fields__}
     solver = "pgd" if "pgd" in solvers else next(iter(solvers))
     with pytest.raises(ValueError, match=rf"no hyper-parameter '{name}'. Here it is '{ours}'\."):

@@ -430,7 +430,7 @@ def test_explain_tells_what_a_round_will_do_and_changes_nothing(name: str, measu
         "embedding",
         "(measured)" if measured else "(estimated from the embedding's rows)",
         f"{solver.radius:g} of the unit = {explanation.radius:.4g}",
-        f"{passes.forwards} forwards",
+        str(passes),
         f"{passes.plain_steps:.1f} plain steps",
     ):
         assert part in text

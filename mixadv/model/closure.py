@@ -36,6 +36,7 @@ class Reading(NamedTuple):
         heads: how many the predictions are of.
         left_out: tensors behind the predictions in what the closure returned, that may be more.
         labelled: whether labels told which predictions count, so that the loss need not.
+        may: in place of the mask where the loss tells which of these count.
         owners: the sample that each row at the site belongs to, where it is known.
         answers: labels of the predictions, where the solver reads them and they are known.
     """
@@ -48,6 +49,7 @@ class Reading(NamedTuple):
     heads: int = 1
     left_out: int = 0
     labelled: bool = False
+    may: Tensor | None = None
     owners: Tensor | None = None
     answers: Tensor | None = None
 
@@ -150,14 +152,16 @@ def parse_output(
     if len({len(head) for head in heads}) > 1:
         sizes = ", ".join(str([*head.shape]) for head in heads)
         raise GameError(f"The heads that the closure returned differ in their rows: {sizes}.")
-    sure = len(heads) > 1 or known(model)
-    masks = [counting(head, [*own, *contexts], model, sure) for head in heads]
-    labelled = sure and any(labels_of(head, [*own, *contexts]) is not None for head in heads)
+    told = [*own, *contexts]
+    masks = [counting(head, told, model) for head in heads]
+    labelled = any(labels_of(head, told) is not None for head in heads)
     left_out = _left_out(result, heads, model)
     if len(heads) > 1:
         return Reading(loss, *_joined(heads, masks), heads=len(heads), labelled=True)
-    only, mask = (heads[0], masks[0]) if heads else (None, None)
-    return Reading(loss, only, mask, left_out=left_out, labelled=labelled)
+    only, mask, may = (heads[0], masks[0], None) if heads else (None, None, None)
+    if only is not None and labelled and not known(model):
+        labelled, may = False, counting(only, told, model, either=True)
+    return Reading(loss, only, mask, left_out=left_out, labelled=labelled, may=may)
 
 
 def _checked(predictions: Any) -> Tensor:

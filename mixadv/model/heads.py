@@ -132,13 +132,13 @@ def of_transformers(model: Any) -> bool:
 
 
 def counting(
-    predictions: Tensor, contexts: Sequence[Mapping[str, Any]], model: Any, sure: bool
+    predictions: Tensor, contexts: Sequence[Mapping[str, Any]], model: Any, either: bool = False
 ) -> Tensor | None:
     """Return the mask of the predictions `[B, n, C]` that count, if one is known.
 
     They belong to real tokens, and to such as the loss is computed at, in samples that have any.
-    Of a model whose kind is not known, a label may be of its token or foretold by the one before:
-    both count, until the loss's gradient tells which.
+    In a model whose kind is not known a label may be of its token, or foretold by the one before:
+    `either` counts both.
     """
     if predictions.dim() != 3:
         return None
@@ -154,7 +154,7 @@ def counting(
     before = F.pad(labelled[:, 1:], (0, 1))
     if not decoded and _causal(model):
         labelled = before  # it foretells the next token
-    elif not decoded and not sure:
+    elif not decoded and either:
         labelled = labelled | before
     if real is None:
         real = labelled if decoded else torch.ones_like(labelled)  # decoders are padded with -100

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from mixadv.errors import GameError
 from mixadv.model.closure import Reading
 from mixadv.model.heads import Answers, shown, told
 
@@ -27,5 +30,16 @@ class Labels:
             found = told(result, predictions, contexts) or shown(reading.loss, predictions)
             if found is None or (self._check and not bool(found.certain)):
                 return reading
+            if self._check:
+                _check_range(found.labels, predictions.shape[-1])
             self._found = found
         return reading._replace(answers=self._found.labels)
+
+
+def _check_range(labels: Tensor, classes: int) -> None:
+    """Raise GameError for a label beyond the classes."""
+    if (largest := int(labels.max())) >= classes:
+        raise GameError(
+            f"The closure gave the label {largest}, and the logits are of {classes} classes: "
+            f"labels go from 0 to {classes - 1}, and are below 0 where none counts."
+        )

@@ -115,7 +115,8 @@ class Passes:
         if self._read is None:
             return reading
         read = self._read.repeat(copies, 1)
-        return reading._replace(mask=read if reading.mask is None else read & (reading.mask > 0))
+        mask = reading.mask if reading.may is None else reading.may
+        return reading._replace(mask=read if mask is None else read & (mask > 0))
 
     def part(self, provide: Provide, whose: Whose = "closure") -> Reading:
         """Run a pass of an objective that has another pass after it."""
