@@ -21,6 +21,11 @@ SIZE = {
 }
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "Llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, SIZE),
+    "SmolLM2": (  # a Llama that predicts by its embedding
+        transformers.LlamaConfig,
+        transformers.LlamaForCausalLM,
+        {**SIZE, "tie_word_embeddings": True},
+    ),
     "Qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, SIZE),
     "Qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, SIZE),
     "Mixtral": (
@@ -82,7 +87,7 @@ def speaking(family: str, tokenizer: Any, seed: int = 2) -> nn.Module:
     torch.manual_seed(seed)
     names = ("eos_token_id", "pad_token_id", "bos_token_id")
     words = {"vocab_size": len(tokenizer), "tie_word_embeddings": False, **dict.fromkeys(names)}
-    model = kind(config(**size, **words)).double()
+    model = kind(config(**{**words, **size})).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8 if parameter.dim() > 1 else 1)

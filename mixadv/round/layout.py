@@ -80,7 +80,9 @@ def find_texts(stage: Stage) -> bool:
     """
     site, current = stage.arena.site, stage.passes.kept[-1]
     context, alone = current.context, stage.arena.solver.per == "sample"
-    sizes = next((v.call.shape[:2] for v in current.visits if len(v.call.shape) == 3), None)
+    shapes = [v.call.shape for v in current.visits]
+    # Of several calls, which may be of other sizes, the context is that of the last.
+    sizes = next((shape[:2] for shape in reversed(shapes) if len(shape) == 3), None)
     if site.packed or sizes is None:
         return False
     if alone:
