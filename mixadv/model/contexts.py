@@ -1,7 +1,7 @@
 """What passes and their backwards run in."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -87,3 +87,29 @@ def gradients_kept(parameters: list[Tensor]) -> Iterator[Callable[[], None]]:
                     gradient.detach().copy_(value)
     if changed:
         raise GameError(_CHANGED)
+
+
+@contextmanager
+def aside(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put gradients aside while the body runs."""
+    gradients = [x.grad for x in tensors]
+    try:
+        for tensor in tensors:
+            tensor.grad = None
+        yield
+    finally:
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            tensor.grad = gradient
+
+
+@contextmanager
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Freeze parameters while the body runs."""
+    live = [p for p in parameters if p.requires_grad]
+    for parameter in live:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in live:
+            parameter.requires_grad_(True)

@@ -1,8 +1,7 @@
 """What the rounds of a game share: the model, where δ acts on it, and what was measured there."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -200,32 +199,6 @@ def leaves_besides(value: Tensor, known: Iterable[Tensor]) -> list[Tensor]:
             found.append(node.variable)
         ahead += [before for before, _ in node.next_functions]
     return found
-
-
-@contextmanager
-def aside(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put gradients aside while the body runs."""
-    gradients = [x.grad for x in tensors]
-    try:
-        for tensor in tensors:
-            tensor.grad = None
-        yield
-    finally:
-        for tensor, gradient in zip(tensors, gradients, strict=True):
-            tensor.grad = gradient
-
-
-@contextmanager
-def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Freeze parameters while the body runs."""
-    live = [p for p in parameters if p.requires_grad]
-    for parameter in live:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in live:
-            parameter.requires_grad_(True)
 
 
 def train(optimizer: Optimizer, module: nn.Module) -> None:

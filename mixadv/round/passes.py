@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixadv.errors import GameError
 from mixadv.maths.box import Room, room_around
-from mixadv.model import scaling
+from mixadv.model import contexts, scaling
 from mixadv.model.closure import Closure, Reading, parse_output
 from mixadv.model.contexts import cast_anew, gradients_untouched, no_grad, without_autocast
 from mixadv.model.heads import read_by
@@ -24,7 +24,7 @@ from mixadv.model.walk import modules
 from mixadv.players.ascent import Ascent
 from mixadv.players.rows import of_rows
 from mixadv.players.strategy import Strategy
-from mixadv.round.arena import Arena, Memory, aside, frozen, leaves_besides, modes_of
+from mixadv.round.arena import Arena, Memory, leaves_besides, modes_of
 from mixadv.round.gains import one_sample
 from mixadv.round.goals import Goals, Whose
 from mixadv.round.labels import Labels
@@ -208,7 +208,7 @@ class Passes:
 
     def frozen(self) -> AbstractContextManager[None]:
         """Freeze the learner's parameters: gradients with respect to δ alone, and less memory."""
-        return frozen(self.parameters)
+        return contexts.frozen(self.parameters)
 
     @contextmanager
     def ascending(self, ascent: Ascent) -> Iterator[None]:
@@ -261,7 +261,7 @@ class Passes:
         """Return the gradients of a weighted sum."""
         whole = self.arena.calibration.leaf_backward  # which reaches a head outside of the model
         inputs, others = (None, leaves_besides(values, leaves)) if whole else (leaves, [])
-        with without_autocast(values), aside(others):
+        with without_autocast(values), contexts.aside(others):
             torch.autograd.backward(values, weights, retain_graph=keep, inputs=inputs)
         return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 
