@@ -129,7 +129,7 @@ class Game:
     @property
     def strategy(self) -> Strategy | None:
         """What the adversary played in the last round, without gradients."""
-        return self.rounds.strategy
+        return None if self.rounds.ending is None else self.rounds.ending.strategy
 
     def backward(
         self,
@@ -170,7 +170,7 @@ class Game:
             validate.check_function("backward must be a function of a loss", backward)
         opened = self.rounds.open(closure, check, where, adversary, retain, groups)
         with torch.enable_grad(), opened as update:
-            return self.rounds.finish(update, next(update.turns(backward)), 1)
+            return self.rounds.finish(update, next(update.turns(backward)), 1).outcome
 
     def loss(
         self,

@@ -221,7 +221,8 @@ class GameOptimizer(Optimizer):
         self._compared = True
         try:
             with game.rounds.open(*goals) as update:
-                self.base.zero_grad()
+                if any(p.grad is not None for g in self.base.param_groups for p in g["params"]):
+                    self.base.zero_grad()
                 total, steps = torch.zeros(()), 0
                 for objective in update.turns(None):
                     total = total.to(objective) + objective
@@ -229,14 +230,14 @@ class GameOptimizer(Optimizer):
                     self.base.zero_grad()
                     update.renew()
                     steps += 1
-                outcome = game.rounds.finish(update, total, steps)
+                ending = game.rounds.finish(update, total, steps)
         except BaseException:
             if game.learner is not None:
                 game.learner.abandon()
             raise
         if alike and not parallel.replicas_alike(game.rounds.arena.parameters()):
             warnings.warn(_DRIFTING, stacklevel=4)
-        return outcome.objective
+        return ending.objective
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state and, under "mixadv", that of the game and the learner."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import mixadv
 from mixadv.maths.geometry import project
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from mixadv.players.strategy import Strategy
 from tests.worlds import classified, played
 from tests.zoo import small, wrapped

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import mixadv
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from mixadv.round.cost import count_passes
 from tests.processes import (
     CLASSES,

@@ -26,13 +26,17 @@ def test_words_of_others_are_answered_with_ours(name: str):
         mixadv.make_solver(solver, **{name: 1})
 
 
-def test_subpackages_are_named_and_loaded_when_they_are_asked_for():
+def test_nothing_is_loaded_before_it_is_asked_for():
     program = (
         "import sys, mixadv\n"
+        "assert [n for n in sys.modules if n.startswith('mixadv')] == ['mixadv']\n"
+        "assert 'torch' not in sys.modules\n"
         "later = ('games', 'tokens', 'robustness', 'equilibrium', 'integrations')\n"
+        "assert {*later, 'game', *mixadv.__all__} <= {*dir(mixadv)}\n"
+        "mixadv.wrap\n"
         "assert not [n for n in later if f'mixadv.{n}' in sys.modules]\n"
-        "assert {*later, *mixadv.__all__} <= {*dir(mixadv)}\n"
         "mixadv.games.solve\n"
+        "assert mixadv.__dict__['wrap'] is mixadv.wrap\n"
         "assert not hasattr(mixadv, 'game_theory')\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 import mixadv
 from mixadv.model import site
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.opening import opening

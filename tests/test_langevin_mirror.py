@@ -13,7 +13,7 @@ from torch import nn
 import mixadv
 from mixadv.equilibrium import best_response
 from mixadv.maths import langevin, mirror
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from mixadv.players.ascent import Ascent
 
 matrices = st.tuples(st.integers(1, 8), st.integers(1, 8)).flatmap(

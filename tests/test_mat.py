@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from mixadv.players.learner import Learner
 from tests.worlds import classified
 from tests.zoo import player, wrapped

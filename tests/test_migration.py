@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import mixadv
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from tests.zoo import player, without_dropout
 
 TEXT = (Path(__file__).parent.parent / "docs" / "migration.md").read_text()

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import mixadv
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from mixadv.tokens import chat_batch, continuous_at, latent_at, latent_dpo, preference_batches
 from tests.chat_zoo import chatting, speaking
 from tests.processes import (

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import mixadv
 from mixadv.maths.divergence import symmetric_kl
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from tests.worlds import added, gradients
 from tests.zoo import small, text_batch, without_dropout
 

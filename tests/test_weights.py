@@ -18,7 +18,7 @@ import mixadv
 from mixadv.equilibrium import best_response
 from mixadv.maths import mirror
 from mixadv.maths.divergence import divergence
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from tests.processes import Net, batches, one_process
 from tests.worlds import assert_resumes
 from tests.zoo import (

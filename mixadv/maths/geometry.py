@@ -95,13 +95,21 @@ def _largest(x: Tensor, per: Per, owners: Tensor | None = None) -> Tensor:
     return _of_groups(x.abs().amax(_dims(x, per), keepdim=True), "amax", per, owners)
 
 
-def _total(x: Tensor, per: Per, owners: Tensor | None) -> Tensor:
+def total(x: Tensor, per: Per = "sample", owners: Tensor | None = None) -> Tensor:
+    """Return the sum over each group, shaped as `norms` returns it.
+
+    Example:
+        >>> total(torch.tensor([[3.0, -4.0], [0.0, 1.0]])).tolist()
+        [[-1.0], [1.0]]
+    """
+    if _of_texts(owners):
+        return _by_token(total, x, owners, per)
     return _of_groups(x.sum(_dims(x, per), keepdim=True), "sum", per, owners)
 
 
 def _safe(divisor: Tensor) -> Tensor:
-    """Return the divisor with zeros replaced by one, so that 0/0 gives 0."""
-    return torch.where(divisor > 0, divisor, 1.0)
+    """Return the divisor, at least the smallest normal number, so that 0/0 gives 0."""
+    return divisor.clamp(min=torch.finfo(divisor.dtype).tiny)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -140,14 +148,15 @@ def _measured(
     """Return the norm of each group, x over its largest entry there, and the norm of that."""
     wide = _wide(x)
     largest = _largest(wide, per, owners)
-    scaled = wide / _safe(largest)
+    scale = _safe(largest)
+    scaled = wide / scale
     if norm == "linf":
-        return largest.to(x.dtype), scaled, (largest > 0).to(largest.dtype)
+        return largest.to(x.dtype), scaled, largest / scale
     if norm == "l1":
-        length = _total(scaled.abs(), per, owners)
+        length = total(scaled.abs(), per, owners)
     else:
-        length = _total(scaled.square(), per, owners).sqrt()
-    return (largest * length).to(x.dtype), scaled, length
+        length = total(scaled.square(), per, owners).sqrt()
+    return (scale * length).to(x.dtype), scaled, length
 
 
 def unit(g: Tensor, norm: Norm = "l2", per: Per = "sample", owners: Tensor | None = None) -> Tensor:
@@ -264,10 +273,10 @@ def _rows_onto_l1_sphere(x: Tensor, radius: float, owners: Tensor) -> Tensor:
     low = torch.zeros_like(depth)
     for _ in range(_HALVINGS):
         middle = (low + depth) / 2
-        deep = _total((middle - below).clamp(min=0), "sample", owners) > 1
+        deep = total((middle - below).clamp(min=0), "sample", owners) > 1
         low, depth = torch.where(deep, low, middle), torch.where(deep, middle, depth)
     kept = (below < depth).to(flat.dtype)  # what is kept is known, and then the depth exactly
-    depth = (1 + _total(below * kept, "sample", owners)) / _total(kept, "sample", owners)
+    depth = (1 + total(below * kept, "sample", owners)) / total(kept, "sample", owners)
     shrunk = (depth - below).clamp(min=0)
     onto = unit(shrunk, "l1", "sample", owners) * flat.sign()
     return (radius * onto).view_as(x).to(x.dtype)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -17,6 +16,7 @@ from mixadv.model.replay import (
     accelerators,
     evaluating,
     random_state,
+    seeded,
     set_random_state,
 )
 
@@ -107,9 +107,7 @@ class Dropout(Member):
 
         def before(module: nn.Module, args: Any) -> None:
             found.append(random_state(devices))
-            # Not torch.manual_seed, which seeds accelerators too whose state does not come back.
-            generators = [torch.Generator(d) for d in (torch.device("cpu"), *devices)]
-            set_random_state([(g.device, g.manual_seed(self.seed).get_state()) for g in generators])
+            set_random_state(seeded(devices, self.seed))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             set_random_state(found.pop())

@@ -6,7 +6,6 @@ the noise of dropout, which is orders above the effect of a small δ, or one mor
 a spectral norm.
 """
 
-import hashlib
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixadv.model.parallel import share
 from mixadv.model.private_torch import keeping_version
 from mixadv.model.walk import tensors
 
@@ -53,7 +51,7 @@ def _alike(one: HostState, other: HostState) -> bool:
 
 def accelerators(tensors: Iterable[Tensor]) -> list[torch.device]:
     """Return the devices with a random state of their own that tensors are on."""
-    found = {t.device for t in tensors}
+    found = {t.device for t in tensors if not t.is_cpu}
     return sorted((d for d in found if d.type not in ("cpu", "meta")), key=str)
 
 
@@ -65,6 +63,15 @@ def random_state(devices: list[torch.device]) -> RandomState:
         state = backend.get_rng_state() if device.type == "mps" else backend.get_rng_state(device)
         states.append((device, state))
     return states
+
+
+def seeded(devices: list[torch.device], seed: int) -> RandomState:
+    """Return the random state under a seed.
+
+    Not by `torch.manual_seed`, which seeds accelerators too whose state does not come back.
+    """
+    everywhere = torch.device("cpu"), *devices
+    return [(d, torch.Generator(d).manual_seed(seed).get_state()) for d in everywhere]
 
 
 def set_random_state(states: RandomState) -> None:
@@ -117,9 +124,10 @@ class Replay:
         self.seed = seed
         self.buffers = Buffers(modules, slots)
         self.begin = self.kept = self.buffers.found  # of the first forward since the last step
-        self.found = self._now()
+        self.found: RandomStates | None = None  # to go back to
         self.before: RandomStates | None = None
-        self.after: RandomStates | None = None
+        self.after: RandomStates | None = None  # read where it is asked for: reading takes time
+        self.ran = False  # the first pass since the last step
         self.quiet = False  # the closure draws nothing but torch's numbers
         self.apart: RandomStates | None = None  # where the stream of new masks has come to
 
@@ -129,12 +137,14 @@ class Replay:
 
         Random state and buffers end as after the first of the learner's `own` passes.
         """
-        first = own and self.after is None
+        first = own and not self.ran
         anew = self.fresh and not first
         if self.before is None:
             self.before = self._now()
+            self.found = self.found or self.before  # nothing of a round draws before its passes
             self.begin = self.buffers.snapshot()  # another micro-batch may have been there
         else:
+            self._arrive()
             self.buffers.put(self.begin)
             if not anew:
                 self._set(self.before, host=first or not own or not self.quiet)
@@ -144,14 +154,20 @@ class Replay:
         if anew:
             self.apart = self._now()
         if first:
-            self.after = self._now()
-            self.quiet = _alike(self.before[1], self.after[1])
+            self.ran = True
             self.kept = self.buffers.snapshot()
         else:
             self.buffers.put(self.kept)
 
+    def _arrive(self) -> None:
+        """Note where the first pass has left the random state, if none came after it."""
+        if self.ran and self.after is None and self.before is not None:
+            self.after = self._now()
+            self.quiet = _alike(self.before[1], self.after[1])
+
     def drew(self) -> bool:
         """Return whether the first pass since the last step drew random numbers."""
+        self._arrive()
         assert self.before is not None
         assert self.after is not None
         pairs = zip(self.before[0], self.after[0], strict=True)
@@ -166,11 +182,17 @@ class Replay:
     def renew(self) -> None:
         """Settle, and draw a new mask from there."""
         self.settle()
-        self.before = self.after = None
+        self.before, self.after, self.ran = None, None, False
+
+    def hold(self) -> "Replay":
+        """Note the random state to go back to, where no `run` does."""
+        self.found = self._now()
+        return self
 
     def undo(self) -> None:
         """Put the random state and the buffers back to where the round found them."""
-        self._set(self.found)
+        if self.found is not None:
+            self._set(self.found)
         self.buffers.undo()
 
     def _now(self) -> RandomStates:
@@ -178,10 +200,10 @@ class Replay:
 
     def _seeded(self, seed: int) -> RandomStates:
         """Return the states of all generators under a seed."""
-        numpy, devices = sys.modules.get("numpy"), [torch.device("cpu"), *self.devices]
+        numpy = sys.modules.get("numpy")
         numpys = None if numpy is None else numpy.random.RandomState(seed % 2**32).get_state()
         host = random.Random(seed).getstate(), numpys
-        return [(d, torch.Generator(d).manual_seed(seed).get_state()) for d in devices], host
+        return seeded(self.devices, seed), host
 
     def _set(self, state: RandomStates, host: bool = True) -> None:
         set_random_state(state[0])
@@ -249,51 +271,3 @@ def _is_kept(buffer: Tensor | None) -> bool:
 def _is_running(module: nn.Module) -> bool:
     """Return whether a pass updates statistics of a module, as of batch normalisation."""
     return module.training and bool(getattr(module, "track_running_stats", False))
-
-
-class Noise:
-    """The random draws of the two players, seeded anew each round from a few integers.
-
-    Saved with a game are the seed and the number of the round: nothing else is needed to resume.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._key: tuple[Any, ...] = ()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_generators": {}}  # seeded anew each round
-
-    def begin(self, player: str, round: int, rank: int | None = None) -> None:
-        """Seed the draws of a player for a round; `rank` only where ranks draw differently."""
-        self._key = (self.seed, player, round, rank)
-        self._generators.clear()
-
-    def state(self) -> dict[torch.device, Tensor]:
-        """Return where the draws are, by device."""
-        return {device: g.get_state() for device, g in self._generators.items()}
-
-    def go_on_from(self, state: dict[torch.device, Tensor]) -> None:
-        """Draw next what was drawn after `state` was returned, in the same round."""
-        self._generators.clear()
-        for device, found in state.items():
-            self._generators[device] = torch.Generator(device)
-            self._generators[device].set_state(found)
-
-    def number(self, *of: str) -> int:
-        """Return a number for something of the round that begun, always the same."""
-        digest = hashlib.blake2b(repr((*self._key, *of)).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
-
-    def __call__(self, kind: str, like: Tensor) -> Tensor:
-        """Return a draw shaped like `like`: `"normal"`, or `"uniform"` in [−1, 1]."""
-        if like.device not in self._generators:
-            generator = torch.Generator(like.device)
-            self._generators[like.device] = generator.manual_seed(self.number())
-        generator = self._generators[like.device]
-        options: Any = {"generator": generator, "dtype": like.dtype, "device": like.device}
-        draw = torch.randn if kind == "normal" else torch.rand
-        # Sharded weights: each process draws all and keeps its share, as one process would.
-        drawn = share(draw(like.shape, **options), like)
-        return drawn if kind == "normal" else 2 * drawn - 1

@@ -8,7 +8,7 @@ the δ of the visit it repeats; see `visits`.
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -34,7 +34,7 @@ from mixadv.model.private_torch import (
     saving_hook,
     sequence_number,
 )
-from mixadv.model.values import add, chosen_input, copies, first_of, tokens_of, with_first
+from mixadv.model.values import add, chosen_input, copies, first_of, given, tokens_of, with_first
 from mixadv.model.visits import Call, Pass, Provide, recomputing
 from mixadv.model.walk import around
 
@@ -164,9 +164,7 @@ class Site:
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self.current is None or recomputing():
             return None
-        arguments = bound(module, args, kwargs)
-        for features in [v for v in arguments.values() if isinstance(v, Mapping)]:
-            arguments = {**features, **arguments}  # as of sentence-transformers, in one argument
+        arguments = given(module, args, kwargs)
         if outermost := len(self._around) == 1:
             self.current.enter()
         if outermost or module is self._inner:

@@ -7,13 +7,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from mixadv.errors import GameError
-from mixadv.model.modules import unwrap
+from mixadv.model.modules import bound, unwrap
 
 
 def is_whole(value: Any) -> bool:
     """Return whether a value is a tensor of whole numbers or Booleans, as of ids and labels."""
     real = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
     return isinstance(value, Tensor) and not real
+
+
+def given(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what a call is given, by name: also within a mapping, as of sentence-transformers."""
+    arguments = bound(module, args, kwargs)
+    for value in arguments.values():
+        if not isinstance(value, Tensor) and isinstance(value, Mapping):  # slow to ask of a tensor
+            arguments = {**value, **arguments}
+    return arguments
 
 
 def copies(value: Any) -> Any:

@@ -17,7 +17,8 @@ def modules(model: nn.Module) -> list[nn.Module]:
         module = ahead.pop()
         if id(module) not in found:
             found[id(module)] = module
-            ahead += [m for m in reversed(module._modules.values()) if m is not None]
+            if within := module._modules:  # most have none
+                ahead += [m for m in reversed(within.values()) if m is not None]
     return list(found.values())
 
 
@@ -38,15 +39,17 @@ def tensors(listed: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 def around(model: nn.Module, inner: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the modules that contain one of `inner`, outermost first; always the model itself."""
-    wanted = {id(m) for m in inner}
-    holding: dict[int, bool] = {}
-
-    def holds(module: nn.Module) -> bool:
-        if id(module) not in holding:
-            within = [holds(m) for m in module._modules.values() if m is not None]
-            holding[id(module)] = any(within) or id(module) in wanted
-        return holding[id(module)]
-
-    holds(model)
-    above = [m for m in modules(model) if holding[id(m)] and id(m) not in wanted]
+    wanted, holding = {*inner}, {}
+    _is_or_holds(model, wanted, holding)
+    above = [m for m, holds in holding.items() if holds and m not in wanted]
     return above if above[:1] == [model] else [model, *above]
+
+
+def _is_or_holds(module: nn.Module, wanted: set[nn.Module], holding: dict[nn.Module, bool]) -> bool:
+    """Return whether a module is wanted or holds one that is; note of each whether it holds one."""
+    if module not in holding:
+        holding[module] = False  # in its place: those outside before those inside
+        inside = [m for m in module._modules.values() if m is not None]
+        within = [_is_or_holds(m, wanted, holding) for m in inside]
+        holding[module] = any(within)
+    return holding[module] or module in wanted

@@ -222,9 +222,12 @@ class Ascent:
         else:
             real = torch.ones_like(like) if mask is None else mask.expand_as(like)
             noise = noise * real
-            count = geometry.norms(real, "l1", self.per, owners).clamp(min=1)
+            count = geometry.total(real, self.per, owners).clamp(min=1)
         power = {"l1": 1.0, "l2": 0.5, "linf": 0.0}[self.norm]
         start = self.initial_size * noise / count**power
+        limit = math.inf if self.radius is None else self.radius
+        if self.start == "uniform" and self.initial_size <= limit and room is None:
+            return start  # which is inside as it is
         return self._into_ball(start, owners, room)
 
     def move(

@@ -24,7 +24,7 @@ from mixadv.errors import GameError
 from mixadv.maths.langevin import noise_scale
 from mixadv.model import parallel
 from mixadv.model.modules import weak_hook
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from mixadv.players.weights import (
     Weights,
     by_number,

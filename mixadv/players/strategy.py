@@ -138,20 +138,19 @@ class Strategy:
             flat, slope = point.detach().flatten(0, 1), gradient.flatten(0, 1)
             repeated = repeat_mask(mask, self.size)
             if repeated is not None:  # what is not played may have no gradient: NaN · 0 is NaN
-                slope = torch.where(repeated > 0, slope, torch.zeros_like(slope))
+                slope = slope.masked_fill(repeated <= 0, 0)
             owned = repeat_owners(owner, self.size)
             way = slope
             if remembers:
                 way, memory[index] = adam(slope.nan_to_num(0, 0, 0), memory[index])
             new = rule(index, flat, way, repeated, draw, owned)
-            fell = ~(slope.isfinite() & new.isfinite()).flatten(1).all(1)
+            fell = (0 * slope + 0 * new).flatten(1).sum(1).isnan()  # where one is not finite
             rows = of_rows(owned)
             if rows is not None:  # the other rows of a sample fall with one
                 fell = of_samples(fell.to(slope.dtype), rows, "amax") > 0
             fallen.append(fell.view(self.size, -1).any(0))
             fell = (fell if rows is None else fell[rows]).view(-1, *[1] * (flat.dim() - 1))
-            new = torch.where(fell, torch.zeros_like(new), new)
-            moved.append(new.view_as(point).requires_grad_())
+            moved.append(new.masked_fill(fell, 0).view_as(point).requires_grad_())
         return self._at(moved, memory), fallen
 
     def mean(self) -> "Strategy":

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from mixadv.checks import check_integer, check_number
 from mixadv.game import Game
 from mixadv.model.contexts import no_grad
-from mixadv.model.replay import Noise, evaluating
+from mixadv.model.noise import Noise
+from mixadv.model.replay import evaluating
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy

@@ -18,7 +18,7 @@ from mixadv.maths import geometry
 from mixadv.maths.geometry import Norm
 from mixadv.mixtures.mixture import combine
 from mixadv.model.closure import Reading
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.robustness.ascents import step_length

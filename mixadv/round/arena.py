@@ -13,7 +13,8 @@ from mixadv.model import parallel, walk
 from mixadv.model.compiled_site import place
 from mixadv.model.displaced import Displaced
 from mixadv.model.modules import is_input, unwrap
-from mixadv.model.replay import Noise, Slot
+from mixadv.model.noise import Noise
+from mixadv.model.replay import Slot
 from mixadv.model.representation import Representation
 from mixadv.model.scaling import KEY, Scaling
 from mixadv.model.site import Site

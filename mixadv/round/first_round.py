@@ -16,7 +16,7 @@ from mixadv.model import parallel
 from mixadv.model.closure import Reading
 from mixadv.model.compiled_site import CompiledSite
 from mixadv.model.contexts import compute_dtype, gradients_kept, no_grad
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from mixadv.model.scaling import KEY, Formats
 from mixadv.model.visits import Call
 from mixadv.players.opening import opening

@@ -18,16 +18,16 @@ from mixadv.model.closure import Closure
 from mixadv.model.masks import Where
 from mixadv.model.modules import weak_hook
 from mixadv.model.private_torch import version
-from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena, Memory
+from mixadv.round.ending import Ending
 from mixadv.round.first_plain import calibrate_plain
 from mixadv.round.first_round import calibrate
 from mixadv.round.goals import Goals, micro_batches
 from mixadv.round.outcome import Outcome
 from mixadv.round.schedule import Schedule
 from mixadv.round.stage import Stage
-from mixadv.round.update import Update, conclude
+from mixadv.round.update import Update
 from mixadv.round.weighing import check_groups
 from mixadv.solvers.play import Moves, Play
 from mixadv.solvers.weights import WeightsSolver
@@ -50,8 +50,7 @@ class Rounds:
         self.memory: Memory = {}  # what the solver keeps from round to round
         self.round = 0  # rounds played
         self.updates = 0  # the same, with those of micro-batches of one optimizer step as one
-        self.outcome: Outcome | None = None  # of the last round
-        self.strategy: Strategy | None = None  # the adversary's in it
+        self.ending: Ending | None = None  # of the last round
         self.probing: ExitStack | None = None  # holds gradients back until a closure plays itself
         self.busy = False  # a round is open
         self._others: dict[str, int] = {}  # versions of weights that the optimizer does not hold
@@ -210,10 +209,15 @@ class Rounds:
             stage.played = None  # its start may refer to the stage: a cycle that would hold δ
         self.busy = False
 
-    def finish(self, update: Update, objective: Tensor, steps: int) -> Outcome:
+    def finish(self, update: Update, objective: Tensor, steps: int) -> Ending:
         """Note and return what a round came to, with the sum of its objectives, detached."""
-        self.strategy, self.outcome = conclude(update, objective, steps)
-        return self.outcome
+        self.ending = Ending(update, objective, steps)
+        return self.ending
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What the last round came to."""
+        return None if self.ending is None else self.ending.outcome
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs; tensors refer to the live ones."""
@@ -259,7 +263,7 @@ class Rounds:
         self.memory = copy.deepcopy(state.get("memory", {}))
         arena.calibrate(unit=state["unit"])
         arena.reseed(state["seed"])
-        self.outcome = self.strategy = None
+        self.ending = None
 
     def _watch(self, optimizer: Optimizer | None) -> None:
         """Notice the steps of an optimizer, which end an update."""

@@ -15,9 +15,9 @@ from mixadv.maths.divergence import Divergence, divergence
 from mixadv.model.closure import MeanOver, Reading
 from mixadv.model.contexts import no_grad
 from mixadv.model.modules import functional
+from mixadv.model.noise import Noise
 from mixadv.model.parallel import local
 from mixadv.model.recompute import NO_GRADIENT
-from mixadv.model.replay import Noise
 from mixadv.model.visits import Call
 from mixadv.players import boundary
 from mixadv.players.ascent import Ascent

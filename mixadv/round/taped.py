@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixadv.maths.divergence import Divergence
 from mixadv.model.closure import MeanOver, Reading
-from mixadv.model.replay import Noise
+from mixadv.model.noise import Noise
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.opening import Begin

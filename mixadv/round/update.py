@@ -14,10 +14,8 @@ from torch import Tensor
 from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.model.displaced import Rounding
-from mixadv.players.strategy import Strategy
 from mixadv.round import validate
 from mixadv.round.arena import Arena
-from mixadv.round.outcome import Outcome
 from mixadv.round.retained import retaining
 from mixadv.round.slope import Slope
 from mixadv.round.stage import Stage
@@ -183,42 +181,3 @@ class Update:
                 f"{type(solver).__name__}.play ended without a Step: the last pass before an "
                 "optimizer step is yielded as Step(objective)."
             )
-
-
-def conclude(update: Update, objective: Tensor, steps: int) -> tuple[Strategy | None, Outcome]:
-    """Return what the adversary played last, and what a round came to, of a sum of objectives."""
-    stages, solver = update.stages, update.stages[0].arena.solver
-    played = [stage.played.detach() for stage in stages if stage.played is not None]
-    entropy = _mean([q.entropy().mean().detach() for q in played])
-    fallen = [x.sum() for stage in stages for x in stage.fallen]
-    positions = [q.positions() for q in played]
-    rows = stages[-1].weights
-    weights = {"sample" if q.log_weights.shape[1] > 1 else "batch" for q in played}
-    outcome = Outcome(
-        objective=objective / steps,
-        clean_loss=_mean([stage.clean_loss for stage in stages]),
-        retained=_mean([stage.retained for stage in stages]),
-        payoff=_mean([stage.payoff for stage in stages]),
-        radius=_mean([q.length(solver.norm, solver.per) for q in played]),
-        displacement=update.displacement,
-        entropy=entropy,
-        effective_particles=None if entropy is None else entropy.exp(),
-        positions=torch.stack(positions).sum() if positions else None,
-        nonfinite=torch.stack(fallen).sum() if fallen else None,
-        forwards=sum(stage.passes.forwards for stage in stages),
-        delta_backwards=sum(stage.delta_backwards for stage in stages),
-        theta_backwards=sum(stage.passes.theta_backwards for stage in stages),
-        steps=steps,
-        weights=weights.pop() if weights else None,
-        general_sum=stages[0].goals.general_sum,
-        worst_group=None if rows is None else rows.worst_group,
-        worst_group_weight=None if rows is None else rows.worst_group_weight,
-        effective_rows=None if rows is None else rows.effective_rows,
-    )
-    return (played[-1] if played else None), outcome
-
-
-def _mean(values: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the mean over the micro-batches that know it."""
-    known = [value for value in values if value is not None]
-    return torch.stack(known).mean() if known else None
