@@ -13,6 +13,7 @@ from mixadv.errors import GameError
 from mixadv.model.closure import Closure, parse_output
 from mixadv.model.compiled_site import place
 from mixadv.model.contexts import no_grad
+from mixadv.model.logits import logits_in
 from mixadv.model.masks import Where
 from mixadv.model.modules import functional
 from mixadv.model.representation import Representation
@@ -254,13 +255,12 @@ class Game:
         """Return the log-probabilities of the mixture of the kept learner samples, `[B, C]`.
 
         Args:
-            forward: runs the model and returns logits or an output that holds them.
+            forward: runs the model and returns logits, or what holds them, as closures do.
         """
         probabilities = []
         with no_grad():
             for sample in self._samples():
-                result = functional(self.model, sample, forward)()
-                logits = result if isinstance(result, Tensor) else result.logits
+                logits = logits_in(functional(self.model, sample, forward)())
                 wide = torch.promote_types(logits.dtype, torch.float32)
                 probabilities.append(logits.to(wide).log_softmax(-1))
         return torch.stack(probabilities).logsumexp(0) - math.log(len(probabilities))

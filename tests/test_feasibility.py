@@ -260,11 +260,21 @@ def test_overflow_under_perturbation_does_not_reach_the_weights(name):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+class Drawing(torch.optim.SGD):
+    """An optimizer that draws random numbers itself, as for stochastic rounding."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.add_(1e-3 * torch.randn_like(p))
+
+
 def train(solver=None, dtype=torch.float32, times=1.0):
     """Train a few steps with dropout; return the weights and where the random state ended."""
     torch.manual_seed(0)
     model, (ids, mask, labels) = Tokens(dropout=0.3).to(dtype), batch()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = Drawing(model.parameters(), lr=0.1, momentum=0.9)
     closure = forward(model, ids, mask, labels, times)
     if solver is not None:
         optimizer = mixadv.wrap(optimizer, model, solver)

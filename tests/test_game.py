@@ -509,6 +509,8 @@ def test_averages_and_samples_of_the_learner_serve_for_evaluation():
     mixture = optimizer.game.mixture(lambda: model(player.batch["ids"])).exp()
     expected = (predictions[0] + predictions[1]) / 2
     torch.testing.assert_close(mixture.double(), expected, rtol=1e-5, atol=1e-6)
+    with_loss = lambda: (torch.zeros(()), model(player.batch["ids"]))  # noqa: E731
+    assert_same(optimizer.game.mixture(with_loss).exp(), mixture)
     assert_same(model.head.weight, path[-1])
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mixadv.mixtures.mixture import Mixture
-from mixadv.mixtures.reading import logits_in
 from mixadv.model.contexts import no_grad
+from mixadv.model.logits import logits_in
 from mixadv.tokens.substitution.reader import Several
 
 

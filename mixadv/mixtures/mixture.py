@@ -20,8 +20,8 @@ from mixadv.game import Game
 from mixadv.mixtures import saved
 from mixadv.mixtures.adapters import Adapter, ByRow, drawn, in_one_pass
 from mixadv.mixtures.members import Member, Model, Weights
-from mixadv.mixtures.reading import probabilities_in
 from mixadv.model.contexts import no_grad
+from mixadv.model.logits import probabilities_in
 from mixadv.model.modules import unwrap
 
 How = Literal["mean", "draw", "vote"]

@@ -128,6 +128,7 @@ class Replay:
         self.before: RandomStates | None = None
         self.after: RandomStates | None = None  # read where it is asked for: reading takes time
         self.ran = False  # the first pass since the last step
+        self.astray = False  # other passes came after it
         self.quiet = False  # the closure draws nothing but torch's numbers
         self.apart: RandomStates | None = None  # where the stream of new masks has come to
 
@@ -145,6 +146,7 @@ class Replay:
             self.begin = self.buffers.snapshot()  # another micro-batch may have been there
         else:
             self._arrive()
+            self.astray = self.after is not None
             self.buffers.put(self.begin)
             if not anew:
                 self._set(self.before, host=first or not own or not self.quiet)
@@ -175,12 +177,16 @@ class Replay:
         return drew or not self.quiet
 
     def settle(self) -> None:
-        """Move to where one plain forward would have left the random state."""
-        if self.after is not None:
+        """Move to where one plain forward would have left the random state.
+
+        What draws there goes on from it: the next micro-batch, or the optimizer's step.
+        """
+        if self.after is not None and self.astray:
             self._set(self.after)
+            self.astray = False
 
     def renew(self) -> None:
-        """Settle, and draw a new mask from there."""
+        """Settle, and draw a new mask from where the random state is."""
         self.settle()
         self.before, self.after, self.ran = None, None, False
 

@@ -98,6 +98,7 @@ class Update:
             total = total.to(objective) + objective.detach()
             if last:
                 self.restore()
+                self.stages[-1].passes.replay.settle()
                 yield total
                 total = torch.zeros(())
 

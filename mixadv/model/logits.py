@@ -1,4 +1,4 @@
-"""The logits in what a member of a mixture, or a function that calls it, returned."""
+"""The logits in what a model, or a function that calls it, returned."""
 
 from typing import Any
 
