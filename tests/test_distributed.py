@@ -220,7 +220,7 @@ def collectives_of_a_round(rank: int, name: str) -> None:
             calls.clear()
             optimizer.step(closure(model, *rows))
             arena = optimizer.game.rounds.arena  # gradients of weights that move are averaged
-            weights = len(arena.displaced()) if name in AROUND else 0
+            weights = len(arena.displaced(arena.parameters())) if name in AROUND else 0
             assert len(calls) == 2 * (name == "textat") + weights + (number == 0)  # the unit
     finally:
         dist.all_reduce = reduce

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import mixadv
+from mixadv.model import walk
 from tests.zoo import (
     PAD,
     TRANSFORMERS,
@@ -37,6 +38,19 @@ def assert_real_tokens_only(points: Tensor, mask: Tensor) -> None:
     """Points `[1, B, n, D]` are zero at padding, and at no real token."""
     lengths = points[0].norm(dim=-1)
     assert torch.equal(lengths > 0, mask > 0)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "gpt2"])
+def test_listings_of_a_model_are_those_of_torch(name: str):
+    """Of weights and modules that have several names, too."""
+    model = player(name).model
+    model.again, model.nested = model.get_input_embeddings(), nn.ModuleList([model.base_model])
+    assert walk.modules(model) == [*model.modules()]
+    assert_same(walk.parameters(walk.modules(model)), [*model.parameters()])
+    assert walk.names(model) == {id(p): name for name, p in model.named_parameters()}
+    inner = [model.get_input_embeddings()]
+    holding = [m for m in model.modules() if m not in inner and {*inner} & {*m.modules()}]
+    assert walk.around(model, inner) == holding
 
 
 class Bag(nn.Module):

@@ -28,6 +28,24 @@ def parameters(listed: Iterable[nn.Module]) -> list[Tensor]:
     return list({id(p): p for p in held}.values())
 
 
+def names(model: nn.Module) -> dict[int, str]:
+    """Return the name of each parameter of a model, the first it has, by its identity."""
+    found: dict[int, str] = {}
+    seen: set[int] = set()
+    ahead = [("", model)]
+    while ahead:
+        prefix, module = ahead.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), prefix + name)
+        inside = reversed(module._modules.items())
+        ahead += [(f"{prefix}{name}.", m) for name, m in inside if m is not None]
+    return found
+
+
 def tensors(listed: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Yield the parameters and buffers of modules; those that are shared several times."""
     for module in listed:

@@ -131,20 +131,21 @@ class Arena:
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return own + [p for g in groups for p in g["params"] if id(p) not in known]
 
-    def displaced(self) -> list[Tensor]:
+    def displaced(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return the parameters that an adversary of weights moves, of those that are trained.
+
+        Args:
+            parameters: those there are.
 
         Raises:
             GameError: if there are none.
         """
         assert self.weights is not None
-        names = {id(p): name for name, p in unwrap(self.model).named_parameters()}
+        names = walk.names(unwrap(self.model))
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         held = {id(p) for g in groups for p in g["params"]}
         trained = [
-            p
-            for p in self.parameters()
-            if p.requires_grad and (self.optimizer is None or id(p) in held)
+            p for p in parameters if p.requires_grad and (self.optimizer is None or id(p) in held)
         ]
         if not trained:
             raise GameError(

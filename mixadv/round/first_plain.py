@@ -13,7 +13,7 @@ from mixadv.model.modules import unwrap
 from mixadv.model.scaling import KEY, Formats
 from mixadv.model.values import copying
 from mixadv.round import validate
-from mixadv.round.arena import Arena, Calibration, Memory
+from mixadv.round.arena import Arena, Calibration, Memory, leaves_besides
 from mixadv.round.goals import Goals
 from mixadv.round.passes import nowhere
 from mixadv.round.readable import check_replay
@@ -36,6 +36,8 @@ def calibrate_plain(arena: Arena, goals: Goals, memory: Memory) -> Calibration:
         with gradients_kept(trial.parameters()), Formats() as formats:
             plain = plain_pass(stage)
         check_replay(plain, stage.passes.run(nowhere))
+        others = leaves_besides(plain.objective, stage.passes.parameters)
+        trial.calibration = replace(trial.calibration, outside=bool(others))
         if torch.float16 in formats.seen:
             trial.calibration = replace(trial.calibration, scaling="batch")
             _measure_scaling(stage)
@@ -64,7 +66,7 @@ def plain_pass(stage: Stage) -> Reading:
 def _measure_scaling(stage: Stage) -> None:
     """Find the scale of fp16, of gradients of the weights."""
     memory, arena = stage.memory, stage.arena
-    slope = Slope(arena)
+    slope = Slope(arena, stage.passes.parameters)
     with slope.apart():
         for _ in range(TRIES):
             before = memory.get(KEY)

@@ -14,11 +14,16 @@ from mixadv.round.passes import Passes
 
 
 class Slope:
-    """∇θ J, collected pass by pass; `.grad` of the weights is not touched."""
+    """∇θ J, collected pass by pass; `.grad` of the weights is not touched.
 
-    def __init__(self, arena: Arena) -> None:
+    Args:
+        arena: of the round.
+        parameters: its parameters, listed once.
+    """
+
+    def __init__(self, arena: Arena, parameters: Iterable[Tensor]) -> None:
         self.arena = arena
-        self._parameters = [p for p in arena.parameters() if p.requires_grad]
+        self._parameters = [p for p in parameters if p.requires_grad]
         self._aside: list[tuple[Tensor, Tensor | None]] = []  # the learner's gradients
         self._divided: dict[Tensor, Tensor] = {}  # what came in scaled, over its scale
 

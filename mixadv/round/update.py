@@ -59,10 +59,12 @@ class Update:
         self._check = check
         self._plays: list[Play] = []
         self._first: list[Parts] = []
+        self._moved: list[Tensor] = []  # which weights the adversary moves
         self._again = [] if weights is None else [stage.again() for stage in stages]
         if weights is None:
             self._last = [self._parts(stage, play(stage)) for stage in stages]
             return
+        self._moved = arena.displaced(stages[0].passes.parameters)
         tapes = [Tape() for _ in stages]
         self._first = [
             self._parts(stage, play(Taped(stage, tape.note, stage.arena.noise)))
@@ -139,7 +141,7 @@ class Update:
     def _displace(self, weights: WeightsSolver) -> bool:
         """Move the weights up the objective of the next step; False where no step is left."""
         arena, found = self._arena, False
-        slope, moved = Slope(arena), arena.displaced()
+        slope, moved = Slope(arena, self.stages[0].passes.parameters), self._moved
         with slope.apart(), parallel.local(arena.model):
             for stage, parts in zip(self.stages, self._first, strict=True):
                 for part, _ in self._until_step(stage, parts, alone=True):
