@@ -221,8 +221,7 @@ class GameOptimizer(Optimizer):
         self._compared = True
         try:
             with game.rounds.open(*goals) as update:
-                if any(p.grad is not None for g in self.base.param_groups for p in g["params"]):
-                    self.base.zero_grad()
+                self.base.zero_grad()
                 total, steps = torch.zeros(()), 0
                 for objective in update.turns(None):
                     total = total.to(objective) + objective

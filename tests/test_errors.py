@@ -35,6 +35,7 @@ from mixadv import (
     make_solver,
     wrap,
 )
+from mixadv.maths.divergence import symmetric_kl
 from tests.processes import one_process
 from tests.zoo import CANNOT, WAYS, Player, assert_same, fingerprint, player, small, wrapped
 
@@ -581,7 +582,7 @@ def test_a_closure_that_zeroes_gradients_is_refused(name: str, whose: str, to_no
     assert_same(fingerprint(earlier.model), found)
 
 
-@pytest.mark.parametrize("kind", ["symmetric_kl", mixadv.maths.divergence.symmetric_kl])
+@pytest.mark.parametrize("kind", ["symmetric_kl", symmetric_kl])
 @pytest.mark.parametrize("start", [{"start": "zero"}, {"start_size": 0.0}])
 @pytest.mark.parametrize("build", [SMART, MAT, ALUM, VAT])
 def test_an_ascent_that_could_never_leave_zero_is_refused(build: Any, start: Any, kind: Any):

@@ -50,6 +50,7 @@ from common import data
 from common.loop import Training
 from common.tables import markdown
 from directions import RADII, trained
+from mixadv.maths.divergence import symmetric_kl
 
 PAYOFF = "symmetric_kl"
 Batch = dict[str, Tensor]
@@ -184,7 +185,7 @@ def reached(played: mixadv.Game, batch: Batch, way: Way, kept: Tensor | None) ->
         seconds = time.process_time() - started
     with played.rounds.rehearse(closure) as stage, torch.no_grad():
         clean, moved = stage.clean(), stage.passes.run(stage.passes.at(q))
-        values = mixadv.maths.divergence.symmetric_kl(moved.predictions, clean.predictions)
+        values = symmetric_kl(moved.predictions, clean.predictions)
     return {"delta": q.points[0][0], "divergence": values.tolist(), "seconds": seconds}
 
 

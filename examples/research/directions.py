@@ -42,6 +42,7 @@ from common import data
 from common.loop import Keeping, Training
 from common.results import Run
 from common.tables import markdown
+from mixadv.maths.divergence import symmetric_kl
 from mixadv.robustness.data import DataError
 
 RADII = (0.05, 0.1, 0.2, 0.4)
@@ -90,7 +91,7 @@ def reached(
             clean = stage.clean().predictions.log_softmax(-1)
             moved = stage.passes.run(stage.passes.at(q)).predictions.log_softmax(-1)
     label = clean.argmax(-1, keepdim=True)
-    values = mixadv.maths.divergence.symmetric_kl(moved, clean)
+    values = symmetric_kl(moved, clean)
     towards = moved.gather(-1, label) < clean.gather(-1, label)
     return {
         "divergence": values.tolist(),

@@ -193,7 +193,7 @@ def owners(
     whole = {name: value for name, value in context.items() if is_whole(value)}
     for name in _SEGMENTS:
         if name in whole and whole[name].shape == (rows,):
-            return whole[name].long()
+            return whole[name].to(torch.long, copy=True)  # the batch may be filled anew
     for ids in whole.values():
         if ids.dim() > 2 and ids.shape[1] > 1 and ids.shape[:2].numel() == rows:
             return torch.arange(rows, device=device) // ids.shape[1]

@@ -110,6 +110,8 @@ class Replay:
         slots: of buffers that passes change, as for `Buffers`.
         seed: returns that of the masks which are new. They come from a stream of their own, for the
             one that is left behind goes on as after one forward, and would give them again.
+        alone: nothing but passes draws, so that random state is read where a pass begins: reading
+            takes as long as a small layer.
     """
 
     def __init__(
@@ -118,15 +120,17 @@ class Replay:
         fresh: bool = False,
         slots: list[Slot] | None = None,
         seed: Callable[[], int] = int,
+        alone: bool = True,
     ) -> None:
         self.devices = accelerators(tensors(modules))
         self.fresh = fresh
         self.seed = seed
         self.buffers = Buffers(modules, slots)
         self.begin = self.kept = self.buffers.found  # of the first forward since the last step
-        self.found: RandomStates | None = None  # to go back to
+        self.alone = alone
+        self.found = None if alone else self._now()  # to go back to
         self.before: RandomStates | None = None
-        self.after: RandomStates | None = None  # read where it is asked for: reading takes time
+        self.after: RandomStates | None = None
         self.ran = False  # the first pass since the last step
         self.astray = False  # other passes came after it
         self.quiet = False  # the closure draws nothing but torch's numbers
@@ -142,10 +146,10 @@ class Replay:
         anew = self.fresh and not first
         if self.before is None:
             self.before = self._now()
-            self.found = self.found or self.before  # nothing of a round draws before its passes
+            self.found = self.found or self.before
             self.begin = self.buffers.snapshot()  # another micro-batch may have been there
         else:
-            self._arrive()
+            self.arrive()
             self.astray = self.after is not None
             self.buffers.put(self.begin)
             if not anew:
@@ -158,18 +162,20 @@ class Replay:
         if first:
             self.ran = True
             self.kept = self.buffers.snapshot()
+            if not self.alone:
+                self.arrive()
         else:
             self.buffers.put(self.kept)
 
-    def _arrive(self) -> None:
-        """Note where the first pass has left the random state, if none came after it."""
+    def arrive(self) -> None:
+        """Note where the first pass has left the random state, if nothing came after it."""
         if self.ran and self.after is None and self.before is not None:
             self.after = self._now()
             self.quiet = _alike(self.before[1], self.after[1])
 
     def drew(self) -> bool:
         """Return whether the first pass since the last step drew random numbers."""
-        self._arrive()
+        self.arrive()
         assert self.before is not None
         assert self.after is not None
         pairs = zip(self.before[0], self.after[0], strict=True)
@@ -189,11 +195,6 @@ class Replay:
         """Settle, and draw a new mask from where the random state is."""
         self.settle()
         self.before, self.after, self.ran = None, None, False
-
-    def hold(self) -> "Replay":
-        """Note the random state to go back to, where no `run` does."""
-        self.found = self._now()
-        return self
 
     def undo(self) -> None:
         """Put the random state and the buffers back to where the round found them."""

@@ -57,17 +57,20 @@ def tensors(listed: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 def around(model: nn.Module, inner: Sequence[nn.Module]) -> list[nn.Module]:
     """Return the modules that contain one of `inner`, outermost first; always the model itself."""
-    wanted, holding = {*inner}, {}
+    wanted, holding = {id(m) for m in inner}, {}
     _is_or_holds(model, wanted, holding)
-    above = [m for m, holds in holding.items() if holds and m not in wanted]
-    return above if above[:1] == [model] else [model, *above]
+    above = [m for m, holds in holding.values() if holds and id(m) not in wanted]
+    return above if above and above[0] is model else [model, *above]
 
 
-def _is_or_holds(module: nn.Module, wanted: set[nn.Module], holding: dict[nn.Module, bool]) -> bool:
+def _is_or_holds(
+    module: nn.Module, wanted: set[int], holding: dict[int, tuple[nn.Module, bool]]
+) -> bool:
     """Return whether a module is wanted or holds one that is; note of each whether it holds one."""
-    if module not in holding:
-        holding[module] = False  # in its place: those outside before those inside
+    key = id(module)
+    if key not in holding:
+        holding[key] = module, False  # in its place: those outside before those inside
         inside = [m for m in module._modules.values() if m is not None]
         within = [_is_or_holds(m, wanted, holding) for m in inside]
-        holding[module] = any(within)
-    return holding[module] or module in wanted
+        holding[key] = module, any(within)
+    return holding[key][1] or key in wanted

@@ -49,6 +49,8 @@ class Ending:
             self._outcome = self._told([] if self.strategy is None else [self.strategy])
         return self._outcome
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _told(self, played: Sequence[Strategy]) -> Outcome:
         entropy = _mean([q.entropy().mean().detach() for q in played])
         positions = [q.positions() for q in played]

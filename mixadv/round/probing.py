@@ -22,7 +22,8 @@ def plays_itself(rounds: Rounds, closure: Closure) -> tuple[Any, bool]:
     """
     validate.check_closure(closure)
     model = rounds.arena.model
-    replay, before, nodes = Replay(modules(model)).hold(), rounds.round, sequence_number()
+    replay, before = Replay(modules(model), alone=False), rounds.round
+    nodes = sequence_number()
     with gradients_kept(rounds.arena.parameters()) as release:
         try:
             with ExitStack() as rounds.probing:

@@ -136,6 +136,7 @@ class Update:
                 return
             yield part if count == 1 else part / count, last
         if count > 1:  # where the next one begins
+            stage.passes.replay.arrive()
             stage.passes.replay.settle()
 
     def _displace(self, weights: WeightsSolver) -> bool:
