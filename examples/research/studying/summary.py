@@ -95,7 +95,10 @@ def detectable(seeds: int, level: float) -> float:
     def missed(effect: float) -> float:
         return float(stats.nct.cdf(critical, degrees, effect * seeds**0.5)) - (1 - POWER)
 
-    return float(optimize.brentq(missed, 0, 10 * critical))
+    above = 1.0
+    while missed(above) > 0:  # far out the distribution is not a number in scipy
+        above *= 2
+    return float(optimize.brentq(missed, 0, above))
 
 
 def diverged(findings: Findings) -> list[str]:
