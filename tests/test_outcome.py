@@ -1,5 +1,6 @@
 """An outcome is that of its round, whenever it is read."""
 
+import gc
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -59,6 +60,9 @@ def test_of_several_micro_batches_the_perturbations_of_the_last_alone_are_held()
     )
     optimizer.step([player.closure() for _ in range(3)])
     handle.remove()
-    assert optimizer.game.strategy.points[0].shape[1] == 6
+    points = optimizer.game.strategy.points[0]
+    assert points.shape[1] == 6
     assert not [x for x in seen if x() is not None]
+    alike = [x for x in gc.get_objects() if type(x) is Tensor and x.shape == points.shape]
+    assert {x.data_ptr() for x in alike} == {points.data_ptr()}
     assert float(optimizer.outcome.radius) > 0

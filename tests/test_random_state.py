@@ -33,16 +33,26 @@ class Drawing(mixadv.Solver):
         yield mixadv.Step(stage.loss(stage.start(self).detach()) / 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawingSAM(mixadv.SAM):
+    """An adversary of the weights of one's own, which draws torch's numbers itself."""
+
+    def displacements(self, weights: Any, gradients: Any) -> Any:
+        torch.rand(3)
+        yield from super().displacements(weights, gradients)
+
+
 SOLVERS = {
     "noise": mixadv.UniformNoise(),
     "pgd": mixadv.PGD(),
     "sam": mixadv.SAM(solver=mixadv.PGD()),
     "awp": mixadv.AWP(solver=mixadv.PGD()),
     BETWEEN: Drawing(when=BETWEEN),
+    "a SAM of one's own": DrawingSAM(solver=mixadv.UniformNoise()),
 }
 
 
-@pytest.mark.parametrize("paid", [(0, 0), (0, 1), (1, 0), (0, 1, 1), (0, 0, 1)], ids=str)
+@pytest.mark.parametrize("paid", [(0,), (0, 0), (0, 1), (1, 0), (0, 1, 1), (0, 0, 1)], ids=str)
 @pytest.mark.parametrize("how", ["step", "backward"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_round_ends_where_one_forward_of_each_micro_batch_would(name: str, how: str, paid: Any):

@@ -110,8 +110,8 @@ class Replay:
         slots: of buffers that passes change, as for `Buffers`.
         seed: returns that of the masks which are new. They come from a stream of their own, for the
             one that is left behind goes on as after one forward, and would give them again.
-        alone: nothing but passes draws, so that random state is read where a pass begins: reading
-            takes as long as a small layer.
+        alone: nothing but passes draws, as where adversaries are ours, so that random state is read
+            where a pass begins: reading takes as long as a small layer.
     """
 
     def __init__(

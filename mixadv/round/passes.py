@@ -40,7 +40,8 @@ class Passes:
         listed = modules(arena.model)  # once: passes are many
         slots = arena.stateful.get(modes_of(listed))
         fresh = arena.solver.fresh_dropout
-        ours = type(arena.solver).__module__.startswith("mixadv.")  # which draw by `noise` alone
+        adversaries = (arena.solver, arena.weights)
+        ours = all(type(x).__module__.startswith("mixadv.") for x in adversaries if x is not None)
         self.replay = Replay(listed, fresh, slots, lambda: arena.noise.number("masks"), ours)
         self.cut = Cut()
         self.parameters = arena.parameters(listed)
