@@ -809,6 +809,15 @@ def test_a_model_is_measured_when_its_run_is_done(folder: Path, monkeypatch: pyt
     asked.clear()
     script.work_through(study, folder / "study" / "results.jsonl", options)
     assert set(asked) == {run.key for run in reported[1:]} | {study.measured("words", done)}
+    assert asked[0] == study.measured("words", done), "its model could be lost meanwhile"
+
+
+def test_a_study_that_is_stopped_early_compares_all_methods():
+    study = build()
+    results = played(study, drawn(0))
+    seeds = [run.seed for _, stated, runs in study.stages(results) if stated for run in runs]
+    methods = len(study.trained("words"))
+    assert seeds == [0, 1] * methods + [2] * methods
 
 
 def test_there_is_no_report_without_results(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -125,11 +125,10 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
                 if not study.done(task, run, results):
                     given = (run, subject.script, options.data, subject.evaluate, options.runs)
                     yield run.key, (train, given)
-            for run in runs if reported else ():
-                key = study.measured(task, run)
-                if key in results or not study.done(task, run, results):
                     continue
-                if not measurable(results[run.key]):
+                # Before the next is trained: a model that is lost costs no more than its own run.
+                key = study.measured(task, run)
+                if not reported or key in results or not measurable(results[run.key]):
                     continue
                 if (options.runs / run.key / "last").is_dir():
                     given = (run, key, subject, study.measure, options.data, options.runs)

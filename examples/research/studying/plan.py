@@ -153,14 +153,21 @@ class Study:
     def stages(self, results: Results) -> Iterator[tuple[str, bool, list[Run]]]:
         """Yield the runs of each task as far as they are known, and whether they are reported.
 
-        A method at a time, its search first: what there is before the end has all its seeds.
+        Every method with its search and half of the seeds, then with the other half: a study that
+        is stopped early compares all methods by fewer seeds, not fewer methods by all.
         """
+        half = (len(self.seeds) + 1) // 2
         for task in self.tasks:
             for method in self.trained(task):
                 searches = self.search(task, method).values()
                 yield task, False, [run for runs in searches for run in runs]
-                found = [self.reported(task, method, seed, results) for seed in self.seeds]
-                yield task, True, [run for run in found if run is not None]
+                yield task, True, self._known(task, method, self.seeds[:half], results)
+            for method in self.trained(task):
+                yield task, True, self._known(task, method, self.seeds[half:], results)
+
+    def _known(self, task: str, method: str, seeds: Seeds, results: Results) -> list[Run]:
+        found = [self.reported(task, method, seed, results) for seed in seeds]
+        return [run for run in found if run is not None]
 
     def done(self, task: str, run: Run, results: Results) -> bool:
         """Return whether there is a line of a run, with all splits that are to be evaluated."""
