@@ -70,6 +70,14 @@ def test_few_strategies_are_enough_where_the_rank_is_low(seed: int):
     assert found.lower == pytest.approx(equilibrium(payoff).value, abs=2e-6)
 
 
+def test_a_game_that_its_steps_do_not_solve_is_not_passed_off_as_solved():
+    payoff = torch.randn(12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"gap of .* above tolerance=1e-06: no response .*=300"):
+        found = grown(payoff, steps=30)
+    assert found.gap > 1e-6
+    assert grown(payoff, steps=100_000).gap <= 1e-6
+
+
 def test_strategies_may_be_tensors_of_a_continuous_set():
     """|x − y|² on a square: the adversary mixes corners, the learner stays in the middle.
 

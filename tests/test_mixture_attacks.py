@@ -158,6 +158,40 @@ def planted(kind: str) -> tuple[Mixture, Batch]:
     return mixture, batch_of(mixture, x, torch.zeros(4, dtype=torch.long))
 
 
+@few
+@given(seeds, st.integers(1, 4))
+def test_some_threshold_is_as_robust_as_the_draw(seed: int, members: int):
+    """Against every threshold there is, at the worst of all perturbations tried."""
+    world = World(seed, members)
+    found = mixture_accuracy(world.mixture, [world.batch], radius=EPSILON, unit=1.0, steps=2)
+    threshold, right = found.thresholded(world.y)
+    worst = found.under()["worst of all"][:, 0]
+    labels = world.y.numpy()
+    ones = np.where(labels == 1, worst, 1 - worst)  # the share that answers 1 at the worst
+    best = max(((ones > t) == labels).mean() for t in np.linspace(0, 1, 1001))
+    assert right.mean() >= max(best, worst.mean() - 1e-9)
+    assert np.array_equal(right, (ones > threshold + 1e-9) == labels)
+
+
+def test_the_vote_can_be_less_robust_than_the_draw():
+    """Two of three members are wrong about one row, none about the other."""
+    members = [linear(torch.zeros(2, 2), torch.tensor([0.0, b]).double()) for b in (-9, -9, 9)]
+    with torch.no_grad():
+        for member in members:
+            member.weight[1] = torch.tensor([-20.0, 1e-3])  # the second row's
+    mixture = Mixture(members)
+    x, y = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).double(), torch.tensor([1, 0])
+    batch = batch_of(mixture, x, y)
+    found = mixture_accuracy(mixture, [batch], radius=0.1, unit=1.0, steps=2)
+    drawn_by, _, vote = found.under()["worst of all"].mean(0)
+    assert (drawn_by, vote) == (pytest.approx(2 / 3), 0.5)
+    threshold, right = found.thresholded(y)
+    assert threshold < 1 / 3
+    assert right.all()
+    with pytest.raises(ValueError, match="labels must be 0 or 1 for each of 2 rows"):
+        found.thresholded([1, 2])
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", ["drowned", "cancelled"])
 def test_a_mixture_that_eot_believes_is_broken_by_arc(kind: str, norm: str):
@@ -460,6 +494,13 @@ def reported(model, mixture, **changes):
     settings = {"radii": (0.3, 1.0), "steps": 2, "restarts": 1, "increase_radius": None}
     settings |= {"progress": False, "rows": 34, "mixture": mixture, **changes}
     return evaluate(model, word_tokenizer(), rows_of(0), **settings)
+
+
+@pytest.mark.parametrize("radii", [(), (0,)])
+def test_a_report_without_radii_can_be_read(radii: tuple[float, ...]):
+    model, mixture = texts_mixture()
+    report = reported(model, mixture, radii=radii)
+    assert "attacks made for it" not in str(report) + report.markdown()
 
 
 def texts_mixture() -> tuple[nn.Module, Mixture]:

@@ -61,6 +61,15 @@ class Threshold(nn.Module):
         return torch.cat([torch.zeros_like(score), score], 1)
 
 
+def test_no_member_that_stays_is_below_the_least_share():
+    """One that was above it may fall below once others are dropped."""
+    for seed in range(166, 168):
+        source = torch.Generator().manual_seed(seed)
+        for _ in range(40):
+            found = weigh(torch.rand(6, 8, generator=source).double(), least=0.15).probabilities
+            assert found[found > 0].min() >= 0.15 - 1e-9, seed
+
+
 def test_every_threshold_loses_what_a_mixture_of_two_keeps():
     """One row at 0 with label 1, δ in [−1, 1]: any threshold inside is crossed by some δ.
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mixadv
+from mixadv.errors import GameError
 from mixadv.mixtures import Dropout, Mean, Mixture, mixture_of
 
 
@@ -122,9 +123,25 @@ def test_a_draw_is_by_the_probabilities():
     mixture = three("models")
     rows = X[:1].expand(4000, 3)
     each = mixture.each(lambda: mixture(rows))[:, 0]
-    drawn = mixture.predict(lambda: mixture(rows), "draw")
+    drawn = mixture.predict(lambda: mixture(rows), "draw", seed=0)
     found = torch.stack([(drawn == e).all(-1).double().mean() for e in each])
     torch.testing.assert_close(found, mixture.probabilities, atol=0.03, rtol=0)
+
+
+def test_rows_that_come_one_by_one_do_not_all_meet_the_same_member():
+    """As served requests do: a fixed seed would play a pure strategy."""
+    mixture, row = three("models"), X[:1]
+    state = torch.get_rng_state()
+    found = [mixture.predict(lambda: mixture(row), "draw") for _ in range(60)]
+    assert torch.equal(state, torch.get_rng_state())
+    met = {int((mixture.each(lambda: mixture(row)) == f).all(-1).nonzero()[0, 0]) for f in found}
+    assert met == {0, 1, 2}  # one is missed with a probability of (5/6)^60, 2e-5
+
+
+def test_members_of_different_classes_are_refused_in_words():
+    mixture = Mixture([nn.Linear(3, 2), nn.Linear(3, 4)])
+    with pytest.raises(GameError, match=r"in one shape, got \(5, 2\), \(5, 4\)"):
+        mixture.predict(lambda: mixture(X))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -265,6 +282,28 @@ def test_the_mixture_of_a_game_is_that_of_its_samples():
 def test_what_is_no_mixture_is_refused(make, message: str):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_mixture_of_a_game_stays_as_it_is_while_training_goes_on():
+    """Running means of batch norm are no parameters, and what a sample predicts depends on them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = mixadv.wrap(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, mixadv.MAT(samples=2)
+    )
+
+    def step(x: torch.Tensor) -> None:
+        def closure() -> Any:
+            logits = model(x)
+            return nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0, 1, 1])), logits
+
+        optimizer.step(closure)
+
+    step(X)
+    mixture = mixture_of(optimizer.game)
+    before = mixture.predict(lambda: mixture(X))
+    step(X + 3)
+    assert torch.equal(before, mixture.predict(lambda: mixture(X)))
 
 
 def test_a_mixture_has_no_output_of_its_own():

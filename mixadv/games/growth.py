@@ -7,6 +7,7 @@ mixture is added; play ends when the responses gain no more than a tolerance. Mc
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -63,6 +64,7 @@ def double_oracle(
     *,
     tolerance: float = 1e-6,
     rounds: int = 100,
+    steps: int = 20_000,
 ) -> Grown[Row, Column]:
     """Return mixtures of both players on strategies that are added where they win something.
 
@@ -71,13 +73,12 @@ def double_oracle(
     Args:
         payoff: what the learner pays the adversary for a row and a column, a number.
         row_response: given columns and their weights `[n]`, fp64, returns the row that pays least.
-        column_response: given rows and their weights `[m]`, fp64, returns the column that earns
-            most.
-        rows: of the learner, to start with; at least one. A strategy is whatever `payoff` takes: a
-            number, a model, a text, a tensor.
+        column_response: given rows and weights `[m]`, fp64, returns the column that earns most.
+        rows: of the learner, to start with; at least one. They are whatever `payoff` takes.
         columns: of the adversary, to start with.
         tolerance: of the gap, at which to stop; above 0.
         rounds: at most. On infinite sets responses may go on to win a little for ever.
+        steps: at most, of solving the game of known strategies; too few give a warning.
 
     Raises:
         ValueError: without rows or columns, or for a payoff that is not finite.
@@ -94,13 +95,14 @@ def double_oracle(
         ([-1.0, 1.0], 1.0)
     """
     check_number("double_oracle", "tolerance", tolerance)
-    check_integer("double_oracle", "rounds", rounds, 1)
+    for name, value in {"rounds": rounds, "steps": steps}.items():
+        check_integer("double_oracle", name, value, 1)
     if not len(rows) or not len(columns) or tolerance == 0:  # a tensor's rows, too
         raise ValueError(
             "double_oracle starts from at least one row and one column, and ends at a tolerance "
             f"above 0, got {len(rows)}, {len(columns)} and {tolerance!r}."
         )
-    found = _Restricted(payoff, rows, columns)
+    found = _Restricted(payoff, rows, columns, steps)
     return _played(found, row_response, column_response, tolerance, rounds)
 
 
@@ -117,7 +119,10 @@ def _played(
     while True:
         grew = found.round(row_response, column_response, accuracy)
         gaps.append(found.upper - found.lower)
-        if gaps[-1] <= tolerance or len(gaps) == rounds or not (grew or accuracy > finest):
+        still = not (grew or accuracy > finest)
+        if gaps[-1] <= tolerance or len(gaps) == rounds or still:
+            if still and gaps[-1] > tolerance:
+                found.warn(gaps[-1], tolerance)
             return found.grown(gaps)
         # A response to a coarse solution shows the way as well, as long as play goes on.
         accuracy = max(finest, gaps[-1] / 10) if grew else finest
@@ -127,9 +132,14 @@ class _Restricted(Generic[Row, Column]):
     """The game of the rows and columns known so far."""
 
     def __init__(
-        self, payoff: Callable[[Row, Column], Any], rows: Sequence[Row], columns: Sequence[Column]
+        self,
+        payoff: Callable[[Row, Column], Any],
+        rows: Sequence[Row],
+        columns: Sequence[Column],
+        steps: int,
     ) -> None:
         self.payoff, self.rows, self.columns = payoff, list(rows), list(columns)
+        self.steps = steps
         self.payoffs = torch.stack([self._paid(row) for row in self.rows])
 
     def round(
@@ -142,7 +152,7 @@ class _Restricted(Generic[Row, Column]):
 
         One that wins against the mixture more than all that are known is none of them.
         """
-        self.x, self.y = x, y = mixtures(self.payoffs, tolerance=accuracy)
+        self.x, self.y = x, y = mixtures(self.payoffs, self.steps, accuracy)
         row, column = row_response(self.columns, y), column_response(self.rows, x)
         paid, earned = self._paid(row), self._earned(column)
         least, most = (self.payoffs @ y).min(), (x @ self.payoffs).max()
@@ -158,6 +168,16 @@ class _Restricted(Generic[Row, Column]):
             self.columns.append(column)
             self.payoffs = torch.cat([self.payoffs, earned[:, None]], 1)
         return wins or gains
+
+    def warn(self, gap: float, tolerance: float) -> None:
+        """Say that it is the known strategies whose game is not solved."""
+        m, n = self.payoffs.shape
+        warnings.warn(
+            f"double_oracle ends with a gap of {gap:.1e}, above tolerance={tolerance:g}: no "
+            f"response wins anything, but {self.steps} steps have not solved the game of the "
+            f"{m}×{n} strategies found. Write steps={10 * self.steps}, or a larger tolerance.",
+            stacklevel=4,
+        )
 
     def grown(self, gaps: list[float]) -> Grown[Row, Column]:
         """Return the last solution; what was added since has the weight 0."""

@@ -118,7 +118,11 @@ class ByRow:
                         module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
-def drawn(probabilities: Tensor, seed: int, rows: int) -> Tensor:
-    """Return the number of a member for each row, drawn by the probabilities, `[rows]`."""
-    source = torch.Generator().manual_seed(seed)
+def drawn(probabilities: Tensor, seed: int | None, rows: int) -> Tensor:
+    """Return the number of a member for each row, drawn by the probabilities, `[rows]`.
+
+    A fresh generator has the same seed in all programs: without one given, the system draws it.
+    """
+    source = torch.Generator()
+    source.manual_seed(source.seed() if seed is None else seed)
     return torch.multinomial(probabilities, rows, replacement=True, generator=source)

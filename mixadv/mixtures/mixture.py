@@ -21,7 +21,7 @@ from mixadv.mixtures import saved
 from mixadv.mixtures.adapters import Adapter, ByRow, drawn, in_one_pass
 from mixadv.mixtures.members import Member, Model, Weights
 from mixadv.model.contexts import no_grad
-from mixadv.model.logits import probabilities_in
+from mixadv.model.logits import probabilities_in, stacked
 from mixadv.model.modules import unwrap
 
 How = Literal["mean", "draw", "vote"]
@@ -130,9 +130,11 @@ class Mixture(nn.Module):
         for number in range(len(self)):
             with no_grad(), self.member(number):
                 found.append(probabilities_in(forward()))
-        return torch.stack(found)
+        return stacked(found)
 
-    def predict(self, forward: Callable[[], Any], how: How = "mean", *, seed: int = 0) -> Tensor:
+    def predict(
+        self, forward: Callable[[], Any], how: How = "mean", *, seed: int | None = None
+    ) -> Tensor:
         """Return the probabilities of classes, `[B, C]`; of tokens `[B, n, C]`.
 
         Args:
@@ -140,12 +142,15 @@ class Mixture(nn.Module):
             how: `"mean"` of the members' probabilities, by π; `"draw"` a member for each row, by
                 π, and give its probabilities (of LoRA adapters in one pass); `"vote"`, the share by
                 π of the members whose likeliest class it is.
-            seed: of the draw.
+            seed: of the draw, to repeat it; None draws anew in each call, apart from torch's own
+                random numbers. With one seed a row's member depends on its place alone, which an
+                adversary can learn.
         """
         if how not in get_args(How):
             choices = ", ".join(map(repr, get_args(How)))
             raise ValueError(f"how={how!r} is not one of {choices}.{nearest(how, get_args(How))}")
-        check_integer("predict", "seed", seed, 0)
+        if seed is not None:
+            check_integer("predict", "seed", seed, 0)
         if how == "draw" and in_one_pass(self.members, self.model):
             once = self._drawn_in_one_pass(forward, self.members, seed)
             if once is not None:
@@ -153,7 +158,7 @@ class Mixture(nn.Module):
         return combine(self.each(forward), self.probabilities, how, seed)
 
     def _drawn_in_one_pass(
-        self, forward: Callable[[], Any], members: Sequence[Adapter], seed: int
+        self, forward: Callable[[], Any], members: Sequence[Adapter], seed: int | None
     ) -> Tensor | None:
         """Return what rows predict under the adapters drawn for them, None where PEFT cannot."""
         rows = ByRow(self.model, members, partial(drawn, self.probabilities, seed))
@@ -217,14 +222,14 @@ class Mixture(nn.Module):
         return cls(members, probabilities, model=None if whole else changed)
 
 
-def combine(each: Tensor, probabilities: Tensor, how: How, seed: int = 0) -> Tensor:
+def combine(each: Tensor, probabilities: Tensor, how: How, seed: int | None = None) -> Tensor:
     """Return what a mixture predicts `[B, C]`, of the probabilities that each member gives.
 
     Args:
         each: `[M, B, C]`, or of tokens `[M, B, n, C]`.
         probabilities: of members, `[M]`.
         how: as in `Mixture.predict`.
-        seed: of the draw.
+        seed: as in `Mixture.predict`.
     """
     if how == "draw":
         members = drawn(probabilities, seed, each.shape[1]).to(each.device)
@@ -237,7 +242,8 @@ def combine(each: Tensor, probabilities: Tensor, how: How, seed: int = 0) -> Ten
 def mixture_of(game: Game) -> Mixture:
     """Return the mixture, with equal probabilities, of the samples of θ that a game keeps.
 
-    MAT keeps as many as its `samples=` says. They are copied, so training can continue.
+    MAT keeps as many as its `samples=` says. They are copied, with the buffers that the model has
+    now (such as those of batch norm), so training can continue.
 
     Raises:
         GameError: if it keeps none.
@@ -256,11 +262,14 @@ def mixture_of(game: Game) -> Mixture:
     """
     if not isinstance(game, Game):
         raise TypeError(f"game must be a mixadv.Game, such as optimizer.game, got {game!r:.80}.")
+    model = unwrap(game.model)
+    saved_ones = model.state_dict(keep_vars=True).keys()
+    buffers = {name: value for name, value in model.named_buffers() if name in saved_ones}
     samples = [
-        {name: value.detach().clone() for name, value in sample.items()}
+        {name: value.detach().clone() for name, value in {**buffers, **sample}.items()}
         for sample in game.learner_samples
     ]
-    return Mixture(samples, model=unwrap(game.model))
+    return Mixture(samples, model=model)
 
 
 def _member(value: Any) -> Member:

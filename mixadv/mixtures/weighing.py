@@ -56,7 +56,8 @@ def weigh(
     Args:
         errors: A, `[M, N]`: how often each member errs under each attack, or any other loss.
         least: members whose share is below this are dropped (never the largest), and the others
-            are weighed again. The gap, which is that among all members, says what this cost.
+            are weighed again, until none is. The gap, which is that among all members, says what
+            this cost.
         steps: the largest number of steps.
         tolerance: the duality gap to reach.
 
@@ -70,8 +71,9 @@ def weigh(
     if payoff.dim() != 2:
         raise ValueError(f"errors must be [members, attacks], got shape {list(payoff.shape)}.")
     x, y = _solved(payoff, steps, tolerance)
-    if least > 0:
-        kept = (x >= least) | (x == x.max())
+    kept = x > 0
+    while (fewer := (x >= least) | (x == x.max()))[kept].logical_not().any():
+        kept = kept & fewer
         x = torch.zeros_like(x)
         x[kept] = _solved(payoff[kept], steps, tolerance)[0]
     return _weighing(payoff, x, y)

@@ -1,5 +1,6 @@
 """The logits in what a model, or a function that calls it, returned."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,3 +48,18 @@ def probabilities_in(result: Any) -> Tensor:
             f"{list(logits.shape)}: call it within mixture.member(m), and average its outputs."
         )
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+
+
+def stacked(of_members: Sequence[Tensor]) -> Tensor:
+    """Return what the members of a mixture predict, `[M, B, C]`.
+
+    Raises:
+        GameError: where they differ in shape.
+    """
+    shapes = sorted({tuple(x.shape) for x in of_members})
+    if len(shapes) > 1:
+        raise GameError(
+            f"Members of a mixture predict in one shape, got {', '.join(map(str, shapes))}: give "
+            "models of the same classes, which the closure calls on the same rows."
+        )
+    return torch.stack(list(of_members))

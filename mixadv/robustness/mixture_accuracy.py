@@ -26,6 +26,8 @@ from mixadv.robustness.predictions import Batch, in_order
 WAYS = (drawn, mean, vote)
 """How a mixture classifies: by a member that is drawn, by their mean or by their vote."""
 
+_ROUNDED = 1e-9  # by which sums of the same probabilities differ
+
 ATTACKS = ("EoT-PGD", "ARC", "PGD of the mean", "ARC of the vote")
 """Attacks of a mixture: two of a member drawn, one of the mean, one of the vote."""
 
@@ -36,7 +38,8 @@ class MixtureAccuracy:
 
     Every classifier is judged at every δ. What an attack finds is an upper bound of the accuracy
     under the worst δ there is. A randomised classifier of two classes is never more robust than the
-    best of some deterministic ones made of it (Gnecco Heredia et al. 2023, NeurIPS): look at both.
+    best of some deterministic ones made of it (Gnecco Heredia et al. 2023, NeurIPS), which need
+    not be the mean or the vote: look at all, and at `thresholded`.
 
     Attributes:
         probabilities: π of the members, `[M]`.
@@ -80,6 +83,32 @@ class MixtureAccuracy:
         found["transfer"] = rows[:, own + self.best]
         found["worst of all"] = np.take_along_axis(rows, self.worst[:, None], 1)[:, 0]
         return found
+
+    def thresholded(self, labels: Any) -> tuple[float, NDArray[np.bool_]]:
+        """Return a threshold of two classes, and which rows it classifies right, `[N]`, attacked.
+
+        The deterministic classifier answers 1 where members of more than the threshold's share do.
+        At the best threshold it is at least as accurate under attack as a member drawn, which the
+        vote, whose threshold is ½, need not be: M3 in `theory/statements.md`. It is the best on
+        these very rows, under the worst of all attacks; others may want another one.
+
+        Args:
+            labels: 0 or 1 for each row, `[N]`.
+
+        Raises:
+            ValueError: for other labels.
+        """
+        positive, known = np.asarray(labels) == 1, np.isin(labels, (0, 1))
+        if known.shape != (len(self.right),) or not known.all():
+            raise ValueError(f"labels must be 0 or 1 for each of {len(self.right)} rows.")
+        share = self.under()["worst of all"][:, 0]  # of members that are right, at the worst δ
+        share = np.where(positive, share, 1 - share)  # that answer 1
+        found = []
+        for threshold in {0.0, *share[~positive].tolist()}:
+            above = share > threshold + _ROUNDED
+            found.append((float((above == positive).mean()), -threshold, above == positive))
+        _, threshold, right = max(found, key=lambda way: way[:2])
+        return -threshold, right
 
     def alone(self) -> NDArray[np.float64]:
         """Return whether each member alone is right, `[N, M, 2]`: clean, and under its own PGD."""

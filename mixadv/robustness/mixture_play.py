@@ -15,6 +15,7 @@ from mixadv.game import Game
 from mixadv.mixtures import Mixture
 from mixadv.model.closure import Reading
 from mixadv.model.contexts import no_grad
+from mixadv.model.logits import stacked
 from mixadv.model.visits import Call, Provide
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
@@ -80,7 +81,7 @@ class MixturePlay:
         for drawn in self.drawn(which):
             with _stage(self.mixture, self.game, self.batch, drawn) as stage, no_grad():
                 found.append(logits_of(stage.passes.run(_at(q.points))))
-        return torch.stack(found)
+        return stacked(found)
 
     def slopes(
         self, drawn: Drawn, q: Strategy, of: Callable[[Reading], Tensor]

@@ -144,7 +144,7 @@ def _tables(sections: Mapping[str, Any]) -> list[Table]:
         "learners": _learners,
     }
     found = [make(sections) for kind, make in makers.items() if kind in sections]
-    if "mixture" in sections:
+    if sections.get("mixture", {}).get("radii"):
         found += [mixture_tables.attacked(sections), mixture_tables.members(sections)]
     sets = _sets(sections)
     return [_accuracy(sections), *groups.tables(sections, sets), *found]
