@@ -80,6 +80,7 @@ def load(options: Namespace) -> Task:
     from common import data
     from common.metrics import METRICS
 
+    settings(options)  # raises for what is no task: a study calls this at once
     name, glue = options.task, TASKS[options.task]
     if options.data:
         splits = data.from_folder(data.find(options.data, name))

@@ -63,8 +63,8 @@ def _text_and_model(parser: argparse.ArgumentParser) -> None:
     text = "train the parameters alone that the checkpoint lacks: a new head, before all else"
     add("--only-new", action="store_true", help=text)
     text = (
-        "similar words of macbert and --substitute: a table, or by the embeddings of the embedded "
-        "encoder (default)"
+        "similar words of macbert and --substitute: a table, builtin, or by the embeddings of the "
+        "embedded encoder (default)"
     )
     add("--neighbours", default="", metavar="FILE", help=text)
     text = (

@@ -147,6 +147,11 @@ def test_text_is_augmented_by_copies_with_similar_words(text: str, table: str, t
     assert len(task.held_out) == 12
 
 
+def test_similar_words_that_come_with_the_project_have_a_name(text: str):
+    pretrain.arguments([*TINY, "--data", text, "--neighbours", "builtin"])  # refuses no such file
+    assert tasks.similar_words("builtin").of("good")
+
+
 def test_only_new_trains_the_head_and_continual_training_goes_on_from_it(text: str, tmp_path: Path):
     base = tmp_path / "base"
     assert run("--data", text, "--steps", "3", "--output", str(base))[0] == 0

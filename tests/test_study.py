@@ -29,7 +29,7 @@ import mixadv
 import study as script
 from common.results import Run, append, finished
 from studying import pool, summary, tables, work
-from studying.findings import Findings, Pair, differences
+from studying.findings import Findings, Pair, adjusted, differences
 from studying.parts import Measures, Method, Subject
 from studying.plan import Study
 from studying.pool import side_by_side
@@ -288,10 +288,35 @@ def test_power_is_that_of_the_seeds_there_are(tmp_path: Path):
         gaps.append(statistics.stdev(a[s] - b[s] for s in (0, 1)))
     assert found.seeds == 2
     assert found.spread == pytest.approx(statistics.median(gaps))
-    assert found.family == pytest.approx(found.spread * summary.detectable(2, 0.05 / len(gaps)))
+    for seeds, figure in ((2, found.family), (4, found.design)):
+        assert figure == pytest.approx(found.spread * summary.detectable(seeds, 0.05 / len(gaps)))
     text = render(some.study, results, tmp_path, "s")
     assert f"| words | 2 | {found.spread:.1f} | {found.single:.1f} | {found.family:.1f} |" in text
     assert summary.smallest(Findings(build(seeds=(7, 8)), results)) == []
+
+
+def test_the_correction_is_for_all_that_is_asked_for_whatever_has_run(tmp_path: Path):
+    """A study whose first method looks best has not shown it by having run little else."""
+    study = build()
+    results = played(study, drawn(0))
+    whole = Findings(study, results)
+    planned = len(differences(whole))
+    kept = {"plain", "mat"}
+    keys = {
+        run.key
+        for task, seed, method in study.cells()
+        if method in kept and (run := study.reported(task, method, seed, results))
+    }
+    for method in study.methods:
+        keys |= {run.key for runs in study.search("words", method).values() for run in runs}
+    some = Findings(study, {key: line for key, line in results.items() if key in keys})
+    found = differences(some)
+    assert 0 < len(found) < planned
+    smallest = min(found, key=lambda pair: found[pair].p)
+    expected = min(1.0, planned * found[smallest].p)
+    assert adjusted(study, found)[smallest] == pytest.approx(expected)
+    text = render(study, some.results, tmp_path, "s")
+    assert f"covers all {planned} comparisons of one metric that the study asks for" in text
 
 
 def test_a_task_can_have_methods_of_its_own(tmp_path: Path):
@@ -334,7 +359,7 @@ def test_the_report_does_not_depend_on_the_order_of_results(tmp_path: Path):
 def test_what_is_missing_is_counted_and_nothing_is_made_up(tmp_path: Path):
     study = build()
     text = render(study, {}, tmp_path, "study.toml")
-    assert "Missing: 15 of 15 runs." in text
+    assert "Missing: 15 of 15 runs, 15 of 15 measures of robustness." in text
     assert "No run is finished on: words." in text
     assert "### words" not in text
     assert not list(tmp_path.glob("*.png"))
@@ -342,7 +367,7 @@ def test_what_is_missing_is_counted_and_nothing_is_made_up(tmp_path: Path):
     gone = study.reported("words", "mat", 1, results)
     del results[gone.key]
     findings = Findings(study, results)
-    assert summary.missing(findings) == {"runs": 1, "measures of robustness": 14}
+    assert summary.missing(findings) == {"runs": 1, "measures of robustness": 15}
     assert differences(findings)["words", "mat", "plain"].seeds == (0, 2)
 
 
@@ -690,6 +715,10 @@ MISTAKES = {
     "one alone": ("plain = {{}}", "plain = {{}}\nw = {{ substitute = 0.2 }}", "give both or none"),
     "split": ('evaluate = ["test"]', 'evaluate = ["dev"]', "has no split dev, it has test"),
     "rates": ("[1e-2, 1e-3]", "[]", "learning_rates is empty"),
+    "rates twice": ("[1e-2, 1e-3]", "[1e-2, 1e-2]", "learning_rates must all differ"),
+    "itself": ("hold_out = 4", 'hold_out = 4\npairs = [["mat", "mat"]]', "which differ, got"),
+    "twice": ('["plain", "longer"]', '["plain", "plain"]', "references must all differ"),
+    "no task": ('script = "intent"', 'script = "glue"', "--task words: there is none of this name"),
     "rate": ("[1e-2, 1e-3]", "[-1.0]", "learning_rate must be positive, got -1.0"),
     "shifted": (
         'folder = "others"\n',

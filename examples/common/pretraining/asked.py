@@ -22,7 +22,7 @@ def check(options: Namespace) -> None:
     if options.only_new and (options.from_scratch or options.model == TINY):
         raise ValueError("--only-new is for a checkpoint: from scratch all parameters are new.")
     check_text(options.data)
-    if options.neighbours:
+    if options.neighbours not in ("", "builtin"):
         a_file(options.neighbours)
 
 

@@ -23,6 +23,7 @@ from common.pretraining import OBJECTIVES, TINY, corpus, models
 from common.pretraining.corpus import Corpus
 from common.pretraining.objectives import ORDER, Detection, Masked, Objective, guess
 from common.results import EMBEDDED_MODEL
+from common.substitution import BUILTIN
 from mixadv.tokens import (
     CorrectionCollator,
     Neighbours,
@@ -219,9 +220,11 @@ def detection(options: Namespace, texts: Corpus) -> Task:
 
 
 def similar_words(path: str) -> Neighbours:
-    """Return the table in a file, or one by the embedded encoder's own embeddings of words."""
+    """Return the table in a file, "builtin" that of the project, or one by the embedded encoder's
+    own embeddings of words.
+    """
     if path:
-        return Neighbours.read(path)
+        return Neighbours.read(BUILTIN if path == "builtin" else path)
     with finetuning.quiet():
         where = finetuning.path(EMBEDDED_MODEL)
         encoder, tokenizer = AutoModel.from_pretrained(where), AutoTokenizer.from_pretrained(where)

@@ -144,8 +144,11 @@ def differences(findings: Findings, read: Read = Findings.official) -> dict[Pair
     return found
 
 
-def adjusted(found: Mapping[Pair, Comparison]) -> dict[Pair, float]:
-    """Return Holm's p-values of a family of comparisons."""
-    names = {"/".join(pair): pair for pair in found}
-    p = {name: found[pair].p for name, pair in names.items()}
-    return {names[name]: value for name, value in holm(p).items()}
+def adjusted(study: Study, found: Mapping[Pair, Comparison]) -> dict[Pair, float]:
+    """Return Holm's p-values of the comparisons found, in the family of all that are asked for.
+
+    Those to come count with p = 1: a study that begins with its best method proves no more by it.
+    """
+    names = {"/".join(pair): pair for pair in asked(study)}
+    p = {name: found[pair].p if pair in found else 1.0 for name, pair in names.items()}
+    return {names[name]: value for name, value in holm(p).items() if names[name] in found}

@@ -130,6 +130,8 @@ class Subject:
     """training rows that the runs of its searches are judged on; 0 takes the study's"""
 
     def __post_init__(self) -> None:
+        if len({*self.learning_rates}) < len(self.learning_rates):
+            raise ValueError(f"learning_rates must all differ, got {list(self.learning_rates)}.")
         for rate in self.learning_rates:  # raises for a value out of range
             Run(task="", learning_rate=rate, epochs=self.epochs, **self.settings)
         if self.script == "anli" and not self.train:

@@ -60,11 +60,13 @@ class Study:
                 f"seeds {list(self.seeds)} and search_seeds {list(self.search_seeds)} must all "
                 "differ: what is chosen on may not be reported."
             )
+        if len({*self.references}) < len(self.references):
+            raise ValueError(f"references must all differ, got {list(self.references)}.")
         for reference in self.references:
             known("references:", reference, self.methods)
         for pair in self.pairs:
-            if len(pair) != 2:
-                raise ValueError(f"pairs are of two methods each, got {pair!r}.")
+            if len({*pair}) != 2 or len(pair) != 2:
+                raise ValueError(f"pairs are of two methods each, which differ, got {pair!r}.")
             for method in pair:
                 known("pairs:", method, self.methods)
         for name, subject in self.tasks.items():

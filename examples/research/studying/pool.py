@@ -24,7 +24,8 @@ def devices() -> int:
 
 def machine() -> str:
     """Return the machine in words."""
-    cores = f"{len(os.sched_getaffinity(0))} cores"
+    count = len(os.sched_getaffinity(0))
+    cores = f"{count} core{'s' if count > 1 else ''}"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return ", ".join([*gpus, cores, f"torch {torch.__version__}"])
 

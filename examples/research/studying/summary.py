@@ -1,5 +1,6 @@
 """The summary of a study: what its tables answer, for the sentences of the report."""
 
+import math
 from collections import Counter
 from typing import NamedTuple
 
@@ -7,7 +8,8 @@ import numpy as np
 from scipy import optimize, stats
 
 from mixadv.robustness.statistics import Comparison
-from studying.findings import Findings, Pair, Read, adjusted, differences
+from studying.findings import Findings, Pair, Read, adjusted, asked, differences
+from studying.plan import Study
 
 ALPHA, POWER = 0.05, 0.8
 
@@ -32,6 +34,7 @@ class Smallest(NamedTuple):
     seeds: int
     single: float  # by one comparison alone
     family: float  # by the first of the family, after Holm's correction
+    design: float  # the same with all seeds of the study
 
 
 def readings(findings: Findings) -> dict[str, Read]:
@@ -46,7 +49,7 @@ def verdict(findings: Findings, reference: str, read: Read) -> Verdict:
     The family that the correction is for is all that the study compares by the same reading.
     """
     study, every = findings.study, differences(findings, read)
-    corrected = adjusted(every)
+    corrected = adjusted(study, every)
     found = {pair: c for pair, c in every.items() if pair.reference == reference}
     left_out = [
         Pair(task, method, reference)
@@ -67,15 +70,15 @@ def verdict(findings: Findings, reference: str, read: Read) -> Verdict:
 
 def smallest(findings: Findings) -> list[Smallest]:
     """Return, for each task, the smallest difference in the official metric that can be seen."""
-    found = differences(findings)
-    rows = []
-    for task in findings.study.tasks:
+    study, found, rows = findings.study, differences(findings), []
+    level = ALPHA / max(1, planned(study))
+    for task in study.tasks:
         own = [c for pair, c in found.items() if pair.task == task and len(c.seeds) > 1]
-        if own:
-            seeds = min(len(c.seeds) for c in own)
-            spread = float(np.median([deviation(c) for c in own]))
-            single, family = (detectable(seeds, ALPHA / n) for n in (1, len(found)))
-            rows.append(Smallest(task, spread, seeds, spread * single, spread * family))
+        spreads = [spread for c in own if math.isfinite(spread := deviation(c))]
+        if spreads:
+            seeds, spread = min(len(c.seeds) for c in own), float(np.median(spreads))
+            ways = (seeds, ALPHA), (seeds, level), (len(study.seeds), level)
+            rows.append(Smallest(task, spread, seeds, *(spread * detectable(*w) for w in ways)))
     return rows
 
 
@@ -110,12 +113,18 @@ def diverged(findings: Findings) -> list[str]:
     ]
 
 
+def planned(study: Study) -> int:
+    """Return how many comparisons of one metric a study asks for."""
+    return len([*asked(study)])
+
+
 def missing(findings: Findings) -> Counter[str]:
     """Return how much of what the study asks for results do not hold."""
     lost: Counter[str] = Counter()
     for task, seed, method in findings.study.cells():
         if not findings.line(task, method, seed):
             lost["runs"] += 1
+            lost["measures of robustness"] += 1
         elif findings.to_measure(task, method, seed):
             lost["measures of robustness"] += 1
     return lost

@@ -39,7 +39,7 @@ def official(findings: Findings, task: str) -> str:
     bold.
     """
     study, found = findings.study, differences(findings)
-    corrected = adjusted(found)
+    corrected = adjusted(study, found)
     plain = findings.seconds(task, PLAIN)
     rows = []
     for name in findings.finished(task):
@@ -58,25 +58,27 @@ def official(findings: Findings, task: str) -> str:
 
 
 def pairs(findings: Findings) -> str:
-    """Return the table of the pairs that the study asks for."""
-    rows = []
+    """Return the table of the pairs that the study asks for; of one seed there is no p."""
+    rows, several = [], len(findings.study.seeds) > 1
     for what, read in summary.readings(findings).items():
         found = differences(findings, read)
-        corrected = adjusted(found)
+        corrected = adjusted(findings.study, found)
         for pair, comparison in found.items():
             if list(pair[1:]) in map(list, findings.study.pairs):
                 cells = [pair.task, f"{pair.method} − {pair.reference}", what, signed(comparison)]
-                rows.append([*cells, f"{corrected[pair]:.2g}"])
-    return table(["task", "pair", "what", "difference", "p, corrected"], rows)
+                rows.append([*cells, *([f"{corrected[pair]:.2g}"] if several else [])])
+    head = ["task", "pair", "what", "difference", *(["p, corrected"] if several else [])]
+    return table(head, rows)
 
 
 def power(findings: Findings) -> str:
     """Return the table of the smallest differences that the design can see."""
     rows = [
-        [row.task, str(row.seeds), *(f"{v:.1f}" for v in (row.spread, row.single, row.family))]
+        [row.task, str(row.seeds), *(f"{v:.1f}" for v in (row.spread, *row[3:]))]
         for row in summary.smallest(findings)
     ]
-    return table(["task", "seeds", "spread", "alone", "among all"], rows)
+    by_all = f"among all, {len(findings.study.seeds)} seeds"
+    return table(["task", "seeds", "spread", "alone", "among all", by_all], rows)
 
 
 def robust(findings: Findings, task: str) -> str:
