@@ -1,10 +1,12 @@
 """A study compares like with like, survives a kill, and says what is missing."""
 
+import importlib
 import json
 import os
 import queue
 import random
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -28,7 +30,7 @@ from scipy import stats
 import mixadv
 import study as script
 from common.results import Run, append, finished
-from studying import pool, summary, tables, work
+from studying import commands, pool, summary, tables, work
 from studying.findings import Findings, Pair, adjusted, differences
 from studying.parts import Measures, Method, Subject
 from studying.plan import Study
@@ -317,6 +319,17 @@ def test_the_correction_is_for_all_that_is_asked_for_whatever_has_run(tmp_path: 
     assert adjusted(study, found)[smallest] == pytest.approx(expected)
     text = render(study, some.results, tmp_path, "s")
     assert f"covers all {planned} comparisons of one metric that the study asks for" in text
+
+
+def test_every_run_has_a_command_that_trains_the_same():
+    """As the script reads it: all that the result depends on, but for where the rows come from."""
+    study = read(EXAMPLES / "study" / "study.toml")
+    for task, subject in study.tasks.items():
+        own = importlib.import_module(subject.script).SCRIPT
+        for run in study.first(task):
+            words = shlex.split(commands.command(subject.script, replace(run, seed=3)))
+            [found] = own.runs(own.arguments(words[2:]))
+            assert found == replace(run, seed=3)
 
 
 def test_a_task_can_have_methods_of_its_own(tmp_path: Path):

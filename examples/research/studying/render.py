@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mixadv.reports import kept
 from studying import pictures, summary, tables, work
+from studying.commands import commands
 from studying.findings import Findings
 from studying.plan import Study
 
@@ -28,6 +29,7 @@ def render(study: Study, results: Mapping[str, Any], folder: Path, command: str)
         findings=findings,
         started=[task for task in study.tasks if findings.finished(task)],
         command=command,
+        commands=commands,
         machines=sorted({line["machine"] for line in results.values() if "machine" in line}),
         pictures={path.name for path in pictures.draw(findings, folder)},
         summary=summary,

@@ -66,7 +66,9 @@ def pairs(findings: Findings) -> str:
         for pair, comparison in found.items():
             if list(pair[1:]) in map(list, findings.study.pairs):
                 cells = [pair.task, f"{pair.method} − {pair.reference}", what, signed(comparison)]
-                rows.append([*cells, *([f"{corrected[pair]:.2g}"] if several else [])])
+                p = corrected[pair]
+                shown = DASH if math.isnan(p) else f"{p:.2g}"
+                rows.append([*cells, *([shown] if several else [])])
     head = ["task", "pair", "what", "difference", *(["p, corrected"] if several else [])]
     return table(head, rows)
 
