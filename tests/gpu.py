@@ -22,12 +22,14 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).parent.parent
-KEPT = Path("runs/gpu/done.json")
+KEPT = Path("runs/gpu")
 MINUTES = 9.0
 LEAST = 20.0
 """Seconds that must be left for a piece to begin."""
 TRIES = 5
 """Slices that a piece may be stopped in, of those that keep nothing: then it is given up."""
+PATIENCE = 60
+"""The same of those that go on from what they have kept: nine hours."""
 TESTS = ("test_game", "test_fp16", "test_trainer")
 COSTS = ("16x128", "64x24", "4x24", "2x16")
 BATCHES = ("2x128", "4x128", "8x128", "16x128", "32x128", "64x128")
@@ -95,7 +97,7 @@ def run(found: list[Piece], kept: Path, seconds: float) -> dict[str, str]:
         status = ended(piece.command, left)
         if status is None:
             often = int(tries) + 1
-            lost = not piece.resumes and often >= TRIES
+            lost = often >= (PATIENCE if piece.resumes else TRIES)
             known[piece.name] = "given up" if lost else f"stopped {often}"
         else:
             known[piece.name] = "ran" if status == 0 else f"failed with {status}"
@@ -111,7 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the pieces out")
     text = "a TOML file with results of its own beside it; '' leaves it out (default: %(default)s)"
     add("--study", default="examples/research/study/base/study.toml", help=text)
-    add("--kept", type=Path, default=KEPT, help="what has run (default: %(default)s)")
+    text = f"a file with what has run (default: {KEPT}/DEVICE.json)"
+    add("--kept", type=Path, help=text)
+    add("--retry", action="store_true", help="run what failed or was given up once more")
     add("--list", action="store_true", help="run nothing")
     options = parser.parse_args(argv)
     found = pieces(options.device, options.study)
@@ -120,7 +124,12 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"  {piece.name}" for piece in found))
         return 0
     seconds = 0.0 if options.list else 60 * options.minutes
-    known = run(found if seconds else [], options.kept, seconds)
+    kept = options.kept or KEPT / f"{options.device}.json"
+    if options.retry and kept.exists():
+        known = json.loads(kept.read_text())
+        known = {name: of for name, of in known.items() if of.startswith(("ran", "stopped"))}
+        kept.write_text(json.dumps(known, indent=1) + "\n")
+    known = run(found if seconds else [], kept, seconds)
     return told(found, known)
 
 
@@ -129,8 +138,11 @@ def told(found: list[Piece], known: dict[str, str]) -> int:
     print("\n".join(f"  {piece.name}: {known.get(piece.name, 'to come')}" for piece in found))
     states = [known.get(piece.name, "to come") for piece in found]
     waiting = sum(state == "to come" or state.startswith("stopped") for state in states)
-    print(f"{waiting} pieces are left: run it again." if waiting else "All pieces ran.")
-    return int(any(state.startswith(("failed", "given up")) for state in states))
+    lost = sum(state.startswith(("failed", "given up")) for state in states)
+    print(f"{waiting} pieces are left: run it again." if waiting else "None is left.")
+    if lost:
+        print(f"{lost} failed or were given up: --retry runs them once more.")
+    return int(lost > 0)
 
 
 if __name__ == "__main__":

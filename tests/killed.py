@@ -147,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args(argv)
+    if options.kills < 1:
+        parser.error(f"--kills must be at least 1, got {options.kills}")
     failed = False
     with tqdm(total=options.kills * len(options.solver), disable=None, leave=False) as bar:
         for name in options.solver:

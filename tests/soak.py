@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10_000, help="(default: %(default)s)")
     parser.add_argument("--solver", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     options = parser.parse_args(argv)
+    if options.rounds < 10:
+        parser.error(f"--rounds must be at least 10, a look at each tenth, got {options.rounds}")
     torch.set_num_threads(1)
     leaking = False
     print("| solver | rounds | ms a round | tensors | hooks | files | objects | memory, KiB | |")

@@ -53,6 +53,20 @@ def test_a_piece_that_keeps_nothing_and_never_ends_is_given_up(tmp_path: Path):
     assert gpu.told(endless, known) == 1
 
 
+def test_what_failed_is_run_again_where_it_is_asked_for(monkeypatch, capsys, tmp_path: Path):
+    mended = tmp_path / "mended"
+    code = f"import os; raise SystemExit(0 if os.path.exists({str(mended)!r}) else 3)"
+    monkeypatch.setattr(gpu, "pieces", lambda *_: [Piece("wrong", ["-c", code])])
+    monkeypatch.setattr(gpu, "KEPT", tmp_path)
+    words = ["--device", "cpu"]
+    assert gpu.main(words) == 1
+    assert "--retry runs them once more" in capsys.readouterr().out
+    mended.touch()
+    assert gpu.main(words) == 1
+    assert gpu.main([*words, "--retry"]) == 0
+    assert (tmp_path / "cpu.json").exists()  # another device has run nothing
+
+
 @pytest.mark.parametrize("piece", PIECES, ids=lambda piece: piece.name)
 def test_every_piece_is_a_command_that_there_is(piece: Piece):
     script, *words = piece.command

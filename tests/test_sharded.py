@@ -215,6 +215,14 @@ def others_are_refused(rank: int) -> None:
     parallel = parallelize_module(Net(), mesh, {"head": ColwiseParallel()})
     with pytest.raises(ValueError, match=r"2 weights are DTensors.*another δ"):
         mixadv.Game(parallel, mixadv.PGD())
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("shards", "tensors"))
+    both = parallelize_module(Net(), mesh["tensors"], {"head": ColwiseParallel()})
+    fully_shard(both, mesh=mesh["shards"])
+    with pytest.raises(ValueError, match=r"2 weights are DTensors.*another δ"):
+        mixadv.Game(both, mixadv.PGD())
+    replicas = Net()
+    fully_shard(replicas, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards")))
+    mixadv.Game(replicas, mixadv.PGD())  # shards and their replicas are its own
 
 
 def explained(rank: int) -> None:

@@ -857,18 +857,20 @@ def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     [
         ({"fsdp_version": 1}, {}, r"FSDP1 flattens.*\{'version': 2\}"),
         ({"cpu_offload": CPUOffloadPolicy()}, {}, "leave cpu_offload out"),
+        ({"activation_checkpointing": True}, {}, "set gradient_checkpointing=True"),
         (
             {},
             {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
             "evaluate_average=False",
         ),
     ],
-    ids=["version", "offload", "best"],
+    ids=["version", "offload", "checkpointing", "best"],
 )
 def test_what_was_not_seen_under_fsdp_is_refused(
     plugin: Any, changes: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    words = SimpleNamespace(**{"fsdp_version": 2, "cpu_offload": OffloadPolicy(), **plugin})
+    usual = {"fsdp_version": 2, "cpu_offload": OffloadPolicy(), "activation_checkpointing": False}
+    words = SimpleNamespace(**usual | plugin)
     prepared_with(monkeypatch, "is_fsdp_enabled", fsdp_plugin=words)
     with pytest.raises(ValueError, match=why):
         trainer_of(tmp_path, mixadv.MAT(), **changes)

@@ -8,6 +8,10 @@
 # this library's where torch or transformers is old, and fail no test.
 set -e
 cd "$(dirname "$0")/.."
+if [ $# -lt 3 ]; then
+    echo "usage: tests/versions.sh PYTHON TORCH TRANSFORMERS [files or options of pytest]" >&2
+    exit 2
+fi
 PYTHON=$1 TORCH=$2 TRANSFORMERS=$3
 shift 3
 FOLDER=${ENVIRONMENTS:-runs/versions}/$(basename "$PYTHON")-$TORCH-$TRANSFORMERS

@@ -42,6 +42,12 @@ def check_fsdp(trainer: Trainer, solver: Solver, averages: bool) -> None:
             "Rounds were not tested with weights offloaded, which takes a GPU: leave cpu_offload "
             "out of fsdp_config."
         )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "Accelerate's activation checkpointing draws other dropout masks in the recomputation, "
+            "so that gradients are not those of the round: set gradient_checkpointing=True in "
+            "place of activation_checkpointing in fsdp_config."
+        )
     moves_weights = isinstance(solver, WeightsSolver)
     if moves_weights and trainer.args.gradient_accumulation_steps > 1:
         raise ValueError(

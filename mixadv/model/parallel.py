@@ -60,6 +60,21 @@ def sharded(model: nn.Module) -> list[Any]:
     return [m for m in modules(model) if isinstance(m, fsdp.FSDPModule)]
 
 
+def foreign(model: nn.Module) -> list[Any]:
+    """Return the weights that are spread otherwise than by `fully_shard`, as by tensor parallelism.
+
+    Its own have one dimension of shards, behind those of replicas.
+    """
+    made = bool(sharded(model))
+    spread: list[Any] = [p for p in model.parameters() if is_spread(p)]
+    return [p for p in spread if not (made and _is_of_fully_shard(p.placements))]
+
+
+def _is_of_fully_shard(placements: Any) -> bool:
+    *replicas, shards = placements
+    return shards.is_shard() and all(placement.is_replicate() for placement in replicas)
+
+
 def reshard(model: nn.Module) -> None:
     """Free gathered weights, which a forward without a backward leaves in the model.
 

@@ -169,10 +169,9 @@ def check_spread(model: nn.Module) -> None:
             f"The model is wrapped in {old}, which flattens the weights that a round handles one "
             "by one. Shard it with torch.distributed.fsdp.fully_shard."
         )
-    shards = [p for p in model.parameters() if parallel.is_spread(p)]
-    if shards and not parallel.sharded(model):
+    if foreign := parallel.foreign(model):
         raise ValueError(
-            f"{len(shards)} weights are DTensors that fully_shard did not make, as under tensor "
+            f"{len(foreign)} weights are DTensors that fully_shard did not make, as under tensor "
             "parallelism, where processes share a batch: each would draw another δ for it. Use "
             "DistributedDataParallel or fully_shard."
         )

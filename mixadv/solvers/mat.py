@@ -28,9 +28,9 @@ weights, because its particles start anew. Weights that are carried over add up 
 effective particles of 2, on the mean of 400 rounds, with an exploitability of 0.91 in place of 0.81
 in the matching pennies of tests/test_mixed_defaults.py.
 
-Noise has a length of √(2·γ_δ·τ_δ) in every coordinate. The default τ_δ parts the particles of a text,
-which has thousands. With two or three coordinates they end at one point, a pure strategy in effect,
-unless τ_δ is about 0.1, as in the matching pennies above.
+Noise has a length of √(2·γ_δ·τ_δ) in every coordinate. The default τ_δ parts the particles of a
+text, which has thousands. With two or three coordinates they end at one point, a pure strategy in
+effect, unless τ_δ is about 0.1, as in the matching pennies above.
 
 By default ∇ℓ_s is taken as a direction, of length 1 per sample, as the released code does;
 `normalize="none"` is the raw drift of Langevin dynamics. θ follows the Gibbs law for plain SGD
