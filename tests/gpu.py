@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     seconds = 0.0 if options.list else 60 * options.minutes
     kept = options.kept or KEPT / f"{options.device}.json"
-    if options.retry and kept.exists():
+    if options.retry and seconds and kept.exists():
         known = json.loads(kept.read_text())
         known = {name: of for name, of in known.items() if of.startswith(("ran", "stopped"))}
         kept.write_text(json.dumps(known, indent=1) + "\n")

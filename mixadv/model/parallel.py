@@ -63,7 +63,8 @@ def sharded(model: nn.Module) -> list[Any]:
 def foreign(model: nn.Module) -> list[Any]:
     """Return the weights that are spread otherwise than by `fully_shard`, as by tensor parallelism.
 
-    Its own have one dimension of shards, behind those of replicas.
+    Its own have one dimension of shards, behind those of replicas. Where it was applied to a part
+    of the model alone, weights of that form elsewhere are taken for its own.
     """
     made = bool(sharded(model))
     spread: list[Any] = [p for p in model.parameters() if is_spread(p)]

@@ -90,10 +90,11 @@ class MixtureAccuracy:
         The deterministic classifier answers 1 where members of more than the threshold's share do.
         At the best threshold it is at least as accurate under attack as a member drawn, which the
         vote, whose threshold is ½, need not be: M3 in `theory/statements.md`. It is the best on
-        these very rows, under the worst of all attacks; others may want another one.
+        these very rows, under the worst of all attacks; others may want another one. Where members
+        are draws, the worst is by other draws than those that judge it, and this is an estimate.
 
         Args:
-            labels: 0 or 1 for each row, `[N]`.
+            labels: 0 or 1 for each row, `[N]`; the model may know no third class.
 
         Raises:
             ValueError: for other labels.

@@ -125,7 +125,7 @@ def compare(reports: Mapping[str, Report]) -> str:
     if len(set(units.values())) > 1:
         each = ", ".join(f"{name} {number(value)}" for name, value in units.items())
         notes.append(f"Radii are in token norms of each model, balls of different size: {each}.")
-    if any("mixture" in found for found in sections.values()):
+    if any(found.get("mixture", {}).get("radii") for found in sections.values()):
         notes.append(mixture_tables.NOTE)
     for name, more in _increases(sections, notes).items():
         cells[name].update(more)

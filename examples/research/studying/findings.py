@@ -1,5 +1,6 @@
 """What a study found: values by method and seed, and their differences."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -150,5 +151,7 @@ def adjusted(study: Study, found: Mapping[Pair, Comparison]) -> dict[Pair, float
     Those to come count with p = 1: a study that begins with its best method proves no more by it.
     """
     names = {"/".join(pair): pair for pair in asked(study)}
-    p = {name: found[pair].p if pair in found else 1.0 for name, pair in names.items()}
-    return {names[name]: value for name, value in holm(p).items() if names[name] in found}
+    p = {name: found[pair].p for name, pair in names.items() if pair in found}
+    known = {name: value for name, value in p.items() if not math.isnan(value)}  # of several seeds
+    corrected = holm({**dict.fromkeys(names, 1.0), **known})
+    return {names[name]: corrected[name] if name in known else math.nan for name in p}

@@ -120,11 +120,11 @@ def planned(study: Study) -> int:
 
 def missing(findings: Findings) -> Counter[str]:
     """Return how much of what the study asks for results do not hold."""
-    lost: Counter[str] = Counter()
+    lost = Counter({"runs": 0, "measures of robustness": 0})
     for task, seed, method in findings.study.cells():
         if not findings.line(task, method, seed):
             lost["runs"] += 1
             lost["measures of robustness"] += 1
         elif findings.to_measure(task, method, seed):
             lost["measures of robustness"] += 1
-    return lost
+    return +lost
