@@ -34,7 +34,12 @@ def candidates(name: str) -> Candidates:
     if name.startswith("mlm:"):
         return MaskedCandidates(*model.load_masked(name.removeprefix("mlm:")))
     check_words(name)
-    return SimilarWords(Neighbours.read(BUILTIN if name == "builtin" else name))
+    return SimilarWords(table_of(name))
+
+
+def table_of(name: str) -> Neighbours:
+    """Return the table of similar words in a file, "builtin" that of the project."""
+    return Neighbours.read(BUILTIN if name == "builtin" else name)
 
 
 def attack(source: str, **limits: Any) -> WordSubstitution:

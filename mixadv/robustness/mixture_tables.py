@@ -17,9 +17,14 @@ NOTE = (
 )
 
 
+def was_attacked(sections: Mapping[str, Any]) -> bool:
+    """Return whether there is a mixture, within a radius above 0."""
+    return bool(sections.get("mixture", {}).get("radii"))
+
+
 def cells(sections: Mapping[str, Any]) -> dict[str, str]:
-    """Return the cells of a mixture by column, none without one."""
-    if "mixture" not in sections or not sections["mixture"]["radii"]:
+    """Return the cells of a mixture by column, none without one that was attacked."""
+    if not was_attacked(sections):
         return {}
     found = sections["mixture"]
     under = [accuracy["worst of all"] for accuracy in found["accuracy"]]

@@ -125,7 +125,7 @@ def compare(reports: Mapping[str, Report]) -> str:
     if len(set(units.values())) > 1:
         each = ", ".join(f"{name} {number(value)}" for name, value in units.items())
         notes.append(f"Radii are in token norms of each model, balls of different size: {each}.")
-    if any(found.get("mixture", {}).get("radii") for found in sections.values()):
+    if any(map(mixture_tables.was_attacked, sections.values())):
         notes.append(mixture_tables.NOTE)
     for name, more in _increases(sections, notes).items():
         cells[name].update(more)
@@ -144,7 +144,7 @@ def _tables(sections: Mapping[str, Any]) -> list[Table]:
         "learners": _learners,
     }
     found = [make(sections) for kind, make in makers.items() if kind in sections]
-    if sections.get("mixture", {}).get("radii"):
+    if mixture_tables.was_attacked(sections):
         found += [mixture_tables.attacked(sections), mixture_tables.members(sections)]
     sets = _sets(sections)
     return [_accuracy(sections), *groups.tables(sections, sets), *found]

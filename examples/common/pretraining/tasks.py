@@ -23,7 +23,7 @@ from common.pretraining import OBJECTIVES, TINY, corpus, models
 from common.pretraining.corpus import Corpus
 from common.pretraining.objectives import ORDER, Detection, Masked, Objective, guess
 from common.results import EMBEDDED_MODEL
-from common.substitution import BUILTIN
+from common.substitution import table_of
 from mixadv.tokens import (
     CorrectionCollator,
     Neighbours,
@@ -224,7 +224,7 @@ def similar_words(path: str) -> Neighbours:
     own embeddings of words.
     """
     if path:
-        return Neighbours.read(BUILTIN if path == "builtin" else path)
+        return table_of(path)
     with finetuning.quiet():
         where = finetuning.path(EMBEDDED_MODEL)
         encoder, tokenizer = AutoModel.from_pretrained(where), AutoTokenizer.from_pretrained(where)
