@@ -194,6 +194,22 @@ def test_where_texts_are_attacked_nobody_knows_the_passes(tmp_path: Path):
     assert row.split("|")[2].strip() == "–"
 
 
+def test_a_method_begins_at_a_model_of_its_own(tmp_path: Path):
+    """The run and its searches, each at that of its seed; passes before it are not known."""
+    study = build(methods=METHODS | {"before": Method(model="begun/{seed}")})
+    results = played(study, drawn(0))
+    searched = [run for runs in study.search("words", "before").values() for run in runs]
+    reported = [study.reported("words", "before", seed, results) for seed in study.seeds]
+    assert len(searched) == 2
+    for run in (*searched, *reported):
+        assert run is not None
+        assert run.model == f"begun/{run.seed}"
+        like = study._run("words", "plain", run.learning_rate, run.seed, hold_out=run.hold_out)
+        assert replace(run, model=study.model) == like
+    assert study.methods["before"].cost is None
+    assert "| before | – |" in render(study, results, tmp_path, "s")
+
+
 def test_what_is_measured_is_told_apart_by_split_attacks_and_settings():
     tasks = [TASK, replace(TASK, evaluate=("dev", "test")), replace(TASK, attacks=("typos",))]
     studies = [build(tasks={"words": task}) for task in tasks]
@@ -725,6 +741,11 @@ MISTAKES = {
     "method": ("plain = {{}}", "plain = 3", "methods.plain must be a table, got 3"),
     "length": ("max_length = 16", "max_length = 160", "max_length is 160, and .* reads 48 tokens"),
     "model": ('model = "{model}"', 'model = "{model}r"', "The model .*tinyr cannot be loaded"),
+    "begins": (
+        "plain = {{}}",
+        'plain = {{}}\nw = {{ model = "./of-{{seed}}" }}',
+        "methods.w: model: there is no ./of-100",
+    ),
     "no radii": ("radii = [0.1]", "radii = []", "radii is empty"),
     "words": ('attacks = ["typos"]', 'attacks = ["typo"]', "--neighbours typo: there is no such"),
     "other": ('split = "dev"', 'split = "test"', "others has no split test, it has dev"),
@@ -864,6 +885,17 @@ def test_a_study_that_is_stopped_early_compares_all_methods():
     seeds = [run.seed for _, stated, runs in study.stages(results) if stated for run in runs]
     methods = len(study.trained("words"))
     assert seeds == [0, 1] * methods + [2] * methods
+
+
+def test_where_the_adversary_enters_is_compared_with_runs_of_the_study():
+    """Methods of both are the same ones: a line of one study does for the other."""
+    whole, where = (read(EXAMPLES / "study" / name / "study.toml") for name in ("", "where"))
+    theirs = {run.key for run in whole.runs("banking77", {})}
+    shared = {*whole.methods} & {*where.methods}
+    assert shared == {"plain", "plain-3x", "smart"}
+    for method in shared:
+        for runs in where.search("banking77", method).values():
+            assert {run.key for run in runs} <= theirs
 
 
 def test_there_is_no_report_without_results(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,13 +14,13 @@ and pictures.
 """
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import _above  # noqa: F401
 from common.command import answer, refuse_mistakes
 from common.options import positive, script
-from common.places import a_folder
+from common.places import a_folder, where
 
 
 def ending() -> str:
@@ -75,6 +75,12 @@ from studying.work import load, sizes, train
 
 def check(study: Study, options: Namespace, results: Results) -> None:
     """Raise before the first job for what a later one would miss, and for results of other data."""
+    for method, way in study.methods.items():
+        for seed in (*study.search_seeds, *study.seeds) if way.model else ():
+            try:
+                where(way.begins(study.model, seed))
+            except ArgumentTypeError as error:
+                raise ValueError(f"methods.{method}: model: {error}") from None
     for name, subject in study.tasks.items():
         task = load(subject.script, subject.name or name, options.data, subject.train)
         now = sizes(task)
@@ -131,8 +137,8 @@ def work_through(study: Study, path: Path, options: Namespace) -> None:
                 if not reported or key in results or not measurable(results[run.key]):
                     continue
                 if (options.runs / run.key / "last").is_dir():
-                    given = (run, key, subject, study.measure, options.data, options.runs)
-                    yield key, (measure, given)
+                    asked = (subject, study.model, study.measure)
+                    yield key, (measure, (run, key, *asked, options.data, options.runs))
                 else:
                     lost.add(run.key)
 

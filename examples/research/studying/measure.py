@@ -21,7 +21,7 @@ DIGITS = 4  # that count, of numbers of single rows
 
 
 def measure(
-    run: Run, key: str, subject: Subject, asked: Measures, folder: str, output: Path
+    run: Run, key: str, subject: Subject, begun: str, asked: Measures, folder: str, output: Path
 ) -> dict[str, Any]:
     """Return the line of what was measured of a saved model, on rows that the run's seed draws.
 
@@ -31,6 +31,7 @@ def measure(
         run: that saved it.
         key: of the line.
         subject: the task.
+        begun: the study's model, by whose token norms all of its models are attacked.
         asked: what is measured.
         folder: of the data; "" for the hub.
         output: where the run saved its model.
@@ -49,7 +50,7 @@ def measure(
         increase_radius=asked.increase_radius,
         steps=asked.steps,
         restarts=asked.restarts,
-        unit=unit(run.model, run.max_length, subject.script, run.task, folder, run.train),
+        unit=unit(begun, run.max_length, subject.script, run.task, folder, run.train),
         rows=asked.rows,
         max_length=run.max_length,
         seed=run.seed,

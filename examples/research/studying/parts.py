@@ -45,6 +45,9 @@ class Method:
     """share of the rows that get a copy with words replaced"""
     neighbours: str = ""
     """where the words come from, as --neighbours of glue.py"""
+    model: str = ""
+    """a hub model or a folder that it begins at, where that is not the study's; {seed} in it is the
+    seed of the run"""
 
     def __post_init__(self) -> None:
         Run(task="", **self.settings)  # raises for what does not go together
@@ -64,17 +67,22 @@ class Method:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the method sets of a run, but for how long it is."""
-        return {k: v for k, v in vars(self).items() if k != "times"} | {
+        """What the method sets of a run, but for its length and the model that it begins at."""
+        return {k: v for k, v in vars(self).items() if k not in ("times", "model")} | {
             "parameters": dict(self.parameters)
         }
+
+    def begins(self, otherwise: str, seed: int) -> str:
+        """Return the model that a run of a seed begins at: the method's own, or the study's."""
+        return (self.model or otherwise).replace("{seed}", str(seed))
 
     @property
     def cost(self) -> float | None:
         """Passes of training in those of `plain`; forwards, backwards of activations and of
-        weights count alike. None where texts are attacked: nobody knows how often they are read.
+        weights count alike. None where that is not known: of texts that are attacked, which are
+        read nobody knows how often, and of a model that was trained before.
         """
-        if self.substitute:
+        if self.substitute or self.model:
             return None
         played = 1.0 if self.played is None else count_passes(self.played).plain_steps
         return self.times * (1 + (played - 1) * self.share / self.every)

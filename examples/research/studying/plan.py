@@ -187,7 +187,7 @@ class Study:
         subject, way = self.tasks[task], self.methods[method]
         given = {
             "task": subject.name or task,
-            "model": self.model,
+            "model": way.begins(self.model, seed),
             "learning_rate": rate,
             "seed": seed,
         }
