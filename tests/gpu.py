@@ -34,6 +34,7 @@ TESTS = ("test_game", "test_fp16", "test_trainer")
 COSTS = ("16x128", "64x24", "4x24", "2x16")
 BATCHES = ("2x128", "4x128", "8x128", "16x128", "32x128", "64x128")
 PARTICLES = ("mat, M=8", "mat, M=8, vmap", "mat, M=8, stack")
+GLUE = "examples/research/study/glue/study.toml"
 ROWS = ("noise", "pgd, K=3", "smart, no teacher", "smart-pytorch", "mat, 3 and 2")
 
 
@@ -45,8 +46,8 @@ class Piece(NamedTuple):
     resumes: bool = False  # from what it has kept itself
 
 
-def pieces(device: str, study: str) -> list[Piece]:
-    """Return all that is to run on a device, in its order."""
+def pieces(device: str, study: str, data: str = "") -> list[Piece]:
+    """Return all that is to run on a device, in its order; GLUE's study needs its data."""
     pytest = ["-m", "pytest", "-q", "-n", "0", "-m", "gpu", "-rs"]
     found = [Piece(f"tests of {name}", [*pytest, f"tests/{name}.py"]) for name in TESTS]
     script = ["examples/research/benchmark.py", "--device", device, "--resume"]
@@ -65,6 +66,8 @@ def pieces(device: str, study: str) -> list[Piece]:
         found.append(Piece("encoder of base size", ["examples/mpnet.py"], resumes=True))
         command = ["examples/research/study.py", study]
         found.append(Piece("study", command, resumes=True))
+        command = ["examples/research/study.py", GLUE, "--data", data]
+        found += [Piece("study of GLUE and ANLI", command, resumes=True)] if data else []
     return found
 
 
@@ -113,12 +116,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the pieces out")
     text = "a TOML file with results of its own beside it; '' leaves it out (default: %(default)s)"
     add("--study", default="examples/research/study/base/study.toml", help=text)
+    text = "a folder of GLUE, SNLI and ANLI, as for examples/anli.py: their study follows"
+    add("--data", default="", metavar="FOLDER", help=text)
     text = f"a file with what has run (default: {KEPT}/DEVICE.json)"
     add("--kept", type=Path, help=text)
     add("--retry", action="store_true", help="run what failed or was given up once more")
     add("--list", action="store_true", help="run nothing")
     options = parser.parse_args(argv)
-    found = pieces(options.device, options.study)
+    found = pieces(options.device, options.study, options.data)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("torch finds no GPU here. Skipped:")
         print("\n".join(f"  {piece.name}" for piece in found))

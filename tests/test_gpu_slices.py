@@ -13,7 +13,7 @@ from tests import gpu
 from tests.gpu import Piece, pieces, run
 
 STUDY = "examples/research/study/base/study.toml"
-PIECES = pieces("cpu", STUDY)
+PIECES = pieces("cpu", STUDY, "folder")
 
 
 def test_without_a_gpu_all_is_skipped_and_said_to_be(monkeypatch, capsys, tmp_path):
@@ -21,7 +21,10 @@ def test_without_a_gpu_all_is_skipped_and_said_to_be(monkeypatch, capsys, tmp_pa
     assert gpu.main(["--kept", str(tmp_path / "done")]) == 0
     said = capsys.readouterr().out
     assert "torch finds no GPU here" in said
-    assert all(piece.name in said for piece in PIECES)
+    assert all(piece.name in said for piece in pieces("cuda", STUDY))
+    assert gpu.main(["--kept", str(tmp_path / "done"), "--data", "folder"]) == 0
+    assert PIECES[-1].name not in said
+    assert PIECES[-1].name in capsys.readouterr().out
 
 
 def test_a_slice_goes_on_where_the_last_one_stopped(tmp_path: Path):

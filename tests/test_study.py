@@ -283,7 +283,7 @@ def test_a_model_that_always_answers_the_same_is_not_compared_under_attack(count
     assert ("words", "mat", "plain") not in differences(findings, Findings.attacked)
     assert ("words", "mat", "plain") in differences(findings)
     found = summary.verdict(findings, "plain", Findings.attacked)
-    assert (found.comparisons, found.left_out) == (3, [("words", "mat", "plain")])
+    assert (len(found.comparisons), found.left_out) == (3, [("words", "mat", "plain")])
     assert not summary.verdict(findings, "plain", Findings.official).left_out
 
 
@@ -352,6 +352,63 @@ def test_every_run_has_a_command_that_trains_the_same():
             assert found == replace(run, seed=3)
 
 
+UNPINNED = {
+    "temperature": 0.0,
+    "particles": 1,
+    "particle_batching": "loop",
+    "direction": "gradient",
+    "sign": None,
+    "ascent_dtype": None,
+    "box": None,
+    "recompute": False,
+    "mean_over": "samples",
+    "start_size": None,
+    "source": None,
+    "representation": None,
+    "head": None,
+    "solver": None,
+    "which": None,
+}
+"""Parameters that studies need not write out, and what they are then: a part that is not played."""
+IDLE = {
+    "smart-gn": {"start": "normal", "start_size": 0.05, "ema_decay": 0.99, "teacher_every": 1},
+    "r-drop": {"steps": 0, "step_size": 0.1, "norm": "l2", "per": "sample", "start": "uniform"},
+    "r3f": {"steps": 0, "step_size": 0.1},
+    "noise": {"steps": 0, "step_size": 0.1},
+    "cat": {"steps": 1, "step_size": 0.1, "start": "zero"},
+}
+"""Of single methods: what moves nothing, as a step where there is none, or belongs to them."""
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("study/**/study.toml")), ids=str)
+def test_a_default_that_changes_changes_no_row_of_a_study(path: Path):
+    """Rows are known by what the file says: what it leaves out must be as it was."""
+    idle = IDLE | {f"smart-gn-{which}": IDLE["smart-gn"] for which in ("2nd", "half")}
+    for shared in ("r-drop", "r3f", "noise"):
+        idle[shared] |= {"normalize": "steepest", "projection": "ball", "unit": "relative"}
+    for name, method in read(path).methods.items():
+        known = UNPINNED | idle.get(name, {})
+        parts = fields(method.played) if method.played else ()
+        for part in (f for f in parts if f.init and f.name not in method.parameters):
+            assert part.name in known, f"{name}: write {part.name} out"
+            assert part.default == known[part.name], f"{name}: write {part.name} out, it changed"
+
+
+def test_what_is_evaluated_is_shown(tmp_path: Path):
+    """As what is out of scope, or other rows: not the official metric alone."""
+    study = build(tasks={"words": replace(TASK, evaluate=("test", "hard"))})
+    results = played(study, drawn(0))
+    for line in results.values():
+        if "test" in line["last"]:
+            line["last"] = {
+                "test": {"accuracy": 0.5, "recall": 0.25},
+                "hard": {"accuracy": 0.125},
+            }
+    text = render(study, results, tmp_path, "s")
+    assert "| method | recall, test | accuracy, hard |" in text
+    assert "| freelb | 25.0 ± 0.0 | 12.5 ± 0.0 |" in text
+
+
 def test_a_task_can_have_methods_of_its_own(tmp_path: Path):
     """As a regression, whose predictions word substitution cannot attack."""
     own = replace(TASK, methods=("plain", "mat"))
@@ -377,8 +434,10 @@ def test_every_method_has_its_row_also_where_it_loses(tmp_path: Path):
     costs = [["1.0", "1.0"], ["3.0", "1.0"], ["1.0", "2.5"], ["3.0", "2.5"], ["3.3", "2.5"]]
     assert [row[2:4] for row in rows] == costs
     assert table.count("**-80.0 ± 0.0**") == 2 * 3
-    losers = "noise on words, freelb on words, mat on words."
-    assert text.count(f"below 0 for {losers}") == text.count(f"correction: {losers}") == 2
+    losers = [f"{method} on words" for method in ("noise", "freelb", "mat")]
+    told = ", ".join(f"{loser} (-80.0 ± 0.0)" for loser in losers)
+    assert text.count(f"below 0 for {told}.") == 2
+    assert text.count(f"correction: {', '.join(losers)}.") == 2
     assert "Missing: 15 of 15 measures of robustness." in text
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ ALPHA, POWER = 0.05, 0.8
 class Verdict(NamedTuple):
     """Which methods differ from a reference."""
 
-    comparisons: int
+    comparisons: Mapping[Pair, Comparison]
     seeds: int  # of the comparison with the most
     higher: int  # how many have a higher mean
     above: list[Pair]  # whose interval is above 0
@@ -58,7 +59,7 @@ def verdict(findings: Findings, reference: str, read: Read) -> Verdict:
         if read is not Findings.official and findings.answers_alike(task, method)
     ]
     return Verdict(
-        comparisons=len(found),
+        comparisons=found,
         seeds=max((len(c.seeds) for c in found.values()), default=0),
         higher=sum(c.difference.value > 0 for c in found.values()),
         above=[pair for pair, c in found.items() if c.difference.low > 0],

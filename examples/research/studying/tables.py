@@ -57,6 +57,22 @@ def official(findings: Findings, task: str) -> str:
     return table(["method", "passes", "time", "seeds", findings.metric(task), *references], rows)
 
 
+def others(findings: Findings, task: str) -> str:
+    """Return the table of what a task is evaluated by besides the official metric."""
+    study, splits = findings.study, findings.study.tasks[task].evaluate
+    columns: dict[str, dict[str, Values]] = {}
+    for method in study.trained(task):
+        for seed in study.seeds:
+            last = findings.line(task, method, seed).get("last", {})
+            found = {f"{m}, {of}": v for of in splits for m, v in last.get(of, {}).items()}
+            for column in list(found)[1:]:
+                of = columns.setdefault(column, {}).setdefault(method, {})
+                of[seed] = 100 * found[column]
+    names = findings.finished(task) if columns else []
+    rows = [[m, *(over_seeds(of.get(m, {}).values()) for of in columns.values())] for m in names]
+    return table(["method", *columns], rows)
+
+
 def pairs(findings: Findings) -> str:
     """Return the table of the pairs that the study asks for; of one seed there is no p."""
     rows, several = [], len(findings.study.seeds) > 1
