@@ -13,7 +13,6 @@ lengths is measured on the first batch, and forgotten again. Of several processe
 own samples.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from mixadv.model.masks import Where
 from mixadv.model.replay import Buffers, evaluating
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
-from mixadv.round.in_play import best, finite, in_play, payoffs_of
+from mixadv.round.in_play import best, finite, in_play, payoffs_of, standing
 from mixadv.solvers.base import Solver
 
 
@@ -256,10 +255,7 @@ def _measure(
     adversary: Closure | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the payoffs of the strategy in play and of the best response, `[B]` or `[1]`."""
-    round_ = game.rounds.rehearse(closure, where, adversary)
-    with round_ as stage, stage.passes.frozen(), warnings.catch_warnings():
-        # Of reentrant checkpoints: here neither weights nor a fixed δ require grad.
-        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+    with standing(game.rounds, closure, where, adversary) as stage:
         stage.passes.replay.fresh = False  # payoffs are compared
         q = in_play(stage)
         payoffs = payoffs_of(stage, q)

@@ -1,13 +1,28 @@
 """Best responses of the learner: what it can gain against an adversary that stays where it is.
 
-The other side of `mixadv.equilibrium`. With u the loss and q the strategy in play at θ, which is as
-described there,
+The other side of `mixadv.equilibrium`. q is the strategy in play at θ, as described there, u what
+the adversary is paid, and J what the learner minimises:
 
-    max_δ u(θ, δ) − min_θ' E_(δ~q) u(θ', δ)  =  (exploitability of θ)  +  (exploitability of q)
+    E_(δ~q) J(θ, δ) − min_θ' E_(δ~q) J(θ', δ)
 
-is the duality gap of the pair, and its second part is measured here. The response takes steps of
-Adam on half of the batches, and is judged on the others, which it did not see: so its gain there,
-on average, is at most that of the best response. A gain of 0 certifies nothing.
+* Where u is the loss, J is u. The learner's gain and the adversary's then add up to the duality gap
+  of the pair, max_δ u(θ, δ) − min_θ' E_(δ~q) u(θ', δ).
+* Where u is a divergence, which is 0 for any constant model, J is the objective of the solver, up
+  to its first optimizer step: of MAT ℓ(θ) + λ·u(θ, δ), of SMART that and μ times the divergence
+  from the teacher. What the adversary did at θ, points and weights, it does again at θ'. The game
+  is of general sum, and the two gains add up to the sum of regrets (NashConv): 0 at a Nash
+  equilibrium alone, and no duality gap. But where J is ℓ(θ) + λ·u(θ, δ) and terms without δ, as of
+  every solver here with a `smoothness_weight`, λ times the adversary's gain and the learner's add
+  up to the duality gap of the game that pays J (L2 in theory/statements.md).
+
+A teacher stays where it is. What becomes of θ after a step (noise, damping, averages) is no part of
+J: the weights that are judged are those in the model. Where `mean_over="tokens"`, J counts tokens
+and u samples, and only the sum of regrets is left.
+
+The response takes steps of Adam on half of the batches, and is judged on the others, which it did
+not see: so its gain there, on average, is at most that of the best response. A gain of 0 certifies
+nothing. Dropout masks and buffers are alike at θ and θ', and the bound is then one under these
+masks: prefer evaluation mode.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,18 +37,20 @@ from mixadv.equilibrium import check_game, each_closure, untouched
 from mixadv.exploited import bound, check_level, interval_of
 from mixadv.game import Game
 from mixadv.model.closure import Closure
+from mixadv.model.contexts import aside
 from mixadv.model.parallel import swapped
-from mixadv.players.strategy import Strategy
-from mixadv.round.in_play import in_play, payoffs_of
+from mixadv.round.held import Held, differentiate, hold, objectives
+from mixadv.round.in_play import standing
 
 
 class LearnerGain(NamedTuple):
     """A lower bound of what the learner gains by leaving its weights; `str()` of it is one line.
 
     Attributes:
-        played: loss of the weights in play under the adversary's strategy, `[N]` over the samples
-            judged; over the batches where the closure returns a scalar.
-        reached: loss of the response there, `[N]`.
+        played: what the learner minimises, of the weights in play under the adversary's strategy,
+            `[N]` over the samples judged; over the batches where the closure returns a scalar, or
+            an objective is made of more than means over samples.
+        reached: the same of the response, `[N]`.
         response: what was found by, in words.
         level: probability with which the interval covers the response's mean gain over the data
             that the samples were drawn from.
@@ -68,21 +85,24 @@ def learner_exploitability(
 ) -> LearnerGain:
     """Return by how much a learner that moves on out-plays the weights that are in play.
 
-        E_(δ~q) u(θ, δ) − min_θ' E_(δ~q) u(θ', δ)
+        E_(δ~q) J(θ, δ) − min_θ' E_(δ~q) J(θ', δ)
 
-    bounded from below, by a response on batches 1, 3, … that is judged on batches 2, 4, … Weights,
-    gradients, buffers, modes and random state are afterwards as they were.
+    bounded from below, by a response on batches 1, 3, … that is judged on batches 2, 4, … J is the
+    loss, or the solver's objective where its payoff is a divergence; see the file's docstring.
+    Weights, gradients, buffers, modes and random state are afterwards as they were.
 
     Args:
-        game: the one that trains (`optimizer.game`), or another on the model; its solver's payoff
-            is the loss.
-        closures: as for training, at least two, of held-out batches.
+        game: the one that trains (`optimizer.game`), or another on the model.
+        closures: as for training, at least two, of held-out batches. Those that return losses per
+            sample `[B]` give a gain per sample, scalar ones a gain per batch.
         steps: of the response, each on one batch in turn.
         rate: of Adam.
         level: of the confidence interval.
 
     Raises:
-        ValueError: with a solver whose payoff is a divergence, or of fewer than two batches.
+        ValueError: of fewer than two batches; with a payoff that is a divergence, where no strategy
+            can be held: of a solver that also moves the weights (`SAM`), that moves δ on between
+            steps, or that weighs rows.
 
     Example:
         >>> import mixadv
@@ -97,14 +117,14 @@ def learner_exploitability(
     """
     held_out = list(each_closure(closures))
     _check(game, len(held_out), steps, rate, level)
-    with torch.inference_mode(False), torch.enable_grad(), untouched(game):
-        played = [_strategy(game, closure) for closure in held_out]
-        pairs = list(zip(held_out, played, strict=True))
-        learnt, judged = pairs[::2], pairs[1::2]
-        before = torch.cat([_payoff(game, *pair) for pair in judged])
-        with _moved(game, learnt, steps, rate):
-            after = torch.cat([_payoff(game, *pair) for pair in judged])
-    return LearnerGain(before, after, f"Adam, {steps} steps of rate {rate:g}", level)
+    response = f"Adam, {steps} steps of rate {rate:g}"
+    if game.solver.gain != "loss":
+        response += f", in the objective of {type(game.solver).__name__}"
+    with torch.inference_mode(False), torch.enable_grad(), untouched(game), _teacher(game):
+        better = _response(game, held_out[::2][:steps], steps, rate)
+        pairs = [_judged(game, closure, better) for closure in held_out[1::2]]
+    played, reached = (torch.cat(values) for values in zip(*pairs, strict=True))
+    return LearnerGain(played, reached, response, level)
 
 
 def _check(game: Game, batches: int, steps: int, rate: float, level: float) -> None:
@@ -113,11 +133,7 @@ def _check(game: Game, batches: int, steps: int, rate: float, level: float) -> N
     check_number("learner_exploitability", "rate", rate)
     check_level("learner_exploitability", level)
     if game.solver.gain != "loss":
-        raise ValueError(
-            f"The payoff of {type(game.solver).__name__} is a divergence, which is 0 for any "
-            "constant model: ask with a solver whose payoff is the loss, such as "
-            "mixadv.Game(model, mixadv.PGD(radius=…))."
-        )
+        _check_holds(game)
     if batches < 2:
         raise ValueError(
             f"learner_exploitability needs at least two batches, got {batches}: the response is "
@@ -125,35 +141,64 @@ def _check(game: Game, batches: int, steps: int, rate: float, level: float) -> N
         )
 
 
-def _strategy(game: Game, closure: Closure) -> Strategy:
-    with game.rounds.rehearse(closure) as stage, stage.passes.frozen():
-        return in_play(stage)
-
-
-def _payoff(game: Game, closure: Closure, q: Strategy) -> Tensor:
-    """Return the expected payoff of a strategy at the weights there are, `[B]` or `[1]`."""
-    with game.rounds.rehearse(closure) as stage, stage.passes.frozen():
-        return (q.weights * payoffs_of(stage, q)).sum(0)
+def _check_holds(game: Game) -> None:
+    """Raise for what the learner minimises, where no strategy can be held in it."""
+    solver, inner = game.solver, game.rounds.arena.solver
+    who = type(solver).__name__
+    if solver is not inner:
+        still = ", optimizer=torch.optim.SGD(model.parameters(), lr=0.0)" * bool(inner.learner())
+        raise ValueError(
+            f"{who} moves the weights from wherever the learner stands, so its move cannot be held "
+            "while the learner goes elsewhere: ask about the solver inside, in a game of its own, "
+            f"mixadv.Game(model, optimizer.game.solver.solver{still})."
+        )
+    if solver.replays_batch or solver.weighs:
+        why = "moves on before each step of the learner" if solver.replays_batch else "weighs rows"
+        raise ValueError(
+            f"The adversary of {who} {why}, so none of its strategies stands for a round: ask with "
+            "a solver that plays one, such as mixadv.Game(model, mixadv.PGD(radius=…))."
+        )
 
 
 @contextmanager
-def _moved(
-    game: Game, batches: list[tuple[Closure, Strategy]], steps: int, rate: float
-) -> Iterator[None]:
-    """Give the model the weights that descent against the strategies reaches, for the body."""
-    parameters = [p for p in game.model.parameters() if p.requires_grad]
-    gradients = [p.grad for p in parameters]
-    with swapped(game.model, {p: p.detach().clone() for p in parameters}):
-        try:
-            adam = torch.optim.Adam(parameters, lr=rate)
-            for step in range(steps):
-                closure, q = batches[step % len(batches)]
-                adam.zero_grad()
-                with game.rounds.rehearse(closure) as stage:
-                    stage.loss(q).backward()
-                adam.step()
+def _teacher(game: Game) -> Iterator[None]:
+    """Hold a teacher where it is; one that begins as a copy of the weights is one of θ."""
+    learner = game.rounds.arena.learner
+    if learner is None or learner.ema_decay is None:
+        yield
+        return
+    found = dict(learner.teacher)
+    learner.teacher_weights()
+    try:
+        yield
+    finally:
+        learner.teacher = found
+
+
+def _held(game: Game, closure: Closure) -> Held:
+    with standing(game.rounds, closure) as stage:
+        return hold(stage)
+
+
+def _judged(game: Game, closure: Closure, better: dict[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what the learner minimises on a batch, at its own weights and at better ones."""
+    held = _held(game, closure)
+    with standing(game.rounds, closure) as stage:
+        played = objectives(stage, held)
+    with swapped(game.model, better), standing(game.rounds, closure) as stage:
+        return played, objectives(stage, held)
+
+
+def _response(game: Game, closures: list[Closure], steps: int, rate: float) -> dict[Tensor, Tensor]:
+    """Return weights that descent reaches against what the adversary plays now."""
+    batches = [(closure, _held(game, closure)) for closure in closures]
+    parameters = [p for p in game.rounds.arena.parameters() if p.requires_grad]
+    with aside(parameters), swapped(game.model, {p: p.detach().clone() for p in parameters}):
+        adam = torch.optim.Adam(parameters, lr=rate)
+        for step in range(steps):
+            closure, held = batches[step % len(batches)]
             adam.zero_grad()
-            yield
-        finally:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+            with game.rounds.rehearse(closure) as stage:
+                differentiate(stage, held)
+            adam.step()
+        return {p: p.detach().clone() for p in parameters}

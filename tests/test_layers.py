@@ -14,6 +14,7 @@ import torch
 import mixadv
 from mixadv.round.cost import Rehearsal
 from mixadv.round.stage import Stage
+from mixadv.round.wrapped import Wrapped
 from mixadv.solvers.play import Moves
 from tests.zoo import small
 
@@ -37,7 +38,7 @@ def test_rooms_are_small():
                 assert node.end_lineno - node.lineno < 50, (file, node.name)
 
 
-@pytest.mark.parametrize("played", [Stage, Rehearsal])
+@pytest.mark.parametrize("played", [Stage, Rehearsal, Wrapped])
 def test_what_solvers_play_on_is_whole(played: type):
     """A protocol's own methods return None: one that is left out would be played in silence."""
     made_of_others = ("ascend", "leap", "origin")

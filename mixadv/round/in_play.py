@@ -1,22 +1,42 @@
 """The strategy that a round would leave in play, and what it is paid."""
 
 import math
-from contextlib import closing
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import torch
 from torch import Tensor
 
+from mixadv.model.closure import Closure
+from mixadv.model.masks import Where
 from mixadv.players.strategy import Strategy
 from mixadv.round import routes
 from mixadv.round.gains import gains_of, shared
+from mixadv.round.rounds import Rounds
 from mixadv.round.stage import Stage
-from mixadv.solvers.play import Step
+from mixadv.solvers.play import Moves, Step
 
 
-def in_play(stage: Stage) -> Strategy:
-    """Return what a round leaves as its strategy, against a learner that stands still."""
+@contextmanager
+def standing(
+    rounds: Rounds, closure: Closure, where: Where = None, adversary: Closure | None = None
+) -> Iterator[Stage]:
+    """Rehearse the round to come against a learner that stands still."""
+    rehearsal = rounds.rehearse(closure, where, adversary)
+    with rehearsal as stage, stage.passes.frozen(), warnings.catch_warnings():
+        # Of reentrant checkpoints: here neither weights nor a fixed δ require grad.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+        yield stage
+
+
+def in_play(stage: Stage, moves: Moves | None = None) -> Strategy:
+    """Return what a round leaves as its strategy, against a learner that stands still.
+
+    `moves` wraps the stage, to see what is asked of it.
+    """
     solver = stage.arena.solver
-    with closing(solver.play(stage)) as play:
+    with closing(solver.play(moves or stage)) as play:
         for move in play:
             objective = move.objective if isinstance(move, Step) else move
             if isinstance(move, Step) and not solver.replays_batch:

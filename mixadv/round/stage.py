@@ -227,6 +227,15 @@ class Stage(Moves):
         sampled: bool = False,
         over: MeanOver = "samples",
     ) -> Tensor:
+        q, gained = self.divergences(q, kind, fixed, sampled, over)
+        value = expected(q, gained)
+        self._pay(value)
+        return value
+
+    def divergences(
+        self, q: Strategy, kind: str | Divergence, fixed: bool, sampled: bool, over: MeanOver
+    ) -> tuple[Strategy, Tensor]:
+        """Return what is played of a strategy, and the divergence at each particle `[M, B]`."""
         measure, clean = divergence(kind), self.clean().compared
         clean = clean.detach() if fixed else clean
 
@@ -238,17 +247,19 @@ class Stage(Moves):
             check_weights(q, len(self.clean().compared))
             q = q.pick((1 + self.arena.noise("uniform", self._one_for_each_sample(q))) / 2)
         gained, _ = routes.readings(self.passes, q, read)  # draws q where no ascent came before
-        value = expected(q, gained)
-        self._pay(value)
-        return value
+        return q, gained
 
     def proximal(self, kind: str | Divergence, over: MeanOver = "samples") -> Tensor:
+        return self.proximals(kind, over).mean()
+
+    def proximals(self, kind: str | Divergence, over: MeanOver) -> Tensor:
+        """Return what `proximal` is the mean of, `[B]`."""
         clean, learner = self.clean(), self.arena.learner
         assert learner is not None
         teacher = functional(self.arena.model, learner.teacher_weights(), self.goals.closure)
         with no_grad():
             target = self.passes.run(nowhere, teacher).compared
-        return clean.diverge(target.detach(), divergence(kind), over).mean()
+        return clean.diverge(target.detach(), divergence(kind), over)
 
     def again(self) -> "Stage":
         """Return a stage to play the same round once more, on the same passes."""

@@ -1,18 +1,18 @@
-"""A round played twice: what the adversary does the first time is given back the second."""
+"""A round played again: what the adversary does the first time is given back the next."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, final
 
 from torch import Tensor
 
 from mixadv.maths.divergence import Divergence
-from mixadv.model.closure import MeanOver, Reading
+from mixadv.model.closure import MeanOver
 from mixadv.model.noise import Noise
-from mixadv.model.visits import Call
 from mixadv.players.ascent import Ascent
 from mixadv.players.opening import Begin
 from mixadv.players.strategy import Rule, Strategy
+from mixadv.round.wrapped import Wrapped
 from mixadv.solvers.play import Moves
 
 T = TypeVar("T")
@@ -21,8 +21,12 @@ T = TypeVar("T")
 class Tape:
     """What the adversary did, in the order in which a solver asked for it."""
 
-    def __init__(self) -> None:
-        self._noted: deque[Any] = deque()
+    def __init__(self, noted: Iterable[Any] = ()) -> None:
+        self._noted = deque(noted)
+
+    def again(self) -> "Tape":
+        """Return a tape of the same, where one is repeated more than once."""
+        return Tape(self._noted)
 
     def note(self, make: Callable[[], T]) -> T:
         """Make something, note and return it."""
@@ -42,7 +46,7 @@ def _detached(made: Any) -> Any:
 
 
 @final
-class Taped(Moves):
+class Taped(Wrapped):
     """A stage whose strategies go over a tape; what the learner minimises is computed anew.
 
     Args:
@@ -54,27 +58,12 @@ class Taped(Moves):
     def __init__(
         self, stage: Moves, over: Callable[[Callable[[], Any]], Any], noise: Noise | None = None
     ) -> None:
-        self.stage = stage
-        self.memory = stage.memory
+        super().__init__(stage)
         self._over = over
         self._noise = noise
 
-    @property
-    def site(self) -> list[str]:
-        return self.stage.site
-
-    @property
-    def calls(self) -> list[Call]:
-        return self.stage.calls
-
     def start(self, ascent: Ascent, begin: Begin | None = None) -> Strategy:
         return self._over(lambda: self.stage.start(ascent, begin))
-
-    def draw(self, ascent: Ascent, call: Call) -> Tensor:
-        return self.stage.draw(ascent, call)
-
-    def constant(self, name: str, kind: str, like: Tensor) -> Tensor:
-        return self.stage.constant(name, kind, like)
 
     def payoffs(
         self, q: Strategy, payoff: str | Divergence, ascent: Ascent, deviation_weight: float = 0.0
@@ -104,30 +93,6 @@ class Taped(Moves):
     ) -> Strategy:
         return self._over(lambda: self.stage.ascend(payoff, ascent, deviation_weight, begin))
 
-    def clean(self) -> Reading:
-        return self.stage.clean()
-
-    def learned(self) -> Reading:
-        return self.stage.learned()
-
-    def plain_loss(self) -> Tensor:
-        return self.stage.plain_loss()
-
-    def losses(self, q: Strategy) -> Tensor:
-        return self.stage.losses(q)
-
-    def group_means(self, losses: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        return self.stage.group_means(losses, count)
-
-    def weighed(self, values: Tensor, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
-        return self.stage.weighed(values, weights, sizes)
-
-    def loss(self, q: Strategy | None = None, last: bool = True, clean: bool = False) -> Tensor:
-        return self.stage.loss(q, last, clean)
-
-    def run_at(self, q: Strategy) -> Reading:
-        return self.stage.run_at(q)
-
     def divergence(
         self,
         q: Strategy,
@@ -139,6 +104,3 @@ class Taped(Moves):
         if sampled and self._noise is not None:  # the same particles
             self._noise.go_on_from(self._over(self._noise.state))
         return self.stage.divergence(q, kind, fixed, sampled, over)
-
-    def proximal(self, kind: str | Divergence, over: MeanOver = "samples") -> Tensor:
-        return self.stage.proximal(kind, over)
