@@ -438,6 +438,18 @@ def test_the_adversary_does_not_answer_the_learner():
         assert_same(points, seen[0])
 
 
+def test_a_strategy_is_played_whole_where_a_particle_would_be_drawn():
+    """One draw for each row would be learnt by heart, for it is the same in every step."""
+    player, words = evaluated(), {"temperature": 0.1, "radius": 1.0}
+    found = [
+        learner_exploitability(
+            wrapped(player, mixadv.MAT(play_as=how, **words)).game, [player.closure()] * 2, rate=0.1
+        )
+        for how in ("sample", "ensemble")
+    ]
+    assert_same((found[0].played, found[0].reached), (found[1].played, found[1].reached))
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_teacher_stays_where_it_is(trained: bool):
     """One that began with the response would follow it, and the term would vanish."""
