@@ -68,10 +68,11 @@ def test_models_of_different_shapes_are_read_into_models_that_are_given(tmp_path
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=5).filter(lambda v: sum(v) > 1e-3))
 def test_probabilities_survive(values: list[float]):
-    mixture = Mixture([{} for _ in values], values, model=nn.Linear(1, 1))
+    model = nn.Linear(1, 1)
+    mixture = Mixture([{} for _ in values], values, model=model)
     with tempfile.TemporaryDirectory() as folder:
         mixture.save_pretrained(folder)
-        found = Mixture.from_pretrained(folder, nn.Linear(1, 1)).probabilities
+        found = Mixture.from_pretrained(folder, model).probabilities
     torch.testing.assert_close(found, mixture.probabilities, rtol=1e-14, atol=0)
 
 

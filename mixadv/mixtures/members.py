@@ -48,7 +48,7 @@ class Weights(Member):
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless the model has tensors of these names and shapes."""
-        for name, value in _named(model, self.values).items():
+        for name, value in self.replaced(model).items():
             if value.shape != self.values[name].shape:
                 raise ValueError(
                     f"A member's {name!r} has the shape {list(self.values[name].shape)}, and the "
@@ -56,10 +56,14 @@ class Weights(Member):
                     "models, Mixture([a, b]), where they differ in shape."
                 )
 
+    def replaced(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the model's own tensors of these names, and raise ValueError where one is none."""
+        return _named(model, self.values)
+
     @contextmanager
     def playing(self, model: nn.Module) -> Iterator[nn.Module]:
         """Give the model the values while the body runs; its own come back, bit for bit."""
-        own = _named(model, self.values)
+        own = self.replaced(model)
         values = {own[name]: value for name, value in self.values.items()}
         with evaluating(model), swapped(model, values):
             yield model

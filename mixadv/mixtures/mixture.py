@@ -203,23 +203,24 @@ class Mixture(nn.Module):
         model: nn.Module | None = None,
         *,
         models: Sequence[nn.Module] | None = None,
+        check_base: bool = True,
     ) -> Mixture:
         """Return the mixture that `save_pretrained` wrote into a folder.
 
         Args:
             folder: of the mixture.
             model: that the members change; adapters are loaded into it, under another name where
-                theirs is taken, and whole models into copies of it. It is not needed where `models`
-                are given for all members.
+                theirs is taken, and whole models into copies of it, unless `models` are given.
             models: one for each member that is a whole model, in whose place its weights are put.
+            check_base: whether what members take from the model must be, bit for bit, what it was
+                when they were saved; False for that base in another number format.
 
         Raises:
             FileNotFoundError: if the folder has no mixture, or a part of it is missing.
             ValueError: for files that are none of a mixture, or do not fit the model.
         """
-        members, probabilities, changed = saved.read(Path(folder), model, models)
-        whole = all(isinstance(member, Model) for member in members)
-        return cls(members, probabilities, model=None if whole else changed)
+        members, probabilities, changed = saved.read(Path(folder), model, models, check_base)
+        return cls(members, probabilities, model=changed)
 
 
 def combine(each: Tensor, probabilities: Tensor, how: How, seed: int | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """A mixture on disk: `mixture.json`, and one safetensors file for each member that has weights.
 
-    mixture.json          probabilities, the kind of each member, the seeds of dropout masks
+    mixture.json          probabilities, the kind of each member, the seeds of dropout masks, and
+                          digests of what the members take from the base
     members-4f2a…/0.safetensors, 1.safetensors, …   of an adapter a folder, as PEFT writes it
 
 The base model is not there: it is the caller's, by whose `save_pretrained` it is kept once for all
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixadv.mixtures import base
 from mixadv.mixtures.adapters import Adapter, is_peft
 from mixadv.mixtures.members import Dropout, Member, Model, Weights
 from mixadv.model.replay import evaluating
@@ -51,6 +53,7 @@ def write(folder: Path, members: Sequence[Member], probabilities: Tensor, model:
             "folder": own.name,
             "members": kinds,
             "probabilities": probabilities.tolist(),
+            "base": base.digests(model, members),
         }
         new = own / INDEX
         new.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -64,15 +67,19 @@ def write(folder: Path, members: Sequence[Member], probabilities: Tensor, model:
 
 
 def read(
-    folder: Path, model: nn.Module | None, models: Sequence[nn.Module] | None
+    folder: Path,
+    model: nn.Module | None,
+    models: Sequence[nn.Module] | None,
+    check_base: bool,
 ) -> tuple[list[Member], list[float], nn.Module | None]:
-    """Return members and probabilities as they were written, and the model that they change.
+    """Return members and probabilities as they were written, and the model if they change it.
 
     Args:
         folder: that `write` wrote.
         model: the base, which gives the dtype and device of weights; copied for members that are
             whole models, unless there are `models`.
         models: for the members that are whole models, in their order; their weights are replaced.
+        check_base: raise unless the base is the one that the members were saved with.
     """
     index = _index(folder)
     own, kinds = folder / index["folder"], index["members"]
@@ -90,6 +97,8 @@ def read(
             "them into: Mixture.from_pretrained(folder, models=[…]), one for each, or "
             "from_pretrained(folder, model), of which copies are made."
         )
+    if check_base and model is not None:
+        base.check(folder, index.get("base", {}), model)
     own_models = dict(zip(whole, models, strict=True))
     members: list[Member] = []
     for number, kind in enumerate(kinds):
@@ -104,7 +113,7 @@ def read(
             members.append(Adapter(name))
         else:
             members.append(Weights(_placed(_read_tensors(path), model)))
-    return members, index["probabilities"], model
+    return members, index["probabilities"], None if len(whole) == len(kinds) else model
 
 
 def _described(member: Member) -> dict[str, Any]:
@@ -212,6 +221,7 @@ def _index(folder: Path) -> dict[str, Any]:
     known = listed and all(map(_is_kind, kinds))
     numbers = listed and all(isinstance(share, (int, float)) for share in shares)
     named = MEMBERS.fullmatch(str(index.get("folder")))
+    named = named and isinstance(index.get("base", {}), dict)  # which older ones do not have
     if not (known and numbers and named):
         raise ValueError(
             f"{path} does not describe a mixture: it needs a folder, and as many probabilities as "
