@@ -28,6 +28,7 @@ try:
         torchattack,
     )
     from mixadv.robustness.mixture_accuracy import MixtureAccuracy, MixtureAttacks, mixture_accuracy
+    from mixadv.robustness.mixture_response import MixtureResponse, attack_mixture
     from mixadv.robustness.predictions import (
         Batch,
         Predictions,
@@ -75,6 +76,7 @@ __all__ = [
     "LossIncrease",
     "MixtureAccuracy",
     "MixtureAttacks",
+    "MixtureResponse",
     "NoAttack",
     "Predictions",
     "Prefill",
@@ -87,6 +89,7 @@ __all__ = [
     "accuracy_by_group",
     "accuracy_drop",
     "all_correct",
+    "attack_mixture",
     "auto_attack",
     "bootstrap",
     "bootstrap_difference",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +19,16 @@ from mixadv.mixtures import Mixture
 from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.robustness.ascents import ascents_of
-from mixadv.robustness.mixture_attacks import arc, drawn, expected, mean, of_mean, pgd, vote
+from mixadv.robustness.mixture_attacks import ATTACKS, drawn, mean, vote
 from mixadv.robustness.mixture_play import CHOSEN, JUDGED, MixturePlay, playing
 from mixadv.robustness.predictions import Batch, in_order
 
 WAYS = (drawn, mean, vote)
 """How a mixture classifies: by a member that is drawn, by their mean or by their vote."""
 
-_ROUNDED = 1e-9  # by which sums of the same probabilities differ
+OF_MEMBER = "PGD of member "
 
-ATTACKS = ("EoT-PGD", "ARC", "PGD of the mean", "ARC of the vote")
-"""Attacks of a mixture: two of a member drawn, one of the mean, one of the vote."""
+_ROUNDED = 1e-9  # by which sums of the same probabilities differ
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +57,12 @@ class MixtureAccuracy:
     @property
     def attacks(self) -> list[str]:
         """The names of the A δ: none, attacks of the mixture, then PGD of each member alone."""
-        members = range(1, len(self.probabilities) + 1)
-        return ["none", *ATTACKS, *(f"PGD of member {member}" for member in members)]
+        return names(len(self.probabilities))
 
     @property
     def best(self) -> int:
         """The member that is most accurate without an attack; of equals the likeliest."""
-        clean = self.right[:, 0].mean(0)
-        return int(np.lexsort((-self.probabilities, -clean))[0])
+        return best(self.right[:, 0].mean(0), self.probabilities)
 
     @property
     def rows(self) -> NDArray[np.float64]:
@@ -165,15 +162,8 @@ class MixtureAttacks:
         self, mixture: Mixture, batches: Iterable[Batch], progress: bool = False
     ) -> MixtureAccuracy:
         """Return what `mixture_accuracy` does."""
-        if not isinstance(mixture, Mixture):
-            raise TypeError(
-                f"mixture must be a mixadv.mixtures.Mixture, got {mixture!r:.80}: of one model "
-                "accuracy_at_radii measures what this does of several."
-            )
-        who, how = "mixture_accuracy", (self.steps, self.unit, self.seed)
-        with mixture.member(0) as module:
-            [ascent], batches = ascents_of(who, module, batches, [self.radius], *how)
-        ascent, rows, columns = replace(ascent, norm=self.norm), [], []
+        ascent, batches = self.ascent("mixture_accuracy", mixture, batches)
+        rows, columns = [], []
         with playing(mixture, self.site, self.draws, self.seed) as play:
             for batch in tqdm(batches, desc="mixture", unit="batch", disable=not progress):
                 played = play(batch)
@@ -184,11 +174,35 @@ class MixtureAttacks:
                 columns.append([column.cpu() for column in found])
         return MixtureAccuracy(mixture.probabilities.numpy(), *in_order(rows, columns))
 
+    def ascent(
+        self, who: str, mixture: Mixture, batches: Iterable[Batch]
+    ) -> tuple[Ascent, list[Batch]]:
+        """Check arguments; return the ascent, lengths as they stand, and the batches."""
+        if not isinstance(mixture, Mixture):
+            raise TypeError(
+                f"mixture must be a mixadv.mixtures.Mixture, got {mixture!r:.80}: one model is the "
+                "mixture of itself, Mixture([model]), which its closures call."
+            )
+        how = self.steps, self.unit, self.seed
+        with mixture.member(0) as module:
+            [ascent], found = ascents_of(who, module, batches, [self.radius], *how)
+        return replace(ascent, norm=self.norm), found
+
+    def reached(self, play: MixturePlay, ascent: Ascent, attack: str) -> Strategy:
+        """Return the δ that an attack ends at, by its name in `MixtureAccuracy.attacks`."""
+        if attack == "none":
+            return play.zero
+        if attack in ATTACKS:
+            return ATTACKS[attack](play, ascent, self.restarts, self.classes)
+        alone = play.only(int(attack.removeprefix(OF_MEMBER)) - 1)
+        return ATTACKS["EoT-PGD"](alone, ascent, self.restarts, self.classes)
+
     def _measured(self, play: MixturePlay, ascent: Ascent) -> tuple[Tensor, Tensor, Tensor]:
         """Return a batch's columns of `MixtureAccuracy`, rows first."""
         weights, labels = play.weights, play.batch.labels
         standing, right, settled = [], [], []
-        for q in self._deltas(play, ascent):
+        for attack in names(len(play.members)):
+            q = self.reached(play, ascent, attack)
             chosen, judged = play.logits(q, CHOSEN), play.logits(q, JUDGED)
             standing.append(torch.stack([way(chosen, weights, labels) for way in WAYS]))
             each = (judged.argmax(-1) == labels).view(play.draws, -1, len(labels))
@@ -196,15 +210,15 @@ class MixtureAttacks:
             settled.append(torch.stack([way(judged, weights, labels) > 1 for way in WAYS[1:]], 1))
         return torch.stack(right, 1), torch.stack(settled, 1), torch.stack(standing).argmin(0).T
 
-    def _deltas(self, play: MixturePlay, ascent: Ascent) -> Iterator[Strategy]:
-        """Yield δ = 0, that of each attack of the mixture, and that of each member's PGD."""
-        yield play.zero
-        yield pgd(play, ascent, drawn, expected, self.restarts)
-        yield arc(play, ascent, drawn, self.classes)
-        yield pgd(play, ascent, mean, of_mean, self.restarts)
-        yield arc(play, ascent, vote, self.classes)
-        for member in play.members:
-            yield pgd(play.only(member), ascent, drawn, expected, self.restarts)
+
+def names(members: int) -> list[str]:
+    """Return the names of the δ: none, attacks of the mixture, then PGD of each member alone."""
+    return ["none", *ATTACKS, *(f"{OF_MEMBER}{member}" for member in range(1, members + 1))]
+
+
+def best(clean: NDArray[np.float64], probabilities: NDArray[np.float64]) -> int:
+    """Return the member that is most accurate without an attack; of equals the likeliest."""
+    return int(np.lexsort((-probabilities, -clean))[0])
 
 
 def mixture_accuracy(

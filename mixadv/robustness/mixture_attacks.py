@@ -115,6 +115,18 @@ def arc(play: MixturePlay, ascent: Ascent, standing: Standing, classes: int) -> 
     return q
 
 
+ATTACKS: dict[str, Callable[[MixturePlay, Ascent, int, int], Strategy]] = {
+    "EoT-PGD": lambda play, ascent, restarts, _: pgd(play, ascent, drawn, expected, restarts),
+    "ARC": lambda play, ascent, _, classes: arc(play, ascent, drawn, classes),
+    "PGD of the mean": lambda play, ascent, restarts, _: pgd(play, ascent, mean, of_mean, restarts),
+    "ARC of the vote": lambda play, ascent, _, classes: arc(play, ascent, vote, classes),
+}
+"""Attacks of a mixture: two of a member drawn, one of the mean, one of the vote.
+
+Of a play, an ascent, a number of restarts and one of classes.
+"""
+
+
 def _beyond(
     play: MixturePlay,
     member: Drawn,

@@ -111,7 +111,7 @@ class MixturePlay:
         real = [g if mask is None else g.where(mask > 0, 0) for g, mask in pairs]
         return values.detach(), [g.nan_to_num(0, 0, 0) for g in real]
 
-    def check_moves(self) -> None:
+    def check_moves(self, stacklevel: int = 4) -> None:
         """Warn if at δ = 0 no member's loss has a gradient, so that no attack has a direction."""
         first = (self.slopes(member, self.zero, loss_of)[1] for member in self.drawn(CHOSEN))
         if not any(bool(slope.any()) for slopes in first for slope in slopes):
@@ -120,7 +120,7 @@ class MixturePlay:
                 "Weights between site and loss may be zero, losses too small for their number "
                 "format, or a function such as round() may have no gradient. Attacks move by "
                 "chance only, so what they leave right need not be robust.",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
 
