@@ -537,6 +537,24 @@ def test_a_report_of_a_mixture_is_what_is_measured_of_its_rows():
     assert loaded.markdown() == report.markdown()
 
 
+def test_the_model_beside_a_mixture_stands_under_each_of_its_attacks():
+    """PGD of the model alone says nothing of what ARC would have made of it."""
+    model, mixture = texts_mixture()
+    report, alone = reported(model, mixture), reported(model, Mixture([model]))
+    beside = report.sections["beside"]
+    assert beside == alone.sections["mixture"]
+    assert "beside" not in alone.sections
+    assert "beside" not in reported(mixture, None).sections
+    under = beside["accuracy"][1]
+    assert under["ARC"][0]["value"] <= under["none"][0]["value"]
+    assert list(under) == list(report.sections["mixture"]["accuracy"][1])
+    [table] = [t for t in report.markdown().split("\n\n") if "worst of all" in t]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if "worst of all" in line]
+    assert "the model" in table
+    for row, found in zip(rows, beside["accuracy"], strict=True):
+        assert row[-1].split()[0] == f"{100 * found['worst of all'][0]['value']:.1f}"
+
+
 def test_a_report_of_a_mixture_goes_on_where_it_was_killed(tmp_path):
     model, mixture = texts_mixture()
     whole = reported(model, mixture, radii=(1.0,))

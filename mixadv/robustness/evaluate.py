@@ -136,6 +136,8 @@ class Evaluation:
             if mixture is not None:
                 how = {"unit": about["unit"], "steps": self.steps, "restarts": self.restarts}
                 found["mixture"] = under.mixture(mixture, self.radii, **how)
+                if len(mixture) > 1 and not isinstance(model, Mean):
+                    found["beside"] = under.mixture(Mixture([model]), self.radii, **how)
             if game is not None and game.solver.radius is not None:
                 found["exploitability"] = under.exploitability(game, self.steps, self.restarts + 1)
             if game is not None:
@@ -230,10 +232,10 @@ def evaluate(
        solver has a radius; and what the mean of the weights and the mixture of their samples
        predict, where it keeps them.
     6. With a mixture: its accuracy under attacks that are made for mixtures (`mixture_accuracy`),
-       at each radius, beside the mean of its members, their vote, and each member alone.
+       at each radius, beside the mean of its members, their vote, and each member alone; and that
+       of the model under the same attacks, made for it, as the mixture of itself.
 
-    Of a mixture in the model's place these are 1. and 4., by the mean of its probabilities,
-    and 6.; `mixture=Mixture([model])` sees one model under the same attacks.
+    Of a mixture in the model's place these are 1. and 4., by the mean of its probabilities, and 6.
 
     Attacks, in embedding space too, are on the same rows. The model is in evaluation mode
     meanwhile; it and the random state are left as they were, after an exception too. Of several

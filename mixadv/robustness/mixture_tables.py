@@ -38,8 +38,11 @@ def cells(sections: Mapping[str, Any]) -> dict[str, str]:
 
 
 def attacked(sections: Mapping[str, Any]) -> Table:
-    """Return the accuracy under each attack of a member drawn, and of what is deterministic."""
-    found, about = sections["mixture"], sections["about"]
+    """Return the accuracy under each attack of a member drawn, and of what is deterministic.
+
+    The model evaluated with the mixture has a column: a draw of one is the model.
+    """
+    found, about, head = sections["mixture"], sections["about"], ("radius", "attack", *WAYS)
     rows = [
         [f"{radius:g}", attack, *map(share, cells)]
         for radius, under in zip(found["radii"], found["accuracy"], strict=True)
@@ -50,7 +53,12 @@ def attacked(sections: Mapping[str, Any]) -> Table:
         f"one perturbation for all ({about['steps']} steps, {len(about['attacked'])} rows; radii "
         f"in {unit(about)})"
     )
-    return Table(title, ("radius", "attack", *WAYS), rows)
+    if "beside" in sections:
+        title += "; and of the model, under the same attacks made for it"
+        head = (*head, "the model")
+        beside = [own[0] for under in sections["beside"]["accuracy"] for own in under.values()]
+        rows = [[*row, share(own)] for row, own in zip(rows, beside, strict=True)]
+    return Table(title, head, rows)
 
 
 def members(sections: Mapping[str, Any]) -> Table:

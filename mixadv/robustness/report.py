@@ -41,9 +41,10 @@ class Report:
 
     Attributes:
         sections: by name, as JSON has them: `about` and `clean`; `shifted`, `radii`,
-            `loss increase`, `attacks`, `exploitability`, `learners` and `mixture` where asked for.
-            Sums with their intervals, and what they sum up under `per row`: of the data in its
-            order, of attacks in the order of `about`'s `attacked`.
+            `loss increase`, `attacks`, `exploitability`, `learners` and `mixture` where asked for,
+            and `beside` it the model as the mixture of itself. Sums with their intervals, and what
+            they sum up under `per row`: of the data in its order, of attacks in the order of
+            `about`'s `attacked`.
     """
 
     sections: dict[str, Any]
