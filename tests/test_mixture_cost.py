@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from datasets import Dataset
 
 import mixture_cost
 from benchmark_parts.work import load
+from common.data import Task
+from mixing.accuracy import accuracies
+from tests.substitution_zoo import tiny, word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # PEFT asks for it
 pytest.importorskip("peft", reason="adapters are PEFT's")
@@ -53,3 +58,58 @@ def test_the_table_divides_by_the_model_in_the_same_round():
     table = mixture_cost.table([{**row, "vote": [1.0, 2.0]}])
     assert table.splitlines()[2].startswith(expected)
     assert "750.0 ms a row" in table
+
+
+def test_accuracy_is_that_of_disjoint_mixtures_by_hand():
+    random = torch.Generator().manual_seed(0)
+    each = torch.randn(5, 40, 3, generator=random).softmax(-1)
+    labels = torch.randint(3, (40,), generator=random)
+    right = each.argmax(-1) == labels
+    for members, mixtures in {1: 5, 2: 2, 4: 1, 5: 1}.items():
+        found = accuracies(each, labels, members)
+        for number in range(mixtures):
+            own = slice(number * members, (number + 1) * members)
+            votes = torch.stack([(each[own].argmax(-1) == c).sum(0) for c in range(3)], -1)
+            expected = {
+                "mean": each[own].mean(0).argmax(-1) == labels,
+                "draw": right[own],
+                "vote": votes.argmax(-1) == labels,
+            }
+            for way, hits in expected.items():
+                assert found[way][number] == pytest.approx(hits.double().mean().item())
+        assert all(len(values) == mixtures for values in found.values())
+        if members == 1:
+            assert found["mean"] == found["draw"] == found["vote"]
+
+
+def test_accuracy_stands_beside_the_cost_and_neither_is_lost(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+):
+    """A tiny encoder that learns to tell two words apart, which the test rows have too."""
+    tokenizer = word_tokenizer()
+    encoder = tiny(transformers.BertModel, tokenizer, max_position_embeddings=64)
+    for saved in (tokenizer, encoder):
+        saved.save_pretrained(tmp_path / "tiny")
+    words = ("good", "bad")
+    rows = Dataset.from_dict({"text": [words[i % 2] for i in range(32)], "label": [0, 1] * 16})
+    task = Task("words", rows, {"test": rows}, words, lambda *_: {})
+    real = mixture_cost.measure_accuracy
+    monkeypatch.setattr(
+        mixture_cost, "measure_accuracy", lambda o: real(o, task, str(tmp_path / "tiny"))
+    )
+    where = ["--output", str(tmp_path / "cost.jsonl"), "--members", "1", "2"]
+    how = [*where, "--accuracy", "--epochs", "20", "--lr", "0.03"]
+    assert mixture_cost.main(how) == 2
+    assert "has no cost yet" in capsys.readouterr().err
+    cost = [*where, "--model", "tiny", "--rows", "2", "--tokens", "3", "--rounds", "2"]
+    assert mixture_cost.main(cost) == 0
+    capsys.readouterr()
+    assert mixture_cost.main(how) == 0
+    printed = capsys.readouterr().out
+    assert "| 100.0 [100.0, 100.0] | 100.0 [100.0, 100.0] |" in printed
+    assert "Right: of 32 test rows of words, by 2 adapters, each trained on 32 rows" in printed
+    assert "| – | – | – |" in printed  # whole weights are not trained
+    assert mixture_cost.main([*where, "--report"]) == 0
+    assert capsys.readouterr().out == printed
+    assert mixture_cost.main(cost) == 0  # measured anew
+    assert "| 100.0 [100.0, 100.0] |" in capsys.readouterr().out

@@ -4,10 +4,15 @@ Mixtures of several sizes predict one batch in each way (mean, draw, vote), in t
 alone, in an order that every round reverses. Times of the processor are over that of the model
 alone in the same round: medians over rounds, and [least, most]. Megabytes are those of the folder
 that `Mixture.save_pretrained` writes, without the model that the members change. No member is
-trained: time and size do not depend on it.
+trained for that: time and size do not depend on it.
 
-    python examples/research/mixture_cost.py             # three minutes, 3 GB of memory
-    python examples/research/mixture_cost.py --report    # the table of what was measured
+With --accuracy as many adapters as the largest mixture has are trained on the embedded intents,
+each in an order and from a start of its own. Accuracy is that on the test rows: means over disjoint
+mixtures of these adapters, and [least, most]. Of a draw it is the expected one.
+
+    python examples/research/mixture_cost.py               # three minutes, 3 GB of memory
+    python examples/research/mixture_cost.py --accuracy    # trains and adds these columns
+    python examples/research/mixture_cost.py --report      # the table of what was measured
 """
 
 import argparse
@@ -33,6 +38,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rows", type=positive, default=32, metavar="B", help="of the batch (default: 32)")
     add("--tokens", type=positive, default=24, metavar="N", help="of a row (default: 24)")
     add("--rounds", type=positive, default=5, metavar="N", help="(default: %(default)s)")
+    add("--accuracy", action="store_true", help="train, and measure accuracy instead of the cost")
+    add("--epochs", type=positive, default=8, metavar="N", help="of a member (default: 8)")
+    add("--lr", type=float, default=1e-3, help="of a member's AdamW (default: %(default)g)")
     add("--output", type=Path, default=OUTPUT, metavar="FILE", help="(default: examples/results)")
     add("--report", action="store_true", help="measure nothing, print the table")
     return parser.parse_args(argv)
@@ -53,16 +61,21 @@ import peft
 import torch
 from tqdm import tqdm
 
+import intent
 from benchmark_parts.measure import timed
 from benchmark_parts.results import Spread, ratio
 from benchmark_parts.work import Part, load
+from common.results import EMBEDDED_MODEL
 from common.tables import markdown
 from mixadv.mixtures import Adapter, Mixture
+from mixing.accuracy import accuracies, predictions, trained
 
 WAYS = ("mean", "draw", "vote")
 RANK = 8
 """Of the adapters, on queries and values; the head of each member is its own."""
+LORA: dict[str, Any] = {"task_type": "SEQ_CLS", "r": RANK, "target_modules": ["query", "value"]}
 HEAD = ["members", "of", "MB", *WAYS]
+ADAPTERS = "LoRA adapters"
 Result = dict[str, Any]
 
 
@@ -73,9 +86,7 @@ def of_weights(model: Any, members: int) -> Mixture:
 
 def of_adapters(model: Any, members: int) -> Mixture:
     """Return a mixture of adapters."""
-    config = peft.LoraConfig(
-        task_type="SEQ_CLS", r=RANK, target_modules=["query", "value"], init_lora_weights=False
-    )
+    config = peft.LoraConfig(**LORA, init_lora_weights=False)
     names = [f"member {number}" for number in range(members)]
     adapted = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=names[0])
     for name in names[1:]:
@@ -83,7 +94,7 @@ def of_adapters(model: Any, members: int) -> Mixture:
     return Mixture([Adapter(name) for name in names], model=adapted)
 
 
-KINDS = {"whole weights": of_weights, "LoRA adapters": of_adapters}
+KINDS = {"whole weights": of_weights, ADAPTERS: of_adapters}
 
 
 def megabytes(mixture: Mixture) -> float:
@@ -127,34 +138,84 @@ def measure(options: argparse.Namespace) -> list[Result]:
     ]
 
 
+def measure_accuracy(options: argparse.Namespace, task: Any = None, name: str = "") -> list[Result]:
+    """Return for each size the accuracies of mixtures of adapters, in each way.
+
+    Args:
+        options: how many members, and how they are trained.
+        task: what they learn; None is the embedded intents.
+        name: of the encoder; "" is the embedded one.
+    """
+    task = task or intent.load(intent.arguments(["--task", "intents"]))
+    how = max(options.members), options.epochs, options.lr, peft.LoraConfig(**LORA)
+    mixture, encode = trained(task, name or EMBEDDED_MODEL, *how)
+    each, labels = predictions(mixture, encode, task.splits["test"])
+    about = {"task": task.name, "trained": len(task.train), "tested": len(labels)}
+    about |= {"adapters": len(mixture), "epochs": options.epochs, "lr": options.lr}
+    return [
+        {"of": ADAPTERS, "members": members, "about": about}
+        | {"accuracy": accuracies(each, labels, members)}
+        for members in options.members
+    ]
+
+
 def table(results: Iterable[Result]) -> str:
     """Return a Markdown table, and what to know of it."""
     results = list(results)
+    costs = [found for found in results if "megabytes" in found]
+    right = {(r["of"], r["members"]): r["accuracy"] for r in results if "accuracy" in r}
     rows = []
-    for found in results:
+    for found in costs:
         over: list[Spread] = [ratio(found[way], found["alone"]) for way in WAYS]
-        rows.append([found["members"], found["of"], f"{found['megabytes']:.1f}", *over])
-    first = results[0]
+        cells = [found["members"], found["of"], f"{found['megabytes']:.1f}", *over]
+        own = right.get((found["of"], found["members"]))
+        rows.append(cells + [shown(own[way]) if own else "–" for way in WAYS if right])
+    first = costs[0]
     each = 1000 * statistics.median(first["alone"]) / first["rows"]
-    note = (
+    notes = [
         f"{first['model']}, {first['rows']} rows of {first['tokens']} tokens, one thread, "
         f"{len(first['alone'])} rounds; the model alone takes {each:.1f} ms a row."
-    )
-    return f"{markdown(HEAD, rows)}\n\n{note}"
+    ]
+    if about := next((r["about"] for r in results if "about" in r), None):
+        notes.append(
+            f"Right: of {about['tested']} test rows of {about['task']}, by {about['adapters']} "
+            f"adapters, each trained on {about['trained']} rows for {about['epochs']} epochs."
+        )
+    head = HEAD + [f"{way} right %" for way in WAYS if right]
+    return "\n\n".join([markdown(head, rows), *notes])
+
+
+def shown(accuracies: list[float]) -> str:
+    """Return the mean, and the least and the most where there are several, in per cent."""
+    mean, *ends = (100 * x for x in (statistics.mean(accuracies), min(accuracies), max(accuracies)))
+    return f"{mean:.1f}" + f" [{ends[0]:.1f}, {ends[1]:.1f}]" * (len(accuracies) > 1)
+
+
+def kept(path: Path, kind: str) -> list[Result]:
+    """Return the results in a file that have a key; none if there is no such file."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [found for found in map(json.loads, lines) if kind in found]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, keep the results and print their table."""
     options = arguments(argv)
     torch.set_num_threads(1)
-    if not options.report:
-        lines = [json.dumps(found) + "\n" for found in measure(options)]
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("".join(lines))
-    if not options.output.is_file():
-        print(f"mixture_cost: there is no {options.output}: leave --report out.", file=sys.stderr)
+    path = options.output
+    if options.accuracy and not kept(path, "megabytes"):
+        print(f"mixture_cost: {path} has no cost yet: leave --accuracy out first.", file=sys.stderr)
         return 2
-    print(table(json.loads(line) for line in options.output.read_text().splitlines()))
+    if not options.report:
+        if options.accuracy:
+            found = [*kept(path, "megabytes"), *measure_accuracy(options)]
+        else:
+            found = [*measure(options), *kept(path, "accuracy")]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(result) + "\n" for result in found))
+    if not path.is_file():
+        print(f"mixture_cost: there is no {path}: leave --report out.", file=sys.stderr)
+        return 2
+    print(table(json.loads(line) for line in path.read_text().splitlines()))
     return 0
 
 
