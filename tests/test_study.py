@@ -964,6 +964,17 @@ def test_there_is_no_report_without_results(folder: Path, capsys: pytest.Capture
     assert "There is no study nowhere.toml" in capsys.readouterr().err
 
 
+def test_every_line_that_is_published_is_read():
+    """A row whose key has changed would be trained again, and its line kept for nothing."""
+    path = EXAMPLES / "study" / "study.toml"
+    study, results = read(path), finished(path.parent / "results.jsonl")
+    known: set[str] = set()
+    for task in study.tasks:
+        runs = study.runs(task, results)
+        known |= {run.key for run in runs} | {study.measured(task, run) for run in runs}
+    assert results.keys() <= known
+
+
 @pytest.mark.slow
 def test_the_study_that_is_published_can_be_read_and_its_report_follows_from_its_results(
     tmp_path: Path,
