@@ -1,23 +1,26 @@
 """Best responses of the learner: what it can gain against an adversary that stays where it is.
 
 The other side of `mixadv.equilibrium`. q is the strategy in play at θ, as described there, u what
-the adversary is paid, and J what the learner minimises:
+the adversary is paid, and J what the learner is judged by:
 
     E_(δ~q) J(θ, δ) − min_θ' E_(δ~q) J(θ', δ)
 
-* Where u is the loss, J is u. The learner's gain and the adversary's then add up to the duality gap
-  of the pair, max_δ u(θ, δ) − min_θ' E_(δ~q) u(θ', δ).
+* Where u is the loss, J is u, also of a solver that minimises more, as CAT or MART. The learner's
+  gain and the adversary's then add up to the duality gap of the pair,
+  max_δ u(θ, δ) − min_θ' E_(δ~q) u(θ', δ).
 * Where u is a divergence, which is 0 for any constant model, J is the objective of the solver, up
   to its first optimizer step: of MAT ℓ(θ) + λ·u(θ, δ), of SMART that and μ times the divergence
   from the teacher. What the adversary did at θ, points and weights, it does again at θ'. The game
   is of general sum, and the two gains add up to the sum of regrets (NashConv): 0 at a Nash
   equilibrium alone, and no duality gap. But where J is ℓ(θ) + λ·u(θ, δ) and terms without δ, as of
-  every solver here with a `smoothness_weight`, λ times the adversary's gain and the learner's add
-  up to the duality gap of the game that pays J (L2 in theory/statements.md).
+  every `DivergenceSolver`, λ times the adversary's gain and the learner's add up to the duality gap
+  of the game that pays J (L2 in theory/statements.md). Of `PGD(payoff=…)`, whose J is the task loss
+  at δ, they do not.
 
 A teacher stays where it is. What becomes of θ after a step (noise, damping, averages) is no part of
-J: the weights that are judged are those in the model. Where `mean_over="tokens"`, J counts tokens
-and u samples, and only the sum of regrets is left.
+J: the weights that are judged are those in the model. The response moves what the optimizer holds,
+where the game knows it; a graph made before cannot be differentiated any more. Where
+`mean_over="tokens"`, J counts tokens and u samples, and only the sum of regrets is left.
 
 The response takes steps of Adam on half of the batches, and is judged on the others, which it did
 not see: so its gain there, on average, is at most that of the best response. A gain of 0 certifies
@@ -47,9 +50,9 @@ class LearnerGain(NamedTuple):
     """A lower bound of what the learner gains by leaving its weights; `str()` of it is one line.
 
     Attributes:
-        played: what the learner minimises, of the weights in play under the adversary's strategy,
-            `[N]` over the samples judged; over the batches where the closure returns a scalar, or
-            an objective is made of more than means over samples.
+        played: J of the weights in play under the adversary's strategy, `[N]` over the samples
+            judged; over the batches where the closure returns a scalar, or an objective is made of
+            more than means over samples.
         reached: the same of the response, `[N]`.
         response: what was found by, in words.
         level: probability with which the interval covers the response's mean gain over the data
@@ -186,13 +189,17 @@ def _judged(game: Game, closure: Closure, better: dict[Tensor, Tensor]) -> tuple
     with standing(game.rounds, closure) as stage:
         played = objectives(stage, held)
     with swapped(game.model, better), standing(game.rounds, closure) as stage:
-        return played, objectives(stage, held)
+        reached = objectives(stage, held)
+    if len(played) != len(reached):  # apart by samples at one of the two alone
+        return played.mean().reshape(1), reached.mean().reshape(1)
+    return played, reached
 
 
 def _response(game: Game, closures: list[Closure], steps: int, rate: float) -> dict[Tensor, Tensor]:
     """Return weights that descent reaches against what the adversary plays now."""
     batches = [(closure, _held(game, closure)) for closure in closures]
-    parameters = [p for p in game.rounds.arena.parameters() if p.requires_grad]
+    arena = game.rounds.arena
+    parameters = arena.trained(arena.parameters())
     with aside(parameters), swapped(game.model, {p: p.detach().clone() for p in parameters}):
         adam = torch.optim.Adam(parameters, lr=rate)
         for step in range(steps):

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the pieces out")
     text = "a TOML file with results of its own beside it; '' leaves it out (default: %(default)s)"
     add("--study", default="examples/research/study/base/study.toml", help=text)
-    text = "a folder of GLUE, SNLI and ANLI, as for examples/anli.py: their study follows"
+    text = "a folder of GLUE, AdvGLUE, SNLI and ANLI, as for examples/anli.py: their study follows"
     add("--data", default="", metavar="FOLDER", help=text)
     text = f"a file with what has run (default: {KEPT}/DEVICE.json)"
     add("--kept", type=Path, help=text)

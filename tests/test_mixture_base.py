@@ -131,6 +131,49 @@ def test_tied_weights_that_a_member_names_once_are_brought_along(tmp_path: Path)
     assert digests(tmp_path).keys() == {"0.bias", "2.bias"}
 
 
+class Strange(nn.Module):
+    """A body with tensors of every kind, in which a head is."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+        self.other = nn.Linear(2, 2, device=device)
+        torch.manual_seed(0)
+        wave = torch.randn(4, dtype=torch.cfloat)
+        self.register_buffer("wave", wave.conj())
+        self.register_buffer("negative", wave.conj().imag)
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.register_buffer("scalar", torch.tensor(True))
+        self.register_buffer("nothing", torch.empty(0, 3))
+        self.register_buffer("step", torch.tensor(3), persistent=False)
+
+
+def test_tensors_whose_bytes_are_not_here_are_left_out_and_asked_for_in_words(tmp_path: Path):
+    def saved(model: nn.Module) -> set[str]:
+        torch.manual_seed(0)
+        members = [{"head.weight": torch.randn(2, 2), "head.bias": torch.randn(2)}]
+        Mixture(members, model=model).save_pretrained(tmp_path)
+        return {*digests(tmp_path)}
+
+    everywhere = {"wave", "negative", "scalar", "nothing"}
+    assert saved(Strange("meta")) == everywhere
+    torch.manual_seed(1)
+    model = Strange()
+    assert saved(model) == everywhere | {"other.weight", "other.bias"}
+    Mixture.from_pretrained(tmp_path, model)
+    with pytest.raises(ValueError, match=r"whose bytes are not here.*check_base=False"):
+        Mixture.from_pretrained(tmp_path, Strange("meta"))
+
+
+def test_checkpointing_leaves_no_trace_in_names(tmp_path: Path):
+    wrapper = torch.distributed.algorithms._checkpoint.checkpoint_wrapper
+    model = Net(1)
+    model.layers[0] = wrapper.checkpoint_wrapper(model.layers[0])
+    heads(model).save_pretrained(tmp_path)
+    assert digests(tmp_path).keys() == {"layers.0.weight", "layers.0.bias"}
+    Mixture.from_pretrained(tmp_path, Net(1))
+
+
 # Of PEFT ----------------------------------------------------------------------------------------
 
 
@@ -179,6 +222,46 @@ def test_adapters_are_not_loaded_onto_another_encoder(wrapped: bool, tmp_path: P
     with pytest.raises(ValueError, match=f"{OTHER} .*1 of the .*query.weight"):
         Mixture.from_pretrained(tmp_path, other)
     assert names == [name for name, _ in other.named_parameters()]  # it is left as it was
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {"r": 2, "target_modules": ["query"]}),
+    "embedding": ("LoraConfig", {"r": 2, "target_modules": ["word_embeddings", "query"]}),
+    "tokens": ("LoraConfig", {"r": 2, "target_modules": ["query"], "trainable_token_indices": [1]}),
+    "dora": ("LoraConfig", {"r": 2, "target_modules": ["query"], "use_dora": True}),
+    "ia3": ("IA3Config", {"target_modules": ["query"], "feedforward_modules": []}),
+    "norms": ("LNTuningConfig", {"target_modules": ["LayerNorm"]}),
+    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 2}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, of LayerNorm
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_finds_its_base(kind: str, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    name, options = KINDS[kind]
+    config = getattr(peft, name)(task_type="SEQ_CLS", **options)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base(), config)
+    _, batch = adapted(("default",))
+    played = Mixture([Adapter("default")], model=model)
+    played.save_pretrained(tmp_path)
+    found = Mixture.from_pretrained(tmp_path, base())
+    assert torch.equal(found.each(lambda: found(**batch)), played.each(lambda: played(**batch)))
+    with pytest.raises(ValueError, match=f"{OTHER} .*1 of the .*position_embeddings"):
+        Mixture.from_pretrained(tmp_path, base("position_embeddings.weight"))
+
+
+def test_adapters_that_do_not_play_are_not_asked_for(tmp_path: Path):
+    """Weights and dropout masks are played under the adapters that are active."""
+    model, _ = adapted(("default", "scratch"))
+    model.set_adapter("default")
+    name = next(n for n, _ in model.named_parameters() if n.endswith("lora_A.default.weight"))
+    value = model.state_dict()[name] + 1
+    for number, member in enumerate(({name: value}, Dropout(3))):
+        folder = tmp_path / str(number)
+        Mixture([member], model=model).save_pretrained(folder)
+        assert not [n for n in digests(folder) if "scratch" in n]
 
 
 def test_an_adapter_with_biases_of_its_own_brings_them_along(tmp_path: Path):

@@ -149,3 +149,13 @@ def test_what_cannot_be_attacked_is_refused_in_words():
         warnings.simplefilter("always")
         attack_mixture(still, batch_of(still, X, LABELS), **how)
     assert [w.filename for w in caught if "exactly zero" in str(w.message)] == [__file__]
+
+
+def test_what_is_no_batch_and_no_ball_is_said_to_be():
+    world = World(0, 2)
+    with pytest.raises(TypeError, match="one Batch at a time"):
+        attack_mixture(world.mixture, [world.batch], radius=1.0, unit=1.0)  # pyright: ignore
+    with pytest.raises(TypeError, match="needs the radius"):
+        attack_mixture(world.mixture, world.batch, unit=1.0)
+    with pytest.raises(ValueError, match="MixtureAttacks: restarts"):
+        attack_mixture(world.mixture, world.batch, radius=1.0, unit=1.0, restarts=-1)

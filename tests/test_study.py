@@ -964,6 +964,16 @@ def test_there_is_no_report_without_results(folder: Path, capsys: pytest.Capture
     assert "There is no study nowhere.toml" in capsys.readouterr().err
 
 
+def test_what_needs_classes_is_not_played_on_numbers():
+    """A divergence of one column is 0, and no label can be smoothed."""
+    study = read(EXAMPLES / "study" / "glue" / "study.toml")
+    for name in study.trained("stsb"):
+        method = study.methods[name]
+        assert method.label_smoothing == method.substitute == 0.0
+        assert "divergence" not in method.parameters
+    assert set(study.references) <= {*study.trained("stsb")}
+
+
 def test_every_line_that_is_published_is_read():
     """A row whose key has changed would be trained again, and its line kept for nothing."""
     path = EXAMPLES / "study" / "study.toml"

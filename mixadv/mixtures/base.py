@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from mixadv.mixtures.adapters import Adapter, is_peft
 from mixadv.mixtures.members import Member, Model, Weights
 from mixadv.model.modules import base_of, unwrap
+from mixadv.model.parallel import is_spread, whole
 
 
 def digests(model: nn.Module, members: Sequence[Member]) -> dict[str, str]:
     """Return what `check` compares: number format, shape and SHA-256 of what members share.
 
     That is what at least one of them takes from the model, by the names that PEFT found it under.
-    Whole models take nothing, and weights only what they do not name.
+    Whole models take nothing, and weights only what they do not name. Tensors whose bytes are not
+    here have none: those on meta, as offloaded ones, and sparse or quantised ones of several parts.
+    Of a model that is spread over processes, all of them call this.
     """
     changing = [member for member in members if not isinstance(member, Model)]
     if not changing:
@@ -31,7 +34,7 @@ def digests(model: nn.Module, members: Sequence[Member]) -> dict[str, str]:
     own = [_own(model, member) for member in changing]
     everywhere = own[0].intersection(*own[1:])
     shared = {name: value for name, value in _named(model).items() if id(value) not in everywhere}
-    return {name: _digest(value) for name, value in shared.items()}
+    return {name: _digest(value) for name, value in shared.items() if _has_bytes(value)}
 
 
 def check(folder: Path, saved: Mapping[str, str], model: nn.Module) -> None:
@@ -45,7 +48,7 @@ def check(folder: Path, saved: Mapping[str, str], model: nn.Module) -> None:
         f"The model is not the base that the members of {folder} were saved with: {len(other)} of "
         f"the {len(saved)} tensors that they take from it differ. {name!r} was {saved[name]}, and "
         f"is {now[name]}. Load that base as it was when the mixture was saved. If this is that "
-        "base in another number format, such as bf16 or quantised: "
+        "base in another number format, such as bf16 or quantised, or its bytes are elsewhere: "
         "Mixture.from_pretrained(folder, model, check_base=False)."
     )
 
@@ -53,25 +56,34 @@ def check(folder: Path, saved: Mapping[str, str], model: nn.Module) -> None:
 def _own(model: nn.Module, member: Member) -> set[int]:
     """Return the identities of the model's tensors that a member does not take from it."""
     if isinstance(member, Adapter):
-        return _adapter(model, member.name)
-    held = member.replaced(model).values() if isinstance(member, Weights) else ()
+        inner: Any = unwrap(model)
+        own = _saved(inner, member.name) | _added(inner)  # other adapters with it
+        return own | _replaced(inner, [member.name])
+    held = _ids(member.replaced(model).values() if isinstance(member, Weights) else ())
+    return held | _idle(model)
+
+
+def _idle(model: nn.Module) -> set[int]:
+    """Return those of adapters that are not active, and of what active ones replace."""
     inner: Any = unwrap(model)
-    replaced = _replaced(inner, inner.active_adapters) if is_peft(inner) else set()
-    return _ids(held) | replaced
+    if not is_peft(inner):
+        return set()
+    active = inner.active_adapters
+    used = set[int]().union(*(_saved(inner, name) for name in active))
+    return (_added(inner) - used) | _replaced(inner, active)
 
 
-def _adapter(model: nn.Module, name: str) -> set[int]:
-    """Return those of what an adapter brings along, of what it replaces, and of other adapters."""
+def _saved(model: Any, name: str) -> set[int]:
+    """Return those of what an adapter brings along."""
     import peft
 
-    inner: Any = unwrap(model)
     saved = peft.get_peft_model_state_dict(
-        inner,
-        inner.state_dict(keep_vars=True),
+        model,
+        model.state_dict(keep_vars=True),
         adapter_name=name,
         save_embedding_layers=False,  # which it would look for on the hub
     )
-    return _ids(saved.values()) | _added(inner) | _replaced(inner, [name])
+    return _ids(saved.values())
 
 
 def _added(model: nn.Module) -> set[int]:
@@ -98,20 +110,30 @@ def _within(module: nn.Module) -> nn.Module | None:
     """Return what a module of PEFT wraps, if it is one."""
     if not type(module).__module__.startswith("peft."):
         return None
-    return module._modules.get("base_layer", module._modules.get("original_module"))
+    inner: Any = module._modules.get("base_layer") or getattr(module, "original_module", None)
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a model, by the names they had before PEFT and others wrapped it."""
-    inner: Any = unwrap(model)
-    start = ""
-    if is_peft(inner):
-        start = "base_model." if base_of(inner) is inner.base_model else "base_model.model."
-    return {
-        name.removeprefix(start).replace(".base_layer.", ".").replace(".original_module.", "."): v
-        for name, v in inner.state_dict(keep_vars=True).items()
-        if isinstance(v, Tensor)
-    }
+    found: dict[str, Tensor] = {}
+    ahead: list[tuple[str, nn.Module]] = [("", base_of(unwrap(model)))]
+    while ahead:
+        prefix, module = ahead.pop()
+        if (inner := _within(module)) is not None:
+            ahead.append((prefix, inner))
+            continue
+        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        held = {**module._parameters, **{name: module._buffers[name] for name in sorted(kept)}}
+        found |= {prefix + name: value for name, value in held.items() if value is not None}
+        within = reversed(module._modules.items())
+        ahead += [(prefix + _without(f"{name}."), m) for name, m in within if m is not None]
+    return found
+
+
+def _without(name: str) -> str:
+    """Return a name as it is in a state dict, where checkpointing leaves no trace."""
+    return "" if name == "_checkpoint_wrapped_module." else name
 
 
 def _tensors(module: nn.Module) -> set[int]:
@@ -122,8 +144,17 @@ def _ids(tensors: Iterable[Any]) -> set[int]:
     return {id(tensor) for tensor in tensors}
 
 
+def _has_bytes(value: Tensor) -> bool:
+    """Return whether the bytes of a tensor are here: of one on meta, or of parts, they are not."""
+    of_parts = hasattr(value, "__tensor_flatten__") and not is_spread(value)
+    return not (value.is_meta or of_parts) and value.layout is torch.strided
+
+
 def _digest(value: Tensor) -> str:
     """Return the number format, the shape and a hash of the bytes, alike on all devices."""
-    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    found = hashlib.sha256(raw.numpy().data).hexdigest()
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} {found[:16]}"
+    kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if not _has_bytes(value):
+        return f"{kind} whose bytes are not here"
+    own = whole(value.detach()).cpu().resolve_conj().resolve_neg().contiguous()
+    raw = own.reshape(-1).view(torch.uint8)
+    return f"{kind} {hashlib.sha256(raw.numpy().data).hexdigest()[:16]}"

@@ -154,7 +154,7 @@ class MixtureAttacks:
                 f"norm={self.norm!r} is not one of {choices}.{nearest(self.norm, NORMS)}"
             )
         for name, least in {"restarts": 0, "draws": 1, "classes": 2}.items():
-            check_integer("mixture_accuracy", name, getattr(self, name), least)
+            check_integer("MixtureAttacks", name, getattr(self, name), least)
         if self.site is not None and self.unit is None:
             raise ValueError("Radii at a site that you name need a unit: unit=1.0 is absolute.")
 

@@ -36,8 +36,9 @@ def attack_mixture(
     """Attack a mixture on one batch; return one δ for each row, and each member's predictions.
 
     It is the attack that `mixture_accuracy` measures by, such as to train a new member on what it
-    finds. Weights, modes, hooks and random state are left as they were. An attack is approximate:
-    another δ in the ball can be worse.
+    finds. Without `unit=` the radius is in token norms of this batch, and the ball another one in
+    each batch: `token_norm` of all batches gives one for all. Weights, modes, hooks and random
+    state are left as they were. An attack is approximate: another δ in the ball can be worse.
 
     Args:
         mixture: which the batch's closure calls; one model is `Mixture([model])`.
@@ -49,6 +50,7 @@ def attack_mixture(
 
     Raises:
         ValueError: for an unknown attack, and as in `mixture_accuracy`.
+        TypeError: for what is no mixture or no batch, and without a radius.
 
     Example:
         >>> import torch.nn.functional as F
@@ -62,6 +64,10 @@ def attack_mixture(
         >>> torch.equal(perturbed, x), found.predictions.shape
         (False, torch.Size([2, 2, 2]))
     """
+    if not isinstance(batch, Batch):
+        raise TypeError(f"attack_mixture attacks one Batch at a time, got {batch!r:.80}.")
+    if "radius" not in settings:
+        raise TypeError("attack_mixture needs the radius of the ball: radius=….")
     attacks = MixtureAttacks(**settings)
     ascent, [batch] = attacks.ascent("attack_mixture", mixture, [batch])
     known = [*names(len(mixture))[1:], TRANSFER]

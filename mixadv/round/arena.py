@@ -131,6 +131,14 @@ class Arena:
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return own + [p for g in groups for p in g["params"] if id(p) not in known]
 
+    def trained(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Return the parameters that the learner moves; of no optimizer known, all it may."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        held = {id(p) for g in groups for p in g["params"]}
+        return [
+            p for p in parameters if p.requires_grad and (self.optimizer is None or id(p) in held)
+        ]
+
     def displaced(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return the parameters that an adversary of weights moves, of those that are trained.
 
@@ -142,11 +150,7 @@ class Arena:
         """
         assert self.weights is not None
         names = walk.names(unwrap(self.model))
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        held = {id(p) for g in groups for p in g["params"]}
-        trained = [
-            p for p in parameters if p.requires_grad and (self.optimizer is None or id(p) in held)
-        ]
+        trained = self.trained(parameters)
         if not trained:
             raise GameError(
                 f"{type(self.weights).__name__} has no weight to move: none is trained. Set "
