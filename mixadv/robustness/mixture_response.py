@@ -53,6 +53,7 @@ def attack_mixture(
         TypeError: for what is no mixture or no batch, and without a radius.
 
     Example:
+        >>> import torch
         >>> import torch.nn.functional as F
         >>> mixture = Mixture([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
         >>> x, y = torch.eye(2), torch.tensor([0, 1])
