@@ -71,16 +71,21 @@ def attack_mixture(
         raise TypeError("attack_mixture needs the radius of the ball: radius=….")
     attacks = MixtureAttacks(**settings)
     ascent, [batch] = attacks.ascent("attack_mixture", mixture, [batch])
-    known = [*names(len(mixture))[1:], TRANSFER]
-    if attack not in known:
-        choices = ", ".join(map(repr, known))
-        raise ValueError(f"attack={attack!r} is not one of {choices}.{nearest(attack, known)}")
+    _check_name(attack, len(mixture))
     with playing(mixture, attacks.site, attacks.draws, attacks.seed) as play:
         played = play(batch)
         played.check_moves(stacklevel=3)
         which = f"{OF_MEMBER}{_best(played) + 1}" if attack == TRANSFER else attack
         found = attacks.reached(played, ascent, which)
         return MixtureResponse(found, played.logits(found, JUDGED))
+
+
+def _check_name(attack: str, members: int) -> None:
+    """Raise for an attack that there is not against so many members."""
+    known = [*names(members)[1:], TRANSFER]
+    if attack not in known:
+        choices = ", ".join(map(repr, known))
+        raise ValueError(f"attack={attack!r} is not one of {choices}.{nearest(attack, known)}")
 
 
 def _best(play: MixturePlay) -> int:
