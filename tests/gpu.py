@@ -66,8 +66,9 @@ def pieces(device: str, study: str, data: str = "") -> list[Piece]:
         found.append(Piece("encoder of base size", ["examples/mpnet.py"], resumes=True))
         command = ["examples/research/study.py", study]
         found.append(Piece("study", command, resumes=True))
+    if study and data:
         command = ["examples/research/study.py", GLUE, "--data", data]
-        found += [Piece("study of GLUE and ANLI", command, resumes=True)] if data else []
+        found.append(Piece("study of GLUE and ANLI", command, resumes=True))
     return found
 
 

@@ -31,7 +31,7 @@ import mixadv
 import study as script
 from common.results import Run, append, finished
 from studying import commands, pool, summary, tables, work
-from studying.findings import Findings, Pair, adjusted, differences
+from studying.findings import Findings, Pair, adjusted, asked, differences
 from studying.parts import Measures, Method, Subject
 from studying.plan import Study
 from studying.pool import side_by_side
@@ -207,6 +207,8 @@ def test_a_method_begins_at_a_model_of_its_own(tmp_path: Path):
         like = study._run("words", "plain", run.learning_rate, run.seed, hold_out=run.hold_out)
         assert replace(run, model=study.model) == like
     assert study.methods["before"].cost is None
+    compared = {pair.reference for pair in asked(study) if pair.method == "before"}
+    assert compared == {*REFERENCES}, "it is no other length of plain training"
     assert "| before | – |" in render(study, results, tmp_path, "s")
 
 
@@ -950,6 +952,7 @@ def test_where_the_adversary_enters_is_compared_with_runs_of_the_study():
     """Methods of both are the same ones: a line of one study does for the other."""
     whole, where = (read(EXAMPLES / "study" / name / "study.toml") for name in ("", "where"))
     theirs = {run.key for run in whole.runs("banking77", {})}
+    assert read(EXAMPLES / "study" / "glue" / "study.toml").methods == whole.methods
     shared = {*whole.methods} & {*where.methods}
     assert shared == {"plain", "plain-3x", "smart"}
     for method in shared:

@@ -191,31 +191,31 @@ def shown(accuracies: list[float]) -> str:
     return f"{mean:.1f}" + f" [{ends[0]:.1f}, {ends[1]:.1f}]" * (len(accuracies) > 1)
 
 
-def kept(path: Path, kind: str) -> list[Result]:
-    """Return the results in a file that have a key; none if there is no such file."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [found for found in map(json.loads, lines) if kind in found]
+def kept(path: Path) -> list[Result]:
+    """Return the results in a file; none if there is no such file."""
+    return [*map(json.loads, path.read_text().splitlines())] if path.is_file() else []
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, keep the results and print their table."""
     options = arguments(argv)
     torch.set_num_threads(1)
-    path = options.output
-    if options.accuracy and not kept(path, "megabytes"):
+    path, found = options.output, kept(options.output)
+    costs = [result for result in found if "megabytes" in result]
+    if options.accuracy and not costs:
         print(f"mixture_cost: {path} has no cost yet: leave --accuracy out first.", file=sys.stderr)
         return 2
     if not options.report:
         if options.accuracy:
-            found = [*kept(path, "megabytes"), *measure_accuracy(options)]
+            found = [*costs, *measure_accuracy(options)]
         else:
-            found = [*measure(options), *kept(path, "accuracy")]
+            found = [*measure(options), *(result for result in found if "accuracy" in result)]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(result) + "\n" for result in found))
-    if not path.is_file():
+    if not found:
         print(f"mixture_cost: there is no {path}: leave --report out.", file=sys.stderr)
         return 2
-    print(table(json.loads(line) for line in path.read_text().splitlines()))
+    print(table(found))
     return 0
 
 

@@ -14,7 +14,7 @@ from common import data, model
 from common.data import Task
 from common.results import Run
 from mixadv.mixtures import Adapter, Mixture
-from mixadv.mixtures.mixture import combine
+from mixing.measure import right
 
 BATCH = 16  # rows
 LENGTH = 64  # tokens
@@ -52,14 +52,10 @@ def accuracies(each: Tensor, labels: Tensor, members: int) -> dict[str, list[flo
     Returns:
         One number for each mixture; of a draw, the accuracy that is expected.
     """
-    found: dict[str, list[float]] = {"mean": [], "draw": [], "vote": []}
-    for own in each.split(members)[: len(each) // members]:
-        shares = torch.full((members,), 1 / members, dtype=torch.float64)
-        for way in ("mean", "vote"):
-            right = combine(own.double(), shares, way).argmax(-1) == labels
-            found[way].append(right.double().mean().item())
-        found["draw"].append((own.argmax(-1) == labels).double().mean().item())
-    return found
+    shares = torch.full((members,), 1 / members, dtype=torch.float64)
+    mixtures = each.double().split(members)[: len(each) // members]
+    found = torch.stack([right(own, shares, labels).mean(0) for own in mixtures])
+    return dict(zip(("draw", "mean", "vote"), found.T.tolist(), strict=True))
 
 
 def predictions(mixture: Mixture, encode: model.Encoder, rows: Dataset) -> tuple[Tensor, Tensor]:

@@ -76,8 +76,12 @@ class Measure:
 
 def _right(mixture: Mixture, closure: Any, labels: Tensor) -> np.ndarray:
     each = mixture.each(lambda: closure()[1])
-    weights = mixture.probabilities.to(each)
-    mean, vote = (combine(each, mixture.probabilities, how) for how in ("mean", "vote"))
-    drawn = (weights[:, None] * (each.argmax(-1) == labels)).sum(0)
+    return right(each, mixture.probabilities, labels).cpu().numpy()
+
+
+def right(each: Tensor, probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return how often each way classifies each row right, `[N, 3]`, by what members give."""
+    mean, vote = (combine(each, probabilities, how) for how in ("mean", "vote"))
+    drawn = (probabilities.to(each)[:, None] * (each.argmax(-1) == labels)).sum(0)
     certain = [(found.argmax(-1) == labels).to(drawn) for found in (mean, vote)]
-    return torch.stack([drawn, *certain], 1).cpu().numpy()
+    return torch.stack([drawn, *certain], 1)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from common.parameters import PLAIN
@@ -132,7 +132,7 @@ def asked(study: Study) -> Iterator[Pair]:
 
 def lengths(study: Study, method: str) -> bool:
     """Return whether a method is plain training but for its length."""
-    return study.methods[method].settings == study.methods[PLAIN].settings
+    return replace(study.methods[method], times=1.0) == study.methods[PLAIN]
 
 
 def differences(findings: Findings, read: Read = Findings.official) -> dict[Pair, Comparison]:
