@@ -1,14 +1,18 @@
 """Which solver works with which way of training: a table that is written by the tests that ran.
 
-    python -m tests.matrix
+    python -m tests.matrix [WORD ...]
 
 runs for each cell the tests that prove it, and writes `tests/matrix.md` and its copy in docs/. A
 way is registered by one line in `WAYS`; a cell is ✔ if its tests passed, – where they passed by
 being refused, with the reason that the user reads (`tests.zoo.or_refused` notes it), and ✔ with the
-reason where they went on with the change that it names.
+reason where they went on with the change that it names. After words, only ways with one of them in
+their names are run. Rows that were not run, or whose tests were all skipped since a package is not
+installed, stay as they were written.
 """
 
 import re
+import sys
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
@@ -23,6 +27,7 @@ TABLE = ROOT / "tests" / "matrix.md"
 PAGE = ROOT / "docs" / "howto" / "ways.md"
 OTHERS = ("gpt2", "llama", "t5", "bart")
 ENCODERS = [family for family in TRANSFORMERS if family not in OTHERS]
+Cell = tuple[str, str]  # its mark, and the reason where there is one
 MARKED = re.compile(r"(?<=<!-- ways -->\n).*?(?=<!-- /ways -->)", re.DOTALL)
 
 HALVES = "test_zoo.py::test_every_solver_halves_the_loss_and_perturbs_every_sample"
@@ -69,6 +74,8 @@ WAYS: dict[str, list[str]] = {
     "FSDP2 by Accelerate, `step(closure)`": [f"{SHARDED}[step: {{solver}}]"],
     "FSDP2 by Accelerate, `game.backward`": [f"{SHARDED}[backward: {{solver}}]"],
     "FSDP2 by Trainer's `fsdp=`": [f"{SHARDED}[trainer: {{solver}}]"],
+    "DeepSpeed ZeRO 1, `game.loss`": [f"test_deepspeed.py::{TWO}[stage 1: {{solver}}]"],
+    "DeepSpeed ZeRO 2, `game.loss`": [f"test_deepspeed.py::{TWO}[stage 2: {{solver}}]"],
     "tensor parallelism": ["test_sharded.py::test_tensor_parallelism_is_refused[{solver}]"],
     "sentence-transformers, rankings": [f"{TRAINS}[{{solver}}-ranking]"],
     "sentence-transformers, scores": [f"{TRAINS}[{{solver}}-scores]"],
@@ -126,28 +133,41 @@ def proofs(way: str, solver: str, collected: list[str]) -> list[str]:
 
 
 class Recorder:
-    """Notes what was collected, what and what passed."""
+    """Notes what was collected, what of the ways that are asked for was skipped and what passed."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: Sequence[str] = ()) -> None:
+        self.ways = [way for way in WAYS if not words or any(word in way for word in words)]
         self.collected: list[str] = []
         self.passed: set[str] = set()
         self.failed: set[str] = set()
+        self.skipped: set[str] = set()
+
+    def proofs(self, ways: Iterable[str] = WAYS) -> set[str]:
+        """Return the collected tests that prove a cell of some ways."""
+        cells = [(way, solver) for way in ways for solver in mixadv.SOLVERS]
+        return {t for way, solver in cells for t in proofs(way, solver, self.collected)}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         self.collected = [item.nodeid for item in items]
-        cells = [(way, solver) for way in WAYS for solver in mixadv.SOLVERS]
-        wanted = {t for way, solver in cells for t in proofs(way, solver, self.collected)}
+        wanted = self.proofs(self.ways)
         items[:] = [item for item in items if item.nodeid in wanted]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
             self.passed.add(report.nodeid)
+        elif report.skipped:
+            self.skipped.add(report.nodeid)
         elif not report.passed:
             self.failed.add(report.nodeid)
 
+    def ran(self, way: str) -> bool:
+        """Return whether a way was asked for and not skipped as a whole."""
+        tests = self.proofs([way])
+        return way in self.ways and not (tests and self.skipped.issuperset(tests))
 
-def verdict(tests: list[str], seen: Recorder, reasons: list[str]) -> str:
-    """Return what a cell shows; new reasons are added to those there are."""
+
+def verdict(tests: list[str], seen: Recorder) -> Cell:
+    """Return what a cell shows."""
     if not tests or not seen.passed.issuperset(tests) or seen.failed.intersection(tests):
         raise SystemExit(f"no verdict without tests that pass: {tests or 'none was collected'}")
     said = {REFUSED.get(test) for test in tests}
@@ -155,11 +175,8 @@ def verdict(tests: list[str], seen: Recorder, reasons: list[str]) -> str:
         raise SystemExit(f"one cell with several verdicts, make a way of each: {tests}")
     (said_so,) = said
     if said_so is None:
-        return "✔"
-    reason = in_general(said_so)
-    if reason not in reasons:
-        reasons.append(reason)
-    return f"{'✔' if CHANGED.issuperset(tests) else '–'}{reasons.index(reason) + 1}"
+        return "✔", ""
+    return "✔" if CHANGED.issuperset(tests) else "–", in_general(said_so)
 
 
 def in_general(reason: str) -> str:
@@ -176,33 +193,57 @@ def in_general(reason: str) -> str:
     return reason.replace("divergence, is", "divergence is")
 
 
-def table(seen: Recorder) -> str:
-    """Return the table in Markdown, with the reasons of what is refused."""
-    reasons: list[str] = []
+def written(text: str) -> dict[str, dict[str, Cell]]:
+    """Return the cells of a table, by way and solver."""
+    reasons: dict[str, str] = {"": ""} | dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    (_, *solvers), *body = rows
+    return {
+        way: {s: (c[0], reasons[c[1:]]) for s, c in zip(solvers, cells, strict=True)}
+        for way, *cells in body
+    }
+
+
+def table(seen: Recorder, before: dict[str, dict[str, Cell]]) -> str:
+    """Return the table in Markdown, with the reasons of what is refused.
+
+    Rows that were not run are taken from that `before`.
+    """
+    reasons: list[str] = [""]
     lines = [f"| | {' | '.join(mixadv.SOLVERS)} |", "|---" * (len(mixadv.SOLVERS) + 1) + "|"]
     for way in WAYS:
-        cells = [verdict(proofs(way, s, seen.collected), seen, reasons) for s in mixadv.SOLVERS]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
+        cells = before.get(way, {})
+        if seen.ran(way):
+            cells = {s: verdict(proofs(way, s, seen.collected), seen) for s in mixadv.SOLVERS}
+        if silent := mixadv.SOLVERS.keys() - cells:
+            raise SystemExit(f"{way}: neither run nor written before: {', '.join(sorted(silent))}")
+        shown = []
+        for mark, reason in (cells[s] for s in mixadv.SOLVERS):
+            if reason not in reasons:
+                reasons.append(reason)
+            shown.append(f"{mark}{reasons.index(reason) or ''}")
+        lines.append(f"| {way} | {' | '.join(shown)} |")
     lines += [
         "",
         f"✔ tested, –n refused with reason n, ✔n plays with the change named in n; "
-        f"{len(seen.passed):,} tests check this table.",
+        f"{len(seen.proofs()):,} tests check this table.",
         "",
     ]
-    lines += [f"{n}. {reason}" for n, reason in enumerate(reasons, 1)]
+    lines += [f"{n}. {reason}" for n, reason in enumerate(reasons) if n]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Run the tests of all cells; write the table, here and in docs/."""
+def main(words: Sequence[str] = ()) -> None:
+    """Run the tests of all cells, or of some ways; write the table, here and in docs/."""
     files = {f"tests/{pattern.partition('::')[0]}" for way in WAYS.values() for pattern in way}
-    seen = Recorder()
+    seen = Recorder(words)
     # The assertions of what is imported here already are not rewritten; which is no matter.
     options = ["-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:cacheprovider"]
     pytest.main([*options, "-m", "slow or not slow", *sorted(files)], plugins=[seen])
-    TABLE.write_text(table(seen))
+    TABLE.write_text(table(seen, written(TABLE.read_text())))
     PAGE.write_text(MARKED.sub(lambda _: TABLE.read_text(), PAGE.read_text()))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

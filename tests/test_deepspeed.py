@@ -22,11 +22,17 @@ from tests.zoo import AROUND, ROWS
 installed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
 )
-PLAYED = [
+MOVES = [
     name
     for name in mixadv.SOLVERS
-    if mixadv.make_solver(name).learner() is None and name != "freeat"
+    if mixadv.make_solver(name).learner() is not None or mixadv.make_solver(name).replays_batch
 ]
+"""Solvers that move the weights themselves, of which an optimizer of DeepSpeed holds copies."""
+TWICE = (
+    "Gradient computed twice for this partition. Multiple gradient reduction is currently not "
+    "supported"
+)
+"""What DeepSpeed says where ZeRO 2 is differentiated twice before a step."""
 GROUPED: Any = {"groups": 2}, {"groups": torch.tensor([0, 1, 0, 1])}
 
 
@@ -82,6 +88,25 @@ def trains_as_replicas_do(rank: int, name: str, stage: int) -> None:
     assert (seen[0][-1] - Net().float().head.bias).abs().max() > 5e-3
 
 
+def trains_or_is_refused(rank: int, name: str, stage: int) -> str | None:
+    warnings.simplefilter("ignore")  # of DeepSpeed
+    if name in MOVES:
+        net = Net().float()
+        optimizer = mixadv.wrap(torch.optim.AdamW(net.parameters()), net, name)
+        engine_of(net, optimizer, stage)
+        ids, labels = next(batches(rank, 1))
+        with pytest.raises(ValueError, match="DeepSpeed gives an optimizer flat copies") as refused:
+            optimizer.step(lambda: (F.cross_entropy(net(ids), labels), net(ids)))
+        return str(refused.value)
+    if name in AROUND and stage == 2:
+        with pytest.raises(AssertionError) as refused:
+            trains_as_replicas_do(rank, name, stage)
+        assert TWICE in " ".join(str(refused.value).split())
+        return f"DeepSpeed: {TWICE}. Use stage 1."
+    trains_as_replicas_do(rank, name, stage)
+    return None
+
+
 def others_are_refused(rank: int) -> None:
     warnings.simplefilter("ignore")
     net = Net().float()
@@ -99,10 +124,8 @@ def others_are_refused(rank: int) -> None:
 
 
 CASES: dict[str, Any] = {
-    **by_name(partial(trains_as_replicas_do, stage=1), "stage 1", PLAYED),
-    **by_name(
-        partial(trains_as_replicas_do, stage=2), "stage 2", [n for n in PLAYED if n not in AROUND]
-    ),
+    **by_name(partial(trains_or_is_refused, stage=1), "stage 1", mixadv.SOLVERS),
+    **by_name(partial(trains_or_is_refused, stage=2), "stage 2", mixadv.SOLVERS),
     "others": others_are_refused,
 }
 verdicts = verdicts_of(CASES, "deepspeed")
