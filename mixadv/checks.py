@@ -59,3 +59,21 @@ def check_kinds(what: str, state: Mapping[str, Any], kinds: Mapping[str, Any]) -
                 f"The checkpoint's {what} has {value!s:.40} as {name}: load what state_dict() "
                 "returned."
             )
+
+
+def check_function(what: str, value: Any) -> None:
+    """Raise TypeError unless what a round calls can be called."""
+    if not callable(value):
+        raise TypeError(f"{what}, got {value!r}.")
+
+
+def check_backward(value: Any) -> None:
+    """Raise unless a round can deliver its gradients by a function, as often as it has to."""
+    check_function("backward must be a function of a loss", value)
+    owner = getattr(value, "__self__", None)
+    engine = type(owner).__name__.startswith("DeepSpeedEngine")
+    if engine or getattr(owner, "deepspeed_engine_wrapped", None) is not None:
+        raise TypeError(
+            "DeepSpeed counts each backward as one of a batch, Accelerate steps within it, and a "
+            "round may have several: write backward(game.loss(closure)), with that backward."
+        )

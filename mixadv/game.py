@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mixadv.checks import check_backward
 from mixadv.errors import GameError
 from mixadv.model.closure import Closure, parse_output
 from mixadv.model.compiled_site import place
@@ -149,7 +150,8 @@ class Game:
             closure: runs the forward pass and returns the loss, or loss and predictions; or a list,
                 one for each micro-batch of an update; see `GameOptimizer.step`.
             backward: called with each objective in place of its `.backward()`
-                (`accelerator.backward`, `lambda loss: scaler.scale(loss).backward()`).
+                (`accelerator.backward`, `lambda loss: scaler.scale(loss).backward()`); not one of
+                DeepSpeed, which takes a batch for each.
             check: validate this round as the first one is.
             where: where δ may act, for this round: a mask with the leading sizes of what the site
                 returns, one for each call, or a function of the call; None is at real tokens.
@@ -168,7 +170,7 @@ class Game:
         """
         self._refuse_replays()
         if backward is not None:
-            validate.check_function("backward must be a function of a loss", backward)
+            check_backward(backward)
         opened = self.rounds.open(closure, check, where, adversary, retain, groups)
         with torch.enable_grad(), opened as update:
             return self.rounds.finish(update, next(update.turns(backward)), 1).outcome

@@ -56,6 +56,7 @@ def tasks(*names: str) -> list[str]:
 
 
 # What a way is called, and the tests that prove it; * stands for parameters besides the solver.
+ZERO = "test_trainer_deepspeed.py::test_two_processes"
 WAYS: dict[str, list[str]] = {
     "`optimizer.step(closure)`": [f"{HALVES}[bert-{{solver}}]"],
     "`game.backward(closure)`": [f"{DOORS}[{{solver}}]"],
@@ -76,6 +77,8 @@ WAYS: dict[str, list[str]] = {
     "FSDP2 by Trainer's `fsdp=`": [f"{SHARDED}[trainer: {{solver}}]"],
     "DeepSpeed ZeRO 1, `game.loss`": [f"test_deepspeed.py::{TWO}[stage 1: {{solver}}]"],
     "DeepSpeed ZeRO 2, `game.loss`": [f"test_deepspeed.py::{TWO}[stage 2: {{solver}}]"],
+    "DeepSpeed ZeRO 1 by Trainer": [f"{ZERO}[stage 1: {{solver}}]"],
+    "DeepSpeed ZeRO 2 by Trainer": [f"{ZERO}[stage 2: {{solver}}]"],
     "tensor parallelism": ["test_sharded.py::test_tensor_parallelism_is_refused[{solver}]"],
     "sentence-transformers, rankings": [f"{TRAINS}[{{solver}}-ranking]"],
     "sentence-transformers, scores": [f"{TRAINS}[{{solver}}-scores]"],
@@ -183,7 +186,7 @@ def in_general(reason: str) -> str:
     """Return what was said of one solver, module and shape as it is said of others."""
     names = "|".join(solver.__name__ for solver in mixadv.SOLVERS.values())
     for said, general in (
-        (rf"^({names})\b(?= (compares|reads a|weighs))", "This solver"),
+        (rf"^({names})\b(?= (compares|differentiates|moves|reads a|weighs))", "This solver"),
         (r"(by|of which) '\w+',? ?(?=which|is always)", r"\1 the default divergence, "),
         (r"\bsite \['[\w.]+'\]", "site"),
         (r" at '\w+'(?= must)", ""),

@@ -137,6 +137,30 @@ def test_two_processes(case: str, verdicts: dict[str, Verdict]):
     verdicts[case].hold()
 
 
+def test_a_backward_that_steps_is_refused():
+    """Without it installed: Accelerate's by what it keeps, the engine's by its name."""
+
+    class Accelerator:
+        deepspeed_engine_wrapped: Any = None
+
+        def backward(self, loss: Any) -> None:
+            loss.backward()
+
+    accelerator, engine = Accelerator(), type("DeepSpeedEngine", (Accelerator,), {})()
+    model = nn.Linear(2, 2)
+    game = mixadv.Game(model, mixadv.PGD(), site="input")
+
+    def closure() -> Any:
+        return model(torch.eye(2)).square().sum()
+
+    game.backward(closure, accelerator.backward)
+    accelerator.deepspeed_engine_wrapped = engine
+    for backward in (accelerator.backward, engine.backward):
+        with pytest.raises(TypeError, match=r"write backward\(game\.loss\(closure\)\)"):
+            game.backward(closure, backward)
+    assert game.round == 1
+
+
 def test_what_is_deepspeeds_is_told_by_its_marks():
     """Without it installed: an engine by its name, weights of ZeRO-3 by what they carry."""
     engine = type("DeepSpeedEngine", (nn.Linear,), {})(2, 2)

@@ -846,10 +846,43 @@ def prepared_with(monkeypatch: pytest.MonkeyPatch, flag: str, **state: Any) -> N
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", prepared)
 
 
-def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    prepared_with(monkeypatch, "is_deepspeed_enabled")
-    with pytest.raises(ValueError, match=r"DeepSpeed steps within.*fsdp=True"):
-        trainer_of(tmp_path, mixadv.FreeLB())
+TWICE = {"given": {"schedule": mixadv.Schedule(every=2)}, "gradient_accumulation_steps": 2}
+OWN = {"given": {"optimizers": (torch.optim.SGD([nn.Parameter(torch.zeros(1))]), None)}}
+
+
+@pytest.mark.parametrize(
+    ("solver", "config", "changes", "why"),
+    [
+        (mixadv.SMART(), {}, {}, r"SMART moves the weights.*fsdp=True"),
+        (mixadv.CAT(head=nn.Linear(16, 4)), {}, {}, "CAT trains a module"),
+        (mixadv.SAM(), {}, {}, "SAM differentiates the weights twice.*use stage 1"),
+        (mixadv.PGD(), {"zero_optimization": {"stage": 3}}, {}, "Use stage 1 or 2"),
+        (
+            mixadv.PGD(),
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+            {},
+            "with offload_optimizer in",
+        ),
+        (mixadv.PGD(), {"fp16": {"enabled": True}}, {}, "not tested with fp16.*leave it out"),
+        (mixadv.PGD(), {}, {"torch_compile": True}, "with torch_compile"),
+        (mixadv.PGD(), {}, TWICE, "leave schedule= out"),
+        (mixadv.PGD(), {}, OWN, "leave optimizers= out"),
+    ],
+)
+def test_what_deepspeed_was_not_seen_to_train_is_refused(
+    solver: mixadv.Solver,
+    config: dict[str, Any],
+    changes: dict[str, Any],
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    config = {"zero_optimization": {"stage": 2}, **config}
+    stage = config["zero_optimization"]["stage"]
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config)
+    prepared_with(monkeypatch, "is_deepspeed_enabled", deepspeed_plugin=plugin)
+    with pytest.raises(ValueError, match=why):
+        trainer_of(tmp_path, solver, **changes)
 
 
 @pytest.mark.parametrize(

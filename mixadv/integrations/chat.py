@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from mixadv.checks import check_function
 from mixadv.equilibrium import best_response
 from mixadv.integrations.chat_data import CUT, OTHERS, Beside, ChatCollator
 from mixadv.integrations.transformers import Adversarial, Trainer
 from mixadv.model.replay import evaluating
 from mixadv.round.explain import worded
-from mixadv.round.validate import check_function
 from mixadv.tokens.chat import ChatBatch, answer_losses
 from mixadv.tokens.chat_games import Goals, continuous_at
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from mixadv.errors import GameError
-from mixadv.integrations.trainer import game_of, is_scaled, wrapped
+from mixadv.game import Game
+from mixadv.integrations.trainer import is_scaled, wrapped
 from mixadv.optimizer import STATE_KEY
 from mixadv.solvers.base import Solver
 from mixadv.solvers.weights import WeightsSolver
@@ -67,13 +68,13 @@ def play(
     """Play a round and return the loss that Trainer calls backward on.
 
     Args:
-        trainer: whose `accelerator` delivers the gradients of sharded weights.
+        trainer: the mixin's, whose `accelerator` delivers the gradients of sharded weights.
         closure: of one micro-batch.
         share: of it among those that are accumulated; see `Share`.
         items: what `compute_loss` was told of their number.
         whom: `where=` and `groups=` of the round.
     """
-    game = game_of(trainer.optimizer)
+    game: Game = trainer.game  # pyright: ignore
     if not trainer.is_fsdp_enabled:
         return game.loss(closure, **whom) * share
     steps = 1 if is_scaled(trainer, items) else trainer.current_gradient_accumulation_steps
@@ -85,23 +86,30 @@ def play(
     return outcome.objective.clone().requires_grad_() * share
 
 
-class ShardedStates(Base):
-    """Saves both players of sharded weights beside Trainer's checkpoint, a file per process.
+class OwnStates(Base):
+    """Saves both players beside Trainer's checkpoint, a file per process, where weights are spread.
 
-    Accelerate gathers the state of the base optimizer and knows nothing else that is in it.
+    Accelerate gathers the state of the base optimizer of sharded weights, and DeepSpeed saves that
+    of its own; neither knows the game.
     """
+
+    game: Game
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._base_alone():
             super()._save_optimizer_and_scheduler(output_dir)
-        if self.is_fsdp_enabled and (made := wrapped(self.optimizer)) is not None:
+        made = wrapped(self.optimizer)
+        if self.is_deepspeed_enabled:
+            torch.save(self.game.state_dict(), self._players(output_dir))
+        elif self.is_fsdp_enabled and made is not None:
             torch.save(made.state_dict()[STATE_KEY], self._players(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with self._base_alone():
             super()._load_optimizer_and_scheduler(checkpoint)
         made = wrapped(self.optimizer)
-        if not self.is_fsdp_enabled or checkpoint is None or made is None:
+        spread = self.is_deepspeed_enabled or (self.is_fsdp_enabled and made is not None)
+        if not spread or checkpoint is None:
             return
         if not (file := self._players(checkpoint)).exists():
             raise GameError(
@@ -109,7 +117,10 @@ class ShardedStates(Base):
                 "as many processes as saved it, and the mixin."
             )
         state = torch.load(file, map_location=self.args.device.type, weights_only=True)
-        made.load_state_dict({**made.base.state_dict(), STATE_KEY: state})
+        if made is None:
+            self.game.load_state_dict(state)
+        else:
+            made.load_state_dict({**made.base.state_dict(), STATE_KEY: state})
 
     def _players(self, folder: str) -> Path:
         return Path(folder) / f"players_{self.args.process_index}.pt"

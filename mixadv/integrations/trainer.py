@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ from mixadv.optimizer import GameOptimizer
 from mixadv.round.outcome import Outcome
 from mixadv.solvers.base import Solver
 
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object
+
 _ROWS = ("worst_group", "worst_group_weight", "effective_rows")
 _PLAYED = ("clean_loss", "payoff", "radius", "effective_particles", "nonfinite", *_ROWS)
 LOGGED = {name: name for name in _PLAYED}
@@ -33,15 +38,19 @@ class Rounds(TrainerCallback):
 
     Trainer zeroes those of its model alone. What the solver trains is zeroed before a step: loss
     scaling may skip the last one, and its gradients are not finite.
+
+    Attributes:
+        alone: the game, where no optimizer holds it.
     """
 
     def __init__(self, who: str, modules: Iterable[nn.Module]) -> None:
         self.who, self.modules = who, modules
         self.played = 0
+        self.alone: Game | None = None
 
     def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
         """Note the rounds so far, of a game that may be new."""
-        self.played = game_of(optimizer).round
+        self.played = self.game_of(optimizer).round
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Zero the gradients of what the solver trains."""
@@ -50,7 +59,7 @@ class Rounds(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
         """Compare the number of rounds with that before the last step."""
-        played = game_of(optimizer).round
+        played = self.game_of(optimizer).round
         if played == self.played:
             raise GameError(
                 f"No round was played since the last optimizer step: {self.who} computes its loss "
@@ -59,20 +68,19 @@ class Rounds(TrainerCallback):
             )
         self.played = played
 
+    def game_of(self, optimizer: Any) -> Game:
+        """Return the game that is played: alone, or with an optimizer."""
+        made = self.alone or wrapped(optimizer)
+        if made is None:
+            raise GameError("The game is made with the optimizer, when training begins.")
+        return made if isinstance(made, Game) else made.game
+
 
 def wrapped(optimizer: Any) -> GameOptimizer | None:
     """Return the game's optimizer inside Accelerate's."""
     while optimizer is not None and not isinstance(optimizer, GameOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
-
-
-def game_of(optimizer: Any) -> Game:
-    """Return the game of an optimizer."""
-    made = wrapped(optimizer)
-    if made is None:
-        raise GameError("The game is made with the optimizer, when training begins.")
-    return made.game
 
 
 def logged(outcome: Outcome) -> dict[str, float]:
@@ -94,11 +102,6 @@ def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:
         raise ValueError(
             f"Trainer sees {args.n_gpu} GPUs in one process and would use torch.nn.DataParallel, "
             "whose replicas would not receive δ: start it with torchrun."
-        )
-    if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "DeepSpeed steps within Accelerate's backward, and its optimizer holds flat copies of "
-            "the weights: a round has no place there. Shard with fsdp=True (FSDP2) instead."
         )
     if getattr(args, "ddp_static_graph", False):  # which transformers 4 has not
         raise ValueError(
@@ -132,6 +135,30 @@ def check_columns(where: Any, groups: Any, model: nn.Module) -> None:
                 f"{name}={column!r} is an argument of the model, which would not get it: put a "
                 f"copy into the data set under a name of its own, such as {name!r}."
             )
+
+
+class OwnColumns(Base):
+    """Keeps columns of the data that are the game's own, and from the model."""
+
+    where: Any
+    groups: str | None
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **keywords: Any
+    ) -> Any:
+        """Predict without the columns that are the game's own."""
+        return super().prediction_step(model, self._for_model(inputs), *arguments, **keywords)
+
+    def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        own = (self.where, self.groups)
+        return {name: value for name, value in inputs.items() if name not in own}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that are the game's own, which no argument of the model is."""
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns  # pyright: ignore
+        own = [name for name in (self.where, self.groups) if isinstance(name, str)]
+        columns += [name for name in own if name not in columns]
 
 
 def column_missing(name: str, column: Any, inputs: Iterable[str]) -> str:

@@ -30,14 +30,15 @@ try:
     from transformers import Trainer
     from transformers.trainer import OPTIMIZER_NAME
 
-    from mixadv.integrations.fsdp import ShardedStates, check_fsdp, play
+    from mixadv.integrations.deepspeed import GameAlone, check_deepspeed
+    from mixadv.integrations.fsdp import OwnStates, check_fsdp, play
     from mixadv.integrations.trainer import (
+        OwnColumns,
         Rounds,
         Share,
         check_columns,
         check_playable,
         column_missing,
-        game_of,
         logged,
         wrapped,
     )
@@ -53,7 +54,7 @@ else:
     Base = object
 
 
-class Adversarial(ShardedStates, Base):
+class Adversarial(OwnColumns, OwnStates, GameAlone, Base):
     """Mixin that makes any subclass of `Trainer` play a game; name it before the Trainer.
 
     A round is played per batch and one optimizer step follows: a MAT round closes every
@@ -134,9 +135,11 @@ class Adversarial(ShardedStates, Base):
         self._share = Share()
         check_playable(self, self.solver, self.averages)
         check_fsdp(self, self.solver, self.averages)
+        check_deepspeed(self, self.solver, schedule)
         check_columns(where, groups, cast(nn.Module, self.model))
         self._besides = {m: copy.deepcopy(m.state_dict()) for m in self.solver.modules().values()}
-        self.add_callback(Rounds(type(self).__name__, self._besides))
+        self._rounds = Rounds(type(self).__name__, self._besides)
+        self.add_callback(self._rounds)
         if self.optimizer is not None:
             self.create_optimizer()
 
@@ -149,18 +152,20 @@ class Adversarial(ShardedStates, Base):
     @property
     def game(self) -> Game:
         """The game, once training has begun."""
-        return game_of(self.optimizer)
+        return self._rounds.game_of(self.optimizer)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Create the Trainer's optimizer and wrap it, unless it is."""
         made = super().create_optimizer() if model is None else super().create_optimizer(model)
         made = self.optimizer if made is None else made
-        if wrapped(made) is None:
+        played: Any = self.model if model is None else model
+        how: Any = {"site": self.site, "schedule": self.schedule, "seed": self.args.seed}
+        if self.is_deepspeed_enabled:
+            self._play_alone(made, played, self.solver, **how)
+        elif wrapped(made) is None:
             for module, untrained in self._besides.items():  # of a model made anew, too
                 module.load_state_dict(untrained)
                 module.to(self.args.device)
-            played: Any = self.model if model is None else model
-            how: Any = {"site": self.site, "schedule": self.schedule, "seed": self.args.seed}
             self.optimizer = made = wrap(made, played, self.solver, **how)
         return made
 
@@ -181,7 +186,7 @@ class Adversarial(ShardedStates, Base):
                 raise GameError(column_missing(name, column, inputs))
         where = given[where] if isinstance(where, str) else where
         groups = None if self.groups is None else given[self.groups]
-        self._follow(model)
+        model = self._follow(model)
         stock = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
         wanted = stock or return_outputs or self.solver.compares is not None  # elsewhere not free
         outputs = None
@@ -220,32 +225,18 @@ class Adversarial(ShardedStates, Base):
         found: Any = super().compute_loss(model, inputs, outputs, num_items_in_batch=items)
         return found if outputs else (found, None)
 
-    def _follow(self, model: nn.Module) -> None:
-        """Play on a model that was compiled since the game was made."""
+    def _follow(self, model: nn.Module) -> nn.Module:
+        """Return what is played on: a model that may be compiled by now, or within its engine."""
+        if self.is_deepspeed_enabled:
+            return cast(nn.Module, self.model)
         if original(model) is not None and model is not self.game.model:
             self.game.rounds.arena.follow(model)
             torch.compiler.reset()  # graphs of an evaluation before lack the hooks
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **keywords: Any
-    ) -> Any:
-        """Predict without the columns that are the game's own."""
-        return super().prediction_step(model, self._for_model(inputs), *arguments, **keywords)
-
-    def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        own = (self.where, self.groups)
-        return {name: value for name, value in inputs.items() if name not in own}
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that are the game's own, which no argument of the model is."""
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns  # pyright: ignore
-        own = [name for name in (self.where, self.groups) if isinstance(name, str)]
-        columns += [name for name in own if name not in columns]
+        return model
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """Log what the last round came to beside the training loss."""
-        made = wrapped(self.optimizer)
+        made = self._rounds.alone or wrapped(self.optimizer)
         if "loss" in logs and made is not None and made.outcome is not None:
             logs |= logged(made.outcome)
         super().log(logs, *arguments, **keywords)

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from mixadv.checks import check_function
 from mixadv.reports.kept import as_json
 from mixadv.reports.shown import Table, number, share
 from mixadv.robustness.generation import Judge, Speaker, judged
 from mixadv.robustness.generation_attacks import GenerationAttack, NoAttack
 from mixadv.robustness.statistics import bootstrap, wilson
-from mixadv.round.validate import check_function
 
 PLAIN = "none"  # the name of no attack
 ANY = "any of them"  # of the worst case over attacks

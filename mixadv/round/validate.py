@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from mixadv.checks import check_kinds
+from mixadv.checks import check_function, check_kinds
 from mixadv.errors import GameError
 from mixadv.model import parallel
 from mixadv.round.cost import ascends, count_passes, recomputes
@@ -175,12 +175,6 @@ def check_spread(model: nn.Module) -> None:
             "parallelism, where processes share a batch: each would draw another δ for it. Use "
             "DistributedDataParallel or fully_shard."
         )
-
-
-def check_function(what: str, value: Any) -> None:
-    """Check that what a round calls can be called."""
-    if not callable(value):
-        raise TypeError(f"{what}, got {value!r}.")
 
 
 def check_closure(value: Any) -> None:
