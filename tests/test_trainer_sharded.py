@@ -6,6 +6,7 @@ follows is its own code and Trainer's.
 
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -23,6 +24,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
 
 from mixadv.integrations.transformers import AdversarialTrainer
 from tests.processes import (
@@ -37,8 +39,8 @@ from tests.processes import (
     verdicts_of,
     whole,
 )
-from tests.test_trainer import logged, trainer_of
-from tests.zoo import AROUND, ROWS
+from tests.test_trainer import at_zero, logged, trainer_of
+from tests.zoo import AROUND, ROWS, assert_same
 
 # Micro-batches have unlike numbers of tokens, and two make one optimizer step.
 OPTIONS: dict[str, Any] = {
@@ -61,10 +63,13 @@ def shard(accelerator: Accelerator, **words: Any) -> None:
     """Tell the state that accelerators of this process share that FSDP2 is on."""
     PartialState().distributed_type = DistributedType.FSDP
     accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **words)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **words)
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
 
 
-class Sharded(AdversarialTrainer):
+class Sharding:
     """Shards on CPUs too."""
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -72,6 +77,14 @@ class Sharded(AdversarialTrainer):
         words = {k: v for k, v in self.args.fsdp_plugin_args.items() if k != "fsdp_version"}
         shard(self.accelerator, **words)
         self.is_fsdp_enabled = True
+
+
+class Sharded(Sharding, AdversarialTrainer):
+    pass
+
+
+class PlainSharded(Sharding, Trainer):
+    pass
 
 
 def alone(rank: int) -> None:
@@ -130,12 +143,13 @@ def trainers_agree(rank: int, name: str, **changes: Any) -> str | None:
     return str(caught.value) if name in AROUND else None
 
 
-def resumed(rank: int, name: str) -> None:
+def resumed(rank: int, name: str, kind: str = "FULL_STATE_DICT") -> None:
     """A checkpoint has both players of each process."""
     folder = [mkdtemp() if rank == 0 else None]
     dist.broadcast_object_list(folder, 0)
     saving = {"save_strategy": "steps", "save_steps": 1, "output_dir": folder[0], "max_steps": 3}
     saving |= {"optim": "adamw_torch", "learning_rate": 1e-2}
+    saving["fsdp_config"] = SHARDED["fsdp_config"] | {"state_dict_type": kind}
     uninterrupted = trainer_for(name, True, **saving)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,6 +163,22 @@ def resumed(rank: int, name: str) -> None:
             trainer_for(name, True, **saving).train(
                 resume_from_checkpoint=f"{folder[0]}/checkpoint-1"
             )
+
+
+def plain_at_radius_zero(rank: int) -> None:
+    """In bf16, in which shards are gathered; one batch a step, as shares of several round."""
+    options = OPTIONS | SHARDED | {"bf16": True, "gradient_accumulation_steps": 1}
+    found = []
+    for solver, base in ((None, PlainSharded), (at_zero("pgd"), Sharded)):
+        alone(rank)
+        trainer = trainer_of(Path(mkdtemp()), solver, base=base, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+        policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy
+        assert policy.param_dtype == torch.bfloat16
+        found.append([whole(w) for w in trainer.model.parameters()])
+    assert_same(*found)
 
 
 def accelerated(rank: int, name: str, way: str) -> str | None:
@@ -199,6 +229,8 @@ SLOW: dict[str, Any] = {
     **by_name(accelerated, "backward", mixadv.SOLVERS, way="backward"),
     **by_name(accelerated, "step", mixadv.SOLVERS, way="step"),
     **by_name(resumed, "resumed", ["mat", "smart"]),
+    **by_name(partial(resumed, kind="SHARDED_STATE_DICT"), "resumed from shards", ["mat"]),
+    "bf16": plain_at_radius_zero,
 }
 
 verdicts = verdicts_of(CASES, "trainer_sharded")
