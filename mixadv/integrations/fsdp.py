@@ -93,7 +93,12 @@ class OwnStates(Base):
     of its own; neither knows the game.
     """
 
-    game: Game
+    if TYPE_CHECKING:
+
+        @property
+        def game(self) -> Game:
+            """The mixin's."""
+            ...
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._base_alone():
