@@ -78,9 +78,12 @@ def train(model: nn.Module, solver: mixadv.Solver, way: str, rank: int) -> list[
 
 
 def shards_train_as_replicas_do(
-    rank: int, name: str, way: str = "step", parts: Any = None, **how: Any
+    rank: int, name: str, way: str = "step", parts: Any = None, copies: int = 0, **how: Any
 ) -> str | None:
     solver = SOLVERS[name]
+    if copies:  # so many replicas of what is sharded over the processes that are left
+        names = ("copies", "shards")
+        how["mesh"] = init_device_mesh("cpu", (copies, 2 // copies), mesh_dim_names=names)
     model = sharded(**how) if parts is None else sharded(parts, **how)
     words = [way, "loss of shards"] if way in ("loss", "closure") else [way]
     for word in words:
@@ -290,6 +293,8 @@ SLOW: dict[str, Any] = {
         for name in SOLVERS
         for way in ways(SOLVERS[name], every=True)
     },
+    **by_name(shards_train_as_replicas_do, "replicas of shards", FEW, copies=2),
+    **by_name(shards_train_as_replicas_do, "shards of one replica", FEW, copies=1),
 }
 CASES: dict[str, Any] = {
     **by_name(shards_train_as_replicas_do, "step", way="step"),
