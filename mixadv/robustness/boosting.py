@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mixadv.checks import check_integer
 from mixadv.game import Game
-from mixadv.mixtures import Mixture, Weighing, Weights, weigh_under
+from mixadv.mixtures import Member, Mixture, Weighing, Weights, weigh_under
 from mixadv.mixtures.members import Model
 from mixadv.model.visits import Call
 from mixadv.players.ascent import Start, Unit
@@ -48,46 +48,6 @@ class Boosted(NamedTuple):
         mixture: with the probabilities that were found, without members of probability 0.
         weighing: of all members: `1 − error` is the expected accuracy under ARC on the batches, and
             `gap` how much other probabilities could gain at most.
-    """
-
-    mixture: Mixture
-    weighing: Weighing
-
-
-def boost(
-    mixture: Mixture | nn.Module,
-    batches: Batches,
-    train: Train,
-    attack: str = "PGD of the mean",
-    *,
-    rounds: int = 1,
-    **settings: Any,
-) -> Boosted:
-    """Add a member that is trained against attacks of the whole mixture; return the new mixture.
-
-    The member begins as a copy of the last one, as a whole model. While it is trained, all members
-    have equal probabilities, and each batch is attacked as the member stands then, evaluating. Its
-    loss under the δ found is in the modes that it has, the game's that `Game.loss` returns. Members
-    before it are shared with the mixture given, which is left as it is: to go on later, save the
-    new one. A plain model is where the first member begins, which is trained against itself.
-
-    Args:
-        mixture: to grow, or a model.
-        batches: makes the batches of an epoch anew in each call, such as
-            `lambda mixture: text_batches(mixture, tokenizer, rows)`; closures call the mixture.
-        train: `train(member, losses)` trains the module in place, in a loop of its own. Each pass
-            over `losses` is an epoch, and each loss is to be followed by a step before the next.
-        attack: as in `attack_mixture`, by which the member is trained.
-        rounds: attacks by ARC by which `weigh_under` weighs the members at the end; 1 measures the
-            error and leaves equal probabilities.
-        settings: those of `MixtureAttacks`; `radius` and `unit` are needed.
-
-    Raises:
-        TypeError: for arguments of other kinds, and for a last member that is an adapter or a
-            dropout mask.
-        ValueError: for an unknown attack, a last member that is frozen, no batches, a `train` that
-            takes no loss.
-        GameError: for closures that do not call the mixture they were made for.
 
     Example:
         >>> x, y = torch.eye(2), torch.tensor([0, 1])
@@ -109,20 +69,52 @@ def boost(
         >>> len(grown), weighing.error <= 1
         (2, True)
     """
-    attacks = _checked(mixture, batches, train, settings)
+
+    mixture: Mixture
+    weighing: Weighing
+
+
+def boost(
+    mixture: Mixture | nn.Module,
+    batches: Batches,
+    train: Train,
+    attack: str = "PGD of the mean",
+    *,
+    rounds: int = 1,
+    **settings: Any,
+) -> Boosted:
+    """Add a member that is trained against attacks of the whole mixture; return the new mixture.
+
+    The member begins as a copy of the last one, as a whole model. While it is trained, all members
+    have equal probabilities, and each batch is attacked as the member stands then, evaluating. Its
+    loss under the δ found is taken in the modes that it has, as by `Game.loss`. Members before it
+    are shared with the mixture given, which is left as it is. To go on later, save the new mixture.
+    A plain model is where the first member begins, which is trained against attacks of itself.
+
+    Args:
+        mixture: to grow, or a model.
+        batches: makes the batches of an epoch anew in each call, such as
+            `lambda mixture: text_batches(mixture, tokenizer, rows)`; closures call the mixture.
+        train: `train(member, losses)` trains the module in place, in a loop of its own. Each pass
+            over `losses` is an epoch, and each loss, 0-d, the mean of a batch.
+        attack: as in `attack_mixture`, by which the member is trained.
+        rounds: attacks by ARC by which `weigh_under` weighs the members at the end; 1 measures the
+            error and leaves equal probabilities.
+        settings: those of `MixtureAttacks`; `radius` and `unit` are needed.
+
+    Raises:
+        TypeError: for arguments of other kinds, and for a last member that is an adapter or a
+            dropout mask.
+        ValueError: for an unknown attack, a last member that is frozen, no batches, a `train` that
+            takes no loss.
+        GameError: for closures that do not call the mixture they were made for.
+    """
     check_integer("boost", "rounds", rounds, 1)
-    before = mixture if isinstance(mixture, Mixture) else None
-    member = _copy_of_last(mixture)
-    members = [*(before.members if before else []), Model(member)]
-    grown = Mixture(members, model=before.model if before else None)
+    attacks = _checked(mixture, batches, train, settings)
+    grown, member = _with_a_copy(mixture)
     check_name(attack, len(grown))
     with _Losses(grown, member, batches, attack, attacks).open() as losses:
         train(member, losses)
-    if not losses.taken:
-        raise ValueError(
-            "train(member, losses) took no loss, so the new member is the last one: write "
-            "`for loss in losses: loss.backward(); optimizer.step(); optimizer.zero_grad()`."
-        )
     weighing = weigh_under(grown, partial(_errors, batches, attacks), rounds)
     return Boosted(grown.weighed(weighing.probabilities), weighing)
 
@@ -148,9 +140,14 @@ class _Losses:
         """Keep the games by which members are attacked, and that of the new one's learner."""
         with (
             _attacked(self.attacks, self.mixture) as self._find,
-            closing(Game(self.member, _Found(begin=self._found), self.attacks.site)) as self._game,
+            closing(Game(self.member, _Found(found=self._found), self.attacks.site)) as self._game,
         ):
             yield self
+        if not self.taken:
+            raise ValueError(
+                "train(member, losses) took no loss, so the new member is the last one: write for "
+                "loss in losses: loss.backward(); optimizer.step(); optimizer.zero_grad()."
+            )
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in _each(self.batches, self.mixture):
@@ -171,7 +168,7 @@ class _Losses:
 class _Found(Solver):
     """Minimise the loss at a δ that was found elsewhere."""
 
-    begin: Begin
+    found: Begin
     steps: int = 0
     start: Start = "zero"
     start_size: float = 0.0
@@ -179,11 +176,14 @@ class _Found(Solver):
     unit: Unit = "absolute"
 
     def play(self, stage: Moves) -> Play:
-        yield Step(stage.loss(stage.start(self, self.begin).detach()))
+        yield Step(stage.loss(stage.start(self, self.found).detach()))
 
 
-class _AsItIs(Model):
+class _AsItIs(Member):
     """A model of its own that plays in the modes it has."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
     def playing(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """Give the model, which is trained."""
@@ -241,6 +241,14 @@ def _each(batches: Batches, mixture: Mixture) -> Iterator[Batch]:
             "batches(mixture) gave none: it is called for each epoch and each round of weighing, "
             "and must make them anew, not return an iterator that is used up."
         )
+
+
+def _with_a_copy(mixture: nn.Module) -> tuple[Mixture, nn.Module]:
+    """Return a mixture with a copy of the last member besides, and that; of a model it alone."""
+    member = _copy_of_last(mixture)
+    if isinstance(mixture, Mixture):
+        return Mixture([*mixture.members, Model(member)], model=mixture.model), member
+    return Mixture([member]), member
 
 
 def _copy_of_last(mixture: nn.Module) -> nn.Module:
