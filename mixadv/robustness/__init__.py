@@ -2,6 +2,7 @@
 
 try:
     from mixadv.robustness.ascents import token_norm
+    from mixadv.robustness.boosting import Boosted, boost
     from mixadv.robustness.data import DataError, Rows, read_rows
     from mixadv.robustness.evaluate import Evaluation, evaluate
     from mixadv.robustness.generation import Judge, Speaker, judged, lacks, says
@@ -62,6 +63,7 @@ except ImportError as error:
 
 __all__ = [
     "Batch",
+    "Boosted",
     "Comparison",
     "DataError",
     "EmbeddingAttack",
@@ -91,6 +93,7 @@ __all__ = [
     "all_correct",
     "attack_mixture",
     "auto_attack",
+    "boost",
     "bootstrap",
     "bootstrap_difference",
     "compare",

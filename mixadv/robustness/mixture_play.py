@@ -189,7 +189,7 @@ def _stage(
         _drawn_anew(mixture, number, seed),
         mixture.member(number) as module,
         learnable(module),
-        _unwarned(),
+        unwarned(),
         game(module).rounds.rehearse(batch.closure) as stage,
         stage.passes.frozen(),
     ):
@@ -197,7 +197,7 @@ def _stage(
 
 
 @contextmanager
-def _unwarned() -> Iterator[None]:
+def unwarned() -> Iterator[None]:
     """Leave out that one member has no gradient: others may have, see `check_moves`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The gradient with respect to δ at .* is exactly zero")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mixadv.errors import nearest
 from mixadv.mixtures import Mixture
+from mixadv.players.ascent import Ascent
 from mixadv.players.strategy import Strategy
 from mixadv.robustness.mixture_accuracy import OF_MEMBER, MixtureAttacks, best, names
 from mixadv.robustness.mixture_play import JUDGED, MixturePlay, playing
@@ -71,16 +72,21 @@ def attack_mixture(
         raise TypeError("attack_mixture needs the radius of the ball: radius=….")
     attacks = MixtureAttacks(**settings)
     ascent, [batch] = attacks.ascent("attack_mixture", mixture, [batch])
-    _check_name(attack, len(mixture))
+    check_name(attack, len(mixture))
     with playing(mixture, attacks.site, attacks.draws, attacks.seed) as play:
         played = play(batch)
         played.check_moves(stacklevel=3)
-        which = f"{OF_MEMBER}{_best(played) + 1}" if attack == TRANSFER else attack
-        found = attacks.reached(played, ascent, which)
+        found = reached(attacks, played, ascent, attack)
         return MixtureResponse(found, played.logits(found, JUDGED))
 
 
-def _check_name(attack: str, members: int) -> None:
+def reached(attacks: MixtureAttacks, play: MixturePlay, ascent: Ascent, attack: str) -> Strategy:
+    """Return the δ that an attack ends at, by its name in `attack_mixture`."""
+    which = f"{OF_MEMBER}{_best(play) + 1}" if attack == TRANSFER else attack
+    return attacks.reached(play, ascent, which)
+
+
+def check_name(attack: str, members: int) -> None:
     """Raise for an attack that there is not against so many members."""
     known = [*names(members)[1:], TRANSFER]
     if attack not in known:
