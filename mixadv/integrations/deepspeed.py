@@ -28,6 +28,7 @@ _PASSED_BY = (
     "progressive_layer_drop",
     "curriculum_learning",
     "data_efficiency",
+    "tensor_parallel",  # whose processes share a batch, and would each draw another δ for it
 )
 """Entries of DeepSpeed's configuration that change the engine's forward, or scale its backward."""
 
@@ -93,4 +94,5 @@ class GameAlone(Base):
 def _is_on(entry: Any) -> bool:
     """Return whether an entry of DeepSpeed's configuration turns something on."""
     entry = entry or {}
-    return entry.get("device", "none") != "none" or bool(entry.get("enabled"))
+    several = entry.get("autotp_size", 1) > 1
+    return several or entry.get("device", "none") != "none" or bool(entry.get("enabled"))
