@@ -40,6 +40,7 @@ COMPILED = "compiled_rounds_equal_plain_ones_and_compile_no_more"
 
 TWO = "test_two_processes"
 SHARDED = "test_trainer_sharded.py::test_every_solver_on_two_processes"
+ZERO = "test_trainer_deepspeed.py::test_two_processes"
 TRAINS = "test_sentence_transformers.py::test_every_solver_trains_or_says_what_to_change"
 SCALED = "test_a_scaled_gradient_is_that_of_full_precision_within_rounding"
 OVERFLOWS = "test_a_step_that_overflows_is_left_out_and_nothing_else"
@@ -56,7 +57,6 @@ def tasks(*names: str) -> list[str]:
 
 
 # What a way is called, and the tests that prove it; * stands for parameters besides the solver.
-ZERO = "test_trainer_deepspeed.py::test_two_processes"
 WAYS: dict[str, list[str]] = {
     "`optimizer.step(closure)`": [f"{HALVES}[bert-{{solver}}]"],
     "`game.backward(closure)`": [f"{DOORS}[{{solver}}]"],
@@ -141,18 +141,18 @@ class Recorder:
     def __init__(self, words: Sequence[str] = ()) -> None:
         self.ways = [way for way in WAYS if not words or any(word in way for word in words)]
         self.collected: list[str] = []
+        self.proofs: dict[str, dict[str, list[str]]] = {}  # by way and solver
         self.passed: set[str] = set()
         self.failed: set[str] = set()
         self.skipped: set[str] = set()
 
-    def proofs(self, ways: Iterable[str] = WAYS) -> set[str]:
-        """Return the collected tests that prove a cell of some ways."""
-        cells = [(way, solver) for way in ways for solver in mixadv.SOLVERS]
-        return {t for way, solver in cells for t in proofs(way, solver, self.collected)}
-
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         self.collected = [item.nodeid for item in items]
-        wanted = self.proofs(self.ways)
+        self.proofs = {
+            way: {solver: proofs(way, solver, self.collected) for solver in mixadv.SOLVERS}
+            for way in WAYS
+        }
+        wanted = self.tests(self.ways)
         items[:] = [item for item in items if item.nodeid in wanted]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -163,9 +163,13 @@ class Recorder:
         elif not report.passed:
             self.failed.add(report.nodeid)
 
+    def tests(self, ways: Iterable[str] = WAYS) -> set[str]:
+        """Return the collected tests that prove a cell of some ways."""
+        return {t for way in ways for cell in self.proofs[way].values() for t in cell}
+
     def ran(self, way: str) -> bool:
         """Return whether a way was asked for and not skipped as a whole."""
-        tests = self.proofs([way])
+        tests = self.tests([way])
         return way in self.ways and not (tests and self.skipped.issuperset(tests))
 
 
@@ -218,7 +222,7 @@ def table(seen: Recorder, before: dict[str, dict[str, Cell]]) -> str:
     for way in WAYS:
         cells = before.get(way, {})
         if seen.ran(way):
-            cells = {s: verdict(proofs(way, s, seen.collected), seen) for s in mixadv.SOLVERS}
+            cells = {s: verdict(tests, seen) for s, tests in seen.proofs[way].items()}
         if silent := mixadv.SOLVERS.keys() - cells:
             raise SystemExit(f"{way}: neither run nor written before: {', '.join(sorted(silent))}")
         shown = []
@@ -230,7 +234,7 @@ def table(seen: Recorder, before: dict[str, dict[str, Cell]]) -> str:
     lines += [
         "",
         f"✔ tested, –n refused with reason n, ✔n plays with the change named in n; "
-        f"{len(seen.proofs()):,} tests check this table.",
+        f"{len(seen.tests()):,} tests check this table.",
         "",
     ]
     lines += [f"{n}. {reason}" for n, reason in enumerate(reasons) if n]

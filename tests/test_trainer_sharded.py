@@ -6,6 +6,7 @@ follows is its own code and Trainer's.
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -116,6 +117,28 @@ def seen(trainer: Any) -> list[Any]:
     return [whole(w).double() for w in weights]
 
 
+def goes_on(rank: int, make: Callable[..., Any]) -> tuple[Any, Any]:
+    """Return a Trainer that goes on from a checkpoint, and one that is not interrupted.
+
+    None goes on without the players of each process.
+    """
+    folder = [mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder, 0)
+    saving = {"save_strategy": "steps", "save_steps": 1, "output_dir": folder[0], "max_steps": 3}
+    checkpoint = f"{folder[0]}/checkpoint-1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        uninterrupted = make(**saving)
+        uninterrupted.train()
+        again = make(**saving)
+        again.train(resume_from_checkpoint=checkpoint)
+        assert again.game.round == uninterrupted.game.round
+        Path(checkpoint, f"players_{rank}.pt").unlink()
+        with pytest.raises(mixadv.GameError, match="as many processes as saved it"):
+            make(**saving).train(resume_from_checkpoint=checkpoint)
+    return again, uninterrupted
+
+
 def trains(name: str, sharded: bool, **changes: Any) -> Any:
     trainer = trainer_for(name, sharded, **changes)
     with warnings.catch_warnings():
@@ -145,24 +168,10 @@ def trainers_agree(rank: int, name: str, **changes: Any) -> str | None:
 
 def resumed(rank: int, name: str, kind: str = "FULL_STATE_DICT") -> None:
     """A checkpoint has both players of each process."""
-    folder = [mkdtemp() if rank == 0 else None]
-    dist.broadcast_object_list(folder, 0)
-    saving = {"save_strategy": "steps", "save_steps": 1, "output_dir": folder[0], "max_steps": 3}
-    saving |= {"optim": "adamw_torch", "learning_rate": 1e-2}
-    saving["fsdp_config"] = SHARDED["fsdp_config"] | {"state_dict_type": kind}
-    uninterrupted = trainer_for(name, True, **saving)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        uninterrupted.train()
-        again = trainer_for(name, True, **saving)
-        again.train(resume_from_checkpoint=f"{folder[0]}/checkpoint-1")
-        assert again.game.round == uninterrupted.game.round
-        torch.testing.assert_close(seen(again), seen(uninterrupted), **CLOSE)
-        Path(folder[0], f"checkpoint-1/players_{rank}.pt").unlink()
-        with pytest.raises(mixadv.GameError, match="as many processes as saved it"):
-            trainer_for(name, True, **saving).train(
-                resume_from_checkpoint=f"{folder[0]}/checkpoint-1"
-            )
+    options: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 1e-2}
+    options["fsdp_config"] = SHARDED["fsdp_config"] | {"state_dict_type": kind}
+    pair = goes_on(rank, partial(trainer_for, name, True, **options))
+    torch.testing.assert_close(*map(seen, pair), **CLOSE)
 
 
 def plain_at_radius_zero(rank: int) -> None:

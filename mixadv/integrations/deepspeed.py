@@ -7,19 +7,14 @@ adversary's passes, too. The engine's own backward delivers the loss that a roun
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import Trainer
 
 from mixadv.game import Game
-from mixadv.integrations.trainer import Rounds
+from mixadv.integrations.trainer import Base, Rounds
 from mixadv.solvers.base import Solver
 from mixadv.solvers.weights import WeightsSolver
-
-if TYPE_CHECKING:
-    Base = Trainer
-else:
-    Base = object
 
 _PASSED_BY = (
     "amp",
@@ -80,7 +75,7 @@ def check_deepspeed(trainer: Trainer, solver: Solver, schedule: Any) -> None:
 
 
 class GameAlone(Base):
-    """Keeps the game that no optimizer holds; on the callback that counts its rounds."""
+    """Keeps the game that no optimizer holds, on the callback that counts its rounds."""
 
     _rounds: Rounds
     _optimizer: Any = None  # of the training that the game is of

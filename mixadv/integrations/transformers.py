@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,10 @@ try:
     from transformers.trainer import OPTIMIZER_NAME
 
     from mixadv.integrations.deepspeed import GameAlone, check_deepspeed
-    from mixadv.integrations.fsdp import OwnStates, check_fsdp, play
+    from mixadv.integrations.fsdp import check_fsdp, play
+    from mixadv.integrations.states import OwnStates
     from mixadv.integrations.trainer import (
+        Base,
         OwnColumns,
         Rounds,
         Share,
@@ -47,11 +49,6 @@ except ImportError as error:
         "mixadv.integrations.transformers needs transformers and accelerate: "
         "pip install 'mixadv[transformers]'."
     ) from error
-
-if TYPE_CHECKING:
-    Base = Trainer
-else:
-    Base = object
 
 
 class Adversarial(OwnColumns, OwnStates, GameAlone, Base):

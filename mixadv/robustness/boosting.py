@@ -223,9 +223,8 @@ def _errors(batches: Batches, attacks: MixtureAttacks, mixture: Mixture) -> Tens
     with _attacked(attacks, mixture) as find:
         for batch in _each(batches, mixture):
             played, found = find(batch, "ARC")
-            each = played.logits(found, JUDGED).argmax(-1) != batch.labels
-            wrong.append(each.unflatten(0, (-1, len(mixture))).cpu())
-    return torch.cat(wrong, -1).double().mean((0, 2))
+            wrong.append(1 - played.right(played.logits(found, JUDGED)))
+    return torch.cat(wrong, -1).mean((0, 2))
 
 
 def _each(batches: Batches, mixture: Mixture) -> Iterator[Batch]:

@@ -205,8 +205,7 @@ class MixtureAttacks:
             q = self.reached(play, ascent, attack)
             chosen, judged = play.logits(q, CHOSEN), play.logits(q, JUDGED)
             standing.append(torch.stack([way(chosen, weights, labels) for way in WAYS]))
-            each = (judged.argmax(-1) == labels).view(play.draws, -1, len(labels))
-            right.append(each.cpu().double().mean(0).T)
+            right.append(play.right(judged).mean(0).T)
             settled.append(torch.stack([way(judged, weights, labels) > 1 for way in WAYS[1:]], 1))
         return torch.stack(right, 1), torch.stack(settled, 1), torch.stack(standing).argmin(0).T
 

@@ -83,6 +83,11 @@ class MixturePlay:
                 found.append(logits_of(stage.passes.run(_at(q.points))))
         return stacked(found)
 
+    def right(self, logits: Tensor) -> Tensor:
+        """Return whether each member's logits, as from `logits`, are right: 0 or 1, `[D, M, B]`."""
+        right = logits.argmax(-1) == self.batch.labels
+        return right.view(self.draws, -1, right.shape[-1]).cpu().double()
+
     def slopes(
         self, drawn: Drawn, q: Strategy, of: Callable[[Reading], Tensor]
     ) -> tuple[Tensor, list[Tensor]]:

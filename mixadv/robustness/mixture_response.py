@@ -96,6 +96,5 @@ def check_name(attack: str, members: int) -> None:
 
 def _best(play: MixturePlay) -> int:
     """Return the member that is most accurate on the batch."""
-    right = play.logits(play.zero, JUDGED).argmax(-1) == play.batch.labels
-    clean = right.view(play.draws, -1, right.shape[-1]).double().mean((0, 2))
-    return best(clean.cpu().numpy(), play.probabilities.numpy())
+    clean = play.right(play.logits(play.zero, JUDGED)).mean((0, 2))
+    return best(clean.numpy(), play.probabilities.numpy())
