@@ -35,6 +35,7 @@ from tests.zoo import (
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -844,6 +845,16 @@ def prepared_with(monkeypatch: pytest.MonkeyPatch, flag: str, **state: Any) -> N
             self.accelerator.state = SimpleNamespace(**state)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", prepared)
+
+
+@pytest.mark.parametrize("size", ["cp_size", "sp_size"])
+def test_processes_that_share_a_text_are_refused(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    layout = ParallelismConfig(**{size: 2})
+    prepared_with(monkeypatch, "is_deepspeed_enabled", parallelism_config=layout)
+    with pytest.raises(ValueError, match="a part of each text: it would draw δ for that part"):
+        trainer_of(tmp_path, mixadv.FreeLB())
 
 
 TWICE = {"given": {"schedule": mixadv.Schedule(every=2)}, "gradient_accumulation_steps": 2}

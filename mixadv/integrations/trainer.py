@@ -108,6 +108,13 @@ def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:
             "ddp_static_graph=True expects one forward and backward per step; under a round the "
             "replicas drift apart. Leave it out."
         )
+    layout = getattr(trainer.accelerator, "parallelism_config", None)
+    if any(getattr(layout, size, 1) > 1 for size in ("cp_size", "sp_size")):
+        raise ValueError(
+            "Context and sequence parallelism give a process a part of each text: it would draw δ "
+            "for that part alone, in a ball of its own. Leave cp_size and sp_size at 1 in the "
+            "ParallelismConfig, and shard by processes, with fsdp=True or dp_shard_size."
+        )
     if averages and args.load_best_model_at_end and args.save_only_model:
         raise ValueError(
             f"{who} is evaluated at the average of its weights, which is saved with the optimizer: "
