@@ -496,6 +496,16 @@ def reported(model, mixture, **changes):
     return evaluate(model, word_tokenizer(), rows_of(0), **settings)
 
 
+@pytest.fixture(scope="module")
+def report():
+    """Return the report of a model and a mixture of it."""
+    model, mixture = texts_mixture()
+    before = fingerprint(model)
+    made = reported(model, mixture)
+    assert_same(fingerprint(model), before)
+    return made
+
+
 @pytest.mark.parametrize("radii", [(), (0,)])
 def test_a_report_without_radii_can_be_read(radii: tuple[float, ...]):
     model, mixture = texts_mixture()
@@ -509,11 +519,8 @@ def texts_mixture() -> tuple[nn.Module, Mixture]:
     return model, Mixture(members, [2, 1, 1], model=model)
 
 
-def test_a_report_of_a_mixture_is_what_is_measured_of_its_rows():
+def test_a_report_of_a_mixture_is_what_is_measured_of_its_rows(report):
     model, mixture = texts_mixture()
-    before = fingerprint(model)
-    report = reported(model, mixture)
-    assert_same(fingerprint(model), before)
     section, about = report.sections["mixture"], report.sections["about"]
     rows = read_rows(rows_of(0), model).take(about["attacked"][:32])
     batches = [
@@ -537,14 +544,14 @@ def test_a_report_of_a_mixture_is_what_is_measured_of_its_rows():
     assert loaded.markdown() == report.markdown()
 
 
-def test_the_model_beside_a_mixture_stands_under_each_of_its_attacks():
+def test_the_model_beside_a_mixture_stands_under_each_of_its_attacks(report):
     """PGD of the model alone says nothing of what ARC would have made of it."""
     model, mixture = texts_mixture()
-    report, alone = reported(model, mixture), reported(model, Mixture([model]))
+    alone = reported(model, Mixture([model]))
     beside = report.sections["beside"]
     assert beside == alone.sections["mixture"]
     assert "beside" not in alone.sections
-    assert "beside" not in reported(mixture, None).sections
+    assert "beside" not in reported(mixture, None, radii=(1.0,)).sections
     under = beside["accuracy"][1]
     assert under["ARC"][0]["value"] <= under["none"][0]["value"]
     assert list(under) == list(report.sections["mixture"]["accuracy"][1])

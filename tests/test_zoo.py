@@ -14,6 +14,7 @@ from tests.zoo import (
     FAMILIES,
     PAD,
     ROWS,
+    USUAL,
     Player,
     or_refused,
     pairs,
@@ -159,8 +160,12 @@ RETURNS: dict[str, Callable[[nn.Module, dict[str, Tensor]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("returns", RETURNS)
-@pytest.mark.parametrize(("family", "name"), pairs(["bert", "bart", "llama-causal"]))
+# A loss alone is refused by what compares predictions, so every solver meets it.
+FORMS = [(f, n, r) for f in ("bert", "bart", "llama-causal") for n in USUAL for r in RETURNS]
+FORMS += [("bert", n, "loss") for n in mixadv.SOLVERS if n not in USUAL]
+
+
+@pytest.mark.parametrize(("family", "name", "returns"), FORMS)
 def test_the_form_in_which_a_model_returns_its_loss_does_not_matter(
     family: str, name: str, returns: str
 ) -> None:
