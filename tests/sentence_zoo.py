@@ -49,7 +49,8 @@ def encoder(folder: Path, dropout: float = 0.1) -> SentenceTransformer:
 def cross_encoder(folder: Path, labels: int = 1) -> CrossEncoder:
     tokenizer, config = saved()
     torch.manual_seed(0)
-    config = type(config)(**{**config.to_dict(), "num_labels": labels, **NO_DROPOUT})
+    apart = {"initializer_range": 0.5, "num_labels": labels, **NO_DROPOUT}  # its scores differ
+    config = type(config)(**{**config.to_dict(), **apart})
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return CrossEncoder(str(folder), device="cpu", num_labels=labels)

@@ -434,6 +434,7 @@ def test_the_loss_is_a_function_of_what_is_compared(name: str, build: Any):
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
         loss, found = trainer.forward_pass(trainer.model, dict(batch), None, True)
+    assert not trainer.model._forward_hooks
     heads = [logits for key, logits in found.items() if key.endswith("logits")]
     assert len(heads) == {"dimensions": 2, "layers": 2, "both": 4}.get(name, 1)
     torch.testing.assert_close(value(heads, batch), loss)
