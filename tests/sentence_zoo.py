@@ -1,4 +1,4 @@
-"""A tiny encoder of sentences and its pairs, for sentence-transformers."""
+"""Tiny encoders of sentences, of pairs, sparse ones, and their data, for sentence-transformers."""
 
 import functools
 from pathlib import Path
@@ -7,8 +7,13 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sparse_encoder.modules import (
+    MLMTransformer,
+    SparseAutoEncoder,
+    SpladePooling,
+)
 
 from tests.substitution_zoo import word_tokenizer
 
@@ -19,6 +24,7 @@ ROWS = [
     for word in ("good", "bad")
 ]
 PAIRS = Dataset.from_list(ROWS)
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @functools.cache
@@ -38,3 +44,28 @@ def encoder(folder: Path, dropout: float = 0.1) -> SentenceTransformer:
     tokenizer.save_pretrained(folder / "encoder")
     modules = [Transformer(str(folder / "encoder")), Pooling(16)]
     return SentenceTransformer(modules=modules, device="cpu")
+
+
+def cross_encoder(folder: Path, labels: int = 1) -> CrossEncoder:
+    tokenizer, config = saved()
+    torch.manual_seed(0)
+    apart = {"initializer_range": 0.5, "num_labels": labels, **NO_DROPOUT}  # its scores differ
+    config = type(config)(**{**config.to_dict(), **apart})
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return CrossEncoder(str(folder), device="cpu", num_labels=labels)
+
+
+def sparse_encoder(folder: Path, coded: bool = False) -> SparseEncoder:
+    """Return one that scores words, or one that codes embeddings again."""
+    tokenizer, config = saved()
+    torch.manual_seed(0)
+    config = type(config)(**{**config.to_dict(), **NO_DROPOUT})
+    kind = transformers.BertModel if coded else transformers.BertForMaskedLM
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    coder = SparseAutoEncoder(16, hidden_dim=32, k=4, k_aux=8)
+    modules = [Transformer(str(folder)), Pooling(16), coder]
+    if not coded:
+        modules = [MLMTransformer(str(folder)), SpladePooling("max")]
+    return SparseEncoder(modules=modules, device="cpu")

@@ -40,7 +40,7 @@ from mixadv.round.cost import count_passes
 from tests.chat_zoo import chatting, speaking
 from tests.pages import ALL, FENCE, GENERATED, PAGES, ROOT, TABLES, marked
 from tests.processes import one_process
-from tests.sentence_zoo import PAIRS, encoder
+from tests.sentence_zoo import PAIRS, cross_encoder, encoder, sparse_encoder
 from tests.substitution_zoo import word_tokenizer
 from tests.zoo import player
 
@@ -107,11 +107,19 @@ def prelude() -> dict[str, Any]:
 
 def sentences() -> dict[str, Any]:
     """Return what a page on sentence-transformers takes for granted."""
-    from sentence_transformers import SentenceTransformerTrainingArguments
+    import sentence_transformers as st
 
     quiet: Any = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "max_steps": 1}
-    arguments = SentenceTransformerTrainingArguments("sentences", **quiet)
-    return {"encoder": encoder(Path()), "pairs": PAIRS, "sentence_arguments": arguments}
+    return {
+        "encoder": encoder(Path()),
+        "pairs": PAIRS,
+        "sentence_arguments": st.SentenceTransformerTrainingArguments("sentences", **quiet),
+        "reranker": cross_encoder(Path("reranker")),
+        "judged_pairs": PAIRS.add_column("label", [1.0, 0.0] * (len(PAIRS) // 2)),
+        "reranker_arguments": st.CrossEncoderTrainingArguments("reranked", **quiet),
+        "sparse_encoder": sparse_encoder(Path("words")),
+        "sparse_arguments": st.SparseEncoderTrainingArguments("sparse", **quiet),
+    }
 
 
 def commands(program: str) -> list[list[str]]:

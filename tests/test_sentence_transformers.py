@@ -185,14 +185,24 @@ def test_what_cannot_be_played_is_refused(given: dict[str, Any], why: str, tmp_p
 
 
 def test_a_loss_without_scores_serves_solvers_that_need_none(tmp_path: Path):
-    """One text and the number of its class."""
-    data = Dataset.from_list([{"text": r["anchor"], "label": i % 2} for i, r in enumerate(ROWS)])
-    given = {"loss": losses.BatchAllTripletLoss, "train_dataset": data}
+    """Its decoder tells it from the text itself."""
+    given = {"loss": losses.DenoisingAutoEncoderLoss}
     trainer = trained(tmp_path, "ranking", mixadv.FreeLB(), given=given)
     assert trainer.game.round == 2
     solver = mixadv.SMART(divergence="squared_error")
-    with pytest.raises(mixadv.GameError, match=r"SMART compares.*BatchAllTripletLoss embeds 1"):
+    with pytest.raises(ValueError, match=r"SMART compares.*such as mixadv\.FreeLB\(\)"):
         trained(tmp_path, "ranking", solver, given=given)
+
+
+def test_texts_that_a_loss_embeds_elsewhere_are_refused(tmp_path: Path):
+    """A loss of one's own, that embeds the first column alone."""
+
+    class First(losses.MultipleNegativesRankingLoss):
+        def forward(self, sentence_features: Any, labels: Any) -> torch.Tensor:
+            return self.model(sentence_features[0])["sentence_embedding"].square().mean()
+
+    with pytest.raises(mixadv.GameError, match="embeds 1 times for 2 texts: override predictions"):
+        trained(tmp_path, "ranking", mixadv.SMART(), given={"loss": First})
 
 
 def test_an_encoder_is_anchored_where_retrieval_reads(tmp_path: Path):
