@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import random
 import re
 import warnings
 from collections.abc import Callable
@@ -12,14 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import mixadv
+from tests.processes import one_process
 from tests.test_trainer import (
     alone,  # noqa: F401
     logged,
     settings,
     weights,
 )
+from tests.zoo import assert_same
 
 pytest.importorskip("sentence_transformers", reason="its losses are what is played")
 
@@ -508,3 +512,18 @@ def test_scores_of_calls_that_differ_in_size_are_refused(build: Any):
     case = PAIRED["MSELoss"]._replace(make=Uneven)
     with pytest.raises(mixadv.GameError, match=r"asks the model for those of \[1, 3\] pairs"):
         trained(case, build("pair"), mixadv.ALUM(divergence="squared_error"))
+
+
+@pytest.mark.parametrize("name", ["MatryoshkaLoss", "AdaptiveLayerLoss"])
+def test_a_replica_of_the_model_gives_the_same_scores(name: str, build: Any, tmp_path: Path):
+    """There the loss replaces the forward of the replica, not of the model within."""
+    case = SENTENCE[name]
+    trainer = trainer_of(case, build(case.kind), solver_for(case))
+    batch, found = next(iter(trainer.get_train_dataloader())), []
+    with one_process(tmp_path), torch.no_grad():
+        for model in (trainer.model, DistributedDataParallel(trainer.model)):
+            trainer.model_wrapped = model
+            random.seed(0)  # which layers
+            found.append(trainer.forward_pass(model, dict(batch), None, True))
+    assert len(found[0][1]) == 2
+    assert_same(found[0], found[1])
