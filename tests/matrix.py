@@ -42,6 +42,7 @@ TWO = "test_two_processes"
 SHARDED = "test_trainer_sharded.py::test_every_solver_on_two_processes"
 ZERO = "test_trainer_deepspeed.py::test_two_processes"
 TRAINS = "test_sentence_transformers.py::test_every_solver_trains_or_says_what_to_change"
+LOSSES = "test_sentence_losses.py::test_each_solver_trains_each_loss_or_says_what_to_write"
 SCALED = "test_a_scaled_gradient_is_that_of_full_precision_within_rounding"
 OVERFLOWS = "test_a_step_that_overflows_is_left_out_and_nothing_else"
 BY_HAND = "test_training_is_that_of_the_loop_written_by_hand"
@@ -82,6 +83,8 @@ WAYS: dict[str, list[str]] = {
     "tensor parallelism": ["test_sharded.py::test_tensor_parallelism_is_refused[{solver}]"],
     "sentence-transformers, rankings": [f"{TRAINS}[{{solver}}-ranking]"],
     "sentence-transformers, scores": [f"{TRAINS}[{{solver}}-scores]"],
+    "sentence-transformers, sparse encoders": [f"{LOSSES}[{{solver}}-sparse SpladeLoss]"],
+    "sentence-transformers, cross-encoders": [f"{LOSSES}[{{solver}}-pair BinaryCrossEntropyLoss]"],
     "bf16 autocast": [f"test_precision.py::test_{AUTOCAST}[{{solver}}]"],
     "fp16 autocast, GradScaler": [
         f"test_fp16.py::{test}[{{solver}}-*-cpu]" for test in (SCALED, OVERFLOWS)

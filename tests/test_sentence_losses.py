@@ -23,7 +23,7 @@ from tests.test_trainer import (
     settings,
     weights,
 )
-from tests.zoo import assert_same
+from tests.zoo import assert_same, note_refusal
 
 pytest.importorskip("sentence_transformers", reason="its losses are what is played")
 
@@ -364,17 +364,21 @@ def reason(case: Case, solver: type[mixadv.Solver], words: dict[str, Any]) -> st
 @pytest.mark.parametrize("solver", mixadv.SOLVERS)
 def test_each_solver_trains_each_loss_or_says_what_to_write(name: str, solver: str, build: Any):
     """What is advised is written, until it trains or another solver is advised."""
-    case, words = CASES[name], {}
+    case, words, said = CASES[name], {}, ""
     while why := reason(case, mixadv.SOLVERS[solver], words):
         with pytest.raises(ValueError, match=why) as caught:
             trainer_of(case, build(case.kind), mixadv.make_solver(solver, **words))
-        if advised := re.search(r"choose divergence='(\w+)'", str(caught.value)):
+        said = str(caught.value)
+        if advised := re.search(r"choose divergence='(\w+)'", said):
             words = {"divergence": advised[1]}
-        elif advised := re.search(r"give source='(\d)'", str(caught.value)):
+        elif advised := re.search(r"give source='(\d)'", said):
             read = {"representation": lambda found: found["sentence_embedding"]}
             words = {"source": advised[1], **read}
         else:
+            note_refusal(said)
             return
+    if said:
+        note_refusal(said, changed=True)
     made = mixadv.make_solver(solver, **words)
     trainer = trained(case, build(case.kind), made, learning_rate=1e-2)
     assert trainer.game.round == 1

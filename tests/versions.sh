@@ -22,7 +22,7 @@ if [ ! -e "$FOLDER/.ready" ]; then
     # shellcheck disable=SC2086
     "$FOLDER/bin/pip" install -q "torch==$TORCH" "transformers==$TRANSFORMERS" $OLD \
         accelerate datasets numpy scipy scikit-learn matplotlib \
-        pytest pytest-xdist hypothesis filelock psutil
+        peft pytest pytest-xdist hypothesis filelock psutil
     touch "$FOLDER/.ready"
 fi
 if [ "$*" = core ]; then
@@ -32,7 +32,7 @@ if [ "$*" = core ]; then
         set -- "$@" "tests/test_$NAME.py"
     done
 elif [ $# -eq 0 ]; then
-    WORDS='^ *(from|import) (common|studying|benchmark_parts|peft|trl|lightning|smart_pytorch|sentence_transformers|pydantic|tomllib|nashpy|pyspiel)\b'
+    WORDS='^ *(from|import) (common|studying|benchmark_parts|trl|lightning|smart_pytorch|sentence_transformers|pydantic|tomllib|nashpy|pyspiel)\b'
     SCRIPTS=$(cd examples && ls ./*.py research/*.py | sed 's/.*\///; s/\.py$//' | paste -sd '|' -)
     # shellcheck disable=SC2046
     set -- $(grep -LE "$WORDS|^ *import ($SCRIPTS)$|tests\.(scripts|pages)" tests/test_*.py)
