@@ -26,8 +26,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 torch.set_num_threads(1)  # of a module's fixtures too, which are made before those of its tests
 
 
-if not torch.cuda.is_available():  # the seeds of devices to come are kept with a stack each
-    torch.cuda.manual_seed_all = lambda seed: None
+for devices in (torch.cuda, torch.xpu, torch.mtia):
+    if not devices.is_available():  # the seeds of devices to come are kept with a stack each
+        devices.manual_seed_all = lambda seed: None
 
 
 # ALUM's round, with steps and without; rows as group DRO weighs them; weights as AWP moves them

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +74,10 @@ def judge(cases: dict[str, Case], folder: Path) -> dict[str, Verdict]:
     with FileLock(folder / "lock"), suppress(ProcessException):
         if not run.exists():
             run.touch()
-            torch.multiprocessing.spawn(_work, (cases, str(folder)), nprocs=2)
+            # Both are forked from a server that has imported what they need, once for a session.
+            get_context("forkserver").set_forkserver_preload([__name__])
+            words = {"nprocs": 2, "start_method": "forkserver"}
+            torch.multiprocessing.start_processes(_work, (cases, str(folder)), **words)
     verdicts = {}
     for number, name in enumerate(cases):
         wrong = [_read(folder / f"{number}.{rank}", "not run") for rank in range(2)]

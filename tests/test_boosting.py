@@ -79,7 +79,7 @@ def test_a_second_member_halves_a_risk_that_no_single_one_can_lower(at: float):
     assert all(worst_error(Mixture([Window(t)]), grid, 1) == 1 for t in (-0.99, -0.5, 0.0, 0.99))
     batches = made_of(torch.zeros(1, 1, dtype=torch.double), torch.tensor([1]))
     start = Mixture([Window(at)])
-    grown, weighing = boost(start, batches, by_sgd(60, 0.05), "ARC", **BALL)
+    grown, weighing = boost(start, batches, by_sgd(30, 0.05), "ARC", **BALL)
     assert worst_error(start, grid, 1) == 1
     assert worst_error(grown, grid, 1) == 0.5
     assert grown.probabilities.tolist() == [0.5, 0.5]
@@ -99,11 +99,11 @@ def test_what_breaks_all_members_but_the_new_one_loses_its_weight(attack: str):
     first = Mixture([linear(torch.tensor([[0, 4.0], [0, -4.0]]), torch.zeros(2))])
     how: dict[str, Any] = {"radius": 0.5, "norm": "linf", "unit": 1.0, "steps": 3}
     batches = made_of(x, y)
-    equal, measured = boost(first, batches, by_sgd(40, 0.5), attack, **how)
+    equal, measured = boost(first, batches, by_sgd(20, 0.5), attack, **how)
     assert risk(first) == 1
     assert risk(equal) == 0.5 == measured.error
     assert measured.guaranteed == 0  # the new member does not err under the attack
-    weighed, found = boost(first, batches, by_sgd(40, 0.5), attack, rounds=5, **how)
+    weighed, found = boost(first, batches, by_sgd(20, 0.5), attack, rounds=5, **how)
     assert risk(weighed) == 0 == found.error == found.gap
     assert len(weighed) == 1
     assert found.probabilities.tolist() == [0, 1]

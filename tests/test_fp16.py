@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -109,6 +109,7 @@ def weighted(weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("half", ["autocast", "weights"])
 @pytest.mark.parametrize("route", ["loop", "vmap", "stack"])
+@settings(max_examples=settings.default.max_examples // 3)  # of four sizes each
 @given(exponents=st.lists(st.integers(-60, 60), min_size=4, max_size=4))
 @example([-30, 0, 10, 30])
 def test_each_samples_divergence_has_its_gradient_whatever_its_size(

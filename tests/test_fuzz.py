@@ -205,8 +205,14 @@ USES: dict[str, Callable[[mixadv.GameOptimizer, Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["pgd", "mat"])
-@pytest.mark.parametrize("use", USES)
+# A solver without a learner where that is another way through.
+WITHOUT = ("step", "backward", "loss", "a closure's result", "a game's state", "our state")
+WITHOUT += ("our game's state", "our learner's state")
+
+
+@pytest.mark.parametrize(
+    ("use", "name"), [(use, "mat") for use in USES] + [(use, "pgd") for use in WITHOUT]
+)
 def test_what_is_refused_leaves_no_trace(use: str, name: str):
     """In a later round, whose checks are fewer."""
     player = small()

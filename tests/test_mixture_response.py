@@ -1,7 +1,9 @@
 """The δ that an attack of a mixture returns is the one by which accuracy is measured."""
 
 import contextlib
+import functools
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -31,18 +33,24 @@ def test_what_eot_believes_arc_breaks(kind: str, norm: str):
     assert (right["ARC"].double().mean(0) == 0.5).all()
 
 
+@functools.cache
+def measured_world(seed: int, norm: str) -> tuple[World, dict[str, Any], Any]:
+    """Return members, how they are attacked, and their accuracy under all attacks."""
+    world = World(seed, 3, classes=3)
+    how = {"radius": EPSILON, "norm": norm, "steps": 4, "unit": 1.0}
+    return world, how, mixture_accuracy(world.mixture, [world.batch], **how)
+
+
 @pytest.mark.parametrize("attack", NAMES)
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_each_attack_is_the_one_that_accuracy_is_measured_by(attack: str, norm: str):
     for seed in range(3):
-        world = World(seed, 3, classes=3)
-        how = {"radius": EPSILON, "norm": norm, "steps": 4, "unit": 1.0}
+        world, how, measured = measured_world(seed, norm)
         found = attack_mixture(world.mixture, world.batch, attack, **how)
         [delta] = found.strategy.points[0]
         assert (geometry.norms(delta, norm) <= EPSILON * (1 + 1e-9)).all()
         by_hand = world.logits(world.x + delta)
         torch.testing.assert_close(found.predictions, by_hand)
-        measured = mixture_accuracy(world.mixture, [world.batch], **how)
         right = {**dict(zip(measured.attacks, measured.right.swapaxes(0, 1), strict=True))}
         under = measured.under().get(attack)
         expected = world.expected(world.x + delta, world.y).numpy()

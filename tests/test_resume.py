@@ -11,7 +11,18 @@ from torch import nn
 from torch.optim import AdamW
 
 import mixadv
-from tests.zoo import CANNOT, MOVING, WAYS, Player, assert_same, or_refused, play, player, small
+from tests.zoo import (
+    CANNOT,
+    MOVING,
+    USUAL,
+    WAYS,
+    Player,
+    assert_same,
+    or_refused,
+    play,
+    player,
+    small,
+)
 
 ROUNDS = 7
 MAT = {"particles": 2, "temperature": 0.01, "learner_temperature": 1e-4, "samples": 2}
@@ -91,7 +102,8 @@ class Run:
 @pytest.mark.parametrize("name", SOLVERS)
 @or_refused()
 def test_resumed_is_uninterrupted(name: str, how: str, tmp_path: Path):
-    for saved_after in (3, 4):
+    learns = SOLVERS[name].learner() is not None
+    for saved_after in (3, 4) if learns else (3,):  # a round of the learner ends at one of them
         whole = Run(SOLVERS[name], seed=0).rounds(saved_after, how)
         whole.save(tmp_path / "checkpoint")
         saved = whole.state()
@@ -119,7 +131,8 @@ def test_a_learner_round_is_resumed_in_its_middle(how: str, tmp_path: Path):
     assert not torch.allclose(*weights)
 
 
-@pytest.mark.parametrize("name", mixadv.SOLVERS)
+# Every solver resumes above; here those that keep something of the model, or of its tokens.
+@pytest.mark.parametrize("name", [*USUAL, "freeat", "textat", "cat", "creat"])
 def test_transformers_resume(name: str, tmp_path: Path):
     def build(seed: int = 0) -> Player:
         return player("t5", rows=6, seed=seed)
