@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.zoo import moving_inputs
+from tests.zoo import TWINS, moving_inputs
 
 settings.register_profile(
     "fast",
-    max_examples=30,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
@@ -31,8 +31,6 @@ for devices in (torch.cuda, torch.xpu, torch.mtia):
         devices.manual_seed_all = lambda seed: None
 
 
-# ALUM's round, with steps and without; rows as group DRO weighs them; weights as AWP moves them
-TWINS = {"trades", "r3f", "cvar", "chi_square", "sam", "asam"}
 OWN = (
     *("test_rows", "test_images", "test_recomputation", "test_errors", "test_face", "test_pages"),
     *("test_weights", "test_weights_distributed"),

@@ -255,7 +255,7 @@ def test_a_member_is_attacked_evaluating_and_trained_in_its_own_modes():
 def test_going_on_from_what_was_saved_is_going_on(tmp_path: Path):
     world = World(2, 1)
     batches = made_of(world.x, world.y, parts=2)
-    how: dict[str, Any] = {"train": by_sgd(3), "rounds": 3, **HOW}
+    how: dict[str, Any] = {"train": by_sgd(3), "rounds": 2, **HOW}
     once, _ = boost(world.mixture, batches, **how)
     once.save_pretrained(tmp_path)
     models = [linear(0 * w, 0 * b) for w, b in zip(world.w[[0] * len(once)], world.b, strict=False)]

@@ -206,7 +206,7 @@ def test_outside_a_round_the_hook_does_nothing_and_close_removes_it() -> None:
 @pytest.mark.parametrize(
     ("name", "earlier"),
     [
-        *((name, "called") for name in mixadv.SOLVERS),
+        *((name, "called") for name in (*USUAL, "freeat", "textat", "cat", "creat")),
         ("freelb", "evaluated"),
         ("freelb", "played"),
         ("freelb", "played and closed"),

@@ -32,7 +32,7 @@ from tests.processes import (
     verdicts_of,
     ways,
 )
-from tests.zoo import AROUND, without_dropout, wrapped
+from tests.zoo import AROUND, TWINS, without_dropout, wrapped
 
 ROWS = 4
 # They compare the rows of a process with each other.
@@ -307,7 +307,8 @@ def replicated_by(way: str, **words: Any) -> dict[str, Any]:
 # What a round keeps, and how its steps and graphs follow each other, differs by these; all solvers
 # are counted where a layer is unused, and resumed on one process.
 KINDS = ("freelb", "textat", "freeat", "smart", "mat", "awp", "ensemble", "recomputed")
-PER_SAMPLE = [name for name in SOLVERS if name not in DEPENDS_ON_THE_SPLIT]
+ROUNDS = [name for name in SOLVERS if name not in TWINS]  # that are not those of another
+PER_SAMPLE = [name for name in ROUNDS if name not in DEPENDS_ON_THE_SPLIT]
 CASES: dict[str, Any] = {
     **replicated_by("step"),
     **replicated_by("loss"),
@@ -316,9 +317,9 @@ CASES: dict[str, Any] = {
     "split: groups": groups_are_those_of_all_processes,
     "split: cat": only_the_contrast_depends_on_the_split,
     **by_solver(one_all_reduce_per_step, names=KINDS),
-    **by_solver(collectives_of_a_round),
+    **by_solver(collectives_of_a_round, names=ROUNDS),
     # MART reads labels from the loss, and here not from the logits that it was computed from.
-    **by_solver(nobody_waits, names=[name for name in SOLVERS if name != "mart"]),
+    **by_solver(nobody_waits, names=[name for name in ROUNDS if name != "mart"]),
     **by_solver(resumed, names=KINDS),
     "heads of CAT are refused": heads_of_cat_are_refused,
     "a model out of its wrapper is warned of": a_model_out_of_its_wrapper_is_warned_of,

@@ -164,14 +164,13 @@ def test_in_the_objective_of_a_solver_the_bound_is_below_the_exact_gain_and_near
     teacher = game.teacher() if name == "smart" else None
     own, least = r.least(strategy(game, r.both), solver, teacher)
     few, many = (
-        learner_exploitability(game, [r.both] * 2, steps=steps, rate=0.05) for steps in (3, 300)
+        learner_exploitability(game, [r.both] * 2, steps=steps, rate=0.1) for steps in (3, 150)
     )
     torch.testing.assert_close(many.played.mean().item(), own)
     assert few.gain < many.gain <= own - least + 1e-12
     assert many.gain > 0.98 * (own - least)
     assert (
-        many.response
-        == f"Adam, 300 steps of rate 0.05, in the objective of {type(solver).__name__}"
+        many.response == f"Adam, 150 steps of rate 0.1, in the objective of {type(solver).__name__}"
     )
 
 
@@ -187,7 +186,7 @@ def test_weighed_gains_add_up_to_the_duality_gap_of_the_game_that_pays_the_objec
     moved = (q.weights * (q.points[0] @ w).square()).sum(0).mean()
     gap = own + weight * float(0.5**2 * w.square().sum() - moved) - least
     theirs = exploitability(game, r.both).gain
-    ours = learner_exploitability(game, [r.both] * 2, steps=300, rate=0.05).gain
+    ours = learner_exploitability(game, [r.both] * 2, steps=150, rate=0.1).gain
     assert 0.97 * gap < weight * theirs + ours <= gap + 1e-12
 
 
@@ -201,7 +200,7 @@ def test_the_bound_is_below_the_exact_gain_and_near_it(radius: float, seed: int)
     exact = r.exact(game.strategy.points[0][0])  # pyright: ignore
     few, many = (
         float(learner_exploitability(game, [r.closure] * 2, steps=steps, rate=0.05).gain)
-        for steps in (3, 300)
+        for steps in (3, 150)
     )
     assert few < many <= exact + 1e-12
     assert many > 0.98 * exact

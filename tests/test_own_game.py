@@ -227,7 +227,7 @@ def drawn(name: str, data: st.DataObject) -> mixadv.Solver:
 @pytest.mark.parametrize("layout", MODELS)
 @pytest.mark.parametrize("name", ASCENDING)
 @given(st.data())
-@settings(max_examples=6, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.filter_too_much])
 def test_what_a_sample_is_moved_by_is_its_own(name: str, layout: str, data: st.DataObject):
     solver = drawn(name, data)
     samples, order = data.draw(batches(layout))

@@ -230,6 +230,8 @@ ASCENDING = [name for name in mixadv.SOLVERS if name not in AROUND]
 """Solvers whose words are those of their own ascent of δ; of the others it is the inner one's."""
 MOVING = ROWS | AROUND
 """Solvers whose δ sits out by default, here with one."""
+# ALUM's round, with steps and without; rows as group DRO weighs them; weights as AWP moves them
+TWINS = {"trades", "r3f", "cvar", "chi_square", "sam", "asam"}
 USUAL = ("freelb", "smart", "mat")  # one of each kind: the loss, a divergence, mixed
 
 
