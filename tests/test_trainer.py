@@ -550,7 +550,10 @@ def test_recomputed_activations_change_nothing(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", slow_but(["freelb"], ["freelb", "mat", "cat"]))
-def test_a_model_that_trainer_compiles_is_played_on(name: str, tmp_path: Path):
+def test_a_model_that_trainer_compiles_is_played_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # transformers 4 sets it for all to come
     torch.compiler.reset()
     solver = SINGLE if name == "mat" else mixadv.make_solver(name)
     options = {"dropout": False, "optim": "sgd", "eval_on_start": True}
@@ -819,6 +822,18 @@ def test_what_cannot_be_played_is_refused_at_construction(case: str, tmp_path: P
     solver, changes, kind, message = REFUSED[case]
     with pytest.raises(kind, match=message):
         trainer_of(tmp_path, solver, **changes)
+
+
+def test_a_head_whose_gradients_trainer_would_not_clip_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before transformers 5 Trainer clips those of its model where no subclass can add others."""
+    monkeypatch.delattr(Trainer, "_clip_grad_norm", raising=False)
+    solver = mixadv.CAT(head=nn.Linear(16, 4))
+    with pytest.raises(ValueError, match=r"CAT trains a module .* set max_grad_norm=0"):
+        trainer_of(tmp_path, solver)
+    assert trainer_of(tmp_path, solver, max_grad_norm=0.0).solver is solver
+    assert trainer_of(tmp_path, mixadv.CAT()).args.max_grad_norm == 1.0
 
 
 def test_no_solver_is_refused_with_an_example(tmp_path: Path):

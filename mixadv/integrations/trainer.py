@@ -115,6 +115,11 @@ def check_playable(trainer: Trainer, solver: Solver, averages: bool) -> None:
             "for that part alone, in a ball of its own. Leave cp_size and sp_size at 1 in the "
             "ParallelismConfig, and shard by processes, with fsdp=True or dp_shard_size."
         )
+    if solver.modules() and args.max_grad_norm and not hasattr(Trainer, "_clip_grad_norm"):
+        raise ValueError(
+            f"{who} trains a module beside the model, and this version of transformers would clip "
+            "the gradients of the model alone: set max_grad_norm=0, or install a newer one."
+        )
     if averages and args.load_best_model_at_end and args.save_only_model:
         raise ValueError(
             f"{who} is evaluated at the average of its weights, which is saved with the optimizer: "
