@@ -827,7 +827,7 @@ def test_what_cannot_be_played_is_refused_at_construction(case: str, tmp_path: P
 def test_a_head_whose_gradients_trainer_would_not_clip_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Before transformers 5 Trainer clips those of its model where no subclass can add others."""
+    """Older versions of Trainer clip those of its model where no subclass can add others."""
     monkeypatch.delattr(Trainer, "_clip_grad_norm", raising=False)
     solver = mixadv.CAT(head=nn.Linear(16, 4))
     with pytest.raises(ValueError, match=r"CAT trains a module .* set max_grad_norm=0"):
